@@ -1,0 +1,292 @@
+"""One global checkpoint of everything that has a state dict, written by all ranks, read at any world size.
+
+    path/
+      manifest.json      which data folder is complete; replaced in one move, last of all
+      data-0007/         torch.distributed.checkpoint: one file a rank, and .metadata
+
+Sharded tensors (DTensors) are written by the ranks that hold their rows, in blocks of rows, so that neither side ever needs a second
+copy of a shard; loading fills the tensors of the objects in place, however many ranks there are now. Replicated tensors are written
+once. Everything else of a state dict (numbers, names) is a *skeleton* with a mark in the place of each tensor.
+
+A process killed at any moment leaves the previous checkpoint: until the manifest is replaced it names the previous data folder.
+Nothing read from a file can run code: tensors and skeletons are loaded with `weights_only`, metadata by an unpickler that knows only
+the classes of the format.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from partial_fc.shards import local_part
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ROW_BLOCK_BYTES = 16 << 20
+MARK = "__tensor__"
+
+
+class Stateful(Protocol):
+    """Anything with a state dict."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+def save_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
+    """Write the state of `named` objects as one checkpoint, replacing the one at `path` when it is complete.
+
+    Every rank must call it with the same names. Sharded heads are written by all ranks, all else by one.
+    Raises OSError, the same on every rank, if the folder cannot be written.
+    """
+    folder = Path(path)
+    data = folder / _agreed(lambda: _new_data_folder(folder))
+    state: dict[str, Any] = {}
+    for name, thing in named.items():
+        tensors: dict[str, Tensor] = {}
+        state[name] = _flatten(thing.state_dict(), name, tensors)
+        state.update({k: _RowBlocks(v) if isinstance(v, DTensor) else v.detach() for k, v in tensors.items()})
+    writer = FileSystemWriter(data)
+    save(
+        state,
+        storage_writer=writer,
+        planner=DefaultSavePlanner(flatten_state_dict=False),
+        no_dist=not dist.is_initialized(),
+    )
+    _agreed(lambda: _publish(folder, data.name, sorted(named)))
+
+
+def load_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
+    """Read the state of `named` objects from a checkpoint that any number of ranks wrote; every rank must call it.
+
+    Tensors are filled in place. Raises FileNotFoundError if there is no complete checkpoint, ValueError if it holds other names or
+    other shapes than the objects have.
+    """
+    folder = Path(path)
+    manifest = _read_manifest(folder)
+    reader = _SafeReader(folder / manifest["data"])
+    metadata = reader.read_metadata().state_dict_metadata
+    missing = sorted(set(named) - set(manifest["names"]))
+    if missing:
+        raise ValueError(f"checkpoint {folder} has no {', '.join(missing)}; it has {', '.join(manifest['names'])}")
+    skeletons: dict[str, Any] = dict.fromkeys(named, 0)
+    _read(skeletons, reader)
+    tensors: dict[str, Tensor] = {}
+    for name, thing in named.items():
+        here: dict[str, Tensor] = {}
+        stored = [key for key in metadata if key.startswith(f"{name}/")]
+        _flatten(thing.state_dict(), name, here)
+        template = getattr(thing, "state_template", None)
+        if template is not None and not here.keys() >= set(stored):
+            here.clear()
+            _flatten(template(), name, here)
+        for key in stored:
+            tensors[key] = _target(key, metadata[key], here.get(key), folder)
+    _read(tensors, reader)
+    for name, thing in named.items():
+        thing.load_state_dict(_restore(skeletons[name], tensors))
+
+
+def _target(key: str, stored: Any, here: Tensor | None, folder: Path) -> Tensor:
+    """The tensor to read `key` into: the object's own where it has one, a new one where it has none yet."""
+    if here is None:
+        return torch.empty(stored.size, dtype=stored.properties.dtype)
+    if here.shape != stored.size:
+        raise ValueError(f"checkpoint {folder}: {key} is {list(stored.size)}, here it is {list(here.shape)}")
+    return here.detach()
+
+
+def _read(state: dict[str, Any], reader: FileSystemReader) -> None:
+    load(
+        state,
+        storage_reader=reader,
+        planner=_SafeLoadPlanner(flatten_state_dict=False),
+        no_dist=not dist.is_initialized(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- state dicts and skeletons
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The skeleton of `value`: as it is, with a mark for each tensor, which goes into `tensors` under its path."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {MARK: path}
+    if isinstance(value, dict):
+        return {k: _flatten(v, f"{path}/{k}", tensors) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value))
+    return value
+
+
+def _restore(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(skeleton, dict):
+        if set(skeleton) == {MARK}:
+            return tensors[skeleton[MARK]]
+        return {k: _restore(v, tensors) for k, v in skeleton.items()}
+    if isinstance(skeleton, list | tuple):
+        return type(skeleton)(_restore(v, tensors) for v in skeleton)
+    return skeleton
+
+
+class _RowBlocks:
+    """A row-sharded DTensor as `torch.distributed.checkpoint` writes it: in blocks of rows under one name."""
+
+    def __init__(self, tensor: DTensor) -> None:
+        self.size, self.local = tensor.shape, local_part(tensor.detach())
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        self.first = offset[0] if offset else 0
+        self.rows = max(1, ROW_BLOCK_BYTES // max(1, self.local[:1].nbytes or 1))
+
+    def _chunk(self, a: int) -> ChunkStorageMetadata:
+        rows = min(self.rows, len(self.local) - a)
+        zeros = [0] * (self.local.ndim - 1)
+        return ChunkStorageMetadata(torch.Size([self.first + a, *zeros]), torch.Size([rows, *self.local.shape[1:]]))
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk(a) for a in range(0, len(self.local), self.rows)]
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.local)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        a = index.offset[0] - self.first
+        return self.local[a : a + self.rows]
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+
+def _new_data_folder(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [int(p.name.split("-")[1]) for p in folder.glob("data-*") if p.name.split("-")[1].isdigit()]
+    name = f"data-{max(numbers, default=0) + 1:04d}"
+    (folder / name).mkdir()
+    return name
+
+
+def _publish(folder: Path, data: str, names: list[str]) -> None:
+    """Make `data` the checkpoint, in one atomic move, then remove what it replaces."""
+    temporary = folder / f"{MANIFEST}.tmp"
+    with temporary.open("w") as file:
+        json.dump({"format": FORMAT, "data": data, "names": names}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST)
+    for old in folder.glob("data-*"):
+        if old.name != data:
+            shutil.rmtree(old)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        data = manifest["data"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no complete checkpoint at {folder} (it has no {MANIFEST})") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"checkpoint {folder} has format {manifest.get('format')}, this version reads {FORMAT}")
+    if Path(data).name != data or not (folder / data).is_dir():
+        raise ValueError(f"{folder / MANIFEST} names {data!r}, which is no folder beside it")
+    return dict(manifest)
+
+
+def _agreed(action: Any) -> Any:
+    """The result of `action` on the first rank, or its OSError, on every rank."""
+    result: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result[0] = action()
+        except OSError as error:
+            result[1] = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise OSError(f"checkpoint cannot be written: {result[1]}")
+    return result[0]
+
+
+# ---------------------------------------------------------------------------------------------------- reading without running
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Loads the metadata of a distributed checkpoint and nothing else."""
+
+    ALLOWED = {
+        ("collections", "OrderedDict"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "Metadata"),
+        ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.ALLOWED:
+            return super().find_class(module, name)
+        value = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(value, torch.dtype):
+            return value
+        raise pickle.UnpicklingError(
+            f"checkpoint metadata asks for {module}.{name}, which no checkpoint needs; the file is not to be trusted"
+        )
+
+
+class _SafeReader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            metadata: Metadata = _SafeUnpickler(io.BytesIO(path.read_bytes())).load()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete") from None
+        except (EOFError, IndexError, AttributeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
+        return metadata
+
+
+class _SafeLoadPlanner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)

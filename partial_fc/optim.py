@@ -1,0 +1,271 @@
+"""Optimizers that touch only the rows that have a gradient, and one gradient norm over replicated and sharded parameters.
+
+`RowOptimizer` runs any `torch.optim` class whose update treats rows apart. For a block of rows it gathers their weights and state, lets
+the class take its step on them as on a small dense parameter, and puts both back:
+
+    sampled      rows [S] of the step: weight[rows], state[rows]  ──  class.step()  ──>  weight[rows], state[rows]
+    all rows     row blocks of the shard, as views: no temporary of the shard's size
+
+Rows without a gradient keep weight and state bit for bit: no decay, no momentum (as SparseAdam does). Scalar state, as Adam's step,
+counts optimizer steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
+
+from partial_fc.rows import ShardedRows
+from partial_fc.shards import local_part
+
+BLOCK_BYTES = 8 << 20
+
+
+class HasRows(Protocol):
+    """A head or a center loss: what a `RowOptimizer` can train."""
+
+    skipped: bool
+    _rows: ShardedRows
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """`optimizer_class` over the sharded rows of a head: `RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)`.
+
+    A `torch.optim.Optimizer`: schedulers, `GradScaler` and `zero_grad` work as with any other. Under sampling `param_groups` holds a
+    compact carrier whose gradient is that of the selected rows. State is allocated once, at the first step, for the shard.
+
+    Raises ValueError for a class whose update of a row depends on other rows (LAMB, LARS, Shampoo, Muon, Adafactor, L-BFGS): those
+    rows are on other ranks, or not selected.
+    """
+
+    def __init__(self, optimizer_class: type[torch.optim.Optimizer], head: HasRows, **options: Any) -> None:
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+            raise TypeError(f"optimizer_class must be a torch.optim.Optimizer class such as torch.optim.SGD, not {optimizer_class!r}")
+        if not isinstance(getattr(head, "_rows", None), ShardedRows):
+            raise TypeError(f"a RowOptimizer trains a PartialFC or CenterLoss, not {type(head).__name__}")
+        _check_rows_apart(optimizer_class, options)
+        self._head, self._sharded = head, head._rows
+        self._fill = _initial_state(optimizer_class, options)
+        self._inner = _construct(optimizer_class, list(self._sharded.parameters.values()), options)
+        super().__init__(list(self._sharded.trainable), self._inner.defaults)
+        self.param_groups[0]["params"] = self._sharded.trainable  # the very list, which backward changes in place
+        self._sharded.optimizer = weakref.ref(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, and with them which rows had one. They cannot be zeros: there would be no telling of which rows."""
+        self._sharded.clear()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the rows that have a gradient; nothing after a skipped step (`head.skipped`)."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._head.skipped:
+            return loss
+        sharded = self._sharded
+        with record_function("partial_fc::update"):
+            for parameter, carrier in zip(sharded.parameters.values(), sharded.trainable, strict=True):
+                if carrier.grad is not None:
+                    self._update(parameter, sharded.rows if sharded.sampled else None, local_part(carrier.grad))
+        return loss
+
+    def _update(self, parameter: nn.Parameter, rows: Tensor | None, grad: Tensor) -> None:
+        weight = local_part(parameter.detach())
+        state = self.state[parameter]
+        options = {k: v for k, v in self.param_groups[0].items() if k != "params"}
+        self._inner.param_groups[0].update(options)
+        before = dict(state)
+        for a, b in _blocks(len(grad), weight):
+            index = None if rows is None else rows[a:b]
+            block = nn.Parameter(_take(weight, index, a, b), requires_grad=True)
+            block.grad = grad[a:b]
+            self._inner.param_groups[0]["params"] = [block]
+            self._inner.state.clear()
+            self._inner.state.update({block: {k: self._of_rows(v, index, a, b) for k, v in before.items()}} if before else {})
+            self._inner.step()
+            _put(weight, block.detach(), index, a, b)
+            for key, value in self._inner.state[block].items():
+                if not _is_row_state(value, block):
+                    state[key] = value
+                    continue
+                if key not in state:
+                    state[key] = self._allocate(parameter, value.dtype, self._fill[key])
+                _put(local_part(state[key]), value, index, a, b)
+        self._inner.state.clear()
+        self._inner.param_groups[0]["params"] = []
+
+    def _allocate(self, parameter: nn.Parameter, dtype: torch.dtype, fill: float) -> Tensor:
+        return self._sharded.shards.wrap(torch.full_like(local_part(parameter.detach()), fill, dtype=dtype))
+
+    def _of_rows(self, value: Any, index: Tensor | None, a: int, b: int) -> Any:
+        """State for a block: the rows of row state; a copy of scalar state, which every block's step moves on by one."""
+        if isinstance(value, Tensor) and value.ndim:
+            return _take(local_part(value), index, a, b)
+        return value.clone() if isinstance(value, Tensor) else value
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; row state as DTensors `[C, ...]` where there is a group."""
+        state = {i: dict(self.state[p]) for i, p in enumerate(self._sharded.parameters.values()) if p in self.state}
+        return {
+            "state": state,
+            "param_groups": [{**self.param_groups[0], "params": list(range(len(self._sharded.parameters)))}],
+        }
+
+    def state_template(self) -> dict[str, Any]:
+        """A state dict with all state allocated, for `load_checkpoint` to read into before the first step."""
+        template = self.state_dict()
+        for i, parameter in enumerate(self._sharded.parameters.values()):
+            if i not in template["state"]:
+                trial = _trial(type(self._inner), self._options(), torch.zeros(1, 1, dtype=parameter.dtype), steps=1)
+                template["state"][i] = {
+                    key: self._allocate(parameter, value.dtype, self._fill[key]) if _is_row_state(value, trial[0]) else value
+                    for key, value in trial[1].items()
+                }
+        return template
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take options and state; the row state must be of this head's shape."""
+        parameters = list(self._sharded.parameters.values())
+        for i, state in state_dict["state"].items():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameters[int(i)].shape:
+                    expected = list(parameters[int(i)].shape)
+                    raise ValueError(f"optimizer state {key} is {list(value.shape)}, the head's parameter is {expected}")
+        self.state.clear()
+        for i, state in state_dict["state"].items():
+            self.state[parameters[int(i)]] = dict(state)
+        self.param_groups[0].update({k: v for k, v in state_dict["param_groups"][0].items() if k != "params"})
+
+    def _options(self) -> dict[str, Any]:
+        accepted = inspect.signature(type(self._inner)).parameters
+        return {k: v for k, v in self._inner.defaults.items() if k in accepted}
+
+
+def _construct(cls: type[torch.optim.Optimizer], parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
+    """The class on stand-ins of the parameters, with its fused kernel where it has one and the caller did not choose."""
+    stand_ins = [nn.Parameter(local_part(p.detach())[:0]) for p in parameters]
+    if "fused" in inspect.signature(cls).parameters and not {"fused", "foreach", "differentiable"} & set(options):
+        try:
+            return cls(stand_ins, **{**options, "fused": True})
+        except RuntimeError:  # no fused kernel for this device or dtype
+            pass
+    return cls(stand_ins, **options)
+
+
+def _trial(
+    cls: type[torch.optim.Optimizer], options: dict[str, Any], start: Tensor, steps: int, split: bool = False
+) -> tuple[Tensor, dict[str, Any]]:
+    """(the parameter, its state) after some steps of a small problem; `split`: every row a parameter of its own."""
+    generator = torch.Generator().manual_seed(1)
+    parameters = [nn.Parameter(r.clone()) for r in (start.split(1) if split else [start])]
+    optimizer = cls(parameters, **options)
+    for _ in range(steps):
+        grad = torch.randn(start.shape, generator=generator, dtype=start.dtype) if start.any() else torch.zeros_like(start)
+        for parameter, rows in zip(parameters, grad.split(1) if split else [grad], strict=True):
+            parameter.grad = rows.clone()
+        optimizer.step()
+    return torch.cat([p.detach() for p in parameters]), optimizer.state[parameters[0]]
+
+
+def _initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> dict[str, float]:
+    """What row state holds for a row that never had a gradient: the state after a step of zero from zero."""
+    parameter, state = _trial(cls, options, torch.zeros(1, 2), steps=1)
+    return {k: float(v.reshape(-1)[0]) for k, v in state.items() if _is_row_state(v, parameter)}
+
+
+def _check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
+    """Raise unless the class moves a row alike whether or not it has neighbours; found by trying it."""
+    start = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            together = _trial(cls, options, start, steps=2)[0]
+            apart = _trial(cls, options, start, steps=2, split=True)[0]
+    except (RuntimeError, AssertionError, TypeError) as error:
+        if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+            raise
+        raise ValueError(f"{cls.__name__} cannot update rows one block at a time: {error}") from error
+    if not torch.allclose(together, apart, rtol=1e-9, atol=1e-12):
+        raise ValueError(
+            f"{cls.__name__} moves a row by what other rows hold (norms or factors of the whole matrix), but those are on other ranks "
+            "or not selected; use a class that treats elements apart for the head (SGD, Adam, AdamW, RMSprop, Adagrad), "
+            "and this one for the backbone"
+        )
+
+
+def _blocks(count: int, weight: Tensor) -> Iterator[tuple[int, int]]:
+    """Row blocks of bounded size; one empty block where there are no rows, so that scalar state moves on as on other ranks."""
+    size = max(1, BLOCK_BYTES // max(1, weight[:1].nbytes if len(weight) else 1))
+    for a in range(0, max(count, 1), size):
+        yield a, min(a + size, count)
+
+
+def _take(tensor: Tensor, index: Tensor | None, a: int, b: int) -> Tensor:
+    return tensor[a:b] if index is None else tensor.index_select(0, index)
+
+
+def _put(tensor: Tensor, values: Tensor, index: Tensor | None, a: int, b: int) -> None:
+    if index is not None:
+        tensor.index_copy_(0, index, values)
+    elif tensor[a:b].data_ptr() != values.data_ptr():  # else the class worked in place, on a view
+        tensor[a:b] = values
+
+
+def _is_row_state(value: Any, block: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape == block.shape
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, *heads: HasRows, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Clip the gradients of replicated parameters and sharded heads by their one global norm, and return that norm (before clipping).
+
+    parameters: of the backbone, replicated (counted once) or FSDP2's DTensors (summed over their shards); any that belong to `heads`
+    are left out. heads: their shards' norms are summed over the ranks, with one small collective a head. No synchronisation with the host.
+    """
+    sharded = [head._rows for head in heads]
+    theirs = {id(p) for rows in sharded for p in rows.parameters.values()}
+    plain = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [p.grad for p in plain if p.grad is not None and id(p) not in theirs]
+    norms = [_as_plain(torch.nn.utils.get_total_norm([g], norm_type)) for g in grads]
+    shard_grads = [local_part(c.grad) for rows in sharded for c in rows.trainable if c.grad is not None]
+    for rows in sharded:
+        local = [local_part(c.grad) for c in rows.trainable if c.grad is not None]
+        norms.append(_norm_over_ranks(local, rows, norm_type))
+    if not norms:
+        return torch.tensor(0.0)
+    device = norms[0].device
+    total = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
+    factor = (max_norm / (total + 1e-6)).clamp_(max=1.0)
+    for grad in [*grads, *shard_grads]:
+        local_part(grad).mul_(factor.to(grad.device))
+    return total
+
+
+def _as_plain(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _norm_over_ranks(grads: list[Tensor], rows: ShardedRows, norm_type: float) -> Tensor:
+    device = local_part(next(iter(rows.parameters.values()))).device
+    norm = torch.nn.utils.get_total_norm(grads, norm_type) if any(g.numel() for g in grads) else torch.zeros((), device=device)
+    group = rows.shards.ranks.group
+    if group is None:
+        return norm
+    if math.isinf(norm_type):
+        dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=group)
+        return norm
+    power = norm.double().pow(norm_type)
+    dist.all_reduce(power, group=group)
+    return power.pow(1 / norm_type)

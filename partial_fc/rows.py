@@ -1,0 +1,78 @@
+"""Gradients of a few rows: what a sampled head hands to its optimizer instead of a dense `[C_local, ...]` gradient.
+
+    backward 1:  rows [S1] sorted, values [S1, ...]      ─┐
+    backward 2:  rows [S2] sorted, values [S2, ...]      ─┴─>  rows of both, values summed where both have one
+
+They are shown to the outside (optimizers' `param_groups`, `GradScaler`, clipping) as *carriers*: one parameter for each sharded one,
+without storage of its own, whose `.grad` is the values. A DTensor's `.grad` cannot be sparse, so the sharded parameter itself has none.
+The carriers are DTensors as their parameters are; `GradScaler.unscale_` therefore agrees on found_inf over the ranks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from partial_fc.shards import ClassShards, local_part
+
+if TYPE_CHECKING:
+    from partial_fc.optim import RowOptimizer
+
+
+class ShardedRows:
+    """The sharded parameters of one head, and the gradient of their rows between backward and `zero_grad`.
+
+    parameters: name -> parameter `[C, ...]`. trainable: what optimizers hold: the parameters themselves when all rows have a gradient
+    (`sampled=False`), else the carriers; one list object, changed in place. optimizer: a weak reference to the `RowOptimizer`, if any.
+    """
+
+    def __init__(self, shards: ClassShards, sampled: bool) -> None:
+        self.shards, self.sampled = shards, sampled
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.trainable: list[nn.Parameter] = []
+        self.rows: Tensor | None = None
+        self.optimizer: weakref.ref[RowOptimizer] | None = None
+
+    def hold(self, parameters: dict[str, nn.Parameter], shards: ClassShards) -> None:
+        """Take these parameters (again): after construction, a move to another device, a change of dtype."""
+        self.parameters, self.shards = parameters, shards
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self.rows = None
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        if self.sampled:
+            nothing = [local_part(p.detach())[:0] for p in self.parameters.values()]
+            self.trainable[:] = [self._carrier(values, None) for values in nothing]
+        else:
+            self.trainable[:] = self.parameters.values()
+
+    def accumulate(self, rows: Tensor, values: list[Tensor]) -> None:
+        """Add the gradients `values[k] [S, ...]` of the sorted local rows `[S]`."""
+        if self.rows is not None:
+            union = torch.unique(torch.cat((self.rows, rows)))
+            old, new = torch.searchsorted(union, self.rows), torch.searchsorted(union, rows)
+            sums = [v.new_zeros(len(union), *v.shape[1:]) for v in values]
+            for total, before, now in zip(sums, self.values(), values, strict=True):
+                total[old] = before
+                total.index_add_(0, new, now)
+            rows, values = union, sums
+        self.rows = rows
+        self.trainable[:] = [self._carrier(v, v) for v in values]
+
+    def values(self) -> list[Tensor]:
+        """The gradients `[S, ...]` of `rows`, one tensor a parameter; what `GradScaler` or clipping did to them included."""
+        return [local_part(carrier.grad) for carrier in self.trainable if carrier.grad is not None]
+
+    def _carrier(self, like: Tensor, grad: Tensor | None) -> nn.Parameter:
+        size = len(like) * self.shards.ranks.world
+        placeholder = like.new_empty(1).expand(like.shape)
+        carrier = nn.Parameter(self.shards.wrap(placeholder, rows=size))
+        if grad is not None:
+            carrier.grad = self.shards.wrap(grad, rows=size)
+        return carrier

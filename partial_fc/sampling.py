@@ -1,0 +1,119 @@
+"""Which classes take part in a step: the same draw on every rank, at every world size, on CPU and CUDA.
+
+A step needs its positives (classes in the batch) and a window of `round(r * C)` classes drawn from all of them. Negatives are drawn by
+walking a keyed permutation of the class ids in windows: step `t` of a cycle takes positions `[t * w, (t + 1) * w)`, the last window of
+a cycle wraps round to its beginning, and the next cycle uses another permutation. So every class is drawn at least once in every
+`ceil(C / w)` steps, no window holds a class twice, and a step costs O(w) integer operations: no random numbers or top-k over all
+classes, and no communication, because every rank evaluates the same function of (seed, step).
+
+The permutation is a Feistel network with additions modulo `a` and `b` on pairs (p // b, p % b), `a * b >= C > a * b - a`
+(Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Fewer than `a` of its values lie outside `[0, C)`; where each of
+them ends when the permutation is applied until it comes back inside ("cycle walking") is put in a table of at most `sqrt(C)` entries
+once a cycle, so that a step has no loop that depends on the data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+ROUNDS = 6  # four are enough for a permutation that looks random; six leave a margin and cost 30 operations a class
+_MASK64 = (1 << 64) - 1
+
+
+def mix(*values: int) -> int:
+    """One well-mixed 63-bit key from several integers (SplitMix64's finaliser, applied to each in turn)."""
+    state = 0x9E3779B97F4A7C15
+    for value in values:
+        state = (state ^ (value & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK64
+        state ^= state >> 31
+    return state >> 1
+
+
+def _below(values: Tensor, key: int, bound: int) -> Tensor:
+    """A keyed hash of each value, in `[0, bound)`; `bound <= 2**31`. Integers wrap alike on CPU and CUDA."""
+    h = (values + (key & 0x7FFFFFFF)) * 0x2545F4914F6CDD1D
+    h ^= h >> 29
+    h *= 0x27D4EB2F165667C5
+    h >>= 33
+    h &= 0x7FFFFFFF
+    h *= bound
+    h >>= 31
+    return h
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """A keyed permutation of `range(size)` that is evaluated where it is needed and never stored."""
+
+    size: int
+    key: int
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        a = max(1, math.isqrt(self.size))
+        return a, -(-self.size // a)
+
+    def _walk_once(self, positions: Tensor) -> Tensor:
+        """The network itself: a permutation of `range(a * b)`."""
+        a, b = self._sides
+        left, right = positions // b, positions % b
+        for i in range(ROUNDS):
+            key, side = mix(self.key, i), a if i % 2 == 0 else b
+            if i % 2 == 0:
+                left = left + _below(right, key, a)
+                left -= side * (left >= side)
+            else:
+                right = right + _below(left, key, b)
+                right -= side * (right >= side)
+        return left * b + right
+
+    def outside(self) -> Tensor:
+        """For each value of the network in `[size, a * b)`: where cycle walking takes it. On the CPU, once a permutation."""
+        a, b = self._sides
+        values = torch.arange(self.size, a * b)
+        while bool((values >= self.size).any()):
+            values = torch.where(values >= self.size, self._walk_once(values), values)
+        return values
+
+    def __call__(self, positions: Tensor, outside: Tensor) -> Tensor:
+        """The permuted ids of `positions` (int64); `outside` is the table of `outside()` on the same device."""
+        ids = self._walk_once(positions)
+        if len(outside):
+            ids = torch.where(ids >= self.size, outside[(ids - self.size).clamp_(min=0)], ids)
+        return ids
+
+
+@lru_cache(maxsize=8)
+def _cycle(num_classes: int, seed: int, cycle: int, device: torch.device) -> tuple[Permutation, Tensor]:
+    permutation = Permutation(num_classes, mix(seed, cycle))
+    return permutation, permutation.outside().to(device)
+
+
+def window_size(num_classes: int, sample_rate: float) -> int:
+    """How many classes a step draws from all ranks' together: `round(r * C)`, at least one."""
+    return max(1, round(sample_rate * num_classes))
+
+
+def draw_window(num_classes: int, sample_rate: float, *, seed: int, step: int, device: torch.device) -> Tensor:
+    """The global class ids `[round(r * C)]` that step `step` draws, distinct, unsorted: the same on every rank."""
+    size = window_size(num_classes, sample_rate)
+    steps_in_cycle = -(-num_classes // size)
+    permutation, outside = _cycle(num_classes, seed, step // steps_in_cycle, device)
+    start = step % steps_in_cycle * size
+    return permutation(torch.arange(start, start + size, device=device) % num_classes, outside)
+
+
+def select_rows(window: Tensor, labels: Tensor, lo: int, hi: int) -> Tensor:
+    """This rank's rows of a step: its share of `window` united with its positives, as sorted local row numbers `[S]`.
+
+    `window` and `labels` hold global ids, in any order and number; those outside `[lo, hi)` belong to other ranks or to nobody.
+    """
+    ids = torch.cat((window, labels.reshape(-1)))
+    return torch.unique(ids[(ids >= lo) & (ids < hi)]) - lo

@@ -1,0 +1,466 @@
+"""Cross-entropy over class rows that are split over ranks, with a margin on the target logits: forward and backward, tile by tile.
+
+Every rank holds all embeddings `X [N, D]` and its own rows `W [S, D]` (its shard, or the rows selected from it). With unit vectors
+`x = X/‖X‖`, `w = W/‖W‖` (or X and W as they are) and `P = N · L` targets, one a sample and label:
+
+    forward    cosines of the targets  t_p = x_i · w_y     [P], each on the rank that owns y; target logits z_p = s · margin(t_p)
+               for tiles of T rows     e = exp(s · x wᵀ − m), targets left out   [N, T]; m [N] the running maximum, their sum [N]
+               one all-gather          (m, sum, z, t) of every rank   O(N · world) numbers;  lse_i = log Σ_j exp(logit_ij)
+               loss_i                  Σ_l weight_il (lse_i − z_il)
+    backward   for tiles of T rows     g = c_i exp(logit − lse)   [N, T], in kept mode e times a factor a row, folded into x
+               dx += g w,  dw = gᵀ x   then the targets' own share, [P] rank-one terms
+
+so that no mask, one-hot or second copy of the logits exists. *Kept* mode writes `e` of all tiles into one buffer `[N, S]` and uses it
+again in backward: three matrix products a step. *Tiled* mode keeps one tile and computes it again: four products, O(N · T) memory.
+
+Label smoothing ε adds `ε (lse_i − mean over selected logits)`; its gradient is the same for all rows of a sample, so it is a vector too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from partial_fc.collectives import GlobalBatch, Ranks, all_gather, start_reduce_scatter
+from partial_fc.margins import Margin
+
+TINY = 1e-12  # a vector shorter than this has no direction: its cosines are 0 and it gets no gradient
+TILE_BYTES = {"cpu": 4 << 20}  # a tile of logits stays in a core's cache; elsewhere large products matter more
+TILE_BYTES_ELSEWHERE = 256 << 20
+
+
+@dataclass
+class Step:
+    """Everything about one step besides the tensors that autograd follows."""
+
+    batch: GlobalBatch
+    margin: Margin
+    rows: Tensor | None  # sorted local rows that take part [S]; None for the whole shard
+    lo: int  # first global class id of the shard
+    num_classes: int
+    targets: Tensor  # [N, L] global class ids, -1 where there is no target
+    target_weights: Tensor  # [N, L], 0 where there is no target
+    sample_weights: Tensor  # [N]: what each sample's loss counts for in the reduced loss
+    label_smoothing: float
+    reduction: str
+    scale_embedding_grad: bool
+    scatter: bool  # backward itself returns the gradient of this rank's embeddings
+    kept: bool
+    on_row_grad: Callable[[Tensor, list[Tensor]], None]
+    cosines: Tensor | None = None  # out: target cosines [N, L] of all ranks
+    selected: Tensor | None = None  # out, with label smoothing: how many rows take part on all ranks together
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.batch.ranks
+
+
+def tile_rows(samples: int, width: int, device_type: str) -> int:
+    """T: so many class rows that neither `[N, T]` nor `[T, D]` in float32 is larger than a tile may be."""
+    budget = TILE_BYTES.get(device_type, TILE_BYTES_ELSEWHERE)
+    return max(64, budget // (4 * max(samples, width, 1)) // 64 * 64)
+
+
+def unit(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(vectors `[n, D]` at unit length, 1/length `[n, 1]`), in `dtype`; both 0 for a vector without a direction."""
+    norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype)
+    inverse = torch.where(norm > TINY, norm.reciprocal(), 0.0)
+    return vectors.to(dtype) * inverse, inverse
+
+
+def tangent_(grad: Tensor, direction: Tensor, inverse: Tensor) -> Tensor:
+    """In place: gradient by v/‖v‖ -> gradient by v, `(g − (g·u) u) / ‖v‖`, for rows `[n, D]`."""
+    along = torch.linalg.vecdot(grad, direction).unsqueeze(1)
+    return grad.addcmul_(direction, along, value=-1).mul_(inverse)
+
+
+class Rows:
+    """The selected class rows of this rank, given out tile by tile as (directions, 1/length, bias) in the dtype of the statistics."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, step: Step, dtype: torch.dtype) -> None:
+        self.weight, self.bias, self.step, self.dtype = weight, bias, step, dtype
+        self.count = len(weight) if step.rows is None else len(step.rows)
+        self.inverse = weight.new_empty(self.count, 1, dtype=dtype) if step.margin.normalize else None
+        self.normalized = False
+
+    def tile(self, a: int, b: int) -> Tensor:
+        """Directions `[b − a, D]` of rows a to b; lengths are measured on the first pass and remembered."""
+        rows = self.step.rows
+        part = self.weight[a:b] if rows is None else self.weight.index_select(0, rows[a:b])
+        if self.inverse is None:
+            return part.to(self.dtype)
+        if not self.normalized:
+            direction, self.inverse[a:b] = unit(part, self.dtype)
+            return direction
+        return part.to(self.dtype) * self.inverse[a:b]
+
+    def tile_bias(self, a: int, b: int) -> Tensor | None:
+        if self.bias is None:
+            return None
+        rows = self.step.rows
+        return (self.bias[a:b] if rows is None else self.bias.index_select(0, rows[a:b])).to(self.dtype)
+
+    def tiles(self, size: int) -> Iterator[tuple[int, int]]:
+        for a in range(0, self.count, size):
+            yield a, min(a + size, self.count)
+
+
+@dataclass
+class Targets:
+    """The targets of all samples, as the rank sees them: `P = N · L` of them, in the order of the samples."""
+
+    sample: Tensor  # [P] which sample
+    row: Tensor  # [P] position among the selected rows; 0 where another rank owns the class
+    own: Tensor  # [P] whether this rank owns it
+    exists: Tensor  # [N, L]
+
+    @classmethod
+    def locate(cls, step: Step, local_classes: int, selected: int) -> Targets:
+        n, each = step.targets.shape
+        flat = step.targets.reshape(-1)
+        local = flat - step.lo
+        own = (local >= 0) & (local < local_classes) & (flat >= 0)
+        if step.rows is not None and selected:
+            local = torch.searchsorted(step.rows, local)
+        row = torch.where(own, local, 0)
+        sample = torch.arange(n, device=flat.device).repeat_interleave(each) if each > 1 else torch.arange(n, device=flat.device)
+        return cls(sample, row, own, step.targets >= 0)
+
+
+def _compute_dtypes(embeddings: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of statistics, dtype of matrix products): float32 at least for the first, autocast's choice for the second."""
+    if torch.float64 in (embeddings.dtype, weight.dtype):
+        return torch.float64, torch.float64
+    if torch.is_autocast_enabled(embeddings.device.type):
+        return torch.float32, torch.get_autocast_dtype(embeddings.device.type)
+    low = weight.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32, weight.dtype if low else torch.float32
+
+
+class ShardedCrossEntropy(torch.autograd.Function):
+    """(embeddings, weight, bias, anchor, step) -> loss.
+
+    embeddings: [N_local, D] of this rank if step.scatter, else the global [N, D]. weight: [C_local, D]; bias: [C_local] or None.
+    anchor: a scalar that requires grad under sampling, where weight and bias are detached and their rows' gradients go to
+    step.on_row_grad instead. The loss is a scalar that is the same on every rank, or [N_local] for reduction "none".
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings, weight, bias, anchor, step):  # type: ignore[no-untyped-def]
+        stats, product = _compute_dtypes(embeddings, weight)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            forward = _Forward(step, weight, bias, stats, product)
+            loss, saved = forward.run(any(ctx.needs_input_grad))
+        ctx.save_for_backward(weight, bias, *saved)
+        ctx.step, ctx.rows, ctx.targets, ctx.tile, ctx.dtypes = (
+            step,
+            forward.rows,
+            forward.targets,
+            forward.tile,
+            (stats, product),
+        )
+        ctx.embedding_dtype, ctx.anchored = embeddings.dtype, anchor is not None
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        weight, bias, *saved = ctx.saved_tensors
+        with torch.autocast(weight.device.type, enabled=False):
+            return _Backward(ctx, grad, weight, bias, saved).run()
+
+
+class _Forward:
+    def __init__(self, step: Step, weight: Tensor, bias: Tensor | None, stats: torch.dtype, product: torch.dtype) -> None:
+        self.step, self.stats, self.product = step, stats, product
+        self.rows = Rows(weight, bias, step, stats)
+        X = step.batch.embeddings
+        self.N, self.D = X.shape
+        self.x, self.x_inverse = unit(X, stats) if step.margin.normalize else (X.to(stats), X.new_empty(0))
+        self.tile = tile_rows(self.N, self.D, X.device.type)
+        with record_function("partial_fc::targets"):
+            self.targets = Targets.locate(step, len(weight), self.rows.count)
+
+    def run(self, needs_grad: bool) -> tuple[Tensor, list[Tensor]]:
+        step = self.step
+        raw, z, slope = self._target_logits(needs_grad)
+        kept = step.kept and needs_grad
+        with record_function("partial_fc::forward_tiles"):
+            maximum, total, exponentials, tile_maxima, row_sum = self._tiles(kept)
+        with record_function("partial_fc::combine"):
+            lse, z, cosine, mean_logit = self._combine(maximum, total, z, raw, row_sum)
+        step.cosines = cosine
+        smoothing = step.label_smoothing
+        losses = (1 - smoothing) * (step.target_weights * (lse[:, None] - z)).sum(1)
+        if smoothing:
+            losses = losses + smoothing * (lse - mean_logit)
+        losses = torch.where(step.sample_weights > 0, losses, 0.0)
+        saved = [self.x, self.x_inverse, lse, z, raw, slope, exponentials, tile_maxima, row_sum]
+        return self._reduce(losses), saved
+
+    def _target_logits(self, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(cosine or plain logit, target logit, derivative of the second by the first), each `[P]`, 0 on other ranks."""
+        targets, step, x = self.targets, self.step, self.x
+        raw = x.new_zeros(len(targets.sample))
+        if self.rows.count:
+            w = self._target_rows()
+            raw = torch.linalg.vecdot(x[targets.sample], w)
+            if self.rows.bias is not None:
+                raw = raw + self._select(self.rows.bias, targets.row).to(self.stats)
+        raw = torch.where(targets.own, raw, 0.0)
+        with torch.enable_grad():
+            leaf = raw.detach().requires_grad_()
+            z = step.margin.target(leaf) * step.margin.scale
+            slope = torch.autograd.grad(z.sum(), leaf)[0] if needs_grad else torch.zeros_like(raw)
+        return raw, torch.where(targets.own, z.detach(), 0.0), torch.where(targets.own, slope, 0.0)
+
+    def _select(self, tensor: Tensor, row: Tensor) -> Tensor:
+        local = row if self.step.rows is None else self.step.rows[row]
+        return tensor.index_select(0, local)
+
+    def _target_rows(self) -> Tensor:
+        w = self._select(self.rows.weight, self.targets.row)
+        return unit(w, self.stats)[0] if self.step.margin.normalize else w.to(self.stats)
+
+    def _tiles(self, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(running maximum `[N]`, sum of exponentials `[N]`, kept exponentials `[N · S]`, maxima a tile, sum of directions `[D + 1]`)."""
+        x, rows, step, N = self.x, self.rows, self.step, self.N
+        maximum = x.new_full((N, 1), torch.finfo(self.stats).min)
+        total = x.new_zeros(N, 1)
+        tile = min(self.tile, max(rows.count, 1))
+        kept = x.new_empty(N * rows.count if keep else 0, dtype=self.product)
+        tile_maxima = x.new_empty(-(-rows.count // self.tile) if keep else 0, N, 1)
+        scratch = None if keep and self.product == self.stats else x.new_empty(N * tile)
+        row_sum = x.new_zeros(self.D + 1 if step.label_smoothing else 0)
+        scaled = (x * step.margin.scale).to(self.product)
+        for t, (a, b) in enumerate(rows.tiles(self.tile)):
+            w = rows.tile(a, b)
+            target = kept[N * a : N * b] if scratch is None else scratch[: N * (b - a)]
+            logits = _logits(scaled, w, rows.tile_bias(a, b), target.view(N, b - a))
+            _leave_out(logits, self.targets, N, a)
+            before = maximum
+            if b > a and N:
+                maximum = torch.maximum(maximum, logits.amax(1, keepdim=True))
+            logits.sub_(maximum).exp_()
+            total = total.mul_((before - maximum).exp_()).add_(logits.sum(1, keepdim=True))
+            if keep:
+                tile_maxima[t] = maximum
+                if scratch is not None:
+                    kept[N * a : N * b].view(N, b - a).copy_(logits)
+            if step.label_smoothing:
+                row_sum[: self.D] += w.sum(0)
+                row_sum[self.D] += 0.0 if rows.bias is None else rows.tile_bias(a, b).sum()  # type: ignore[union-attr]
+        rows.normalized = True
+        return maximum[:, 0], total[:, 0], kept, tile_maxima, row_sum
+
+    def _combine(self, maximum: Tensor, total: Tensor, z: Tensor, raw: Tensor, row_sum: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(log Σ exp over all selected classes `[N]`, target logits, target cosines `[N, L]`, mean logit `[N]`): one all-gather."""
+        step, shape = self.step, self.step.targets.shape
+        parts = [maximum, total, z, raw]
+        if step.label_smoothing:
+            scale = step.margin.scale
+            sums = (self.x @ row_sum[: self.D] + row_sum[self.D]) * scale
+            sums.index_add_(0, self.targets.sample, torch.where(self.targets.own, z - scale * raw, 0.0))
+            parts += [sums, sums.new_full((1,), float(self.rows.count))]
+        everyone = all_gather(torch.cat(parts), step.ranks.group)
+        m, s, zs, cosines, *rest = everyone.split([len(p) for p in parts], dim=1)
+        z, cosine = zs.sum(0).view(shape), cosines.sum(0).view(shape)
+        absent = torch.finfo(z.dtype).min
+        z_in = torch.where(self.targets.exists, z, absent)
+        shift = torch.cat((m.amax(0)[:, None], z_in), 1).amax(1)
+        sums = (s * (m - shift).exp()).sum(0) + ((z_in - shift[:, None]).exp() * self.targets.exists).sum(1)
+        lse = sums.log() + shift
+        if not rest:
+            return lse, z, cosine, lse
+        step.selected = rest[1].sum()
+        return lse, z, cosine, rest[0].sum(0) / step.selected
+
+    def _reduce(self, losses: Tensor) -> Tensor:
+        step = self.step
+        if step.reduction == "none":
+            return losses[step.batch.local].clone()
+        loss = (losses * step.sample_weights).sum()
+        # the replicas of a 2-D mesh hold other samples, whose share of the mean is theirs to add
+        return all_gather(loss, step.ranks.replica_group).sum(0) if step.ranks.replica_group else loss
+
+
+def _logits(scaled: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """`scaled wᵀ + bias` `[N, T]`, written into `out` where the product has its dtype."""
+    if scaled.dtype == out.dtype:
+        torch.mm(scaled, w.t(), out=out)
+    else:
+        out.copy_(torch.mm(scaled, w.to(scaled.dtype).t()))
+    return out if bias is None else out.add_(bias)
+
+
+def _leave_out(logits: Tensor, targets: Targets, samples: int, a: int) -> None:
+    """In place: −inf where a row of this tile is a target of the sample; targets are counted with their margin elsewhere."""
+    width = logits.shape[1]
+    if not logits.numel():
+        return
+    column = (targets.row - a).view(samples, -1)
+    here = targets.own.view(samples, -1) & (column >= 0) & (column < width)
+    column = column.clamp(0, width - 1)
+    # a sample whose targets are elsewhere writes back what it reads; several targets a sample go one by one, so that none undoes another
+    for each in range(column.shape[1]):
+        at = column[:, each : each + 1]
+        logits.scatter_(1, at, torch.where(here[:, each : each + 1], -torch.inf, logits.gather(1, at)))
+
+
+class _Backward:
+    def __init__(self, ctx, grad: Tensor, weight: Tensor, bias: Tensor | None, saved: list[Tensor]) -> None:  # type: ignore[no-untyped-def]
+        self.step, self.rows, self.targets, self.tile = ctx.step, ctx.rows, ctx.targets, ctx.tile
+        self.stats, self.product = ctx.dtypes
+        self.embedding_dtype, self.anchored, self.needs = ctx.embedding_dtype, ctx.anchored, ctx.needs_input_grad
+        self.weight, self.bias = weight, bias
+        self.x, self.x_inverse, self.lse, self.z, self.raw, self.slope, self.kept, self.tile_maxima, self.row_sum = saved
+        self.N, self.D = self.x.shape
+        step, smoothing = self.step, self.step.label_smoothing
+        self.c = self._sample_coefficients(grad.to(self.stats))
+        # d loss / d lse, and per target d loss / d target logit
+        self.on_lse = self.c * ((1 - smoothing) * step.target_weights.sum(1) + smoothing)
+        probability = (self.z - self.lse[:, None]).exp()
+        on_z = self.on_lse[:, None] * probability - self.c[:, None] * (1 - smoothing) * step.target_weights
+        self.uniform = torch.zeros_like(self.c)  # d loss / d every selected logit, of label smoothing
+        if smoothing:
+            assert step.selected is not None
+            self.uniform = -self.c * smoothing / step.selected
+            on_z = on_z + self.uniform[:, None]
+        on_z = torch.where(self.targets.exists, on_z, 0.0).reshape(-1)
+        # by the target's raw cosine or logit; the uniform share that every row gets below is taken back where a margin replaces it
+        self.on_raw = torch.where(self.targets.own, on_z * self.slope - step.margin.scale * self.uniform[self.targets.sample], 0.0)
+
+    def _sample_coefficients(self, grad: Tensor) -> Tensor:
+        """`[N]`: d objective / d loss_i, from the gradient of the reduced loss."""
+        step = self.step
+        if step.reduction != "none":
+            return grad * step.sample_weights
+        # each rank's scalar counts as averaged over the ranks, and each rank knows the gradient of its own samples only
+        counts = step.batch.counts
+        padded = grad.new_zeros(max(counts))
+        padded[: len(grad)] = grad
+        everyone = all_gather(padded, step.ranks.group)
+        return torch.cat([row[:n] for row, n in zip(everyone, counts, strict=True)]) * step.sample_weights / step.ranks.total
+
+    def run(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        want_x, want_w = self.needs[0], self.anchored or self.needs[1] or self.needs[2]
+        # the sum of embedding gradients over ranks travels while the class gradients are computed
+        overlap = want_x and want_w and self.step.scatter and self.kept.numel() > 0 and self.step.ranks.group is not None
+        with record_function("partial_fc::backward_tiles"):
+            dx, dw = self._tiles(want_x, want_w and not overlap)
+        finish = self._send(dx) if want_x else None
+        if overlap:
+            with record_function("partial_fc::backward_tiles"):
+                _, dw = self._tiles(False, True)
+        weight_grad, bias_grad = self._finish_rows(dw)
+        return None if finish is None else finish(), weight_grad, bias_grad, None, None
+
+    def _send(self, dx: Tensor) -> Callable[[], Tensor]:
+        step = self.step
+        if step.scale_embedding_grad:
+            dx.mul_(step.ranks.total)
+        if not step.scatter:
+            return lambda: dx.to(self.embedding_dtype)
+        with record_function("partial_fc::scatter"):
+            wait = start_reduce_scatter(dx, step.ranks, step.batch.counts)
+        return lambda: wait().to(self.embedding_dtype)
+
+    def _tiles(self, want_x: bool, want_w: bool) -> tuple[Tensor, list[Tensor]]:
+        """(gradient of all embeddings from this rank's rows `[N, D]`, gradients of the rows `[S, D]` and biases `[S]`)."""
+        N, rows, scale = self.N, self.rows, self.step.margin.scale
+        dx = self.x.new_zeros(N, self.D)
+        dw = self.x.new_empty(rows.count, self.D, dtype=self.weight.dtype) if want_w else None
+        db = self.x.new_empty(rows.count, dtype=self.stats) if want_w and self.bias is not None else None
+        scratch = self.x.new_empty(0 if self.kept.numel() else N * min(self.tile, max(rows.count, 1)))
+        scaled = (self.x * scale).to(self.product)
+        factor = self.on_lse[:, None]
+        for t, (a, b) in enumerate(rows.tiles(self.tile)):
+            w = rows.tile(a, b)
+            if self.kept.numel():
+                e = self.kept[N * a : N * b].view(N, b - a)
+                factor = self.on_lse[:, None] * (self.tile_maxima[t] - self.lse[:, None]).exp_()
+            else:
+                e = _logits(scaled, w, rows.tile_bias(a, b), scratch[: N * (b - a)].view(N, b - a))
+                _leave_out(e, self.targets, N, a)
+                e = e.sub_(self.lse[:, None]).exp_().to(self.product)
+            if want_x:
+                dx.addcmul_(torch.mm(e, w.to(self.product)).to(self.stats), factor, value=scale)
+            if dw is not None:
+                self._row_grad(dw[a:b], e, factor, w, a, b)
+            if db is not None:
+                db[a:b] = torch.mv(e.t().to(self.stats), factor[:, 0]) + self.uniform.sum()
+        if want_x:
+            self._targets_to_embeddings(dx)
+        if dw is not None:
+            self._targets_to_rows(dw, db)
+        return dx, [g for g in (dw, db) if g is not None]
+
+    def _row_grad(self, out: Tensor, e: Tensor, factor: Tensor, w: Tensor, a: int, b: int) -> None:
+        """`out [T, D]` = gradient of rows a to b from all logits but the targets'."""
+        weighted = self.x * (factor * self.step.margin.scale)
+        if self.product == self.stats == out.dtype:
+            grad = torch.mm(e.t(), weighted, out=out)
+        else:
+            grad = _low_precision_product(e, weighted, self.product).to(self.stats)
+        if self.step.label_smoothing:
+            grad += (self.uniform @ self.x) * self.step.margin.scale
+        if self.rows.inverse is not None:
+            tangent_(grad, w, self.rows.inverse[a:b])
+        if grad is not out:
+            out.copy_(grad)
+
+    def _target_rows(self) -> tuple[Tensor, Tensor]:
+        """Directions and 1/length of the targets' rows, `[P, D]` and `[P, 1]`."""
+        row = self.targets.row if self.step.rows is None else self.step.rows[self.targets.row]
+        part = self.weight.index_select(0, row)
+        if self.rows.inverse is None:
+            return part.to(self.stats), part.new_ones(len(part), 1, dtype=self.stats)
+        inverse = self.rows.inverse.index_select(0, self.targets.row)
+        return part.to(self.stats) * inverse, inverse
+
+    def _targets_to_embeddings(self, dx: Tensor) -> None:
+        if self.rows.count:
+            dx.index_add_(0, self.targets.sample, self._target_rows()[0] * self.on_raw[:, None])
+        if self.step.label_smoothing:
+            dx += self.uniform[:, None] * (self.row_sum[: self.D] * self.step.margin.scale)
+        if self.rows.inverse is not None:
+            tangent_(dx, self.x, self.x_inverse)
+
+    def _targets_to_rows(self, dw: Tensor, db: Tensor | None) -> None:
+        if not self.rows.count:
+            return
+        w, inverse = self._target_rows()
+        grad = self.x[self.targets.sample] * self.on_raw[:, None]
+        if self.rows.inverse is not None:
+            tangent_(grad, w, inverse)
+        dw.index_add_(0, self.targets.row, grad.to(dw.dtype))
+        if db is not None:
+            db.index_add_(0, self.targets.row, self.on_raw)
+
+    def _finish_rows(self, grads: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Sum the rows' gradients over replicas; hand them over under sampling, else return them to autograd."""
+        if not grads:
+            return None, None
+        if self.step.ranks.replica_group is not None:
+            with record_function("partial_fc::replicas"):
+                for grad in grads:
+                    torch.distributed.all_reduce(grad, group=self.step.ranks.replica_group)
+        if self.bias is not None:
+            grads[1] = grads[1].to(self.bias.dtype)
+        if self.anchored:
+            assert self.step.rows is not None
+            self.step.on_row_grad(self.step.rows, grads)
+            return None, None
+        return grads[0] if self.needs[1] else None, grads[1] if self.bias is not None and self.needs[2] else None
+
+
+def _low_precision_product(e: Tensor, weighted: Tensor, dtype: torch.dtype) -> Tensor:
+    """`eᵀ weighted` with both in `dtype`. float16 has little range: the second is brought to a largest value of 1 and back."""
+    if dtype is not torch.float16:
+        return torch.mm(e.t(), weighted.to(dtype))
+    largest = weighted.abs().amax().clamp_(min=torch.finfo(weighted.dtype).tiny) if weighted.numel() else weighted.new_ones(())
+    return torch.mm(e.t(), (weighted / largest).to(dtype)).to(weighted.dtype) * largest

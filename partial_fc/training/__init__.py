@@ -1,0 +1,1 @@
+"""The training application: configuration, data, backbones, trainer, evaluation and report."""
