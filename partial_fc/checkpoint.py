@@ -15,12 +15,15 @@ the classes of the format.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import shutil
-from pathlib import Path
+import warnings
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +39,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -68,13 +73,13 @@ def save_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
         tensors: dict[str, Tensor] = {}
         state[name] = _flatten(thing.state_dict(), name, tensors)
         state.update({k: _RowBlocks(v) if isinstance(v, DTensor) else v.detach() for k, v in tensors.items()})
-    writer = FileSystemWriter(data)
-    save(
-        state,
-        storage_writer=writer,
-        planner=DefaultSavePlanner(flatten_state_dict=False),
-        no_dist=not dist.is_initialized(),
-    )
+    with _quiet():
+        save(
+            state,
+            storage_writer=FileSystemWriter(data),
+            planner=_RowBlockPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=not dist.is_initialized(),
+        )
     _agreed(lambda: _publish(folder, data.name, sorted(named)))
 
 
@@ -119,12 +124,21 @@ def _target(key: str, stored: Any, here: Tensor | None, folder: Path) -> Tensor:
 
 
 def _read(state: dict[str, Any], reader: FileSystemReader) -> None:
-    load(
-        state,
-        storage_reader=reader,
-        planner=_SafeLoadPlanner(flatten_state_dict=False),
-        no_dist=not dist.is_initialized(),
-    )
+    with _quiet():
+        load(
+            state,
+            storage_reader=reader,
+            planner=_SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=not dist.is_initialized(),
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that there is no process group: that is how a single process works."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------- state dicts and skeletons
@@ -180,10 +194,16 @@ class _RowBlocks:
             for chunk in self.__create_chunk_list__()
         ]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+    def block(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
         a = index.offset[0] - self.first
         return self.local[a : a + self.rows]
+
+
+class _RowBlockPlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        stored = self.state_dict[index.fqn]
+        return stored.block(index) if isinstance(stored, _RowBlocks) else super().lookup_object(index)
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -264,6 +284,8 @@ class _SafeUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.ALLOWED:
             return super().find_class(module, name)
+        if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
+            return PurePosixPath  # where it was written; not used
         value = getattr(torch, name, None) if module == "torch" else None
         if isinstance(value, torch.dtype):
             return value

@@ -23,6 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 Group = dist.ProcessGroup | DeviceMesh | None
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# torch 2.13 renamed them
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 NO_LABEL = 2**62  # in the place of a smallest or largest label where there is none
 
 
@@ -87,7 +91,7 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return tensor[None]
     out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
-    dist.all_gather_into_tensor(out.view(-1), tensor.view(-1), group=group)
+    _all_gather_single(out.view(-1), tensor.view(-1), group=group)
     return out
 
 
@@ -372,7 +376,7 @@ def start_reduce_scatter(grad: Tensor, ranks: Ranks, counts: tuple[int, ...]) ->
         for row, part in zip(padded, grad.split(counts), strict=True):
             row[: len(part)] = part
     out = grad.new_empty(longest, grad.shape[1])
-    work = dist.reduce_scatter_tensor(out.view(-1), padded.view(-1), group=ranks.group, async_op=True)
+    work = _reduce_scatter_single(out.view(-1), padded.view(-1), group=ranks.group, async_op=True)
 
     def finish() -> Tensor:
         work.wait()

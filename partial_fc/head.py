@@ -153,7 +153,7 @@ class PartialFC(nn.Module):
 
     @property
     def target_angle(self) -> Tensor:
-        """Mean angle in radians between embeddings and their own class weights in the last forward, without the margin (0-d; NaN if none)."""
+        """Mean angle in radians of embeddings to their own class in the last forward, without the margin (0-d; NaN if none)."""
         if self._target_cosines is None:
             raise RuntimeError("target_angle is known after a forward")
         cosines, exists = self._target_cosines
@@ -300,8 +300,8 @@ class PartialFC(nn.Module):
                     )
         for flat, row in enumerate(batch.status):
             if row.nonfinite_at >= 0:
-                label = "" if row.nonfinite_label == NO_LABEL else f" (label {row.nonfinite_label})"
-                message = f"{ranks.name(flat)}: embeddings[{row.nonfinite_at}]{label} holds a NaN or infinity"
+                of_class = "" if row.nonfinite_label == NO_LABEL else f" (label {row.nonfinite_label})"
+                message = f"{ranks.name(flat)}: embeddings[{row.nonfinite_at}]{of_class} holds a NaN or infinity"
                 if self.on_nonfinite == "raise":
                     raise NonFiniteError(message)
                 log.warning("%s%s", message, "; the step is skipped" if self.on_nonfinite == "skip" else "")
@@ -315,8 +315,8 @@ class PartialFC(nn.Module):
         if device.type == "meta":
             return
         table = all_gather_mesh(torch.tensor(mine, device=device), self._shards.ranks).tolist()
-        for flat, row in enumerate(table):
-            for name, expected, value in zip(what, table[0], row, strict=True):
+        for flat, values in enumerate(table):
+            for name, expected, value in zip(what, table[0], values, strict=True):
                 if expected != value:
                     here, there = self._shards.ranks.name(0), self._shards.ranks.name(flat)
                     raise ValueError(

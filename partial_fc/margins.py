@@ -71,8 +71,8 @@ class CombinedMargin(Margin):
     def target(self, cosine: Tensor) -> Tensor:
         if self.gradient == "straight_through":
             with torch.no_grad():
-                change = self._target(cosine.detach()) - cosine.detach()
-            return cosine + change
+                target = self._target(cosine)
+            return target + (cosine - cosine.detach())
         return self._target(cosine)
 
     def _target(self, cosine: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ def _trial(
 
 def _initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> dict[str, float]:
     """What row state holds for a row that never had a gradient: the state after a step of zero from zero."""
-    parameter, state = _trial(cls, options, torch.zeros(1, 2), steps=1)
+    parameter, state = _trial(cls, options, torch.zeros(1, 2, dtype=torch.float64), steps=1)
     return {k: float(v.reshape(-1)[0]) for k, v in state.items() if _is_row_state(v, parameter)}
 
 
@@ -238,7 +238,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, *heads: HasRows, max_
     theirs = {id(p) for rows in sharded for p in rows.parameters.values()}
     plain = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in plain if p.grad is not None and id(p) not in theirs]
-    norms = [_as_plain(torch.nn.utils.get_total_norm([g], norm_type)) for g in grads]
+    norms = [_as_plain(torch.nn.utils.get_total_norm([g], norm_type)).double() for g in grads]
     shard_grads = [local_part(c.grad) for rows in sharded for c in rows.trainable if c.grad is not None]
     for rows in sharded:
         local = [local_part(c.grad) for c in rows.trainable if c.grad is not None]
@@ -260,12 +260,13 @@ def _as_plain(norm: Tensor) -> Tensor:
 def _norm_over_ranks(grads: list[Tensor], rows: ShardedRows, norm_type: float) -> Tensor:
     device = local_part(next(iter(rows.parameters.values()))).device
     norm = torch.nn.utils.get_total_norm(grads, norm_type) if any(g.numel() for g in grads) else torch.zeros((), device=device)
+    norm = norm.double()
     group = rows.shards.ranks.group
     if group is None:
         return norm
     if math.isinf(norm_type):
         dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=group)
         return norm
-    power = norm.double().pow(norm_type)
+    power = norm.pow(norm_type)
     dist.all_reduce(power, group=group)
     return power.pow(1 / norm_type)

@@ -77,10 +77,12 @@ class Permutation:
     def outside(self) -> Tensor:
         """For each value of the network in `[size, a * b)`: where cycle walking takes it. On the CPU, once a permutation."""
         a, b = self._sides
-        values = torch.arange(self.size, a * b)
-        while bool((values >= self.size).any()):
-            values = torch.where(values >= self.size, self._walk_once(values), values)
-        return values
+        start = torch.arange(self.size, a * b)
+        values = self._walk_once(start)
+        # a value that comes back to its start is on a cycle that never gets inside; no position inside leads to it either
+        while bool((walking := (values >= self.size) & (values != start)).any()):
+            values = torch.where(walking, self._walk_once(values), values)
+        return torch.where(values == start, 0, values)
 
     def __call__(self, positions: Tensor, outside: Tensor) -> Tensor:
         """The permuted ids of `positions` (int64); `outside` is the table of `outside()` on the same device."""

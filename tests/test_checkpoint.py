@@ -1,0 +1,174 @@
+"""Checkpoints written by any number of ranks and read by any other, whole or not at all, without running code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from partial_fc import ArcFace, PartialFC, RowOptimizer, Softmax, load_checkpoint, save_checkpoint
+
+D = 5
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def build(classes: int, optimizer: str) -> tuple[PartialFC, RowOptimizer, nn.Module, torch.optim.Optimizer]:
+    head = PartialFC(D, classes, Softmax() if optimizer == "adamw" else ArcFace(), 0.5, init_std=1.0, dtype=torch.float64)
+    cls: Any = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
+    options = {"lr": 0.1} if optimizer == "adamw" else {"lr": 0.1, "momentum": 0.9}
+    torch.manual_seed(0)
+    backbone = nn.Linear(3, D).double()
+    return head, RowOptimizer(cls, head, **options), backbone, cls(backbone.parameters(), **options)
+
+
+def train(rank: int, world: int, parts: tuple[Any, ...], start: int, steps: int, classes: int) -> list[float]:
+    head, head_optimizer, backbone, optimizer = parts
+    losses = []
+    for step in range(start, start + steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+        labels = torch.randint(0, classes, (12,), generator=generator)
+        part = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        loss = head(backbone(x[part]), labels[part])
+        loss.backward()
+        for p in backbone.parameters():
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(p.grad)
+            p.grad /= world
+        for o in (optimizer, head_optimizer):
+            o.step()
+            o.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def named(parts: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(("head", "head_optimizer", "backbone", "optimizer"), parts, strict=True))
+
+
+def save(rank: int, world: int, path: str, classes: int, kind: str) -> tuple[list[float], Tensor]:
+    parts = build(classes, kind)
+    train(rank, world, parts, 0, 3, classes)
+    save_checkpoint(path, **named(parts))
+    weight = local(parts[0].weight).detach().clone()
+    return train(rank, world, parts, 3, 3, classes), weight
+
+
+def load(rank: int, world: int, path: str, classes: int, kind: str) -> tuple[list[float], Tensor]:
+    parts = build(classes, kind)
+    load_checkpoint(path, **named(parts))
+    weight = local(parts[0].weight).detach().clone()
+    return train(rank, world, parts, 3, 3, classes), weight
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize(("classes", "written_by"), [(23, 2), (3, 4), (23, 3)])
+def test_any_world_size_reads_what_any_other_wrote(ranks, tmp_path, monkeypatch, kind, classes, written_by):
+    path = str(tmp_path / "checkpoint")
+    results = ranks(written_by).run(save, path, classes, kind)
+    expected, weight = results[0][0], torch.cat([w for _, w in results])
+    for world in (1, 2, 3, 4):
+        again = ranks(world).run(load, path, classes, kind)
+        assert torch.equal(torch.cat([w for _, w in again]), weight)
+        for losses, _ in again:
+            assert losses == (expected if world == written_by else pytest.approx(expected, rel=1e-12))
+    losses, alone = load(0, 1, path, classes, kind)  # without a process group
+    assert torch.equal(alone, weight)
+    assert losses == pytest.approx(expected, rel=1e-12)
+
+
+def test_saved_alone_loads_on_ranks(ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr("partial_fc.checkpoint.ROW_BLOCK_BYTES", 64)
+    path = str(tmp_path / "checkpoint")
+    expected, weight = save(0, 1, path, 23, "sgd")
+    again = ranks(3).run(load, path, 23, "sgd")
+    assert torch.equal(torch.cat([w for _, w in again]), weight)
+    assert again[0][0] == pytest.approx(expected, rel=1e-12)
+
+
+def save_in_small_blocks(rank: int, world: int, path: str) -> None:
+    import partial_fc.checkpoint
+
+    before, partial_fc.checkpoint.ROW_BLOCK_BYTES = partial_fc.checkpoint.ROW_BLOCK_BYTES, 2 * D * 8
+    try:
+        save_checkpoint(path, head=PartialFC(D, 23, seed=3, dtype=torch.float64))
+    finally:
+        partial_fc.checkpoint.ROW_BLOCK_BYTES = before
+
+
+def test_rows_are_written_in_blocks(ranks, tmp_path):
+    ranks(3).run(save_in_small_blocks, str(tmp_path))
+    head = PartialFC(D, 23, seed=4, dtype=torch.float64)
+    load_checkpoint(tmp_path, head=head)
+    assert torch.equal(head.weight, PartialFC(D, 23, seed=3, dtype=torch.float64).weight)
+
+
+def test_a_second_save_replaces_the_first_and_a_torn_one_does_not(tmp_path, monkeypatch):
+    head = PartialFC(D, 7)
+    save_checkpoint(tmp_path, head=head)
+    first = head.weight.detach().clone()
+    with torch.no_grad():
+        head.weight.add_(1)
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("partial_fc.checkpoint.os.replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, head=head)
+    other = PartialFC(D, 7, seed=1)
+    load_checkpoint(tmp_path, head=other)
+    assert torch.equal(other.weight, first)
+    save_checkpoint(tmp_path, head=head)
+    load_checkpoint(tmp_path, head=other)
+    assert torch.equal(other.weight, head.weight)
+    assert len(list(tmp_path.glob("data-*"))) == 1
+
+
+def test_errors_say_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        load_checkpoint(tmp_path, head=PartialFC(D, 7))
+    save_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
+    with pytest.raises(ValueError, match=r"head/weight is \[7, 5\], here it is \[8, 5\]"):
+        load_checkpoint(tmp_path / "a", head=PartialFC(D, 8))
+    with pytest.raises(ValueError, match="has no center; it has head"):
+        load_checkpoint(tmp_path / "a", center=PartialFC(D, 7))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot be written"):
+        save_checkpoint(tmp_path / "file" / "below", head=PartialFC(D, 7))
+    (tmp_path / "a" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        load_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):
+    save_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps({"format": 1, "data": "../a", "names": ["head"]}))
+    with pytest.raises(ValueError, match="no folder beside it"):
+        load_checkpoint(tmp_path / "b", head=PartialFC(D, 7))
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ran",)
+
+
+def test_metadata_cannot_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
+    data = next((tmp_path / "a").glob("data-*"))
+    (data / ".metadata").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(pickle.UnpicklingError, match="not to be trusted"):
+        load_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
+    assert not Path("ran").exists()
