@@ -1,0 +1,323 @@
+"""Open-set evaluation of a recogniser: verification over all pairs, identification at rank 1.
+
+The identities evaluated were never trained on, so the classification head plays no part: only the cosine between
+two embeddings does. The data's story, for `n` images of `D`-dimensional embeddings:
+
+    embeddings [n, D], labels [n]    normalised to unit length in float32; labels renumbered 0..identities-1
+      -> tiles [tile, tile]          cosines of every unordered pair i < j, one tile of the upper triangle at a time
+      -> counts [2, FOLDS, BINS]     int64 histograms: (genuine | impostor) x fold of the pair x bin of the cosine
+      -> figures                     TAR at FAR, EER, accuracy over 10 folds, ROC points: from the histograms alone
+      -> hits, probes                rank 1: nearest gallery image of each probe, tiled in the same way
+
+Memory is O(n D + tile^2 + BINS), never n^2: 100,000 images are 5e9 pairs and the same 21 MB of counts. Tiles are dealt
+round-robin to ranks (every rank holds all embeddings); counts of the ranks add up exactly because they are integers.
+
+Resolution. `BINS` equal bins over [-1, 1] give thresholds a resolution of 2 / BINS = 1.5e-5 in cosine. A threshold is
+the lower edge of a bin; the pairs of one bin are accepted together or not at all, and where a bin would take the false
+accepts above the FAR asked for, it is rejected whole: the FAR reached is never above the one asked. Cosines are float32
+products; where the caller has switched TF32 on, they carry its error (about 1e-3) rather than the bin's.
+
+Folds. A pair belongs to the fold of its lower-numbered identity, modulo 10. Folds never share the identity of a genuine
+pair; an impostor pair may touch one identity of another fold, as any split of *all* pairs must.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import combinations_with_replacement, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from partial_fc.training.errors import UserError
+
+BINS = 2**17  # of the cosine over [-1, 1]
+FOLDS = 10
+FARS = {"1e-2": 1e-2, "1e-3": 1e-3, "1e-4": 1e-4, "1e-5": 1e-5}  # printed name -> false accept rate
+MIN_FALSE_ACCEPTS = 10  # expected false accepts below which a TAR is not reported
+CURVE_BINS = 256  # of the histograms kept for plotting; divides BINS
+ROC_POINTS = 500
+GENUINE, IMPOSTOR = 0, 1  # first index of the counts
+
+
+@dataclass
+class PairHistograms:
+    """Histograms of the cosines of all pairs, and the figures that follow from them.
+
+    `counts` is int64 `[2, FOLDS, BINS]`: genuine (0) or impostor (1), fold of the pair, bin of the cosine. The sum of
+    several ranks' counts (`+`, or an all-reduce of `counts`) is the histogram of all pairs.
+    """
+
+    counts: Tensor
+
+    def __add__(self, other: "PairHistograms") -> "PairHistograms":
+        return PairHistograms(self.counts + other.counts)
+
+    @property
+    def genuine_pairs(self) -> int:
+        return int(self.counts[GENUINE].sum())
+
+    @property
+    def impostor_pairs(self) -> int:
+        return int(self.counts[IMPOSTOR].sum())
+
+    def _rates(self) -> tuple[Tensor, Tensor]:
+        """TAR and FAR, float64 `[BINS + 1]` each, at the threshold of every bin edge from -1 to 1."""
+        genuine, impostor = _accepted(self.counts.sum(1)).double()
+        return genuine / genuine[0], impostor / impostor[0]
+
+    def _bin_at_far(self, far: float) -> int | None:
+        """The lowest bin edge accepting at most `far` of the impostors; None by the rule of `tar_at_far`."""
+        impostor = _accepted(self.counts[IMPOSTOR].sum(0))
+        allowed = far * float(impostor[0]) + 1e-6  # 1e-5 * 1e6 must count as 10, whatever its last bit
+        return int((impostor > int(allowed)).sum()) if allowed >= MIN_FALSE_ACCEPTS else None
+
+    def threshold_at_far(self, far: float) -> float | None:
+        """The lowest cosine at which pairs may be accepted for at most `far` of the impostors; None as `tar_at_far`."""
+        edge = self._bin_at_far(far)
+        return None if edge is None else -1 + 2 * edge / BINS
+
+    def tar_at_far(self, far: float) -> float | None:
+        """Share of genuine pairs accepted at the threshold that accepts at most the share `far` of impostor pairs.
+
+        None where `far` of the impostor pairs are fewer than 10 (`MIN_FALSE_ACCEPTS`): a threshold set by a handful of
+        pairs says little of the rate claimed. FAR 1e-5 thus needs a million impostor pairs.
+        """
+        edge = self._bin_at_far(far)
+        return None if edge is None else float(self._rates()[0][edge])
+
+    def eer(self) -> float:
+        """Equal error rate: where false accepts and false rejects meet, interpolated linearly between bin edges."""
+        tar, far = self._rates()
+        gap = far - (1 - tar)  # falls from 1 (all accepted) to -1 (none accepted)
+        after = int((gap > 0).sum())
+        before = after - 1
+        weight = gap[before] / (gap[before] - gap[after])
+        return float(far[before] + weight * (far[after] - far[before]))
+
+    def accuracy(self) -> tuple[float, float] | None:
+        """Mean and standard deviation (population) over 10 folds of the accuracy at the best threshold.
+
+        The threshold is the best on the other nine folds; where several are equally good, the middle one of them.
+        Genuine and impostor pairs weigh equally, whatever their numbers: accuracy = (TAR + 1 - FAR) / 2, as in the
+        balanced protocol of LFW (3,000 pairs of each; Huang et al., 2007), without which "reject all" would score
+        above 99 % here. A fold lacking either kind of pair, as with fewer than ten identities, is left out; None if
+        none remains.
+        """
+        accepted = _accepted(self.counts).double()
+        total = accepted.sum(1)
+        scores = []
+        for fold in range(FOLDS):
+            tested = accepted[:, fold]
+            chosen = total - tested
+            if tested[:, 0].min() == 0 or chosen[:, 0].min() == 0:
+                continue
+            objective = chosen[GENUINE] / chosen[GENUINE, 0] - chosen[IMPOSTOR] / chosen[IMPOSTOR, 0]
+            best = (objective >= objective.max() - 1e-12).nonzero().flatten()
+            edge = int(best[len(best) // 2])
+            tar, far = (tested[:, edge] / tested[:, 0]).tolist()
+            scores.append((tar + 1 - far) / 2)
+        if not scores:
+            return None
+        values = torch.tensor(scores, dtype=torch.float64)
+        return float(values.mean()), float(values.std(correction=0))
+
+    def roc(self) -> list[tuple[float, float]]:
+        """Points (FAR, TAR) of rising FAR > 0, at most `ROC_POINTS`, evenly thinned in log FAR; the last is (1, 1)."""
+        tar, far = self._rates()
+        wanted = torch.logspace(0, -float(torch.tensor(self.impostor_pairs).log10()), ROC_POINTS, dtype=torch.float64)
+        # The first edge whose FAR is at most the one wanted. FAR falls with the edge: search its negative, which rises.
+        edges = torch.searchsorted(-far, -wanted * (1 + 1e-9)).unique()
+        return [(float(far[edge]), float(tar[edge])) for edge in edges.flip(0) if far[edge] > 0]
+
+    def curves(self) -> tuple[list[int], list[int]]:
+        """Genuine and impostor pair counts in `CURVE_BINS` equal bins over [-1, 1]."""
+        genuine, impostor = self.counts.sum(1).view(2, CURVE_BINS, -1).sum(-1).tolist()
+        return genuine, impostor
+
+
+@dataclass
+class Evaluation:
+    """All figures of one evaluation set. Rates are shares in [0, 1]; None stands where the data do not allow a figure.
+
+    `tar` and `thresholds` (cosines) have the keys of `FARS`; `accuracy_std` is the deviation over folds; `roc` holds
+    points (FAR, TAR); the two histograms hold pair counts in `CURVE_BINS` equal bins of the cosine over [-1, 1].
+    """
+
+    name: str
+    images: int
+    identities: int
+    genuine_pairs: int
+    impostor_pairs: int
+    tar: dict[str, float | None]
+    thresholds: dict[str, float | None]
+    eer: float
+    accuracy: float | None
+    accuracy_std: float | None
+    rank1: float
+    probes: int
+    roc: list[tuple[float, float]]
+    genuine_histogram: list[int]
+    impostor_histogram: list[int]
+
+    def to_dict(self, *, curves: bool = True) -> dict[str, Any]:
+        """The fields as JSON-ready values; without `roc` and the histograms unless `curves`."""
+        fields = asdict(self) | {"roc": [list(point) for point in self.roc]}
+        return {key: value for key, value in fields.items() if curves or key not in _CURVES}
+
+    def summary(self) -> str:
+        """A text table for the terminal; "—" where a figure is None."""
+        deviation = "" if self.accuracy_std is None else f" ± {100 * self.accuracy_std:.2f}"
+        rows = [(f"TAR @ FAR {name}", _percent(tar)) for name, tar in self.tar.items()]
+        rows += [
+            ("EER", _percent(self.eer)),
+            ("accuracy (10 folds)", _percent(self.accuracy) + deviation),
+            ("rank-1", _percent(self.rank1) + f"   of {self.probes:,} probes, gallery {self.identities:,}"),
+        ]
+        head = (
+            f"{self.name}: {self.images:,} images of {self.identities:,} identities, "
+            f"{self.genuine_pairs:,} genuine and {self.impostor_pairs:,} impostor pairs"
+        )
+        return "\n".join([head, *(f"  {key:<20}{value}" for key, value in rows)])
+
+
+_CURVES = ("roc", "genuine_histogram", "impostor_histogram")
+
+
+def evaluate_embeddings(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    name: str,
+    tile: int = 2048,
+    rank: int = 0,
+    world: int = 1,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """All figures for `embeddings` `[n, D]` of the identities `labels` `[n]`, under the display name `name`.
+
+    With several ranks, each calls with the same embeddings and its own `rank`; `reduce` returns the sum of an int64
+    tensor over ranks (two calls: 21 MB of counts, and two numbers), and every rank gets the same Evaluation.
+    Embeddings need not be normalised; one of zero length has cosine 0 with all others. `tile` images a side are
+    compared at a time, in about 60 bytes per pair of a tile.
+
+    Raises UserError for embeddings that are not finite, lengths that differ, or labels without a genuine or without an
+    impostor pair.
+    """
+    pairs = pair_histograms(embeddings, labels, tile=tile, rank=rank, world=world, progress=progress)
+    hits_probes = torch.tensor(rank1(embeddings, labels, tile=tile, rank=rank, world=world), device=embeddings.device)
+    if reduce is not None:
+        pairs, hits_probes = PairHistograms(reduce(pairs.counts)), reduce(hits_probes)
+    hits, probes = hits_probes.tolist()
+    accuracy, deviation = pairs.accuracy() or (None, None)
+    genuine, impostor = pairs.curves()
+    return Evaluation(
+        name=name,
+        images=len(labels),
+        identities=len(labels.unique()),
+        genuine_pairs=pairs.genuine_pairs,
+        impostor_pairs=pairs.impostor_pairs,
+        tar={key: pairs.tar_at_far(far) for key, far in FARS.items()},
+        thresholds={key: pairs.threshold_at_far(far) for key, far in FARS.items()},
+        eer=pairs.eer(),
+        accuracy=accuracy,
+        accuracy_std=deviation,
+        rank1=hits / probes,
+        probes=probes,
+        roc=pairs.roc(),
+        genuine_histogram=genuine,
+        impostor_histogram=impostor,
+    )
+
+
+def pair_histograms(
+    embeddings: Tensor, labels: Tensor, *, tile: int = 2048, rank: int = 0, world: int = 1, progress: bool = False
+) -> PairHistograms:
+    """Histograms of this rank's share of all pairs i < j of `embeddings` `[n, D]`, identities `labels` `[n]`.
+
+    The tiles of the upper triangle are dealt round-robin: tile t belongs to rank t mod `world`. `progress` shows a bar
+    over this rank's tiles. Raises UserError as `evaluate_embeddings`.
+    """
+    unit, identities = _prepare(embeddings, labels, tile)
+    blocks = list(zip(unit.split(tile), identities.split(tile), strict=True))
+    dealt = list(islice(combinations_with_replacement(range(len(blocks)), 2), rank, None, world))
+    counts = torch.zeros(2 * FOLDS * BINS, dtype=torch.int64, device=unit.device)
+    for i, j in tqdm(dealt, desc="pairs", unit="tile", disable=not progress, leave=False):
+        (rows, row_ids), (columns, column_ids) = blocks[i], blocks[j]
+        bins = ((_cosines(rows, columns) + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
+        different = row_ids[:, None] != column_ids
+        fold = torch.minimum(row_ids[:, None], column_ids) % FOLDS
+        index = (different * FOLDS + fold) * BINS + bins  # GENUINE = 0, IMPOSTOR = 1
+        if i == j:
+            index = index[torch.ones_like(different).triu(1)]
+        index = index.flatten()
+        counts.scatter_add_(0, index, torch.ones_like(index))
+    return PairHistograms(counts.view(2, FOLDS, BINS))
+
+
+def rank1(embeddings: Tensor, labels: Tensor, *, tile: int = 2048, rank: int = 0, world: int = 1) -> tuple[int, int]:
+    """Closed-set identification: `(hits, probes)` of this rank's share of the probes; their sums over ranks divide.
+
+    The gallery is the first image of each identity in the order of `embeddings` `[n, D]`, the probes all other images.
+    A probe is a hit if its nearest gallery embedding is of its own identity (of equals, the first). An identity with a
+    single image is in the gallery as a distractor only. Raises UserError as `evaluate_embeddings`.
+    """
+    unit, identities = _prepare(embeddings, labels, tile)
+    count = int(identities.max()) + 1
+    positions = torch.arange(len(unit), device=unit.device)
+    first = positions.new_full((count,), len(unit)).scatter_reduce_(0, identities, positions, "amin")
+    gallery = unit[first]  # row = identity
+    probes = (positions != first[identities]).nonzero().flatten()
+    hits = total = 0
+    for chosen in probes.split(tile)[rank::world]:
+        best = unit.new_full((len(chosen),), -torch.inf)
+        nearest = torch.zeros_like(chosen)
+        for start in range(0, count, tile):
+            value, index = _cosines(unit[chosen], gallery[start : start + tile]).max(1)
+            nearest = torch.where(value > best, index + start, nearest)
+            best = torch.maximum(value, best)
+        hits += int((nearest == identities[chosen]).sum())
+        total += len(chosen)
+    return hits, total
+
+
+def _accepted(counts: Tensor) -> Tensor:
+    """Of `counts` `[..., BINS]`, how many pairs lie at or above each bin edge: `[..., BINS + 1]` on the CPU, last 0."""
+    return F.pad(counts.cpu().flip(-1).cumsum(-1).flip(-1), (0, 1))
+
+
+def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
+    """One tile: the cosines `[rows, columns]` of unit embeddings."""
+    return rows @ columns.T
+
+
+def _prepare(embeddings: Tensor, labels: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """Unit float32 embeddings `[n, D]` and identities `[n]` numbered from 0, or UserError."""
+    if embeddings.ndim != 2 or labels.ndim != 1 or len(embeddings) != len(labels):
+        raise UserError(
+            f"embeddings {list(embeddings.shape)} and labels {list(labels.shape)} do not match: "
+            "give embeddings [n, D] and one label per image [n]"
+        )
+    if tile < 1:
+        raise UserError(f"the evaluation tile is {tile}: give at least 1 image a side (2048 is usual)")
+    if len(labels) < 2:
+        raise UserError(f"{len(labels)} image(s) make no pair: evaluate on at least two identities, one with two images")
+    bad = int((~embeddings.isfinite().all(1)).sum())
+    if bad:
+        raise UserError(
+            f"{bad} of {len(labels)} embeddings are not finite: the model has diverged or overflowed its precision; "
+            "evaluate an earlier checkpoint, or lower the learning rate and train again"
+        )
+    names, identities = labels.to(embeddings.device).unique(return_inverse=True)
+    if len(names) == 1:
+        raise UserError("all images are of one identity: add images of others, or there is no impostor pair to reject")
+    if len(names) == len(labels):
+        raise UserError("no identity has two images: there is no genuine pair to accept; add images or check the labels")
+    return F.normalize(embeddings.detach().float(), dim=1), identities
+
+
+def _percent(share: float | None) -> str:
+    return "—" if share is None else f"{100 * share:.2f} %"

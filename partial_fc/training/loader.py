@@ -1,0 +1,171 @@
+"""Batches of an IdentityDataset: one global order an epoch, cut alike for every number of ranks.
+
+Data's story, for n images and global batches of N:
+
+    order    int64 [n], a permutation keyed by (seed, epoch); the global random state has no part in it
+    batch b  order[b*N : (b+1)*N]; with drop_last, a last one shorter than N is left out
+    rank r   a contiguous part of it, one sample longer or shorter at most than another's; in the order of ranks they make the batch
+    Batch    images float32 [n_local, C, H, W] in [-1, 1], labels and indices int64 [n_local]
+
+All ranks have the same number of batches. Images are loaded, scaled and augmented in the worker processes, if there are any; each pass
+starts its own. An image that cannot be read travels back as a name.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from partial_fc.training.augment import AugmentConfig, augment, stream_key, to_float
+from partial_fc.training.data import IdentityDataset, UnreadableImage
+from partial_fc.training.errors import UserError
+
+_ORDER = 1  # keeps the stream of the order apart from those of the augmentation
+
+
+@dataclass
+class Batch:
+    """This rank's part of a global batch; n may be 0."""
+
+    images: torch.Tensor
+    """float32 [n, C, H, W] in [-1, 1]."""
+    labels: torch.Tensor
+    """int64 [n], identities."""
+    indices: torch.Tensor
+    """int64 [n], positions in the data set."""
+    unreadable: list[str]
+    """Images that were left out, each as "name (reason)"."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        return Batch(self.images.to(device), self.labels.to(device), self.indices.to(device), self.unreadable)
+
+
+class _Samples(Dataset[Batch]):
+    """What the worker processes of a pass hold: a list of indices becomes a Batch."""
+
+    def __init__(self, dataset: IdentityDataset, seed: int, epoch: int, config: AugmentConfig | None) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = epoch
+        self.config = config
+
+    def __getitems__(self, wanted: list[int]) -> Batch:
+        images: list[torch.Tensor] = []
+        readable: list[int] = []
+        unreadable: list[str] = []
+        for index in wanted:
+            try:
+                images.append(self.dataset.load(index))
+                readable.append(index)
+            except UnreadableImage as error:
+                unreadable.append(str(error))
+        indices = torch.tensor(readable, dtype=torch.int64)
+        stacked = torch.stack(images) if images else torch.empty(0, *self.dataset.image_shape, dtype=torch.uint8)
+        if self.config is None:
+            floats = to_float(stacked)
+        else:
+            floats = augment(stacked, indices, seed=self.seed, epoch=self.epoch, config=self.config)
+        return Batch(floats, self.dataset.labels[indices], indices, unreadable)
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
+
+
+class BatchLoader:
+    """Walk over `dataset` in global batches of `batch_size` samples, giving rank `rank` of `world` its part of each.
+
+    `augment` None leaves images as they are. `on_error` "skip" leaves unreadable images out and names them in
+    `Batch.unreadable`; "raise" raises UserError. A data set smaller than one batch (with `drop_last`) raises
+    UserError, as does a batch that cannot give each rank a sample.
+    """
+
+    def __init__(
+        self,
+        dataset: IdentityDataset,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        augment: AugmentConfig | None = None,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        workers: int = 0,
+        on_error: Literal["skip", "raise"] = "skip",
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank} of world {world}; it runs from 0 to world - 1")
+        if batch_size < 1:
+            raise UserError(f"the batch size is {batch_size}; give at least 1")
+        count = len(dataset)
+        if count == 0:
+            raise UserError("the data set has no images")
+        if drop_last and batch_size < world:
+            raise UserError(f"a batch of {batch_size} cannot be shared by {world} ranks; give at least {world}")
+        if drop_last and count < batch_size:
+            raise UserError(f"the data set has {count} images, fewer than one batch of {batch_size}; lower the batch size")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
+        self.seed = seed
+        self.augment = augment
+        self.shuffle = shuffle
+        self.workers = workers
+        self.on_error = on_error
+        self.epoch = 0
+        self._batches = count // batch_size if drop_last else -(-count // batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of the passes that begin from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches an epoch, the same on every rank."""
+        return self._batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.iterate()
+
+    def iterate(self, start_batch: int = 0) -> Iterator[Batch]:
+        """The epoch's batches from `start_batch` on: what a run that stopped after `start_batch` batches has left."""
+        if not 0 <= start_batch <= len(self):
+            raise ValueError(f"start_batch is {start_batch}; the epoch has {len(self)} batches")
+        return self._walk(self.epoch, start_batch)
+
+    def _parts(self, epoch: int, start_batch: int) -> Iterator[list[int]]:
+        """This rank's sample indices of each global batch of the epoch, from `start_batch` on."""
+        count = len(self.dataset)
+        if self.shuffle:
+            order = np.random.Generator(np.random.Philox(key=stream_key(self.seed, epoch, _ORDER))).permutation(count)
+        else:
+            order = np.arange(count)
+        for batch in range(start_batch, self._batches):
+            whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield whole[len(whole) * self.rank // self.world : len(whole) * (self.rank + 1) // self.world].tolist()
+
+    def _walk(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+        # No persistent workers: a loader that keeps its own, and that an exception's traceback keeps in a reference cycle, waits
+        # 5 seconds for each of them when it is collected. Those of a pass end with it, also when it is left early.
+        loader: DataLoader[Batch] = DataLoader(
+            _Samples(self.dataset, self.seed, epoch, self.augment),
+            batch_sampler=self._parts(epoch, start_batch),
+            collate_fn=_as_it_is,
+            num_workers=self.workers,
+            # Its own, because a DataLoader without one draws from the global random state.
+            generator=torch.Generator(),
+        )
+        try:
+            for batch in loader:
+                if batch.unreadable and self.on_error == "raise":
+                    raise UserError(f"cannot read the image {batch.unreadable[0]}; mend or remove it, or pass --data.on_error skip")
+                yield batch
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(f"a process that loads images ended ({error}); lower --data.workers or free some memory") from error

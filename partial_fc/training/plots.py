@@ -1,0 +1,214 @@
+"""The three pictures of a run, as PNG files: ROC, cosine histograms, training curves.
+
+    list[Evaluation] -> plot_roc         TAR over log FAR, one curve per evaluation set
+    list[Evaluation] -> plot_histograms  genuine and impostor cosines, one panel per evaluation set
+    history          -> plot_training    loss, target angle, learning rate (and gradient norm) over steps
+
+`history` is the list of logged rows, with keys `step`, `epoch`, `loss`, `target_angle` (radians, drawn in degrees),
+`learning_rate` and possibly `grad_norm`; rows may lack a key or hold a value that is not finite, which leaves a gap.
+
+Everything is drawn on `Figure` objects with the Agg canvas, never through pyplot: no display is needed, and neither the
+caller's figures nor its backend are touched. Matplotlib's default style is set for the time of drawing, so a user's
+matplotlibrc does not change the pictures. The colours, of Okabe and Ito (2008), are safe for colour-blind readers.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from partial_fc.training.evaluation import CURVE_BINS, FARS, MIN_FALSE_ACCEPTS, Evaluation
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":")  # with more evaluation sets than colours, the line style tells them apart
+GENUINE_COLOUR, IMPOSTOR_COLOUR = COLOURS[0], COLOURS[1]
+DPI = 120
+SHOWN_FAR = "1e-3"  # of the threshold and the TAR named in the legends
+SMOOTHED_FROM = 60  # points from which a curve is drawn with its moving average
+
+# key of the row, axis title, factor to the unit shown
+TRAINING_PANELS = (
+    ("loss", "loss", 1.0),
+    ("target_angle", "target angle (°)", 180 / math.pi),
+    ("learning_rate", "learning rate", 1.0),
+    ("grad_norm", "gradient norm", 1.0),
+)
+NOISY = ("loss", "target_angle", "grad_norm")
+History = Sequence[dict[str, float]]
+
+
+def plot_roc(path: Path | str, evaluations: Sequence[Evaluation]) -> None:
+    """Draw TAR over FAR (log axis) to `path`, with markers where `Evaluation.tar` has a figure.
+
+    A curve starts where ten false accepts are expected, for the same reason as the figures (see `tar_at_far`).
+    """
+    with _figure(path, 7.2, 4.6) as figure:
+        axes = figure.subplots()
+        lowest = 1.0
+        figure.set_figheight(4.6 + 0.25 * math.ceil(len(evaluations) / 2))
+        for i, evaluation in enumerate(evaluations):
+            colour, line = COLOURS[i % len(COLOURS)], LINES[i // len(COLOURS) % len(LINES)]
+            points = [p for p in evaluation.roc if p[0] * evaluation.impostor_pairs >= MIN_FALSE_ACCEPTS - 1e-6]
+            far, tar = np.array(points or evaluation.roc).T
+            marked = [(FARS[key], share) for key, share in evaluation.tar.items() if share is not None]
+            lowest = min([lowest, float(tar.min()), *(share for _, share in marked)])
+            shown = evaluation.tar[SHOWN_FAR]
+            figures = "—" if shown is None else f"{100 * shown:.2f} %"
+            label = f"{evaluation.name}: {figures}"
+            axes.semilogx(far, tar, line, color=colour, linewidth=1.8, label=label, drawstyle="steps-post")
+            if marked:
+                axes.plot(*np.array(marked).T, "o", color=colour, markersize=5, clip_on=False, zorder=3)
+        floor = max(0.0, math.floor(lowest * 10 - 0.5) / 10)
+        margin = 0.02 * (1 - floor)
+        axes.set(ylim=(floor, 1 + margin), xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)")
+        axes.set_title("Verification: all pairs of images")
+        axes.margins(x=0.02)
+        if evaluations:
+            figure.legend(loc="outside lower center", title=f"TAR @ FAR {SHOWN_FAR}", ncols=2, frameon=False)
+        else:
+            _note(axes, "no evaluation")
+
+
+def plot_histograms(path: Path | str, evaluations: Sequence[Evaluation]) -> None:
+    """Draw the densities of genuine and impostor cosines to `path`, one panel per evaluation, over a common axis.
+
+    Each density integrates to one over the cosine, so the two are comparable although impostor pairs are far more. The
+    dashed line is the threshold at FAR 1e-3, where there is one.
+    """
+    rows = max(1, len(evaluations))
+    with _figure(path, 7.2, 1.0 + 2.7 * rows) as figure:
+        panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+        spans = [_draw_densities(axes, evaluation) for axes, evaluation in zip(panels, evaluations, strict=False)]
+        if spans:
+            panels[-1].set_xlim(min(low for low, _ in spans), max(high for _, high in spans))
+        else:
+            _note(panels[0], "no evaluation")
+        panels[-1].set_xlabel("cosine of a pair")
+
+
+def _draw_densities(axes: Axes, evaluation: Evaluation) -> tuple[float, float]:
+    """Fill one panel; return the range of cosines that holds all but a negligible share of the pairs."""
+    histograms = np.array([evaluation.genuine_histogram, evaluation.impostor_histogram], dtype=float)
+    # A few genuine pairs over 256 bins are a comb: widen the bins until the occupied ones hold five pairs on average.
+    merged = 1
+    while merged < 16 and min(h.sum() / max(1, np.count_nonzero(h)) for h in histograms) < 5:
+        merged *= 2
+        histograms = histograms.reshape(2, -1, 2).sum(-1)
+    width = 2 * merged / CURVE_BINS
+    edges = np.linspace(-1, 1, CURVE_BINS // merged + 1)
+    shares = histograms / histograms.sum(1, keepdims=True)
+    for share, colour, name in zip(shares, (GENUINE_COLOUR, IMPOSTOR_COLOUR), ("genuine", "impostor"), strict=True):
+        pairs = evaluation.genuine_pairs if name == "genuine" else evaluation.impostor_pairs
+        label = f"{name} ({pairs:,} pairs)"
+        axes.stairs(share / width, edges, fill=True, color=colour, alpha=0.35)
+        axes.stairs(share / width, edges, color=colour, linewidth=1.4, label=label)
+    threshold = evaluation.thresholds[SHOWN_FAR]
+    if threshold is not None:
+        label = f"threshold {threshold:.3f} (FAR {SHOWN_FAR})"
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=label)
+    axes.set(ylabel="density", ylim=(0, 1.08 * float((shares / width).max())))
+    axes.set_title(evaluation.name)
+    axes.legend(loc="best", fontsize=8.5, framealpha=0.9)
+    held = np.flatnonzero((shares > 1e-4).any(0))
+    return max(-1.0, float(edges[held[0]]) - 0.05), min(1.0, float(edges[held[-1] + 1]) + 0.05)
+
+
+def plot_training(path: Path | str, history: History) -> None:
+    """Draw the keys of `TRAINING_PANELS` that `history` has, over the step, to `path`; see the module's docstring.
+
+    Noisy curves of many points are drawn pale under their moving average, on a log axis where that ranges over more
+    than a factor of 30; thin vertical lines are epochs.
+    """
+    rows = sorted(history, key=lambda row: row["step"])
+    panels = [panel for panel in TRAINING_PANELS if any(math.isfinite(row.get(panel[0], math.nan)) for row in rows)]
+    with _figure(path, 7.2, 0.8 + 2.3 * max(1, len(panels))) as figure:
+        drawn = figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0]
+        if not panels:
+            _note(drawn[0], "no training step was logged")
+            return
+        steps = np.array([row["step"] for row in rows])
+        for axes, (key, title, factor) in zip(drawn, panels, strict=False):
+            values = factor * np.array([row.get(key, math.nan) for row in rows], dtype=float)
+            values[~np.isfinite(values)] = math.nan
+            _draw_curve(axes, steps, values, smooth=key in NOISY)
+            axes.set_ylabel(title)
+            _draw_epochs(axes, rows)
+        if steps[0] == steps[-1]:
+            drawn[-1].set_xlim(steps[0] - 1, steps[0] + 1)
+        drawn[-1].set_xlabel("step")
+        drawn[-1].xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+        drawn[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        figure.align_ylabels(drawn)
+
+
+def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, *, smooth: bool) -> None:
+    """One training curve; `values` may hold NaN."""
+    shown = values
+    if smooth and np.isfinite(values).sum() >= SMOOTHED_FROM:
+        window = max(5, len(values) // 30)
+        shown = _moving_average(values, window)
+        axes.plot(steps, values, color=COLOURS[5], linewidth=0.8, alpha=0.7)
+        axes.set_title(f"bold: mean of {window} rows", loc="right", fontsize=8.5, color="0.4")
+    axes.plot(steps, shown, color=COLOURS[0], linewidth=1.8, marker="o" if len(values) < 40 else None, markersize=3)
+    if smooth and np.nanmin(values) > 0 and np.nanmax(shown) > 30 * np.nanmin(shown):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(visible=False, axis="x")  # vertical lines are epochs here
+    axes.margins(x=0.01)
+
+
+def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over `window` values, over fewer at the ends; NaN are left out, and stay NaN where all are."""
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    centre = np.arange(len(values))
+    low, high = np.maximum(centre - window // 2, 0), np.minimum(centre + window // 2 + 1, len(values))
+    number = counts[high] - counts[low]
+    mean: np.ndarray = np.where(number > 0, (sums[high] - sums[low]) / np.maximum(number, 1), np.nan)
+    return mean
+
+
+def _draw_epochs(axes: Axes, rows: History) -> None:
+    """A thin line at the first step of each epoch but the first, where they are few enough to tell apart."""
+    starts = {int(row["epoch"]): row["step"] for row in reversed(rows) if "epoch" in row}
+    if len(starts) <= 40:
+        for step in sorted(starts.values())[1:]:
+            axes.axvline(step, color="0.85", linewidth=0.8, zorder=0)
+
+
+def _note(axes: Axes, text: str) -> None:
+    """An empty panel that says why it is empty."""
+    axes.set(xticks=[], yticks=[])
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.4")
+
+
+@contextmanager
+def _figure(path: Path | str, width: float, height: float) -> Iterator[Figure]:
+    """A figure of `width` x `height` inches to draw on, in the common style; written to `path` as PNG at the end."""
+    style = {
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlesize": 11,
+        "axes.axisbelow": True,
+        "grid.color": "0.9",
+        "grid.linewidth": 0.8,
+        "font.size": 10,
+    }
+    with matplotlib.style.context(["default", style]):
+        figure = Figure(figsize=(width, height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+        canvas = FigureCanvasAgg(figure)
+        yield figure
+        # Without the version in the metadata, equal data give equal files.
+        canvas.print_png(Path(path), metadata={"Software": None})

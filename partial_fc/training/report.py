@@ -1,0 +1,152 @@
+"""One self-contained page for a finished run: `report.html`, to be opened, printed or mailed as a single file.
+
+    metrics, config, environment, history    what the run measured, was told, ran on, and logged
+      -> rows of text                        every figure formatted here, so that the template only places it
+    folder/plots/*.png                       roc.png, histograms.png, training.png, those that exist
+      -> data URIs                           embedded in base64
+      -> folder/report.html                  from report.html.j2: no script, no external resource, escaped throughout
+
+`metrics["evaluations"]` is a list of `Evaluation.to_dict()` (with or without its curves); any other entry of `metrics`
+is listed under the evaluations by its key.
+"""
+
+import base64
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from partial_fc.training.evaluation import FARS
+
+DASH = "—"
+PLOTS = {  # file in plots/ -> caption
+    "roc.png": "Share of genuine pairs accepted over the share of impostor pairs accepted.",
+    "histograms.png": "Cosines of genuine and impostor pairs, each as a density.",
+    "training.png": "Training, over optimiser steps.",
+}
+HISTORY_ROWS = 12  # shown of the logged rows, evenly spread, the last always among them
+HISTORY_COLUMNS = {  # key of the row -> heading
+    "step": "step",
+    "epoch": "epoch",
+    "loss": "loss",
+    "target_angle": "target angle",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+}
+
+
+def write_report(
+    folder: Path,
+    *,
+    title: str,
+    metrics: Mapping[str, Any],
+    config: Mapping[str, Any],
+    environment: Mapping[str, str],
+    history: Sequence[Mapping[str, float]],
+) -> Path:
+    """Write `folder/report.html` and return its path; see the module's docstring for `metrics` and the plots.
+
+    `config` is the resolved configuration, nested mappings and lists of plain values; `environment` is shown as it is
+    (versions, world size, wall time, throughput); `history` holds the logged rows, `target_angle` in radians.
+    """
+    evaluations = [_evaluation_row(evaluation) for evaluation in metrics.get("evaluations", [])]
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("report.html.j2")
+    page = template.render(
+        title=title,
+        fars=list(FARS),
+        evaluations=evaluations,
+        figures=list(_flatten({key: value for key, value in metrics.items() if key != "evaluations"})),
+        plots=_embedded_plots(folder / "plots"),
+        history=_history_table(history),
+        sections=_config_sections(config),
+        environment=environment,
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _evaluation_row(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The cells of one `Evaluation.to_dict()`, as text."""
+    accuracy = _percent(evaluation["accuracy"])
+    if evaluation["accuracy_std"] is not None:
+        accuracy += f" ± {100 * evaluation['accuracy_std']:.2f}"
+    counts = ("images", "identities", "genuine_pairs", "impostor_pairs")
+    return {key: f"{evaluation[key]:,}" for key in counts} | {
+        "name": evaluation["name"],
+        "tar": [_percent(evaluation["tar"].get(far)) for far in FARS],
+        "eer": _percent(evaluation["eer"]),
+        "accuracy": accuracy,
+        "rank1": _percent(evaluation["rank1"]),
+    }
+
+
+def _embedded_plots(folder: Path) -> list[dict[str, str]]:
+    """The plots that exist, as captions and data URIs."""
+    present = [(folder / name, caption) for name, caption in PLOTS.items() if (folder / name).is_file()]
+    return [
+        {"caption": caption, "uri": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")}
+        for path, caption in present
+    ]
+
+
+def _history_table(history: Sequence[Mapping[str, float]]) -> dict[str, list[Any]]:
+    """Headings and up to `HISTORY_ROWS` rows of text, the first and the last included."""
+    last = len(history) - 1
+    spread = sorted({round(i * last / (HISTORY_ROWS - 1)) for i in range(HISTORY_ROWS)}) if history else []
+    keys = [key for key in HISTORY_COLUMNS if any(key in row for row in history)]
+    return {
+        "headings": [HISTORY_COLUMNS[key] for key in keys],
+        "rows": [[_history_cell(key, history[i].get(key)) for key in keys] for i in spread],
+    }
+
+
+def _history_cell(key: str, value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return DASH
+    if key == "step":
+        return f"{value:,.0f}"
+    return f"{math.degrees(value):.1f}°" if key == "target_angle" else f"{value:.4g}"
+
+
+def _config_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One section per nested top-level entry, its keys dotted; the plain entries come first, without a name."""
+    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    nested = {key: value for key, value in config.items() if isinstance(value, Mapping)}
+    sections = [{"name": key, "rows": list(_flatten(value))} for key, value in ({"": plain} | nested).items()]
+    return [section for section in sections if section["rows"]]
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of each leaf of nested mappings and lists; a list of plain values is one leaf."""
+    if isinstance(value, Mapping) and (value or not prefix):
+        children = [(str(key), child) for key, child in value.items()]
+    elif isinstance(value, list | tuple) and any(isinstance(child, Mapping | list | tuple) for child in value):
+        children = [(str(i), child) for i, child in enumerate(value)]
+    else:
+        yield prefix, _text(value)
+        return
+    for key, child in children:
+        yield from _flatten(child, f"{prefix}.{key}" if prefix else key)
+
+
+def _text(value: Any) -> str:
+    if value is None or value == "":
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value) or DASH
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _percent(share: float | None) -> str:
+    return DASH if share is None else f"{100 * share:.2f} %"
