@@ -1,0 +1,8 @@
+"""`python -m partial_fc`, as launchers that start modules want it: the command `partial-fc`."""
+
+import sys
+
+from partial_fc.training.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The command `partial-fc`: train, evaluate. A user's mistake is one line on one rank's standard error, and exit code 2 on all."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+MISSING = "partial-fc needs the application's packages ({name} is missing): pip install 'partial_fc[train]'"
+
+try:
+    import jsonargparse
+
+    from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
+    from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
+    from partial_fc.training.errors import UserError
+    from partial_fc.training.run import CONFIG, RunFolder
+except ModuleNotFoundError as error:
+    sys.exit(MISSING.format(name=error.name))
+
+USAGE = """usage: partial-fc COMMAND ...
+
+commands:
+  train [CONFIG.yaml] [--head.sample_rate 0.2 ...]   train, evaluate, leave a run folder
+  train --resume [RUN]                               go on with a run from its newest checkpoint
+  evaluate RUN [--data FOLDER]                       verification and identification with a trained backbone
+
+`partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
+  accelerate launch --config_file configs/accelerate/cpu2.yaml -m partial_fc train configs/quickstart.yaml
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": evaluate}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    try:
+        if arguments[0] not in commands:
+            raise UserError(f"unknown command {arguments[0]!r}; choose one of: {', '.join(commands)}")
+        commands[arguments[0]](arguments[1:])
+    except (UserError, jsonargparse.ArgumentError, OSError) as error:
+        if "--traceback" in arguments:
+            traceback.print_exc()
+        elif int(os.environ.get("RANK", "0")) == 0:
+            print(f"partial-fc: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def train_parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="partial-fc train", description="Train a recogniser with a sharded head; see configs/ for runs.", exit_on_error=False
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--resume", nargs="?", const="", default=None, metavar="RUN", help="go on with the run in RUN, or in --output.folder"
+    )
+    parser.add_argument("--check", action="store_true", help="look for mistakes in settings, data and folders, then stop")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return parser
+
+
+def train(arguments: list[str]) -> None:
+    """`partial-fc train`: the run, then its results."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", arguments[0], *arguments[1:]]
+    parser = train_parser()
+    config, resume, check = _resolve(parser, arguments)
+    if check:
+        folder = RunFolder(config.output.folder)
+        folder.check_run() if resume else folder.check_free()
+        data = open_data(config.data, config.seed)
+        print(f"settings, data and folder are fine: {len(data.train):,} images of {data.train.num_identities:,} identities")
+        return
+    from partial_fc.training.trainer import Trainer
+
+    trainer = Trainer(config, resume)
+    trainer.train()
+    evaluations = trainer.evaluate()
+    report = trainer.write_results(evaluations)
+    if report is not None:
+        for evaluation in evaluations:
+            print(evaluation.summary())
+        left_out = trainer.folder.unreadable()
+        if left_out:
+            print(f"{len(left_out)} images could not be read and were left out; they are named in {trainer.folder.path / 'unreadable.txt'}")
+        print(f"\nResults are in {trainer.folder.path}; look at {report}")
+        print(f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER, with a folder of identity/image files of your own")
+    trainer.close()
+
+
+def _resolve(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
+    """(settings, whether to resume, whether only to check); a resumed run takes its settings from its folder."""
+    try:
+        asked = parser.parse_args(arguments)
+    except jsonargparse.ArgumentError as error:
+        if "parsing config" in str(error):  # a file that is no YAML; the message does not say which
+            raise UserError(f"{arguments[1]}: {error}") from error
+        raise
+    if asked.resume is None:
+        return to_config(parser, arguments), False, asked.check
+    folder = RunFolder(asked.resume or asked.output.folder)
+    folder.check_run()
+    saved = ["--config", str(folder.path / CONFIG)]
+    before = to_config(parser, saved)
+    now = to_config(parser, arguments if asked.config else [*saved, *arguments])
+    now.output.folder = str(folder.path)
+    check_resumes(now, before, str(folder.path))
+    return now, True, asked.check
+
+
+def evaluate(arguments: list[str]) -> None:
+    """`partial-fc evaluate RUN`: figures, plots and a report of a trained backbone."""
+    parser = jsonargparse.ArgumentParser(
+        prog="partial-fc evaluate", description="Verification and identification with the backbone of a run.", exit_on_error=False
+    )
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument(
+        "--data", default=None, metavar="FOLDER", help="a folder of identity/image files; without it, the run's held-out sets"
+    )
+    parser.add_argument("--output", default=None, metavar="DIR", help="where to write (RUN/evaluation-NAME if not given); must not exist")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--on_error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    asked = parser.parse_args(arguments)
+    run = RunFolder(asked.run)
+    run.check_run()
+    config = to_config(train_parser(), ["--config", str(run.path / CONFIG)])
+    config.data.workers, config.data.on_error = asked.workers, asked.on_error
+    sets = _sets(config, asked.data)
+    from accelerate import Accelerator
+
+    from partial_fc.training.results import describe_environment, evaluate_sets, load_backbone, raise_together, write_results
+
+    accelerator = Accelerator(cpu=config.train.cpu)
+    shape = next(iter(sets.values())).image_shape
+    backbone = load_backbone(run, config, shape).to(accelerator.device)
+    out = RunFolder(asked.output or run.path / f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}")
+    message = None
+    if accelerator.is_main_process:
+        try:
+            out.check_free()
+            out.path.mkdir(parents=True, exist_ok=True)
+        except UserError as error:
+            message = str(error).replace("--output.folder, or go on with the run in it: --resume " + str(out.path), "--output")
+    raise_together(message, accelerator)
+    evaluations = evaluate_sets(backbone, sets, accelerator, config, out)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for evaluation in evaluations:
+            print(evaluation.summary())
+        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path)}
+        title = f"{config.backbone.name} of {run.path.name} on {', '.join(sets)}"
+        report = write_results(out, title, evaluations, figures, config, describe_environment(accelerator), [])
+        print(f"\nResults are in {out.path}; look at {report}")
+    accelerator.end_training()
+
+
+def _sets(config: RunConfig, folder: str | None) -> dict[str, IdentityDataset]:
+    if folder is not None:
+        trained = open_data(config.data, config.seed).train if config.data.folder is None else None
+        size = trained.image_shape[1] if trained else config.data.image_size or 112
+        channels = trained.image_shape[0] if trained else config.data.channels or 3
+        return {Path(folder).name: FolderIdentities(folder, size, channels)}
+    sets = open_data(config.data, config.seed).evaluation
+    if not sets:
+        raise UserError("this run held no identities out; name a folder of identity/image files with --data")
+    return sets
+
+
+if __name__ == "__main__":
+    sys.exit(main())

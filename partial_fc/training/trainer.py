@@ -1,0 +1,326 @@
+"""A training run on Accelerate: backbone in DDP, head sharded over the same ranks, checkpoints, evaluation, report.
+
+loader       this rank's part of a global micro-batch [n, C, H, W], labels [n]
+backbone     embeddings [n, D]                            (DDP averages its gradients over the ranks)
+head         the loss of the global micro-batch            (PartialFC; its rows are this rank's)
+each step    one gradient norm over both, both optimizers, both schedules
+each epoch   a checkpoint, from which the run goes on exactly
+at the end   embeddings of identities never trained on, verification and identification, plots, one HTML page
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor
+from tqdm import tqdm
+
+from partial_fc import PartialFC, RowOptimizer, clip_grad_norm_, load_checkpoint, save_checkpoint
+from partial_fc.training.backbones import build_backbone
+from partial_fc.training.config import RunConfig, ScheduleConfig, flat, save_config
+from partial_fc.training.data import DataSplits, open_data
+from partial_fc.training.errors import UserError
+from partial_fc.training.evaluation import Evaluation
+from partial_fc.training.loader import Batch, BatchLoader
+from partial_fc.training.results import describe_environment, evaluate_sets, raise_together, write_results
+from partial_fc.training.run import CONFIG, RunFolder
+
+
+class Progress:
+    """How far a run is; part of its checkpoints."""
+
+    def __init__(self) -> None:
+        self.epoch, self.step, self.left_out, self.seconds = 0, 0, 0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def learning_rate_factor(config: ScheduleConfig, steps_per_epoch: int, epochs: int) -> Callable[[int], float]:
+    """step -> factor of the largest learning rate: a linear warm-up, then the fall."""
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    total = steps_per_epoch * epochs
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.shape == "constant":
+            return 1.0
+        left = max(0.0, 1 - (step - warmup) / max(1, total - warmup))
+        return float(left**config.power) if config.shape == "polynomial" else 0.5 * (1 - math.cos(math.pi * left))
+
+    return factor
+
+
+class Trainer:
+    """One run of `config` in `config.output.folder`; with `resume`, from the newest checkpoint in it."""
+
+    def __init__(self, config: RunConfig, resume: bool = False) -> None:
+        self.config, self.folder = config, RunFolder(config.output.folder)
+        timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.train.timeout))
+        self.accelerator = Accelerator(
+            cpu=config.train.cpu or not torch.cuda.is_available(),
+            mixed_precision=config.train.mixed_precision,
+            gradient_accumulation_steps=config.train.accumulation,
+            step_scheduler_with_optimizer=False,
+            log_with=config.output.trackers,
+            project_dir=str(self.folder.path),
+            kwargs_handlers=[timeout],
+        )
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        self.on_main(self.folder.check_run if resume else self.folder.check_free)
+        self.data: DataSplits = open_data(config.data, config.seed)
+        self.loader = self._loader()
+        self.steps_per_epoch = len(self.loader) // config.train.accumulation
+        if not self.steps_per_epoch:
+            raise UserError(f"{len(self.data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
+        self._build()
+        self.progress = Progress()
+        if resume:
+            self._resume()
+        else:
+            self.on_main(self._claim)
+
+    def _build(self) -> None:
+        config, device = self.config, self.accelerator.device
+        torch.manual_seed(config.seed)  # the backbone's initial weights; DDP would send rank 0's anyway
+        self.backbone = build_backbone(
+            config.backbone.name, image_shape=self.data.train.image_shape, embedding_size=config.backbone.embedding_size
+        ).to(device)
+        self.head = PartialFC(
+            config.backbone.embedding_size,
+            self.data.train.num_identities,
+            config.head.build_margin(),
+            config.head.sample_rate,
+            seed=config.seed,
+            init_std=config.head.init_std,
+            label_smoothing=config.head.label_smoothing,
+            logits_budget=config.head.logits_budget,
+            device=device,
+        )
+        optimizer_class, options = config.optimizer.build()
+        self.optimizer = optimizer_class(self.backbone.parameters(), **options)
+        self.head_optimizer = RowOptimizer(
+            optimizer_class, self.head, **{**options, "lr": config.optimizer.lr * config.optimizer.head_lr_factor}
+        )
+        factor = learning_rate_factor(config.schedule, self.steps_per_epoch, config.train.epochs)
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in (self.optimizer, self.head_optimizer)]
+        # the head, its optimizer and the schedules stay as they are: nothing of them is to be replicated or averaged
+        self.model, self.prepared_optimizer = self.accelerator.prepare(self.backbone, self.optimizer)
+
+    def _claim(self) -> None:
+        """Take the run folder, last of all: a mistake in the settings leaves no folder behind."""
+        self.folder.claim()
+        save_config(self.config, self.folder.path / CONFIG)
+
+    def _loader(self) -> BatchLoader:
+        config = self.config
+        return BatchLoader(
+            self.data.train,
+            batch_size=config.train.batch_size // config.train.accumulation,
+            rank=self.rank,
+            world=self.world,
+            seed=config.seed,
+            augment=config.augment,
+            workers=config.data.workers,
+            on_error=config.data.on_error,
+        )
+
+    # ------------------------------------------------------------------------------------------------ agreement
+
+    def on_main(self, action: Callable[[], Any]) -> None:
+        """Do something in one process; its UserError is raised in all."""
+        message = None
+        if self.main:
+            try:
+                action()
+            except UserError as error:
+                message = str(error)
+        raise_together(message, self.accelerator)
+
+    def together(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro-batches that all ranks can use. A rank's UserError is raised on all; a micro-batch of which some rank could read
+        fewer than two images (batch statistics need two) is left out by all, and counted."""
+        while True:
+            batch, message = None, None
+            try:
+                batch = next(batches, None)
+            except UserError as error:
+                message = str(error)
+            count = -2 if message else -1 if batch is None else len(batch.labels)
+            if self.world > 1:
+                agreed = torch.tensor([count], device=self.accelerator.device)
+                dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+                count = int(agreed)
+            if count == -2:
+                raise_together(message, self.accelerator)
+            if batch is None or count == -1:
+                return
+            self.folder.note_unreadable(batch.unreadable)
+            if count >= 2:
+                yield batch
+            else:
+                self.progress.left_out += 1
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def train(self) -> None:
+        """All epochs that are left."""
+        config = self.config
+        self.accelerator.init_trackers("tensorboard", config={k: v if v is not None else "none" for k, v in _scalars(config).items()})
+        total = self.steps_per_epoch * config.train.epochs
+        bar = tqdm(total=total, initial=self.progress.step, unit="step", desc="training", disable=not self.main, mininterval=0.5)
+        with bar:
+            for epoch in range(self.progress.epoch, config.train.epochs):
+                started = time.monotonic()
+                self._epoch(epoch, bar)
+                self.progress.epoch = epoch + 1
+                self.progress.seconds += time.monotonic() - started
+                if (epoch + 1) % config.train.checkpoint_every == 0 or epoch + 1 == config.train.epochs:
+                    self._save()
+
+    def _epoch(self, epoch: int, bar: Any) -> None:
+        self.loader.set_epoch(epoch)
+        self.model.train()
+        self.head.train()
+        for taken, batch in enumerate(self.together(self.loader.iterate())):
+            if taken == self.steps_per_epoch * self.config.train.accumulation:
+                return
+            with self.accelerator.accumulate(self.model):
+                loss = self._forward_backward(batch.to(self.accelerator.device))
+                if self.accelerator.sync_gradients:
+                    norm = self._step()
+                    self.progress.step += 1
+                    self._log(loss, norm)
+                    bar.update()
+                    if self.progress.step % self.config.output.log_every == 0:
+                        bar.set_postfix(epoch=epoch + 1, loss=f"{float(loss):.3f}")
+
+    def _forward_backward(self, batch: Batch) -> Tensor:
+        with self.accelerator.autocast():
+            loss: Tensor = self.head(self.model(batch.images), batch.labels)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _step(self) -> Tensor | None:
+        """One optimizer step of backbone and head; the norm of their gradient if it is clipped."""
+        scaler, norm = self.accelerator.scaler, None
+        if scaler is not None:
+            self.accelerator.unscale_gradients()
+            scaler.unscale_(self.head_optimizer)
+        if self.config.train.clip_norm is not None:
+            norm = clip_grad_norm_(self.model.parameters(), self.head, max_norm=self.config.train.clip_norm)
+        if scaler is not None:
+            scaler.step(self.head_optimizer)  # before the prepared optimizer, whose step also updates the scale
+        else:
+            self.head_optimizer.step()
+        self.prepared_optimizer.step()
+        for schedule in self.schedules:
+            schedule.step()
+        self.prepared_optimizer.zero_grad()
+        self.head_optimizer.zero_grad()
+        return norm
+
+    def _log(self, loss: Tensor, norm: Tensor | None) -> None:
+        step = self.progress.step
+        if step % self.config.output.log_every and step != 1:
+            return
+        row = {
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "loss": float(loss),
+            "target_angle": float(self.head.target_angle),
+            "learning_rate": float(self.schedules[0].get_last_lr()[0]),
+        }
+        if norm is not None:
+            row["grad_norm"] = float(norm)
+        if self.main:
+            self.folder.append_history(row)
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _named(self) -> dict[str, Any]:
+        return {
+            "backbone": self.backbone,
+            "optimizer": self.optimizer,
+            "head": self.head,
+            "head_optimizer": self.head_optimizer,
+            "schedule": self.schedules[0],
+            "head_schedule": self.schedules[1],
+            "progress": self.progress,
+        }
+
+    def _save(self) -> None:
+        self._same_buffers()
+        save_checkpoint(self.folder.checkpoint(self.progress.epoch), **self._named())
+        if self.main:
+            self.folder.prune(self.config.train.keep_last)
+
+    def _same_buffers(self) -> None:
+        """Give all ranks rank 0's batch statistics, as DDP does before the next forward."""
+        if self.world > 1:
+            for buffer in self.backbone.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def _resume(self) -> None:
+        checkpoints = self.folder.checkpoints()
+        if not checkpoints:
+            self.accelerator.print(f"{self.folder.path} has no checkpoint yet: starting from the beginning")
+        else:
+            try:
+                load_checkpoint(checkpoints[-1], **self._named())
+            except ValueError as error:
+                raise UserError(f"cannot resume: {error}") from error
+            self.accelerator.print(f"resuming after epoch {self.progress.epoch}, step {self.progress.step}")
+        self.on_main(lambda: self.folder.rewind_history(self.progress.step))
+
+    # ------------------------------------------------------------------------------------------------ results
+
+    def evaluate(self) -> list[Evaluation]:
+        """Verification and identification on every set of identities that were not trained on."""
+        self._same_buffers()
+        return evaluate_sets(self.backbone, self.data.evaluation, self.accelerator, self.config, self.folder)
+
+    def write_results(self, evaluations: list[Evaluation]) -> Path | None:
+        """metrics.json, plots and the report, by one process; the report's path there."""
+        self.accelerator.wait_for_everyone()
+        if not self.main:
+            return None
+        training = {
+            "seconds": round(self.progress.seconds, 1),
+            "images_per_second": round(self.progress.step * self.config.train.batch_size / max(self.progress.seconds, 1e-9), 1),
+            "steps": self.progress.step,
+            "identities": self.data.train.num_identities,
+            "images": len(self.data.train),
+            "unreadable_images": len(self.folder.unreadable()),
+            "left_out_batches": self.progress.left_out,
+        }
+        title = f"{self.config.backbone.name} with {self.config.head.margin} on {self.data.train.num_identities:,} identities"
+        environment = describe_environment(self.accelerator)
+        return write_results(self.folder, title, evaluations, {"training": training}, self.config, environment, self.folder.history())
+
+    def close(self) -> None:
+        """Leave the process group in order; without it gloo aborts now and then at exit."""
+        self.accelerator.wait_for_everyone()
+        del self.model
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
+
+
+def _scalars(config: RunConfig) -> dict[str, Any]:
+    return {name: value if isinstance(value, int | float | str | bool | None) else str(value) for name, value in flat(config).items()}

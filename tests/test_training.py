@@ -1,0 +1,351 @@
+"""The application as its users start it: settings, bad input, a run on two ranks, resume after a kill, evaluation of a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from partial_fc.training.cli import main, train_parser
+from partial_fc.training.config import RunConfig, ScheduleConfig, flat, to_config
+from partial_fc.training.run import RunFolder
+from partial_fc.training.trainer import learning_rate_factor
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--data.identities", "60", "--train.batch_size", "64", "--output.log_every", "1"]
+
+
+def launch(*arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
+    command += ["--num_processes", str(ranks), "-m", "partial_fc", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL of the launcher and of its ranks, which have sessions of their own."""
+    launcher = psutil.Process(process.pid)
+    for each in [launcher, *launcher.children(recursive=True)]:
+        each.kill()
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        out, err = process.communicate()
+        raise AssertionError(f"no end within {timeout} s:\n{out[-2000:]}\n{err[-4000:]}") from None
+    return process.returncode, out, err
+
+
+def succeed(*arguments: str, ranks: int = 2) -> str:
+    code, out, err = finish(launch(*arguments, ranks=ranks))
+    assert code == 0, f"exit code {code}\n{out[-2000:]}\n{err[-4000:]}"
+    return out
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    return RunFolder(folder).history()
+
+
+def image_folder(root: Path, identities: int, images: int, damaged: int = 0) -> Path:
+    rng = np.random.default_rng(0)
+    for identity in range(identities):
+        (root / f"id{identity:03d}").mkdir(parents=True)
+        color = rng.integers(0, 255, (1, 1, 3))
+        for k in range(images):
+            pixels = np.clip(color + rng.integers(-60, 60, (20, 16, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"id{identity:03d}" / f"{k}.png")
+    for k in range(damaged):
+        (root / f"id{k:03d}" / "0.png").write_bytes(b"this is no picture")
+    return root
+
+
+FOLDER_RUN = ["--data.image_size", "32", "--data.channels", "3", "--train.batch_size", "16", "--train.epochs", "2", "--train.cpu", "true"]
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+def test_the_command_line_goes_before_the_file_before_the_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("head: {scale: 20.0, margin: cosface}\ntrain: {epochs: 3}\n")
+    config = to_config(train_parser(), ["--config", str(file), "--head.scale", "8", "--head.m", "0.2"])
+    assert (config.head.scale, config.head.margin, config.head.m, config.train.epochs, config.train.batch_size) == (
+        8,
+        "cosface",
+        0.2,
+        3,
+        256,
+    )
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.name)
+def test_the_configs_in_the_tree_are_valid(path):
+    to_config(train_parser(), ["--config", str(path)])
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit):
+        train_parser().parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split("options:", 1)[1].split())
+    for name in flat(RunConfig()):
+        found = max(re.findall(rf"--{re.escape(name)} \S+ (.*?)(?= --|\Z)", text), key=len, default="")
+        assert len(found) > 40, f"--{name} has no explanation: {found!r}"
+        assert "default: " in found
+
+
+def test_schedules():
+    cosine = learning_rate_factor(ScheduleConfig("cosine", warmup_epochs=0.5), 10, 4)
+    assert [cosine(s) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert cosine(5) == 1.0 and cosine(40) == pytest.approx(0, abs=1e-12)
+    values = [cosine(s) for s in range(5, 41)]
+    assert values == sorted(values, reverse=True)
+    polynomial = learning_rate_factor(ScheduleConfig("polynomial", power=2.0, warmup_epochs=0), 10, 1)
+    assert polynomial(5) == pytest.approx(0.25)
+    assert learning_rate_factor(ScheduleConfig("constant", warmup_epochs=0), 10, 1)(9) == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------- bad input, one line
+
+
+def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
+    """(arguments, what the line must say)."""
+    out = ["--output.folder", str(tmp_path / "run")]
+    train = ["train", str(ROOT / "configs/quickstart.yaml"), *out]
+    if kind == "unknown key":
+        return [*train, "--head.nonsense", "3"], "head.nonsense"
+    if kind == "wrong type":
+        return [*train, "--head.scale", "wide"], "head.scale"
+    if kind == "unknown key in the file":
+        (tmp_path / "c.yaml").write_text("head: {skale: 3}\n")
+        return ["train", str(tmp_path / "c.yaml"), *out], "skale"
+    if kind == "no such file":
+        return ["train", str(tmp_path / "none.yaml"), *out], "none.yaml"
+    if kind == "no YAML":
+        (tmp_path / "c.yaml").write_text("head: [3\n")
+        return ["train", str(tmp_path / "c.yaml"), *out], "c.yaml"
+    if kind == "missing data":
+        return [*train, "--data.folder", str(tmp_path / "nowhere")], "nowhere does not exist"
+    if kind == "identity without images":
+        image_folder(tmp_path / "data", 3, 2)
+        (tmp_path / "data" / "empty").mkdir()
+        return ["train", *out, "--data.folder", str(tmp_path / "data"), *FOLDER_RUN], "empty"
+    if kind == "fewer identities than asked":
+        return [*train, "--data.identities", "1001"], "1000"
+    if kind == "folder in use":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "precious").write_text("data")
+        return train, "in use"
+    if kind == "folder is a file":
+        (tmp_path / "run").write_text("data")
+        return train, "in use"
+    if kind == "unwritable folder":
+        return [*train[:-1], "/proc/run/here"], "/proc"
+    if kind == "batch too large":
+        return [*train, "--train.batch_size", "20000"], "20000"
+    if kind == "batch and accumulation":
+        return [*train, "--train.accumulation", "3"], "multiple"
+    if kind == "margin out of range":
+        return [*train, "--head.m", "4"], "[0, pi)"
+    if kind == "sample rate":
+        return [*train, "--head.sample_rate", "0"], "sample_rate"
+    if kind == "backbone":
+        return [*train, "--backbone.name", "vgg"], "small"
+    if kind == "resume nothing":
+        return ["train", "--resume", str(tmp_path / "run")], "no run folder"
+    if kind == "evaluate nothing":
+        return ["evaluate", str(tmp_path / "run")], "no run folder"
+    assert kind == "unknown command"
+    return ["trian"], "trian"
+
+
+KINDS = [
+    "unknown key", "wrong type", "unknown key in the file", "no such file", "no YAML", "missing data", "identity without images",
+    "fewer identities than asked", "folder in use", "folder is a file", "unwritable folder", "batch too large", "batch and accumulation",
+    "margin out of range", "sample rate", "backbone", "resume nothing", "evaluate nothing", "unknown command",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, kind):
+    arguments, expected = bad_run(tmp_path, kind)
+    before = sorted((p, p.read_bytes() if p.is_file() else b"") for p in tmp_path.rglob("*"))
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("partial-fc: error: ")
+    assert expected in lines[0]
+    assert out == ""
+    assert sorted((p, p.read_bytes() if p.is_file() else b"") for p in tmp_path.rglob("*")) == before
+
+
+def test_a_traceback_is_shown_when_asked_for(tmp_path, capsys):
+    arguments, expected = bad_run(tmp_path, "missing data")
+    assert main([*arguments, "--traceback"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and expected in err
+
+
+def test_only_one_rank_speaks(tmp_path):
+    code, _, err = finish(launch(*bad_run(tmp_path, "missing data")[0]))
+    assert code != 0
+    assert err.count("partial-fc: error:") == 1
+
+
+# ---------------------------------------------------------------------------------------------------- runs on two ranks
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of 6 epochs with accumulation, sampling and bf16."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    out = succeed("train", "configs/quickstart.yaml", "--output.folder", str(folder), *RUN)
+    assert "TAR @ FAR 1e-3" in out and str(folder / "report.html") in out and "Next:" in out
+    return folder
+
+
+RUN = [*SMALL, "--train.epochs", "6", "--train.accumulation", "2", "--head.sample_rate", "0.5", "--train.mixed_precision", "bf16"]
+
+
+def test_a_run_leaves_everything(run):
+    for name in (
+        "config.yaml",
+        "metrics.json",
+        "report.html",
+        "history.jsonl",
+        "plots/roc.png",
+        "plots/histograms.png",
+        "plots/training.png",
+    ):
+        assert (run / name).stat().st_size > 100, name
+    assert list(run.glob("tensorboard/*tfevents*"))
+    assert [p.name for p in RunFolder(run).checkpoints()] == ["epoch-0005", "epoch-0006"]
+    assert len(list((run / "checkpoints/epoch-0006").glob("data-*/*.distcp"))) == 2, "two ranks write a file each"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["head"]["sample_rate"] == 0.5 and config["head"]["margin"] == "arcface" and config["train"]["clip_norm"] == 5.0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert [e["name"] for e in metrics["evaluations"]] == ["seen", "new"]
+    assert metrics["evaluations"][0]["impostor_pairs"] == 4_485_000
+    rows = history(run)
+    assert [row["step"] for row in rows] == list(range(1, 6 * (600 // 64) + 1))
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[-1]["target_angle"] < rows[0]["target_angle"] < 1.7
+
+
+def test_a_killed_run_goes_on_exactly(run, tmp_path):
+    """SIGKILL of all processes after the second checkpoint; the resumed run logs the losses of the undisturbed one."""
+    folder = tmp_path / "run"
+    process = launch("train", "configs/quickstart.yaml", "--output.folder", str(folder), *RUN)
+    deadline = time.monotonic() + 100
+    while not (folder / "checkpoints/epoch-0002/manifest.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "no second checkpoint"
+        time.sleep(0.02)
+    kill(process)
+    process.communicate()
+    out = succeed("train", "--resume", str(folder))
+    assert re.search(r"resuming after epoch [2345]", out)
+    assert history(folder) == history(run)
+    mine, theirs = (json.loads((f / "metrics.json").read_text())["evaluations"] for f in (folder, run))
+    assert mine == theirs
+
+
+def test_a_run_goes_on_at_another_world_size(run, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/epoch-0006")
+    out = succeed("train", "--resume", str(tmp_path / "run"), ranks=1)
+    assert "resuming after epoch 5" in out
+    rows, before = history(tmp_path / "run"), history(run)
+    assert [row["step"] for row in rows] == [row["step"] for row in before]
+    # batch statistics are a rank's own, so that losses are near, not equal
+    assert rows[-1]["loss"] == pytest.approx(before[-1]["loss"], rel=0.2)
+
+
+def test_a_resume_with_other_settings_is_refused(run, capsys):
+    assert main(["train", "--resume", str(run), "--head.scale", "16"]) == 2
+    assert "head.scale = 32.0" in capsys.readouterr().err
+    assert main(["train", str(ROOT / "configs/quickstart.yaml"), "--output.folder", str(run), "--resume", "--check"]) == 2
+    assert "data.identities = 60" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--train.keep_last", "5", "--check"]) == 0
+
+
+def test_evaluate_a_run_and_a_folder(run, tmp_path, capsys):
+    assert main(["evaluate", str(run), "--output", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again/metrics.json").read_text())["evaluations"]
+    before = json.loads((run / "metrics.json").read_text())["evaluations"]
+    for mine, theirs in zip(again, before, strict=True):
+        assert mine["genuine_pairs"] == theirs["genuine_pairs"]
+        assert mine["tar"]["1e-2"] == pytest.approx(theirs["tar"]["1e-2"], abs=0.02)
+    image_folder(tmp_path / "faces", 6, 4, damaged=2)
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "faces"), "--output", str(tmp_path / "out")]) == 0
+    (evaluation,) = json.loads((tmp_path / "out/metrics.json").read_text())["evaluations"]
+    assert (evaluation["images"], evaluation["identities"]) == (22, 6)
+    assert len((tmp_path / "out/unreadable.txt").read_text().splitlines()) == 2
+    assert evaluation["tar"]["1e-5"] is None
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "faces"), "--output", str(tmp_path / "out")]) == 2
+    assert "in use" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "faces"), "--output", str(tmp_path / "new"), "--on_error", "raise"]) == 2
+    assert "0.png" in capsys.readouterr().err
+
+
+def test_folder_training_skips_or_refuses_unreadable_images(tmp_path):
+    data = image_folder(tmp_path / "data", 8, 8, damaged=2)
+    arguments = ["train", *FOLDER_RUN, "--data.folder", str(data), "--data.holdout_identities", "3"]
+    out = succeed(*arguments, "--output.folder", str(tmp_path / "skip"))
+    named = (tmp_path / "skip/unreadable.txt").read_text()
+    assert "0.png" in named
+    assert "could not be read" in out
+    metrics = json.loads((tmp_path / "skip/metrics.json").read_text())
+    assert metrics["training"]["identities"] == 5 and metrics["evaluations"][0]["identities"] == 3
+    assert metrics["training"]["unreadable_images"] == 2
+    code, _, err = finish(launch(*arguments, "--output.folder", str(tmp_path / "refuse"), "--data.on_error", "raise"))
+    assert code != 0
+    assert err.count("partial-fc: error:") == 1
+    assert "0.png" in err
+
+
+# ---------------------------------------------------------------------------------------------------- example and results
+
+
+def test_the_plain_ddp_example_learns(tmp_path):
+    lines = (ROOT / "examples/ddp.py").read_text().splitlines()
+    assert len(lines) <= 60
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "examples/ddp.py", "2"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    tar = float(re.search(r"FAR 1e-2\s+([\d.]+)", result.stdout).group(1))  # type: ignore[union-attr]
+    assert tar > 60, result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_results_that_the_readme_promises(tmp_path):
+    """Three seeds of the quick start at two ranks: ArcFace at FAR 1e-3 and its distance from the same run without a margin."""
+    means: dict[str, list[float]] = {}
+    for margin in ("arcface", "normface"):
+        for seed in range(3):
+            folder = tmp_path / f"{margin}{seed}"
+            succeed("train", "configs/quickstart.yaml", "--output.folder", str(folder), "--seed", str(seed), "--head.margin", margin)
+            evaluations: list[Any] = json.loads((folder / "metrics.json").read_text())["evaluations"]
+            means.setdefault(margin, [0.0, 0.0])
+            for i, evaluation in enumerate(evaluations):
+                means[margin][i] += evaluation["tar"]["1e-3"] / 3
+    print(means)
+    assert means["arcface"][0] >= 0.84 and means["arcface"][1] >= 0.60
+    assert means["arcface"][0] - means["normface"][0] >= 0.08 and means["arcface"][1] - means["normface"][1] >= 0.08
