@@ -35,7 +35,8 @@ from partial_fc.margins import ArcFace, Margin
 from partial_fc.rows import ShardedRows
 from partial_fc.sampling import draw_window, select_rows
 from partial_fc.shards import ClassShards, initial_rows, local_part
-from partial_fc.softmax import ShardedCrossEntropy, Step
+from partial_fc.softmax import ShardedCrossEntropy
+from partial_fc.tiles import Step
 
 log = logging.getLogger("partial_fc")
 

@@ -18,127 +18,25 @@ Label smoothing ε adds `ε (lse_i − mean over selected logits)`; its gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from partial_fc.collectives import GlobalBatch, Ranks, all_gather, start_reduce_scatter
-from partial_fc.margins import Margin
-
-TINY = 1e-12  # a vector shorter than this has no direction: its cosines are 0 and it gets no gradient
-TILE_BYTES = {"cpu": 4 << 20}  # a tile of logits stays in a core's cache; elsewhere large products matter more
-TILE_BYTES_ELSEWHERE = 256 << 20
-
-
-@dataclass
-class Step:
-    """Everything about one step besides the tensors that autograd follows."""
-
-    batch: GlobalBatch
-    margin: Margin
-    rows: Tensor | None  # sorted local rows that take part [S]; None for the whole shard
-    lo: int  # first global class id of the shard
-    num_classes: int
-    targets: Tensor  # [N, L] global class ids, -1 where there is no target
-    target_weights: Tensor  # [N, L], 0 where there is no target
-    sample_weights: Tensor  # [N]: what each sample's loss counts for in the reduced loss
-    label_smoothing: float
-    reduction: str
-    scale_embedding_grad: bool
-    scatter: bool  # backward itself returns the gradient of this rank's embeddings
-    kept: bool
-    on_row_grad: Callable[[Tensor, list[Tensor]], None]
-    cosines: Tensor | None = None  # out: target cosines [N, L] of all ranks
-    selected: Tensor | None = None  # out, with label smoothing: how many rows take part on all ranks together
-
-    @property
-    def ranks(self) -> Ranks:
-        return self.batch.ranks
-
-
-def tile_rows(samples: int, width: int, device_type: str) -> int:
-    """T: so many class rows that neither `[N, T]` nor `[T, D]` in float32 is larger than a tile may be."""
-    budget = TILE_BYTES.get(device_type, TILE_BYTES_ELSEWHERE)
-    return max(64, budget // (4 * max(samples, width, 1)) // 64 * 64)
-
-
-def unit(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(vectors `[n, D]` at unit length, 1/length `[n, 1]`), in `dtype`; both 0 for a vector without a direction."""
-    norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype)
-    inverse = torch.where(norm > TINY, norm.reciprocal(), 0.0)
-    return vectors.to(dtype) * inverse, inverse
-
-
-def tangent_(grad: Tensor, direction: Tensor, inverse: Tensor) -> Tensor:
-    """In place: gradient by v/‖v‖ -> gradient by v, `(g − (g·u) u) / ‖v‖`, for rows `[n, D]`."""
-    along = torch.linalg.vecdot(grad, direction).unsqueeze(1)
-    return grad.addcmul_(direction, along, value=-1).mul_(inverse)
-
-
-class Rows:
-    """The selected class rows of this rank, given out tile by tile as (directions, 1/length, bias) in the dtype of the statistics."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, step: Step, dtype: torch.dtype) -> None:
-        self.weight, self.bias, self.step, self.dtype = weight, bias, step, dtype
-        self.count = len(weight) if step.rows is None else len(step.rows)
-        self.inverse = weight.new_empty(self.count, 1, dtype=dtype) if step.margin.normalize else None
-        self.normalized = False
-
-    def tile(self, a: int, b: int) -> Tensor:
-        """Directions `[b − a, D]` of rows a to b; lengths are measured on the first pass and remembered."""
-        rows = self.step.rows
-        part = self.weight[a:b] if rows is None else self.weight.index_select(0, rows[a:b])
-        if self.inverse is None:
-            return part.to(self.dtype)
-        if not self.normalized:
-            direction, self.inverse[a:b] = unit(part, self.dtype)
-            return direction
-        return part.to(self.dtype) * self.inverse[a:b]
-
-    def tile_bias(self, a: int, b: int) -> Tensor | None:
-        if self.bias is None:
-            return None
-        rows = self.step.rows
-        return (self.bias[a:b] if rows is None else self.bias.index_select(0, rows[a:b])).to(self.dtype)
-
-    def tiles(self, size: int) -> Iterator[tuple[int, int]]:
-        for a in range(0, self.count, size):
-            yield a, min(a + size, self.count)
-
-
-@dataclass
-class Targets:
-    """The targets of all samples, as the rank sees them: `P = N · L` of them, in the order of the samples."""
-
-    sample: Tensor  # [P] which sample
-    row: Tensor  # [P] position among the selected rows; 0 where another rank owns the class
-    own: Tensor  # [P] whether this rank owns it
-    exists: Tensor  # [N, L]
-
-    @classmethod
-    def locate(cls, step: Step, local_classes: int, selected: int) -> Targets:
-        n, each = step.targets.shape
-        flat = step.targets.reshape(-1)
-        local = flat - step.lo
-        own = (local >= 0) & (local < local_classes) & (flat >= 0)
-        if step.rows is not None and selected:
-            local = torch.searchsorted(step.rows, local)
-        row = torch.where(own, local, 0)
-        sample = torch.arange(n, device=flat.device).repeat_interleave(each) if each > 1 else torch.arange(n, device=flat.device)
-        return cls(sample, row, own, step.targets >= 0)
-
-
-def _compute_dtypes(embeddings: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """(dtype of statistics, dtype of matrix products): float32 at least for the first, autocast's choice for the second."""
-    if torch.float64 in (embeddings.dtype, weight.dtype):
-        return torch.float64, torch.float64
-    if torch.is_autocast_enabled(embeddings.device.type):
-        return torch.float32, torch.get_autocast_dtype(embeddings.device.type)
-    low = weight.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32, weight.dtype if low else torch.float32
+from partial_fc.collectives import all_gather, start_reduce_scatter
+from partial_fc.tiles import (
+    Rows,
+    Step,
+    Targets,
+    compute_dtypes,
+    leave_out,
+    low_precision_product,
+    tangent_,
+    tile_logits,
+    tile_rows,
+    unit,
+)
 
 
 class ShardedCrossEntropy(torch.autograd.Function):
@@ -151,7 +49,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, embeddings, weight, bias, anchor, step):  # type: ignore[no-untyped-def]
-        stats, product = _compute_dtypes(embeddings, weight)
+        stats, product = compute_dtypes(embeddings, weight)
         with torch.autocast(embeddings.device.type, enabled=False):
             forward = _Forward(step, weight, bias, stats, product)
             loss, saved = forward.run(any(ctx.needs_input_grad))
@@ -240,8 +138,8 @@ class _Forward:
         for t, (a, b) in enumerate(rows.tiles(self.tile)):
             w = rows.tile(a, b)
             target = kept[N * a : N * b] if scratch is None else scratch[: N * (b - a)]
-            logits = _logits(scaled, w, rows.tile_bias(a, b), target.view(N, b - a))
-            _leave_out(logits, self.targets, N, a)
+            logits = tile_logits(scaled, w, rows.tile_bias(a, b), target.view(N, b - a))
+            leave_out(logits, self.targets, N, a)
             before = maximum
             if b > a and N:
                 maximum = torch.maximum(maximum, logits.amax(1, keepdim=True))
@@ -286,29 +184,6 @@ class _Forward:
         loss = (losses * step.sample_weights).sum()
         # the replicas of a 2-D mesh hold other samples, whose share of the mean is theirs to add
         return all_gather(loss, step.ranks.replica_group).sum(0) if step.ranks.replica_group else loss
-
-
-def _logits(scaled: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """`scaled wᵀ + bias` `[N, T]`, written into `out` where the product has its dtype."""
-    if scaled.dtype == out.dtype:
-        torch.mm(scaled, w.t(), out=out)
-    else:
-        out.copy_(torch.mm(scaled, w.to(scaled.dtype).t()))
-    return out if bias is None else out.add_(bias)
-
-
-def _leave_out(logits: Tensor, targets: Targets, samples: int, a: int) -> None:
-    """In place: −inf where a row of this tile is a target of the sample; targets are counted with their margin elsewhere."""
-    width = logits.shape[1]
-    if not logits.numel():
-        return
-    column = (targets.row - a).view(samples, -1)
-    here = targets.own.view(samples, -1) & (column >= 0) & (column < width)
-    column = column.clamp(0, width - 1)
-    # a sample whose targets are elsewhere writes back what it reads; several targets a sample go one by one, so that none undoes another
-    for each in range(column.shape[1]):
-        at = column[:, each : each + 1]
-        logits.scatter_(1, at, torch.where(here[:, each : each + 1], -torch.inf, logits.gather(1, at)))
 
 
 class _Backward:
@@ -384,8 +259,8 @@ class _Backward:
                 e = self.kept[N * a : N * b].view(N, b - a)
                 factor = self.on_lse[:, None] * (self.tile_maxima[t] - self.lse[:, None]).exp_()
             else:
-                e = _logits(scaled, w, rows.tile_bias(a, b), scratch[: N * (b - a)].view(N, b - a))
-                _leave_out(e, self.targets, N, a)
+                e = tile_logits(scaled, w, rows.tile_bias(a, b), scratch[: N * (b - a)].view(N, b - a))
+                leave_out(e, self.targets, N, a)
                 e = e.sub_(self.lse[:, None]).exp_().to(self.product)
             if want_x:
                 dx.addcmul_(torch.mm(e, w.to(self.product)).to(self.stats), factor, value=scale)
@@ -405,7 +280,7 @@ class _Backward:
         if self.product == self.stats == out.dtype:
             grad = torch.mm(e.t(), weighted, out=out)
         else:
-            grad = _low_precision_product(e, weighted, self.product).to(self.stats)
+            grad = low_precision_product(e, weighted, self.product).to(self.stats)
         if self.step.label_smoothing:
             grad += (self.uniform @ self.x) * self.step.margin.scale
         if self.rows.inverse is not None:
@@ -456,11 +331,3 @@ class _Backward:
             self.step.on_row_grad(self.step.rows, grads)
             return None, None
         return grads[0] if self.needs[1] else None, grads[1] if self.bias is not None and self.needs[2] else None
-
-
-def _low_precision_product(e: Tensor, weighted: Tensor, dtype: torch.dtype) -> Tensor:
-    """`eᵀ weighted` with both in `dtype`. float16 has little range: the second is brought to a largest value of 1 and back."""
-    if dtype is not torch.float16:
-        return torch.mm(e.t(), weighted.to(dtype))
-    largest = weighted.abs().amax().clamp_(min=torch.finfo(weighted.dtype).tiny) if weighted.numel() else weighted.new_ones(())
-    return torch.mm(e.t(), (weighted / largest).to(dtype)).to(weighted.dtype) * largest
