@@ -20,6 +20,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -50,6 +52,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 ROW_BLOCK_BYTES = 16 << 20
 MARK = "__tensor__"
+OWN = re.compile(r"data-\d{4,}")  # a user's own data-anything stays
 
 
 class Stateful(Protocol):
@@ -72,8 +75,9 @@ def save_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
     for name, thing in named.items():
         tensors: dict[str, Tensor] = {}
         state[name] = _flatten(thing.state_dict(), name, tensors)
+        _check_loads(state[name], name)
         state.update({k: _RowBlocks(v) if isinstance(v, DTensor) else v.detach() for k, v in tensors.items()})
-    with _quiet():
+    with _translated():
         save(
             state,
             storage_writer=FileSystemWriter(data),
@@ -90,9 +94,9 @@ def load_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
     other shapes than the objects have.
     """
     folder = Path(path)
-    manifest = _read_manifest(folder)
+    manifest = _everywhere(lambda: _read_manifest(folder))
     reader = _SafeReader(folder / manifest["data"])
-    metadata = reader.read_metadata().state_dict_metadata
+    metadata = _everywhere(lambda: reader.read_metadata().state_dict_metadata)
     missing = sorted(set(named) - set(manifest["names"]))
     if missing:
         raise ValueError(f"checkpoint {folder} has no {', '.join(missing)}; it has {', '.join(manifest['names'])}")
@@ -124,7 +128,7 @@ def _target(key: str, stored: Any, here: Tensor | None, folder: Path) -> Tensor:
 
 
 def _read(state: dict[str, Any], reader: FileSystemReader) -> None:
-    with _quiet():
+    with _translated():
         load(
             state,
             storage_reader=reader,
@@ -134,11 +138,15 @@ def _read(state: dict[str, Any], reader: FileSystemReader) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that there is no process group: that is how a single process works."""
+def _translated() -> Iterator[None]:
+    """Without torch's warning that there is no process group, and with an OSError for what it raises beside Exception."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            rank, failure = next(iter(error.failures.items()))
+            raise OSError(f"checkpoint: rank {rank}: {failure[0]}") from error
 
 
 # ---------------------------------------------------------------------------------------------------- state dicts and skeletons
@@ -149,11 +157,25 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[path] = value
         return {MARK: path}
+    found = len(tensors)
     if isinstance(value, dict):
-        return {k: _flatten(v, f"{path}/{k}", tensors) for k, v in value.items()}
+        parts: Any = {k: _flatten(v, f"{path}/{k}", tensors) for k, v in value.items()}
+        return parts if len(tensors) > found or type(value) is dict else value
     if isinstance(value, list | tuple):
-        return type(value)(_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value))
-    return value
+        parts = [_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+        return parts if isinstance(value, list) else tuple(parts)
+    return value.item() if type(value).__module__ == "numpy" and not getattr(value, "shape", ()) else value
+
+
+def _check_loads(skeleton: Any, name: str) -> None:
+    """TypeError, before anything is replaced, for a state that could be written but not read again."""
+    buffer = io.BytesIO()
+    torch.save(skeleton, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise TypeError(f"the state of {name} holds what is neither a tensor nor a plain value: {str(error).splitlines()[0]}") from error
 
 
 def _restore(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
@@ -162,7 +184,8 @@ def _restore(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
             return tensors[skeleton[MARK]]
         return {k: _restore(v, tensors) for k, v in skeleton.items()}
     if isinstance(skeleton, list | tuple):
-        return type(skeleton)(_restore(v, tensors) for v in skeleton)
+        restored = [_restore(v, tensors) for v in skeleton]
+        return restored if isinstance(skeleton, list) else tuple(restored)
     return skeleton
 
 
@@ -211,8 +234,7 @@ class _RowBlockPlanner(DefaultSavePlanner):
 
 def _new_data_folder(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = [int(p.name.split("-")[1]) for p in folder.glob("data-*") if p.name.split("-")[1].isdigit()]
-    name = f"data-{max(numbers, default=0) + 1:04d}"
+    name = f"data-{max((int(p.name[5:]) for p in folder.glob('data-*') if OWN.fullmatch(p.name)), default=0) + 1:04d}"
     (folder / name).mkdir()
     return name
 
@@ -226,8 +248,8 @@ def _publish(folder: Path, data: str, names: list[str]) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, folder / MANIFEST)
     for old in folder.glob("data-*"):
-        if old.name != data:
-            shutil.rmtree(old)
+        if old.name != data and OWN.fullmatch(old.name) and old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)  # the new one is in place; a busy old one is no failure
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -243,6 +265,25 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if Path(data).name != data or not (folder / data).is_dir():
         raise ValueError(f"{folder / MANIFEST} names {data!r}, which is no folder beside it")
     return dict(manifest)
+
+
+def _everywhere(action: Any) -> Any:
+    """The result of `action` on this rank; the first rank's error, if any rank has one, on all."""
+    result, error = None, None
+    try:
+        result = action()
+    except (OSError, ValueError) as caught:
+        error = caught
+    if dist.is_initialized():
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, None if error is None else (type(error), str(error)))
+        first = next(((rank, e) for rank, e in enumerate(errors) if e is not None), None)
+        if first is not None:
+            rank, (kind, text) = first
+            raise kind(text if all(e is not None for e in errors) else f"rank {rank}: {text}") from error
+    if error is not None:
+        raise error
+    return result
 
 
 def _agreed(action: Any) -> Any:
@@ -301,7 +342,7 @@ class _SafeReader(FileSystemReader):
             metadata: Metadata = _SafeUnpickler(io.BytesIO(path.read_bytes())).load()
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete") from None
-        except (EOFError, IndexError, AttributeError, KeyError) as error:
+        except (pickle.UnpicklingError, EOFError, IndexError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()

@@ -1,7 +1,7 @@
 """Everything that the ranks of a head say to each other before its loss: one small exchange of counts and status, one of the payload.
 
     rank r:  embeddings [N_r, D], labels [N_r] (or [N_r, L] with label_weights [N_r, L]), sample_weights [N_r]
-       status [FIELDS] int64  ── all-gather ──>  the same table on every host: counts, and what is wrong where
+       status (Status) int64  ── all-gather ──>  the same table on every host: counts, and what is wrong where
        payload (bytes)        ── all-gather ──>  embeddings [N, D], labels [N] ... in the order of the ranks, N = sum of N_r
        gradient [N, D]        ── reduce-scatter ──>  gradient [N_r, D], summed over the ranks' classes
 
@@ -124,6 +124,7 @@ class Status:
     second_largest_at: int = 0
     nonfinite_at: int = -1
     nonfinite_label: int = NO_LABEL
+    wants_grad: int = 0  # whether its embeddings take part in backward: if any rank's do, all must
 
     def extremes(self) -> tuple[tuple[int, int], ...]:
         """(label, flat index) of the smallest and largest labels that there are."""
@@ -140,8 +141,8 @@ PROBLEMS = (
     "",
     "embeddings must be [N, D], but have {first} dimensions",
     "embeddings must be float32, float64, bfloat16 or float16",
-    "labels must be int64",
-    "labels must be [N] or [N, L], but have {first} dimensions",
+    "labels must be an int64 tensor",
+    "labels must be [N] or [N, L] with L at least 1, but have {first} dimensions",
     "labels are for {first} samples, embeddings for {second}",
     "labels and embeddings are on different devices",
     "label_weights must have the shape of labels, [N, L]",
@@ -199,8 +200,16 @@ def gather(
     """
     ranks = Ranks.of(group)
     batch = exchange(embeddings, labels, label_weights, sample_weights, ranks, inspect=True)
-    batch.embeddings = _Gathered.apply(embeddings, batch.embeddings, ranks, batch.counts)
+    batch.embeddings = _Gathered.apply(joining(embeddings, batch.status), batch.embeddings, ranks, batch.counts)
     return batch
+
+
+def joining(embeddings: Tensor, status: tuple[Status, ...]) -> Tensor:
+    """Embeddings that take part in backward if any rank's do (an empty tensor of a rank without data does not by itself), so that no
+    rank is missing from the collective there."""
+    if torch.is_grad_enabled() and not embeddings.requires_grad and any(row.wants_grad for row in status):
+        return embeddings.detach().requires_grad_()
+    return embeddings
 
 
 def exchange(
@@ -217,8 +226,11 @@ def exchange(
 
     `inspect`: look for extreme labels and non-finite embeddings. `device`: where the caller's weights are.
     """
-    embeddings, labels = embeddings.detach(), labels.detach()
+    wants_grad = embeddings.requires_grad and torch.is_grad_enabled()
+    embeddings = embeddings.detach()
+    labels = labels.detach() if isinstance(labels, Tensor) else torch.empty(0)  # not int64: a problem that all ranks hear of
     mine = _inspect(embeddings, labels, label_weights, sample_weights, inspect, device)
+    mine[-1] = wants_grad
     table = all_gather_mesh(mine.to(device or embeddings.device), ranks).tolist()
     status = tuple(Status(*row) for row in table)
     _agree(status, ranks, device)
@@ -289,7 +301,7 @@ def _inspect(
         problem = 2
     elif labels.dtype != torch.int64:
         problem = 3
-    elif labels.ndim not in (1, 2):
+    elif labels.ndim not in (1, 2) or (labels.ndim == 2 and not labels.shape[1]):
         problem, first = 4, labels.ndim
     elif labels.shape[0] != samples:
         problem, first, second = 5, labels.shape[0], samples
@@ -301,7 +313,7 @@ def _inspect(
         problem = 8
     elif device is not None and embeddings.device != device:
         problem = DEVICE_PROBLEM
-    head = torch.tensor(
+    counts = torch.tensor(
         [
             samples,
             embeddings.shape[1] if embeddings.ndim == 2 else 0,
@@ -313,10 +325,10 @@ def _inspect(
             second,
         ]
     )
-    rest = torch.tensor([NO_LABEL, 0] * 4 + [-1, NO_LABEL])
+    findings = torch.tensor([NO_LABEL, 0] * 4 + [-1, NO_LABEL])
     if inspect and not problem and labels.numel():
-        rest = torch.cat((_extremes(labels.reshape(-1)), _nonfinite(embeddings, as_matrix(labels)[:, 0])))
-    return torch.cat((head.to(rest.device), rest))
+        findings = torch.cat((_extremes(labels.reshape(-1)), _nonfinite(embeddings, as_matrix(labels)[:, 0])))
+    return torch.cat((counts.to(findings.device), findings, torch.zeros_like(findings[:1])))
 
 
 def _extremes(labels: Tensor) -> Tensor:
@@ -337,6 +349,14 @@ def _nonfinite(embeddings: Tensor, labels: Tensor) -> Tensor:
     return torch.stack((torch.where(any_bad, at, -1), torch.where(any_bad, labels[at], NO_LABEL)))
 
 
+AGREED = {
+    "width": "embedding width",
+    "dtype": "embedding dtype",
+    "labels_each": "labels a sample (0: a plain [N])",
+    "weights": "weights (1: label weights, 2: sample weights)",
+}
+
+
 def _agree(status: tuple[Status, ...], ranks: Ranks, device: torch.device | None) -> None:
     """Raise the same ValueError on every rank if any of them has a batch that cannot be exchanged."""
     for flat, row in enumerate(status):
@@ -345,23 +365,15 @@ def _agree(status: tuple[Status, ...], ranks: Ranks, device: torch.device | None
             raise ValueError(f"{ranks.name(flat)}: {message}")
     first = status[0]
     for flat, row in enumerate(status):
-        for what in ("width", "dtype", "labels_each", "weights"):
+        for what, description in AGREED.items():
             mine, theirs = getattr(first, what), getattr(row, what)
             if mine != theirs:
                 if what == "dtype":
                     mine, theirs = DTYPES[mine], DTYPES[theirs]
                 raise ValueError(
-                    f"ranks disagree: {WHAT[what]} {mine} on {ranks.name(0)} and {theirs} on {ranks.name(flat)}; "
+                    f"ranks disagree: {description} {mine} on {ranks.name(0)} and {theirs} on {ranks.name(flat)}; "
                     "every rank must bring the same"
                 )
-
-
-WHAT = {
-    "width": "embedding width",
-    "dtype": "embedding dtype",
-    "labels_each": "labels a sample (0: a plain [N])",
-    "weights": "weights (1: label weights, 2: sample weights)",
-}
 
 
 def start_reduce_scatter(grad: Tensor, ranks: Ranks, counts: tuple[int, ...]) -> Callable[[], Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,16 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partial_fc.collectives import (
-    NO_LABEL,
-    GlobalBatch,
-    Group,
-    NonFiniteError,
-    Ranks,
-    all_gather_mesh,
-    as_matrix,
-    exchange,
-)
+from partial_fc.collectives import NO_LABEL, GlobalBatch, Group, NonFiniteError, Ranks, all_gather_mesh, as_matrix, exchange, joining
 from partial_fc.margins import ArcFace, Margin
 from partial_fc.rows import ShardedRows
 from partial_fc.sampling import draw_window, select_rows
@@ -110,6 +102,10 @@ class PartialFC(nn.Module):
         )
         self.embedding_size, self.num_classes, self.seed = embedding_size, num_classes, seed
         self.margin = ArcFace() if margin is None else margin
+        if not isinstance(self.margin, Margin):
+            raise TypeError(f"margin must be an instance such as ArcFace(scale=64.0), not {margin!r}")
+        if next(self.margin.parameters(), None) is not None:
+            raise ValueError(f"{type(self.margin).__name__} has parameters; a margin may have buffers, but nothing would train parameters")
         self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
         self.scale_embedding_grad, self.validate, self.on_nonfinite = scale_embedding_grad, validate, on_nonfinite
         self.logits_budget = DEFAULT_LOGITS_BUDGET if logits_budget is None else logits_budget
@@ -120,12 +116,13 @@ class PartialFC(nn.Module):
         self._target_cosines: tuple[Tensor, Tensor] | None = None
 
         ranks = Ranks.of(group)
-        device = torch.device(device) if device is not None else torch.get_default_device()
+        device = torch.device(device) if device is not None else _default_device(ranks)
         self._shards = ClassShards.split(num_classes, ranks, device)
         self._rows = ShardedRows(self._shards, sampled=sample_rate < 1)
-        self._register("weight", self._initial_weight(device, dtype or torch.get_default_dtype()))
-        bias = torch.zeros(self._shards.local, device=device, dtype=dtype or torch.get_default_dtype())
-        self._register("bias", bias if self.margin.bias else None)
+        empty = torch.empty(self._shards.local, embedding_size, device=device, dtype=dtype or torch.get_default_dtype())
+        self._register("weight", empty)
+        self._register("bias", empty.new_empty(self._shards.local) if self.margin.bias else None)
+        self.reset_parameters()
         self._rows.hold(dict(self.named_parameters(recurse=False)), self._shards)
         if ranks.group is not None:
             self._check_agreement(device)
@@ -161,7 +158,7 @@ class PartialFC(nn.Module):
         return torch.acos(cosines.clamp(-1, 1)[exists]).mean()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the weights, of rows and of the margin's own parameters."""
+        """Clear the gradients of the weights, or of their rows."""
         super().zero_grad(set_to_none=set_to_none)
         self._rows.clear()
 
@@ -175,7 +172,7 @@ class PartialFC(nn.Module):
     def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:
         """The loss of a batch: embeddings `[N_local, D]` and labels `[N_local]`, or a `GlobalBatch` from `gather`."""
         self._check_wiring()
-        self.skipped = False
+        self.skipped = self.skipped and not self.training  # an evaluation in between says nothing of the training step
         weight = local_part(self.weight)
         joint = isinstance(embeddings, GlobalBatch)
         with record_function("partial_fc::gather"):
@@ -183,17 +180,20 @@ class PartialFC(nn.Module):
         if not batch.ranks.same_as(self._shards.ranks):
             raise RuntimeError("the batch was gathered over another group than the head's")
         self._judge(batch)
-        x = batch.embeddings if joint else embeddings
-        assert isinstance(x, Tensor)
+        x = embeddings.embeddings if isinstance(embeddings, GlobalBatch) else joining(embeddings, batch.status)
         with record_function("partial_fc::select"):
             step = self._plan(batch, scatter=not joint)
         if self.training:
             self._step += 1
         self._selected_rows = step.rows
-        if self.skipped:
-            return _ZeroLoss.apply(x, self._anchor(weight), x.shape[0] if self.reduction == "none" else None)
         bias = None if self.bias is None else local_part(self.bias)
         anchor = None
+        if self.skipped and self.training:
+            samples = batch.counts[batch.ranks.rank] if self.reduction == "none" else None
+            if step.rows is None:
+                return _ZeroLoss.apply(x, weight, bias, samples, None)
+            x = x if x.requires_grad else x.detach().requires_grad_(self._anchor(weight).requires_grad)
+            return _ZeroLoss.apply(x, weight.detach(), None if bias is None else bias.detach(), samples, self._rows.accumulate)
         if step.rows is not None:
             weight, bias, anchor = weight.detach(), None if bias is None else bias.detach(), self._anchor(weight)
         loss = ShardedCrossEntropy.apply(x, weight, bias, anchor, step)
@@ -210,7 +210,7 @@ class PartialFC(nn.Module):
 
     def _anchor(self, weight: Tensor) -> Tensor:
         """A scalar through which backward reaches the loss although the weights are detached and embeddings may be."""
-        return torch.zeros((), device=weight.device, requires_grad=self.weight.requires_grad)
+        return torch.zeros((), device=weight.device, requires_grad=any(p.requires_grad for p in self._rows.parameters.values()))
 
     def _plan(self, batch: GlobalBatch, scatter: bool) -> Step:
         shards, device = self._shards, batch.embeddings.device
@@ -221,21 +221,21 @@ class PartialFC(nn.Module):
             labels = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
             rows = select_rows(window, labels, shards.lo, shards.hi)
         selected = shards.local if rows is None else len(rows)
-        item = 2 if torch.is_autocast_enabled(device.type) else max(4, local_part(self.weight).element_size())
+        item = 2 if torch.is_autocast_enabled(device.type) else self._stats_dtype(batch).itemsize
         return Step(
             batch=batch,
             margin=self.margin,
             rows=rows,
             lo=shards.lo,
-            num_classes=self.num_classes,
             targets=targets,
             target_weights=target_weights,
-            sample_weights=self._sample_weights(batch, targets),
+            sample_weights=self._sample_weights(batch),
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,
             scale_embedding_grad=self.scale_embedding_grad,
             scatter=scatter,
             kept=len(batch.embeddings) * selected * item <= self.logits_budget,
+            needs_grad=torch.is_grad_enabled(),
             on_row_grad=self._rows.accumulate,
         )
 
@@ -248,14 +248,14 @@ class PartialFC(nn.Module):
             weights = weights * batch.label_weights.to(weights.dtype)
             # one class named twice in a sample (mixup of two of its images): the first takes the weight of both
             same = (labels[:, :, None] == labels[:, None, :]) & exists[:, :, None] & exists[:, None, :]
-            exists = exists & ~same.tril(-1).any(2)
-            weights = (same * weights[:, None, :]).sum(2) * exists
-        return torch.where(exists, labels, -1), weights
+            weights = (same * weights[:, None, :]).sum(2) * ~same.tril(-1).any(2)
+            exists = exists & (weights > 0)
+        return torch.where(exists, labels, -1), weights * exists
 
-    def _sample_weights(self, batch: GlobalBatch, targets: Tensor) -> Tensor:
+    def _sample_weights(self, batch: GlobalBatch) -> Tensor:
         """`[N]`: what each sample's loss counts for: 1 or its weight, 0 where ignored, divided by the sum over all ranks for a mean."""
         dtype = self._stats_dtype(batch)
-        weights = (targets >= 0).any(1).to(dtype)
+        weights = (as_matrix(batch.labels) != self.ignore_index).any(1).to(dtype)
         everywhere = (as_matrix(batch.mesh_labels) != self.ignore_index).any(1).to(dtype)
         if batch.sample_weights is not None and batch.mesh_sample_weights is not None:
             weights = weights * batch.sample_weights.to(dtype)
@@ -277,8 +277,9 @@ class PartialFC(nn.Module):
                 "this head was built before the process group: every rank would train a copy of its own. "
                 "Build it after torch.distributed.init_process_group (or Accelerator(), deepspeed.init_distributed())"
             )
-        waiting = self.training and torch.is_grad_enabled() and self._rows.sampled and self._rows.rows is not None
-        if waiting and (self._rows.optimizer is None or self._rows.optimizer() is None):
+        if not (self.training and torch.is_grad_enabled() and self._rows.sampled) or self._rows.has_optimizer:
+            return
+        if self._rows.rows is not None or self._rows.lost > 1:
             raise RuntimeError(
                 "no RowOptimizer takes this sampled head's row gradients, so it would never train: "
                 "build RowOptimizer(torch.optim.SGD, head, ...) instead of passing head.parameters() to an optimizer"
@@ -311,13 +312,30 @@ class PartialFC(nn.Module):
 
     def _check_agreement(self, device: torch.device) -> None:
         """Raise on every rank if ranks built different heads."""
-        what = ("num_classes", "embedding_size", "seed", "sample_rate in millionths")
-        mine = [self.num_classes, self.embedding_size, self.seed, round(self.sample_rate * 1e6)]
         if device.type == "meta":
             return
-        table = all_gather_mesh(torch.tensor(mine, device=device), self._shards.ranks).tolist()
+        names = (
+            "label_smoothing",
+            "reduction",
+            "ignore_index",
+            "on_nonfinite",
+            "validate",
+            "scale_embedding_grad",
+            "_init_std",
+            "sample_rate",
+        )
+        margin = type(self.margin).__name__, {k: v for k, v in vars(self.margin).items() if not k.startswith("_")}
+        settings = margin, [getattr(self, name) for name in names], self.weight.dtype
+        digest = zlib.crc32(repr(settings).encode())
+        mine = {
+            "num_classes": self.num_classes,
+            "embedding_size": self.embedding_size,
+            "seed": self.seed,
+            "a digest of the settings": digest,
+        }
+        table = all_gather_mesh(torch.tensor(list(mine.values()), device=device), self._shards.ranks).tolist()
         for flat, values in enumerate(table):
-            for name, expected, value in zip(what, table[0], values, strict=True):
+            for name, expected, value in zip(mine, table[0], values, strict=True):
                 if expected != value:
                     here, there = self._shards.ranks.name(0), self._shards.ranks.name(flat)
                     raise ValueError(
@@ -326,30 +344,38 @@ class PartialFC(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ parameters and state
 
-    def _initial_weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        shape = (self._shards.local, self.embedding_size)
-        if device.type == "meta":
-            return torch.empty(shape, device=device, dtype=dtype)
-        rows = initial_rows(self._shards.lo, self._shards.hi, shape[1:], std=self._init_std, seed=self.seed)
-        return rows.to(device=device, dtype=dtype)
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights again as `seed` says, biases 0; also after `to_empty` on a head that was built on the meta device."""
+        weight = local_part(self.weight.detach())
+        if weight.device.type != "meta":
+            weight.copy_(initial_rows(self._shards.lo, self._shards.hi, weight.shape[1:], std=self._init_std, seed=self.seed))
+        if self.bias is not None:
+            local_part(self.bias.detach()).zero_()
 
     def _register(self, name: str, local: Tensor | None) -> None:
         self.register_parameter(name, None if local is None else nn.Parameter(self._shards.wrap(local)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialFC:
-        """Moves and casts act on the local rows; a mesh of the new device's kind is made around them."""
-        own, self._parameters = self._parameters, {}
-        super()._apply(fn, recurse)
-        moved = {name: None if p is None else fn(local_part(p.detach())) for name, p in own.items()}
-        device = next(m.device for m in moved.values() if m is not None)
-        if self._shards.mesh is None or device.type != self._shards.mesh.device_type:
+        """Moves and casts act on the local rows, and keep the parameters' identity, as torch's own do."""
+        own = {name: p for name, p in self._parameters.items() if p is not None}
+        before = {name: local_part(p.detach()) for name, p in own.items()}
+        after = {name: fn(local) for name, local in before.items()}
+        everything, self._parameters = self._parameters, {}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters = everything
+        if all(after[name] is before[name] for name in own):
+            return self
+        device = after["weight"].device
+        if self._shards.mesh is not None and device.type != self._shards.mesh.device_type:
             self._shards = ClassShards.split(self.num_classes, self._shards.ranks, device)
-        for name, local in moved.items():
-            self._register(name, local)
-            parameter, before = self._parameters[name], own[name]
-            if parameter is not None and before is not None:
-                parameter.requires_grad_(before.requires_grad)
-        self._rows.hold(dict(self.named_parameters(recurse=False)), self._shards)
+        for name, parameter in own.items():
+            moved = nn.Parameter(self._shards.wrap(after[name]), requires_grad=parameter.requires_grad)
+            parameter.grad = None
+            torch.utils.swap_tensors(parameter, moved)
+        self._rows.hold(own, self._shards)
         return self
 
     def get_extra_state(self) -> Tensor:
@@ -361,18 +387,35 @@ class PartialFC(nn.Module):
 
 
 class _ZeroLoss(torch.autograd.Function):
-    """A skipped step: a loss of zero whose gradient is zero, so that backward runs on every rank as it would have."""
+    """A skipped step: a loss of zero whose gradients are zero, so that backward and a GradScaler run on every rank as they would have.
+
+    Under sampling `sink` gets gradients of no rows. A NaN in the backbone's activations still makes NaN of its gradients.
+    """
 
     @staticmethod
-    def forward(ctx, embeddings, anchor, samples):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(embeddings)
-        return embeddings.new_zeros(() if samples is None else (samples,), dtype=torch.float32)
+    def forward(ctx, embeddings, weight, bias, samples, sink):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(embeddings, weight, bias)
+        ctx.sink = sink
+        return embeddings.new_zeros(() if samples is None else (samples,), dtype=torch.promote_types(embeddings.dtype, torch.float32))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (embeddings,) = ctx.saved_tensors
-        return torch.zeros_like(embeddings), None, None
+        embeddings, weight, bias = ctx.saved_tensors
+        nothing = torch.zeros_like(embeddings)
+        if ctx.sink is None:
+            return nothing, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias), None, None
+        no_rows = torch.empty(0, dtype=torch.int64, device=embeddings.device)
+        ctx.sink(no_rows, [torch.empty_like(p[:0]) for p in (weight, bias) if p is not None])
+        return nothing, None, None, None, None
+
+
+def _default_device(ranks: Ranks) -> torch.device:
+    """torch's default device, or the current GPU where the group cannot exchange tensors of the CPU (NCCL)."""
+    default = torch.get_default_device()
+    if ranks.group is not None and default.type == "cpu" and dist.get_backend(ranks.group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return default
 
 
 def _check_arguments(

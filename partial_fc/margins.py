@@ -82,12 +82,12 @@ class CombinedMargin(Margin):
         # so the value is unharmed: cos changes by at most its own rounding.
         edge = 1 - torch.finfo(cosine.dtype).eps
         theta = torch.acos(cosine.clamp(-edge, edge))
-        inside = (cosine > -edge) & (cosine < edge)
+        beyond = (cosine < -edge) | (cosine > edge)
         argument = self.m1 * theta + self.m2
         turns = torch.floor(argument.detach() / math.pi)
         extended = torch.where(turns % 2 == 0, 1.0, -1.0) * torch.cos(argument) - 2 * turns
-        # a clamped cosine passes no gradient; it gets the one of the edge's neighbour, from a straight line through the edge
-        return extended + torch.where(inside, 0.0, 1.0) * (cosine - cosine.detach()) - self.m3
+        # a clamped cosine passes no gradient; it gets that of cos θ itself, which is 1
+        return extended + torch.where(beyond, 1.0, 0.0) * (cosine - cosine.detach()) - self.m3
 
 
 class ArcFace(CombinedMargin):

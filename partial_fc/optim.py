@@ -31,7 +31,7 @@ BLOCK_BYTES = 8 << 20
 
 
 class HasRows(Protocol):
-    """A head or a center loss: what a `RowOptimizer` can train."""
+    """What a `RowOptimizer` can train: a `PartialFC`."""
 
     skipped: bool
     _rows: ShardedRows
@@ -51,7 +51,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
             raise TypeError(f"optimizer_class must be a torch.optim.Optimizer class such as torch.optim.SGD, not {optimizer_class!r}")
         if not isinstance(getattr(head, "_rows", None), ShardedRows):
-            raise TypeError(f"a RowOptimizer trains a PartialFC or CenterLoss, not {type(head).__name__}")
+            raise TypeError(f"a RowOptimizer trains a PartialFC, not {type(head).__name__}")
         _check_rows_apart(optimizer_class, options)
         self._head, self._sharded = head, head._rows
         self._fill = _initial_state(optimizer_class, options)
@@ -77,6 +77,7 @@ class RowOptimizer(torch.optim.Optimizer):
         with record_function("partial_fc::update"):
             for parameter, carrier in zip(sharded.parameters.values(), sharded.trainable, strict=True):
                 if carrier.grad is not None:
+                    sharded.stepped = True
                     self._update(parameter, sharded.rows if sharded.sampled else None, local_part(carrier.grad))
         return loss
 
@@ -92,7 +93,7 @@ class RowOptimizer(torch.optim.Optimizer):
             block.grad = grad[a:b]
             self._inner.param_groups[0]["params"] = [block]
             self._inner.state.clear()
-            self._inner.state.update({block: {k: self._of_rows(v, index, a, b) for k, v in before.items()}} if before else {})
+            self._inner.state.update({block: {k: _of_rows(v, index, a, b) for k, v in before.items()}} if before else {})
             self._inner.step()
             _put(weight, block.detach(), index, a, b)
             for key, value in self._inner.state[block].items():
@@ -100,19 +101,13 @@ class RowOptimizer(torch.optim.Optimizer):
                     state[key] = value
                     continue
                 if key not in state:
-                    state[key] = self._allocate(parameter, value.dtype, self._fill[key])
+                    state[key] = self._allocate(parameter, value.dtype, self._fill.get(key, 0.0))
                 _put(local_part(state[key]), value, index, a, b)
         self._inner.state.clear()
         self._inner.param_groups[0]["params"] = []
 
     def _allocate(self, parameter: nn.Parameter, dtype: torch.dtype, fill: float) -> Tensor:
         return self._sharded.shards.wrap(torch.full_like(local_part(parameter.detach()), fill, dtype=dtype))
-
-    def _of_rows(self, value: Any, index: Tensor | None, a: int, b: int) -> Any:
-        """State for a block: the rows of row state; a copy of scalar state, which every block's step moves on by one."""
-        if isinstance(value, Tensor) and value.ndim:
-            return _take(local_part(value), index, a, b)
-        return value.clone() if isinstance(value, Tensor) else value
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -129,9 +124,9 @@ class RowOptimizer(torch.optim.Optimizer):
         template = self.state_dict()
         for i, parameter in enumerate(self._sharded.parameters.values()):
             if i not in template["state"]:
-                trial = _trial(type(self._inner), self._options(), torch.zeros(1, 1, dtype=parameter.dtype), steps=1)
+                trial = _trial(type(self._inner), self._options(), torch.zeros(1, 1, dtype=parameter.dtype, device="cpu"), steps=1)
                 template["state"][i] = {
-                    key: self._allocate(parameter, value.dtype, self._fill[key]) if _is_row_state(value, trial[0]) else value
+                    key: self._allocate(parameter, value.dtype, self._fill.get(key, 0.0)) if _is_row_state(value, trial[0]) else value
                     for key, value in trial[1].items()
                 }
         return template
@@ -144,10 +139,24 @@ class RowOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and value.ndim and value.shape != parameters[int(i)].shape:
                     expected = list(parameters[int(i)].shape)
                     raise ValueError(f"optimizer state {key} is {list(value.shape)}, the head's parameter is {expected}")
+        self.param_groups[0].update({k: v for k, v in state_dict["param_groups"][0].items() if k != "params"})
         self.state.clear()
         for i, state in state_dict["state"].items():
-            self.state[parameters[int(i)]] = dict(state)
-        self.param_groups[0].update({k: v for k, v in state_dict["param_groups"][0].items() if k != "params"})
+            parameter = parameters[int(i)]
+            self.state[parameter] = {key: self._fitted(value, parameter) for key, value in state.items()}
+
+    def _fitted(self, value: Any, parameter: nn.Parameter) -> Any:
+        """A piece of state on the device, and row state in the dtype, that the class expects; as it is where it is so already."""
+        if not isinstance(value, Tensor):
+            return value
+        weight = local_part(parameter.detach())
+        if value.ndim:
+            local = local_part(value)
+            fitted = local.to(weight.device, weight.dtype if local.is_floating_point() else local.dtype)
+            return value if fitted is local else self._sharded.shards.wrap(fitted)
+        # fused and capturable kernels read the step on the device
+        options = self.param_groups[0]
+        return value.to(weight.device) if options.get("fused") or options.get("capturable") else value
 
     def _options(self) -> dict[str, Any]:
         accepted = inspect.signature(type(self._inner)).parameters
@@ -169,11 +178,11 @@ def _trial(
     cls: type[torch.optim.Optimizer], options: dict[str, Any], start: Tensor, steps: int, split: bool = False
 ) -> tuple[Tensor, dict[str, Any]]:
     """(the parameter, its state) after some steps of a small problem; `split`: every row a parameter of its own."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     parameters = [nn.Parameter(r.clone()) for r in (start.split(1) if split else [start])]
     optimizer = cls(parameters, **options)
     for _ in range(steps):
-        grad = torch.randn(start.shape, generator=generator, dtype=start.dtype) if start.any() else torch.zeros_like(start)
+        grad = torch.randn(start.shape, generator=generator, dtype=start.dtype, device="cpu") if start.any() else torch.zeros_like(start)
         for parameter, rows in zip(parameters, grad.split(1) if split else [grad], strict=True):
             parameter.grad = rows.clone()
         optimizer.step()
@@ -182,13 +191,13 @@ def _trial(
 
 def _initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> dict[str, float]:
     """What row state holds for a row that never had a gradient: the state after a step of zero from zero."""
-    parameter, state = _trial(cls, options, torch.zeros(1, 2, dtype=torch.float64), steps=1)
+    parameter, state = _trial(cls, options, torch.zeros(1, 2, dtype=torch.float64, device="cpu"), steps=1)
     return {k: float(v.reshape(-1)[0]) for k, v in state.items() if _is_row_state(v, parameter)}
 
 
 def _check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
     """Raise unless the class moves a row alike whether or not it has neighbours; found by trying it."""
-    start = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.randn(4, 3, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
     try:
         with torch.random.fork_rng(devices=[]):
             together = _trial(cls, options, start, steps=2)[0]
@@ -223,6 +232,13 @@ def _put(tensor: Tensor, values: Tensor, index: Tensor | None, a: int, b: int) -
         tensor[a:b] = values
 
 
+def _of_rows(value: Any, index: Tensor | None, a: int, b: int) -> Any:
+    """State for a block: the rows of row state; a copy of scalar state, which every block's step moves on by one."""
+    if isinstance(value, Tensor) and value.ndim:
+        return _take(local_part(value), index, a, b)
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 def _is_row_state(value: Any, block: Tensor) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape == block.shape
 
@@ -238,7 +254,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, *heads: HasRows, max_
     theirs = {id(p) for rows in sharded for p in rows.parameters.values()}
     plain = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in plain if p.grad is not None and id(p) not in theirs]
-    norms = [_as_plain(torch.nn.utils.get_total_norm([g], norm_type)).double() for g in grads]
+    norms = [_norm(g, norm_type) for g in grads]
     shard_grads = [local_part(c.grad) for rows in sharded for c in rows.trainable if c.grad is not None]
     for rows in sharded:
         local = [local_part(c.grad) for c in rows.trainable if c.grad is not None]
@@ -253,14 +269,17 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, *heads: HasRows, max_
     return total
 
 
-def _as_plain(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _norm(grad: Tensor, norm_type: float) -> Tensor:
+    """The norm of one gradient over all its shards, float64; half precision is summed in float32."""
+    low = grad.dtype in (torch.bfloat16, torch.float16)
+    norm = torch.linalg.vector_norm(grad, norm_type, dtype=torch.float32 if low else None)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
 
 
 def _norm_over_ranks(grads: list[Tensor], rows: ShardedRows, norm_type: float) -> Tensor:
     device = local_part(next(iter(rows.parameters.values()))).device
-    norm = torch.nn.utils.get_total_norm(grads, norm_type) if any(g.numel() for g in grads) else torch.zeros((), device=device)
-    norm = norm.double()
+    parts = [_norm(g, norm_type) for g in grads if g.numel()]
+    norm = torch.linalg.vector_norm(torch.stack(parts), norm_type) if parts else torch.zeros((), dtype=torch.float64, device=device)
     group = rows.shards.ranks.group
     if group is None:
         return norm

@@ -10,8 +10,9 @@ The carriers are DTensors as their parameters are; `GradScaler.unscale_` therefo
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,15 @@ class ShardedRows:
         self.trainable: list[nn.Parameter] = []
         self.rows: Tensor | None = None
         self.optimizer: weakref.ref[RowOptimizer] | None = None
+        self.stepped = False  # an optimizer has used these gradients
+        self.lost = 0  # how often gradients were cleared that no optimizer could have used
+
+    @property
+    def has_optimizer(self) -> bool:
+        return self.optimizer is not None and self.optimizer() is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "optimizer": None}  # a copy's optimizer is another one
 
     def hold(self, parameters: dict[str, nn.Parameter], shards: ClassShards) -> None:
         """Take these parameters (again): after construction, a move to another device, a change of dtype."""
@@ -43,7 +53,8 @@ class ShardedRows:
 
     def clear(self) -> None:
         """Forget all gradients."""
-        self.rows = None
+        self.lost += self.rows is not None and not self.has_optimizer
+        self.rows, self.stepped = None, False
         for parameter in self.parameters.values():
             parameter.grad = None
         if self.sampled:
@@ -54,12 +65,18 @@ class ShardedRows:
 
     def accumulate(self, rows: Tensor, values: list[Tensor]) -> None:
         """Add the gradients `values[k] [S, ...]` of the sorted local rows `[S]`."""
-        if self.rows is not None:
+        before = self.values()
+        if self.rows is not None and len(before) == len(values):
+            if self.stepped:
+                warnings.warn(
+                    "row gradients of the last step are still there and add up; call zero_grad() of the RowOptimizer", stacklevel=2
+                )
+                self.stepped = False
             union = torch.unique(torch.cat((self.rows, rows)))
             old, new = torch.searchsorted(union, self.rows), torch.searchsorted(union, rows)
             sums = [v.new_zeros(len(union), *v.shape[1:]) for v in values]
-            for total, before, now in zip(sums, self.values(), values, strict=True):
-                total[old] = before
+            for total, earlier, now in zip(sums, before, values, strict=True):
+                total[old] = earlier
                 total.index_add_(0, new, now)
             rows, values = union, sums
         self.rows = rows

@@ -94,11 +94,12 @@ def initial_rows(lo: int, hi: int, row_shape: tuple[int, ...], *, std: float, se
     Drawn in fixed blocks of 1,024 rows with a generator each, keyed by (seed, block), because `normal_` draws other numbers for another
     size of tensor: any rank can draw any rows, and all agree.
     """
-    out = torch.empty(hi - lo, *row_shape)
+    cpu = torch.device("cpu")  # whatever the default device and dtype are: the draw is part of the meaning of a seed
+    out = torch.empty(hi - lo, *row_shape, device=cpu, dtype=torch.float32)
     for block in range(lo // INIT_BLOCK, -(-hi // INIT_BLOCK)):
         start = block * INIT_BLOCK
-        generator = torch.Generator().manual_seed(mix(seed, block))
-        rows = torch.empty(INIT_BLOCK, *row_shape).normal_(0.0, std, generator=generator)
+        generator = torch.Generator(cpu).manual_seed(mix(seed, block))
+        rows = torch.empty(INIT_BLOCK, *row_shape, device=cpu, dtype=torch.float32).normal_(0.0, std, generator=generator)
         a, b = max(lo, start), min(hi, start + INIT_BLOCK)
         out[a - lo : b - lo] = rows[a - start : b - start]
     return out

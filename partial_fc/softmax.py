@@ -52,7 +52,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
         stats, product = compute_dtypes(embeddings, weight)
         with torch.autocast(embeddings.device.type, enabled=False):
             forward = _Forward(step, weight, bias, stats, product)
-            loss, saved = forward.run(any(ctx.needs_input_grad))
+            loss, saved = forward.run(step.needs_grad and any(ctx.needs_input_grad))
         ctx.save_for_backward(weight, bias, *saved)
         ctx.step, ctx.rows, ctx.targets, ctx.tile, ctx.dtypes = (
             step,
@@ -61,7 +61,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
             forward.tile,
             (stats, product),
         )
-        ctx.embedding_dtype, ctx.anchored = embeddings.dtype, anchor is not None
+        ctx.embedding_dtype, ctx.anchored = embeddings.dtype, anchor is not None and anchor.requires_grad
         return loss
 
     @staticmethod
@@ -96,7 +96,7 @@ class _Forward:
         losses = (1 - smoothing) * (step.target_weights * (lse[:, None] - z)).sum(1)
         if smoothing:
             losses = losses + smoothing * (lse - mean_logit)
-        losses = torch.where(step.sample_weights > 0, losses, 0.0)
+        losses = torch.where(step.sample_weights != 0, losses, 0.0) * step.sample_weights
         saved = [self.x, self.x_inverse, lse, z, raw, slope, exponentials, tile_maxima, row_sum]
         return self._reduce(losses), saved
 
@@ -105,24 +105,16 @@ class _Forward:
         targets, step, x = self.targets, self.step, self.x
         raw = x.new_zeros(len(targets.sample))
         if self.rows.count:
-            w = self._target_rows()
-            raw = torch.linalg.vecdot(x[targets.sample], w)
-            if self.rows.bias is not None:
-                raw = raw + self._select(self.rows.bias, targets.row).to(self.stats)
+            raw = torch.linalg.vecdot(x[targets.sample], self.rows.at(targets.row)[0]) + self.rows.bias_at(targets.row)
         raw = torch.where(targets.own, raw, 0.0)
-        with torch.enable_grad():
-            leaf = raw.detach().requires_grad_()
-            z = step.margin.target(leaf) * step.margin.scale
-            slope = torch.autograd.grad(z.sum(), leaf)[0] if needs_grad else torch.zeros_like(raw)
+        if not needs_grad:
+            z, slope = step.margin.target(raw) * step.margin.scale, torch.zeros_like(raw)
+        else:
+            with torch.enable_grad():
+                leaf = raw.detach().requires_grad_()
+                z = step.margin.target(leaf) * step.margin.scale
+                slope = torch.autograd.grad(z.sum(), leaf)[0]
         return raw, torch.where(targets.own, z.detach(), 0.0), torch.where(targets.own, slope, 0.0)
-
-    def _select(self, tensor: Tensor, row: Tensor) -> Tensor:
-        local = row if self.step.rows is None else self.step.rows[row]
-        return tensor.index_select(0, local)
-
-    def _target_rows(self) -> Tensor:
-        w = self._select(self.rows.weight, self.targets.row)
-        return unit(w, self.stats)[0] if self.step.margin.normalize else w.to(self.stats)
 
     def _tiles(self, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(running maximum `[N]`, sum of exponentials `[N]`, kept exponentials `[N · S]`, maxima a tile, sum of directions `[D + 1]`)."""
@@ -181,7 +173,7 @@ class _Forward:
         step = self.step
         if step.reduction == "none":
             return losses[step.batch.local].clone()
-        loss = (losses * step.sample_weights).sum()
+        loss = losses.sum()
         # the replicas of a 2-D mesh hold other samples, whose share of the mean is theirs to add
         return all_gather(loss, step.ranks.replica_group).sum(0) if step.ranks.replica_group else loss
 
@@ -205,6 +197,7 @@ class _Backward:
             assert step.selected is not None
             self.uniform = -self.c * smoothing / step.selected
             on_z = on_z + self.uniform[:, None]
+            self.uniform_rows = (self.uniform @ self.x) * step.margin.scale
         on_z = torch.where(self.targets.exists, on_z, 0.0).reshape(-1)
         # by the target's raw cosine or logit; the uniform share that every row gets below is taken back where a margin replaces it
         self.on_raw = torch.where(self.targets.own, on_z * self.slope - step.margin.scale * self.uniform[self.targets.sample], 0.0)
@@ -247,7 +240,7 @@ class _Backward:
     def _tiles(self, want_x: bool, want_w: bool) -> tuple[Tensor, list[Tensor]]:
         """(gradient of all embeddings from this rank's rows `[N, D]`, gradients of the rows `[S, D]` and biases `[S]`)."""
         N, rows, scale = self.N, self.rows, self.step.margin.scale
-        dx = self.x.new_zeros(N, self.D)
+        dx = self.x.new_zeros(N, self.D if want_x else 0)
         dw = self.x.new_empty(rows.count, self.D, dtype=self.weight.dtype) if want_w else None
         db = self.x.new_empty(rows.count, dtype=self.stats) if want_w and self.bias is not None else None
         scratch = self.x.new_empty(0 if self.kept.numel() else N * min(self.tile, max(rows.count, 1)))
@@ -261,7 +254,11 @@ class _Backward:
             else:
                 e = tile_logits(scaled, w, rows.tile_bias(a, b), scratch[: N * (b - a)].view(N, b - a))
                 leave_out(e, self.targets, N, a)
-                e = e.sub_(self.lse[:, None]).exp_().to(self.product)
+                shift = self.lse[:, None]
+                if self.product is torch.float16:  # has too little range for small probabilities: scale each row by its largest
+                    shift = e.amax(1, keepdim=True).clamp_(min=torch.finfo(self.stats).min)
+                    factor = self.on_lse[:, None] * (shift - self.lse[:, None]).exp_()
+                e = e.sub_(shift).exp_().to(self.product)
             if want_x:
                 dx.addcmul_(torch.mm(e, w.to(self.product)).to(self.stats), factor, value=scale)
             if dw is not None:
@@ -282,24 +279,15 @@ class _Backward:
         else:
             grad = low_precision_product(e, weighted, self.product).to(self.stats)
         if self.step.label_smoothing:
-            grad += (self.uniform @ self.x) * self.step.margin.scale
+            grad += self.uniform_rows
         if self.rows.inverse is not None:
             tangent_(grad, w, self.rows.inverse[a:b])
         if grad is not out:
             out.copy_(grad)
 
-    def _target_rows(self) -> tuple[Tensor, Tensor]:
-        """Directions and 1/length of the targets' rows, `[P, D]` and `[P, 1]`."""
-        row = self.targets.row if self.step.rows is None else self.step.rows[self.targets.row]
-        part = self.weight.index_select(0, row)
-        if self.rows.inverse is None:
-            return part.to(self.stats), part.new_ones(len(part), 1, dtype=self.stats)
-        inverse = self.rows.inverse.index_select(0, self.targets.row)
-        return part.to(self.stats) * inverse, inverse
-
     def _targets_to_embeddings(self, dx: Tensor) -> None:
         if self.rows.count:
-            dx.index_add_(0, self.targets.sample, self._target_rows()[0] * self.on_raw[:, None])
+            dx.index_add_(0, self.targets.sample, self.rows.at(self.targets.row)[0] * self.on_raw[:, None])
         if self.step.label_smoothing:
             dx += self.uniform[:, None] * (self.row_sum[: self.D] * self.step.margin.scale)
         if self.rows.inverse is not None:
@@ -308,7 +296,7 @@ class _Backward:
     def _targets_to_rows(self, dw: Tensor, db: Tensor | None) -> None:
         if not self.rows.count:
             return
-        w, inverse = self._target_rows()
+        w, inverse = self.rows.at(self.targets.row)
         grad = self.x[self.targets.sample] * self.on_raw[:, None]
         if self.rows.inverse is not None:
             tangent_(grad, w, inverse)

@@ -30,7 +30,6 @@ class Step:
     margin: Margin
     rows: Tensor | None  # sorted local rows that take part [S]; None for the whole shard
     lo: int  # first global class id of the shard
-    num_classes: int
     targets: Tensor  # [N, L] global class ids, -1 where there is no target
     target_weights: Tensor  # [N, L], 0 where there is no target
     sample_weights: Tensor  # [N]: what each sample's loss counts for in the reduced loss
@@ -39,6 +38,7 @@ class Step:
     scale_embedding_grad: bool
     scatter: bool  # backward itself returns the gradient of this rank's embeddings
     kept: bool
+    needs_grad: bool  # False under no_grad and in inference mode
     on_row_grad: Callable[[Tensor, list[Tensor]], None]
     cosines: Tensor | None = None  # out: target cosines [N, L] of all ranks
     selected: Tensor | None = None  # out, with label smoothing: how many rows take part on all ranks together
@@ -68,7 +68,7 @@ def tangent_(grad: Tensor, direction: Tensor, inverse: Tensor) -> Tensor:
 
 
 class Rows:
-    """The selected class rows of this rank, given out tile by tile as (directions, 1/length, bias) in the dtype of the statistics."""
+    """The selected class rows of this rank, given out tile by tile, in the dtype of the statistics."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, step: Step, dtype: torch.dtype) -> None:
         self.weight, self.bias, self.step, self.dtype = weight, bias, step, dtype
@@ -86,6 +86,19 @@ class Rows:
             direction, self.inverse[a:b] = unit(part, self.dtype)
             return direction
         return part.to(self.dtype) * self.inverse[a:b]
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(directions `[P, D]`, 1/length `[P, 1]`; 1 where nothing is normalised) of single rows."""
+        part = self.weight.index_select(0, self._local(positions))
+        if self.inverse is not None:
+            return unit(part, self.dtype)
+        return part.to(self.dtype), part.new_ones(len(part), 1, dtype=self.dtype)
+
+    def bias_at(self, positions: Tensor) -> Tensor | float:
+        return 0.0 if self.bias is None else self.bias.index_select(0, self._local(positions)).to(self.dtype)
+
+    def _local(self, positions: Tensor) -> Tensor:
+        return positions if self.step.rows is None else self.step.rows[positions]
 
     def tile_bias(self, a: int, b: int) -> Tensor | None:
         if self.bias is None:

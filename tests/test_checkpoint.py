@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -72,7 +74,7 @@ def load(rank: int, world: int, path: str, classes: int, kind: str) -> tuple[lis
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize(("classes", "written_by"), [(23, 2), (3, 4), (23, 3)])
-def test_any_world_size_reads_what_any_other_wrote(ranks, tmp_path, monkeypatch, kind, classes, written_by):
+def test_any_world_size_reads_what_any_other_wrote(ranks, tmp_path, kind, classes, written_by):
     path = str(tmp_path / "checkpoint")
     results = ranks(written_by).run(save, path, classes, kind)
     expected, weight = results[0][0], torch.cat([w for _, w in results])
@@ -159,6 +161,67 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):
         load_checkpoint(tmp_path / "b", head=PartialFC(D, 7))
 
 
+def test_damaged_files_are_named(tmp_path):
+    save_checkpoint(tmp_path, head=PartialFC(D, 7))
+    data = next(tmp_path.glob("data-*"))
+    whole = (data / ".metadata").read_bytes()
+    (data / ".metadata").write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=r"\.metadata is damaged"):
+        load_checkpoint(tmp_path, head=PartialFC(D, 7))
+    (data / ".metadata").write_bytes(whole)
+    shard = next(data.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:50])
+    with pytest.raises(OSError, match="checkpoint"):
+        load_checkpoint(tmp_path, head=PartialFC(D, 7))
+
+
+def test_neighbours_of_a_checkpoint_stay(tmp_path):
+    for name in ("data-train", "data-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("precious")
+    (tmp_path / "data-0009").write_text("a file")
+    for _ in range(2):
+        save_checkpoint(tmp_path, head=PartialFC(D, 7))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data-0009", "data-0011", "data-1", "data-train", "manifest.json"]
+
+
+class State:
+    def __init__(self, **state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def test_states_are_plain_values_or_refused_before_anything_is_replaced(tmp_path):
+    plain = State(lr=np.float64(0.1), steps=(1, 2), nested=[{"a": torch.ones(2)}], counter=collections.Counter([3, 3]), none=None)
+    save_checkpoint(tmp_path, plain=plain)
+    with pytest.raises(TypeError, match="odd"):
+        save_checkpoint(tmp_path, odd=State(path=Path("x")))
+    other = State(nested=[{"a": torch.zeros(2)}])
+    load_checkpoint(tmp_path, plain=other)
+    assert other.state["lr"] == 0.1 and other.state["steps"] == (1, 2) and other.state["counter"][3] == 2
+    assert torch.equal(other.state["nested"][0]["a"], torch.ones(2))
+
+
+def load_where_one_rank_sees_nothing(rank: int, world: int, path: str) -> str:
+    try:
+        load_checkpoint(path if rank == 0 else path + "-elsewhere", head=PartialFC(D, 7))
+    except OSError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_a_folder_that_one_rank_does_not_see_is_an_error_on_all(ranks, tmp_path):
+    save_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
+    texts = ranks(2).run(load_where_one_rank_sees_nothing, str(tmp_path / "a"))
+    assert len(set(texts)) == 1
+    assert texts[0].startswith("rank 1: no complete checkpoint")
+
+
 class Malicious:
     def __reduce__(self) -> Any:
         return os.system, ("touch ran",)
@@ -169,6 +232,6 @@ def test_metadata_cannot_run_code(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
     data = next((tmp_path / "a").glob("data-*"))
     (data / ".metadata").write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(pickle.UnpicklingError, match="not to be trusted"):
+    with pytest.raises(ValueError, match="not to be trusted"):
         load_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
     assert not Path("ran").exists()

@@ -76,7 +76,7 @@ def bad_batch(rank: int, world: int, kind: str) -> tuple[str, float]:
         ("label too large", ["labels[1] is 10", "0 to 9", "-100", "counted from 0"]),
         ("label negative", ["labels[3] is -1"]),
         ("label beside ignored", ["labels[1] is -7"]),
-        ("label dtype", ["labels must be int64"]),
+        ("label dtype", ["labels must be an int64 tensor"]),
         ("width", [f"{D}", f"{D + 1}", "width"]),
         ("dtype", ["float32", "float64", "dtype"]),
         ("integer embeddings", ["embeddings must be float32"]),
