@@ -227,6 +227,7 @@ class PartialFC(nn.Module):
             margin=self.margin,
             rows=rows,
             lo=shards.lo,
+            num_classes=self.num_classes,
             targets=targets,
             target_weights=target_weights,
             sample_weights=self._sample_weights(batch),

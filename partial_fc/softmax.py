@@ -18,6 +18,7 @@ Label smoothing ε adds `ε (lse_i − mean over selected logits)`; its gradient
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -80,8 +81,18 @@ class _Forward:
         self.N, self.D = X.shape
         self.x, self.x_inverse = unit(X, stats) if step.margin.normalize else (X.to(stats), X.new_empty(0))
         self.tile = tile_rows(self.N, self.D, X.device.type)
+        step.bounded = self._is_bounded()
         with record_function("partial_fc::targets"):
             self.targets = Targets.locate(step, len(weight), self.rows.count)
+
+    def _is_bounded(self) -> bool:
+        """Whether no sum of exponentials can leave the range of its dtype, so that no maximum need be found and taken off.
+
+        A cosine times the scale is at most the scale; 64 and a thousand million classes fit into float32.
+        """
+        step = self.step
+        largest = math.log(torch.finfo(self.stats).max) - 2
+        return step.margin.normalize and self.product is not torch.float16 and step.margin.scale + math.log(step.num_classes) < largest
 
     def run(self, needs_grad: bool) -> tuple[Tensor, list[Tensor]]:
         step = self.step
@@ -119,7 +130,7 @@ class _Forward:
     def _tiles(self, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(running maximum `[N]`, sum of exponentials `[N]`, kept exponentials `[N · S]`, maxima a tile, sum of directions `[D + 1]`)."""
         x, rows, step, N = self.x, self.rows, self.step, self.N
-        maximum = x.new_full((N, 1), torch.finfo(self.stats).min)
+        maximum = x.new_full((N, 1), 0.0 if step.bounded else torch.finfo(self.stats).min)
         total = x.new_zeros(N, 1)
         tile = min(self.tile, max(rows.count, 1))
         kept = x.new_empty(N * rows.count if keep else 0, dtype=self.product)
@@ -132,11 +143,11 @@ class _Forward:
             target = kept[N * a : N * b] if scratch is None else scratch[: N * (b - a)]
             logits = tile_logits(scaled, w, rows.tile_bias(a, b), target.view(N, b - a))
             leave_out(logits, self.targets, N, a)
-            before = maximum
-            if b > a and N:
-                maximum = torch.maximum(maximum, logits.amax(1, keepdim=True))
-            logits.sub_(maximum).exp_()
-            total = total.mul_((before - maximum).exp_()).add_(logits.sum(1, keepdim=True))
+            if not step.bounded and N:
+                before, maximum = maximum, torch.maximum(maximum, logits.amax(1, keepdim=True))
+                logits.sub_(maximum)
+                total.mul_((before - maximum).exp_())
+            total.add_(logits.exp_().sum(1, keepdim=True))
             if keep:
                 tile_maxima[t] = maximum
                 if scratch is not None:
@@ -190,6 +201,8 @@ class _Backward:
         self.c = self._sample_coefficients(grad.to(self.stats))
         # d loss / d lse, and per target d loss / d target logit
         self.on_lse = self.c * ((1 - smoothing) * step.target_weights.sum(1) + smoothing)
+        # the factors of exponentials: of logits as they are, and of logits less lse
+        self.from_zero, self.from_lse = self.on_lse[:, None] * (-self.lse[:, None]).exp(), self.on_lse[:, None]
         probability = (self.z - self.lse[:, None]).exp()
         on_z = self.on_lse[:, None] * probability - self.c[:, None] * (1 - smoothing) * step.target_weights
         self.uniform = torch.zeros_like(self.c)  # d loss / d every selected logit, of label smoothing
@@ -239,41 +252,49 @@ class _Backward:
 
     def _tiles(self, want_x: bool, want_w: bool) -> tuple[Tensor, list[Tensor]]:
         """(gradient of all embeddings from this rank's rows `[N, D]`, gradients of the rows `[S, D]` and biases `[S]`)."""
-        N, rows, scale = self.N, self.rows, self.step.margin.scale
+        N, rows = self.N, self.rows
         dx = self.x.new_zeros(N, self.D if want_x else 0)
         dw = self.x.new_empty(rows.count, self.D, dtype=self.weight.dtype) if want_w else None
         db = self.x.new_empty(rows.count, dtype=self.stats) if want_w and self.bias is not None else None
-        scratch = self.x.new_empty(0 if self.kept.numel() else N * min(self.tile, max(rows.count, 1)))
-        scaled = (self.x * scale).to(self.product)
-        factor = self.on_lse[:, None]
+        self.scratch = self.x.new_empty(0 if self.kept.numel() else N * min(self.tile, max(rows.count, 1)))
+        self.scaled = (self.x * self.step.margin.scale).to(self.product)
+        previous, weighted = None, self.x
         for t, (a, b) in enumerate(rows.tiles(self.tile)):
             w = rows.tile(a, b)
-            if self.kept.numel():
-                e = self.kept[N * a : N * b].view(N, b - a)
-                factor = self.on_lse[:, None] * (self.tile_maxima[t] - self.lse[:, None]).exp_()
-            else:
-                e = tile_logits(scaled, w, rows.tile_bias(a, b), scratch[: N * (b - a)].view(N, b - a))
-                leave_out(e, self.targets, N, a)
-                shift = self.lse[:, None]
-                if self.product is torch.float16:  # has too little range for small probabilities: scale each row by its largest
-                    shift = e.amax(1, keepdim=True).clamp_(min=torch.finfo(self.stats).min)
-                    factor = self.on_lse[:, None] * (shift - self.lse[:, None]).exp_()
-                e = e.sub_(shift).exp_().to(self.product)
+            e, factor = self._exponentials(t, a, b, w)
             if want_x:
-                dx.addcmul_(torch.mm(e, w.to(self.product)).to(self.stats), factor, value=scale)
+                product = torch.mm(e, w.to(self.product)).to(self.stats)
+                dx.addcmul_(product, factor)
             if dw is not None:
-                self._row_grad(dw[a:b], e, factor, w, a, b)
+                if factor is not previous:
+                    previous, weighted = factor, self.x * (factor * self.step.margin.scale)
+                self._row_grad(dw[a:b], e, weighted, w, a, b)
             if db is not None:
                 db[a:b] = torch.mv(e.t().to(self.stats), factor[:, 0]) + self.uniform.sum()
         if want_x:
-            self._targets_to_embeddings(dx)
+            self._targets_to_embeddings(dx.mul_(self.step.margin.scale))
         if dw is not None:
             self._targets_to_rows(dw, db)
         return dx, [g for g in (dw, db) if g is not None]
 
-    def _row_grad(self, out: Tensor, e: Tensor, factor: Tensor, w: Tensor, a: int, b: int) -> None:
+    def _exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(e `[N, T]`, factor `[N, 1]`) of tile t: d loss / d logit = e · factor, where the logit is no target."""
+        if self.kept.numel():
+            e = self.kept[self.N * a : self.N * b].view(self.N, b - a)
+            return e, self.from_zero if self.step.bounded else self.on_lse[:, None] * (self.tile_maxima[t] - self.lse[:, None]).exp_()
+        logits = self.scratch[: self.N * (b - a)].view(self.N, b - a)
+        logits = tile_logits(self.scaled, w, self.rows.tile_bias(a, b), logits)
+        leave_out(logits, self.targets, self.N, a)
+        if self.step.bounded:
+            return logits.exp_().to(self.product), self.from_zero
+        if self.product is not torch.float16:
+            return logits.sub_(self.lse[:, None]).exp_().to(self.product), self.from_lse
+        # float16 has too little range for small probabilities: scale each row by its largest
+        peak = logits.amax(1, keepdim=True).clamp_(min=torch.finfo(self.stats).min)
+        return logits.sub_(peak).exp_().to(self.product), self.on_lse[:, None] * (peak - self.lse[:, None]).exp_()
+
+    def _row_grad(self, out: Tensor, e: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
         """`out [T, D]` = gradient of rows a to b from all logits but the targets'."""
-        weighted = self.x * (factor * self.step.margin.scale)
         if self.product == self.stats == out.dtype:
             grad = torch.mm(e.t(), weighted, out=out)
         else:

@@ -30,6 +30,7 @@ class Step:
     margin: Margin
     rows: Tensor | None  # sorted local rows that take part [S]; None for the whole shard
     lo: int  # first global class id of the shard
+    num_classes: int
     targets: Tensor  # [N, L] global class ids, -1 where there is no target
     target_weights: Tensor  # [N, L], 0 where there is no target
     sample_weights: Tensor  # [N]: what each sample's loss counts for in the reduced loss
@@ -40,6 +41,7 @@ class Step:
     kept: bool
     needs_grad: bool  # False under no_grad and in inference mode
     on_row_grad: Callable[[Tensor, list[Tensor]], None]
+    bounded: bool = False  # out: exponentials are of the logits themselves, no maximum taken off
     cosines: Tensor | None = None  # out: target cosines [N, L] of all ranks
     selected: Tensor | None = None  # out, with label smoothing: how many rows take part on all ranks together
 

@@ -430,7 +430,7 @@ def test_soft_labels_and_sample_weights(ranks, rate):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_low_precision_products_stay_near_float64(dtype, rate):
-    """Errors of a few roundings of the product's inputs, not of the logits: the target's cosine and all sums are float32."""
+    """Errors of a few roundings of the products: the target's cosine, the exponentials' sums and what is accumulated are float32."""
     errors = []
     for margin in (ArcFace(), NormFace(scale=30.0)):
         head, exact = (PartialFC(64, 500, margin, rate, dtype=d, init_std=0.1) for d in (torch.float32, torch.float64))
@@ -461,6 +461,26 @@ def test_kept_and_tiled_logits_give_the_same_numbers(monkeypatch):
         results.append((loss.detach(), x.grad, head.weight.grad))
     for tiled, kept in zip(*results, strict=True):
         torch.testing.assert_close(tiled, kept, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [64.0, 80.0, 90.0, 3000.0])
+@pytest.mark.parametrize("budget", [0, None])
+def test_large_scales_neither_overflow_nor_lose_gradients(scale, budget):
+    """Cosines of ±1 at scales on both sides of where float32 needs the maximum taken off."""
+    heads = [PartialFC(D, 9, NormFace(scale), dtype=d, logits_budget=budget) for d in (torch.float32, torch.float64)]
+    directions = torch.eye(D)[[0, 0, 0, 1, 2, 3, 4, 5, 5]] * torch.tensor([1.0, 1, -1, 1, 1, 1, 1, 1, -1])[:, None]
+    inputs = torch.eye(D)[[0, 1, 5]] + 0.01
+    results = []
+    for head in heads:
+        with torch.no_grad():
+            head.weight.copy_(directions)
+        x = inputs.to(head.weight.dtype).detach().clone().requires_grad_()
+        loss = head(x, torch.tensor([0, 2, 8]))
+        loss.backward()
+        assert x.grad is not None and head.weight.grad is not None
+        results.append([loss.detach().double(), x.grad.double(), head.weight.grad.double()])
+    for mine, exact in zip(*results, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=3e-4 * max(1.0, scale / 64), atol=1e-6 * scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
