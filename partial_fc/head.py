@@ -111,6 +111,7 @@ class PartialFC(nn.Module):
         self.logits_budget = DEFAULT_LOGITS_BUDGET if logits_budget is None else logits_budget
         self._sample_rate, self._init_std = sample_rate, init_std
         self._step, self._seen_batch = 0, False
+        self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
         self.skipped = False
         self._selected_rows: Tensor | None = None
         self._target_cosines: tuple[Tensor, Tensor] | None = None
@@ -169,6 +170,7 @@ class PartialFC(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ one step
 
+    @torch._disable_dynamo  # collectives and sizes that depend on data: under torch.compile the head runs as it is
     def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:
         """The loss of a batch: embeddings `[N_local, D]` and labels `[N_local]`, or a `GlobalBatch` from `gather`."""
         self._check_wiring()
@@ -190,11 +192,17 @@ class PartialFC(nn.Module):
         anchor = None
         if self.skipped and self.training:
             samples = batch.counts[batch.ranks.rank] if self.reduction == "none" else None
-            if step.rows is None:
+            if step.rows is None and step.start_update is None:
                 return _ZeroLoss.apply(x, weight, bias, samples, None)
             x = x if x.requires_grad else x.detach().requires_grad_(self._anchor(weight).requires_grad)
-            return _ZeroLoss.apply(x, weight.detach(), None if bias is None else bias.detach(), samples, self._rows.accumulate)
-        if step.rows is not None:
+            return _ZeroLoss.apply(
+                x,
+                weight.detach(),
+                None if bias is None else bias.detach(),
+                samples,
+                self._rows.accumulate if step.rows is not None else None,
+            )
+        if step.rows is not None or step.start_update is not None:
             weight, bias, anchor = weight.detach(), None if bias is None else bias.detach(), self._anchor(weight)
         loss = ShardedCrossEntropy.apply(x, weight, bias, anchor, step)
         assert step.cosines is not None
@@ -222,6 +230,8 @@ class PartialFC(nn.Module):
             rows = select_rows(window, labels, shards.lo, shards.hi)
         selected = shards.local if rows is None else len(rows)
         item = 2 if torch.is_autocast_enabled(device.type) else self._stats_dtype(batch).itemsize
+        kept = len(batch.embeddings) * selected * item <= self.logits_budget
+        self._report_mode(kept, len(batch.embeddings) * selected * item)
         return Step(
             batch=batch,
             margin=self.margin,
@@ -235,10 +245,26 @@ class PartialFC(nn.Module):
             reduction=self.reduction,
             scale_embedding_grad=self.scale_embedding_grad,
             scatter=scatter,
-            kept=len(batch.embeddings) * selected * item <= self.logits_budget,
+            kept=kept,
             needs_grad=torch.is_grad_enabled(),
             on_row_grad=self._rows.accumulate,
+            start_update=self._update_in_backward(),
         )
+
+    def _update_in_backward(self) -> Callable[[], Callable[[int, int, list[Tensor]], None]] | None:
+        optimizer = self._rows.optimizer() if self._rows.optimizer is not None else None
+        if optimizer is None or not optimizer.update_in_backward or not (self.training and torch.is_grad_enabled()):
+            return None
+        kind = local_part(self.weight).device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            raise RuntimeError("update_in_backward cannot be joined with float16, which needs a GradScaler; use bfloat16")
+        return optimizer.in_backward
+
+    def _report_mode(self, kept: bool, size: int) -> None:
+        mode = "kept" if kept else "tiled"
+        if self.training and mode != self.logits_mode:
+            log.info("logits are %s: %d bytes of them on this rank, a budget of %d", mode, size, self.logits_budget)
+            self.logits_mode = mode
 
     def _targets(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         """Class ids `[N, L]`, -1 where there is none, and their weights in the sample, 0 where there is none."""
@@ -405,7 +431,8 @@ class _ZeroLoss(torch.autograd.Function):
         embeddings, weight, bias = ctx.saved_tensors
         nothing = torch.zeros_like(embeddings)
         if ctx.sink is None:
-            return nothing, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias), None, None
+            zeros = (torch.zeros_like(p) if needed else None for p, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True))
+            return nothing, *zeros, None, None
         no_rows = torch.empty(0, dtype=torch.int64, device=embeddings.device)
         ctx.sink(no_rows, [torch.empty_like(p[:0]) for p in (weight, bias) if p is not None])
         return nothing, None, None, None, None

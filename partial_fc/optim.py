@@ -16,7 +16,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,20 +25,32 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from partial_fc.rows import ShardedRows
+from partial_fc.sampling import keyed_below, mix
 from partial_fc.shards import local_part
 
 BLOCK_BYTES = 8 << 20
+HALF = (torch.bfloat16, torch.float16)
+MASTER, COUNT = "master_weight", "rounding_step"  # state of this module's own, beside that of the wrapped class
+
+LowPrecision = Literal["master", "stochastic"]
 
 
 class HasRows(Protocol):
     """What a `RowOptimizer` can train: a `PartialFC`."""
 
     skipped: bool
+    seed: int
     _rows: ShardedRows
 
 
 class RowOptimizer(torch.optim.Optimizer):
     """`optimizer_class` over the sharded rows of a head: `RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)`.
+
+    update_in_backward: move the rows of a tile as soon as its gradient is known, inside backward, so that no gradient of the whole weight
+        exists; for sample_rate=1.0. step() is called as ever and does nothing more. It cannot be joined with what needs the whole
+        gradient first: clipping, accumulation over micro-batches, a GradScaler; each raises RuntimeError.
+    low_precision: for weights in bfloat16 or float16, whose steps are often below their resolution: "master" keeps float32 weights in
+        the state, "stochastic" rounds up or down at random in proportion, keyed by seed, step and class id (bfloat16 only).
 
     A `torch.optim.Optimizer`: schedulers, `GradScaler` and `zero_grad` work as with any other. Under sampling `param_groups` holds a
     compact carrier whose gradient is that of the selected rows. State is allocated once, at the first step, for the shard.
@@ -47,18 +59,34 @@ class RowOptimizer(torch.optim.Optimizer):
     rows are on other ranks, or not selected.
     """
 
-    def __init__(self, optimizer_class: type[torch.optim.Optimizer], head: HasRows, **options: Any) -> None:
+    def __init__(
+        self,
+        optimizer_class: type[torch.optim.Optimizer],
+        head: HasRows,
+        *,
+        update_in_backward: bool = False,
+        low_precision: LowPrecision | None = None,
+        **options: Any,
+    ) -> None:
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
             raise TypeError(f"optimizer_class must be a torch.optim.Optimizer class such as torch.optim.SGD, not {optimizer_class!r}")
         if not isinstance(getattr(head, "_rows", None), ShardedRows):
             raise TypeError(f"a RowOptimizer trains a PartialFC, not {type(head).__name__}")
+        if update_in_backward and head._rows.sampled:
+            raise ValueError("update_in_backward is for sample_rate=1.0; a sampled head has no gradient of the whole weight to save")
+        if low_precision not in (None, "master", "stochastic"):
+            raise ValueError(f'low_precision must be None, "master" or "stochastic", not {low_precision!r}')
         _check_rows_apart(optimizer_class, options)
         self._head, self._sharded = head, head._rows
         self._fill = _initial_state(optimizer_class, options)
         self._inner = _construct(optimizer_class, list(self._sharded.parameters.values()), options)
+        self.update_in_backward, self.low_precision = update_in_backward, low_precision
+        self._applied = False  # update_in_backward: a backward has moved the rows since the last step()
         super().__init__(list(self._sharded.trainable), self._inner.defaults)
         self.param_groups[0]["params"] = self._sharded.trainable  # the very list, which backward changes in place
         self._sharded.optimizer = weakref.ref(self)
+        # with it a GradScaler calls step() in any case and says so, so that what cannot work is refused and not passed over
+        self._step_supports_amp_scaling = update_in_backward
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and with them which rows had one. They cannot be zeros: there would be no telling of which rows."""
@@ -71,42 +99,50 @@ class RowOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.update_in_backward:
+            if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+                raise RuntimeError("update_in_backward cannot be joined with a GradScaler: rows moved before their gradient was unscaled")
+            self._applied = False
+            return loss
         if self._head.skipped:
             return loss
         sharded = self._sharded
         with record_function("partial_fc::update"):
-            for parameter, carrier in zip(sharded.parameters.values(), sharded.trainable, strict=True):
-                if carrier.grad is not None:
-                    sharded.stepped = True
-                    self._update(parameter, sharded.rows if sharded.sampled else None, local_part(carrier.grad))
+            grads = [local_part(c.grad) if c.grad is not None else None for c in sharded.trainable]
+            if any(g is not None for g in grads):
+                sharded.stepped = True
+                one_step = self._start_step()
+                rows = sharded.rows if sharded.sampled else None
+                for k, grad in enumerate(grads):
+                    if grad is not None:
+                        for a, b in _blocks(len(grad), grad):
+                            one_step[k].update(None if rows is None else rows[a:b], a, b, grad[a:b])
         return loss
 
-    def _update(self, parameter: nn.Parameter, rows: Tensor | None, grad: Tensor) -> None:
-        weight = local_part(parameter.detach())
-        state = self.state[parameter]
-        options = {k: v for k, v in self.param_groups[0].items() if k != "params"}
-        self._inner.param_groups[0].update(options)
-        before = dict(state)
-        for a, b in _blocks(len(grad), weight):
-            index = None if rows is None else rows[a:b]
-            block = nn.Parameter(_take(weight, index, a, b), requires_grad=True)
-            block.grad = grad[a:b]
-            self._inner.param_groups[0]["params"] = [block]
-            self._inner.state.clear()
-            self._inner.state.update({block: {k: _of_rows(v, index, a, b) for k, v in before.items()}} if before else {})
-            self._inner.step()
-            _put(weight, block.detach(), index, a, b)
-            for key, value in self._inner.state[block].items():
-                if not _is_row_state(value, block):
-                    state[key] = value
-                    continue
-                if key not in state:
-                    state[key] = self._allocate(parameter, value.dtype, self._fill.get(key, 0.0))
-                _put(local_part(state[key]), value, index, a, b)
-        self._inner.state.clear()
-        self._inner.param_groups[0]["params"] = []
+    def _start_step(self) -> list[_OneStep]:
+        return [_OneStep(self, parameter) for parameter in self._sharded.parameters.values()]
 
-    def _allocate(self, parameter: nn.Parameter, dtype: torch.dtype, fill: float) -> Tensor:
+    def in_backward(self) -> Callable[[int, int, list[Tensor]], None]:
+        """Begin a step inside backward: call the result with rows a to b of the shard and their gradients, each row once."""
+        if self._applied:
+            raise RuntimeError(
+                "update_in_backward cannot be joined with accumulation over micro-batches: call step() after every backward, "
+                "or build the RowOptimizer without update_in_backward"
+            )
+        self._applied = True
+        steps = self._start_step()
+
+        def update(a: int, b: int, grads: list[Tensor]) -> None:
+            with record_function("partial_fc::update"), torch.no_grad():
+                for step, grad in zip(steps, grads, strict=True):
+                    step.update(None, a, b, grad)
+
+        return update
+
+    def _allocate(self, parameter: nn.Parameter, dtype: torch.dtype, key: str) -> Tensor:
+        if key == MASTER:
+            return self._sharded.shards.wrap(local_part(parameter.detach()).float())
+        fill = self._fill.get(key, 0.0)
         return self._sharded.shards.wrap(torch.full_like(local_part(parameter.detach()), fill, dtype=dtype))
 
     # ------------------------------------------------------------------------------------------------ state
@@ -124,11 +160,15 @@ class RowOptimizer(torch.optim.Optimizer):
         template = self.state_dict()
         for i, parameter in enumerate(self._sharded.parameters.values()):
             if i not in template["state"]:
-                trial = _trial(type(self._inner), self._options(), torch.zeros(1, 1, dtype=parameter.dtype, device="cpu"), steps=1)
+                trial = _trial(
+                    type(self._inner), self._options(), torch.zeros(1, 1, dtype=self._state_dtype(parameter), device="cpu"), steps=1
+                )
                 template["state"][i] = {
-                    key: self._allocate(parameter, value.dtype, self._fill.get(key, 0.0)) if _is_row_state(value, trial[0]) else value
+                    key: self._allocate(parameter, value.dtype, key) if _is_row_state(value, trial[0]) else value
                     for key, value in trial[1].items()
                 }
+                if self.low_precision == "master":
+                    template["state"][i][MASTER] = self._allocate(parameter, torch.float32, MASTER)
         return template
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -152,15 +192,80 @@ class RowOptimizer(torch.optim.Optimizer):
         weight = local_part(parameter.detach())
         if value.ndim:
             local = local_part(value)
-            fitted = local.to(weight.device, weight.dtype if local.is_floating_point() else local.dtype)
+            fitted = local.to(weight.device, self._state_dtype(parameter) if local.is_floating_point() else local.dtype)
             return value if fitted is local else self._sharded.shards.wrap(fitted)
         # fused and capturable kernels read the step on the device
         options = self.param_groups[0]
         return value.to(weight.device) if options.get("fused") or options.get("capturable") else value
 
+    def _state_dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        return torch.float32 if self.low_precision and parameter.dtype in HALF else parameter.dtype
+
     def _options(self) -> dict[str, Any]:
         accepted = inspect.signature(type(self._inner)).parameters
         return {k: v for k, v in self._inner.defaults.items() if k in accepted}
+
+
+class _OneStep:
+    """One step of one parameter, block of rows by block of rows: scalar state starts from the same value in every block."""
+
+    def __init__(self, optimizer: RowOptimizer, parameter: nn.Parameter) -> None:
+        self.optimizer, self.parameter = optimizer, parameter
+        self.weight = local_part(parameter.detach())
+        self.state = optimizer.state[parameter]
+        self.wide = optimizer.low_precision if self.weight.dtype in HALF else None
+        if self.wide == "master" and MASTER not in self.state:
+            self.state[MASTER] = optimizer._allocate(parameter, torch.float32, MASTER)
+        self.before = dict(self.state)
+        optimizer._inner.param_groups[0].update({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+        if self.wide == "stochastic":
+            self.state[COUNT] = self.state.get(COUNT, 0) + 1
+
+    def update(self, index: Tensor | None, a: int, b: int, grad: Tensor) -> None:
+        """Step the rows `index`, or a to b, by `grad`; in the state's place if they are a view of it."""
+        inner, source = self.optimizer._inner, self.weight
+        if self.wide == "master":
+            source = local_part(self.state[MASTER])
+        rows = _take(source, index, a, b)
+        block = nn.Parameter(rows.float() if self.wide else rows)
+        block.grad = grad.to(block.dtype)
+        inner.param_groups[0]["params"] = [block]
+        inner.state.clear()
+        known = {k: v for k, v in self.before.items() if k not in (MASTER, COUNT)}
+        if known:
+            inner.state[block] = {k: _of_rows(v, index, a, b) for k, v in known.items()}
+        inner.step()
+        self._put_back(block.detach(), index, a, b)
+        for key, value in inner.state[block].items():
+            if not _is_row_state(value, block):
+                self.state[key] = value
+                continue
+            if key not in self.state:
+                self.state[key] = self.optimizer._allocate(self.parameter, value.dtype, key)
+            _put(local_part(self.state[key]), value, index, a, b)
+        inner.state.clear()
+        inner.param_groups[0]["params"] = []
+
+    def _put_back(self, block: Tensor, index: Tensor | None, a: int, b: int) -> None:
+        if self.wide == "master":
+            _put(local_part(self.state[MASTER]), block, index, a, b)
+        if self.wide == "stochastic":
+            shards = self.optimizer._sharded.shards
+            ids = shards.lo + (torch.arange(a, b, device=block.device) if index is None else index)
+            block = _round_at_random(block, ids, mix(self.optimizer._head.seed, self.state[COUNT]))
+        _put(self.weight, block.to(self.weight.dtype), index, a, b)
+
+
+def _round_at_random(values: Tensor, ids: Tensor, key: int) -> Tensor:
+    """float32 rows `[n, ...]` on bfloat16's grid, up or down with the probability that keeps the mean; keyed by row id and place.
+
+    bfloat16 is the upper half of a float32: a uniform 16-bit number is added to the lower half, which is then cut off.
+    """
+    flat = values.reshape(len(values), -1)
+    places = ids[:, None] * flat.shape[1] + torch.arange(flat.shape[1], device=values.device)
+    noise = keyed_below(places, key, 1 << 16).int()
+    rounded = (flat.contiguous().view(torch.int32) + noise) & -65536
+    return torch.where(flat.isfinite(), rounded.view(torch.float32), flat).view(values.shape)
 
 
 def _construct(cls: type[torch.optim.Optimizer], parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
@@ -251,6 +356,10 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, *heads: HasRows, max_
     are left out. heads: their shards' norms are summed over the ranks, with one small collective a head. No synchronisation with the host.
     """
     sharded = [head._rows for head in heads]
+    for rows in sharded:
+        optimizer = rows.optimizer() if rows.optimizer is not None else None
+        if optimizer is not None and optimizer.update_in_backward:
+            raise RuntimeError("update_in_backward cannot be joined with clipping: rows moved before the norm was known")
     theirs = {id(p) for rows in sharded for p in rows.parameters.values()}
     plain = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in plain if p.grad is not None and id(p) not in theirs]
@@ -271,7 +380,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, *heads: HasRows, max_
 
 def _norm(grad: Tensor, norm_type: float) -> Tensor:
     """The norm of one gradient over all its shards, float64; half precision is summed in float32."""
-    low = grad.dtype in (torch.bfloat16, torch.float16)
+    low = grad.dtype in HALF
     norm = torch.linalg.vector_norm(grad, norm_type, dtype=torch.float32 if low else None)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
 

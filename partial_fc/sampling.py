@@ -36,7 +36,7 @@ def mix(*values: int) -> int:
     return state >> 1
 
 
-def _below(values: Tensor, key: int, bound: int) -> Tensor:
+def keyed_below(values: Tensor, key: int, bound: int) -> Tensor:
     """A keyed hash of each value, in `[0, bound)`; `bound <= 2**31`. Integers wrap alike on CPU and CUDA."""
     h = (values + (key & 0x7FFFFFFF)) * 0x2545F4914F6CDD1D
     h ^= h >> 29
@@ -67,10 +67,10 @@ class Permutation:
         for i in range(ROUNDS):
             key, side = mix(self.key, i), a if i % 2 == 0 else b
             if i % 2 == 0:
-                left = left + _below(right, key, a)
+                left = left + keyed_below(right, key, a)
                 left -= side * (left >= side)
             else:
-                right = right + _below(left, key, b)
+                right = right + keyed_below(left, key, b)
                 right -= side * (right >= side)
         return left * b + right
 

@@ -198,6 +198,8 @@ class _Backward:
         self.x, self.x_inverse, self.lse, self.z, self.raw, self.slope, self.kept, self.tile_maxima, self.row_sum = saved
         self.N, self.D = self.x.shape
         step, smoothing = self.step, self.step.label_smoothing
+        if self.rows.count:  # before any row is updated
+            self.target_w, self.target_inverse = self.rows.at(self.targets.row)
         self.c = self._sample_coefficients(grad.to(self.stats))
         # d loss / d lse, and per target d loss / d target logit
         self.on_lse = self.c * ((1 - smoothing) * step.target_weights.sum(1) + smoothing)
@@ -231,6 +233,7 @@ class _Backward:
         want_x, want_w = self.needs[0], self.anchored or self.needs[1] or self.needs[2]
         # the sum of embedding gradients over ranks travels while the class gradients are computed
         overlap = want_x and want_w and self.step.scatter and self.kept.numel() > 0 and self.step.ranks.group is not None
+        overlap = overlap and self.step.start_update is None
         with record_function("partial_fc::backward_tiles"):
             dx, dw = self._tiles(want_x, want_w and not overlap)
         finish = self._send(dx) if want_x else None
@@ -254,8 +257,10 @@ class _Backward:
         """(gradient of all embeddings from this rank's rows `[N, D]`, gradients of the rows `[S, D]` and biases `[S]`)."""
         N, rows = self.N, self.rows
         dx = self.x.new_zeros(N, self.D if want_x else 0)
-        dw = self.x.new_empty(rows.count, self.D, dtype=self.weight.dtype) if want_w else None
-        db = self.x.new_empty(rows.count, dtype=self.stats) if want_w and self.bias is not None else None
+        update = self.step.start_update() if want_w and self.step.start_update is not None else None
+        length = rows.count if update is None else min(self.tile, rows.count)
+        dw = self.x.new_empty(length, self.D, dtype=self.weight.dtype) if want_w else None
+        db = self.x.new_empty(length, dtype=self.stats) if want_w and self.bias is not None else None
         self.scratch = self.x.new_empty(0 if self.kept.numel() else N * min(self.tile, max(rows.count, 1)))
         self.scaled = (self.x * self.step.margin.scale).to(self.product)
         previous, weighted = None, self.x
@@ -265,17 +270,25 @@ class _Backward:
             if want_x:
                 product = torch.mm(e, w.to(self.product)).to(self.stats)
                 dx.addcmul_(product, factor)
-            if dw is not None:
-                if factor is not previous:
-                    previous, weighted = factor, self.x * (factor * self.step.margin.scale)
-                self._row_grad(dw[a:b], e, weighted, w, a, b)
+            if dw is None:
+                continue
+            if factor is not previous:
+                previous, weighted = factor, self.x * (factor * self.step.margin.scale)
+            at = slice(a, b) if update is None else slice(0, b - a)
+            self._row_grad(dw[at], e, weighted, w, a, b)
             if db is not None:
-                db[a:b] = torch.mv(e.t().to(self.stats), factor[:, 0]) + self.uniform.sum()
+                db[at] = torch.mv(e.t().to(self.stats), factor[:, 0]) + self.uniform.sum()
+            if update is not None:
+                update(a, b, self._complete(dw[at], None if db is None else db[at], a))
         if want_x:
             self._targets_to_embeddings(dx.mul_(self.step.margin.scale))
-        if dw is not None:
-            self._targets_to_rows(dw, db)
-        return dx, [g for g in (dw, db) if g is not None]
+        if dw is None:
+            return dx, []
+        if update is None:
+            return dx, self._complete(dw, db, 0)
+        if not rows.count:  # scalar state moves on as on other ranks
+            update(0, 0, [g for g in (dw, db) if g is not None])
+        return dx, []
 
     def _exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
         """(e `[N, T]`, factor `[N, 1]`) of tile t: d loss / d logit = e · factor, where the logit is no target."""
@@ -308,33 +321,35 @@ class _Backward:
 
     def _targets_to_embeddings(self, dx: Tensor) -> None:
         if self.rows.count:
-            dx.index_add_(0, self.targets.sample, self.rows.at(self.targets.row)[0] * self.on_raw[:, None])
+            dx.index_add_(0, self.targets.sample, self.target_w * self.on_raw[:, None])
         if self.step.label_smoothing:
             dx += self.uniform[:, None] * (self.row_sum[: self.D] * self.step.margin.scale)
         if self.rows.inverse is not None:
             tangent_(dx, self.x, self.x_inverse)
 
-    def _targets_to_rows(self, dw: Tensor, db: Tensor | None) -> None:
-        if not self.rows.count:
-            return
-        w, inverse = self.rows.at(self.targets.row)
-        grad = self.x[self.targets.sample] * self.on_raw[:, None]
-        if self.rows.inverse is not None:
-            tangent_(grad, w, inverse)
-        dw.index_add_(0, self.targets.row, grad.to(dw.dtype))
-        if db is not None:
-            db.index_add_(0, self.targets.row, self.on_raw)
-
-    def _finish_rows(self, grads: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Sum the rows' gradients over replicas; hand them over under sampling, else return them to autograd."""
-        if not grads:
-            return None, None
+    def _complete(self, dw: Tensor, db: Tensor | None, a: int) -> list[Tensor]:
+        """The gradients of rows a, a + 1, ... with the targets' share in them, summed over replicas."""
+        if len(dw):
+            position = self.targets.row - a
+            here = self.targets.own & (position >= 0) & (position < len(dw))
+            position, on_raw = torch.where(here, position, 0), torch.where(here, self.on_raw, 0.0)
+            grad = self.x[self.targets.sample] * on_raw[:, None]
+            if self.rows.inverse is not None:
+                tangent_(grad, self.target_w, self.target_inverse)
+            dw.index_add_(0, position, grad.to(dw.dtype))
+            if db is not None:
+                db.index_add_(0, position, on_raw)
+        grads = [dw] if db is None else [dw, db.to(self.bias.dtype)]  # type: ignore[union-attr]
         if self.step.ranks.replica_group is not None:
             with record_function("partial_fc::replicas"):
-                for grad in grads:
-                    torch.distributed.all_reduce(grad, group=self.step.ranks.replica_group)
-        if self.bias is not None:
-            grads[1] = grads[1].to(self.bias.dtype)
+                for each in grads:
+                    torch.distributed.all_reduce(each, group=self.step.ranks.replica_group)
+        return grads
+
+    def _finish_rows(self, grads: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Hand the rows' gradients over under sampling, else return them to autograd."""
+        if not grads:
+            return None, None
         if self.anchored:
             assert self.step.rows is not None
             self.step.on_row_grad(self.step.rows, grads)

@@ -41,6 +41,7 @@ class Step:
     kept: bool
     needs_grad: bool  # False under no_grad and in inference mode
     on_row_grad: Callable[[Tensor, list[Tensor]], None]
+    start_update: Callable[[], Callable[[int, int, list[Tensor]], None]] | None  # rows are updated inside backward, tile by tile
     bounded: bool = False  # out: exponentials are of the logits themselves, no maximum taken off
     cosines: Tensor | None = None  # out: target cosines [N, L] of all ranks
     selected: Tensor | None = None  # out, with label smoothing: how many rows take part on all ranks together
