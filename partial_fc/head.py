@@ -29,6 +29,7 @@ from partial_fc.sampling import draw_window, select_rows
 from partial_fc.shards import ClassShards, initial_rows, local_part
 from partial_fc.softmax import ShardedCrossEntropy
 from partial_fc.tiles import Step
+from partial_fc.workspace import Workspace
 
 log = logging.getLogger("partial_fc")
 
@@ -111,6 +112,7 @@ class PartialFC(nn.Module):
         self.logits_budget = DEFAULT_LOGITS_BUDGET if logits_budget is None else logits_budget
         self._sample_rate, self._init_std = sample_rate, init_std
         self._step, self._seen_batch = 0, False
+        self._workspace = Workspace()
         self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
         self.skipped = False
         self._selected_rows: Tensor | None = None
@@ -248,6 +250,7 @@ class PartialFC(nn.Module):
             kept=kept,
             needs_grad=torch.is_grad_enabled(),
             on_row_grad=self._rows.accumulate,
+            workspace=self._workspace,
             start_update=self._update_in_backward(),
         )
 

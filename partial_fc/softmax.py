@@ -133,9 +133,11 @@ class _Forward:
         maximum = x.new_full((N, 1), 0.0 if step.bounded else torch.finfo(self.stats).min)
         total = x.new_zeros(N, 1)
         tile = min(self.tile, max(rows.count, 1))
-        kept = x.new_empty(N * rows.count if keep else 0, dtype=self.product)
+        kept = self._buffer(N * rows.count) if keep else x.new_empty(0)
         tile_maxima = x.new_empty(-(-rows.count // self.tile) if keep else 0, N, 1)
-        scratch = None if keep and self.product == self.stats else x.new_empty(N * tile)
+        # exponentials that no maximum is taken off may be made in the products' dtype at once; their sum is in that of the statistics
+        work = self.product if step.bounded else self.stats
+        scratch = None if keep and self.product == work else x.new_empty(N * tile, dtype=work)
         row_sum = x.new_zeros(self.D + 1 if step.label_smoothing else 0)
         scaled = (x * step.margin.scale).to(self.product)
         for t, (a, b) in enumerate(rows.tiles(self.tile)):
@@ -147,7 +149,7 @@ class _Forward:
                 before, maximum = maximum, torch.maximum(maximum, logits.amax(1, keepdim=True))
                 logits.sub_(maximum)
                 total.mul_((before - maximum).exp_())
-            total.add_(logits.exp_().sum(1, keepdim=True))
+            total.add_(logits.exp_().sum(1, keepdim=True, dtype=self.stats))
             if keep:
                 tile_maxima[t] = maximum
                 if scratch is not None:
@@ -157,6 +159,10 @@ class _Forward:
                 row_sum[self.D] += 0.0 if rows.bias is None else rows.tile_bias(a, b).sum()  # type: ignore[union-attr]
         rows.normalized = True
         return maximum[:, 0], total[:, 0], kept, tile_maxima, row_sum
+
+    def _buffer(self, size: int) -> Tensor:
+        name = "logits" if self.step.rows is None else "selected logits"
+        return self.step.workspace.take(name, (size,), self.product, self.x.device)
 
     def _combine(self, maximum: Tensor, total: Tensor, z: Tensor, raw: Tensor, row_sum: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(log Σ exp over all selected classes `[N]`, target logits, target cosines `[N, L]`, mean logit `[N]`): one all-gather."""
@@ -259,9 +265,11 @@ class _Backward:
         dx = self.x.new_zeros(N, self.D if want_x else 0)
         update = self.step.start_update() if want_w and self.step.start_update is not None else None
         length = rows.count if update is None else min(self.tile, rows.count)
-        dw = self.x.new_empty(length, self.D, dtype=self.weight.dtype) if want_w else None
+        name = "rows" if self.step.rows is None else "selected rows"
+        dw = self.step.workspace.take(name, (length, self.D), self.weight.dtype, self.x.device) if want_w else None
         db = self.x.new_empty(length, dtype=self.stats) if want_w and self.bias is not None else None
-        self.scratch = self.x.new_empty(0 if self.kept.numel() else N * min(self.tile, max(rows.count, 1)))
+        size = 0 if self.kept.numel() else N * min(self.tile, max(rows.count, 1))
+        self.scratch = self.x.new_empty(size, dtype=self.product if self.step.bounded else self.stats)
         self.scaled = (self.x * self.step.margin.scale).to(self.product)
         previous, weighted = None, self.x
         for t, (a, b) in enumerate(rows.tiles(self.tile)):
@@ -311,7 +319,8 @@ class _Backward:
         if self.product == self.stats == out.dtype:
             grad = torch.mm(e.t(), weighted, out=out)
         else:
-            grad = low_precision_product(e, weighted, self.product).to(self.stats)
+            grad = low_precision_product(e, weighted, self.product)
+            grad = out.copy_(grad) if out.dtype == self.stats else grad.to(self.stats)
         if self.step.label_smoothing:
             grad += self.uniform_rows
         if self.rows.inverse is not None:

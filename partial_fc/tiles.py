@@ -16,6 +16,7 @@ from torch import Tensor
 
 from partial_fc.collectives import GlobalBatch, Ranks
 from partial_fc.margins import Margin
+from partial_fc.workspace import Workspace
 
 TINY = 1e-12  # a vector shorter than this has no direction: its cosines are 0 and it gets no gradient
 TILE_BYTES = {"cpu": 4 << 20}  # a tile of logits stays in a core's cache; elsewhere large products matter more
@@ -41,6 +42,7 @@ class Step:
     kept: bool
     needs_grad: bool  # False under no_grad and in inference mode
     on_row_grad: Callable[[Tensor, list[Tensor]], None]
+    workspace: Workspace
     start_update: Callable[[], Callable[[int, int, list[Tensor]], None]] | None  # rows are updated inside backward, tile by tile
     bounded: bool = False  # out: exponentials are of the logits themselves, no maximum taken off
     cosines: Tensor | None = None  # out: target cosines [N, L] of all ranks
@@ -149,7 +151,7 @@ def compute_dtypes(embeddings: Tensor, weight: Tensor) -> tuple[torch.dtype, tor
 def tile_logits(scaled: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """`scaled wᵀ + bias` `[N, T]`, written into `out` where the product has its dtype."""
     if scaled.dtype == out.dtype:
-        torch.mm(scaled, w.t(), out=out)
+        torch.mm(scaled, w.to(scaled.dtype).t(), out=out)
     else:
         out.copy_(torch.mm(scaled, w.to(scaled.dtype).t()))
     return out if bias is None else out.add_(bias)

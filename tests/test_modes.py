@@ -258,3 +258,30 @@ def test_the_mode_is_chosen_by_the_budget_and_reported(caplog):
     head(torch.randn(5, D), torch.arange(5))
     assert head.logits_mode == "tiled"
     assert "logits are tiled: 1000 bytes of them on this rank, a budget of 800" in caplog.text
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_memory_is_used_again_but_never_while_somebody_holds_it(rate):
+    head = PartialFC(D, 50, sample_rate=rate)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
+    x, labels = torch.randn(4, D), torch.arange(4)
+
+    def backward() -> Tensor:
+        head(x, labels).backward()
+        grad = head.row_grad[1] if head.row_grad else head.weight.grad
+        optimizer.zero_grad()
+        assert grad is not None
+        return grad
+
+    held = backward()
+    before = held.clone()
+    other = backward()
+    assert torch.equal(held, before), "a gradient that is still held was overwritten"
+    assert other.data_ptr() != held.data_ptr()
+    address = other.data_ptr()
+    del other
+    assert backward().data_ptr() == address
+    first, second = head(x, labels), head(2 * x, labels.flip(0))  # two graphs at once have logits of their own
+    (first + second).backward()
+    total = head.row_grad[1].clone() if head.row_grad else head.weight.grad.clone()  # type: ignore[union-attr]
+    assert bool(total.isfinite().all())
