@@ -162,6 +162,14 @@ def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
         return [*train, "--head.m", "4"], "[0, pi)"
     if kind == "sample rate":
         return [*train, "--head.sample_rate", "0"], "sample_rate"
+    if kind in ("label_smoothing", "logits_budget", "init_std"):
+        return [*train, f"--head.{kind}", "-1"], kind
+    if kind == "momentum":
+        return [*train, "--optimizer.momentum", "-1"], "momentum"
+    if kind == "tracker":
+        return [*train, "--output.trackers", "[nonsense]"], "nonsense"
+    if kind == "batch too small":
+        return [*train, "--train.batch_size", "1"], "at least 2"
     if kind == "backbone":
         return [*train, "--backbone.name", "vgg"], "small"
     if kind == "resume nothing":
@@ -175,7 +183,8 @@ def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
 KINDS = [
     "unknown key", "wrong type", "unknown key in the file", "no such file", "no YAML", "missing data", "identity without images",
     "fewer identities than asked", "folder in use", "folder is a file", "unwritable folder", "batch too large", "batch and accumulation",
-    "margin out of range", "sample rate", "backbone", "resume nothing", "evaluate nothing", "unknown command",
+    "margin out of range", "label_smoothing", "logits_budget", "init_std", "momentum", "tracker", "batch too small",
+    "sample rate", "backbone", "resume nothing", "evaluate nothing", "unknown command",
 ]  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import jsonargparse
 import torch
+from accelerate.utils import LoggerType
 
-from partial_fc import ArcFace, CombinedMargin, CosFace, Margin, NormFace, Softmax
+from partial_fc import ArcFace, CombinedMargin, CosFace, Margin, NormFace, PartialFC, Softmax
 from partial_fc.training.augment import AugmentConfig
 from partial_fc.training.data import DataConfig
 from partial_fc.training.errors import UserError
@@ -72,17 +73,28 @@ class HeadConfig:
     """Bytes of logits a rank may keep for backward; beyond, they are computed again. 1 GiB if not given."""
 
     def build_margin(self) -> Margin:
-        """The margin that these settings name; UserError for values out of range."""
-        try:
-            if self.margin == "arcface":
-                return ArcFace(self.scale) if self.m is None else ArcFace(self.scale, self.m)
-            if self.margin == "cosface":
-                return CosFace(self.scale) if self.m is None else CosFace(self.scale, self.m)
-            if self.margin == "combined":
-                return CombinedMargin(self.scale, self.m1, self.m2, self.m3)
-            return NormFace(self.scale) if self.margin == "normface" else Softmax()
-        except ValueError as error:
-            raise UserError(f"--head: {error}") from error
+        """The margin that these settings name; ValueError for values out of range."""
+        if self.margin == "arcface":
+            return ArcFace(self.scale) if self.m is None else ArcFace(self.scale, self.m)
+        if self.margin == "cosface":
+            return CosFace(self.scale) if self.m is None else CosFace(self.scale, self.m)
+        if self.margin == "combined":
+            return CombinedMargin(self.scale, self.m1, self.m2, self.m3)
+        return NormFace(self.scale) if self.margin == "normface" else Softmax()
+
+    def build(self, embedding_size: int, num_classes: int, seed: int, device: torch.device) -> PartialFC:
+        """The head; ValueError for values out of range."""
+        return PartialFC(
+            embedding_size,
+            num_classes,
+            self.build_margin(),
+            self.sample_rate,
+            seed=seed,
+            init_std=self.init_std,
+            label_smoothing=self.label_smoothing,
+            logits_budget=self.logits_budget,
+            device=device,
+        )
 
 
 @dataclass
@@ -188,8 +200,6 @@ class RunConfig:
         for name, (value, least) in at_least.items():
             if not value >= least:
                 raise UserError(f"--{name} is {value}; give at least {least}")
-        if not 0 < self.head.sample_rate <= 1:
-            raise UserError(f"--head.sample_rate is {self.head.sample_rate}; give a share of the classes above 0, at most 1")
         if self.train.clip_norm is not None and not self.train.clip_norm > 0:
             raise UserError(f"--train.clip_norm is {self.train.clip_norm}; give a norm above 0, or null for no clipping")
         if self.train.batch_size % self.train.accumulation:
@@ -199,7 +209,16 @@ class RunConfig:
             )
         if self.train.mixed_precision == "fp16" and (self.train.cpu or not torch.cuda.is_available()):
             raise UserError("--train.mixed_precision fp16 needs CUDA; use bf16 on a CPU")
-        self.head.build_margin()
+        try:  # what head, optimizer and trackers themselves refuse
+            self.head.build(2, 2, self.seed, torch.device("meta"))
+            optimizer_class, options = self.optimizer.build()
+            optimizer_class([torch.zeros(1)], **options)
+        except ValueError as error:
+            raise UserError(f"--head or --optimizer: {error}") from error
+        known = [str(each) for each in LoggerType]
+        unknown = [name for name in self.output.trackers if name not in known]
+        if unknown:
+            raise UserError(f"--output.trackers names {', '.join(unknown)}; choose among {', '.join(known)}")
 
 
 def add_config(parser: jsonargparse.ArgumentParser) -> None:

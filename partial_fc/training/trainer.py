@@ -24,7 +24,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from partial_fc import PartialFC, RowOptimizer, clip_grad_norm_, load_checkpoint, save_checkpoint
+from partial_fc import RowOptimizer, clip_grad_norm_, load_checkpoint, save_checkpoint
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig, ScheduleConfig, flat, save_config
 from partial_fc.training.data import DataSplits, open_data
@@ -83,6 +83,12 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         self.on_main(self.folder.check_run if resume else self.folder.check_free)
         self.data: DataSplits = open_data(config.data, config.seed)
+        if config.train.batch_size < 2 * self.world * config.train.accumulation:
+            raise UserError(
+                f"--train.batch_size {config.train.batch_size} leaves fewer than two images for each of {self.world} ranks and "
+                f"{config.train.accumulation} micro-batches, and batch statistics need two; give at least "
+                f"{2 * self.world * config.train.accumulation}"
+            )
         self.loader = self._loader()
         self.steps_per_epoch = len(self.loader) // config.train.accumulation
         if not self.steps_per_epoch:
@@ -100,17 +106,7 @@ class Trainer:
         self.backbone = build_backbone(
             config.backbone.name, image_shape=self.data.train.image_shape, embedding_size=config.backbone.embedding_size
         ).to(device)
-        self.head = PartialFC(
-            config.backbone.embedding_size,
-            self.data.train.num_identities,
-            config.head.build_margin(),
-            config.head.sample_rate,
-            seed=config.seed,
-            init_std=config.head.init_std,
-            label_smoothing=config.head.label_smoothing,
-            logits_budget=config.head.logits_budget,
-            device=device,
-        )
+        self.head = config.head.build(config.backbone.embedding_size, self.data.train.num_identities, config.seed, device)
         optimizer_class, options = config.optimizer.build()
         self.optimizer = optimizer_class(self.backbone.parameters(), **options)
         self.head_optimizer = RowOptimizer(
