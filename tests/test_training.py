@@ -170,6 +170,24 @@ def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
         return [*train, "--output.trackers", "[nonsense]"], "nonsense"
     if kind == "batch too small":
         return [*train, "--train.batch_size", "1"], "at least 2"
+    if kind == "holdout of one":
+        image_folder(tmp_path / "data", 3, 2)
+        return [
+            "train",
+            *out,
+            "--data.folder",
+            str(tmp_path / "data"),
+            *FOLDER_RUN,
+            "--data.holdout_identities",
+            "1",
+            "--check",
+        ], "at least 2"
+    if kind == "power":
+        return [*train, "--schedule.power", "-1"], "schedule.power"
+    if kind == "seed":
+        return [*train, "--seed", "99999999999999999999999"], "2**62"
+    if kind == "backbone when checking":
+        return [*train, "--backbone.name", "vgg", "--check"], "small"
     if kind == "backbone":
         return [*train, "--backbone.name", "vgg"], "small"
     if kind == "resume nothing":
@@ -182,9 +200,10 @@ def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
 
 KINDS = [
     "unknown key", "wrong type", "unknown key in the file", "no such file", "no YAML", "missing data", "identity without images",
-    "fewer identities than asked", "folder in use", "folder is a file", "unwritable folder", "batch too large", "batch and accumulation",
-    "margin out of range", "label_smoothing", "logits_budget", "init_std", "momentum", "tracker", "batch too small",
-    "sample rate", "backbone", "resume nothing", "evaluate nothing", "unknown command",
+    "fewer identities than asked", "folder in use", "folder is a file", "unwritable folder", "batch too large",
+    "batch and accumulation", "margin out of range", "label_smoothing", "logits_budget", "init_std", "momentum", "tracker",
+    "holdout of one", "power", "seed", "backbone when checking", "batch too small", "sample rate", "backbone", "resume nothing",
+    "evaluate nothing", "unknown command",
 ]  # fmt: skip
 
 

@@ -13,6 +13,8 @@ MISSING = "partial-fc needs the application's packages ({name} is missing): pip 
 try:
     import jsonargparse
 
+    from partial_fc import NonFiniteError
+    from partial_fc.training.backbones import build_backbone
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
     from partial_fc.training.errors import UserError
@@ -43,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] not in commands:
             raise UserError(f"unknown command {arguments[0]!r}; choose one of: {', '.join(commands)}")
         commands[arguments[0]](arguments[1:])
-    except (UserError, jsonargparse.ArgumentError, OSError) as error:
+    except (UserError, NonFiniteError, UnicodeDecodeError, jsonargparse.ArgumentError, OSError) as error:
         if "--traceback" in arguments:
             traceback.print_exc()
         elif int(os.environ.get("RANK", "0")) == 0:
@@ -55,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return f"training diverged, {text}; lower --optimizer.lr" if isinstance(error, NonFiniteError) else text
 
 
 def train_parser() -> jsonargparse.ArgumentParser:
@@ -81,6 +84,10 @@ def train(arguments: list[str]) -> None:
         folder = RunFolder(config.output.folder)
         folder.check_run() if resume else folder.check_free()
         data = open_data(config.data, config.seed)
+        data.check_evaluation()
+        build_backbone(config.backbone.name, image_shape=data.train.image_shape, embedding_size=config.backbone.embedding_size)
+        if len(data.train) < config.train.batch_size:
+            raise UserError(f"{len(data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         print(f"settings, data and folder are fine: {len(data.train):,} images of {data.train.num_identities:,} identities")
         return
     from partial_fc.training.trainer import Trainer
@@ -134,6 +141,8 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--on_error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     asked = parser.parse_args(arguments)
+    if asked.workers < 0:
+        raise UserError(f"--workers is {asked.workers}; give at least 0")
     run = RunFolder(asked.run)
     run.check_run()
     config = to_config(train_parser(), ["--config", str(run.path / CONFIG)])

@@ -196,10 +196,15 @@ class RunConfig:
             "optimizer.lr": (self.optimizer.lr, 0),
             "optimizer.weight_decay": (self.optimizer.weight_decay, 0),
             "schedule.warmup_epochs": (self.schedule.warmup_epochs, 0),
+            "schedule.power": (self.schedule.power, 0),
+            "optimizer.head_lr_factor": (self.optimizer.head_lr_factor, 0),
+            "seed": (self.seed, 0),
         }
         for name, (value, least) in at_least.items():
             if not value >= least:
                 raise UserError(f"--{name} is {value}; give at least {least}")
+        if self.seed >= 2**62:
+            raise UserError(f"--seed is {self.seed}; give a number below 2**62")
         if self.train.clip_norm is not None and not self.train.clip_norm > 0:
             raise UserError(f"--train.clip_norm is {self.train.clip_norm}; give a norm above 0, or null for no clipping")
         if self.train.batch_size % self.train.accumulation:
@@ -223,7 +228,7 @@ class RunConfig:
 
 def add_config(parser: jsonargparse.ArgumentParser) -> None:
     """Add `--config` and every field of RunConfig."""
-    parser.add_argument("--config", action="config", help="YAML file of settings; the command line goes before it")
+    parser.add_argument("--config", action="config", help="YAML file of settings; the command line overrides it")
     parser.add_class_arguments(RunConfig)
 
 

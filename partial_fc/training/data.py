@@ -254,6 +254,14 @@ class DataSplits:
     evaluation: dict[str, IdentityDataset] = field(default_factory=dict)
     """By name: "seen" and "new" for the glyphs; "holdout" for a folder, if identities are held out."""
 
+    def check_evaluation(self) -> None:
+        """Raise UserError, before any training, for held-out sets in which there is no pair to accept or none to reject."""
+        for name, dataset in self.evaluation.items():
+            if dataset.num_identities < 2:
+                raise UserError(f"the {name} set has one identity, so no pair to reject; give --data.holdout_identities at least 2")
+            if int(torch.bincount(dataset.labels).max()) < 2:
+                raise UserError(f"no identity of the {name} set has two images, so there is no pair to accept; hold out others, or none")
+
 
 def open_data(config: DataConfig, seed: int) -> DataSplits:
     """Open what `config` names; `seed` draws the identities held out. Raises UserError for what cannot be had."""

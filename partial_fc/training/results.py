@@ -148,5 +148,5 @@ def load_backbone(folder: RunFolder, config: RunConfig, image_shape: tuple[int, 
     try:
         load_checkpoint(checkpoints[-1], backbone=backbone)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"the backbone of {folder.path} does not fit images of shape {image_shape}: {error}") from error
+        raise UserError(f"cannot load the backbone of {folder.path} for images of shape {image_shape}: {error}") from error
     return backbone

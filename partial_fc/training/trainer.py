@@ -83,6 +83,7 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         self.on_main(self.folder.check_run if resume else self.folder.check_free)
         self.data: DataSplits = open_data(config.data, config.seed)
+        self.data.check_evaluation()
         if config.train.batch_size < 2 * self.world * config.train.accumulation:
             raise UserError(
                 f"--train.batch_size {config.train.batch_size} leaves fewer than two images for each of {self.world} ranks and "
