@@ -255,7 +255,7 @@ class PartialFC(nn.Module):
         )
 
     def _update_in_backward(self) -> Callable[[], Callable[[int, int, list[Tensor]], None]] | None:
-        optimizer = self._rows.optimizer() if self._rows.optimizer is not None else None
+        optimizer = self._rows.live_optimizer
         if optimizer is None or not optimizer.update_in_backward or not (self.training and torch.is_grad_enabled()):
             return None
         kind = local_part(self.weight).device.type
@@ -307,7 +307,7 @@ class PartialFC(nn.Module):
                 "this head was built before the process group: every rank would train a copy of its own. "
                 "Build it after torch.distributed.init_process_group (or Accelerator(), deepspeed.init_distributed())"
             )
-        if not (self.training and torch.is_grad_enabled() and self._rows.sampled) or self._rows.has_optimizer:
+        if not (self.training and torch.is_grad_enabled() and self._rows.sampled) or self._rows.live_optimizer is not None:
             return
         if self._rows.rows is not None or self._rows.lost > 1:
             raise RuntimeError(

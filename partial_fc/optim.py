@@ -357,8 +357,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, *heads: HasRows, max_
     """
     sharded = [head._rows for head in heads]
     for rows in sharded:
-        optimizer = rows.optimizer() if rows.optimizer is not None else None
-        if optimizer is not None and optimizer.update_in_backward:
+        if rows.live_optimizer is not None and rows.live_optimizer.update_in_backward:
             raise RuntimeError("update_in_backward cannot be joined with clipping: rows moved before the norm was known")
     theirs = {id(p) for rows in sharded for p in rows.parameters.values()}
     plain = [parameters] if isinstance(parameters, Tensor) else list(parameters)

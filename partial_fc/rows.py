@@ -40,8 +40,9 @@ class ShardedRows:
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
     @property
-    def has_optimizer(self) -> bool:
-        return self.optimizer is not None and self.optimizer() is not None
+    def live_optimizer(self) -> RowOptimizer | None:
+        """The `RowOptimizer` that takes these gradients, if it was built and still exists."""
+        return None if self.optimizer is None else self.optimizer()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "optimizer": None}  # a copy's optimizer is another one
@@ -53,7 +54,7 @@ class ShardedRows:
 
     def clear(self) -> None:
         """Forget all gradients."""
-        self.lost += self.rows is not None and not self.has_optimizer
+        self.lost += self.rows is not None and self.live_optimizer is None
         self.rows, self.stepped = None, False
         for parameter in self.parameters.values():
             parameter.grad = None
