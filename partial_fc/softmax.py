@@ -33,7 +33,7 @@ from partial_fc.tiles import (
     compute_dtypes,
     leave_out,
     low_precision_product,
-    tangent_,
+    tangent,
     tile_logits,
     tile_rows,
     unit,
@@ -157,7 +157,7 @@ class _Forward:
             if step.label_smoothing:
                 row_sum[: self.D] += w.sum(0)
                 row_sum[self.D] += 0.0 if rows.bias is None else rows.tile_bias(a, b).sum()  # type: ignore[union-attr]
-        rows.normalized = True
+        rows.measured = True
         return maximum[:, 0], total[:, 0], kept, tile_maxima, row_sum
 
     def _buffer(self, size: int) -> Tensor:
@@ -265,8 +265,7 @@ class _Backward:
         dx = self.x.new_zeros(N, self.D if want_x else 0)
         update = self.step.start_update() if want_w and self.step.start_update is not None else None
         length = rows.count if update is None else min(self.tile, rows.count)
-        name = "rows" if self.step.rows is None else "selected rows"
-        dw = self.step.workspace.take(name, (length, self.D), self.weight.dtype, self.x.device) if want_w else None
+        dw = rows.gradient_memory(length) if want_w else None
         db = self.x.new_empty(length, dtype=self.stats) if want_w and self.bias is not None else None
         size = 0 if self.kept.numel() else N * min(self.tile, max(rows.count, 1))
         self.scratch = self.x.new_empty(size, dtype=self.product if self.step.bounded else self.stats)
@@ -292,6 +291,7 @@ class _Backward:
             self._targets_to_embeddings(dx.mul_(self.step.margin.scale))
         if dw is None:
             return dx, []
+        rows.held = None  # written over; a second backward gathers the rows again
         if update is None:
             return dx, self._complete(dw, db, 0)
         if not rows.count:  # scalar state moves on as on other ranks
@@ -315,17 +315,16 @@ class _Backward:
         return logits.sub_(peak).exp_().to(self.product), self.on_lse[:, None] * (peak - self.lse[:, None]).exp_()
 
     def _row_grad(self, out: Tensor, e: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
-        """`out [T, D]` = gradient of rows a to b from all logits but the targets'."""
-        if self.product == self.stats == out.dtype:
+        """`out [T, D]` = gradient of rows a to b from all logits but the targets'; out may be the memory of w."""
+        if self.product == self.stats == out.dtype and self.rows.held is None:
             grad = torch.mm(e.t(), weighted, out=out)
         else:
-            grad = low_precision_product(e, weighted, self.product)
-            grad = out.copy_(grad) if out.dtype == self.stats else grad.to(self.stats)
+            grad = low_precision_product(e, weighted, self.product).to(self.stats)
         if self.step.label_smoothing:
             grad += self.uniform_rows
         if self.rows.inverse is not None:
-            tangent_(grad, w, self.rows.inverse[a:b])
-        if grad is not out:
+            tangent(grad, w, self.rows.inverse[a:b], out=out if out.dtype == grad.dtype else grad)
+        if out.dtype != grad.dtype or self.rows.inverse is None:
             out.copy_(grad)
 
     def _targets_to_embeddings(self, dx: Tensor) -> None:
@@ -334,7 +333,7 @@ class _Backward:
         if self.step.label_smoothing:
             dx += self.uniform[:, None] * (self.row_sum[: self.D] * self.step.margin.scale)
         if self.rows.inverse is not None:
-            tangent_(dx, self.x, self.x_inverse)
+            tangent(dx, self.x, self.x_inverse, out=dx)
 
     def _complete(self, dw: Tensor, db: Tensor | None, a: int) -> list[Tensor]:
         """The gradients of rows a, a + 1, ... with the targets' share in them, summed over replicas."""
@@ -344,7 +343,7 @@ class _Backward:
             position, on_raw = torch.where(here, position, 0), torch.where(here, self.on_raw, 0.0)
             grad = self.x[self.targets.sample] * on_raw[:, None]
             if self.rows.inverse is not None:
-                tangent_(grad, self.target_w, self.target_inverse)
+                tangent(grad, self.target_w, self.target_inverse, out=grad)
             dw.index_add_(0, position, grad.to(dw.dtype))
             if db is not None:
                 db.index_add_(0, position, on_raw)

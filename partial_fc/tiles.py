@@ -59,38 +59,61 @@ def tile_rows(samples: int, width: int, device_type: str) -> int:
     return max(64, budget // (4 * max(samples, width, 1)) // 64 * 64)
 
 
+def inverse_length(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """1/length `[n, 1]` of vectors `[n, D]`, in `dtype`; 0 for a vector without a direction."""
+    norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype)
+    return torch.where(norm > TINY, norm.reciprocal(), 0.0)
+
+
 def unit(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(vectors `[n, D]` at unit length, 1/length `[n, 1]`), in `dtype`; both 0 for a vector without a direction."""
-    norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype)
-    inverse = torch.where(norm > TINY, norm.reciprocal(), 0.0)
+    inverse = inverse_length(vectors, dtype)
     return vectors.to(dtype) * inverse, inverse
 
 
-def tangent_(grad: Tensor, direction: Tensor, inverse: Tensor) -> Tensor:
-    """In place: gradient by v/‖v‖ -> gradient by v, `(g − (g·u) u) / ‖v‖`, for rows `[n, D]`."""
+def tangent(grad: Tensor, direction: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
+    """Gradient by v/‖v‖ -> gradient by v, `(g − (g·u) u) / ‖v‖`, for rows `[n, D]`; `out` may be the memory of either input."""
     along = torch.linalg.vecdot(grad, direction).unsqueeze(1)
-    return grad.addcmul_(direction, along, value=-1).mul_(inverse)
+    return torch.addcmul(grad, direction, along, value=-1, out=out).mul_(inverse)
 
 
 class Rows:
-    """The selected class rows of this rank, given out tile by tile, in the dtype of the statistics."""
+    """The selected class rows of this rank, given out tile by tile, in the dtype of the statistics.
+
+    Rows that are picked out of the shard are gathered once a step and held in the memory that their gradient will take in backward.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, step: Step, dtype: torch.dtype) -> None:
         self.weight, self.bias, self.step, self.dtype = weight, bias, step, dtype
         self.count = len(weight) if step.rows is None else len(step.rows)
         self.inverse = weight.new_empty(self.count, 1, dtype=dtype) if step.margin.normalize else None
-        self.normalized = False
+        self.measured = False  # all tiles were given out once
+        self.held: Tensor | None = None
+        if step.rows is not None and step.needs_grad and weight.dtype == dtype:
+            self.held = self.gradient_memory(self.count)
+
+    def gradient_memory(self, length: int) -> Tensor:
+        """`[length, D]` for the gradient of the rows: that of the held directions if there are any."""
+        if self.held is not None:
+            return self.held
+        name = "rows" if self.step.rows is None else "selected rows"
+        return self.step.workspace.take(name, (length, self.weight.shape[1]), self.weight.dtype, self.weight.device)
 
     def tile(self, a: int, b: int) -> Tensor:
         """Directions `[b − a, D]` of rows a to b; lengths are measured on the first pass and remembered."""
-        rows = self.step.rows
-        part = self.weight[a:b] if rows is None else self.weight.index_select(0, rows[a:b])
+        held = None if self.held is None else self.held[a:b]
+        if held is not None and self.measured:
+            return held
+        part = self._vectors(a, b, held)
         if self.inverse is None:
             return part.to(self.dtype)
-        if not self.normalized:
-            direction, self.inverse[a:b] = unit(part, self.dtype)
-            return direction
-        return part.to(self.dtype) * self.inverse[a:b]
+        if not self.measured:
+            self.inverse[a:b] = inverse_length(part, self.dtype)
+        return torch.mul(part.to(self.dtype), self.inverse[a:b], out=held)
+
+    def _vectors(self, a: int, b: int, out: Tensor | None) -> Tensor:
+        rows = self.step.rows
+        return self.weight[a:b] if rows is None else torch.index_select(self.weight, 0, rows[a:b], out=out)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(directions `[P, D]`, 1/length `[P, 1]`; 1 where nothing is normalised) of single rows."""

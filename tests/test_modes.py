@@ -260,6 +260,24 @@ def test_the_mode_is_chosen_by_the_budget_and_reported(caplog):
     assert "logits are tiled: 1000 bytes of them on this rank, a budget of 800" in caplog.text
 
 
+@pytest.mark.parametrize("margin", [ArcFace(), Softmax()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_gathered_again_for_a_second_backward(margin, dtype):
+    """The first backward has written the gradient over the rows that forward gathered."""
+    head = PartialFC(D, 50, margin, sample_rate=0.5, dtype=dtype)
+    x, labels = torch.randn(4, D, requires_grad=True), torch.arange(4)
+    loss = head(x, labels)
+    seen = []
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+        assert head.row_grad is not None
+        seen.append((head.row_grad[1].clone(), x.grad))
+        head.zero_grad()
+        x.grad = None
+    for first, second in zip(*seen, strict=True):
+        assert torch.equal(first, second)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 def test_memory_is_used_again_but_never_while_somebody_holds_it(rate):
     head = PartialFC(D, 50, sample_rate=rate)
