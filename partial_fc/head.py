@@ -11,35 +11,27 @@ An, X. et al.: Partial FC, arXiv 2010.05222 and 2203.15565.
 
 from __future__ import annotations
 
-import logging
 import math
-import zlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partial_fc.collectives import NO_LABEL, GlobalBatch, Group, NonFiniteError, Ranks, all_gather_mesh, as_matrix, exchange, joining
+from partial_fc.collectives import GlobalBatch, Group
 from partial_fc.margins import ArcFace, Margin
-from partial_fc.rows import ShardedRows
 from partial_fc.sampling import draw_window, select_rows
-from partial_fc.shards import ClassShards, initial_rows, local_part
+from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, log
+from partial_fc.shards import initial_rows, local_part
 from partial_fc.softmax import ShardedCrossEntropy
 from partial_fc.tiles import Step
 from partial_fc.workspace import Workspace
 
-log = logging.getLogger("partial_fc")
-
-Reduction = Literal["mean", "sum", "none"]
-Validate = Literal["always", "first", "never"]
-OnNonfinite = Literal["raise", "skip", "log"]
 DEFAULT_LOGITS_BUDGET = 1 << 30
 
 
-class PartialFC(nn.Module):
+class PartialFC(ShardedLoss):
     """A sharded classification head with its loss. Call it as `loss = head(embeddings, labels)` on every rank of its group.
 
     Args:
@@ -89,46 +81,37 @@ class PartialFC(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        _check_arguments(
+        _check_arguments(sample_rate, init_std, label_smoothing, logits_budget)
+        super().__init__(
             embedding_size,
             num_classes,
-            sample_rate,
-            init_std,
-            label_smoothing,
-            reduction,
-            validate,
-            on_nonfinite,
-            logits_budget,
+            sampled=sample_rate < 1,
+            group=group,
+            seed=seed,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            scale_embedding_grad=scale_embedding_grad,
+            validate=validate,
+            on_nonfinite=on_nonfinite,
+            device=device,
         )
-        self.embedding_size, self.num_classes, self.seed = embedding_size, num_classes, seed
         self.margin = ArcFace() if margin is None else margin
         if not isinstance(self.margin, Margin):
             raise TypeError(f"margin must be an instance such as ArcFace(scale=64.0), not {margin!r}")
         if next(self.margin.parameters(), None) is not None:
             raise ValueError(f"{type(self.margin).__name__} has parameters; a margin may have buffers, but nothing would train parameters")
-        self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
-        self.scale_embedding_grad, self.validate, self.on_nonfinite = scale_embedding_grad, validate, on_nonfinite
+        self.label_smoothing = label_smoothing
         self.logits_budget = DEFAULT_LOGITS_BUDGET if logits_budget is None else logits_budget
-        self._sample_rate, self._init_std = sample_rate, init_std
-        self._step, self._seen_batch = 0, False
+        self._sample_rate, self._init_std, self._step = sample_rate, init_std, 0
         self._workspace = Workspace()
         self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
-        self.skipped = False
         self._selected_rows: Tensor | None = None
         self._target_cosines: tuple[Tensor, Tensor] | None = None
-
-        ranks = Ranks.of(group)
-        device = torch.device(device) if device is not None else _default_device(ranks)
-        self._shards = ClassShards.split(num_classes, ranks, device)
-        self._rows = ShardedRows(self._shards, sampled=sample_rate < 1)
-        empty = torch.empty(self._shards.local, embedding_size, device=device, dtype=dtype or torch.get_default_dtype())
+        empty = torch.empty(self._shards.local, embedding_size, device=self._device, dtype=dtype or torch.get_default_dtype())
         self._register("weight", empty)
         self._register("bias", empty.new_empty(self._shards.local) if self.margin.bias else None)
         self.reset_parameters()
-        self._rows.hold(dict(self.named_parameters(recurse=False)), self._shards)
-        if ranks.group is not None:
-            self._check_agreement(device)
+        self._complete()
 
     # ------------------------------------------------------------------------------------------------ public state
 
@@ -160,11 +143,6 @@ class PartialFC(nn.Module):
         cosines, exists = self._target_cosines
         return torch.acos(cosines.clamp(-1, 1)[exists]).mean()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the weights, or of their rows."""
-        super().zero_grad(set_to_none=set_to_none)
-        self._rows.clear()
-
     def extra_repr(self) -> str:
         s = self._shards
         share = f"classes {s.lo}..{s.hi} of {s.num_classes}" if s.mesh is not None else f"{s.num_classes} classes"
@@ -176,51 +154,23 @@ class PartialFC(nn.Module):
     def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:
         """The loss of a batch: embeddings `[N_local, D]` and labels `[N_local]`, or a `GlobalBatch` from `gather`."""
         self._check_wiring()
-        self.skipped = self.skipped and not self.training  # an evaluation in between says nothing of the training step
-        weight = local_part(self.weight)
-        joint = isinstance(embeddings, GlobalBatch)
         with record_function("partial_fc::gather"):
-            batch = embeddings if isinstance(embeddings, GlobalBatch) else self._exchange(embeddings, labels, weight.device)
-        if not batch.ranks.same_as(self._shards.ranks):
-            raise RuntimeError("the batch was gathered over another group than the head's")
-        self._judge(batch)
-        x = embeddings.embeddings if isinstance(embeddings, GlobalBatch) else joining(embeddings, batch.status)
+            batch, x = self._take(embeddings, labels)
         with record_function("partial_fc::select"):
-            step = self._plan(batch, scatter=not joint)
+            step = self._plan(batch, scatter=x is not batch.embeddings)
         if self.training:
             self._step += 1
         self._selected_rows = step.rows
-        bias = None if self.bias is None else local_part(self.bias)
-        anchor = None
         if self.skipped and self.training:
-            samples = batch.counts[batch.ranks.rank] if self.reduction == "none" else None
-            if step.rows is None and step.start_update is None:
-                return _ZeroLoss.apply(x, weight, bias, samples, None)
-            x = x if x.requires_grad else x.detach().requires_grad_(self._anchor(weight).requires_grad)
-            return _ZeroLoss.apply(
-                x,
-                weight.detach(),
-                None if bias is None else bias.detach(),
-                samples,
-                self._rows.accumulate if step.rows is not None else None,
-            )
+            return self._zero_loss(x, batch, rows_of_all=step.rows is None and step.start_update is None)
+        weight, bias = local_part(self.weight), None if self.bias is None else local_part(self.bias)
+        anchor = None
         if step.rows is not None or step.start_update is not None:
-            weight, bias, anchor = weight.detach(), None if bias is None else bias.detach(), self._anchor(weight)
+            weight, bias, anchor = weight.detach(), None if bias is None else bias.detach(), self._anchor()
         loss = ShardedCrossEntropy.apply(x, weight, bias, anchor, step)
         assert step.cosines is not None
         self._target_cosines = (step.cosines, step.targets >= 0)
         return loss
-
-    def _exchange(self, embeddings: Tensor, labels: Tensor | None, device: torch.device) -> GlobalBatch:
-        if labels is None:
-            raise TypeError("head(embeddings, labels) needs labels; only a GlobalBatch brings its own")
-        inspect = self.validate == "always" or (self.validate == "first" and not self._seen_batch)
-        self._seen_batch = True
-        return exchange(embeddings, labels, None, None, self._shards.ranks, inspect=inspect, device=device)
-
-    def _anchor(self, weight: Tensor) -> Tensor:
-        """A scalar through which backward reaches the loss although the weights are detached and embeddings may be."""
-        return torch.zeros((), device=weight.device, requires_grad=any(p.requires_grad for p in self._rows.parameters.values()))
 
     def _plan(self, batch: GlobalBatch, scatter: bool) -> Step:
         shards, device = self._shards, batch.embeddings.device
@@ -269,44 +219,10 @@ class PartialFC(nn.Module):
             log.info("logits are %s: %d bytes of them on this rank, a budget of %d", mode, size, self.logits_budget)
             self.logits_mode = mode
 
-    def _targets(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
-        """Class ids `[N, L]`, -1 where there is none, and their weights in the sample, 0 where there is none."""
-        labels = as_matrix(batch.labels)
-        exists = labels != self.ignore_index
-        weights = exists.to(self._stats_dtype(batch))
-        if batch.label_weights is not None:
-            weights = weights * batch.label_weights.to(weights.dtype)
-            # one class named twice in a sample (mixup of two of its images): the first takes the weight of both
-            same = (labels[:, :, None] == labels[:, None, :]) & exists[:, :, None] & exists[:, None, :]
-            weights = (same * weights[:, None, :]).sum(2) * ~same.tril(-1).any(2)
-            exists = exists & (weights > 0)
-        return torch.where(exists, labels, -1), weights * exists
-
-    def _sample_weights(self, batch: GlobalBatch) -> Tensor:
-        """`[N]`: what each sample's loss counts for: 1 or its weight, 0 where ignored, divided by the sum over all ranks for a mean."""
-        dtype = self._stats_dtype(batch)
-        weights = (as_matrix(batch.labels) != self.ignore_index).any(1).to(dtype)
-        everywhere = (as_matrix(batch.mesh_labels) != self.ignore_index).any(1).to(dtype)
-        if batch.sample_weights is not None and batch.mesh_sample_weights is not None:
-            weights = weights * batch.sample_weights.to(dtype)
-            everywhere = everywhere * batch.mesh_sample_weights.to(dtype)
-        if self.reduction != "mean":
-            return weights
-        total = everywhere.sum()
-        return weights / torch.where(total > 0, total, 1.0)
-
-    def _stats_dtype(self, batch: GlobalBatch) -> torch.dtype:
-        return torch.float64 if torch.float64 in (batch.embeddings.dtype, self.weight.dtype) else torch.float32
-
     # ------------------------------------------------------------------------------------------------ what can be wrong
 
     def _check_wiring(self) -> None:
-        ranks = self._shards.ranks
-        if ranks.group is None and dist.is_initialized():
-            raise RuntimeError(
-                "this head was built before the process group: every rank would train a copy of its own. "
-                "Build it after torch.distributed.init_process_group (or Accelerator(), deepspeed.init_distributed())"
-            )
+        self._check_group()
         if not (self.training and torch.is_grad_enabled() and self._rows.sampled) or self._rows.live_optimizer is not None:
             return
         if self._rows.rows is not None or self._rows.lost > 1:
@@ -315,62 +231,11 @@ class PartialFC(nn.Module):
                 "build RowOptimizer(torch.optim.SGD, head, ...) instead of passing head.parameters() to an optimizer"
             )
 
-    def _judge(self, batch: GlobalBatch) -> None:
-        """Raise, on every rank alike, what the status of the batch says about this head's inputs."""
-        width = batch.status[0].width
-        if width != self.embedding_size:
-            raise ValueError(f"embeddings have width {width}, the head has embedding_size {self.embedding_size}")
-        ranks = batch.ranks
-        for flat, row in enumerate(batch.status):
-            for label, at in row.extremes():
-                if label != self.ignore_index and not 0 <= label < self.num_classes:
-                    where = at if row.labels_each == 0 else f"{at // row.labels_each}, {at % row.labels_each}"
-                    hint = "; labels are counted from 0" if label == self.num_classes else ""
-                    raise ValueError(
-                        f"{ranks.name(flat)}: labels[{where}] is {label}; valid are 0 to {self.num_classes - 1} "
-                        f"and ignore_index {self.ignore_index}{hint}"
-                    )
-        for flat, row in enumerate(batch.status):
-            if row.nonfinite_at >= 0:
-                of_class = "" if row.nonfinite_label == NO_LABEL else f" (label {row.nonfinite_label})"
-                message = f"{ranks.name(flat)}: embeddings[{row.nonfinite_at}]{of_class} holds a NaN or infinity"
-                if self.on_nonfinite == "raise":
-                    raise NonFiniteError(message)
-                log.warning("%s%s", message, "; the step is skipped" if self.on_nonfinite == "skip" else "")
-                self.skipped = self.on_nonfinite == "skip"
-                return
-
-    def _check_agreement(self, device: torch.device) -> None:
-        """Raise on every rank if ranks built different heads."""
-        if device.type == "meta":
-            return
-        names = (
-            "label_smoothing",
-            "reduction",
-            "ignore_index",
-            "on_nonfinite",
-            "validate",
-            "scale_embedding_grad",
-            "_init_std",
-            "sample_rate",
-        )
+    def _settings(self) -> dict[str, Any]:
+        settings = super()._settings()
         margin = type(self.margin).__name__, {k: v for k, v in vars(self.margin).items() if not k.startswith("_")}
-        settings = margin, [getattr(self, name) for name in names], self.weight.dtype
-        digest = zlib.crc32(repr(settings).encode())
-        mine = {
-            "num_classes": self.num_classes,
-            "embedding_size": self.embedding_size,
-            "seed": self.seed,
-            "a digest of the settings": digest,
-        }
-        table = all_gather_mesh(torch.tensor(list(mine.values()), device=device), self._shards.ranks).tolist()
-        for flat, values in enumerate(table):
-            for name, expected, value in zip(mine, table[0], values, strict=True):
-                if expected != value:
-                    here, there = self._shards.ranks.name(0), self._shards.ranks.name(flat)
-                    raise ValueError(
-                        f"ranks disagree: {name} is {expected} on {here} and {value} on {there}; all ranks must build the same head"
-                    )
+        digest = settings["a digest of the settings"], margin, self._init_std, self.sample_rate
+        return {**settings, "a digest of the settings": digest}
 
     # ------------------------------------------------------------------------------------------------ parameters and state
 
@@ -383,31 +248,6 @@ class PartialFC(nn.Module):
         if self.bias is not None:
             local_part(self.bias.detach()).zero_()
 
-    def _register(self, name: str, local: Tensor | None) -> None:
-        self.register_parameter(name, None if local is None else nn.Parameter(self._shards.wrap(local)))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialFC:
-        """Moves and casts act on the local rows, and keep the parameters' identity, as torch's own do."""
-        own = {name: p for name, p in self._parameters.items() if p is not None}
-        before = {name: local_part(p.detach()) for name, p in own.items()}
-        after = {name: fn(local) for name, local in before.items()}
-        everything, self._parameters = self._parameters, {}
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._parameters = everything
-        if all(after[name] is before[name] for name in own):
-            return self
-        device = after["weight"].device
-        if self._shards.mesh is not None and device.type != self._shards.mesh.device_type:
-            self._shards = ClassShards.split(self.num_classes, self._shards.ranks, device)
-        for name, parameter in own.items():
-            moved = nn.Parameter(self._shards.wrap(after[name]), requires_grad=parameter.requires_grad)
-            parameter.grad = None
-            torch.utils.swap_tensors(parameter, moved)
-        self._rows.hold(own, self._shards)
-        return self
-
     def get_extra_state(self) -> Tensor:
         """The number of training forwards, which says what is drawn next."""
         return torch.tensor(self._step)
@@ -416,53 +256,7 @@ class PartialFC(nn.Module):
         self._step = int(state)
 
 
-class _ZeroLoss(torch.autograd.Function):
-    """A skipped step: a loss of zero whose gradients are zero, so that backward and a GradScaler run on every rank as they would have.
-
-    Under sampling `sink` gets gradients of no rows. A NaN in the backbone's activations still makes NaN of its gradients.
-    """
-
-    @staticmethod
-    def forward(ctx, embeddings, weight, bias, samples, sink):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(embeddings, weight, bias)
-        ctx.sink = sink
-        return embeddings.new_zeros(() if samples is None else (samples,), dtype=torch.promote_types(embeddings.dtype, torch.float32))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        embeddings, weight, bias = ctx.saved_tensors
-        nothing = torch.zeros_like(embeddings)
-        if ctx.sink is None:
-            zeros = (torch.zeros_like(p) if needed else None for p, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True))
-            return nothing, *zeros, None, None
-        no_rows = torch.empty(0, dtype=torch.int64, device=embeddings.device)
-        ctx.sink(no_rows, [torch.empty_like(p[:0]) for p in (weight, bias) if p is not None])
-        return nothing, None, None, None, None
-
-
-def _default_device(ranks: Ranks) -> torch.device:
-    """torch's default device, or the current GPU where the group cannot exchange tensors of the CPU (NCCL)."""
-    default = torch.get_default_device()
-    if ranks.group is not None and default.type == "cpu" and dist.get_backend(ranks.group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return default
-
-
-def _check_arguments(
-    embedding_size: int,
-    num_classes: int,
-    sample_rate: float,
-    init_std: float,
-    label_smoothing: float,
-    reduction: str,
-    validate: str,
-    on_nonfinite: str,
-    logits_budget: int | None,
-) -> None:
-    for name, value in (("embedding_size", embedding_size), ("num_classes", num_classes)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+def _check_arguments(sample_rate: float, init_std: float, label_smoothing: float, logits_budget: int | None) -> None:
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate is a share of the classes in (0, 1], not {sample_rate}")
     if not (math.isfinite(init_std) and init_std >= 0):
@@ -471,10 +265,3 @@ def _check_arguments(
         raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
     if logits_budget is not None and logits_budget < 0:
         raise ValueError(f"logits_budget is a number of bytes, at least 0, not {logits_budget}")
-    for name, choice, choices in (
-        ("reduction", reduction, ("mean", "sum", "none")),
-        ("validate", validate, ("always", "first", "never")),
-        ("on_nonfinite", on_nonfinite, ("raise", "skip", "log")),
-    ):
-        if choice not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {choice!r}")

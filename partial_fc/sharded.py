@@ -1,0 +1,263 @@
+"""What every loss over class rows has in common, whatever it does with them: shards, the exchange of a batch, and what can be wrong.
+
+rows [C_local, ...]        parameters that are split by class over the ranks of a group (`shards`), their gradients (`rows`)
+batch                      gathered here or by `gather`; wiring, inputs and settings are judged alike on every rank
+targets, sample weights    what each label and each sample counts for in the reduced loss
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from partial_fc.collectives import NO_LABEL, GlobalBatch, Group, NonFiniteError, Ranks, all_gather_mesh, as_matrix, exchange, joining
+from partial_fc.rows import ShardedRows
+from partial_fc.shards import ClassShards, local_part
+
+log = logging.getLogger("partial_fc")
+
+Reduction = Literal["mean", "sum", "none"]
+Validate = Literal["always", "first", "never"]
+OnNonfinite = Literal["raise", "skip", "log"]
+Self = TypeVar("Self", bound="ShardedLoss")
+
+
+class ShardedLoss(nn.Module):
+    """Base of `PartialFC` and `CenterLoss`; what the arguments mean is said there.
+
+    A subclass registers its sharded parameters with `_register` and then calls `_complete`.
+    """
+
+    def __init__(
+        self,
+        embedding_size: int,
+        num_classes: int,
+        *,
+        sampled: bool,
+        group: Group,
+        seed: int,
+        ignore_index: int,
+        reduction: Reduction,
+        scale_embedding_grad: bool,
+        validate: Validate,
+        on_nonfinite: OnNonfinite,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("embedding_size", embedding_size), ("num_classes", num_classes)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_choice("validate", validate, ("always", "first", "never"))
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "log"))
+        self.embedding_size, self.num_classes, self.seed = embedding_size, num_classes, seed
+        self.ignore_index, self.reduction, self.scale_embedding_grad = ignore_index, reduction, scale_embedding_grad
+        self.validate, self.on_nonfinite = validate, on_nonfinite
+        self.skipped = False
+        self._seen_batch = False
+        ranks = Ranks.of(group)
+        self._device = torch.device(device) if device is not None else _default_device(ranks)
+        self._shards = ClassShards.split(num_classes, ranks, self._device)
+        self._rows = ShardedRows(self._shards, sampled=sampled)
+
+    def _register(self, name: str, local: Tensor | None) -> None:
+        self.register_parameter(name, None if local is None else nn.Parameter(self._shards.wrap(local)))
+
+    def _complete(self) -> None:
+        """To be called when all parameters are registered: take them, and see that all ranks built the same."""
+        self._rows.hold(dict(self.named_parameters(recurse=False)), self._shards)
+        if self._shards.ranks.group is not None and self._device.type != "meta":
+            self._check_agreement()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the weights, or of their rows."""
+        super().zero_grad(set_to_none=set_to_none)
+        self._rows.clear()
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts act on the local rows, and keep the parameters' identity, as torch's own do."""
+        own = {name: p for name, p in self._parameters.items() if p is not None}
+        before = {name: local_part(p.detach()) for name, p in own.items()}
+        after = {name: fn(local) for name, local in before.items()}
+        everything, self._parameters = self._parameters, {}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters = everything
+        if all(after[name] is before[name] for name in own):
+            return self
+        device = next(iter(after.values())).device
+        if self._shards.mesh is not None and device.type != self._shards.mesh.device_type:
+            self._shards = ClassShards.split(self.num_classes, self._shards.ranks, device)
+        for name, parameter in own.items():
+            moved = nn.Parameter(self._shards.wrap(after[name]), requires_grad=parameter.requires_grad)
+            parameter.grad = None
+            torch.utils.swap_tensors(parameter, moved)
+        self._rows.hold(own, self._shards)
+        return self
+
+    # ------------------------------------------------------------------------------------------------ a batch
+
+    def _take(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None) -> tuple[GlobalBatch, Tensor]:
+        """The global batch, judged, and what autograd follows: this rank's embeddings, or the gathered ones of a `GlobalBatch`."""
+        self.skipped = self.skipped and not self.training  # an evaluation in between says nothing of the training step
+        joint = isinstance(embeddings, GlobalBatch)
+        batch = embeddings if isinstance(embeddings, GlobalBatch) else self._exchange(embeddings, labels)
+        if not batch.ranks.same_as(self._shards.ranks):
+            raise RuntimeError("the batch was gathered over another group than the head's")
+        self._judge(batch)
+        return batch, batch.embeddings if joint else joining(embeddings, batch.status)  # type: ignore[arg-type]
+
+    def _exchange(self, embeddings: Tensor, labels: Tensor | None) -> GlobalBatch:
+        if labels is None:
+            raise TypeError(f"{type(self).__name__}(embeddings, labels) needs labels; only a GlobalBatch brings its own")
+        inspect = self.validate == "always" or (self.validate == "first" and not self._seen_batch)
+        self._seen_batch = True
+        device = local_part(next(iter(self._rows.parameters.values()))).device
+        return exchange(embeddings, labels, None, None, self._shards.ranks, inspect=inspect, device=device)
+
+    def _anchor(self) -> Tensor:
+        """A scalar through which backward reaches the loss although the weights are detached and embeddings may be."""
+        parameters = list(self._rows.parameters.values())
+        return torch.zeros((), device=local_part(parameters[0]).device, requires_grad=any(p.requires_grad for p in parameters))
+
+    def _zero_loss(self, x: Tensor, batch: GlobalBatch, rows_of_all: bool) -> Tensor:
+        """The loss of a skipped step. rows_of_all: the parameters themselves have a gradient, else their rows do."""
+        samples = batch.counts[batch.ranks.rank] if self.reduction == "none" else None
+        parameters = [local_part(p) for p in self._rows.parameters.values()]
+        if rows_of_all:
+            return _ZeroLoss.apply(x, samples, None, *parameters)
+        x = x if x.requires_grad else x.detach().requires_grad_(self._anchor().requires_grad)
+        sink = self._rows.accumulate if self._rows.sampled else None
+        return _ZeroLoss.apply(x, samples, sink, *(p.detach() for p in parameters))
+
+    def _targets(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
+        """Class ids `[N, L]`, -1 where there is none, and their weights in the sample, 0 where there is none."""
+        labels = as_matrix(batch.labels)
+        exists = labels != self.ignore_index
+        weights = exists.to(self._stats_dtype(batch))
+        if batch.label_weights is not None:
+            weights = weights * batch.label_weights.to(weights.dtype)
+            # one class named twice in a sample (mixup of two of its images): the first takes the weight of both
+            same = (labels[:, :, None] == labels[:, None, :]) & exists[:, :, None] & exists[:, None, :]
+            weights = (same * weights[:, None, :]).sum(2) * ~same.tril(-1).any(2)
+            exists = exists & (weights > 0)
+        return torch.where(exists, labels, -1), weights * exists
+
+    def _sample_weights(self, batch: GlobalBatch) -> Tensor:
+        """`[N]`: what each sample's loss counts for: 1 or its weight, 0 where ignored, divided by the sum over all ranks for a mean."""
+        dtype = self._stats_dtype(batch)
+        weights = (as_matrix(batch.labels) != self.ignore_index).any(1).to(dtype)
+        everywhere = (as_matrix(batch.mesh_labels) != self.ignore_index).any(1).to(dtype)
+        if batch.sample_weights is not None and batch.mesh_sample_weights is not None:
+            weights = weights * batch.sample_weights.to(dtype)
+            everywhere = everywhere * batch.mesh_sample_weights.to(dtype)
+        if self.reduction != "mean":
+            return weights
+        total = everywhere.sum()
+        return weights / torch.where(total > 0, total, 1.0)
+
+    def _stats_dtype(self, batch: GlobalBatch) -> torch.dtype:
+        dtypes = batch.embeddings.dtype, next(iter(self._rows.parameters.values())).dtype
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    # ------------------------------------------------------------------------------------------------ what can be wrong
+
+    def _check_group(self) -> None:
+        if self._shards.ranks.group is None and dist.is_initialized():
+            raise RuntimeError(
+                "this head was built before the process group: every rank would train a copy of its own. "
+                "Build it after torch.distributed.init_process_group (or Accelerator(), deepspeed.init_distributed())"
+            )
+
+    def _judge(self, batch: GlobalBatch) -> None:
+        """Raise, on every rank alike, what the status of the batch says about this head's inputs."""
+        width = batch.status[0].width
+        if width != self.embedding_size:
+            raise ValueError(f"embeddings have width {width}, the head has embedding_size {self.embedding_size}")
+        ranks = batch.ranks
+        for flat, row in enumerate(batch.status):
+            for label, at in row.extremes():
+                if label != self.ignore_index and not 0 <= label < self.num_classes:
+                    where = at if row.labels_each == 0 else f"{at // row.labels_each}, {at % row.labels_each}"
+                    hint = "; labels are counted from 0" if label == self.num_classes else ""
+                    raise ValueError(
+                        f"{ranks.name(flat)}: labels[{where}] is {label}; valid are 0 to {self.num_classes - 1} "
+                        f"and ignore_index {self.ignore_index}{hint}"
+                    )
+        for flat, row in enumerate(batch.status):
+            if row.nonfinite_at >= 0:
+                of_class = "" if row.nonfinite_label == NO_LABEL else f" (label {row.nonfinite_label})"
+                message = f"{ranks.name(flat)}: embeddings[{row.nonfinite_at}]{of_class} holds a NaN or infinity"
+                if self.on_nonfinite == "raise":
+                    raise NonFiniteError(message)
+                log.warning("%s%s", message, "; the step is skipped" if self.on_nonfinite == "skip" else "")
+                self.skipped = self.on_nonfinite == "skip"
+                return
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same on all ranks, by the name that a message gives it."""
+        names = ("label_smoothing", "reduction", "ignore_index", "on_nonfinite", "validate", "scale_embedding_grad")
+        settings = [getattr(self, name, None) for name in names], [p.dtype for p in self._rows.parameters.values()]
+        return {
+            "num_classes": self.num_classes,
+            "embedding_size": self.embedding_size,
+            "seed": self.seed,
+            "a digest of the settings": settings,
+        }
+
+    def _check_agreement(self) -> None:
+        """Raise on every rank if ranks built different heads."""
+        mine = {k: v if isinstance(v, int) else zlib.crc32(repr(v).encode()) for k, v in self._settings().items()}
+        table = all_gather_mesh(torch.tensor(list(mine.values()), device=self._device), self._shards.ranks).tolist()
+        for flat, values in enumerate(table):
+            for name, expected, value in zip(mine, table[0], values, strict=True):
+                if expected != value:
+                    here, there = self._shards.ranks.name(0), self._shards.ranks.name(flat)
+                    raise ValueError(
+                        f"ranks disagree: {name} is {expected} on {here} and {value} on {there}; all ranks must build the same head"
+                    )
+
+
+class _ZeroLoss(torch.autograd.Function):
+    """A skipped step: a loss of zero whose gradients are zero, so that backward and a GradScaler run on every rank as they would have.
+
+    Under sampling `sink` gets gradients of no rows. A NaN in the backbone's activations still makes NaN of its gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings, samples, sink, *parameters):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(embeddings, *parameters)
+        ctx.sink = sink
+        return embeddings.new_zeros(() if samples is None else (samples,), dtype=torch.promote_types(embeddings.dtype, torch.float32))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        embeddings, *parameters = ctx.saved_tensors
+        nothing = torch.zeros_like(embeddings)
+        if ctx.sink is None:
+            zeros = (torch.zeros_like(p) if needed else None for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True))
+            return nothing, None, None, *zeros
+        no_rows = torch.empty(0, dtype=torch.int64, device=embeddings.device)
+        ctx.sink(no_rows, [torch.empty_like(p[:0]) for p in parameters])
+        return nothing, None, None, *[None] * len(parameters)
+
+
+def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {choice!r}")
+
+
+def _default_device(ranks: Ranks) -> torch.device:
+    """torch's default device, or the current GPU where the group cannot exchange tensors of the CPU (NCCL)."""
+    default = torch.get_default_device()
+    if ranks.group is not None and default.type == "cpu" and dist.get_backend(ranks.group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return default
