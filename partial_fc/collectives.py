@@ -1,6 +1,6 @@
 """Everything that the ranks of a head say to each other before its loss: one small exchange of counts and status, one of the payload.
 
-    rank r:  embeddings [N_r, D], labels [N_r] (or [N_r, L] with label_weights [N_r, L]), sample_weights [N_r]
+    rank r:  embeddings [N_r, D], labels [N_r] (or [N_r, L] with label_weights [N_r, L]), sample_weights [N_r]; or such labels by name
        status (Status) int64  ── all-gather ──>  the same table on every host: counts, and what is wrong where
        payload (bytes)        ── all-gather ──>  embeddings [N, D], labels [N] ... in the order of the ranks, N = sum of N_r
        gradient [N, D]        ── reduce-scatter ──>  gradient [N_r, D], summed over the ranks' classes
@@ -8,12 +8,19 @@
 The status is read on the host, which has to learn the counts anyway, so that judging it costs no further synchronisation and a bad
 input on one rank raises the same error on all of them. On a 2-D mesh (replicas x shards) embeddings travel within a replica only;
 labels and status are also exchanged over the replicas, one more small collective each.
+
+Several heads with label spaces of their own take one batch: labels by name, a `Status` for each. Ranks may disagree about the names, so
+the first exchange has the same size whatever they are, with the first set's status and a digest of the names; once the digests are seen
+to agree, one more small exchange brings the status of the other sets. What went wrong is told in words, after a status that says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -28,6 +35,7 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 NO_LABEL = 2**62  # in the place of a smallest or largest label where there is none
+SUM_TOLERANCE = 1e-3  # how far from 1 the weights of a sample's labels may add up to
 
 
 class NonFiniteError(ValueError, RuntimeError):
@@ -103,28 +111,30 @@ def all_gather_mesh(tensor: Tensor, ranks: Ranks) -> Tensor:
 
 @dataclass(frozen=True)
 class Status:
-    """What one rank tells all others about its local batch, before anything large is sent."""
+    """What one rank tells all others about its local batch and one label set of it, before anything large is sent."""
 
     samples: int
     width: int
-    dtype: int  # index into DTYPES, -1 for any other
+    dtype: int  # index into DTYPES
     labels_each: int  # L of labels [N_r, L]; 0 for labels [N_r]
     weights: int  # bit 0: label weights, bit 1: sample weights
-    problem: int  # index into PROBLEMS
-    first: int  # two numbers for the problem's message
-    second: int
+    wants_grad: int  # whether its embeddings take part in backward: if any rank's do, all must
+    names: int  # digest of the names of all label sets; 0 for labels without a name
+    problem: int  # whether it has a batch that cannot be exchanged; then nothing else here counts
     # the two smallest and two largest distinct labels, so that a head can set its own ignore_index aside; NO_LABEL where there is none
-    smallest: int = NO_LABEL
-    smallest_at: int = 0
-    second_smallest: int = NO_LABEL
-    second_smallest_at: int = 0
-    largest: int = NO_LABEL
-    largest_at: int = 0
-    second_largest: int = NO_LABEL
-    second_largest_at: int = 0
-    nonfinite_at: int = -1
-    nonfinite_label: int = NO_LABEL
-    wants_grad: int = 0  # whether its embeddings take part in backward: if any rank's do, all must
+    smallest: int
+    smallest_at: int
+    second_smallest: int
+    second_smallest_at: int
+    largest: int
+    largest_at: int
+    second_largest: int
+    second_largest_at: int
+    nonfinite_at: int
+    nonfinite_label: int
+    bad_weight: int  # NO_WEIGHT, LABEL_WEIGHT, LABEL_SUM or SAMPLE_WEIGHT: what the next two are about
+    bad_weight_at: int  # flat index
+    bad_weight_bits: int  # of its value, a float64
 
     def extremes(self) -> tuple[tuple[int, int], ...]:
         """(label, flat index) of the smallest and largest labels that there are."""
@@ -137,19 +147,9 @@ class Status:
         return tuple((label, at) for label, at in pairs if label != NO_LABEL)
 
 
-PROBLEMS = (
-    "",
-    "embeddings must be [N, D], but have {first} dimensions",
-    "embeddings must be float32, float64, bfloat16 or float16",
-    "labels must be an int64 tensor",
-    "labels must be [N] or [N, L] with L at least 1, but have {first} dimensions",
-    "labels are for {first} samples, embeddings for {second}",
-    "labels and embeddings are on different devices",
-    "label_weights must have the shape of labels, [N, L]",
-    "sample_weights must be [N]",
-    "the head is on {head}, embeddings on another device",
-)
-DEVICE_PROBLEM = len(PROBLEMS) - 1
+NO_WEIGHT, LABEL_WEIGHT, LABEL_SUM, SAMPLE_WEIGHT = range(4)
+NO_COUNTS = [0] * 7  # what stands before `problem`
+NO_FINDINGS = [NO_LABEL, 0] * 4 + [-1, NO_LABEL] + [NO_WEIGHT, 0, 0]
 
 
 @dataclass
@@ -157,7 +157,8 @@ class GlobalBatch:
     """One batch of all ranks (of this replica), in the order of the ranks: what heads and center losses take.
 
     embeddings [N, D], connected to this rank's part in backward; labels [N] or [N, L]; label_weights [N, L] or None;
-    sample_weights [N] or None; counts: samples of each rank. mesh_labels and mesh_sample_weights cover all replicas.
+    sample_weights [N] or None; counts: samples of each rank. mesh_labels, mesh_label_weights and mesh_sample_weights cover all replicas.
+    name: of the label set, where `gather` was given several.
     """
 
     embeddings: Tensor
@@ -166,9 +167,11 @@ class GlobalBatch:
     sample_weights: Tensor | None
     counts: tuple[int, ...]
     mesh_labels: Tensor
+    mesh_label_weights: Tensor | None
     mesh_sample_weights: Tensor | None
     status: tuple[Status, ...] = field(repr=False)
     ranks: Ranks = field(repr=False)
+    name: str | None = None
 
     @property
     def local(self) -> slice:
@@ -176,12 +179,17 @@ class GlobalBatch:
         start = sum(self.counts[: self.ranks.rank])
         return slice(start, start + self.counts[self.ranks.rank])
 
+    def origin(self, flat: int) -> str:
+        """What an error calls the `flat`-th rank's part of the batch."""
+        return self.ranks.name(flat) + _of_set(self.name)
+
 
 def as_matrix(labels: Tensor) -> Tensor:
     """Labels `[N]` or `[N, L]` as `[N, L]`."""
     return labels if labels.ndim == 2 else labels[:, None]
 
 
+@overload
 def gather(
     embeddings: Tensor,
     labels: Tensor,
@@ -189,19 +197,56 @@ def gather(
     label_weights: Tensor | None = None,
     sample_weights: Tensor | None = None,
     group: Group = None,
-) -> GlobalBatch:
+) -> GlobalBatch: ...
+
+
+@overload
+def gather(
+    embeddings: Tensor,
+    labels: Mapping[str, Tensor],
+    *,
+    label_weights: Mapping[str, Tensor] | None = None,
+    sample_weights: Tensor | Mapping[str, Tensor] | None = None,
+    group: Group = None,
+) -> dict[str, GlobalBatch]: ...
+
+
+def gather(
+    embeddings: Tensor,
+    labels: Tensor | Mapping[str, Tensor],
+    *,
+    label_weights: Tensor | Mapping[str, Tensor] | None = None,
+    sample_weights: Tensor | Mapping[str, Tensor] | None = None,
+    group: Group = None,
+) -> GlobalBatch | dict[str, GlobalBatch]:
     """Gather this rank's embeddings [N_local, D] and labels [N_local] from all ranks, once for any number of heads.
 
     Every rank of the group must call it; N_local may differ between ranks and be 0. Labels may be `[N_local, L]` with label_weights of
-    that shape (soft or several labels); sample_weights `[N_local]` weigh samples in a mean. In backward the gradients of all heads are
+    that shape (soft or several labels), each at least 0 and together 1 in a sample (that has a label of at least 0; the weights of others
+    are not added up). sample_weights `[N_local]`, each at least 0, weigh samples in a mean. In backward the gradients of all heads are
     summed and reduce-scattered once.
 
-    Raises ValueError, the same on every rank, if shapes, dtypes, widths or devices are wrong on any of them.
+    Heads with label spaces of their own: `labels` is a dict, and so is what is returned, a batch for each name with the same embeddings:
+
+        batch = gather(x, {"faces": a, "plates": b})
+        loss = faces(batch["faces"]) + plates(batch["plates"])
+
+    A sample that is not of a head has that head's ignore_index among its labels. label_weights is then a dict with the names that have
+    some; sample_weights are for all names, or a dict as well. All ranks must bring the same names, in any order.
+
+    Raises ValueError, the same on every rank, if names, shapes, dtypes, widths, devices or weights are wrong on any of them.
     """
     ranks = Ranks.of(group)
-    batch = exchange(embeddings, labels, label_weights, sample_weights, ranks, inspect=True)
-    batch.embeddings = _Gathered.apply(joining(embeddings, batch.status), batch.embeddings, ranks, batch.counts)
-    return batch
+    sets, problem = _label_sets(labels, label_weights, sample_weights)
+    batches = _exchange(embeddings, sets, problem, ranks, inspect=True)
+    first = batches[0]
+    everyone = _Gathered.apply(joining(embeddings, first.status), first.embeddings, ranks, first.counts)
+    for batch in batches:
+        batch.embeddings = everyone
+    if not isinstance(labels, Mapping):
+        return first
+    by_name = {batch.name: batch for batch in batches}
+    return {name: by_name[name] for name in labels}
 
 
 def joining(embeddings: Tensor, status: tuple[Status, ...]) -> Tensor:
@@ -224,41 +269,130 @@ def exchange(
 ) -> GlobalBatch:
     """`gather` without its place in the autograd graph: two collectives (four on a 2-D mesh).
 
-    `inspect`: look for extreme labels and non-finite embeddings. `device`: where the caller's weights are.
+    `inspect`: look for extreme labels, non-finite embeddings and bad weights. `device`: where the caller's weights are.
     """
+    return _exchange(embeddings, [_LabelSet(None, labels, label_weights, sample_weights)], "", ranks, inspect=inspect, device=device)[0]
+
+
+@dataclass(frozen=True)
+class _LabelSet:
+    """What one rank brings for one head, as its caller gave it: anything at all until `_problem_of` has looked at it."""
+
+    name: str | None
+    labels: Any
+    label_weights: Any = None
+    sample_weights: Any = None
+
+    def tensors(self) -> list[Tensor]:
+        """What of it travels."""
+        weights = (self.label_weights, self.sample_weights)
+        return [self.labels.detach(), *(w.detach().double() for w in weights if w is not None)]
+
+    def take(self, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Labels, label weights and sample weights, from what has travelled in the order of `tensors`."""
+        labels = next(tensors)
+        label_weights = None if self.label_weights is None else next(tensors)
+        return labels, label_weights, None if self.sample_weights is None else next(tensors)
+
+
+def _of_set(name: str | None) -> str:
+    return "" if name is None else f", {name!r}"
+
+
+def _label_sets(labels: Any, label_weights: Any, sample_weights: Any) -> tuple[list[_LabelSet], str]:
+    """(label sets, sorted by name; what is wrong with the names or "")."""
+    weights = {"label_weights": label_weights, "sample_weights": sample_weights}
+    named = {what: given for what, given in weights.items() if isinstance(given, Mapping)}
+    if not isinstance(labels, Mapping):
+        problem = f": {next(iter(named))} are a dict, but labels are not" if named else ""
+        return [_LabelSet(None, labels, label_weights, sample_weights)], problem
+    if not labels:
+        return [], ": labels are an empty dict; it needs a name and labels for each head"
+    for name in labels:
+        if not isinstance(name, str):
+            return [], f": the names of labels must be strings, not {name!r}"
+    if label_weights is not None and "label_weights" not in named:
+        return [], ": labels are a dict, so label_weights must be one too, with the names that have weights"
+    for what, given in named.items():
+        for name in given:
+            if name not in labels:
+                return [], f": {what} are given for {name!r}, labels for {_listed(labels)} only"
+    of_labels = label_weights or {}
+    of_samples = named.get("sample_weights", dict.fromkeys(labels, sample_weights))
+    return [_LabelSet(name, labels[name], of_labels.get(name), of_samples.get(name)) for name in sorted(labels)], ""
+
+
+def _listed(names: Mapping[str, Any] | list[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names))
+
+
+def _exchange(
+    embeddings: Tensor,
+    sets: list[_LabelSet],
+    problem: str,
+    ranks: Ranks,
+    *,
+    inspect: bool,
+    device: torch.device | None = None,
+) -> list[GlobalBatch]:
+    """A batch for each label set, all with the same embeddings. problem: what is wrong already, of which all ranks are to hear."""
     wants_grad = embeddings.requires_grad and torch.is_grad_enabled()
     embeddings = embeddings.detach()
-    labels = labels.detach() if isinstance(labels, Tensor) else torch.empty(0)  # not int64: a problem that all ranks hear of
-    mine = _inspect(embeddings, labels, label_weights, sample_weights, inspect, device)
-    mine[-1] = wants_grad
-    table = all_gather_mesh(mine.to(device or embeddings.device), ranks).tolist()
-    status = tuple(Status(*row) for row in table)
-    _agree(status, ranks, device)
-    counts = [row.samples for row in status]
-    parts = [embeddings, labels]
-    if label_weights is not None:
-        parts.append(label_weights.detach().double())
-    if sample_weights is not None:
-        parts.append(sample_weights.detach().double())
+    problem = problem or next(filter(None, (_problem_of(embeddings, each, device) for each in sets)), "")
+    mine = _inspect(embeddings, sets, problem, wants_grad, inspect).to(device or embeddings.device)
+    status = _exchange_status(mine, sets, problem, ranks)
+    counts = [row.samples for row in status[0]]
     start = ranks.replica * ranks.world
     own = tuple(counts[start : start + ranks.world])
+    parts = [embeddings, *(tensor for each in sets for tensor in each.tensors())]
     gathered = _exchange_payload(parts, own, max(counts), ranks.group)
     across = gathered[1:]
     if ranks.replica_group is not None:
         sums = [sum(counts[i * ranks.world : (i + 1) * ranks.world]) for i in range(ranks.replicas)]
         across = _exchange_payload(gathered[1:], tuple(sums), max(sums), ranks.replica_group)
-    weights = gathered[2] if label_weights is not None else None
-    return GlobalBatch(
-        embeddings=gathered[0],
-        labels=gathered[1],
-        label_weights=weights,
-        sample_weights=gathered[-1] if sample_weights is not None else None,
-        counts=own,
-        mesh_labels=across[0],
-        mesh_sample_weights=across[-1] if sample_weights is not None else None,
-        status=status,
-        ranks=ranks,
-    )
+    of_replica, of_mesh = iter(gathered[1:]), iter(across)
+    return [
+        GlobalBatch(gathered[0], *each.take(of_replica), own, *each.take(of_mesh), rows, ranks, each.name)
+        for each, rows in zip(sets, status, strict=True)
+    ]
+
+
+def _exchange_status(mine: Tensor, sets: list[_LabelSet], problem: str, ranks: Ranks) -> list[tuple[Status, ...]]:
+    """For each label set the status of every rank, from this rank's `mine [sets, numbers]`.
+
+    Raises the same ValueError on every rank if any of them has a batch that cannot be exchanged, or bad weights.
+    """
+    first = tuple(Status(*row) for row in all_gather_mesh(mine[0], ranks).tolist())
+    if any(row.problem for row in first):
+        told = _tell(problem, ranks, mine.device)
+        raise ValueError(next(ranks.name(flat) + text for flat, text in enumerate(told) if text))
+    if any(row.names != first[0].names for row in first):
+        names = [each.name for each in sets if each.name is not None]
+        told = _tell(f"a dict of {_listed(names)}" if names else "no dict", ranks, mine.device)
+        flat = next(flat for flat, row in enumerate(first) if row.names != first[0].names)
+        raise ValueError(
+            f"ranks disagree: labels are {told[0]} on {ranks.name(0)} and {told[flat]} on {ranks.name(flat)}; "
+            "every rank must bring the same names"
+        )
+    _agree(first, EMBEDDINGS_AGREED, ranks, None)
+    status = [first]
+    if len(sets) > 1:
+        others = all_gather_mesh(mine[1:], ranks).transpose(0, 1).tolist()
+        status += [tuple(Status(*row) for row in table) for table in others]
+    for each, rows in zip(sets, status, strict=True):
+        _agree(rows, LABELS_AGREED, ranks, each.name)
+        _judge_weights(rows, ranks, each.name)
+    return status
+
+
+def _tell(text: str, ranks: Ranks, device: torch.device) -> list[str]:
+    """Every rank's text; two more collectives, on the way to an error."""
+    mine = torch.tensor(list(text.encode(errors="replace")), dtype=torch.uint8, device=device)
+    lengths = all_gather_mesh(torch.tensor([len(mine)], device=device), ranks).flatten().tolist()
+    padded = mine.new_zeros(max(lengths))
+    padded[: len(mine)] = mine
+    rows = all_gather_mesh(padded, ranks).tolist()
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
 def _exchange_payload(parts: list[Tensor], counts: tuple[int, ...], longest: int, group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -284,51 +418,80 @@ def _exchange_payload(parts: list[Tensor], counts: tuple[int, ...], longest: int
     return out
 
 
-def _inspect(
-    embeddings: Tensor,
-    labels: Tensor,
-    label_weights: Tensor | None,
-    sample_weights: Tensor | None,
-    inspect: bool,
-    device: torch.device | None,
-) -> Tensor:
-    """This rank's `Status` as an int64 tensor; never raises, because the others are waiting for it."""
-    samples = embeddings.shape[0] if embeddings.ndim else 0
-    problem, first, second = 0, 0, 0
+def _problem_of(embeddings: Tensor, given: _LabelSet, device: torch.device | None) -> str:
+    """What is wrong with the types and shapes of a label set or its embeddings, as it is told after the rank's name; "" if nothing is."""
+    problem = _embeddings_problem(embeddings)
+    if problem:
+        return f": {problem}"
+    problem = _labels_problem(embeddings, given.labels) or _weights_problem(embeddings, given)
+    if problem:
+        return f"{_of_set(given.name)}: {problem}"
+    if device is not None and embeddings.device != device:
+        return f": the head is on {device}, embeddings on {embeddings.device}"
+    return ""
+
+
+def _embeddings_problem(embeddings: Tensor) -> str:
     if embeddings.ndim != 2:
-        problem, first = 1, embeddings.ndim
-    elif embeddings.dtype not in DTYPES:
-        problem = 2
-    elif labels.dtype != torch.int64:
-        problem = 3
-    elif labels.ndim not in (1, 2) or (labels.ndim == 2 and not labels.shape[1]):
-        problem, first = 4, labels.ndim
-    elif labels.shape[0] != samples:
-        problem, first, second = 5, labels.shape[0], samples
-    elif labels.device != embeddings.device:
-        problem = 6
-    elif (labels.ndim == 2) != (label_weights is not None) or (label_weights is not None and label_weights.shape != labels.shape):
-        problem = 7
-    elif sample_weights is not None and sample_weights.shape != (samples,):
-        problem = 8
-    elif device is not None and embeddings.device != device:
-        problem = DEVICE_PROBLEM
-    counts = torch.tensor(
-        [
-            samples,
-            embeddings.shape[1] if embeddings.ndim == 2 else 0,
-            DTYPES.index(embeddings.dtype) if embeddings.dtype in DTYPES else -1,
-            labels.shape[1] if labels.ndim == 2 else 0,
-            (label_weights is not None) + 2 * (sample_weights is not None),
-            problem,
-            first,
-            second,
-        ]
-    )
-    findings = torch.tensor([NO_LABEL, 0] * 4 + [-1, NO_LABEL])
-    if inspect and not problem and labels.numel():
-        findings = torch.cat((_extremes(labels.reshape(-1)), _nonfinite(embeddings, as_matrix(labels)[:, 0])))
-    return torch.cat((counts.to(findings.device), findings, torch.zeros_like(findings[:1])))
+        return f"embeddings must be [N, D], but have {embeddings.ndim} dimensions"
+    return "" if embeddings.dtype in DTYPES else f"embeddings must be float32, float64, bfloat16 or float16, not {embeddings.dtype}"
+
+
+def _labels_problem(embeddings: Tensor, labels: Any) -> str:
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        return f"labels must be an int64 tensor, not {labels.dtype if isinstance(labels, Tensor) else type(labels).__name__}"
+    if labels.ndim not in (1, 2) or (labels.ndim == 2 and not labels.shape[1]):
+        return f"labels must be [N] or [N, L] with L at least 1, but are {list(labels.shape)}"
+    if len(labels) != len(embeddings):
+        return f"labels are for {len(labels)} samples, embeddings for {len(embeddings)}"
+    return "" if labels.device == embeddings.device else f"labels are on {labels.device}, embeddings on {embeddings.device}"
+
+
+def _weights_problem(embeddings: Tensor, given: _LabelSet) -> str:
+    labels, label_weights, sample_weights = given.labels, given.label_weights, given.sample_weights
+    for what, weights in (("label_weights", label_weights), ("sample_weights", sample_weights)):
+        if weights is not None and not isinstance(weights, Tensor):
+            return f"{what} must be a tensor, not {type(weights).__name__}"
+        if weights is not None and weights.device != embeddings.device:
+            return f"{what} are on {weights.device}, embeddings on {embeddings.device}"
+    if labels.ndim == 1 and label_weights is not None:
+        return "labels are [N], one a sample, which takes no label_weights; those go with labels [N, L] and have their shape"
+    if labels.ndim == 2 and label_weights is None:
+        each = labels.shape[1]
+        if each == 1:
+            return "labels are [N, 1]; squeeze them, or give gather label_weights [N, L] for several labels a sample"
+        return f"labels are [N, {each}], {each} a sample; give gather label_weights [N, {each}], or bring one label a sample, [N]"
+    if label_weights is not None and label_weights.shape != labels.shape:
+        return f"label_weights must have the shape of labels, {list(labels.shape)}, but are {list(label_weights.shape)}"
+    if sample_weights is not None and sample_weights.shape != (len(embeddings),):
+        return f"sample_weights must be [N], here [{len(embeddings)}], but are {list(sample_weights.shape)}"
+    return ""
+
+
+def _inspect(embeddings: Tensor, sets: list[_LabelSet], problem: str, wants_grad: bool, inspect: bool) -> Tensor:
+    """`[sets, numbers]` int64: this rank's `Status` of each label set, or of none in particular if there is a problem.
+
+    Never raises, because the others are waiting for it, and waits for no device.
+    """
+    if problem:
+        return torch.tensor([[*NO_COUNTS, 1, *NO_FINDINGS]])
+    samples, width = embeddings.shape
+    names = _digest([each.name for each in sets if each.name is not None])
+    counts = []
+    for each in sets:
+        labels_each = each.labels.shape[1] if each.labels.ndim == 2 else 0
+        weights = (each.label_weights is not None) + 2 * (each.sample_weights is not None)
+        counts.append([samples, width, DTYPES.index(embeddings.dtype), labels_each, weights, int(wants_grad), names, 0])
+    if not inspect or not samples:
+        return torch.tensor([row + NO_FINDINGS for row in counts])
+    bad = ~embeddings.isfinite().all(dim=1)
+    found = [torch.cat((_extremes(s.labels.reshape(-1)), _nonfinite(bad, as_matrix(s.labels)[:, 0]), _bad_weight(s))) for s in sets]
+    return torch.cat((torch.tensor(counts).to(embeddings.device), torch.stack(found)), 1)
+
+
+def _digest(names: list[str]) -> int:
+    """A number from 1 to 2**56 for the names; 0 if there are none."""
+    return 1 + int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=7).digest(), "big") if names else 0
 
 
 def _extremes(labels: Tensor) -> Tensor:
@@ -342,38 +505,81 @@ def _extremes(labels: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-def _nonfinite(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """(index of the first row with a NaN or infinity or -1, its label)."""
-    bad = ~embeddings.isfinite().all(dim=1)
+def _nonfinite(bad: Tensor, labels: Tensor) -> Tensor:
+    """(index of the first of the rows `bad [n]` or -1, its label). `take`, because `labels[at]` would wait for `at` on the host."""
     any_bad, at = bad.max(0)
-    return torch.stack((torch.where(any_bad, at, -1), torch.where(any_bad, labels[at], NO_LABEL)))
+    return torch.stack((torch.where(any_bad, at, -1), torch.where(any_bad, labels.take(at), NO_LABEL)))
 
 
-AGREED = {
-    "width": "embedding width",
-    "dtype": "embedding dtype",
+def _bad_weight(given: _LabelSet) -> Tensor:
+    """(kind, flat index, bits of the value) of the first weight or sum of weights that is not allowed: int64 `[3]`.
+
+    Labels below 0 can only be somebody's ignore_index, so a sample that has no others is of no class and its weights need not add up.
+    """
+    found = given.labels.new_zeros(3)  # NO_WEIGHT
+    if given.sample_weights is not None:
+        values = given.sample_weights.detach().double()
+        found = _first_bad(SAMPLE_WEIGHT, ~_is_weight(values), values, found)
+    if given.label_weights is not None:
+        values = given.label_weights.detach().double()
+        sums = values.sum(1)
+        off = ((sums - 1).abs() > _tolerance(given.label_weights.dtype)) & (given.labels >= 0).any(1)
+        found = _first_bad(LABEL_SUM, off, sums, found)
+        found = _first_bad(LABEL_WEIGHT, ~_is_weight(values).reshape(-1), values.reshape(-1), found)
+    return found
+
+
+def _first_bad(kind: int, bad: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
+    """(kind, index, bits of the value) of the first of `values [n]` that is bad, if any is."""
+    any_bad, at = bad.max(0)
+    return torch.where(any_bad, torch.stack((any_bad * kind, at, values.take(at).view(torch.int64))), otherwise)
+
+
+def _is_weight(values: Tensor) -> Tensor:
+    return values.isfinite() & (values >= 0)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Weights in half precision are rounded by more than SUM_TOLERANCE."""
+    return max(SUM_TOLERANCE, torch.finfo(dtype).eps) if dtype.is_floating_point else SUM_TOLERANCE
+
+
+EMBEDDINGS_AGREED = {"width": "embedding width", "dtype": "embedding dtype"}
+LABELS_AGREED = {
     "labels_each": "labels a sample (0: a plain [N])",
     "weights": "weights (1: label weights, 2: sample weights)",
 }
 
 
-def _agree(status: tuple[Status, ...], ranks: Ranks, device: torch.device | None) -> None:
-    """Raise the same ValueError on every rank if any of them has a batch that cannot be exchanged."""
-    for flat, row in enumerate(status):
-        if row.problem:
-            message = PROBLEMS[row.problem].format(first=row.first, second=row.second, head=device)
-            raise ValueError(f"{ranks.name(flat)}: {message}")
+def _agree(status: tuple[Status, ...], agreed: dict[str, str], ranks: Ranks, name: str | None) -> None:
+    """Raise the same ValueError on every rank if ranks differ in what must be the same."""
     first = status[0]
     for flat, row in enumerate(status):
-        for what, description in AGREED.items():
+        for what, description in agreed.items():
             mine, theirs = getattr(first, what), getattr(row, what)
             if mine != theirs:
                 if what == "dtype":
                     mine, theirs = DTYPES[mine], DTYPES[theirs]
                 raise ValueError(
-                    f"ranks disagree: {description} {mine} on {ranks.name(0)} and {theirs} on {ranks.name(flat)}; "
+                    f"ranks disagree{_of_set(name)}: {description} {mine} on {ranks.name(0)} and {theirs} on {ranks.name(flat)}; "
                     "every rank must bring the same"
                 )
+
+
+def _judge_weights(status: tuple[Status, ...], ranks: Ranks, name: str | None) -> None:
+    """Raise the same ValueError on every rank about the first bad weight that a rank has found."""
+    for flat, row in enumerate(status):
+        if row.bad_weight == NO_WEIGHT:
+            continue
+        at, (value,) = row.bad_weight_at, struct.unpack("d", struct.pack("q", row.bad_weight_bits))
+        rule = "the weights of a sample's labels are a distribution: each at least 0, together 1"
+        if row.bad_weight == LABEL_WEIGHT:
+            found = f"label_weights[{at // row.labels_each}, {at % row.labels_each}] is {value:.6g}"
+        elif row.bad_weight == LABEL_SUM:
+            found = f"label_weights[{at}] sums to {value:.6g}"
+        else:
+            found, rule = f"sample_weights[{at}] is {value:.6g}", "the weight of a sample is finite and at least 0"
+        raise ValueError(f"{ranks.name(flat)}{_of_set(name)}: {found}; {rule}")
 
 
 def start_reduce_scatter(grad: Tensor, ranks: Ranks, counts: tuple[int, ...]) -> Callable[[], Tensor]:

@@ -71,7 +71,8 @@ class ShardedLoss(nn.Module):
 
     def _complete(self) -> None:
         """To be called when all parameters are registered: take them, and see that all ranks built the same."""
-        self._rows.hold(dict(self.named_parameters(recurse=False)), self._shards)
+        own = {name: p for name, p in self._parameters.items() if p is not None}
+        self._rows.hold(own, self._shared_parameters(), self._shards)
         if self._shards.ranks.group is not None and self._device.type != "meta":
             self._check_agreement()
 
@@ -99,8 +100,12 @@ class ShardedLoss(nn.Module):
             moved = nn.Parameter(self._shards.wrap(after[name]), requires_grad=parameter.requires_grad)
             parameter.grad = None
             torch.utils.swap_tensors(parameter, moved)
-        self._rows.hold(own, self._shards)
+        self._rows.hold(own, self._shared_parameters(), self._shards)
         return self
+
+    def _shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of parts of this module: all ranks hold them alike."""
+        return {name: p for name, p in self.named_parameters() if "." in name}
 
     # ------------------------------------------------------------------------------------------------ a batch
 
@@ -151,17 +156,18 @@ class ShardedLoss(nn.Module):
         return torch.where(exists, labels, -1), weights * exists
 
     def _sample_weights(self, batch: GlobalBatch) -> Tensor:
-        """`[N]`: what each sample's loss counts for: 1 or its weight, 0 where ignored, divided by the sum over all ranks for a mean."""
+        """`[N]`: what each sample's loss counts for, divided by the sum over all ranks for a mean."""
         dtype = self._stats_dtype(batch)
-        weights = (as_matrix(batch.labels) != self.ignore_index).any(1).to(dtype)
-        everywhere = (as_matrix(batch.mesh_labels) != self.ignore_index).any(1).to(dtype)
-        if batch.sample_weights is not None and batch.mesh_sample_weights is not None:
-            weights = weights * batch.sample_weights.to(dtype)
-            everywhere = everywhere * batch.mesh_sample_weights.to(dtype)
+        weights = self._worth(batch.labels, batch.label_weights, batch.sample_weights, dtype)
         if self.reduction != "mean":
             return weights
-        total = everywhere.sum()
+        total = self._worth(batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights, dtype).sum()
         return weights / torch.where(total > 0, total, 1.0)
+
+    def _worth(self, labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`[n]`: 1 or a sample's weight, 0 where it is ignored."""
+        worth = (as_matrix(labels) != self.ignore_index).any(1).to(dtype)
+        return worth if sample_weights is None else worth * sample_weights.to(dtype)
 
     def _stats_dtype(self, batch: GlobalBatch) -> torch.dtype:
         dtypes = batch.embeddings.dtype, next(iter(self._rows.parameters.values())).dtype
@@ -176,25 +182,36 @@ class ShardedLoss(nn.Module):
                 "Build it after torch.distributed.init_process_group (or Accelerator(), deepspeed.init_distributed())"
             )
 
+    def _check_wiring(self) -> None:
+        """Raise if this was built before its process group, or if row gradients were made that no optimizer takes."""
+        self._check_group()
+        if not (self.training and torch.is_grad_enabled() and self._rows.sampled) or self._rows.live_optimizer is not None:
+            return
+        if self._rows.rows is not None or self._rows.lost > 1:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"no RowOptimizer takes the row gradients of this {name}, so it would never train: "
+                "build RowOptimizer(torch.optim.SGD, it, ...) instead of passing its parameters() to an optimizer"
+            )
+
     def _judge(self, batch: GlobalBatch) -> None:
         """Raise, on every rank alike, what the status of the batch says about this head's inputs."""
         width = batch.status[0].width
         if width != self.embedding_size:
             raise ValueError(f"embeddings have width {width}, the head has embedding_size {self.embedding_size}")
-        ranks = batch.ranks
         for flat, row in enumerate(batch.status):
             for label, at in row.extremes():
                 if label != self.ignore_index and not 0 <= label < self.num_classes:
                     where = at if row.labels_each == 0 else f"{at // row.labels_each}, {at % row.labels_each}"
                     hint = "; labels are counted from 0" if label == self.num_classes else ""
                     raise ValueError(
-                        f"{ranks.name(flat)}: labels[{where}] is {label}; valid are 0 to {self.num_classes - 1} "
+                        f"{batch.origin(flat)}: labels[{where}] is {label}; valid are 0 to {self.num_classes - 1} "
                         f"and ignore_index {self.ignore_index}{hint}"
                     )
         for flat, row in enumerate(batch.status):
             if row.nonfinite_at >= 0:
                 of_class = "" if row.nonfinite_label == NO_LABEL else f" (label {row.nonfinite_label})"
-                message = f"{ranks.name(flat)}: embeddings[{row.nonfinite_at}]{of_class} holds a NaN or infinity"
+                message = f"{batch.origin(flat)}: embeddings[{row.nonfinite_at}]{of_class} holds a NaN or infinity"
                 if self.on_nonfinite == "raise":
                     raise NonFiniteError(message)
                 log.warning("%s%s", message, "; the step is skipped" if self.on_nonfinite == "skip" else "")
