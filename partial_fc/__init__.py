@@ -4,27 +4,57 @@ The core imports torch alone. Someone with their own training loop needs nothing
 application built on them.
 """
 
+from partial_fc.centers import CenterLoss
+from partial_fc.check import check_margin
 from partial_fc.checkpoint import load_checkpoint, save_checkpoint
 from partial_fc.collectives import GlobalBatch, NonFiniteError, gather
 from partial_fc.head import PartialFC
-from partial_fc.margins import ArcFace, CombinedMargin, CosFace, Margin, NormFace, Softmax
+from partial_fc.margins import (
+    AdaFace,
+    AdaptiveMargin,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    NormFace,
+    Softmax,
+    SphereFace,
+    SphereFace2,
+    SubCenterArcFace,
+)
 from partial_fc.optim import RowOptimizer, clip_grad_norm_
+from partial_fc.plan import Plan, plan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaFace",
+    "AdaptiveMargin",
     "ArcFace",
+    "CenterLoss",
     "CombinedMargin",
     "CosFace",
+    "CurricularFace",
+    "ElasticFace",
     "GlobalBatch",
+    "MagFace",
     "Margin",
     "NonFiniteError",
     "NormFace",
     "PartialFC",
+    "Plan",
     "RowOptimizer",
     "Softmax",
+    "SphereFace",
+    "SphereFace2",
+    "SubCenterArcFace",
+    "check_margin",
     "clip_grad_norm_",
     "gather",
     "load_checkpoint",
+    "plan",
     "save_checkpoint",
 ]

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partial_fc.collectives import GlobalBatch, Group
+from partial_fc.collectives import GlobalBatch, Group, as_matrix
 from partial_fc.margins import ArcFace, Margin
-from partial_fc.sampling import draw_window, select_rows
+from partial_fc.sampling import draw_window, mix, select_rows, window_size
 from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, log
 from partial_fc.shards import initial_rows, local_part
 from partial_fc.softmax import ShardedCrossEntropy
-from partial_fc.tiles import Step
+from partial_fc.tiles import Measured, Step, compute_dtypes, logits_bytes
 from partial_fc.workspace import Workspace
 
 DEFAULT_LOGITS_BUDGET = 1 << 30
@@ -47,7 +47,12 @@ class PartialFC(ShardedLoss):
         reduction: "mean" over the valid samples of the global batch (weighted by sample_weights), "sum" over them, or "none": `[N_local]`.
         scale_embedding_grad: multiply the embeddings' gradient by the number of ranks, which DDP, DeepSpeed and FSDP divide by again.
         logits_budget: bytes that kept logits `[N, S]` may take on a rank (default 1 GiB); beyond it they are computed again in backward.
-        label_smoothing: ε in [0, 1), as in `torch.nn.functional.cross_entropy`, over the classes selected for the step.
+        label_smoothing: ε in [0, 1), as in `torch.nn.functional.cross_entropy`, over the classes selected for the step: at r = 1 all.
+        interclass_filter: cosine in (-1, 1] beyond which another class is taken for the sample's own under a second label: it is left out
+            of the denominator (`Partial FC`, arXiv 2203.15565, section 3.4); None for no filter.
+        class_weights: `[C]`, what a sample of each class counts for, on every rank; a sample of several classes counts for their weighted
+            mean. A mean is divided by the sum of what its samples count for, as in `torch.nn.functional.cross_entropy(weight=...)`.
+        metrics: measure `metrics` in every forward; nothing is computed for them otherwise.
         validate: look for bad labels and non-finite embeddings in every batch, the "first" one, or "never". Shapes are always checked.
         on_nonfinite: what to do on all ranks about a NaN or infinity in any rank's embeddings: "raise" NonFiniteError, "skip" the step
             (a zero loss; `skipped` is True), or "log" it and go on.
@@ -76,6 +81,9 @@ class PartialFC(ShardedLoss):
         scale_embedding_grad: bool = True,
         logits_budget: int | None = None,
         label_smoothing: float = 0.0,
+        interclass_filter: float | None = None,
+        class_weights: Tensor | None = None,
+        metrics: bool = False,
         validate: Validate = "always",
         on_nonfinite: OnNonfinite = "raise",
         device: torch.device | str | None = None,
@@ -98,16 +106,29 @@ class PartialFC(ShardedLoss):
         self.margin = ArcFace() if margin is None else margin
         if not isinstance(self.margin, Margin):
             raise TypeError(f"margin must be an instance such as ArcFace(scale=64.0), not {margin!r}")
-        if next(self.margin.parameters(), None) is not None:
+        trained = ["offset"] if self.margin.binary else []
+        if [name for name, _ in self.margin.named_parameters()] != trained:
             raise ValueError(f"{type(self.margin).__name__} has parameters; a margin may have buffers, but nothing would train parameters")
-        self.label_smoothing = label_smoothing
+        if self.margin.binary and label_smoothing:
+            raise ValueError(f"label_smoothing must be 0 with {type(self.margin).__name__}, whose classes are not one distribution")
+        self.margin.prepare(num_classes, num_classes if sample_rate == 1 else window_size(num_classes, sample_rate))
+        self.margin.to(self._device)
+        for name, parameter in self.margin.named_parameters():
+            wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+            setattr(self.margin, name, nn.Parameter(self._shards.wrap_shared(local_part(parameter.detach()).to(wide))))
+        if interclass_filter is not None and not (self.margin.normalize and -1 < interclass_filter <= 1):
+            raise ValueError(f"interclass_filter is a cosine in (-1, 1], for margins that normalise, not {interclass_filter}")
+        self.label_smoothing, self.interclass_filter, self.collect_metrics = label_smoothing, interclass_filter, metrics
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", _class_weights(class_weights, num_classes, self._device), persistent=False)
         self.logits_budget = DEFAULT_LOGITS_BUDGET if logits_budget is None else logits_budget
         self._sample_rate, self._init_std, self._step = sample_rate, init_std, 0
         self._workspace = Workspace()
         self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
         self._selected_rows: Tensor | None = None
-        self._target_cosines: tuple[Tensor, Tensor] | None = None
-        empty = torch.empty(self._shards.local, embedding_size, device=self._device, dtype=dtype or torch.get_default_dtype())
+        self._measured: Measured | None = None
+        row = (embedding_size,) if self.margin.centers == 1 else (self.margin.centers, embedding_size)
+        empty = torch.empty(self._shards.local, *row, device=self._device, dtype=dtype or torch.get_default_dtype())
         self._register("weight", empty)
         self._register("bias", empty.new_empty(self._shards.local) if self.margin.bias else None)
         self.reset_parameters()
@@ -138,10 +159,22 @@ class PartialFC(ShardedLoss):
     @property
     def target_angle(self) -> Tensor:
         """Mean angle in radians of embeddings to their own class in the last forward, without the margin (0-d; NaN if none)."""
-        if self._target_cosines is None:
+        if self._measured is None:
             raise RuntimeError("target_angle is known after a forward")
-        cosines, exists = self._target_cosines
-        return torch.acos(cosines.clamp(-1, 1)[exists]).mean()
+        return self._measured.angles().mean()
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What the last forward measured of the global batch (`metrics=True`): 0-d tensors by name, the same on every rank of the group.
+
+        accuracy: share of samples whose own class is the nearest of those selected, without the margin; margin_met: whose target logit
+        with the margin is still the largest; embedding_norm: mean length of the embeddings. Where vectors are normalised also angles in
+        radians: target_angle (mean), target_angle_p10, _p50, _p90 (percentiles), hardest_angle (mean, to the nearest other class).
+        NaN where there are no samples.
+        """
+        if self._measured is None or self._measured.hardest is None:
+            raise RuntimeError("metrics are known after a forward of a head that was built with metrics=True")
+        return self._measured.summary(self.margin.normalize, self.margin.scale)
 
     def extra_repr(self) -> str:
         s = self._shards
@@ -167,9 +200,9 @@ class PartialFC(ShardedLoss):
         anchor = None
         if step.rows is not None or step.start_update is not None:
             weight, bias, anchor = weight.detach(), None if bias is None else bias.detach(), self._anchor()
-        loss = ShardedCrossEntropy.apply(x, weight, bias, anchor, step)
-        assert step.cosines is not None
-        self._target_cosines = (step.cosines, step.targets >= 0)
+        offset = local_part(self.margin.offset) if self.margin.binary else None
+        loss = ShardedCrossEntropy.apply(x, weight, bias, offset, anchor, step)
+        self._measured = step.measured
         return loss
 
     def _plan(self, batch: GlobalBatch, scatter: bool) -> Step:
@@ -180,11 +213,9 @@ class PartialFC(ShardedLoss):
             window = draw_window(self.num_classes, self.sample_rate, seed=self.seed, step=self._step, device=device)
             labels = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
             rows = select_rows(window, labels, shards.lo, shards.hi)
-        selected = shards.local if rows is None else len(rows)
-        item = 2 if torch.is_autocast_enabled(device.type) else self._stats_dtype(batch).itemsize
-        kept = len(batch.embeddings) * selected * item <= self.logits_budget
-        self._report_mode(kept, len(batch.embeddings) * selected * item)
-        return Step(
+        selected = (shards.local if rows is None else len(rows)) * self.margin.centers
+        logits = logits_bytes(len(batch.embeddings), selected, compute_dtypes(batch.embeddings, self.weight)[1])
+        step = Step(
             batch=batch,
             margin=self.margin,
             rows=rows,
@@ -194,15 +225,32 @@ class PartialFC(ShardedLoss):
             target_weights=target_weights,
             sample_weights=self._sample_weights(batch),
             label_smoothing=self.label_smoothing,
+            interclass_filter=self.interclass_filter,
             reduction=self.reduction,
             scale_embedding_grad=self.scale_embedding_grad,
             scatter=scatter,
-            kept=kept,
+            kept=logits <= self.logits_budget,
             needs_grad=torch.is_grad_enabled(),
             on_row_grad=self._rows.accumulate,
             workspace=self._workspace,
             start_update=self._update_in_backward(),
+            first_sample=sum(row.samples for row in batch.status[: batch.ranks.replica * batch.ranks.world]),
+            draw=mix(self.seed, self._step),
+            metrics=self.collect_metrics,
         )
+        step.kept = step.kept and not (step.ruled and step.label_smoothing)
+        self._report_mode(step.kept, logits)
+        return step
+
+    def _worth(self, labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+        worth = super()._worth(labels, label_weights, sample_weights, dtype)
+        if self.class_weights is None:
+            return worth
+        labels = as_matrix(labels)
+        shares = (labels != self.ignore_index).to(dtype) * (1.0 if label_weights is None else label_weights.to(dtype))
+        of_class = self.class_weights.to(dtype)[torch.where(shares > 0, labels, 0)]
+        total = shares.sum(1)
+        return worth * (of_class * shares).sum(1) / torch.where(total > 0, total, 1.0)
 
     def _update_in_backward(self) -> Callable[[], Callable[[int, int, list[Tensor]], None]] | None:
         optimizer = self._rows.live_optimizer
@@ -221,32 +269,28 @@ class PartialFC(ShardedLoss):
 
     # ------------------------------------------------------------------------------------------------ what can be wrong
 
-    def _check_wiring(self) -> None:
-        self._check_group()
-        if not (self.training and torch.is_grad_enabled() and self._rows.sampled) or self._rows.live_optimizer is not None:
-            return
-        if self._rows.rows is not None or self._rows.lost > 1:
-            raise RuntimeError(
-                "no RowOptimizer takes this sampled head's row gradients, so it would never train: "
-                "build RowOptimizer(torch.optim.SGD, head, ...) instead of passing head.parameters() to an optimizer"
-            )
-
     def _settings(self) -> dict[str, Any]:
         settings = super()._settings()
         margin = type(self.margin).__name__, {k: v for k, v in vars(self.margin).items() if not k.startswith("_")}
-        digest = settings["a digest of the settings"], margin, self._init_std, self.sample_rate
+        tables = [float(b.double().sum()) for b in self.buffers()]
+        own = self._init_std, self.sample_rate, self.interclass_filter, tables
+        digest = settings["a digest of the settings"], margin, own
         return {**settings, "a digest of the settings": digest}
 
     # ------------------------------------------------------------------------------------------------ parameters and state
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights again as `seed` says, biases 0; also after `to_empty` on a head that was built on the meta device."""
+        """Draw the weights again as `seed` says, biases 0, the margin's state as at the start.
+
+        Also after `to_empty` on a head that was built on the meta device.
+        """
         weight = local_part(self.weight.detach())
         if weight.device.type != "meta":
             weight.copy_(initial_rows(self._shards.lo, self._shards.hi, weight.shape[1:], std=self._init_std, seed=self.seed))
         if self.bias is not None:
             local_part(self.bias.detach()).zero_()
+        self.margin.reset()
 
     def get_extra_state(self) -> Tensor:
         """The number of training forwards, which says what is drawn next."""
@@ -265,3 +309,15 @@ def _check_arguments(sample_rate: float, init_std: float, label_smoothing: float
         raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
     if logits_budget is not None and logits_budget < 0:
         raise ValueError(f"logits_budget is a number of bytes, at least 0, not {logits_budget}")
+
+
+def _class_weights(weights: Tensor | None, num_classes: int, device: torch.device) -> Tensor | None:
+    if weights is None:
+        return None
+    weights = torch.as_tensor(weights)
+    if weights.shape != (num_classes,):
+        raise ValueError(f"class_weights must be one number for each of {num_classes} classes, not {list(weights.shape)}")
+    bad = (~weights.double().isfinite() | (weights < 0)).nonzero()
+    if len(bad):
+        raise ValueError(f"class_weights[{int(bad[0])}] is {weights[int(bad[0])].item()}; a weight is a number of at least 0")
+    return weights.to(device, torch.promote_types(weights.dtype, torch.float32))

@@ -79,7 +79,7 @@ class RowOptimizer(torch.optim.Optimizer):
         _check_rows_apart(optimizer_class, options)
         self._head, self._sharded = head, head._rows
         self._fill = _initial_state(optimizer_class, options)
-        self._inner = _construct(optimizer_class, list(self._sharded.parameters.values()), options)
+        self._inner = _construct(optimizer_class, self._sharded.everything, options)
         self.update_in_backward, self.low_precision = update_in_backward, low_precision
         self._applied = False  # update_in_backward: a backward has moved the rows since the last step()
         super().__init__(list(self._sharded.trainable), self._inner.defaults)
@@ -103,12 +103,14 @@ class RowOptimizer(torch.optim.Optimizer):
             if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
                 raise RuntimeError("update_in_backward cannot be joined with a GradScaler: rows moved before their gradient was unscaled")
             self._applied = False
-            return loss
         if self._head.skipped:
             return loss
         sharded = self._sharded
         with record_function("partial_fc::update"):
-            grads = [local_part(c.grad) if c.grad is not None else None for c in sharded.trainable]
+            for parameter in sharded.shared.values():
+                if parameter.grad is not None:
+                    _OneStep(self, parameter).update(None, 0, len(parameter), local_part(parameter.grad))
+            grads = [] if self.update_in_backward else [local_part(c.grad) if c.grad is not None else None for c in sharded.carriers]
             if any(g is not None for g in grads):
                 sharded.stepped = True
                 one_step = self._start_step()
@@ -141,24 +143,29 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _allocate(self, parameter: nn.Parameter, dtype: torch.dtype, key: str) -> Tensor:
         if key == MASTER:
-            return self._sharded.shards.wrap(local_part(parameter.detach()).float())
+            return self._wrap(parameter, local_part(parameter.detach()).float())
         fill = self._fill.get(key, 0.0)
-        return self._sharded.shards.wrap(torch.full_like(local_part(parameter.detach()), fill, dtype=dtype))
+        return self._wrap(parameter, torch.full_like(local_part(parameter.detach()), fill, dtype=dtype))
+
+    def _wrap(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
+        """State of a parameter, split as it is."""
+        shards = self._sharded.shards
+        return shards.wrap_shared(local) if any(parameter is p for p in self._sharded.shared.values()) else shards.wrap(local)
 
     # ------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; row state as DTensors `[C, ...]` where there is a group."""
-        state = {i: dict(self.state[p]) for i, p in enumerate(self._sharded.parameters.values()) if p in self.state}
+        state = {i: dict(self.state[p]) for i, p in enumerate(self._sharded.everything) if p in self.state}
         return {
             "state": state,
-            "param_groups": [{**self.param_groups[0], "params": list(range(len(self._sharded.parameters)))}],
+            "param_groups": [{**self.param_groups[0], "params": list(range(len(self._sharded.everything)))}],
         }
 
     def state_template(self) -> dict[str, Any]:
         """A state dict with all state allocated, for `load_checkpoint` to read into before the first step."""
         template = self.state_dict()
-        for i, parameter in enumerate(self._sharded.parameters.values()):
+        for i, parameter in enumerate(self._sharded.everything):
             if i not in template["state"]:
                 trial = _trial(
                     type(self._inner), self._options(), torch.zeros(1, 1, dtype=self._state_dtype(parameter), device="cpu"), steps=1
@@ -173,7 +180,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take options and state; the row state must be of this head's shape."""
-        parameters = list(self._sharded.parameters.values())
+        parameters = self._sharded.everything
         for i, state in state_dict["state"].items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.ndim and value.shape != parameters[int(i)].shape:
@@ -193,7 +200,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if value.ndim:
             local = local_part(value)
             fitted = local.to(weight.device, self._state_dtype(parameter) if local.is_floating_point() else local.dtype)
-            return value if fitted is local else self._sharded.shards.wrap(fitted)
+            return value if fitted is local else self._wrap(parameter, fitted)
         # fused and capturable kernels read the step on the device
         options = self.param_groups[0]
         return value.to(weight.device) if options.get("fused") or options.get("capturable") else value
@@ -359,13 +366,14 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, *heads: HasRows, max_
     for rows in sharded:
         if rows.live_optimizer is not None and rows.live_optimizer.update_in_backward:
             raise RuntimeError("update_in_backward cannot be joined with clipping: rows moved before the norm was known")
-    theirs = {id(p) for rows in sharded for p in rows.parameters.values()}
+    theirs = {id(p) for rows in sharded for p in rows.everything}
     plain = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    grads = [p.grad for p in plain if p.grad is not None and id(p) not in theirs]
+    plain = [p for p in plain if id(p) not in theirs] + [p for rows in sharded for p in rows.shared.values()]
+    grads = [p.grad for p in plain if p.grad is not None]
     norms = [_norm(g, norm_type) for g in grads]
-    shard_grads = [local_part(c.grad) for rows in sharded for c in rows.trainable if c.grad is not None]
+    shard_grads = [local_part(c.grad) for rows in sharded for c in rows.carriers if c.grad is not None]
     for rows in sharded:
-        local = [local_part(c.grad) for c in rows.trainable if c.grad is not None]
+        local = [local_part(c.grad) for c in rows.carriers if c.grad is not None]
         norms.append(_norm_over_ranks(local, rows, norm_type))
     if not norms:
         return torch.tensor(0.0)

@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 class ShardedRows:
     """The sharded parameters of one head, and the gradient of their rows between backward and `zero_grad`.
 
-    parameters: name -> parameter `[C, ...]`. trainable: what optimizers hold: the parameters themselves when all rows have a gradient
-    (`sampled=False`), else the carriers; one list object, changed in place. optimizer: a weak reference to the `RowOptimizer`, if any.
+    parameters: name -> parameter `[C, ...]`. shared: parameters of the same head that all ranks hold alike, and whose gradients are the
+    same on all. trainable: what optimizers hold: the parameters themselves when all rows have a gradient (`sampled=False`), else the
+    carriers, then the shared ones; one list object, changed in place. optimizer: a weak reference to the `RowOptimizer`, if any.
     """
 
     def __init__(self, shards: ClassShards, sampled: bool) -> None:
         self.shards, self.sampled = shards, sampled
         self.parameters: dict[str, nn.Parameter] = {}
+        self.shared: dict[str, nn.Parameter] = {}
         self.trainable: list[nn.Parameter] = []
         self.rows: Tensor | None = None
         self.optimizer: weakref.ref[RowOptimizer] | None = None
@@ -47,22 +49,27 @@ class ShardedRows:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "optimizer": None}  # a copy's optimizer is another one
 
-    def hold(self, parameters: dict[str, nn.Parameter], shards: ClassShards) -> None:
+    @property
+    def everything(self) -> list[nn.Parameter]:
+        """All parameters, the sharded ones first."""
+        return [*self.parameters.values(), *self.shared.values()]
+
+    def hold(self, parameters: dict[str, nn.Parameter], shared: dict[str, nn.Parameter], shards: ClassShards) -> None:
         """Take these parameters (again): after construction, a move to another device, a change of dtype."""
-        self.parameters, self.shards = parameters, shards
+        self.parameters, self.shared, self.shards = parameters, shared, shards
         self.clear()
 
     def clear(self) -> None:
         """Forget all gradients."""
         self.lost += self.rows is not None and self.live_optimizer is None
         self.rows, self.stepped = None, False
-        for parameter in self.parameters.values():
+        for parameter in self.everything:
             parameter.grad = None
         if self.sampled:
             nothing = [local_part(p.detach())[:0] for p in self.parameters.values()]
-            self.trainable[:] = [self._carrier(values, None) for values in nothing]
+            self.trainable[:] = [*(self._carrier(values, None) for values in nothing), *self.shared.values()]
         else:
-            self.trainable[:] = self.parameters.values()
+            self.trainable[:] = self.everything
 
     def accumulate(self, rows: Tensor, values: list[Tensor]) -> None:
         """Add the gradients `values[k] [S, ...]` of the sorted local rows `[S]`."""
@@ -81,11 +88,16 @@ class ShardedRows:
                 total.index_add_(0, new, now)
             rows, values = union, sums
         self.rows = rows
-        self.trainable[:] = [self._carrier(v, v) for v in values]
+        self.trainable[:] = [*(self._carrier(v, v) for v in values), *self.shared.values()]
 
     def values(self) -> list[Tensor]:
         """The gradients `[S, ...]` of `rows`, one tensor a parameter; what `GradScaler` or clipping did to them included."""
-        return [local_part(carrier.grad) for carrier in self.trainable if carrier.grad is not None]
+        return [local_part(carrier.grad) for carrier in self.carriers if carrier.grad is not None]
+
+    @property
+    def carriers(self) -> list[nn.Parameter]:
+        """Of `trainable`, what stands for the sharded parameters."""
+        return self.trainable[: len(self.parameters)]
 
     def _carrier(self, like: Tensor, grad: Tensor | None) -> nn.Parameter:
         size = len(like) * self.shards.ranks.world

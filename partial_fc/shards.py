@@ -71,6 +71,12 @@ class ClassShards:
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
 
+    def wrap_shared(self, local: Tensor) -> Tensor:
+        """A DTensor of a tensor that all ranks hold alike; `local` itself where there is no group."""
+        if self.mesh is None:
+            return local
+        return DTensor.from_local(local, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+
     def __deepcopy__(self, memo: dict[int, object]) -> ClassShards:
         return self  # immutable, and process groups cannot be copied
 

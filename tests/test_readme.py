@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -30,6 +30,16 @@ def test_the_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert "of 1000 classes took part" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["margins.md", "cost-model.md"])
+def test_the_python_blocks_of_other_pages_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = blocks("python", (ROOT / "docs" / page).read_text())
+    assert found
+    names: dict[str, object] = {}
+    for block in found:
+        exec(compile(block, page, "exec"), names)
 
 
 def test_the_two_commands_come_first():

@@ -1,0 +1,374 @@
+"""Center loss: class centers `[C, D]` split over ranks by rows, which draw the embeddings of their classes together.
+
+    embeddings [N_local, D], labels [N_local]
+       exchange (collectives)   counts and status, judged on every host; then the global batch
+       own targets              P of the N · L targets, those whose class is on this rank: differences x − c [P, D]; no other row is read
+       loss                     Σ ½ w ‖x − c‖² of own targets, summed over the ranks: one number of each, [N] for reduction "none"
+       backward                 dx = w (x − c) on the rank that owns the class, reduce-scattered
+       centers                  "paper": Σ (c − x) and n of each class in the batch, kept by forward until `step`
+                                "gradient": gradients of the rows of these classes, through `RowOptimizer`
+
+Wen, Y. et al.: A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from partial_fc.collectives import GlobalBatch, Group, all_gather, all_gather_mesh, as_matrix, exchange, start_reduce_scatter
+from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, check_choice
+from partial_fc.shards import initial_rows, local_part
+
+if TYPE_CHECKING:
+    from partial_fc.head import PartialFC
+
+Update = Literal["paper", "gradient"]
+
+
+class CenterLoss(ShardedLoss):
+    """½ ‖x − c_y‖² of each embedding and the center of its class. Call it as `loss = center(embeddings, labels)` on every rank.
+
+    With a head, on one exchange: `batch = gather(embeddings, labels); loss = head(batch) + 0.1 * center(batch)`. Several labels a sample
+    count by their weights, `Σ_l w_l ½ ‖x − c_l‖²`. Embeddings are taken as they are, not normalised.
+
+    Args:
+        embedding_size: D, width of the embeddings.
+        num_classes: C, classes over all ranks.
+        alpha: α in (0, 1], how far `step` moves centers, for update="paper".
+        update: "paper": every training forward notes Σ_{y_i = j} (c_j − x_i) and n_j over the global batch, and `step` moves
+            c_j by −α Σ (c_j − x_i) / (1 + n_j), as eq. 4 of the paper; independent of the weight of the loss and of a GradScaler.
+            A sample counts as its sample weight times its label's weight; one that is ignored or of weight 0 does not count.
+            "gradient": centers receive the gradient of the loss, for the classes in the batch, and a `RowOptimizer` moves them.
+        group: a ProcessGroup or 1-D DeviceMesh to split classes over, or a 2-D mesh (replicate, shard); None for all ranks, or for this
+            process alone where there is no process group.
+        seed: of initial centers; must agree between ranks, as alpha and update must.
+        init_std: standard deviation of initial centers.
+        ignore_index, reduction, scale_embedding_grad, validate, on_nonfinite, device, dtype: as of `PartialFC`.
+
+    Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64 (or `[N_local, L]` within a `GlobalBatch`); N_local may be 0.
+
+    Raises ValueError for bad arguments or bad inputs, with the same message on every rank; RuntimeError if it is wired wrongly.
+    """
+
+    centers: nn.Parameter
+
+    def __init__(
+        self,
+        embedding_size: int,
+        num_classes: int,
+        *,
+        alpha: float = 0.5,
+        update: Update = "paper",
+        group: Group = None,
+        seed: int = 0,
+        init_std: float = 0.01,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        scale_embedding_grad: bool = True,
+        validate: Validate = "always",
+        on_nonfinite: OnNonfinite = "raise",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha must be in (0, 1], not {alpha}")
+        if not (math.isfinite(init_std) and init_std >= 0):
+            raise ValueError(f"init_std must be at least 0, not {init_std}")
+        check_choice("update", update, ("paper", "gradient"))
+        super().__init__(
+            embedding_size,
+            num_classes,
+            sampled=update == "gradient",
+            group=group,
+            seed=seed,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            scale_embedding_grad=scale_embedding_grad,
+            validate=validate,
+            on_nonfinite=on_nonfinite,
+            device=device,
+        )
+        self.alpha, self.update, self._init_std = alpha, update, init_std
+        # since the last step(): rows of classes seen [S], and for each Σ (c − x) and, in the last column, n: [S, D + 1]
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._register("centers", torch.empty(self._shards.local, embedding_size, device=self._device, dtype=dtype))
+        self.centers.requires_grad_(update == "gradient")
+        self.reset_parameters()
+        self._complete()
+
+    def extra_repr(self) -> str:
+        s = self._shards
+        share = f"classes {s.lo}..{s.hi} of {s.num_classes}" if s.mesh is not None else f"{s.num_classes} classes"
+        moved = f"alpha={self.alpha}" if self.update == "paper" else f"update={self.update!r}"
+        return f"embedding_size={self.embedding_size}, {share}, {moved}"
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    @torch._disable_dynamo  # collectives and sizes that depend on data: under torch.compile it runs as it is
+    def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:
+        """The loss of a batch: embeddings `[N_local, D]` and labels `[N_local]`, or a `GlobalBatch` from `gather`."""
+        self._check_wiring()
+        with record_function("partial_fc::gather"):
+            batch, x = self._take(embeddings, labels)
+        if self.skipped and self.training:
+            return self._zero_loss(x, batch, rows_of_all=not self._rows.sampled)
+        with record_function("partial_fc::centers"):
+            step = self._plan(batch, scatter=x is not batch.embeddings)
+            differences = self._differences(step)
+            anchor = self._anchor() if self.training and self._rows.sampled else None
+            loss = _CenterDistance.apply(x, anchor, differences, step)
+            if self.training and self.update == "paper":
+                self._note(differences, step)
+        return loss
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the centers of the classes seen in training forwards since the last step, by all of them together; then forget them.
+
+        Does nothing if there were none. Raises RuntimeError if update is "gradient".
+        """
+        if self.update == "gradient":
+            raise RuntimeError('update="gradient": centers are moved by the step() of a RowOptimizer(torch.optim.SGD, center, ...)')
+        if self._pending is None:
+            return
+        (rows, totals), self._pending = self._pending, None
+        if self._shards.ranks.replica_group is not None:
+            dist.all_reduce(totals, group=self._shards.ranks.replica_group)
+        centers = local_part(self.centers.detach())
+        moves = totals[:, :-1] * (self.alpha / (1 + totals[:, -1:]))
+        centers.index_copy_(0, rows, (centers.index_select(0, rows) - moves).to(centers.dtype))
+
+    def _plan(self, batch: GlobalBatch, scatter: bool) -> _Step:
+        targets, label_weights = self._targets(batch)
+        counts = label_weights
+        if batch.sample_weights is not None:
+            counts = label_weights * batch.sample_weights.to(label_weights.dtype)[:, None]
+        rows = targets - self._shards.lo
+        sample, place = ((rows >= 0) & (rows < self._shards.local) & (counts > 0)).nonzero(as_tuple=True)
+        return _Step(
+            batch=batch,
+            sample=sample,
+            row=rows[sample, place],
+            label_weights=label_weights[sample, place],
+            counts=counts[sample, place],
+            sample_weights=self._sample_weights(batch),
+            mesh_rows=self._mesh_rows(batch),
+            reduction=self.reduction,
+            scale_embedding_grad=self.scale_embedding_grad,
+            scatter=scatter,
+            on_row_grad=self._rows.accumulate,
+            row_dtype=self.centers.dtype,
+        )
+
+    def _mesh_rows(self, batch: GlobalBatch) -> Tensor:
+        """On a 2-D mesh: own rows that targets of any replica are of, so that all replicas hold sums of the same rows. Else none."""
+        labels = as_matrix(batch.mesh_labels)
+        if batch.ranks.replica_group is None:
+            return labels.new_empty(0)
+        targets = labels != self.ignore_index
+        if batch.mesh_label_weights is not None:
+            targets &= batch.mesh_label_weights > 0
+        if batch.mesh_sample_weights is not None:
+            targets &= batch.mesh_sample_weights[:, None] > 0
+        rows = labels[targets] - self._shards.lo
+        return rows[(rows >= 0) & (rows < self._shards.local)].unique()
+
+    @torch.no_grad()
+    def _differences(self, step: _Step) -> Tensor:
+        """x − c `[P, D]` of own targets, in the dtype of the statistics."""
+        centers, dtype = local_part(self.centers.detach()), step.label_weights.dtype
+        return step.batch.embeddings.index_select(0, step.sample).to(dtype).sub_(centers.index_select(0, step.row))
+
+    @torch.no_grad()
+    def _note(self, differences: Tensor, step: _Step) -> None:
+        counts = step.counts[:, None]
+        rows, totals = step.by_row(torch.cat((-differences * counts, counts), 1))
+        if self._pending is not None:
+            rows, totals = _sum_rows(torch.cat((self._pending[0], rows)), torch.cat((self._pending[1], totals)))
+        self._pending = rows, totals
+
+    # ------------------------------------------------------------------------------------------------ what can be wrong
+
+    def _check_wiring(self) -> None:
+        super()._check_wiring()
+        if self.update == "paper" and self._rows.live_optimizer is not None:
+            raise RuntimeError('a RowOptimizer moves centers of update="gradient"; those of update="paper" are moved by center.step()')
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "a digest of alpha, update and init_std": (self.alpha, self.update, self._init_std)}
+
+    # ------------------------------------------------------------------------------------------------ parameters and state
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the centers again as `seed` says; also after `to_empty` on a loss that was built on the meta device."""
+        centers = local_part(self.centers.detach())
+        self._pending = None
+        if centers.device.type != "meta":
+            centers.copy_(initial_rows(self._shards.lo, self._shards.hi, centers.shape[1:], std=self._init_std, seed=self.seed))
+
+    @torch.no_grad()
+    def init_from_weights(self, head: PartialFC) -> None:
+        """Start from the class weights of a head of the same classes, width and group; each rank copies its own rows.
+
+        Raises ValueError if the head is another's.
+        """
+        if head.weight.shape != self.centers.shape:
+            raise ValueError(f"the head's weight is {list(head.weight.shape)}, the centers are {list(self.centers.shape)}")
+        if not head._shards.ranks.same_as(self._shards.ranks):
+            raise ValueError("the head is split over another group than the centers")
+        local_part(self.centers.detach()).copy_(local_part(head.weight.detach()))
+        self._pending = None
+
+    @torch.no_grad()
+    def init_from_embeddings(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Start from class means: `batches` yields (embeddings `[n, D]`, labels `[n]`) of this rank; classes without any stay as they are.
+
+        Every rank must call it; they may bring different numbers of batches. Sums are at least float32 and of this rank's classes only:
+        a second copy of the shard while it runs. Raises as forward does for a bad batch, and then nothing has changed.
+        """
+        self._check_group()
+        centers, ranks, skipped = local_part(self.centers.detach()), self._shards.ranks, self.skipped
+        sums = torch.zeros_like(centers, dtype=torch.promote_types(centers.dtype, torch.float32))
+        counts = sums.new_zeros(len(centers))
+        try:
+            for embeddings, labels in self._batches_of_all(batches, sums):
+                batch = exchange(embeddings, labels, None, None, ranks, inspect=True, device=centers.device)
+                self.skipped = False
+                self._judge(batch)
+                if self.skipped:
+                    continue
+                step = self._plan(batch, scatter=False)
+                sums.index_add_(0, step.row, batch.embeddings[step.sample])
+                counts.index_add_(0, step.row, step.counts)
+        finally:
+            self.skipped = skipped
+        if ranks.replica_group is not None:
+            for each in (sums, counts):
+                dist.all_reduce(each, group=ranks.replica_group)
+        sums.div_(counts.clamp(min=1)[:, None])
+        centers.copy_(torch.where(counts[:, None] > 0, sums.to(centers.dtype), centers))
+        self._pending = None
+
+    def _batches_of_all(self, batches: Iterable[tuple[Tensor, Tensor]], like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's batches in the dtype of `like`, which all ranks know; then empty ones until no rank has any more."""
+        nothing = like.new_empty(0, self.embedding_size), torch.empty(0, dtype=torch.int64, device=like.device)
+        iterator = iter(batches)
+        while True:
+            mine = next(iterator, None)
+            more = torch.tensor([mine is not None], dtype=torch.int64, device=like.device)
+            if not all_gather_mesh(more, self._shards.ranks).any():
+                return
+            embeddings, labels = nothing if mine is None else mine
+            yield embeddings.to(like.dtype) if embeddings.is_floating_point() else embeddings, labels
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CenterLoss:
+        super()._apply(fn, recurse)
+        if self._pending is not None:
+            device = local_part(self.centers).device
+            self._pending = self._pending[0].to(device), self._pending[1].to(device)
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self._pending = None  # differences from other centers
+
+
+@dataclass
+class _Step:
+    """Everything about one forward besides the tensors that autograd follows. P: targets whose class this rank owns."""
+
+    batch: GlobalBatch
+    sample: Tensor  # [P] which sample
+    row: Tensor  # [P] local row of its class
+    label_weights: Tensor  # [P] of the class in the sample
+    counts: Tensor  # [P] label weight times sample weight, above 0
+    sample_weights: Tensor  # [N]: what each sample's loss counts for in the reduced loss
+    mesh_rows: Tensor  # [M]: on a 2-D mesh, own rows of the targets of all replicas
+    reduction: Reduction
+    scale_embedding_grad: bool
+    scatter: bool  # backward itself returns the gradient of this rank's embeddings
+    on_row_grad: Callable[[Tensor, list[Tensor]], None]
+    row_dtype: torch.dtype
+
+    def by_row(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(sorted rows `[S]` of own targets and of `mesh_rows`, for each the sum of the `values [P, K]` of its targets)."""
+        nothing = values.new_zeros(len(self.mesh_rows), values.shape[1])
+        return _sum_rows(torch.cat((self.row, self.mesh_rows)), torch.cat((values, nothing)))
+
+
+def _sum_rows(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """(distinct rows `[S]`, sorted; the sum of the `values [P, ...]` of each)."""
+    distinct, place = torch.unique(rows, return_inverse=True)
+    return distinct, values.new_zeros(len(distinct), *values.shape[1:]).index_add_(0, place, values)
+
+
+class _CenterDistance(torch.autograd.Function):
+    """(embeddings, anchor, differences, step) -> loss.
+
+    embeddings: [N_local, D] of this rank if step.scatter, else the global [N, D], whose gradient is then this rank's share of it.
+    anchor: a scalar that requires grad if the rows' gradients are to go to step.on_row_grad, or None. differences: x − c [P, D].
+    The loss is a scalar that is the same on every rank, or [N_local] for reduction "none".
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings, anchor, differences, step):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(differences)
+        ctx.step, ctx.dtype = step, embeddings.dtype
+        batch = step.batch
+        losses = differences.square().sum(1).div_(2).mul_(step.label_weights)
+        if step.reduction != "none":
+            return all_gather_mesh((losses * step.sample_weights[step.sample]).sum(), batch.ranks).sum()
+        of_all = torch.zeros_like(step.sample_weights).index_add_(0, step.sample, losses).mul_(step.sample_weights)
+        return all_gather(of_all, batch.ranks.group).sum(0)[batch.local].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (differences,), step = ctx.saved_tensors, ctx.step
+        coefficients = _sample_coefficients(grad.to(differences.dtype), step)[step.sample] * step.label_weights
+        own = differences * coefficients[:, None]
+        finish = _send(own, step) if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[1]:  # while the embeddings' gradient travels
+            _hand_over(own, step)
+        return None if finish is None else finish().to(ctx.dtype), None, None, None
+
+
+def _sample_coefficients(grad: Tensor, step: _Step) -> Tensor:
+    """`[N]`: d objective / d loss_i, from the gradient of the reduced loss."""
+    if step.reduction != "none":
+        return grad * step.sample_weights
+    # each rank's scalar counts as averaged over the ranks, and each rank knows the gradient of its own samples only
+    counts, ranks = step.batch.counts, step.batch.ranks
+    padded = grad.new_zeros(max(counts))
+    padded[: len(grad)] = grad
+    everyone = all_gather(padded, ranks.group)
+    return torch.cat([row[:n] for row, n in zip(everyone, counts, strict=True)]) * step.sample_weights / ranks.total
+
+
+def _send(own: Tensor, step: _Step) -> Callable[[], Tensor]:
+    """Begin to return the gradient by embeddings, from that of own targets `[P, D]`."""
+    batch = step.batch
+    dx = own.new_zeros(len(batch.embeddings), own.shape[1]).index_add_(0, step.sample, own)
+    if step.scale_embedding_grad:
+        dx.mul_(batch.ranks.total)
+    if not step.scatter:
+        return lambda: dx
+    with record_function("partial_fc::scatter"):
+        return start_reduce_scatter(dx, batch.ranks, batch.counts)
+
+
+def _hand_over(own: Tensor, step: _Step) -> None:
+    """Give the rows' gradients, summed over samples and replicas, to whoever keeps them for the optimizer."""
+    rows, grads = step.by_row(-own)
+    if step.batch.ranks.replica_group is not None:
+        dist.all_reduce(grads, group=step.batch.ranks.replica_group)
+    step.on_row_grad(rows, [grads.to(step.row_dtype)])
