@@ -23,7 +23,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partial_fc.collectives import GlobalBatch, Group, all_gather, all_gather_mesh, as_matrix, exchange, start_reduce_scatter
+from partial_fc.collectives import (
+    GlobalBatch,
+    Group,
+    all_gather,
+    all_gather_mesh,
+    as_matrix,
+    exchange,
+    on_each_loss,
+    start_reduce_scatter,
+)
 from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, check_choice
 from partial_fc.shards import initial_rows, local_part
 
@@ -334,24 +343,13 @@ class _CenterDistance(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (differences,), step = ctx.saved_tensors, ctx.step
-        coefficients = _sample_coefficients(grad.to(differences.dtype), step)[step.sample] * step.label_weights
+        on_losses = on_each_loss(grad.to(differences.dtype), step.batch, step.sample_weights, step.reduction)
+        coefficients = on_losses[step.sample] * step.label_weights
         own = differences * coefficients[:, None]
         finish = _send(own, step) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:  # while the embeddings' gradient travels
             _hand_over(own, step)
         return None if finish is None else finish().to(ctx.dtype), None, None, None
-
-
-def _sample_coefficients(grad: Tensor, step: _Step) -> Tensor:
-    """`[N]`: d objective / d loss_i, from the gradient of the reduced loss."""
-    if step.reduction != "none":
-        return grad * step.sample_weights
-    # each rank's scalar counts as averaged over the ranks, and each rank knows the gradient of its own samples only
-    counts, ranks = step.batch.counts, step.batch.ranks
-    padded = grad.new_zeros(max(counts))
-    padded[: len(grad)] = grad
-    everyone = all_gather(padded, ranks.group)
-    return torch.cat([row[:n] for row, n in zip(everyone, counts, strict=True)]) * step.sample_weights / ranks.total
 
 
 def _send(own: Tensor, step: _Step) -> Callable[[], Tensor]:

@@ -582,6 +582,17 @@ def _judge_weights(status: tuple[Status, ...], ranks: Ranks, name: str | None) -
         raise ValueError(f"{ranks.name(flat)}{_of_set(name)}: {found}; {rule}")
 
 
+def on_each_loss(grad: Tensor, batch: GlobalBatch, sample_weights: Tensor, reduction: str) -> Tensor:
+    """`[N]`: d objective / d loss_i, from the gradient of the reduced loss. sample_weights `[N]`: what each loss counts for in it."""
+    if reduction != "none":
+        return grad * sample_weights
+    # each rank's scalar counts as averaged over the ranks, and each rank knows the gradient of its own samples only
+    padded = grad.new_zeros(max(batch.counts))
+    padded[: len(grad)] = grad
+    everyone = all_gather(padded, batch.ranks.group)
+    return torch.cat([row[:n] for row, n in zip(everyone, batch.counts, strict=True)]) * sample_weights / batch.ranks.total
+
+
 def start_reduce_scatter(grad: Tensor, ranks: Ranks, counts: tuple[int, ...]) -> Callable[[], Tensor]:
     """Begin to sum `grad [N, D]` over the ranks, each keeping its own rows; call the result to wait and get `[N_local, D]`."""
     if ranks.group is None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.profiler import record_function
 
-from partial_fc.collectives import all_gather, start_reduce_scatter
+from partial_fc.collectives import all_gather, on_each_loss, start_reduce_scatter
 from partial_fc.margins import Positives
 from partial_fc.tiles import (
     Measured,
@@ -239,10 +239,10 @@ class _Forward:
         z_in = torch.where(exists, targets_z, torch.finfo(targets_z.dtype).min)
         shift = torch.cat((m.amax(0)[:, None], z_in), 1).amax(1)
         sums = (s * (m - shift).exp()).sum(0) + ((z_in - shift[:, None]).exp() * exists).sum(1)
-        lse = sums.log() + shift
+        lse = torch.where(sums > 0, sums.log() + shift, 0.0)  # an ignored sample may have no class at all, behind a filter
         losses = (1 - smoothing) * (step.target_weights * (lse[:, None] - targets_z)).sum(1)
         if smoothing:
-            step.selected = found["count"].sum(0)
+            step.selected = found["count"].sum(0).clamp_(min=1)
             losses = losses + smoothing * (lse - found["logits"].sum(0) / step.selected)
         return losses, lse
 
@@ -354,7 +354,7 @@ class _Backward:
         step, smoothing = self.step, self.step.label_smoothing
         if self.rows.count:  # before any row is updated
             self.target_w, self.target_inverse = self.rows.at(self.targets.row)
-        self.c = self._sample_coefficients(grad.to(self.stats))
+        self.c = on_each_loss(grad.to(self.stats), self.step.batch, self.step.sample_weights, self.step.reduction)
         if step.margin.binary:
             of_own, of_others = step.margin.binary
             # the factor of what the other decisions' derivatives are; per target d loss / d target logit
@@ -386,18 +386,6 @@ class _Backward:
         self.on_norm = torch.zeros_like(self.c).index_add_(0, self.targets.sample, on_z * on_norm)
         if step.ranks.rank == 0:  # the penalty is every sample's own; gradients are summed over the ranks
             self.on_norm = self.on_norm + self.c * on_penalty
-
-    def _sample_coefficients(self, grad: Tensor) -> Tensor:
-        """`[N]`: d objective / d loss_i, from the gradient of the reduced loss."""
-        step = self.step
-        if step.reduction != "none":
-            return grad * step.sample_weights
-        # each rank's scalar counts as averaged over the ranks, and each rank knows the gradient of its own samples only
-        counts = step.batch.counts
-        padded = grad.new_zeros(max(counts))
-        padded[: len(grad)] = grad
-        everyone = all_gather(padded, step.ranks.group)
-        return torch.cat([row[:n] for row, n in zip(everyone, counts, strict=True)]) * step.sample_weights / step.ranks.total
 
     def run(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
         want_x, want_w = self.needs[0], self.anchored or self.needs[1] or self.needs[2]

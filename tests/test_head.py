@@ -564,6 +564,7 @@ def test_public_names():
         "NonFiniteError",
         "NormFace",
         "PartialFC",
+        "Plan",
         "RowOptimizer",
         "Softmax",
         "SphereFace",
@@ -573,6 +574,7 @@ def test_public_names():
         "clip_grad_norm_",
         "gather",
         "load_checkpoint",
+        "plan",
         "save_checkpoint",
     ]
     assert all(hasattr(partial_fc, name) for name in partial_fc.__all__)

@@ -274,3 +274,15 @@ def test_equals_pytorch_metric_learning(name):
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-9, atol=0)
     assert head.weight.grad is not None
     torch.testing.assert_close(head.weight.grad.view(-1, 5), theirs.W.grad.T, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("budget", [0, None])
+def test_an_ignored_sample_to_which_every_class_is_too_near(budget, smoothing):
+    head = PartialFC(4, 3, ArcFace(), init_std=1.0, interclass_filter=-0.99, label_smoothing=smoothing, logits_budget=budget)
+    x = torch.ones(2, 4, requires_grad=True)
+    loss = head(x, torch.tensor([1, -100]))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.0, abs=1e-5)  # no other class is left to the valid one either
+    assert x.grad is not None and bool(x.grad.isfinite().all())
+    assert head.weight.grad is not None and bool(head.weight.grad.isfinite().all())
