@@ -1,4 +1,4 @@
-"""The benchmark command runs from end to end at sizes that say nothing about speed, and its textbook peer computes the same as the head."""
+"""The benchmark commands run from end to end at sizes that say nothing; the textbook peer computes the same as the head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+from partial_fc.training.cli import train_parser
+from partial_fc.training.config import MARGINS, save_config, to_config
 
 ROOT = Path(__file__).parents[1]
 CASES = {"exact", "sampled", "many", "bf16", "memory", "memory_in_backward", "peers", "growth"}
@@ -57,3 +61,73 @@ def test_textbook_computes_the_same(ranks: Any) -> None:
     for found in ranks(2).run(_both):
         # float32, and gradients of order 100 by weights whose length is of order 0.01
         torch.testing.assert_close(found["textbook"], found["head"], rtol=1e-3, atol=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import losses
+
+    return losses
+
+
+def finished(losses: Any, name: str, seed: int, out: Path, tar: float) -> Path:
+    """A run as it would have been left, with figures of our own."""
+    run = losses.Run(name, seed, 12, out)
+    run.folder.claim()
+    save_config(to_config(train_parser(), ["--config", losses.QUICKSTART, *run.arguments]), run.folder.path / "config.yaml")
+    sets = [{"name": split, "tar": {"1e-3": tar, "1e-4": tar / 2}, "rank1": 1.0} for split in ("seen", "new")]
+    run.folder.write_metrics({"evaluations": sets})
+    return Path(run.folder.path)
+
+
+def test_the_settings_of_every_loss_are_valid(losses: Any, tmp_path: Path) -> None:
+    used = set()
+    for name in losses.LOSSES:
+        config = to_config(train_parser(), ["--config", losses.QUICKSTART, *losses.Run(name, 0, 12, tmp_path).arguments])
+        used.add(config.head.margin)
+    assert used == set(MARGINS) - {"combined", "elastic_cos", "adaptive"}
+
+
+def test_finished_runs_are_tabled_and_not_run_again(losses: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, tar in ((0, 0.8), (1, 0.9)):
+        finished(losses, "arcface", seed, tmp_path, tar)
+    finished(losses, "softmax", 0, tmp_path, 0.5)
+    began = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*/config.yaml"))]
+    losses.main(["--out", str(tmp_path), "--only", "arcface", "--seeds", "0", "1"])
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*/config.yaml"))] == began
+    out = capsys.readouterr().out
+    assert out == (tmp_path / "table.md").read_text()
+    ours, half = "0.850 (0.800–0.900)", "0.425 (0.400–0.450)"
+    ones = "1.000 (1.000–1.000)"
+    assert f"| ArcFace | {ours} | {half} | {ones} | {ours} | {half} | {ones} | 2 |" in out
+    assert "| softmax | 0.500 (0.500–0.500) |" in out, "what was run before stays in the table"
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["arcface"]["seeds"]["1"]["new"]["1e-3"] == 0.9
+    assert (tmp_path / "losses.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_with_other_settings_is_refused(losses: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = finished(losses, "arcface", 0, tmp_path, 0.8)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("scale: 32.0", "scale: 16.0"))
+    with pytest.raises(SystemExit):
+        losses.main(["--out", str(tmp_path), "--only", "arcface", "--seeds", "0"])
+    assert "head.scale = 16.0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_loss_is_trained_and_an_interrupted_run_goes_on(losses: Any, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "losses.py"), "--seeds", "0", "--epochs", "2", "--only", "normface"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for _ in range(2):
+        run = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=400, env=environment)
+        assert run.returncode == 0, run.stderr
+        assert "| NormFace (no margin) | 0." in run.stdout
+        (folder,) = (path.parent for path in tmp_path.glob("*/metrics.json"))
+        (folder / "metrics.json").unlink()
+        assert "1 of 1: NormFace" in run.stderr

@@ -45,6 +45,16 @@ def history(rows: int, **more: float) -> list[dict[str, float]]:
     ]
 
 
+MEASURED = {
+    "accuracy": 0.875,
+    "margin_met": 0.25,
+    "embedding_norm": 11.5,
+    "hardest_angle": 1.0,
+    "target_angle_p10": 0.4,
+    "target_angle_p90": 0.9,
+}
+
+
 def png_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels, from the header of a PNG that ends as it should."""
     data = path.read_bytes()
@@ -151,6 +161,13 @@ def test_report_shows_the_first_and_the_last_row_of_a_long_history(tmp_path: Pat
     assert "gradient norm" in log
 
 
+def test_report_tells_what_was_measured_in_training(tmp_path: Path, evaluations: list[Evaluation]):
+    _, page = written(tmp_path, evaluations, history=history(3, **MEASURED, center_loss=1.25))
+    log = page[page.index("Training log") : page.index("Environment")]
+    for part in ("accuracy", "87.5 %", "margin met", "25.0 %", "length", "11.5", "nearest other", "57.3°", "center loss", "1.25"):
+        assert part in log, part
+
+
 def test_plots_are_png_of_the_expected_size(tmp_path: Path, evaluations: list[Evaluation]):
     width = round(7.2 * DPI)
     plot_roc(tmp_path / "roc.png", evaluations)
@@ -158,7 +175,10 @@ def test_plots_are_png_of_the_expected_size(tmp_path: Path, evaluations: list[Ev
     for count in (1, 2):
         plot_histograms(tmp_path / "histograms.png", evaluations[:count])
         assert png_size(tmp_path / "histograms.png") == (width, round((1.0 + 2.7 * count) * DPI))
-    for rows, more, panels in ((20, {}, 3), (20_000, {}, 3), (1, {}, 3), (200, {"grad_norm": 1.5}, 4)):
+    state = {"center_loss": 3.0, "adaface_mean": 12.0, "curricular_t": 0.5, "grad_norm": 1.5}
+    cases: list[tuple[int, dict[str, float], int]] = [(20, {}, 3), (20_000, {}, 3), (1, {}, 3), (200, {"grad_norm": 1.5}, 4)]
+    cases += [(20, MEASURED, 5), (200, MEASURED | state, 8), (20, {"target_angle_p10": math.nan, "accuracy": math.nan}, 3)]
+    for rows, more, panels in cases:
         plot_training(tmp_path / "training.png", history(rows, **more))
         assert png_size(tmp_path / "training.png") == (width, round((0.8 + 2.3 * panels) * DPI))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,13 +16,30 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from partial_fc.centers import CenterLoss
+from partial_fc.margins import (
+    AdaFace,
+    AdaptiveMargin,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    NormFace,
+    Softmax,
+    SphereFace,
+    SphereFace2,
+    SubCenterArcFace,
+)
 from partial_fc.training.cli import main, train_parser
-from partial_fc.training.config import RunConfig, ScheduleConfig, flat, to_config
+from partial_fc.training.config import HeadConfig, RunConfig, ScheduleConfig, flat, to_config
 from partial_fc.training.run import RunFolder
-from partial_fc.training.trainer import learning_rate_factor
+from partial_fc.training.trainer import Trainer, learning_rate_factor
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data.identities", "60", "--train.batch_size", "64", "--output.log_every", "1"]
@@ -107,6 +126,53 @@ def test_help_explains_every_field(capsys):
         assert "default: " in found
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("softmax", Softmax()),
+        ("normface", NormFace(32.0)),
+        ("sphereface", SphereFace(32.0, 1.35)),
+        ("cosface", CosFace(32.0, 0.35)),
+        ("arcface", ArcFace(32.0, 0.5)),
+        ("combined --head.m1 1.1 --head.m3 0.1", CombinedMargin(32.0, 1.1, 0.5, 0.1)),
+        ("subcenter", SubCenterArcFace(32.0, 0.5, 3)),
+        ("subcenter --head.m 0.3 --head.centers 2", SubCenterArcFace(32.0, 0.3, 2)),
+        ("curricular --head.statistics_momentum 0.2", CurricularFace(32.0, 0.5, 0.2)),
+        ("adaface --head.h 0.5 --head.statistics_momentum 0.2", AdaFace(32.0, 0.4, 0.5, 0.2)),
+        ("magface", MagFace(32.0, 10, 110, 0.45, 0.8, 35)),
+        (
+            "magface --head.l_a 5 --head.u_a 50 --head.l_m 0.2 --head.u_m 0.3 --head.lambda_g 7",
+            MagFace(32.0, 5.0, 50.0, 0.2, 0.3, 7.0),
+        ),
+        ("elastic_arc", ElasticFace(32.0, "arc", 0.5, 0.0125)),
+        ("elastic_cos --head.sigma 0.1 --head.plus true", ElasticFace(32.0, "cos", 0.35, 0.1, plus=True)),
+        ("elastic_cos --head.plus true", ElasticFace(32.0, "cos", plus=True)),
+        ("adaptive", AdaptiveMargin([1, 16, 81], 32.0)),
+        ("adaptive --head.l_m 0.1 --head.u_m 0.2", AdaptiveMargin([1, 16, 81], 32.0, 0.2, 0.1)),
+        ("sphereface2 --head.t 4 --head.balance 0.6", SphereFace2(32.0, 0.4, 4.0, 0.6)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_margin_has_the_papers_settings_or_those_given(settings, expected):
+    scale = [] if settings == "softmax" else ["--head.scale", "32"]
+    config = to_config(train_parser(), ["--head.margin", *settings.split(), *scale])
+    margin = config.head.build_margin(torch.tensor([1, 16, 81]))
+    assert type(margin) is type(expected)
+    unset = {"arcface": 64.0, "sphereface2": 40.0, "softmax": 1.0}
+    assert all(HeadConfig(name).build_margin(torch.ones(3)).scale == scale for name, scale in unset.items())  # type: ignore[arg-type]
+    plain = {k: v for k, v in vars(expected).items() if not k.startswith("_")}
+    assert {k: v for k, v in vars(margin).items() if not k.startswith("_")} == plain
+    assert [(name, b.tolist()) for name, b in margin.named_buffers()] == [(name, b.tolist()) for name, b in expected.named_buffers()]
+
+
+def test_the_head_has_the_filter_and_a_margin_of_each_classs_count():
+    config = to_config(train_parser(), ["--head.margin", "adaptive", "--head.interclass_filter", "0.4"])
+    head = config.head.build(8, torch.tensor([1, 16, 81, 0]), 0, torch.device("cpu"))
+    assert (head.num_classes, head.interclass_filter) == (4, 0.4)
+    assert head.margin.margins.tolist() == pytest.approx([0.5, 0.05 + 0.45 * (1 / 2 - 1 / 3) / (1 - 1 / 3), 0.05, 0.5])
+    assert RunConfig().center.build(8, 4, 0, torch.device("cpu")) is None
+
+
 def test_schedules():
     cosine = learning_rate_factor(ScheduleConfig("cosine", warmup_epochs=0.5), 10, 4)
     assert [cosine(s) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -164,6 +230,28 @@ def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
         return [*train, "--head.sample_rate", "0"], "sample_rate"
     if kind in ("label_smoothing", "logits_budget", "init_std"):
         return [*train, f"--head.{kind}", "-1"], kind
+    if kind == "m without effect":
+        return [*train, "--head.margin", "normface", "--head.m", "0.5"], "--head.m is 0.5, which has no effect with --head.margin normface"
+    if kind == "setting of another margin":
+        return [*train, "--head.l_a", "5"], "it is for magface"
+    if kind == "scale of the file without effect":
+        return [*train, "--head.margin", "softmax"], "give null if a file sets it"
+    if kind == "combined's default without effect":
+        return [*train, "--head.m2", "0.4"], "--head.m2 is 0.4"
+    if kind == "no such margin":
+        return [*train, "--head.margin", "arc"], "head.margin"
+    if kind == "smoothing of binary decisions":
+        return [*train, "--head.margin", "sphereface2", "--head.label_smoothing", "0.1"], "label_smoothing must be 0 with SphereFace2"
+    if kind == "centers":
+        return [*train, "--head.margin", "subcenter", "--head.centers", "0"], "centers, the rows a class has"
+    if kind == "interclass_filter":
+        return [*train, "--head.interclass_filter", "2"], "interclass_filter"
+    if kind == "weight of center loss":
+        return [*train, "--center.weight", "-1"], "center.weight"
+    if kind == "alpha without effect":
+        return [*train, "--center.alpha", "0.1"], "--center.alpha is 0.1, which has no effect"
+    if kind == "alpha":
+        return [*train, "--center.weight", "0.1", "--center.alpha", "2"], "alpha must be in (0, 1]"
     if kind == "momentum":
         return [*train, "--optimizer.momentum", "-1"], "momentum"
     if kind == "tracker":
@@ -203,7 +291,9 @@ KINDS = [
     "fewer identities than asked", "folder in use", "folder is a file", "unwritable folder", "batch too large",
     "batch and accumulation", "margin out of range", "label_smoothing", "logits_budget", "init_std", "momentum", "tracker",
     "holdout of one", "power", "seed", "backbone when checking", "batch too small", "sample rate", "backbone", "resume nothing",
-    "evaluate nothing", "unknown command",
+    "evaluate nothing", "unknown command", "m without effect", "setting of another margin", "scale of the file without effect",
+    "combined's default without effect", "no such margin", "centers", "interclass_filter", "weight of center loss",
+    "alpha without effect", "alpha", "smoothing of binary decisions",
 ]  # fmt: skip
 
 
@@ -272,6 +362,79 @@ def test_a_run_leaves_everything(run):
     assert [row["step"] for row in rows] == list(range(1, 6 * (600 // 64) + 1))
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[-1]["target_angle"] < rows[0]["target_angle"] < 1.7
+    for row in rows:
+        assert 0 <= row["margin_met"] <= row["accuracy"] <= 1 and row["embedding_norm"] > 0
+        assert row["target_angle_p10"] <= row["target_angle_p50"] <= row["target_angle_p90"] < math.pi
+        assert 0 < row["hardest_angle"] < math.pi
+    assert rows[-1]["accuracy"] > rows[0]["accuracy"]
+
+
+def test_what_is_measured_is_logged_now_and_then(tmp_path):
+    """Only in the steps that are logged, and on a tracker as in the history; a margin that normalises nothing has no angles."""
+    settings = ["--head.margin", "softmax", "--head.scale", "null", "--output.log_every", "4", "--output.trackers", "[tensorboard]"]
+    config = to_config(
+        train_parser(),
+        ["--config", str(ROOT / "configs/quickstart.yaml"), "--output.folder", str(tmp_path / "run"), *SMALL[:4], *settings],
+    )
+    config.train.epochs = 1
+    trainer = Trainer(config)
+    measured = []
+    trainer.head.register_forward_hook(lambda head, *_: measured.append(head.collect_metrics))
+    trainer.train()
+    trainer.close()
+    assert measured == [True, False, False, True, False, False, False, True, False]
+    rows = history(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 4, 8]
+    assert set(rows[0]) == {"step", "epoch", "learning_rate", "loss", "accuracy", "margin_met", "embedding_norm", "grad_norm"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--head.margin", "adaface", "--head.statistics_momentum", "0.1"],
+        ["--center.weight", "0.01", "--train.accumulation", "2"],
+    ],
+    ids=["adaface", "center"],
+)
+def test_running_statistics_and_centers_go_on_exactly(tmp_path, settings):
+    """The second epoch again, from the checkpoint after the first, on two ranks."""
+    folder, again = tmp_path / "run", tmp_path / "again"
+    succeed("train", "configs/quickstart.yaml", "--output.folder", str(folder), *SMALL, "--train.epochs", "2", *settings)
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "checkpoints/epoch-0002")
+    assert "resuming after epoch 1" in succeed("train", "--resume", str(again))
+    rows = history(folder)
+    assert history(again) == rows
+    if "adaface" in settings:
+        assert 0.1 < rows[-1]["adaface_std"] < rows[0]["adaface_std"] and rows[-1]["adaface_mean"] < rows[0]["adaface_mean"] < 20
+    else:
+        assert rows[-1]["center_loss"] < rows[0]["center_loss"] and rows[0]["loss"] > 0.01 * rows[0]["center_loss"]
+    mine, theirs = (json.loads((f / "metrics.json").read_text())["evaluations"] for f in (again, folder))
+    assert mine == theirs
+
+
+def test_centers_move_once_a_step_by_all_micro_batches_and_not_when_it_is_skipped(tmp_path, monkeypatch):
+    config = to_config(
+        train_parser(),
+        ["--config", str(ROOT / "configs/quickstart.yaml"), "--output.folder", str(tmp_path / "run"), *SMALL, "--center.weight", "0.01"],
+    )
+    config.train.epochs, config.train.accumulation, config.center.alpha = 1, 2, 1.0
+    trainer = Trainer(config)
+    assert trainer.center is not None
+    seen: list[torch.Tensor] = []
+    trainer.center.register_forward_hook(lambda center, given, _: seen.append(given[0].labels))
+    steps: list[list[int]] = []
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda _: len(seen) == 2))
+
+    def step() -> None:
+        steps.append([len(seen), len(torch.cat(seen[steps[-1][0] if steps else 0 :]))])
+        CenterLoss.step(trainer.center)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer.center, "step", step)
+    trainer.train()
+    trainer.close()
+    assert [count for count, _ in steps] == list(range(4, 19, 2))  # nine steps of two, of which the first was skipped
+    assert steps[0][1] == 128 and {samples for _, samples in steps[1:]} == {64}
 
 
 def test_a_killed_run_goes_on_exactly(run, tmp_path):
@@ -292,8 +455,6 @@ def test_a_killed_run_goes_on_exactly(run, tmp_path):
 
 
 def test_a_run_goes_on_at_another_world_size(run, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/epoch-0006")
     out = succeed("train", "--resume", str(tmp_path / "run"), ranks=1)

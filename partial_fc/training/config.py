@@ -6,15 +6,36 @@ it. Unknown keys and wrong types are refused by name. The resolved settings are 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
 import torch
 from accelerate.utils import LoggerType
+from torch import Tensor
 
-from partial_fc import ArcFace, CombinedMargin, CosFace, Margin, NormFace, PartialFC, Softmax
+from partial_fc.centers import CenterLoss
+from partial_fc.head import PartialFC
+from partial_fc.margins import (
+    AdaFace,
+    AdaptiveMargin,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    NormFace,
+    Softmax,
+    SphereFace,
+    SphereFace2,
+    SubCenterArcFace,
+)
 from partial_fc.training.augment import AugmentConfig
 from partial_fc.training.data import DataConfig
 from partial_fc.training.errors import UserError
@@ -47,24 +68,89 @@ class BackboneConfig:
     """Width of the embeddings, in numbers."""
 
 
+# margin -> (what builds it, the settings of HeadConfig that it takes: name of its argument)
+MARGINS: dict[str, tuple[Callable[..., Margin], dict[str, str]]] = {
+    "softmax": (Softmax, {}),
+    "normface": (NormFace, {"scale": "scale"}),
+    "sphereface": (SphereFace, {"scale": "scale", "m": "margin"}),
+    "cosface": (CosFace, {"scale": "scale", "m": "margin"}),
+    "arcface": (ArcFace, {"scale": "scale", "m": "margin"}),
+    "combined": (CombinedMargin, {"scale": "scale", "m1": "m1", "m2": "m2", "m3": "m3"}),
+    "subcenter": (SubCenterArcFace, {"scale": "scale", "m": "margin", "centers": "centers"}),
+    "curricular": (CurricularFace, {"scale": "scale", "m": "margin", "statistics_momentum": "momentum"}),
+    "adaface": (AdaFace, {"scale": "scale", "m": "margin", "h": "h", "statistics_momentum": "momentum"}),
+    "magface": (
+        MagFace,
+        {"scale": "scale", "l_a": "l_a", "u_a": "u_a", "l_m": "l_m", "u_m": "u_m", "lambda_g": "penalty_weight"},
+    ),
+    "elastic_arc": (partial(ElasticFace, kind="arc"), {"scale": "scale", "m": "margin", "sigma": "deviation", "plus": "plus"}),
+    "elastic_cos": (partial(ElasticFace, kind="cos"), {"scale": "scale", "m": "margin", "sigma": "deviation", "plus": "plus"}),
+    "adaptive": (AdaptiveMargin, {"scale": "scale", "l_m": "smallest", "u_m": "largest"}),
+    "sphereface2": (SphereFace2, {"scale": "scale", "m": "margin", "t": "t", "balance": "balance"}),
+}
+MARGIN_SETTINGS = sorted({name for _, settings in MARGINS.values() for name in settings})
+
+
 @dataclass
 class HeadConfig:
     """The sharded classification head."""
 
-    margin: Literal["arcface", "cosface", "combined", "normface", "softmax"] = "arcface"
-    """Which margin: arcface adds it to the target angle, cosface takes it from the target cosine, combined does both, normface has none."""
+    margin: Literal[
+        "softmax",
+        "normface",
+        "sphereface",
+        "cosface",
+        "arcface",
+        "combined",
+        "subcenter",
+        "curricular",
+        "adaface",
+        "magface",
+        "elastic_arc",
+        "elastic_cos",
+        "adaptive",
+        "sphereface2",
+    ] = "arcface"
+    """Which margin; docs/losses.md says what each is for. A setting that the chosen one does not take is refused."""
     m: float | None = None
-    """The margin of arcface (radians) or cosface (cosine); the paper's 0.5 or 0.35 if not given."""
+    """The margin of those that have one: radians, a cosine (cosface, elastic_cos, sphereface2) or a factor (sphereface); the paper's if
+    not given."""
     m1: float = 1.0
     """Factor of the target angle; combined only."""
     m2: float = 0.5
     """Added to the target angle, in radians; combined only."""
     m3: float = 0.0
     """Taken from the target cosine; combined only."""
-    scale: float = 64.0
-    """Factor s of the cosines; not used by softmax."""
+    scale: float | None = None
+    """Factor s of the cosines, of all margins but softmax; 64 if not given, 40 of sphereface2."""
+    centers: int | None = None
+    """Rows that a class has; subcenter only, 3 if not given."""
+    l_a: float | None = None
+    """Length of an embedding that gets the margin l_m; magface only, 10 if not given."""
+    u_a: float | None = None
+    """Length of an embedding that gets the margin u_m; magface only, 110 if not given."""
+    l_m: float | None = None
+    """Smallest margin in radians: 0.45 of magface (short embeddings), 0.05 of adaptive (the most frequent class) if not given."""
+    u_m: float | None = None
+    """Largest margin in radians: 0.8 of magface (long embeddings), 0.5 of adaptive (the rarest class) if not given."""
+    lambda_g: float | None = None
+    """Weight of the penalty on short embeddings; magface only, 35 if not given."""
+    h: float | None = None
+    """Concentration of the embeddings' lengths; adaface only, 0.333 if not given."""
+    statistics_momentum: float | None = None
+    """Weight of a new batch in running statistics (0 to 1): t of curricular, mean and deviation of adaface; 0.01 if not given."""
+    sigma: float | None = None
+    """Standard deviation of the drawn margins; elastic_arc and elastic_cos only, 0.0125 if not given."""
+    plus: bool = False
+    """Give the largest drawn margins to the samples farthest from their class (ElasticFace+); elastic_arc and elastic_cos only."""
+    t: float | None = None
+    """Exponent of the similarities, at least 1; sphereface2 only, 3 if not given."""
+    balance: float | None = None
+    """Share of the own class in the loss (0 to 1), the rest being that of all others; sphereface2 only, 0.7 if not given."""
     sample_rate: float = 1.0
     """Share of all classes drawn as negatives each step (0 to 1); 1 is the exact softmax."""
+    interclass_filter: float | None = None
+    """Cosine beyond which another class is taken for the sample's own under a second label, and left out; without it, none is."""
     init_std: float = 0.01
     """Standard deviation of the initial class weights."""
     label_smoothing: float = 0.0
@@ -72,29 +158,66 @@ class HeadConfig:
     logits_budget: int | None = None
     """Bytes of logits a rank may keep for backward; beyond, they are computed again. 1 GiB if not given."""
 
-    def build_margin(self) -> Margin:
-        """The margin that these settings name; ValueError for values out of range."""
-        if self.margin == "arcface":
-            return ArcFace(self.scale) if self.m is None else ArcFace(self.scale, self.m)
-        if self.margin == "cosface":
-            return CosFace(self.scale) if self.m is None else CosFace(self.scale, self.m)
-        if self.margin == "combined":
-            return CombinedMargin(self.scale, self.m1, self.m2, self.m3)
-        return NormFace(self.scale) if self.margin == "normface" else Softmax()
+    def check(self) -> None:
+        """UserError for a setting that the margin does not take."""
+        takes, defaults = MARGINS[self.margin][1], HeadConfig()
+        for name in MARGIN_SETTINGS:
+            value, default = getattr(self, name), getattr(defaults, name)
+            if name not in takes and value != default:
+                others = [margin for margin, (_, settings) in MARGINS.items() if name in settings]
+                known = "every other margin" if len(others) == len(MARGINS) - 1 else ", ".join(others)
+                back = "null" if default is None else default
+                raise UserError(
+                    f"--head.{name} is {value}, which has no effect with --head.margin {self.margin} (it is for {known}); "
+                    f"leave it out, or give {back} if a file sets it"
+                )
 
-    def build(self, embedding_size: int, num_classes: int, seed: int, device: torch.device) -> PartialFC:
-        """The head; ValueError for values out of range."""
+    def build_margin(self, class_counts: Tensor) -> Margin:
+        """The margin that these settings name, the paper's values where they name none; ValueError for values out of range.
+
+        class_counts: training images of each class `[C]`, for margins that depend on them.
+        """
+        build, takes = MARGINS[self.margin]
+        given = {argument: getattr(self, name) for name, argument in takes.items()}
+        if self.margin == "adaptive":
+            given["class_counts"] = class_counts
+        return build(**{argument: value for argument, value in given.items() if value is not None})
+
+    def build(self, embedding_size: int, class_counts: Tensor, seed: int, device: torch.device) -> PartialFC:
+        """The head of len(class_counts) classes; ValueError for values out of range."""
         return PartialFC(
             embedding_size,
-            num_classes,
-            self.build_margin(),
+            len(class_counts),
+            self.build_margin(class_counts),
             self.sample_rate,
             seed=seed,
             init_std=self.init_std,
             label_smoothing=self.label_smoothing,
+            interclass_filter=self.interclass_filter,
             logits_budget=self.logits_budget,
             device=device,
         )
+
+
+@dataclass
+class CenterConfig:
+    """Center loss beside the head: half the squared distance of an embedding, at its own length, to the center of its class."""
+
+    weight: float = 0.0
+    """What it is multiplied with before it is added to the head's loss; 0 for no center loss."""
+    alpha: float = 0.5
+    """How far centers move to the embeddings of a step (0 to 1)."""
+
+    def check(self) -> None:
+        """UserError for values that no run can have."""
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise UserError(f"--center.weight is {self.weight}; give a number of at least 0")
+        if not self.weight and self.alpha != CenterConfig.alpha:
+            raise UserError(f"--center.alpha is {self.alpha}, which has no effect while --center.weight is 0; leave it out")
+
+    def build(self, embedding_size: int, num_classes: int, seed: int, device: torch.device) -> CenterLoss | None:
+        """The loss, or None where its weight is 0; ValueError for values out of range."""
+        return CenterLoss(embedding_size, num_classes, alpha=self.alpha, seed=seed, device=device) if self.weight else None
 
 
 @dataclass
@@ -175,6 +298,7 @@ class RunConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    center: CenterConfig = field(default_factory=CenterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -214,12 +338,15 @@ class RunConfig:
             )
         if self.train.mixed_precision == "fp16" and (self.train.cpu or not torch.cuda.is_available()):
             raise UserError("--train.mixed_precision fp16 needs CUDA; use bf16 on a CPU")
-        try:  # what head, optimizer and trackers themselves refuse
-            self.head.build(2, 2, self.seed, torch.device("meta"))
+        self.head.check()
+        self.center.check()
+        try:  # what head, center loss, optimizer and trackers themselves refuse
+            self.head.build(2, torch.ones(2), self.seed, torch.device("meta"))
+            self.center.build(2, 2, self.seed, torch.device("meta"))
             optimizer_class, options = self.optimizer.build()
             optimizer_class([torch.zeros(1)], **options)
         except ValueError as error:
-            raise UserError(f"--head or --optimizer: {error}") from error
+            raise UserError(f"--head, --center or --optimizer: {error}") from error
         known = [str(each) for each in LoggerType]
         unknown = [name for name in self.output.trackers if name not in known]
         if unknown:

@@ -2,10 +2,10 @@
 
     list[Evaluation] -> plot_roc         TAR over log FAR, one curve per evaluation set
     list[Evaluation] -> plot_histograms  genuine and impostor cosines, one panel per evaluation set
-    history          -> plot_training    loss, target angle, learning rate (and gradient norm) over steps
+    history          -> plot_training    loss, angles, shares, lengths, learning rate (what of `TRAINING_PANELS` there is) over steps
 
-`history` is the list of logged rows, with keys `step`, `epoch`, `loss`, `target_angle` (radians, drawn in degrees),
-`learning_rate` and possibly `grad_norm`; rows may lack a key or hold a value that is not finite, which leaves a gap.
+`history` is the list of logged rows, with keys `step`, `epoch`, `loss` and others of `TRAINING_PANELS` (angles in radians, drawn in
+degrees); rows may lack a key or hold a value that is not finite, which leaves a gap.
 
 Everything is drawn on `Figure` objects with the Agg canvas, never through pyplot: no display is needed, and neither the
 caller's figures nor its backend are touched. Matplotlib's default style is set for the time of drawing, so a user's
@@ -15,6 +15,7 @@ matplotlibrc does not change the pictures. The colours, of Okabe and Ito (2008),
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.style
@@ -28,20 +29,47 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from partial_fc.training.evaluation import CURVE_BINS, FARS, MIN_FALSE_ACCEPTS, Evaluation
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PALE = ("#56B4E9", "#F0A878")  # under their moving averages, of the first colours
 LINES = ("-", "--", "-.", ":")  # with more evaluation sets than colours, the line style tells them apart
 GENUINE_COLOUR, IMPOSTOR_COLOUR = COLOURS[0], COLOURS[1]
 DPI = 120
 SHOWN_FAR = "1e-3"  # of the threshold and the TAR named in the legends
 SMOOTHED_FROM = 60  # points from which a curve is drawn with its moving average
 
-# key of the row, axis title, factor to the unit shown
+
+@dataclass(frozen=True)
+class Panel:
+    """Some keys of the rows over the step. curves: (key, name in the legend); band: keys of its lower and upper edge, and its name."""
+
+    title: str
+    curves: tuple[tuple[str, str], ...]
+    band: tuple[str, str, str] | None = None
+    factor: float = 1.0
+    smooth: bool = True
+
+    def within(self, rows: "History") -> "Panel | None":
+        """The panel of those curves that the rows have; None if there is none."""
+        present = {key for row in rows for key, value in row.items() if math.isfinite(value)}
+        curves = tuple(curve for curve in self.curves if curve[0] in present)
+        band = self.band if self.band is not None and present >= set(self.band[:2]) else None
+        return replace(self, curves=curves, band=band) if curves else None
+
+
 TRAINING_PANELS = (
-    ("loss", "loss", 1.0),
-    ("target_angle", "target angle (°)", 180 / math.pi),
-    ("learning_rate", "learning rate", 1.0),
-    ("grad_norm", "gradient norm", 1.0),
+    Panel("loss", (("loss", ""),)),
+    Panel("center loss\n(before its weight)", (("center_loss", ""),)),
+    Panel(
+        "angle (°)",
+        (("target_angle", "to the own class"), ("hardest_angle", "to the nearest other class")),
+        band=("target_angle_p10", "target_angle_p90", "10 to 90 % of samples"),
+        factor=180 / math.pi,
+    ),
+    Panel("share of samples", (("accuracy", "own class is nearest"), ("margin_met", "also with the margin"))),
+    Panel("embedding length", (("embedding_norm", "mean of the batch"), ("adaface_mean", "running mean of AdaFace"))),
+    Panel("t of CurricularFace", (("curricular_t", ""),), smooth=False),
+    Panel("learning rate", (("learning_rate", ""),), smooth=False),
+    Panel("gradient norm", (("grad_norm", ""),)),
 )
-NOISY = ("loss", "target_angle", "grad_norm")
 History = Sequence[dict[str, float]]
 
 
@@ -122,25 +150,21 @@ def _draw_densities(axes: Axes, evaluation: Evaluation) -> tuple[float, float]:
 
 
 def plot_training(path: Path | str, history: History) -> None:
-    """Draw the keys of `TRAINING_PANELS` that `history` has, over the step, to `path`; see the module's docstring.
+    """Draw those of `TRAINING_PANELS` that `history` has keys for, over the step, to `path`; see the module's docstring.
 
     Noisy curves of many points are drawn pale under their moving average, on a log axis where that ranges over more
     than a factor of 30; thin vertical lines are epochs.
     """
     rows = sorted(history, key=lambda row: row["step"])
-    panels = [panel for panel in TRAINING_PANELS if any(math.isfinite(row.get(panel[0], math.nan)) for row in rows)]
+    panels = [panel for panel in (each.within(rows) for each in TRAINING_PANELS) if panel is not None]
     with _figure(path, 7.2, 0.8 + 2.3 * max(1, len(panels))) as figure:
         drawn = figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0]
         if not panels:
             _note(drawn[0], "no training step was logged")
             return
-        steps = np.array([row["step"] for row in rows])
-        for axes, (key, title, factor) in zip(drawn, panels, strict=False):
-            values = factor * np.array([row.get(key, math.nan) for row in rows], dtype=float)
-            values[~np.isfinite(values)] = math.nan
-            _draw_curve(axes, steps, values, smooth=key in NOISY)
-            axes.set_ylabel(title)
-            _draw_epochs(axes, rows)
+        for axes, panel in zip(drawn, panels, strict=False):
+            _draw_panel(axes, rows, panel)
+        steps = [row["step"] for row in rows]
         if steps[0] == steps[-1]:
             drawn[-1].set_xlim(steps[0] - 1, steps[0] + 1)
         drawn[-1].set_xlabel("step")
@@ -149,22 +173,44 @@ def plot_training(path: Path | str, history: History) -> None:
         figure.align_ylabels(drawn)
 
 
-def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, *, smooth: bool) -> None:
-    """One training curve; `values` may hold NaN."""
-    shown = values
-    if smooth and np.isfinite(values).sum() >= SMOOTHED_FROM:
-        window = max(5, len(values) // 30)
+def _draw_panel(axes: Axes, rows: History, panel: Panel) -> None:
+    steps = np.array([row["step"] for row in rows])
+    window = max(5, len(rows) // 30) if panel.smooth and len(rows) >= SMOOTHED_FROM else 1
+    if panel.band is not None:
+        low, high = (_moving_average(_column(rows, key, panel.factor), window) for key in panel.band[:2])
+        axes.fill_between(steps, low, high, color=COLOURS[0], alpha=0.15, linewidth=0, label=panel.band[2])
+    for (key, name), colour, pale in zip(panel.curves, COLOURS, PALE, strict=False):
+        values = _column(rows, key, panel.factor)
         shown = _moving_average(values, window)
-        axes.plot(steps, values, color=COLOURS[5], linewidth=0.8, alpha=0.7)
+        if window > 1 and panel.band is None:  # a band tells of the spread already
+            axes.plot(steps, values, color=pale, linewidth=0.8, alpha=0.7)
+        axes.plot(steps, shown, color=colour, linewidth=1.8, marker="o" if len(rows) < 40 else None, markersize=3, label=name)
+        if len(panel.curves) == 1 and panel.smooth:
+            _spread_out(axes, values, shown)
+    if len(panel.curves) > 1 or panel.band is not None:
+        axes.legend(loc="best", fontsize=8.5, framealpha=0.9)
+    if window > 1:
         axes.set_title(f"bold: mean of {window} rows", loc="right", fontsize=8.5, color="0.4")
-    axes.plot(steps, shown, color=COLOURS[0], linewidth=1.8, marker="o" if len(values) < 40 else None, markersize=3)
-    if smooth and np.nanmin(values) > 0 and np.nanmax(shown) > 30 * np.nanmin(shown):
+    axes.set_ylabel(panel.title)
+    axes.grid(visible=False, axis="x")  # vertical lines are epochs here
+    axes.margins(x=0.01)
+    _draw_epochs(axes, rows)
+
+
+def _column(rows: History, key: str, factor: float) -> np.ndarray:
+    """The values of a key, NaN for gaps."""
+    values: np.ndarray = factor * np.array([row.get(key, math.nan) for row in rows], dtype=float)
+    values[~np.isfinite(values)] = math.nan
+    return values
+
+
+def _spread_out(axes: Axes, values: np.ndarray, shown: np.ndarray) -> None:
+    """A log axis for a curve that ranges over more than a factor of 30."""
+    if np.nanmin(values) > 0 and np.nanmax(shown) > 30 * np.nanmin(shown):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(visible=False, axis="x")  # vertical lines are epochs here
-    axes.margins(x=0.01)
 
 
 def _moving_average(values: np.ndarray, window: int) -> np.ndarray:

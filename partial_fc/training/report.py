@@ -24,14 +24,19 @@ DASH = "—"
 PLOTS = {  # file in plots/ -> caption
     "roc.png": "Share of genuine pairs accepted over the share of impostor pairs accepted.",
     "histograms.png": "Cosines of genuine and impostor pairs, each as a density.",
-    "training.png": "Training, over optimiser steps.",
+    "training.png": "Training, over optimiser steps. Angles are without the margin.",
 }
 HISTORY_ROWS = 12  # shown of the logged rows, evenly spread, the last always among them
 HISTORY_COLUMNS = {  # key of the row -> heading
     "step": "step",
     "epoch": "epoch",
     "loss": "loss",
+    "center_loss": "center loss",
     "target_angle": "target angle",
+    "hardest_angle": "nearest other",
+    "accuracy": "accuracy",
+    "margin_met": "margin met",
+    "embedding_norm": "length",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
 }
@@ -49,7 +54,7 @@ def write_report(
     """Write `folder/report.html` and return its path; see the module's docstring for `metrics` and the plots.
 
     `config` is the resolved configuration, nested mappings and lists of plain values; `environment` is shown as it is
-    (versions, world size, wall time, throughput); `history` holds the logged rows, `target_angle` in radians.
+    (versions, world size, wall time, throughput); `history` holds the logged rows, angles in radians.
     """
     evaluations = [_evaluation_row(evaluation) for evaluation in metrics.get("evaluations", [])]
     template = Environment(
@@ -114,7 +119,9 @@ def _history_cell(key: str, value: float | None) -> str:
         return DASH
     if key == "step":
         return f"{value:,.0f}"
-    return f"{math.degrees(value):.1f}°" if key == "target_angle" else f"{value:.4g}"
+    if key in ("accuracy", "margin_met"):
+        return f"{100 * value:.1f} %"
+    return f"{math.degrees(value):.1f}°" if key.endswith("_angle") else f"{value:.4g}"
 
 
 def _config_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 loader       this rank's part of a global micro-batch [n, C, H, W], labels [n]
 backbone     embeddings [n, D]                            (DDP averages its gradients over the ranks)
 head         the loss of the global micro-batch            (PartialFC; its rows are this rank's)
-each step    one gradient norm over both, both optimizers, both schedules
+center       center loss of the same, if it has a weight   (CenterLoss, on the exchange of the head)
+each step    one gradient norm over backbone and head, both optimizers, both schedules, the centers
 each epoch   a checkpoint, from which the run goes on exactly
 at the end   embeddings of identities never trained on, verification and identification, plots, one HTML page
 """
@@ -24,7 +25,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from partial_fc import RowOptimizer, clip_grad_norm_, load_checkpoint, save_checkpoint
+from partial_fc import RowOptimizer, clip_grad_norm_, gather, load_checkpoint, save_checkpoint
+from partial_fc.shards import local_part
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig, ScheduleConfig, flat, save_config
 from partial_fc.training.data import DataSplits, open_data
@@ -107,7 +109,9 @@ class Trainer:
         self.backbone = build_backbone(
             config.backbone.name, image_shape=self.data.train.image_shape, embedding_size=config.backbone.embedding_size
         ).to(device)
-        self.head = config.head.build(config.backbone.embedding_size, self.data.train.num_identities, config.seed, device)
+        width, identities = config.backbone.embedding_size, self.data.train.num_identities
+        self.head = config.head.build(width, torch.bincount(self.data.train.labels, minlength=identities), config.seed, device)
+        self.center = config.center.build(width, identities, config.seed, device)
         optimizer_class, options = config.optimizer.build()
         self.optimizer = optimizer_class(self.backbone.parameters(), **options)
         self.head_optimizer = RowOptimizer(
@@ -196,21 +200,29 @@ class Trainer:
         for taken, batch in enumerate(self.together(self.loader.iterate())):
             if taken == self.steps_per_epoch * self.config.train.accumulation:
                 return
+            self.head.collect_metrics = self._is_logged(self.progress.step + 1)
             with self.accelerator.accumulate(self.model):
-                loss = self._forward_backward(batch.to(self.accelerator.device))
+                losses = self._forward_backward(batch.to(self.accelerator.device))
                 if self.accelerator.sync_gradients:
                     norm = self._step()
                     self.progress.step += 1
-                    self._log(loss, norm)
+                    self._log(losses, norm)
                     bar.update()
                     if self.progress.step % self.config.output.log_every == 0:
-                        bar.set_postfix(epoch=epoch + 1, loss=f"{float(loss):.3f}")
+                        bar.set_postfix(epoch=epoch + 1, loss=f"{float(losses['loss']):.3f}")
 
-    def _forward_backward(self, batch: Batch) -> Tensor:
+    def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
+        """What was minimised, `loss`, and the part of it that is center loss, before its weight."""
         with self.accelerator.autocast():
-            loss: Tensor = self.head(self.model(batch.images), batch.labels)
-        self.accelerator.backward(loss)
-        return loss.detach()
+            embeddings = self.model(batch.images)
+            if self.center is None:
+                losses = {"loss": self.head(embeddings, batch.labels)}
+            else:
+                everyone = gather(embeddings, batch.labels)
+                distance = self.center(everyone)
+                losses = {"loss": self.head(everyone) + self.config.center.weight * distance, "center_loss": distance}
+        self.accelerator.backward(losses["loss"])
+        return {name: value.detach() for name, value in losses.items()}
 
     def _step(self) -> Tensor | None:
         """One optimizer step of backbone and head; the norm of their gradient if it is clipped."""
@@ -225,33 +237,43 @@ class Trainer:
         else:
             self.head_optimizer.step()
         self.prepared_optimizer.step()
+        if self.center is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.center.step()  # what a skipped step has noted counts in the next one
         for schedule in self.schedules:
             schedule.step()
         self.prepared_optimizer.zero_grad()
         self.head_optimizer.zero_grad()
         return norm
 
-    def _log(self, loss: Tensor, norm: Tensor | None) -> None:
+    def _is_logged(self, step: int) -> bool:
+        return step == 1 or step % self.config.output.log_every == 0
+
+    def _log(self, losses: dict[str, Tensor], norm: Tensor | None) -> None:
         step = self.progress.step
-        if step % self.config.output.log_every and step != 1:
+        if not self._is_logged(step):
             return
+        measured = {**losses, **self.head.metrics, **self._margin_state(), **({} if norm is None else {"grad_norm": norm})}
+        values = torch.stack([value.float() for value in measured.values()]).tolist()  # one wait for the device
         row = {
             "step": step,
             "epoch": step / self.steps_per_epoch,
-            "loss": float(loss),
-            "target_angle": float(self.head.target_angle),
             "learning_rate": float(self.schedules[0].get_last_lr()[0]),
+            **dict(zip(measured, values, strict=True)),
         }
-        if norm is not None:
-            row["grad_norm"] = float(norm)
         if self.main:
             self.folder.append_history(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
 
+    def _margin_state(self) -> dict[str, Tensor]:
+        """Single numbers that move with the margin, under its name: curricular_t, adaface_mean, adaface_std, sphereface2_offset."""
+        margin = self.head.margin
+        found = {name: local_part(value.detach()) for name, value in (*margin.named_buffers(), *margin.named_parameters())}
+        return {f"{self.config.head.margin}_{name}": value.reshape(()) for name, value in found.items() if value.numel() == 1}
+
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def _named(self) -> dict[str, Any]:
-        return {
+        named = {
             "backbone": self.backbone,
             "optimizer": self.optimizer,
             "head": self.head,
@@ -260,6 +282,7 @@ class Trainer:
             "head_schedule": self.schedules[1],
             "progress": self.progress,
         }
+        return named if self.center is None else {**named, "center": self.center}
 
     def _save(self) -> None:
         self._same_buffers()
@@ -306,7 +329,8 @@ class Trainer:
             "unreadable_images": len(self.folder.unreadable()),
             "left_out_batches": self.progress.left_out,
         }
-        title = f"{self.config.backbone.name} with {self.config.head.margin} on {self.data.train.num_identities:,} identities"
+        losses = self.config.head.margin if self.center is None else f"{self.config.head.margin} and center loss"
+        title = f"{self.config.backbone.name} with {losses} on {self.data.train.num_identities:,} identities"
         environment = describe_environment(self.accelerator)
         return write_results(self.folder, title, evaluations, {"training": training}, self.config, environment, self.folder.history())
 
