@@ -214,7 +214,7 @@ class PartialFC(ShardedLoss):
             labels = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
             rows = select_rows(window, labels, shards.lo, shards.hi)
         selected = (shards.local if rows is None else len(rows)) * self.margin.centers
-        logits = logits_bytes(len(batch.embeddings), selected * self.margin.centers, compute_dtypes(batch.embeddings, self.weight)[1])
+        logits = logits_bytes(len(batch.embeddings), selected, compute_dtypes(batch.embeddings, self.weight)[1])
         step = Step(
             batch=batch,
             margin=self.margin,
