@@ -168,13 +168,14 @@ class PartialFC(ShardedLoss):
         """What the last forward measured of the global batch (`metrics=True`): 0-d tensors by name, the same on every rank of the group.
 
         accuracy: share of samples whose own class is the nearest of those selected, without the margin; margin_met: whose target logit
-        with the margin is still the largest; embedding_norm: mean length of the embeddings. Where vectors are normalised also angles in
-        radians: target_angle (mean), target_angle_p10, _p50, _p90 (percentiles), hardest_angle (mean, to the nearest other class).
+        with the margin is still the largest (or decides for it, where every class is a decision); embedding_norm: mean length of the
+        embeddings. Where vectors are normalised also angles in radians: target_angle (mean), target_angle_p10, _p50, _p90 (percentiles),
+        hardest_angle (mean, to the nearest other class).
         NaN where there are no samples.
         """
         if self._measured is None or self._measured.hardest is None:
             raise RuntimeError("metrics are known after a forward of a head that was built with metrics=True")
-        return self._measured.summary(self.margin.normalize, self.margin.scale)
+        return self._measured.summary(self.margin)
 
     def extra_repr(self) -> str:
         s = self._shards

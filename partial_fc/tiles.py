@@ -80,7 +80,7 @@ class Measured:
         """Angles in radians of all targets there are."""
         return torch.acos(self.cosines[self.exists].clamp(-1, 1))
 
-    def summary(self, normalized: bool, scale: float) -> dict[str, Tensor]:
+    def summary(self, margin: Margin) -> dict[str, Tensor]:
         """The figures that `PartialFC.metrics` tells of."""
         assert self.hardest is not None
         some = self.exists.any(1)
@@ -89,10 +89,10 @@ class Measured:
         hardest, norms = self.hardest[some], self.norms[some]
         found = {
             "accuracy": (best > hardest).to(norms.dtype).mean(),
-            "margin_met": (target > hardest * scale).to(norms.dtype).mean(),
+            "margin_met": (target > (0.0 if margin.binary else hardest * margin.scale)).to(norms.dtype).mean(),
             "embedding_norm": norms.mean(),
         }
-        if not normalized:
+        if not margin.normalize:
             return found
         angles = self.angles()
         marks = torch.tensor([0.1, 0.5, 0.9], dtype=angles.dtype, device=angles.device)

@@ -54,6 +54,9 @@ def measured(rank: int, world: int, margin: Margin, rate: float, budget: int | N
     lowered = {ArcFace: lambda c: torch.cos(torch.acos(c) + 0.5), CosFace: lambda c: c - 0.35}.get(type(margin), lambda c: c)
     if type(margin) in (ArcFace, CosFace, Softmax):
         expected["margin_met"] = (lowered(target) > hardest).double().mean()
+    if isinstance(margin, margins.SphereFace2):  # every class is a decision
+        z = margin.scale * (2 * ((target + 1) / 2) ** 3 - 1 - 0.4) + margin.offset.to_local().item()  # type: ignore[operator]
+        expected["margin_met"] = (z > 0).double().mean()
     if margin.normalize:
         angles = torch.acos(target).sort().values
         expected |= {"target_angle": angles.mean(), "hardest_angle": torch.acos(hardest).mean()}
@@ -71,7 +74,7 @@ def measured(rank: int, world: int, margin: Margin, rate: float, budget: int | N
 
 def all_measured(rank: int, world: int) -> None:
     for rate, budget in ((1.0, None), (0.4, 0), (0.4, None), (1.0, 0)):
-        for margin in (ArcFace(), CosFace(scale=90.0), margins.SubCenterArcFace(), margins.CurricularFace()):
+        for margin in (ArcFace(), CosFace(scale=90.0), margins.SubCenterArcFace(), margins.CurricularFace(), margins.SphereFace2(9.0)):
             measured(rank, world, margin, rate, budget, None, False)
             measured(rank, world, margin, rate, budget, 0.2, False)
         measured(rank, world, Softmax(), rate, budget, None, False)

@@ -96,7 +96,7 @@ def _bytes_put_in(rank: int, world: int) -> list[int]:
 
 
 def test_the_network_as_the_head_uses_it(ranks):
-    for seen in ranks(2).run(_bytes_put_in):
+    for seen in ranks(2).run(_bytes_put_in, timeout=120):
         assert seen == [c.own for c in plan(100, 8, 2, 10).collectives]
 
 
