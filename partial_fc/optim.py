@@ -76,6 +76,8 @@ class RowOptimizer(torch.optim.Optimizer):
             raise ValueError("update_in_backward is for sample_rate=1.0; a sampled head has no gradient of the whole weight to save")
         if low_precision not in (None, "master", "stochastic"):
             raise ValueError(f'low_precision must be None, "master" or "stochastic", not {low_precision!r}')
+        if low_precision == "stochastic" and any(p.dtype == torch.float16 for p in head._rows.parameters.values()):
+            raise ValueError('low_precision="stochastic" rounds to bfloat16, and the weights are float16; use "master"')
         _check_rows_apart(optimizer_class, options)
         self._head, self._sharded = head, head._rows
         self._fill = _initial_state(optimizer_class, options)

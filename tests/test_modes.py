@@ -149,6 +149,11 @@ def test_bf16_weights_follow_float32(ranks, low, rate):
     assert (shards - mine).norm() < 0.1 * way
 
 
+def test_stochastic_rounding_is_refused_for_float16():
+    with pytest.raises(ValueError, match='"stochastic" rounds to bfloat16, and the weights are float16; use "master"'):
+        RowOptimizer(torch.optim.SGD, PartialFC(D, 4, dtype=torch.float16), lr=0.1, low_precision="stochastic")
+
+
 def test_stochastic_rounding_keeps_the_mean_and_the_grid():
     from partial_fc.optim import _round_at_random
 
