@@ -70,6 +70,17 @@ class Positives:
         """How many targets the global batch has (0-d)."""
         return all_gather(self.exists.sum(), self.replicas).sum(0)
 
+    def of_all_replicas(self, values: Tensor) -> tuple[Tensor, slice]:
+        """(`values` of all replicas of a 2-D mesh, one after another; where this one's are). With replicas it waits for the host."""
+        if self.replicas is None:
+            return values, slice(0, len(values))
+        counts = all_gather(torch.tensor([len(values)], device=values.device), self.replicas).flatten().tolist()
+        padded = values.new_zeros(max(counts))
+        padded[: len(values)] = values
+        rows = all_gather(padded, self.replicas)
+        start = sum(counts[: dist.get_rank(self.replicas)])
+        return torch.cat([row[:n] for row, n in zip(rows, counts, strict=True)]), slice(start, start + len(values))
+
     def uniform(self, stream: int) -> Tensor:
         """`[P]` float64 in (0, 1): keyed by step and sample, so the same at every world size; another for every `stream`."""
         return (keyed_below(self.sample, self.draw + 0x9E3779B1 * stream, 1 << 31) + 0.5) / (1 << 31)
@@ -399,9 +410,10 @@ class ElasticFace(Margin):
         if not self.plus:
             return drawn
         # only existing targets take part: the others are sorted behind all of them, in both orders
-        near_last = torch.where(positives.exists, cosine, torch.inf).argsort()
-        large_first = torch.where(positives.exists, drawn, -torch.inf).argsort(descending=True)
-        return drawn.index_copy(0, near_last, drawn[large_first])
+        cosines, own = positives.of_all_replicas(torch.where(positives.exists, cosine, torch.inf))
+        drawn, _ = positives.of_all_replicas(torch.where(positives.exists, drawn, -torch.inf))
+        given = drawn.index_copy(0, cosines.argsort(), drawn.sort(descending=True).values)[own]
+        return torch.where(positives.exists, given, self.margin)
 
 
 class AdaptiveMargin(Margin):

@@ -222,3 +222,42 @@ def one_soft_loss(margin: Margin, cosine: Tensor, share_of: dict[int, float], ot
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_soft_labels_with_rules_and_centers(ranks, world):
     ranks(world).run(soft_labels)
+
+
+def on_mesh(rank: int, world: int, shape: tuple[int, int] | None) -> dict[str, list[float]]:
+    """Losses, state and a class row of three steps of 8 samples, with shards over 4 ranks or 2 replicas of 2 shards."""
+    mesh = None if shape is None else torch.distributed.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    found = {}
+    for name, (cls, arguments, _, _) in {**LOSSES, "sphereface2": (margins.SphereFace2, {"scale": 10.0}, "", {})}.items():
+        margin = cls(**arguments)
+        weights = torch.linspace(0.5, 1.5, C, dtype=torch.float64)
+        head = PartialFC(D, C, margin, 0.5, group=mesh, dtype=torch.float64, init_std=1.0, class_weights=weights)
+        optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.05, momentum=0.9)
+        numbers: list[float] = []
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(8, D, generator=generator, dtype=torch.float64)
+            labels = torch.randint(0, C, (8,), generator=generator)
+            labels[3] = -100
+            own = x[2 * rank : 2 * rank + 2].clone().requires_grad_()
+            loss = head(own, labels[2 * rank : 2 * rank + 2])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            numbers += [loss.item(), *(float(b) for b in margin.buffers() if b.ndim == 0), *(local(p).item() for p in margin.parameters())]
+            assert own.grad is not None
+            norms: list[Any] = [None] * world
+            dist.all_gather_object(norms, own.grad.norm().item())
+            numbers += norms
+        full = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight
+        found[name] = [*numbers, float(full.norm()), float(full.flatten()[7])]
+    return found
+
+
+def test_every_loss_is_the_same_on_replicas_of_shards(ranks):
+    plain = ranks(4).run(on_mesh, None)
+    replicated = ranks(4).run(on_mesh, (2, 2))
+    for results in (plain, replicated):
+        for found in results:
+            for name, numbers in found.items():
+                assert numbers == pytest.approx(plain[0][name], rel=1e-9, abs=1e-12), name
