@@ -13,7 +13,6 @@ Wen, Y. et al.: A Discriminative Feature Learning Approach for Deep Face Recogni
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +33,7 @@ from partial_fc.collectives import (
     start_reduce_scatter,
 )
 from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, check_choice
-from partial_fc.shards import initial_rows, local_part
+from partial_fc.shards import local_part
 
 if TYPE_CHECKING:
     from partial_fc.head import PartialFC
@@ -89,8 +88,6 @@ class CenterLoss(ShardedLoss):
     ) -> None:
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha must be in (0, 1], not {alpha}")
-        if not (math.isfinite(init_std) and init_std >= 0):
-            raise ValueError(f"init_std must be at least 0, not {init_std}")
         check_choice("update", update, ("paper", "gradient"))
         super().__init__(
             embedding_size,
@@ -98,6 +95,7 @@ class CenterLoss(ShardedLoss):
             sampled=update == "gradient",
             group=group,
             seed=seed,
+            init_std=init_std,
             ignore_index=ignore_index,
             reduction=reduction,
             scale_embedding_grad=scale_embedding_grad,
@@ -105,7 +103,7 @@ class CenterLoss(ShardedLoss):
             on_nonfinite=on_nonfinite,
             device=device,
         )
-        self.alpha, self.update, self._init_std = alpha, update, init_std
+        self.alpha, self.update = alpha, update
         # since the last step(): rows of classes seen [S], and for each Σ (c − x) and, in the last column, n: [S, D + 1]
         self._pending: tuple[Tensor, Tensor] | None = None
         self._register("centers", torch.empty(self._shards.local, embedding_size, device=self._device, dtype=dtype))
@@ -114,10 +112,8 @@ class CenterLoss(ShardedLoss):
         self._complete()
 
     def extra_repr(self) -> str:
-        s = self._shards
-        share = f"classes {s.lo}..{s.hi} of {s.num_classes}" if s.mesh is not None else f"{s.num_classes} classes"
         moved = f"alpha={self.alpha}" if self.update == "paper" else f"update={self.update!r}"
-        return f"embedding_size={self.embedding_size}, {share}, {moved}"
+        return f"{super().extra_repr()}, {moved}"
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -219,10 +215,8 @@ class CenterLoss(ShardedLoss):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the centers again as `seed` says; also after `to_empty` on a loss that was built on the meta device."""
-        centers = local_part(self.centers.detach())
         self._pending = None
-        if centers.device.type != "meta":
-            centers.copy_(initial_rows(self._shards.lo, self._shards.hi, centers.shape[1:], std=self._init_std, seed=self.seed))
+        self._draw(self.centers)
 
     @torch.no_grad()
     def init_from_weights(self, head: PartialFC) -> None:

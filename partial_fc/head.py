@@ -11,7 +11,6 @@ An, X. et al.: Partial FC, arXiv 2010.05222 and 2203.15565.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from partial_fc.collectives import GlobalBatch, Group, as_matrix
 from partial_fc.margins import ArcFace, Margin
 from partial_fc.sampling import draw_window, mix, select_rows, window_size
 from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, log
-from partial_fc.shards import initial_rows, local_part
+from partial_fc.shards import local_part
 from partial_fc.softmax import ShardedCrossEntropy
 from partial_fc.tiles import Measured, Step, compute_dtypes, logits_bytes
 from partial_fc.workspace import Workspace
@@ -89,13 +88,14 @@ class PartialFC(ShardedLoss):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_arguments(sample_rate, init_std, label_smoothing, logits_budget)
+        _check_arguments(sample_rate, label_smoothing, logits_budget)
         super().__init__(
             embedding_size,
             num_classes,
             sampled=sample_rate < 1,
             group=group,
             seed=seed,
+            init_std=init_std,
             ignore_index=ignore_index,
             reduction=reduction,
             scale_embedding_grad=scale_embedding_grad,
@@ -122,7 +122,7 @@ class PartialFC(ShardedLoss):
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", _class_weights(class_weights, num_classes, self._device), persistent=False)
         self.logits_budget = DEFAULT_LOGITS_BUDGET if logits_budget is None else logits_budget
-        self._sample_rate, self._init_std, self._step = sample_rate, init_std, 0
+        self._sample_rate, self._step = sample_rate, 0
         self._workspace = Workspace()
         self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
         self._selected_rows: Tensor | None = None
@@ -178,9 +178,7 @@ class PartialFC(ShardedLoss):
         return self._measured.summary(self.margin)
 
     def extra_repr(self) -> str:
-        s = self._shards
-        share = f"classes {s.lo}..{s.hi} of {s.num_classes}" if s.mesh is not None else f"{s.num_classes} classes"
-        return f"embedding_size={self.embedding_size}, {share}, sample_rate={self.sample_rate}"
+        return f"{super().extra_repr()}, sample_rate={self.sample_rate}"
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -286,9 +284,7 @@ class PartialFC(ShardedLoss):
 
         Also after `to_empty` on a head that was built on the meta device.
         """
-        weight = local_part(self.weight.detach())
-        if weight.device.type != "meta":
-            weight.copy_(initial_rows(self._shards.lo, self._shards.hi, weight.shape[1:], std=self._init_std, seed=self.seed))
+        self._draw(self.weight)
         if self.bias is not None:
             local_part(self.bias.detach()).zero_()
         self.margin.reset()
@@ -301,11 +297,9 @@ class PartialFC(ShardedLoss):
         self._step = int(state)
 
 
-def _check_arguments(sample_rate: float, init_std: float, label_smoothing: float, logits_budget: int | None) -> None:
+def _check_arguments(sample_rate: float, label_smoothing: float, logits_budget: int | None) -> None:
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate is a share of the classes in (0, 1], not {sample_rate}")
-    if not (math.isfinite(init_std) and init_std >= 0):
-        raise ValueError(f"init_std must be at least 0, not {init_std}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
     if logits_budget is not None and logits_budget < 0:

@@ -8,6 +8,7 @@ targets, sample weights    what each label and each sample counts for in the red
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from partial_fc.collectives import NO_LABEL, GlobalBatch, Group, NonFiniteError, Ranks, all_gather_mesh, as_matrix, exchange, joining
 from partial_fc.rows import ShardedRows
-from partial_fc.shards import ClassShards, local_part
+from partial_fc.shards import ClassShards, initial_rows, local_part
 
 log = logging.getLogger("partial_fc")
 
@@ -42,6 +43,7 @@ class ShardedLoss(nn.Module):
         sampled: bool,
         group: Group,
         seed: int,
+        init_std: float,
         ignore_index: int,
         reduction: Reduction,
         scale_embedding_grad: bool,
@@ -53,10 +55,12 @@ class ShardedLoss(nn.Module):
         for name, value in (("embedding_size", embedding_size), ("num_classes", num_classes)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if not (math.isfinite(init_std) and init_std >= 0):
+            raise ValueError(f"init_std must be at least 0, not {init_std}")
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_choice("validate", validate, ("always", "first", "never"))
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "log"))
-        self.embedding_size, self.num_classes, self.seed = embedding_size, num_classes, seed
+        self.embedding_size, self.num_classes, self.seed, self._init_std = embedding_size, num_classes, seed, init_std
         self.ignore_index, self.reduction, self.scale_embedding_grad = ignore_index, reduction, scale_embedding_grad
         self.validate, self.on_nonfinite = validate, on_nonfinite
         self.skipped = False
@@ -68,6 +72,17 @@ class ShardedLoss(nn.Module):
 
     def _register(self, name: str, local: Tensor | None) -> None:
         self.register_parameter(name, None if local is None else nn.Parameter(self._shards.wrap(local)))
+
+    def _draw(self, parameter: nn.Parameter) -> None:
+        """Fill it with the initial rows that `seed` and `init_std` say; nothing on the meta device."""
+        local = local_part(parameter.detach())
+        if local.device.type != "meta":
+            local.copy_(initial_rows(self._shards.lo, self._shards.hi, local.shape[1:], std=self._init_std, seed=self.seed))
+
+    def extra_repr(self) -> str:
+        s = self._shards
+        share = f"classes {s.lo}..{s.hi} of {s.num_classes}" if s.mesh is not None else f"{s.num_classes} classes"
+        return f"embedding_size={self.embedding_size}, {share}"
 
     def _complete(self) -> None:
         """To be called when all parameters are registered: take them, and see that all ranks built the same."""
@@ -161,7 +176,10 @@ class ShardedLoss(nn.Module):
         weights = self._worth(batch.labels, batch.label_weights, batch.sample_weights, dtype)
         if self.reduction != "mean":
             return weights
-        total = self._worth(batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights, dtype).sum()
+        everywhere = weights
+        if batch.ranks.replica_group is not None:
+            everywhere = self._worth(batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights, dtype)
+        total = everywhere.sum()
         return weights / torch.where(total > 0, total, 1.0)
 
     def _worth(self, labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
