@@ -1,62 +1,54 @@
 """One global checkpoint of everything that has a state dict, written by all ranks, read at any world size.
 
     path/
-      manifest.json      which data folder is complete; replaced in one move, last of all
-      data-0007/         torch.distributed.checkpoint: one file a rank, and .metadata
+      manifest.json      which data folder is complete, and the size of each of its files; replaced in one move, last of all
+      data-0007/         torch.distributed.checkpoint (storage.py): one file a rank, and .metadata
 
-Sharded tensors (DTensors) are written by the ranks that hold their rows, in blocks of rows, so that neither side ever needs a second
-copy of a shard; loading fills the tensors of the objects in place, however many ranks there are now. Replicated tensors are written
-once. Everything else of a state dict (numbers, names) is a *skeleton* with a mark in the place of each tensor.
+Sharded tensors (DTensors) are written by the ranks that hold their rows; loading fills the tensors of the objects in place, however many
+ranks there are now. Replicated tensors are written once. Everything else of a state dict (numbers, names) is a *skeleton* with a mark in
+the place of each tensor.
+
+    save    state dicts ── collect ──> name -> rows | tensor | skeleton ── write ──> data-0008/ ── publish ──> manifest.json
+    load    manifest.json, sizes, skeletons ── check ──> tensors in place ── load_state_dict
 
 A process killed at any moment leaves the previous checkpoint: until the manifest is replaced it names the previous data folder.
-Nothing read from a file can run code: tensors and skeletons are loaded with `weights_only`, metadata by an unpickler that knows only
-the classes of the format.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import pickle
-import re
 import shutil
-import warnings
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from partial_fc.agreement import on_every_rank, on_first_rank
+from partial_fc.locks import FolderLock
+from partial_fc.manifest import damage, new_data_folder, publish, read_manifest, writing
 from partial_fc.shards import local_part
+from partial_fc.storage import RowBlocks, RowSource, SafeReader, read, splits_by_rows, stream, write
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-ROW_BLOCK_BYTES = 16 << 20
 MARK = "__tensor__"
-OWN = re.compile(r"data-\d{4,}")  # a user's own data-anything stays
+
+Copy = Callable[[str, Tensor], Tensor]  # (name, tensor) -> what to write in its place
 
 
 class Stateful(Protocol):
-    """Anything with a state dict."""
+    """Anything with a state dict.
+
+    It may also have `check_state(state)`, called before anything is loaded with what is not tensors of the stored state (tensors are
+    marks), which raises ValueError if the state is another thing's; and `state_template()`, a state dict with all tensors allocated, for
+    things that have none before their first step.
+    """
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -66,114 +58,138 @@ class Stateful(Protocol):
 def save_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
     """Write the state of `named` objects as one checkpoint, replacing the one at `path` when it is complete.
 
-    Every rank must call it with the same names. Sharded heads are written by all ranks, all else by one.
-    Raises OSError, the same on every rank, if the folder cannot be written.
+    Every rank must call it with the same names, and see the same folder. Sharded heads are written by all ranks, all else by one.
+    A state dict may hold a `RowSource` (storage.py) in the place of a matrix, which is then read and written block by block.
+
+    Raises, the same on every rank: OSError if the folder cannot be written (full, read-only) or another process is writing it, TypeError
+    for a state that could not be read again. The previous checkpoint is untouched by then.
     """
     folder = Path(path)
-    data = folder / _agreed(lambda: _new_data_folder(folder))
-    state: dict[str, Any] = {}
-    for name, thing in named.items():
-        tensors: dict[str, Tensor] = {}
-        state[name] = _flatten(thing.state_dict(), name, tensors)
-        _check_loads(state[name], name)
-        state.update({k: _RowBlocks(v) if isinstance(v, DTensor) else v.detach() for k, v in tensors.items()})
-    with _translated():
-        save(
-            state,
-            storage_writer=FileSystemWriter(data),
-            planner=_RowBlockPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=not dist.is_initialized(),
-        )
-    _agreed(lambda: _publish(folder, data.name, sorted(named)))
+    state = collect(named)
+    with _locked(folder):
+        write_checkpoint(folder, state, sorted(named))
 
 
 def load_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
     """Read the state of `named` objects from a checkpoint that any number of ranks wrote; every rank must call it.
 
-    Tensors are filled in place. Raises FileNotFoundError if there is no complete checkpoint, ValueError if it holds other names or
-    other shapes than the objects have.
+    Tensors are filled in place. Raises, the same on every rank and before anything has changed: FileNotFoundError if there is no complete
+    checkpoint, ValueError if a file is missing, truncated or damaged, or if the checkpoint holds other names, shapes, or a head of another
+    margin than the objects have.
     """
     folder = Path(path)
-    manifest = _everywhere(lambda: _read_manifest(folder))
-    reader = _SafeReader(folder / manifest["data"])
-    metadata = _everywhere(lambda: reader.read_metadata().state_dict_metadata)
+    manifest = on_every_rank(lambda: read_manifest(folder))
+    reader = SafeReader(folder / manifest["data"])
+    metadata = on_every_rank(lambda: _check_whole(folder, manifest, reader).state_dict_metadata)
     missing = sorted(set(named) - set(manifest["names"]))
     if missing:
         raise ValueError(f"checkpoint {folder} has no {', '.join(missing)}; it has {', '.join(manifest['names'])}")
     skeletons: dict[str, Any] = dict.fromkeys(named, 0)
-    _read(skeletons, reader)
+    read(skeletons, reader)
     tensors: dict[str, Tensor] = {}
     for name, thing in named.items():
+        _check_state(thing, skeletons[name], f"checkpoint {folder}: {name}")
         here: dict[str, Tensor] = {}
         stored = [key for key in metadata if key.startswith(f"{name}/")]
-        _flatten(thing.state_dict(), name, here)
+        flatten(thing.state_dict(), name, here)
         template = getattr(thing, "state_template", None)
         if template is not None and not here.keys() >= set(stored):
             here.clear()
-            _flatten(template(), name, here)
+            flatten(template(), name, here)
         for key in stored:
             tensors[key] = _target(key, metadata[key], here.get(key), folder)
-    _read(tensors, reader)
+    read(tensors, reader)
     for name, thing in named.items():
         thing.load_state_dict(_restore(skeletons[name], tensors))
 
 
-def _target(key: str, stored: Any, here: Tensor | None, folder: Path) -> Tensor:
-    """The tensor to read `key` into: the object's own where it has one, a new one where it has none yet."""
-    if here is None:
-        return torch.empty(stored.size, dtype=stored.properties.dtype)
-    if here.shape != stored.size:
-        raise ValueError(f"checkpoint {folder}: {key} is {list(stored.size)}, here it is {list(here.shape)}")
-    return here.detach()
+def stored_tensors(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every tensor of a checkpoint, by its key: "head/weight", "head_optimizer/state/0/momentum_buffer".
+
+    For this process alone, without loading anything. Raises FileNotFoundError or ValueError as `load_checkpoint` does.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    metadata = _check_whole(folder, manifest, SafeReader(folder / manifest["data"])).state_dict_metadata
+    return {k: (v.size, v.properties.dtype) for k, v in metadata.items() if isinstance(v, TensorStorageMetadata)}
 
 
-def _read(state: dict[str, Any], reader: FileSystemReader) -> None:
-    with _translated():
-        load(
-            state,
-            storage_reader=reader,
-            planner=_SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=not dist.is_initialized(),
-        )
+def stored_values(path: str | os.PathLike[str], name: str) -> Any:
+    """What is not tensors of the stored state of `name`; `{"__tensor__": key}` stands for each tensor. For this process alone."""
+    folder = Path(path)
+    skeleton: dict[str, Any] = {name: 0}
+    manifest = read_manifest(folder)
+    if name not in manifest["names"]:
+        raise ValueError(f"checkpoint {folder} has no {name}; it has {', '.join(manifest['names'])}")
+    read(skeleton, SafeReader(folder / manifest["data"]), alone=True)
+    return skeleton[name]
 
 
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    """Without torch's warning that there is no process group, and with an OSError for what it raises beside Exception."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        try:
-            yield
-        except CheckpointException as error:
-            rank, failure = next(iter(error.failures.items()))
-            raise OSError(f"checkpoint: rank {rank}: {failure[0]}") from error
+def stream_tensor(path: str | os.PathLike[str], key: str, take: Callable[[int, Tensor], None]) -> None:
+    """Call `take(first_row, rows)` for each stored block of the matrix `key`, in any order, one block in memory at a time.
+
+    For this process alone. Raises FileNotFoundError, ValueError or OSError as `load_checkpoint` does.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    reader = SafeReader(folder / manifest["data"])
+    _check_whole(folder, manifest, reader)
+    stream(reader, key, take)
 
 
 # ---------------------------------------------------------------------------------------------------- state dicts and skeletons
 
 
-def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The skeleton of `value`: as it is, with a mark for each tensor, which goes into `tensors` under its path."""
-    if isinstance(value, Tensor):
+def collect(named: dict[str, Stateful], copy: Copy | None = None) -> dict[str, Any]:
+    """name -> RowBlocks, tensor or skeleton of everything in `named`. `copy` makes what is written a copy of the tensors now.
+
+    TypeError for a state that could be written but not read again.
+    """
+    state: dict[str, Any] = {}
+    for name, thing in named.items():
+        tensors: dict[str, Any] = {}
+        state[name] = _as_loaded(flatten(thing.state_dict(), name, tensors), name)
+        for key, tensor in tensors.items():
+            state[key] = _to_write(key, tensor, copy)
+    return state
+
+
+def _to_write(key: str, tensor: Tensor | RowSource, copy: Copy | None) -> RowBlocks | Tensor:
+    if not isinstance(tensor, Tensor):
+        return RowBlocks.of_source(tensor)
+    if isinstance(tensor, DTensor) and splits_by_rows(tensor):
+        return RowBlocks.of_tensor(tensor, None if copy is None else copy(key, local_part(tensor.detach())))
+    if copy is None:
+        return tensor.detach()
+    if isinstance(tensor, DTensor):
+        local = copy(key, local_part(tensor.detach()))
+        mesh = tensor.device_mesh
+        return DTensor.from_local(local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return copy(key, tensor.detach())
+
+
+def flatten(value: Any, path: str, tensors: dict[str, Any]) -> Any:
+    """The skeleton of `value`: as it is, with a mark for each tensor (or RowSource), which goes into `tensors` under its path."""
+    if isinstance(value, Tensor | RowSource):
         tensors[path] = value
         return {MARK: path}
     found = len(tensors)
     if isinstance(value, dict):
-        parts: Any = {k: _flatten(v, f"{path}/{k}", tensors) for k, v in value.items()}
+        parts: Any = {k: flatten(v, f"{path}/{k}", tensors) for k, v in value.items()}
         return parts if len(tensors) > found or type(value) is dict else value
     if isinstance(value, list | tuple):
-        parts = [_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+        parts = [flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
         return parts if isinstance(value, list) else tuple(parts)
     return value.item() if type(value).__module__ == "numpy" and not getattr(value, "shape", ()) else value
 
 
-def _check_loads(skeleton: Any, name: str) -> None:
-    """TypeError, before anything is replaced, for a state that could be written but not read again."""
+def _as_loaded(skeleton: Any, name: str) -> Any:
+    """A copy of the skeleton as loading will give it; TypeError, before anything is replaced, if it cannot be loaded."""
     buffer = io.BytesIO()
     torch.save(skeleton, buffer)
     buffer.seek(0)
     try:
-        torch.load(buffer, weights_only=True)
+        return torch.load(buffer, weights_only=True)
     except pickle.UnpicklingError as error:
         raise TypeError(f"the state of {name} holds what is neither a tensor nor a plain value: {str(error).splitlines()[0]}") from error
 
@@ -189,167 +205,71 @@ def _restore(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     return skeleton
 
 
-class _RowBlocks:
-    """A row-sharded DTensor as `torch.distributed.checkpoint` writes it: in blocks of rows under one name."""
-
-    def __init__(self, tensor: DTensor) -> None:
-        self.size, self.local = tensor.shape, local_part(tensor.detach())
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        self.first = offset[0] if offset else 0
-        self.rows = max(1, ROW_BLOCK_BYTES // max(1, self.local[:1].nbytes or 1))
-
-    def _chunk(self, a: int) -> ChunkStorageMetadata:
-        rows = min(self.rows, len(self.local) - a)
-        zeros = [0] * (self.local.ndim - 1)
-        return ChunkStorageMetadata(torch.Size([self.first + a, *zeros]), torch.Size([rows, *self.local.shape[1:]]))
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk(a) for a in range(0, len(self.local), self.rows)]
-
-    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.local)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-    def block(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None
-        a = index.offset[0] - self.first
-        return self.local[a : a + self.rows]
+def _check_state(thing: Stateful, skeleton: Any, what: str) -> None:
+    check = getattr(thing, "check_state", None)
+    if check is not None:
+        try:
+            check(skeleton)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
 
 
-class _RowBlockPlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        stored = self.state_dict[index.fqn]
-        return stored.block(index) if isinstance(stored, _RowBlocks) else super().lookup_object(index)
+def _target(key: str, stored: Any, here: Tensor | None, folder: Path) -> Tensor:
+    """The tensor to read `key` into: the object's own where it has one, a new one where it has none yet."""
+    if here is None:
+        return torch.empty(stored.size, dtype=stored.properties.dtype)
+    if here.shape == stored.size:
+        return here.detach()
+    problem = f"checkpoint {folder}: {key} is {list(stored.size)}, here it is {list(here.shape)}"
+    if isinstance(here, DTensor) or here.ndim == len(stored.size) > 1:
+        if here.shape[1:] == stored.size[1:]:
+            problem += f"; it is of {stored.size[0]} classes: build for as many, load, then expand() or remap() to what is wanted"
+        elif here.shape[:1] == stored.size[:1]:
+            problem += "; it is of another width: build for that, or start a new run"
+    raise ValueError(problem)
 
 
 # ---------------------------------------------------------------------------------------------------- folders
 
 
-def _new_data_folder(folder: Path) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"data-{max((int(p.name[5:]) for p in folder.glob('data-*') if OWN.fullmatch(p.name)), default=0) + 1:04d}"
-    (folder / name).mkdir()
-    return name
-
-
-def _publish(folder: Path, data: str, names: list[str]) -> None:
-    """Make `data` the checkpoint, in one atomic move, then remove what it replaces."""
-    temporary = folder / f"{MANIFEST}.tmp"
-    with temporary.open("w") as file:
-        json.dump({"format": FORMAT, "data": data, "names": names}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
-    for old in folder.glob("data-*"):
-        if old.name != data and OWN.fullmatch(old.name) and old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)  # the new one is in place; a busy old one is no failure
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def write_checkpoint(
+    folder: Path,
+    state: dict[str, Any],
+    names: list[str],
+    *,
+    note: dict[str, Any] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write what `collect` made as the checkpoint at `folder`; every rank of the group (None: all) must call it. note: for the manifest."""
+    data = folder / on_first_rank(lambda: new_data_folder(folder), group)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        data = manifest["data"]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no complete checkpoint at {folder} (it has no {MANIFEST})") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"checkpoint {folder} has format {manifest.get('format')}, this version reads {FORMAT}")
-    if Path(data).name != data or not (folder / data).is_dir():
-        raise ValueError(f"{folder / MANIFEST} names {data!r}, which is no folder beside it")
-    return dict(manifest)
+        write(data, state, group)
+        on_first_rank(lambda: publish(folder, data, {"names": names, **(note or {})}), group)
+    except BaseException:
+        # what is there is of no use, and a full disk wants the space; another rank's error has come to rank 0, too
+        if not dist.is_initialized() or dist.get_rank(group) == 0:
+            shutil.rmtree(data, ignore_errors=True)
+        raise
 
 
-def _everywhere(action: Any) -> Any:
-    """The result of `action` on this rank; the first rank's error, if any rank has one, on all."""
-    result, error = None, None
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FolderLock(folder)
+
+    def acquire() -> None:
+        with writing(folder):
+            lock.acquire()
+
+    on_first_rank(acquire)
     try:
-        result = action()
-    except (OSError, ValueError) as caught:
-        error = caught
-    if dist.is_initialized():
-        errors: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, None if error is None else (type(error), str(error)))
-        first = next(((rank, e) for rank, e in enumerate(errors) if e is not None), None)
-        if first is not None:
-            rank, (kind, text) = first
-            raise kind(text if all(e is not None for e in errors) else f"rank {rank}: {text}") from error
-    if error is not None:
-        raise error
-    return result
+        yield
+    finally:
+        lock.release()
 
 
-def _agreed(action: Any) -> Any:
-    """The result of `action` on the first rank, or its OSError, on every rank."""
-    result: list[Any] = [None, None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            result[0] = action()
-        except OSError as error:
-            result[1] = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(result, src=0)
-    if result[1] is not None:
-        raise OSError(f"checkpoint cannot be written: {result[1]}")
-    return result[0]
-
-
-# ---------------------------------------------------------------------------------------------------- reading without running
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Loads the metadata of a distributed checkpoint and nothing else."""
-
-    ALLOWED = {
-        ("collections", "OrderedDict"),
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "Metadata"),
-        ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED:
-            return super().find_class(module, name)
-        if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
-            return PurePosixPath  # where it was written; not used
-        value = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(value, torch.dtype):
-            return value
-        raise pickle.UnpicklingError(
-            f"checkpoint metadata asks for {module}.{name}, which no checkpoint needs; the file is not to be trusted"
-        )
-
-
-class _SafeReader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            metadata: Metadata = _SafeUnpickler(io.BytesIO(path.read_bytes())).load()
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete") from None
-        except (pickle.UnpicklingError, EOFError, IndexError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
-        return metadata
-
-
-class _SafeLoadPlanner(DefaultLoadPlanner):
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+def _check_whole(folder: Path, manifest: dict[str, Any], reader: SafeReader) -> Metadata:
+    """The metadata; ValueError or FileNotFoundError if a file of the checkpoint is not as it was written."""
+    problem = damage(folder, manifest)
+    if problem is not None:
+        raise problem
+    return reader.read_metadata()

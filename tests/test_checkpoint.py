@@ -89,7 +89,7 @@ def test_any_world_size_reads_what_any_other_wrote(ranks, tmp_path, kind, classe
 
 
 def test_saved_alone_loads_on_ranks(ranks, tmp_path, monkeypatch):
-    monkeypatch.setattr("partial_fc.checkpoint.ROW_BLOCK_BYTES", 64)
+    monkeypatch.setattr("partial_fc.storage.ROW_BLOCK_BYTES", 64)
     path = str(tmp_path / "checkpoint")
     expected, weight = save(0, 1, path, 23, "sgd")
     again = ranks(3).run(load, path, 23, "sgd")
@@ -98,13 +98,13 @@ def test_saved_alone_loads_on_ranks(ranks, tmp_path, monkeypatch):
 
 
 def save_in_small_blocks(rank: int, world: int, path: str) -> None:
-    import partial_fc.checkpoint
+    import partial_fc.storage
 
-    before, partial_fc.checkpoint.ROW_BLOCK_BYTES = partial_fc.checkpoint.ROW_BLOCK_BYTES, 2 * D * 8
+    before, partial_fc.storage.ROW_BLOCK_BYTES = partial_fc.storage.ROW_BLOCK_BYTES, 2 * D * 8
     try:
         save_checkpoint(path, head=PartialFC(D, 23, seed=3, dtype=torch.float64))
     finally:
-        partial_fc.checkpoint.ROW_BLOCK_BYTES = before
+        partial_fc.storage.ROW_BLOCK_BYTES = before
 
 
 def test_rows_are_written_in_blocks(ranks, tmp_path):
@@ -164,15 +164,24 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):
 def test_damaged_files_are_named(tmp_path):
     save_checkpoint(tmp_path, head=PartialFC(D, 7))
     data = next(tmp_path.glob("data-*"))
-    whole = (data / ".metadata").read_bytes()
-    (data / ".metadata").write_bytes(whole[:100])
-    with pytest.raises(ValueError, match=r"\.metadata is damaged"):
-        load_checkpoint(tmp_path, head=PartialFC(D, 7))
-    (data / ".metadata").write_bytes(whole)
     shard = next(data.glob("*.distcp"))
-    shard.write_bytes(shard.read_bytes()[:50])
-    with pytest.raises(OSError, match="checkpoint"):
-        load_checkpoint(tmp_path, head=PartialFC(D, 7))
+    for file in (data / ".metadata", shard):
+        whole = file.read_bytes()
+        head = PartialFC(D, 7, seed=9)
+        file.write_bytes(whole[:100])
+        with pytest.raises(ValueError, match=rf"is not whole: .*{file.name} has 100 bytes of {len(whole)}; copy it again"):
+            load_checkpoint(tmp_path, head=head)
+        file.unlink()
+        with pytest.raises(FileNotFoundError, match=f"{file.name} is missing"):
+            load_checkpoint(tmp_path, head=head)
+        assert torch.equal(head.weight, PartialFC(D, 7, seed=9).weight)
+        file.write_bytes(whole)
+    for file, words in ((data / ".metadata", r"\.metadata is damaged"), (shard, "cannot be read")):
+        whole = file.read_bytes()
+        file.write_bytes(bytes(len(whole)))  # the right size, and not what was written
+        with pytest.raises((OSError, ValueError), match=words):
+            load_checkpoint(tmp_path, head=PartialFC(D, 7))
+        file.write_bytes(whole)
 
 
 def test_neighbours_of_a_checkpoint_stay(tmp_path):
@@ -182,7 +191,7 @@ def test_neighbours_of_a_checkpoint_stay(tmp_path):
     (tmp_path / "data-0009").write_text("a file")
     for _ in range(2):
         save_checkpoint(tmp_path, head=PartialFC(D, 7))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data-0009", "data-0011", "data-1", "data-train", "manifest.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "data-0009", "data-0011", "data-1", "data-train", "manifest.json"]
 
 
 class State:
@@ -222,6 +231,13 @@ def test_a_folder_that_one_rank_does_not_see_is_an_error_on_all(ranks, tmp_path)
     assert texts[0].startswith("rank 1: no complete checkpoint")
 
 
+def _believe_sizes(folder: Path) -> None:
+    """Make the manifest agree with files that were changed."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {name: (folder / manifest["data"] / name).stat().st_size for name in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 class Malicious:
     def __reduce__(self) -> Any:
         return os.system, ("touch ran",)
@@ -232,6 +248,7 @@ def test_metadata_cannot_run_code(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
     data = next((tmp_path / "a").glob("data-*"))
     (data / ".metadata").write_bytes(pickle.dumps(Malicious()))
+    _believe_sizes(tmp_path / "a")
     with pytest.raises(ValueError, match="not to be trusted"):
         load_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
     assert not Path("ran").exists()
