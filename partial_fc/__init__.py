@@ -7,6 +7,7 @@ application built on them.
 from partial_fc.centers import CenterLoss
 from partial_fc.check import check_margin
 from partial_fc.checkpoint import load_checkpoint, save_checkpoint
+from partial_fc.checkpointer import Checkpointer
 from partial_fc.collectives import GlobalBatch, NonFiniteError, gather
 from partial_fc.head import PartialFC
 from partial_fc.margins import (
@@ -27,6 +28,7 @@ from partial_fc.margins import (
 )
 from partial_fc.optim import RowOptimizer, clip_grad_norm_
 from partial_fc.plan import Plan, plan
+from partial_fc.random_state import RandomState
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,7 @@ __all__ = [
     "AdaptiveMargin",
     "ArcFace",
     "CenterLoss",
+    "Checkpointer",
     "CombinedMargin",
     "CosFace",
     "CurricularFace",
@@ -46,6 +49,7 @@ __all__ = [
     "NormFace",
     "PartialFC",
     "Plan",
+    "RandomState",
     "RowOptimizer",
     "Softmax",
     "SphereFace",

@@ -249,6 +249,8 @@ def write_checkpoint(
         # what is there is of no use, and a full disk wants the space; another rank's error has come to rank 0, too
         if not dist.is_initialized() or dist.get_rank(group) == 0:
             shutil.rmtree(data, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds an earlier checkpoint
+                folder.rmdir()
         raise
 
 

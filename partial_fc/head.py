@@ -270,10 +270,9 @@ class PartialFC(ShardedLoss):
 
     def _settings(self) -> dict[str, Any]:
         settings = super()._settings()
-        margin = type(self.margin).__name__, {k: v for k, v in vars(self.margin).items() if not k.startswith("_")}
         tables = [float(b.double().sum()) for b in self.buffers()]
         own = self._init_std, self.sample_rate, self.interclass_filter, tables
-        digest = settings["a digest of the settings"], margin, own
+        digest = settings["a digest of the settings"], self.margin.describe(), own
         return {**settings, "a digest of the settings": digest}
 
     # ------------------------------------------------------------------------------------------------ parameters and state
@@ -289,12 +288,27 @@ class PartialFC(ShardedLoss):
             local_part(self.bias.detach()).zero_()
         self.margin.reset()
 
-    def get_extra_state(self) -> Tensor:
-        """The number of training forwards, which says what is drawn next."""
-        return torch.tensor(self._step)
+    def get_extra_state(self) -> dict[str, Any]:
+        """The number of training forwards, which says what is drawn next, and the margin, which says what the weights are for."""
+        return {"step": self._step, "margin": self.margin.describe()}
 
     def set_extra_state(self, state: Any) -> None:
-        self._step = int(state)
+        self._step = int(state["step"] if isinstance(state, dict) else state)
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if a state dict is that of a head of another margin; tensors in it are not looked at."""
+        extra = state.get("_extra_state")
+        theirs = extra.get("margin") if isinstance(extra, dict) else None
+        if theirs is not None and theirs != self.margin.describe():
+            raise ValueError(
+                f"it is of a head with {theirs}, this one has {self.margin.describe()}; build the head with that margin, "
+                "or start a new run from the class weights alone (export_weights, import_weights)"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # before a weight has changed
+        self.check_state({"_extra_state": state_dict.get(f"{prefix}_extra_state")})
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 def _check_arguments(sample_rate: float, label_smoothing: float, logits_budget: int | None) -> None:

@@ -138,6 +138,12 @@ class Margin(nn.Module):
     def reset(self) -> None:
         """Set buffers to what they are at the start."""
 
+    def describe(self) -> str:
+        """Its name and settings, "ArcFace(scale=64.0, m1=1.0, m2=0.5, ...)": what must be the same on all ranks and in a checkpoint."""
+        plain = (bool, int, float, str, tuple)
+        settings = {k: v for k, v in vars(self).items() if isinstance(v, plain) and not k.startswith("_") and k != "training"}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
+
     def frozen(self) -> Margin:
         """This margin with buffers of its own, which later steps do not move."""
         other = copy.copy(self)

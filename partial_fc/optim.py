@@ -180,8 +180,20 @@ class RowOptimizer(torch.optim.Optimizer):
                     template["state"][i][MASTER] = self._allocate(parameter, torch.float32, MASTER)
         return template
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if a state dict is that of another class of optimizer; tensors in it are not looked at."""
+        options = {**self._options(), **state["param_groups"][0]}
+        accepted = {k: v for k, v in options.items() if k in self._options() and k not in ("fused", "foreach", "capturable")}
+        mine = {MASTER, COUNT, *_trial(type(self._inner), accepted, torch.zeros(1, 1, device="cpu"), steps=1)[1]}
+        for of_parameter in state["state"].values():
+            unknown = sorted(set(of_parameter) - mine)
+            if unknown:
+                name = type(self._inner).__name__
+                raise ValueError(f"it is the state of another optimizer: it has {', '.join(unknown)}, which {name} as built here has not")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take options and state; the row state must be of this head's shape."""
+        """Take options and state; the row state must be of this class and of this head's shape, else ValueError."""
+        self.check_state(state_dict)
         parameters = self._sharded.everything
         for i, state in state_dict["state"].items():
             for key, value in state.items():
