@@ -351,8 +351,8 @@ def test_a_run_leaves_everything(run):
     ):
         assert (run / name).stat().st_size > 100, name
     assert list(run.glob("tensorboard/*tfevents*"))
-    assert [p.name for p in RunFolder(run).checkpoints()] == ["epoch-0005", "epoch-0006"]
-    assert len(list((run / "checkpoints/epoch-0006").glob("data-*/*.distcp"))) == 2, "two ranks write a file each"
+    assert RunFolder(run).checkpointer().steps() == [45, 54]
+    assert len(list((run / "checkpoints/step-000000054").glob("data-*/*.distcp"))) == 2, "two ranks write a file each"
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["head"]["sample_rate"] == 0.5 and config["head"]["margin"] == "arcface" and config["train"]["clip_norm"] == 5.0
     metrics = json.loads((run / "metrics.json").read_text())
@@ -401,7 +401,7 @@ def test_running_statistics_and_centers_go_on_exactly(tmp_path, settings):
     folder, again = tmp_path / "run", tmp_path / "again"
     succeed("train", "configs/quickstart.yaml", "--output.folder", str(folder), *SMALL, "--train.epochs", "2", *settings)
     shutil.copytree(folder, again)
-    shutil.rmtree(again / "checkpoints/epoch-0002")
+    shutil.rmtree(again / "checkpoints/step-000000018")
     assert "resuming after epoch 1" in succeed("train", "--resume", str(again))
     rows = history(folder)
     assert history(again) == rows
@@ -437,18 +437,23 @@ def test_centers_move_once_a_step_by_all_micro_batches_and_not_when_it_is_skippe
     assert steps[0][1] == 128 and {samples for _, samples in steps[1:]} == {64}
 
 
-def test_a_killed_run_goes_on_exactly(run, tmp_path):
-    """SIGKILL of all processes after the second checkpoint; the resumed run logs the losses of the undisturbed one."""
+@pytest.mark.parametrize(
+    ("settings", "seen"),
+    [([], 18), (["--train.checkpoint_steps", "4", "--train.asynchronous_checkpoints", "true"], 12)],
+    ids=["between epochs", "within an epoch"],
+)
+def test_a_killed_run_goes_on_exactly(run, tmp_path, settings, seen):
+    """SIGKILL of all processes after some checkpoint; the resumed run logs the losses of the undisturbed one."""
     folder = tmp_path / "run"
-    process = launch("train", "configs/quickstart.yaml", "--output.folder", str(folder), *RUN)
+    process = launch("train", "configs/quickstart.yaml", "--output.folder", str(folder), *RUN, *settings)
     deadline = time.monotonic() + 100
-    while not (folder / "checkpoints/epoch-0002/manifest.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline, "no second checkpoint"
+    while not (folder / f"checkpoints/step-{seen:09d}/manifest.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "no such checkpoint"
         time.sleep(0.02)
     kill(process)
     process.communicate()
     out = succeed("train", "--resume", str(folder))
-    assert re.search(r"resuming after epoch [2345]", out)
+    assert re.search(r"resuming after epoch [1-5]", out)
     assert history(folder) == history(run)
     mine, theirs = (json.loads((f / "metrics.json").read_text())["evaluations"] for f in (folder, run))
     assert mine == theirs
@@ -456,7 +461,7 @@ def test_a_killed_run_goes_on_exactly(run, tmp_path):
 
 def test_a_run_goes_on_at_another_world_size(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/epoch-0006")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000000054")
     out = succeed("train", "--resume", str(tmp_path / "run"), ranks=1)
     assert "resuming after epoch 5" in out
     rows, before = history(tmp_path / "run"), history(run)

@@ -43,7 +43,16 @@ from partial_fc.training.errors import UserError
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # what a resumed run may have otherwise than the run that it goes on with: nothing that changes its numbers
-FREE_ON_RESUME = ("output.", "data.workers", "train.checkpoint_every", "train.keep_last", "train.timeout", "evaluation.")
+FREE_ON_RESUME = (
+    "output.",
+    "data.workers",
+    "train.checkpoint_every",
+    "train.checkpoint_steps",
+    "train.keep_last",
+    "train.asynchronous_checkpoints",
+    "train.timeout",
+    "evaluation.",
+)
 
 
 @dataclass
@@ -272,6 +281,10 @@ class TrainConfig:
     """Train on the CPU though there is another device."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints; the last epoch always leaves one."""
+    checkpoint_steps: int | None = None
+    """Optimizer steps between two checkpoints within an epoch, besides those at the ends of epochs; null for none."""
+    asynchronous_checkpoints: bool = False
+    """Write checkpoints while training goes on; takes CPU memory of the size of a rank's weights and optimizer state."""
     keep_last: int = 2
     """How many checkpoints to keep."""
     timeout: float = 600.0
@@ -327,6 +340,8 @@ class RunConfig:
         for name, (value, least) in at_least.items():
             if not value >= least:
                 raise UserError(f"--{name} is {value}; give at least {least}")
+        if self.train.checkpoint_steps is not None and self.train.checkpoint_steps < 1:
+            raise UserError(f"--train.checkpoint_steps is {self.train.checkpoint_steps}; give at least 1, or null for none")
         if self.seed >= 2**62:
             raise UserError(f"--seed is {self.seed}; give a number below 2**62")
         if self.train.clip_norm is not None and not self.train.clip_norm > 0:

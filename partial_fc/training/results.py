@@ -141,12 +141,12 @@ def describe_environment(accelerator: Accelerator) -> dict[str, str]:
 
 def load_backbone(folder: RunFolder, config: RunConfig, image_shape: tuple[int, int, int]) -> nn.Module:
     """The backbone of a run's newest checkpoint; UserError if there is none or it does not fit images of that shape."""
-    checkpoints = folder.checkpoints()
-    if not checkpoints:
+    checkpoint = folder.newest_checkpoint()
+    if checkpoint is None:
         raise UserError(f"{folder.path} has no complete checkpoint; train it first")
     backbone = build_backbone(config.backbone.name, image_shape=image_shape, embedding_size=config.backbone.embedding_size)
     try:
-        load_checkpoint(checkpoints[-1], backbone=backbone)
+        load_checkpoint(checkpoint, backbone=backbone)
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"cannot load the backbone of {folder.path} for images of shape {image_shape}: {error}") from error
     return backbone

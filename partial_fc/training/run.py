@@ -1,7 +1,7 @@
 """The run folder: who may use it, what lies in it.
 
 config.yaml          the resolved settings
-checkpoints/         epoch-0003/ ..., the newest few
+checkpoints/         step-000000120/ ..., the newest few
 history.jsonl        a line every few steps: step, epoch, loss, target_angle (radians), learning_rate, ...
 unreadable.txt       images that could not be read, if any
 tensorboard/         or what other trackers write
@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
+from partial_fc import Checkpointer
 from partial_fc.training.errors import UserError
 
 CONFIG, HISTORY, UNREADABLE, METRICS = "config.yaml", "history.jsonl", "unreadable.txt", "metrics.json"
@@ -56,17 +56,13 @@ class RunFolder:
         if not (self.path / CONFIG).is_file():
             raise UserError(f"{self.path} is no run folder (it has no {CONFIG}); give the folder of a run")
 
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted(p.parent for p in self.path.glob("checkpoints/epoch-*/manifest.json"))
+    def checkpointer(self, *, keep_last: int = 1, asynchronous: bool = False) -> Checkpointer:
+        """The checkpoints of the run, to save and load by."""
+        return Checkpointer(self.path / "checkpoints", keep_last=keep_last, asynchronous=asynchronous)
 
-    def checkpoint(self, epoch: int) -> Path:
-        return self.path / "checkpoints" / f"epoch-{epoch:04d}"
-
-    def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` checkpoints."""
-        for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old)
+    def newest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint, if there is any."""
+        return self.checkpointer().latest()
 
     def append_history(self, row: dict[str, float]) -> None:
         with (self.path / HISTORY).open("a") as file:

@@ -5,7 +5,7 @@ backbone     embeddings [n, D]                            (DDP averages its grad
 head         the loss of the global micro-batch            (PartialFC; its rows are this rank's)
 center       center loss of the same, if it has a weight   (CenterLoss, on the exchange of the head)
 each step    one gradient norm over backbone and head, both optimizers, both schedules, the centers
-each epoch   a checkpoint, from which the run goes on exactly
+each epoch   a checkpoint (or every so many steps), from which the run goes on exactly
 at the end   embeddings of identities never trained on, verification and identification, plots, one HTML page
 """
 
@@ -25,7 +25,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from partial_fc import RowOptimizer, clip_grad_norm_, gather, load_checkpoint, save_checkpoint
+from partial_fc import RandomState, RowOptimizer, clip_grad_norm_, gather
 from partial_fc.shards import local_part
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig, ScheduleConfig, flat, save_config
@@ -38,10 +38,14 @@ from partial_fc.training.run import CONFIG, RunFolder
 
 
 class Progress:
-    """How far a run is; part of its checkpoints."""
+    """How far a run is; part of its checkpoints.
+
+    epoch: epochs that are complete. step: optimizer steps. batches, taken: micro-batches of the epoch that were read, and of them those
+    that were trained on. left_out: micro-batches that were not, in all epochs. seconds: of training.
+    """
 
     def __init__(self) -> None:
-        self.epoch, self.step, self.left_out, self.seconds = 0, 0, 0, 0.0
+        self.epoch, self.step, self.batches, self.taken, self.left_out, self.seconds = 0, 0, 0, 0, 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -97,7 +101,8 @@ class Trainer:
         if not self.steps_per_epoch:
             raise UserError(f"{len(self.data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         self._build()
-        self.progress = Progress()
+        self.progress, self._since = Progress(), time.monotonic()
+        self.checkpointer = self.folder.checkpointer(keep_last=config.train.keep_last, asynchronous=config.train.asynchronous_checkpoints)
         if resume:
             self._resume()
         else:
@@ -171,7 +176,9 @@ class Trainer:
             if batch is None or count == -1:
                 return
             self.folder.note_unreadable(batch.unreadable)
+            self.progress.batches += 1
             if count >= 2:
+                self.progress.taken += 1
                 yield batch
             else:
                 self.progress.left_out += 1
@@ -184,22 +191,23 @@ class Trainer:
         self.accelerator.init_trackers("tensorboard", config={k: v if v is not None else "none" for k, v in _scalars(config).items()})
         total = self.steps_per_epoch * config.train.epochs
         bar = tqdm(total=total, initial=self.progress.step, unit="step", desc="training", disable=not self.main, mininterval=0.5)
+        self._since = time.monotonic()
         with bar:
             for epoch in range(self.progress.epoch, config.train.epochs):
-                started = time.monotonic()
                 self._epoch(epoch, bar)
-                self.progress.epoch = epoch + 1
-                self.progress.seconds += time.monotonic() - started
+                self.progress.epoch, self.progress.batches, self.progress.taken = epoch + 1, 0, 0
                 if (epoch + 1) % config.train.checkpoint_every == 0 or epoch + 1 == config.train.epochs:
                     self._save()
+        self.checkpointer.wait()
 
     def _epoch(self, epoch: int, bar: Any) -> None:
+        """What is left of an epoch: from the batch on at which a resumed run was saved."""
+        micro_batches = self.steps_per_epoch * self.config.train.accumulation
         self.loader.set_epoch(epoch)
         self.model.train()
         self.head.train()
-        for taken, batch in enumerate(self.together(self.loader.iterate())):
-            if taken == self.steps_per_epoch * self.config.train.accumulation:
-                return
+        batches = self.together(self.loader.iterate(self.progress.batches))
+        while self.progress.taken < micro_batches and (batch := next(batches, None)) is not None:
             self.head.collect_metrics = self._is_logged(self.progress.step + 1)
             with self.accelerator.accumulate(self.model):
                 losses = self._forward_backward(batch.to(self.accelerator.device))
@@ -210,6 +218,9 @@ class Trainer:
                     bar.update()
                     if self.progress.step % self.config.output.log_every == 0:
                         bar.set_postfix(epoch=epoch + 1, loss=f"{float(losses['loss']):.3f}")
+                    every = self.config.train.checkpoint_steps
+                    if every is not None and self.progress.step % every == 0 and self.progress.taken < micro_batches:
+                        self._save()
 
     def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
         """What was minimised, `loss`, and the part of it that is center loss, before its weight."""
@@ -281,14 +292,16 @@ class Trainer:
             "schedule": self.schedules[0],
             "head_schedule": self.schedules[1],
             "progress": self.progress,
+            "random": RandomState(),
         }
-        return named if self.center is None else {**named, "center": self.center}
+        optional = {"center": self.center, "scaler": self.accelerator.scaler}
+        return {**named, **{name: thing for name, thing in optional.items() if thing is not None}}
 
     def _save(self) -> None:
         self._same_buffers()
-        save_checkpoint(self.folder.checkpoint(self.progress.epoch), **self._named())
-        if self.main:
-            self.folder.prune(self.config.train.keep_last)
+        now = time.monotonic()
+        self.progress.seconds, self._since = self.progress.seconds + now - self._since, now
+        self.checkpointer.save(self.progress.step, **self._named())
 
     def _same_buffers(self) -> None:
         """Give all ranks rank 0's batch statistics, as DDP does before the next forward."""
@@ -297,15 +310,14 @@ class Trainer:
                 dist.broadcast(buffer, src=0)
 
     def _resume(self) -> None:
-        checkpoints = self.folder.checkpoints()
-        if not checkpoints:
-            self.accelerator.print(f"{self.folder.path} has no checkpoint yet: starting from the beginning")
-        else:
-            try:
-                load_checkpoint(checkpoints[-1], **self._named())
-            except ValueError as error:
-                raise UserError(f"cannot resume: {error}") from error
+        self.checkpointer.claim()
+        try:
+            self.checkpointer.load(**self._named())
             self.accelerator.print(f"resuming after epoch {self.progress.epoch}, step {self.progress.step}")
+        except FileNotFoundError:
+            self.accelerator.print(f"{self.folder.path} has no checkpoint yet: starting from the beginning")
+        except ValueError as error:
+            raise UserError(f"cannot resume: {error}") from error
         self.on_main(lambda: self.folder.rewind_history(self.progress.step))
 
     # ------------------------------------------------------------------------------------------------ results
