@@ -241,7 +241,7 @@ def test_the_lines_of_the_page_are_those_of_the_file_and_run(data, run, tmp_path
 # ---------------------------------------------------------------------------------------------------- what cannot be exported
 
 
-def refused(arguments: list[str], tmp_path: Path, capsys, monkeypatch) -> str:
+def refused(arguments: list[str], tmp_path: Path, capsys) -> str:
     """The one line that the command says; nothing may have changed."""
     before = tree(tmp_path)
     capsys.readouterr()
@@ -256,7 +256,8 @@ def refused(arguments: list[str], tmp_path: Path, capsys, monkeypatch) -> str:
 @pytest.mark.parametrize(
     "kind",
     [
-        "no run", "no checkpoint", "unfinished checkpoint", "existing output", "empty output", "output is a file", "output below a file",
+        "no run", "no checkpoint", "unfinished checkpoint", "existing output",
+        "empty output", "output is a file", "output below a file", "output in /proc",
         "unknown format", "no format", "no run named", "missing data", "data unreadable", "own data gone", "several ranks",
     ],
 )  # fmt: skip
@@ -284,6 +285,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(kind, run, data, tmp_path, cap
     elif kind == "output below a file":
         out.write_text("mine")
         arguments, expected = [str(run), "--output", str(out / "below")], "cannot be "
+    elif kind == "output in /proc":
+        arguments, expected = [str(run), "--output", "/proc/exported"], "the output folder /proc/exported cannot be made"
     elif kind == "unknown format":
         arguments, expected = [*arguments, "--formats", "onnx", "tflite"], "unknown format 'tflite'; choose among safetensors, onnx"
     elif kind == "no format":
@@ -306,7 +309,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(kind, run, data, tmp_path, cap
     else:
         monkeypatch.setenv("WORLD_SIZE", "2")
         expected = "the work of one process"
-    assert expected in refused(arguments, tmp_path, capsys, monkeypatch)
+    assert expected in refused(arguments, tmp_path, capsys)
 
 
 def test_a_run_whose_data_are_gone_is_exported_with_others(data, tmp_path):
@@ -319,7 +322,7 @@ def test_a_run_whose_data_are_gone_is_exported_with_others(data, tmp_path):
 @pytest.mark.parametrize("module", ["safetensors.torch", "onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package_is_named(module, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    said = refused([str(run), "--output", str(tmp_path / "out")], tmp_path, capsys, monkeypatch)
+    said = refused([str(run), "--output", str(tmp_path / "out")], tmp_path, capsys)
     assert f"{module}, which is missing: pip install 'partial_fc[export]'" in said
 
 
@@ -329,6 +332,31 @@ def test_a_format_asks_for_its_own_packages_alone(run, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     assert list(export_backbone(run, tmp_path / "b", ["onnx"]).differences) == ["onnx"]
+
+
+def test_a_run_in_half_precision_is_exported_without_a_gpu(run, tmp_path):
+    run = copied(run, tmp_path)
+    settings = (run / CONFIG).read_text()
+    assert "mixed_precision: 'no'" in settings
+    (run / CONFIG).write_text(settings.replace("mixed_precision: 'no'", "mixed_precision: fp16"))
+    assert max(export_backbone(run, formats=["safetensors"]).differences["safetensors"].values()) == 0
+
+
+WITH_A_FULL_DISK = """
+import resource, sys
+from partial_fc.training.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("format", ["safetensors", "onnx"])
+def test_a_disk_that_fails_leaves_nothing(format, run, tmp_path):
+    command = [sys.executable, "-c", WITH_A_FULL_DISK, "export-backbone", str(run), "--output", str(tmp_path / "out")]
+    result = subprocess.run([*command, "--formats", format], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "File too large" in result.stderr and result.stderr.count("\n") == 1
+    assert tree(tmp_path) == set()
 
 
 class Branch(SmallBackbone):
@@ -369,7 +397,7 @@ class TooWide(SmallBackbone):
     [
         (Branch, "cannot be expressed in ONNX (opset 18): Could not guard on data-dependent expression"),
         (NoSuchOperation, "cannot be expressed in ONNX (opset 18): No ONNX function found for"),
-        (BatchOfTwo, "batch"),
+        (BatchOfTwo, "would be exported for batches of 2 alone: its code fixes the number of images"),
         (OtherWhenExported, "backbone.onnx differs from the backbone in torch by 1.0e-03 of the largest coordinate on a batch of 1"),
         (NotFinite, "gives no finite embeddings"),
         (TooWide, "gives no finite embeddings [n, 16]"),
@@ -377,7 +405,7 @@ class TooWide(SmallBackbone):
 )
 def test_a_backbone_that_cannot_be_exported_leaves_nothing(backbone, expected, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(BACKBONES, "small", backbone)
-    assert expected in refused([str(run), "--output", str(tmp_path / "out")], tmp_path, capsys, monkeypatch)
+    assert expected in refused([str(run), "--output", str(tmp_path / "out")], tmp_path, capsys)
 
 
 def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ SAFETENSORS, ONNX, PREPROCESSING = "backbone.safetensors", "backbone.onnx", "pre
 FORMATS = {"safetensors": SAFETENSORS, "onnx": ONNX}
 NEEDS = {"safetensors": ("safetensors.torch",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 BATCHES = (1, 3, 8)
-TOLERANCE = 1e-4  # of the largest coordinate; an order below what moves a cosine's fourth digit, two above float32's rounding
+TOLERANCE = 1e-4  # of the largest coordinate: other orders of summation differ by 1e-7 to 1e-5, another function by far more
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def export_backbone(
     """Write the backbone of the run folder `run` to the new folder `output` (`run`/exported if None), checked on real images.
 
     `formats` are among "safetensors" and "onnx". The images are those of the identity folders `data`, or of the run's held-out sets,
-    or of its training set. UserError, and nothing written, for what cannot be had, or an export that differs by more than TOLERANCE.
+    or of its training set. UserError, and nothing written, for what cannot be had, or an export that differs by TOLERANCE or more.
+    OSError, and nothing left, for a disk that fails.
     """
     formats = _known(formats)
     folder = RunFolder(run)
@@ -210,6 +211,7 @@ def _load(folder: RunFolder, config: RunConfig, shape: tuple[int, int, int]) -> 
 
 
 def _write_safetensors(backbone: nn.Module, config: RunConfig, shape: tuple[int, int, int], identity: dict[str, Any], path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     state = backbone.state_dict()
@@ -226,7 +228,11 @@ def _write_safetensors(backbone: nn.Module, config: RunConfig, shape: tuple[int,
         "step": str(identity["step"]),
     }
     # copies: the format refuses tensors that share their memory, as tied weights do
-    save_file({key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}, path, metadata)
+    copies = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+    try:
+        save_file(copies, path, metadata)
+    except SafetensorError as error:  # a full disk too
+        raise UserError(f"{SAFETENSORS} cannot be written: {error}") from error
 
 
 def _run_safetensors(folder: Path, images: Tensor) -> list[Tensor]:
@@ -303,7 +309,10 @@ def _check_free(out: Path) -> Path:
 @contextmanager
 def _unfinished(out: Path, above: Path) -> Iterator[Path]:
     """A hidden folder on the disk of `out`, gone afterwards unless it was renamed."""
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=above))
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=above))
+    except OSError as error:
+        raise UserError(f"the output folder {out} cannot be made: {error.strerror}") from error
     try:
         yield work
     finally:

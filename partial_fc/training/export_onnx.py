@@ -10,6 +10,7 @@ machine it came from; that is taken out.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -60,7 +61,12 @@ def run_onnx(path: Path, images: Tensor, sizes: tuple[int, ...], name: str) -> l
     options.log_severity_level = 4  # what goes wrong is raised; it need not be printed as well
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        takes = session.get_inputs()[0].shape[0]
+        if isinstance(takes, int):
+            raise UserError(f"the backbone {name!r} would be exported for batches of {takes} alone: its code fixes the number of images")
         return [torch.from_numpy(session.run([OUTPUT], {INPUT: part.numpy()})[0]) for part in images.split(list(sizes))]
+    except UserError:
+        raise
     except Exception as error:  # onnxruntime's errors have no class in common
         raise UserError(f"onnxruntime cannot run the exported backbone {name!r} on batches of {sizes}: {_cause(error)}") from error
 
@@ -76,11 +82,12 @@ def _cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's own chatter: what it logs of packages it does not find, and its use of torch's deprecated names."""
+    """Without the exporter's own chatter: what it logs of packages it does not find, its use of torch's deprecated names, and the
+    whole graph, which it prints when it fails; the reason is in the error."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
             yield
     finally:
