@@ -1,4 +1,7 @@
-"""The command `partial-fc`: train, evaluate, plan. A user's mistake is one line on one rank's standard error, and exit code 2 on all."""
+"""The command `partial-fc`: train, evaluate, export, plan.
+
+A user's mistake is one line on one rank's standard error, and exit code 2 on all.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ try:
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
     from partial_fc.training.errors import UserError
+    from partial_fc.training.export_cli import export_command
     from partial_fc.training.plan_cli import plan_command
     from partial_fc.training.run import CONFIG, RunFolder
 except ModuleNotFoundError as error:
@@ -29,6 +33,7 @@ commands:
   train [CONFIG.yaml] [--head.sample_rate 0.2 ...]   train, evaluate, leave a run folder
   train --resume [RUN]                               go on with a run from its newest checkpoint
   evaluate RUN [--data FOLDER]                       verification and identification with a trained backbone
+  export-backbone RUN [--output DIR]                 the trained backbone as safetensors and ONNX, for use elsewhere
   plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
@@ -39,7 +44,12 @@ commands:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": evaluate, "plan": plan_command}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": train,
+        "evaluate": evaluate,
+        "export-backbone": export_command,
+        "plan": plan_command,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
