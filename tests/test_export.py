@@ -437,7 +437,8 @@ def test_a_checkpoint_that_appears_meanwhile_is_noticed(run, tmp_path, monkeypat
     build = BACKBONES["small"]
 
     def meanwhile(**sizes: object) -> nn.Module:
-        shutil.copytree(run / "checkpoints" / "epoch-0001", run / "checkpoints" / "epoch-0002")
+        (only,) = (run / "checkpoints").glob("step-*")
+        shutil.copytree(only, run / "checkpoints" / "step-000099999")
         return build(**sizes)
 
     monkeypatch.setitem(BACKBONES, "small", meanwhile)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import partial_fc
-from partial_fc import load_checkpoint
+from partial_fc.checkpoint import stored_values
 from partial_fc.training.augment import to_float
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig, add_config, to_config
@@ -172,35 +172,20 @@ def _image_shape(config: RunConfig) -> tuple[int, int, int]:
     return (config.data.channels or 3, size, size)
 
 
-class _Progress:
-    """How far the run was: a part of its checkpoints."""
-
-    def __init__(self) -> None:
-        self.state: dict[str, Any] = {"step": 0, "epoch": 0}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-
 def _load(folder: RunFolder, config: RunConfig, shape: tuple[int, int, int]) -> tuple[nn.Module, dict[str, Any]]:
     """(the backbone in eval mode, which run and step it is of)."""
     from partial_fc.training.results import load_backbone
 
-    newest = folder.checkpoints()[-1:]
+    newest = folder.newest_checkpoint()
     backbone = load_backbone(folder, config, shape).float().eval()
-    progress = _Progress()
-    for checkpoint in folder.checkpoints()[-1:]:
-        load_checkpoint(checkpoint, progress=progress)
-    if folder.checkpoints()[-1:] != newest:
+    if newest is None or folder.newest_checkpoint() != newest:
         raise UserError(f"{folder.path} got a new checkpoint while it was read; export it again")
+    progress = stored_values(newest, "progress")
     identity = {
         "name": folder.path.resolve().name,
         "config_sha256": hashlib.sha256((folder.path / CONFIG).read_bytes()).hexdigest(),
-        "step": int(progress.state["step"]),
-        "epoch": int(progress.state["epoch"]),
+        "step": int(progress["step"]),
+        "epoch": int(progress["epoch"]),
         "partial_fc": partial_fc.__version__,
         "torch": torch.__version__,
     }
