@@ -25,6 +25,7 @@ from partial_fc.margins import (
     SphereFace2,
     SubCenterArcFace,
 )
+from partial_fc.moves import class_mapping
 from partial_fc.optim import RowOptimizer, clip_grad_norm_
 from partial_fc.plan import Plan, plan
 
@@ -52,6 +53,7 @@ __all__ = [
     "SphereFace2",
     "SubCenterArcFace",
     "check_margin",
+    "class_mapping",
     "clip_grad_norm_",
     "gather",
     "load_checkpoint",
