@@ -26,6 +26,7 @@ from partial_fc.margins import (
     SphereFace2,
     SubCenterArcFace,
 )
+from partial_fc.moves import class_mapping
 from partial_fc.optim import RowOptimizer, clip_grad_norm_
 from partial_fc.plan import Plan, plan
 from partial_fc.random_state import RandomState
@@ -56,6 +57,7 @@ __all__ = [
     "SphereFace2",
     "SubCenterArcFace",
     "check_margin",
+    "class_mapping",
     "clip_grad_norm_",
     "gather",
     "load_checkpoint",

@@ -13,7 +13,7 @@ Wen, Y. et al.: A Discriminative Feature Learning Approach for Deep Face Recogni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,13 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from partial_fc.classes import Batches
 from partial_fc.collectives import (
     GlobalBatch,
     Group,
     all_gather,
     all_gather_mesh,
     as_matrix,
-    exchange,
     on_each_loss,
     start_reduce_scatter,
 )
@@ -231,47 +231,21 @@ class CenterLoss(ShardedLoss):
         local_part(self.centers.detach()).copy_(local_part(head.weight.detach()))
         self._pending = None
 
-    @torch.no_grad()
-    def init_from_embeddings(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Start from class means: `batches` yields (embeddings `[n, D]`, labels `[n]`) of this rank; classes without any stay as they are.
-
-        Every rank must call it; they may bring different numbers of batches. Sums are at least float32 and of this rank's classes only:
-        a second copy of the shard while it runs. Raises as forward does for a bad batch, and then nothing has changed.
-        """
-        self._check_group()
-        centers, ranks, skipped = local_part(self.centers.detach()), self._shards.ranks, self.skipped
-        sums = torch.zeros_like(centers, dtype=torch.promote_types(centers.dtype, torch.float32))
-        counts = sums.new_zeros(len(centers))
-        try:
-            for embeddings, labels in self._batches_of_all(batches, sums):
-                batch = exchange(embeddings, labels, None, None, ranks, inspect=True, device=centers.device)
-                self.skipped = False
-                self._judge(batch)
-                if self.skipped:
-                    continue
-                step = self._plan(batch, scatter=False)
-                sums.index_add_(0, step.row, batch.embeddings[step.sample])
-                counts.index_add_(0, step.row, step.counts)
-        finally:
-            self.skipped = skipped
-        if ranks.replica_group is not None:
-            for each in (sums, counts):
-                dist.all_reduce(each, group=ranks.replica_group)
-        sums.div_(counts.clamp(min=1)[:, None])
-        centers.copy_(torch.where(counts[:, None] > 0, sums.to(centers.dtype), centers))
+    def init_from_embeddings(self, batches: Batches) -> None:
+        super().init_from_embeddings(batches)
         self._pending = None
 
-    def _batches_of_all(self, batches: Iterable[tuple[Tensor, Tensor]], like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's batches in the dtype of `like`, which all ranks know; then empty ones until no rank has any more."""
-        nothing = like.new_empty(0, self.embedding_size), torch.empty(0, dtype=torch.int64, device=like.device)
-        iterator = iter(batches)
-        while True:
-            mine = next(iterator, None)
-            more = torch.tensor([mine is not None], dtype=torch.int64, device=like.device)
-            if not all_gather_mesh(more, self._shards.ranks).any():
-                return
-            embeddings, labels = nothing if mine is None else mine
-            yield embeddings.to(like.dtype) if embeddings.is_floating_point() else embeddings, labels
+    def get_extra_state(self) -> dict[str, Any]:
+        """The number of changes of the classes, which says what is drawn next."""
+        return {"class_changes": self._class_changes}
+
+    def set_extra_state(self, state: Any) -> None:
+        self._class_changes = int(state["class_changes"])
+
+    def _pending_work(self) -> str:
+        if self._pending is not None:
+            return "forwards have noted moves of the centers: call step() first"
+        return super()._pending_work()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CenterLoss:
         super()._apply(fn, recurse)
@@ -280,8 +254,9 @@ class CenterLoss(ShardedLoss):
             self._pending = self._pending[0].to(device), self._pending[1].to(device)
         return self
 
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*arguments, **options)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **options: Any) -> None:
+        state_dict.setdefault(f"{prefix}_extra_state", {"class_changes": 0})  # written before classes could change
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
         self._pending = None  # differences from other centers
 
 

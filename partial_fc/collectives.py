@@ -364,11 +364,11 @@ def _exchange_status(mine: Tensor, sets: list[_LabelSet], problem: str, ranks: R
     """
     first = tuple(Status(*row) for row in all_gather_mesh(mine[0], ranks).tolist())
     if any(row.problem for row in first):
-        told = _tell(problem, ranks, mine.device)
+        told = tell(problem, ranks, mine.device)
         raise ValueError(next(ranks.name(flat) + text for flat, text in enumerate(told) if text))
     if any(row.names != first[0].names for row in first):
         names = [each.name for each in sets if each.name is not None]
-        told = _tell(f"a dict of {_listed(names)}" if names else "no dict", ranks, mine.device)
+        told = tell(f"a dict of {_listed(names)}" if names else "no dict", ranks, mine.device)
         flat = next(flat for flat, row in enumerate(first) if row.names != first[0].names)
         raise ValueError(
             f"ranks disagree: labels are {told[0]} on {ranks.name(0)} and {told[flat]} on {ranks.name(flat)}; "
@@ -385,7 +385,7 @@ def _exchange_status(mine: Tensor, sets: list[_LabelSet], problem: str, ranks: R
     return status
 
 
-def _tell(text: str, ranks: Ranks, device: torch.device) -> list[str]:
+def tell(text: str, ranks: Ranks, device: torch.device) -> list[str]:
     """Every rank's text; two more collectives, on the way to an error."""
     mine = torch.tensor(list(text.encode(errors="replace")), dtype=torch.uint8, device=device)
     lengths = all_gather_mesh(torch.tensor([len(mine)], device=device), ranks).flatten().tolist()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from partial_fc.classes import Change
 from partial_fc.collectives import GlobalBatch, Group, as_matrix
 from partial_fc.margins import ArcFace, Margin
 from partial_fc.sampling import draw_window, mix, select_rows, window_size
@@ -111,7 +112,8 @@ class PartialFC(ShardedLoss):
             raise ValueError(f"{type(self.margin).__name__} has parameters; a margin may have buffers, but nothing would train parameters")
         if self.margin.binary and label_smoothing:
             raise ValueError(f"label_smoothing must be 0 with {type(self.margin).__name__}, whose classes are not one distribution")
-        self.margin.prepare(num_classes, num_classes if sample_rate == 1 else window_size(num_classes, sample_rate))
+        self._sample_rate, self._step = sample_rate, 0
+        self.margin.prepare(num_classes, self._drawn_of(num_classes))
         self.margin.to(self._device)
         for name, parameter in self.margin.named_parameters():
             wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
@@ -122,7 +124,6 @@ class PartialFC(ShardedLoss):
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", _class_weights(class_weights, num_classes, self._device), persistent=False)
         self.logits_budget = DEFAULT_LOGITS_BUDGET if logits_budget is None else logits_budget
-        self._sample_rate, self._step = sample_rate, 0
         self._workspace = Workspace()
         self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
         self._selected_rows: Tensor | None = None
@@ -289,11 +290,12 @@ class PartialFC(ShardedLoss):
         self.margin.reset()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The number of training forwards, which says what is drawn next, and the margin, which says what the weights are for."""
-        return {"step": self._step, "margin": self.margin.describe()}
+        """The numbers of training forwards and of changes of the classes, which say what is drawn next; the margin that weights are for."""
+        return {"step": self._step, "class_changes": self._class_changes, "margin": self.margin.describe()}
 
     def set_extra_state(self, state: Any) -> None:
-        self._step = int(state["step"] if isinstance(state, dict) else state)
+        state = state if isinstance(state, dict) else {"step": state}  # a 0-d tensor, before classes could change
+        self._step, self._class_changes = int(state["step"]), int(state.get("class_changes", 0))
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state dict is that of a head of another margin; tensors in it are not looked at."""
@@ -309,6 +311,65 @@ class PartialFC(ShardedLoss):
         # before a weight has changed
         self.check_state({"_extra_state": state_dict.get(f"{prefix}_extra_state")})
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    # ------------------------------------------------------------------------------------------------ classes that come and go
+
+    @property
+    def _normalizes(self) -> bool:
+        return self.margin.normalize
+
+    def _change_tables(self, change: Change) -> Callable[[], None]:
+        class_weights, margin = self._changed_class_weights(change), self._changed_margin(change)
+
+        def take() -> None:
+            self.class_weights, self.margin, self._selected_rows = class_weights, margin, None
+            if margin is change.margin:
+                return
+            # the start that depends on the number of classes is another now, the state is not
+            state = {name: local_part(t.detach()).clone() for name, t in (*margin.named_buffers(), *margin.named_parameters())}
+            margin.prepare(change.num_classes, self._drawn_of(change.num_classes))
+            for name, tensor in (*margin.named_buffers(), *margin.named_parameters()):
+                local_part(tensor.detach()).copy_(state[name])
+
+        return take
+
+    def _drawn_of(self, num_classes: int) -> int:
+        return num_classes if self.sample_rate == 1 else window_size(num_classes, self.sample_rate)
+
+    def _changed_class_weights(self, change: Change) -> Tensor | None:
+        given, old = change.class_weights, self.class_weights
+        if old is None:
+            if given is not None:
+                raise ValueError("class_weights are for heads that were built with class_weights; this one has none")
+            return None
+        if not change.added:
+            return change.moves.of_all(old).to(old)
+        if given is None:
+            raise ValueError(f"this head has class_weights: give class_weights for the {change.added} new classes")
+        new = _class_weights(given, change.added, old.device)
+        assert new is not None
+        return torch.cat((old, new.to(old.dtype)))
+
+    def _changed_margin(self, change: Change) -> Margin:
+        """The margin for the classes that there will be; ValueError if there is none."""
+        margin, name, number = self.margin, type(self.margin).__name__, change.num_classes
+        if not margin.by_class:
+            if change.margin is not None:
+                raise ValueError(f"margin is for margins that hold a number for each class (AdaptiveMargin); this head's {name} stays")
+            trial = margin.frozen()
+            trial.prepare(number, self._drawn_of(number))
+            for (buffer, before), after in zip(margin.named_buffers(), trial.buffers(), strict=True):
+                if before.shape != after.shape:
+                    raise ValueError(f"{name}.{buffer} changes its shape with the number of classes: {name} must say by_class = True")
+            return margin
+        if change.margin is None:
+            raise ValueError(f"{name} holds a number for each class: give margin={name}(...) for the {number} classes that there will be")
+        if type(change.margin) is not type(margin) or change.margin.centers != margin.centers:
+            raise ValueError(f"margin must be a {name} with as many centers as before, not {change.margin!r}")
+        change.margin.prepare(number, self._drawn_of(number))
+        for parameter, value in margin.named_parameters():
+            setattr(change.margin, parameter, value)
+        return change.margin.to(local_part(self.weight).device).train(margin.training)
 
 
 def _check_arguments(sample_rate: float, label_smoothing: float, logits_budget: int | None) -> None:

@@ -96,6 +96,7 @@ class Margin(nn.Module):
         classes (0 elsewhere). Always so where `negative` is defined.
     binary: (a, b) if every class is a binary decision instead of one softmax over all: the loss is then
         a · softplus(−z_y) + b · Σ softplus(z_j) over the other selected classes, z the logits.
+    by_class: whether it holds a number for each class, so that other classes need another instance (`PartialFC.expand`, `remap`).
     scale: factor s of all logits.
     """
 
@@ -104,6 +105,7 @@ class Margin(nn.Module):
     centers: int = 1
     sees_all: bool = False
     binary: tuple[float, float] | None = None
+    by_class: bool = False
 
     def __init__(self, scale: float = 64.0) -> None:
         super().__init__()
@@ -429,6 +431,7 @@ class AdaptiveMargin(Margin):
     class_counts: samples of each class `[C]`, in the order of the labels; a class without samples counts as one with one.
     """
 
+    by_class = True
     margins: Tensor
 
     def __init__(

@@ -321,6 +321,34 @@ def _initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) ->
     return {k: float(v.reshape(-1)[0]) for k, v in state.items() if _is_row_state(v, parameter)}
 
 
+def rows_of_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, float]:
+    """Which state of a sharded parameter has a row for each of its rows, and what it holds for a row that never had a gradient.
+
+    Of this module's optimizer or another. MASTER, the weights in float32, is among them with NaN: its rows are those of the weight.
+    Raises ValueError if the optimizer holds anything that is neither that nor one number.
+    """
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    shape, local = parameter.shape, local_part(parameter.detach()).shape
+    by_row = []
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == shape and local_part(value).shape == local:
+            by_row.append(key)
+        elif isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds {key} {list(value.shape)} for a parameter {list(shape)}: it has no row for each class, "
+                "so it cannot follow when classes change; build the optimizer anew after the change"
+            )
+    if not by_row:
+        return {}
+    if isinstance(optimizer, RowOptimizer):
+        fill = optimizer._fill
+    else:
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        accepted = inspect.signature(type(optimizer)).parameters
+        fill = _initial_state(type(optimizer), {k: v for k, v in group.items() if k in accepted and k != "params"})
+    return {key: math.nan if key == MASTER else fill.get(key, 0.0) for key in sorted(by_row)}
+
+
 def _check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
     """Raise unless the class moves a row alike whether or not it has neighbours; found by trying it."""
     start = torch.randn(4, 3, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")

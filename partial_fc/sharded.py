@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from partial_fc import classes
 from partial_fc.collectives import NO_LABEL, GlobalBatch, Group, NonFiniteError, Ranks, all_gather_mesh, as_matrix, exchange, joining
+from partial_fc.margins import Margin
 from partial_fc.rows import ShardedRows
 from partial_fc.shards import ClassShards, initial_rows, local_part
 
@@ -65,6 +67,7 @@ class ShardedLoss(nn.Module):
         self.validate, self.on_nonfinite = validate, on_nonfinite
         self.skipped = False
         self._seen_batch = False
+        self._class_changes = 0  # how often classes came or went, so that rows drawn for new ones are never drawn again
         ranks = Ranks.of(group)
         self._device = torch.device(device) if device is not None else _default_device(ranks)
         self._shards = ClassShards.split(num_classes, ranks, self._device)
@@ -121,6 +124,96 @@ class ShardedLoss(nn.Module):
     def _shared_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of parts of this module: all ranks hold them alike."""
         return {name: p for name, p in self.named_parameters() if "." in name}
+
+    # ------------------------------------------------------------------------------------------------ classes that come and go
+
+    def expand(
+        self,
+        new_classes: int,
+        init: str | Tensor | classes.Batches = "fresh",
+        *,
+        optimizers: classes.Optimizers = (),
+        margin: Margin | None = None,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        """Add classes C to C + new_classes − 1; all others keep ids, rows and optimizer state bit for bit. Every rank must call it.
+
+        Args:
+            new_classes: how many; at least 1.
+            init: "fresh": drawn like the first ones, keyed by seed and class id. Vectors `[new_classes, D]` (`[new_classes, K, D]` with K
+                centers a class), taken as they are, the same on every rank. Or batches, (embeddings `[n, D]`, labels `[n]`) of this rank
+                with the *new* ids as labels: class means, streamed as by `init_from_embeddings`; where vectors are normalised the rows
+                are as long as the rows there are on average, and a class without samples is drawn.
+            optimizers: plain torch optimizers that hold the parameters; their state follows. A `RowOptimizer` is found by itself.
+            margin: for a margin that holds a number for each class (`AdaptiveMargin`): one for all C + new_classes.
+            class_weights: `[new_classes]`, of the new classes, if there are weights of the old ones.
+
+        Biases and optimizer state of new rows begin as those of a row that never had a gradient. Parameters stay the same objects; the
+        loss trains on at once. Rows travel in blocks, one tensor at a time: for a moment one of them exists twice, nothing more.
+
+        Raises ValueError for bad arguments, RuntimeError while gradients are pending; the same on every rank, with nothing changed.
+        """
+        classes.expand(self, new_classes, init, optimizers, margin, class_weights)
+
+    def remap(
+        self,
+        mapping: classes.Mapped,
+        *,
+        merge: classes.Merge = "mean",
+        weights: Tensor | None = None,
+        optimizers: classes.Optimizers = (),
+        margin: Margin | None = None,
+    ) -> None:
+        """Drop, merge and renumber classes; labels follow by `mapping[labels]`. Every rank must call it.
+
+        Args:
+            mapping: new id of each old class, `[C]` whole numbers or a dict, the same on every rank; -1 drops the class. New ids are 0 to
+                C' − 1 without gaps: `class_mapping` makes such a mapping. Classes with one new id are merged.
+            merge: "mean" of the rows of merged classes, "first" the row of the lowest old id; optimizer state alike. K centers a class
+                have no common order, so there "mean" is refused.
+            weights: `[C]`, at least 0, what each class counts for in a mean (numbers of samples); equally without.
+            optimizers, margin: as of `expand`; the margin for the C' classes.
+
+        Rows that are not merged keep weight and state bit for bit; sums of merged ones are float32 or better, in the order of old ids, so
+        the same at every world size. Scalar optimizer state, the margin's running statistics and the number of steps stay.
+
+        Raises ValueError for bad arguments, RuntimeError while gradients are pending; the same on every rank, with nothing changed.
+        """
+        classes.remap(self, mapping, merge, weights, optimizers, margin)
+
+    def init_from_embeddings(self, batches: classes.Batches) -> None:
+        """Start from class means: `batches` yields (embeddings `[n, D]`, labels `[n]`) of this rank; classes without any stay as they are.
+
+        Where vectors are normalised a row takes the *direction* of its mean and keeps the *length* it had: the length has no effect on
+        the loss, but the step of a row goes with 1/length², so that rows as long as embeddings (20, say, where drawn ones have 0.01·√D)
+        would hardly move. Else it is the mean itself. Of K centers a class the first is the mean, the others are a tenth of its length
+        away from it, in directions keyed by seed and class id. Float32 weights in a `RowOptimizer` follow; other state stays.
+
+        Every rank must call it; they may bring different numbers of batches. Sums are at least float32 and of this rank's classes only:
+        a second copy of the shard while it runs. Raises as forward does for a bad batch, and then nothing has changed.
+        """
+        classes.init_from_embeddings(self, batches)
+
+    @property
+    def _normalizes(self) -> bool:
+        """Whether only the direction of a row counts."""
+        return False
+
+    def _pending_work(self) -> str:
+        """What must be finished before classes change, and how; "" if nothing."""
+        optimizer = self._rows.live_optimizer
+        if optimizer is not None and optimizer._applied:
+            return "a backward has moved rows (update_in_backward) and step() was not called: call step() first"
+        if self._rows.rows is not None or any(p.grad is not None for p in self._rows.everything):
+            return "there are gradients: call step() and zero_grad() of the optimizer first"
+        return ""
+
+    def _change_tables(self, change: classes.Change) -> Callable[[], None]:
+        """Judge what else is by class for the classes there will be; call the result when rows have moved."""
+        for name in ("margin", "class_weights"):
+            if getattr(change, name) is not None:
+                raise ValueError(f"{type(self).__name__} has no {name}")
+        return lambda: None
 
     # ------------------------------------------------------------------------------------------------ a batch
 
@@ -212,18 +305,19 @@ class ShardedLoss(nn.Module):
                 "build RowOptimizer(torch.optim.SGD, it, ...) instead of passing its parameters() to an optimizer"
             )
 
-    def _judge(self, batch: GlobalBatch) -> None:
-        """Raise, on every rank alike, what the status of the batch says about this head's inputs."""
+    def _judge(self, batch: GlobalBatch, valid: range | None = None) -> None:
+        """Raise, on every rank alike, what the status of the batch says about this head's inputs. valid: labels; of all classes if None."""
+        valid = range(self.num_classes) if valid is None else valid
         width = batch.status[0].width
         if width != self.embedding_size:
             raise ValueError(f"embeddings have width {width}, the head has embedding_size {self.embedding_size}")
         for flat, row in enumerate(batch.status):
             for label, at in row.extremes():
-                if label != self.ignore_index and not 0 <= label < self.num_classes:
+                if label != self.ignore_index and label not in valid:
                     where = at if row.labels_each == 0 else f"{at // row.labels_each}, {at % row.labels_each}"
-                    hint = "; labels are counted from 0" if label == self.num_classes else ""
+                    hint = "; labels are counted from 0" if label == valid.stop and not valid.start else ""
                     raise ValueError(
-                        f"{batch.origin(flat)}: labels[{where}] is {label}; valid are 0 to {self.num_classes - 1} "
+                        f"{batch.origin(flat)}: labels[{where}] is {label}; valid are {valid.start} to {valid.stop - 1} "
                         f"and ignore_index {self.ignore_index}{hint}"
                     )
         for flat, row in enumerate(batch.status):

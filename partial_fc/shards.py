@@ -14,7 +14,7 @@ from the same matrix.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ class ClassShards:
     def split(cls, num_classes: int, ranks: Ranks, device: torch.device) -> ClassShards:
         lo, hi = shard_bounds(num_classes, ranks.rank, ranks.world)
         return cls(num_classes, ranks, _mesh(ranks, device.type), lo, hi)
+
+    def resized(self, num_classes: int) -> ClassShards:
+        """The split of another number of classes over the same ranks."""
+        lo, hi = shard_bounds(num_classes, self.ranks.rank, self.ranks.world)
+        return replace(self, num_classes=num_classes, lo=lo, hi=hi)
 
     @property
     def local(self) -> int:

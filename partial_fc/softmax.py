@@ -61,7 +61,8 @@ class ShardedCrossEntropy(torch.autograd.Function):
     def forward(ctx, embeddings, weight, bias, offset, anchor, step):  # type: ignore[no-untyped-def]
         stats, product = compute_dtypes(embeddings, weight)
         with torch.autocast(embeddings.device.type, enabled=False):
-            forward = _Forward(step, weight, bias, stats, product)
+            # detached: what ctx keeps besides saved tensors outlives backward, and must not hold the parameters themselves
+            forward = _Forward(step, weight.detach(), None if bias is None else bias.detach(), stats, product)
             loss, saved = forward.run(step.needs_grad and any(ctx.needs_input_grad))
         ctx.save_for_backward(weight, bias, *saved)
         ctx.step, ctx.rows, ctx.targets, ctx.tile, ctx.dtypes = (

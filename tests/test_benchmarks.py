@@ -63,6 +63,22 @@ def test_textbook_computes_the_same(ranks: Any) -> None:
         torch.testing.assert_close(found["textbook"], found["head"], rtol=1e-3, atol=1e-2)
 
 
+# ---------------------------------------------------------------------------------------------------- classes
+
+
+def test_new_rows_are_measured(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "classes.py"), "--quick", "--seeds", "0", "1", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == (tmp_path / "table.md").read_text() and run.stdout.count("\n") == 5
+    for seed in json.loads((tmp_path / "results.json").read_text()).values():
+        assert list(seed) == ["fresh", "directions", "raw means"]
+        assert seed["directions"]["accuracies"][0] == seed["raw means"]["accuracies"][0], "the same directions"
+        assert seed["directions"]["length_new"] == pytest.approx(seed["directions"]["length_before"], rel=1e-4)
+        assert seed["raw means"]["length_new"] > 2 * seed["directions"]["length_new"]
+
+
 # ---------------------------------------------------------------------------------------------------- losses
 
 

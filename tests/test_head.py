@@ -573,6 +573,7 @@ def test_public_names():
         "SphereFace2",
         "SubCenterArcFace",
         "check_margin",
+        "class_mapping",
         "clip_grad_norm_",
         "gather",
         "load_checkpoint",
