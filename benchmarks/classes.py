@@ -10,8 +10,8 @@ and trains on all 1,000; only what the 200 rows start from differs:
     raw means     expand(init=means): the same means at their own length
 
 By the number of steps since: the mean training loss of these steps, and the share of the new characters' images (all ten typefaces,
-without the margin) that are nearest to their own row of 1,000. Writes table.md and results.json to OUT; about two minutes a seed on one
-free core.
+without the margin) that are nearest to their own row of 1,000. Writes table.md and results.json to OUT; little more than a minute a seed
+on one free core.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ class ShardedLoss(nn.Module):
 
         Where vectors are normalised a row takes the *direction* of its mean and keeps the *length* it had: the length has no effect on
         the loss, but the step of a row goes with 1/length², so that rows as long as embeddings (20, say, where drawn ones have 0.01·√D)
-        would hardly move. Else it is the mean itself. Of K centers a class the first is the mean, the others are a tenth of its length
+        move far less. Else it is the mean itself. Of K centers a class the first is the mean, the others are a tenth of its length
         away from it, in directions keyed by seed and class id. Float32 weights in a `RowOptimizer` follow; other state stays.
 
         Every rank must call it; they may bring different numbers of batches. Sums are at least float32 and of this rank's classes only:
