@@ -1,4 +1,7 @@
-"""The command `partial-fc`: train, evaluate, plan. A user's mistake is one line on one rank's standard error, and exit code 2 on all."""
+"""The command `partial-fc`: train, evaluate, plan, export, import.
+
+A user's mistake is one line on one rank's standard error, and exit code 2 on all.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ try:
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
     from partial_fc.training.errors import UserError
+    from partial_fc.training.exchange_cli import export_command, import_command
     from partial_fc.training.plan_cli import plan_command
     from partial_fc.training.run import CONFIG, RunFolder
 except ModuleNotFoundError as error:
@@ -30,6 +34,8 @@ commands:
   train --resume [RUN]                               go on with a run from its newest checkpoint
   evaluate RUN [--data FOLDER]                       verification and identification with a trained backbone
   plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
+  export CHECKPOINT_OR_RUN FILE.safetensors          class weights as one file
+  import SOURCE ... --output CHECKPOINT              class weights of one file, or of files of each rank, as a checkpoint
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
   accelerate launch --config_file configs/accelerate/cpu2.yaml -m partial_fc train configs/quickstart.yaml
@@ -39,7 +45,13 @@ commands:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": evaluate, "plan": plan_command}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": train,
+        "evaluate": evaluate,
+        "plan": plan_command,
+        "export": export_command,
+        "import": import_command,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -84,7 +96,11 @@ def train(arguments: list[str]) -> None:
     config, resume, check = _resolve(parser, arguments)
     if check:
         folder = RunFolder(config.output.folder)
-        folder.check_run() if resume else folder.check_free()
+        if resume:
+            folder.check_run()
+        else:
+            folder.check_free()
+            config.head.check_weights()
         data = open_data(config.data, config.seed)
         data.check_evaluation()
         build_backbone(config.backbone.name, image_shape=data.train.image_shape, embedding_size=config.backbone.embedding_size)
