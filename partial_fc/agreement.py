@@ -71,7 +71,7 @@ def _failure(error: OSError | ValueError | None) -> Failure | None:
     """What can be raised again: the plainest class that callers tell apart, and the words."""
     if error is None:
         return None
-    kinds = (FileNotFoundError, FileExistsError, PermissionError, OSError, ValueError)
+    kinds = (FileNotFoundError, FileExistsError, BlockingIOError, PermissionError, OSError, ValueError)
     return next(kind for kind in kinds if isinstance(error, kind)), str(error)
 
 

@@ -34,11 +34,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.futures import Future
 
 from partial_fc.shards import local_part
 
@@ -116,6 +118,20 @@ class _RowBlockPlanner(DefaultSavePlanner):
         return stored.block(index) if isinstance(stored, RowBlocks) else super().lookup_object(index)
 
 
+class _Writer(FileSystemWriter):
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """As the base; where the disk is full, its error, and not what torch.save says of the position it then finds itself at."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise OSError(cause.errno, cause.strerror) from error
+
+
 def write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     """Write `state` (name -> RowBlocks, Tensor or plain value) into the empty `folder`; every rank of the group (None: all) must call it.
 
@@ -124,7 +140,7 @@ def write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None =
     try:
         _save_state_dict(
             state,
-            storage_writer=FileSystemWriter(folder),
+            storage_writer=_Writer(folder),
             process_group=group,
             no_dist=not dist.is_initialized(),
             planner=_RowBlockPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),

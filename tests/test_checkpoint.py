@@ -14,7 +14,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partial_fc import ArcFace, PartialFC, RowOptimizer, Softmax, load_checkpoint, save_checkpoint
+from partial_fc import (
+    ArcFace,
+    CenterLoss,
+    CurricularFace,
+    PartialFC,
+    RowOptimizer,
+    Softmax,
+    SphereFace2,
+    SubCenterArcFace,
+    load_checkpoint,
+    save_checkpoint,
+)
+from partial_fc.storage import SafeReader
 
 D = 5
 
@@ -73,12 +85,12 @@ def load(rank: int, world: int, path: str, classes: int, kind: str) -> tuple[lis
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-@pytest.mark.parametrize(("classes", "written_by"), [(23, 2), (3, 4), (23, 3)])
+@pytest.mark.parametrize(("classes", "written_by"), [(23, 1), (23, 2), (3, 4), (23, 3)])
 def test_any_world_size_reads_what_any_other_wrote(ranks, tmp_path, kind, classes, written_by):
     path = str(tmp_path / "checkpoint")
     results = ranks(written_by).run(save, path, classes, kind)
     expected, weight = results[0][0], torch.cat([w for _, w in results])
-    for world in (1, 2, 3, 4):
+    for world in (1, 2, 3, 4, 5):
         again = ranks(world).run(load, path, classes, kind)
         assert torch.equal(torch.cat([w for _, w in again]), weight)
         for losses, _ in again:
@@ -86,6 +98,67 @@ def test_any_world_size_reads_what_any_other_wrote(ranks, tmp_path, kind, classe
     losses, alone = load(0, 1, path, classes, kind)  # without a process group
     assert torch.equal(alone, weight)
     assert losses == pytest.approx(expected, rel=1e-12)
+
+
+def stateful(group: Any = None) -> dict[str, Any]:
+    """Everything that has a state of its own: a margin with statistics, a trained offset, both kinds of centers, K centers a class."""
+    options: Any = {"init_std": 1.0, "dtype": torch.float64, "group": group}
+    curricular, sphere = PartialFC(D, 11, CurricularFace(momentum=0.5), **options), PartialFC(D, 11, SphereFace2(), **options)
+    sub = PartialFC(D, 11, SubCenterArcFace(centers=2), 0.5, **options)
+    paper, gradient = CenterLoss(D, 11, **options), CenterLoss(D, 11, update="gradient", **options)
+    things = {"curricular": curricular, "sphere": sphere, "sub": sub, "paper": paper, "gradient": gradient}
+    trained = {n: RowOptimizer(torch.optim.AdamW, t, lr=0.1) for n, t in things.items() if n != "paper"}
+    return {**things, **{f"{name}_optimizer": optimizer for name, optimizer in trained.items()}}
+
+
+def train_stateful(named: dict[str, Any], steps: range, rank: int, world: int) -> list[float]:
+    losses = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(12, D, generator=generator, dtype=torch.float64)
+        labels = torch.randint(0, 11, (12,), generator=generator)
+        part = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        for thing in list(named.values())[:5]:
+            loss = thing(x[part], labels[part])
+            losses.append(loss.item())
+            if loss.requires_grad:
+                loss.backward()
+        named["paper"].step()
+        for optimizer in list(named.values())[5:]:
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses
+
+
+def replicas(world: int) -> Any:
+    return torch.distributed.init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+
+
+def save_stateful(rank: int, world: int, path: str, mesh: bool) -> list[float]:
+    named = stateful(replicas(world) if mesh else None)
+    train_stateful(named, range(2), rank, world)
+    save_checkpoint(path, **named)
+    return train_stateful(named, range(2, 5), rank, world)
+
+
+def load_stateful(rank: int, world: int, path: str, mesh: bool) -> list[float]:
+    named = stateful(replicas(world) if mesh else None)
+    load_checkpoint(path, **named)
+    return train_stateful(named, range(2, 5), rank, world)
+
+
+@pytest.mark.parametrize("written_by", ["2 ranks", "2 x 2 ranks"])
+def test_every_kind_of_state_goes_on_at_any_world_size(ranks, tmp_path, written_by):
+    """On a mesh replicas hold the same rows, which are written once."""
+    mesh = written_by == "2 x 2 ranks"
+    expected = ranks(4 if mesh else 2).run(save_stateful, str(tmp_path), mesh)[0]
+    assert len(set(expected)) == 15
+    data = next(tmp_path.glob("data-*"))
+    listed = sum(info.length for info in SafeReader(data).read_metadata().storage_data.values())
+    assert listed == sum(file.stat().st_size for file in data.glob("*.distcp")), "nothing is written twice"
+    for world, on_mesh in ((1, False), (2, False), (3, False), (4, True)):
+        for losses in ranks(world).run(load_stateful, str(tmp_path), on_mesh):
+            assert losses == pytest.approx(expected, rel=1e-11)
 
 
 def test_saved_alone_loads_on_ranks(ranks, tmp_path, monkeypatch):
