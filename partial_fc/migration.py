@@ -225,10 +225,10 @@ def _in_order(paths: list[Path]) -> list[Path]:
     for i, (path, rank) in enumerate(zip(paths, ranks, strict=True)):
         if rank == i:
             continue
+        if rank in ranks[:i]:
+            raise ValueError(f"{path} is a second file of rank {rank}; list each rank's file once")
         if i not in ranks:
             raise FileNotFoundError(f"the file of rank {i} is missing: {path} is of rank {rank}; every rank from 0 on must have one")
-        if ranks.count(rank) > 1:
-            raise ValueError(f"{path} is a second file of rank {rank}; list each rank's file once")
         raise ValueError(f"the files are out of order: {path} is of rank {rank} and stands where rank {i} belongs; list them by rank")
     return paths
 

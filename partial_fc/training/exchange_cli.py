@@ -218,11 +218,14 @@ def _head_state(sources: dict[str, RowSource], config: HeadConfig) -> dict[str, 
     """The state dict of a head that was just built, with rows from elsewhere."""
     weight = sources["weight"]
     classes, width = weight.shape[0], weight.shape[-1]
-    margins = [config.build_margin(torch.ones(classes)) for _ in range(2)]  # the first goes to the meta device, and its state with it
-    head = PartialFC(width, classes, margins[0], device="meta", dtype=weight.dtype)
-    margins[1].prepare(classes, classes)
-    start = {f"margin.{key}": value for key, value in margins[1].state_dict().items()}
+    margin = config.build_margin(torch.ones(classes))
+    head = PartialFC(width, classes, config.build_margin(torch.ones(classes)), device="meta", dtype=weight.dtype)
     state = dict(head.state_dict())
+    margin.prepare(classes, classes)
+    for key, parameter in margin.named_parameters():
+        parameter.data = parameter.data.to(state[f"margin.{key}"].dtype)
+    margin.reset()
+    start = {f"margin.{key}": value for key, value in margin.state_dict().items()}
     if state["weight"].shape != weight.shape:
         raise UserError(
             f"the weight is {list(weight.shape)}, a head with --margin {config.margin} has {list(state['weight'].shape)}; "
@@ -236,7 +239,7 @@ def _head_state(sources: dict[str, RowSource], config: HeadConfig) -> dict[str, 
         elif key == "bias":
             state[key] = torch.zeros(value.shape, dtype=value.dtype)
         elif key in start:
-            state[key] = start[key].detach().to(value.dtype)
+            state[key] = start[key].detach()
     return state
 
 
