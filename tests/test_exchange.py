@@ -559,3 +559,44 @@ def test_commands_say_what_is_wrong(tmp_path, capsys):
     assert main(["import", str(file), "--output", str(output), "--margin", "softmax"]) == 0
     assert "holds a checkpoint already" in fails(capsys, "import", file, "--output", output, "--margin", "softmax")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "out", "w.safetensors"]
+
+
+# ---------------------------------------------------------------------------------------------------- the application
+
+RUN = ["--config", "configs/quickstart.yaml", "--data.identities", "60", "--train.batch_size", "64"]
+
+
+def test_a_run_starts_from_given_weights_and_is_exported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    from partial_fc.training.cli import train_parser
+    from partial_fc.training.config import to_config
+    from partial_fc.training.trainer import Trainer
+
+    given = PartialFC(128, 60, seed=77)
+    export_weights(tmp_path / "w.safetensors", given)
+    folder = tmp_path / "run"
+    start = ["--output.folder", str(folder), "--head.weights", str(tmp_path / "w.safetensors")]
+    config = to_config(train_parser(), [*RUN, *start])
+    config.train.epochs = 1
+    trainer = Trainer(config)
+    assert torch.equal(trainer.head.weight, given.weight)
+    trainer.train()
+    trained = trainer.head.weight.detach().clone()
+    trainer.close()
+    assert not torch.equal(trained, given.weight)
+    assert main(["export", str(folder), str(tmp_path / "trained.safetensors")]) == 0
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "trained.safetensors")["weight"], trained)
+    (tmp_path / "w.safetensors").unlink()  # a run that is resumed needs it no more
+    resumed = Trainer(config, resume=True)
+    assert torch.equal(resumed.head.weight, trained)
+    resumed.close()
+
+
+def test_weights_that_do_not_fit_are_refused_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    export_weights(tmp_path / "w.safetensors", PartialFC(128, 61))
+    start = ["train", *RUN, "--output.folder", str(tmp_path / "run"), "--head.weights"]
+    assert "--head.weights: there is no" in fails(capsys, *start, tmp_path / "none", "--check")
+    text = fails(capsys, *start, tmp_path / "w.safetensors")
+    assert "--head.weights: " in text and "has 61 classes of width 128, here it is 60 classes of width 128" in text
+    assert not (tmp_path / "run").exists()
