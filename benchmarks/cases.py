@@ -162,13 +162,13 @@ def memory(build: Callable[[Work], Trained], work: Work, with_profile: bool = Fa
     for _ in range(3):
         small.step()
     del small
-    start = _trimmed()
+    start = trimmed()
     made = build(work)
     for _ in range(2):
         made.step()
-    _trimmed()
+    trimmed()
     dist.barrier()
-    reset = _reset_peak()
+    reset = reset_peak()
     with _Sampler() as sampler:
         for _ in range(2):
             made.step()
@@ -177,7 +177,7 @@ def memory(build: Callable[[Work], Trained], work: Work, with_profile: bool = Fa
         "start": start,
         "held": parameters + local_bytes(made.state()),
         "gradient": parameters,
-        "peak": _status("VmHWM") if reset else sampler.largest,
+        "peak": status("VmHWM") if reset else sampler.largest,
         "sampled": sampler.largest,
         "peak_from": "VmHWM" if reset else "samples",
     }
@@ -193,7 +193,7 @@ class _Sampler(threading.Thread):
 
     def run(self) -> None:
         while not self.done:
-            self.largest = max(self.largest, _resident())
+            self.largest = max(self.largest, resident())
             time.sleep(0.001)
 
     def __enter__(self) -> _Sampler:
@@ -205,23 +205,23 @@ class _Sampler(threading.Thread):
         self.join()
 
 
-def _resident() -> int:
+def resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
 
 
-def _trimmed() -> int:
+def trimmed() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return _resident()
+    return resident()
 
 
-def _reset_peak() -> bool:
+def reset_peak() -> bool:
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

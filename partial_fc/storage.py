@@ -1,6 +1,6 @@
 """How tensors lie in a checkpoint: `torch.distributed.checkpoint`, one file a rank, sharded matrices in blocks of rows.
 
-    RowBlocks     rows [first, first + n) of a matrix [C, ...], written as blocks of ROW_BLOCK_BYTES under one name
+    RowBlocks     rows [first, first + n) of a matrix [C, ...], written in blocks of at most ROW_BLOCK_BYTES under one name
     RowSource     a matrix that is read in blocks of rows from wherever it lies (a file of another format), never whole in memory
     write / read  all ranks of a group together, or one process without a group
     stream        a stored matrix block by block, for whoever writes it somewhere else
@@ -44,7 +44,7 @@ from torch.futures import Future
 
 from partial_fc.shards import local_part
 
-ROW_BLOCK_BYTES = 4 << 20
+ROW_BLOCK_BYTES = 16 << 20  # smaller ones are written more slowly (benchmarks/checkpoint.py)
 
 
 @runtime_checkable
@@ -59,9 +59,10 @@ class RowSource(Protocol):
         ...
 
 
-def block_rows(row_shape: torch.Size, dtype: torch.dtype) -> int:
-    """How many rows of that shape make a block."""
-    return max(1, ROW_BLOCK_BYTES // max(1, row_shape.numel() * dtype.itemsize))
+def block_rows(row_shape: torch.Size, dtype: torch.dtype, rows: int) -> int:
+    """How many of `rows` rows of that shape make a block: some blocks in flight are a small part of a small shard, too."""
+    row_bytes = max(1, row_shape.numel() * dtype.itemsize)
+    return max(1, min(ROW_BLOCK_BYTES, max(1 << 20, rows * row_bytes // 32)) // row_bytes)
 
 
 class RowBlocks:
@@ -72,7 +73,7 @@ class RowBlocks:
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, first: int, count: int, take: Callable[[int, int], Tensor]) -> None:
         self.shape, self.dtype, self.first, self.count, self.take = shape, dtype, first, count, take
-        self._rows = block_rows(shape[1:], dtype)
+        self._rows = block_rows(shape[1:], dtype, count)
 
     @classmethod
     def of_tensor(cls, tensor: DTensor, local: Tensor | None = None) -> RowBlocks:

@@ -449,7 +449,7 @@ def test_commands_hold_a_block_of_a_matrix_of_200_megabytes(tmp_path):
     create(small, {"weight": ((100, 512), torch.float32)}, {})
     create(large, {"weight": ((100_000, 512), torch.float32)}, {})
     answer = subprocess.run([sys.executable, "-c", RESIDENT, str(small), str(large)], capture_output=True, text=True, check=True)
-    assert int(answer.stdout.splitlines()[-1]) < 100_000 * 512 * 4 / 3
+    assert int(answer.stdout.splitlines()[-1]) < 100_000 * 512 * 4 / 2
     assert Path(f"{large}-again.safetensors").stat().st_size > 100_000 * 512 * 4
 
 

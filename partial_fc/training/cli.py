@@ -1,4 +1,4 @@
-"""The command `partial-fc`: train, evaluate, plan, export, import.
+"""The command `partial-fc`: train, evaluate, plan, and exports of what was trained.
 
 A user's mistake is one line on one rank's standard error, and exit code 2 on all.
 """
@@ -21,7 +21,8 @@ try:
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
     from partial_fc.training.errors import UserError
-    from partial_fc.training.exchange_cli import export_command, import_command
+    from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
+    from partial_fc.training.export_cli import export_command
     from partial_fc.training.plan_cli import plan_command
     from partial_fc.training.run import CONFIG, RunFolder
 except ModuleNotFoundError as error:
@@ -33,6 +34,7 @@ commands:
   train [CONFIG.yaml] [--head.sample_rate 0.2 ...]   train, evaluate, leave a run folder
   train --resume [RUN]                               go on with a run from its newest checkpoint
   evaluate RUN [--data FOLDER]                       verification and identification with a trained backbone
+  export-backbone RUN [--output DIR]                 the trained backbone as safetensors and ONNX, for use elsewhere
   plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
   export CHECKPOINT_OR_RUN FILE.safetensors          class weights as one file
   import SOURCE ... --output CHECKPOINT              class weights of one file, or of files of each rank, as a checkpoint
@@ -48,9 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": train,
         "evaluate": evaluate,
+        "export-backbone": export_command,
         "plan": plan_command,
-        "export": export_command,
-        "import": import_command,
+        "export": export_weights_command,
+        "import": import_weights_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")

@@ -40,7 +40,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
-def export_command(arguments: list[str]) -> None:
+def export_weights_command(arguments: list[str]) -> None:
     """`partial-fc export`: class weights or centers of a checkpoint as one safetensors file."""
     parser = jsonargparse.ArgumentParser(
         prog="partial-fc export", description="Class weights or centers of a checkpoint as one safetensors file.", exit_on_error=False
@@ -139,7 +139,7 @@ def _bar(doing: str, rows: int) -> Any:
 # ---------------------------------------------------------------------------------------------------- import
 
 
-def import_command(arguments: list[str]) -> None:
+def import_weights_command(arguments: list[str]) -> None:
     """`partial-fc import`: a checkpoint made of class weights from elsewhere."""
     parser = jsonargparse.ArgumentParser(
         prog="partial-fc import",
