@@ -213,7 +213,7 @@ def _named(source: Source) -> str:
 
 def blocks(shape: torch.Size, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     """Bounds of the row blocks of a matrix of this shape."""
-    size = block_rows(shape[1:], dtype)
+    size = block_rows(shape[1:], dtype, shape[0])
     for a in range(0, shape[0], size):
         yield a, min(a + size, shape[0])
 
