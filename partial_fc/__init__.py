@@ -9,6 +9,7 @@ from partial_fc.check import check_margin
 from partial_fc.checkpoint import load_checkpoint, save_checkpoint
 from partial_fc.checkpointer import Checkpointer
 from partial_fc.collectives import GlobalBatch, NonFiniteError, gather
+from partial_fc.exchange import export_weights, import_weights
 from partial_fc.head import PartialFC
 from partial_fc.margins import (
     AdaFace,
@@ -26,6 +27,7 @@ from partial_fc.margins import (
     SphereFace2,
     SubCenterArcFace,
 )
+from partial_fc.migration import RankFiles
 from partial_fc.moves import class_mapping
 from partial_fc.optim import RowOptimizer, clip_grad_norm_
 from partial_fc.plan import Plan, plan
@@ -51,6 +53,7 @@ __all__ = [
     "PartialFC",
     "Plan",
     "RandomState",
+    "RankFiles",
     "RowOptimizer",
     "Softmax",
     "SphereFace",
@@ -59,7 +62,9 @@ __all__ = [
     "check_margin",
     "class_mapping",
     "clip_grad_norm_",
+    "export_weights",
     "gather",
+    "import_weights",
     "load_checkpoint",
     "plan",
     "save_checkpoint",

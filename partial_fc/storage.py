@@ -196,6 +196,10 @@ class _StreamPlanner(DefaultLoadPlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._take = take
 
+    def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        # the base would first put tensors in the place of what is none
+        self.state_dict, self.original_state_dict, self.metadata, self.is_coordinator = state_dict, state_dict, metadata, is_coordinator
+
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         assert self.metadata is not None
         stored = self.metadata.state_dict_metadata[read_item.dest_index.fqn]

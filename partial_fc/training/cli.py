@@ -1,4 +1,4 @@
-"""The command `partial-fc`: train, evaluate, export, plan.
+"""The command `partial-fc`: train, evaluate, plan, and exports of what was trained.
 
 A user's mistake is one line on one rank's standard error, and exit code 2 on all.
 """
@@ -21,6 +21,7 @@ try:
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
     from partial_fc.training.errors import UserError
+    from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
     from partial_fc.training.export_cli import export_command
     from partial_fc.training.plan_cli import plan_command
     from partial_fc.training.run import CONFIG, RunFolder
@@ -35,6 +36,8 @@ commands:
   evaluate RUN [--data FOLDER]                       verification and identification with a trained backbone
   export-backbone RUN [--output DIR]                 the trained backbone as safetensors and ONNX, for use elsewhere
   plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
+  export CHECKPOINT_OR_RUN FILE.safetensors          class weights as one file
+  import SOURCE ... --output CHECKPOINT              class weights of one file, or of files of each rank, as a checkpoint
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
   accelerate launch --config_file configs/accelerate/cpu2.yaml -m partial_fc train configs/quickstart.yaml
@@ -49,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         "evaluate": evaluate,
         "export-backbone": export_command,
         "plan": plan_command,
+        "export": export_weights_command,
+        "import": import_weights_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -94,7 +99,11 @@ def train(arguments: list[str]) -> None:
     config, resume, check = _resolve(parser, arguments)
     if check:
         folder = RunFolder(config.output.folder)
-        folder.check_run() if resume else folder.check_free()
+        if resume:
+            folder.check_run()
+        else:
+            folder.check_free()
+            config.head.check_weights()
         data = open_data(config.data, config.seed)
         data.check_evaluation()
         build_backbone(config.backbone.name, image_shape=data.train.image_shape, embedding_size=config.backbone.embedding_size)

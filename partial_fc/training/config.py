@@ -162,6 +162,8 @@ class HeadConfig:
     """Cosine beyond which another class is taken for the sample's own under a second label, and left out; without it, none is."""
     init_std: float = 0.01
     """Standard deviation of the initial class weights."""
+    weights: str | None = None
+    """Class weights to start from: a safetensors file, a checkpoint, or a folder of files of each rank; drawn if not given."""
     label_smoothing: float = 0.0
     """Share of the target spread over all selected classes (0 to 1)."""
     logits_budget: int | None = None
@@ -180,6 +182,11 @@ class HeadConfig:
                     f"--head.{name} is {value}, which has no effect with --head.margin {self.margin} (it is for {known}); "
                     f"leave it out, or give {back} if a file sets it"
                 )
+
+    def check_weights(self) -> None:
+        """UserError if class weights to start from are not there; a run that is resumed needs them no more."""
+        if self.weights is not None and not Path(self.weights).exists():
+            raise UserError(f"--head.weights: there is no {self.weights}; give a safetensors file, a checkpoint or a folder of rank files")
 
     def build_margin(self, class_counts: Tensor) -> Margin:
         """The margin that these settings name, the paper's values where they name none; ValueError for values out of range.

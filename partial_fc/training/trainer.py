@@ -25,7 +25,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from partial_fc import RandomState, RowOptimizer, clip_grad_norm_, gather
+from partial_fc import RandomState, RowOptimizer, clip_grad_norm_, gather, import_weights
 from partial_fc.shards import local_part
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig, ScheduleConfig, flat, save_config
@@ -106,6 +106,7 @@ class Trainer:
         if resume:
             self._resume()
         else:
+            self._start()
             self.on_main(self._claim)
 
     def _build(self) -> None:
@@ -126,6 +127,15 @@ class Trainer:
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in (self.optimizer, self.head_optimizer)]
         # the head, its optimizer and the schedules stay as they are: nothing of them is to be replicated or averaged
         self.model, self.prepared_optimizer = self.accelerator.prepare(self.backbone, self.optimizer)
+
+    def _start(self) -> None:
+        """Class weights that the settings name."""
+        if self.config.head.weights is None:
+            return
+        try:
+            import_weights(self.config.head.weights, self.head)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--head.weights: {error}") from error
 
     def _claim(self) -> None:
         """Take the run folder, last of all: a mistake in the settings leaves no folder behind."""
