@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,6 +18,7 @@ try:
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
     from partial_fc.training.errors import UserError
     from partial_fc.training.plan_cli import plan_command
+    from partial_fc.training.ranks import check_devices, find_ranks, speaks
     from partial_fc.training.run import CONFIG, RunFolder
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(name=error.name))
@@ -46,11 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] not in commands:
             raise UserError(f"unknown command {arguments[0]!r}; choose one of: {', '.join(commands)}")
+        if arguments[0] != "plan":
+            find_ranks()
         commands[arguments[0]](arguments[1:])
     except (UserError, NonFiniteError, UnicodeDecodeError, jsonargparse.ArgumentError, OSError) as error:
         if "--traceback" in arguments:
             traceback.print_exc()
-        elif int(os.environ.get("RANK", "0")) == 0:
+        elif speaks():
             print(f"partial-fc: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -92,6 +94,7 @@ def train(arguments: list[str]) -> None:
             raise UserError(f"{len(data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         print(f"settings, data and folder are fine: {len(data.train):,} images of {data.train.num_identities:,} identities")
         return
+    check_devices(config.train.cpu)
     from partial_fc.training.trainer import Trainer
 
     trainer = Trainer(config, resume)
@@ -150,6 +153,7 @@ def evaluate(arguments: list[str]) -> None:
     config = to_config(train_parser(), ["--config", str(run.path / CONFIG)])
     config.data.workers, config.data.on_error = asked.workers, asked.on_error
     sets = _sets(config, asked.data)
+    check_devices(config.train.cpu)
     from accelerate import Accelerator
 
     from partial_fc.training.results import describe_environment, evaluate_sets, load_backbone, raise_together, write_results
