@@ -73,6 +73,9 @@ def train_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--resume", nargs="?", const="", default=None, metavar="RUN", help="go on with the run in RUN, or in --output.folder"
     )
+    parser.add_argument(
+        "--start_or_resume", action="store_true", help="start the run, or go on with it if --output.folder has it: for launchers that restart"
+    )
     parser.add_argument("--check", action="store_true", help="look for mistakes in settings, data and folders, then stop")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
@@ -120,6 +123,8 @@ def _resolve(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> tuple
         if "parsing config" in str(error):  # a file that is no YAML; the message does not say which
             raise UserError(f"{arguments[1]}: {error}") from error
         raise
+    if asked.resume is None and asked.start_or_resume and (RunFolder(asked.output.folder).path / CONFIG).is_file():
+        asked.resume = ""  # the same on all ranks: none makes the folder before all have come as far as the first exchange of the trainer
     if asked.resume is None:
         return to_config(parser, arguments), False, asked.check
     folder = RunFolder(asked.resume or asked.output.folder)
