@@ -88,6 +88,22 @@ def succeed(command: str | list[str], timeout: float = 150, **more: str) -> str:
     return out + err
 
 
+def succeed_together(processes: list[subprocess.Popen[str]], timeout: float = 150) -> None:
+    """All must end well; where one does not, the others are killed."""
+    try:
+        for process in processes:
+            code, out, err = finish(process, timeout)
+            assert code == 0, f"exit code {code}\n{out[-2000:]}\n{err[-6000:]}"
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+
+
 def losses(run: Path) -> list[float]:
     """The loss of every step that a run has logged."""
     return [row["loss"] for row in RunFolder(run).history()]

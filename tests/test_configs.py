@@ -1,7 +1,7 @@
-"""Every file in configs/ is loaded by what reads it, and tried at its real world size: on the meta device, under a process group that is none.
+"""Every file in configs/ is loaded by what reads it, and tried at its real world size: on the meta device, under a pretended process group.
 
-A training configuration says in a comment what it is for: `# plan: classes=C images=N nodes=n gpus=w head_memory=80GB` (memory of a GPU that
-the head may take). So the head is built on every kind of rank without the data or the GPUs, and its memory looked up in the cost model.
+A training configuration says in a comment what it is for: `# plan: classes=C images=N nodes=n gpus=w head_memory=4GB` (of each GPU). So
+the head is built on every kind of rank without the data or the GPUs, and its memory looked up in the cost model.
 """
 
 from __future__ import annotations
@@ -173,7 +173,13 @@ def test_its_command_is_one_that_the_launcher_takes(path, monkeypatch):
 
 
 def test_the_launch_files_world_is_the_runs():
-    for run, launched in (("quickstart", "cpu2"), ("faces_2m", "gpu8"), ("faces_2m", "zero2"), ("faces_2m", "fsdp2"), ("faces_10m", "two_nodes")):
+    for run, launched in (
+        ("quickstart", "cpu2"),
+        ("faces_2m", "gpu8"),
+        ("faces_2m", "zero2"),
+        ("faces_2m", "fsdp2"),
+        ("faces_10m", "two_nodes"),
+    ):
         said, config = stated(CONFIGS / f"{run}.yaml"), load_config_from_file(str(CONFIGS / f"accelerate/{launched}.yaml"))
         assert (said["gpus"], said["nodes"]) == (config.num_processes, config.num_machines)
     script = (ROOT / "launch/slurm.sbatch").read_text()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launched import MPIRUN_OPTIONS, ROOT, finish, start, succeed, tell_tale, tiny_run
+from launched import MPIRUN_OPTIONS, ROOT, start, succeed, succeed_together, tell_tale, tiny_run
 from runner import free_port
 
 # ---------------------------------------------------------------------------------------------------- one node
@@ -40,9 +40,7 @@ def test_torchrun_on_two_nodes_of_one_rank(tiny, accelerated):
     out, port = tiny.parent / "torchrun_nodes", str(free_port())
     command = f"launch/torchrun.sh {tiny} --output.folder {out}"
     nodes = [start(command, NPROC="1", NNODES="2", NODE_RANK=str(node), MASTER_PORT=port) for node in range(2)]
-    for node in nodes:
-        code, _, err = finish(node)
-        assert code == 0, err[-4000:]
+    succeed_together(nodes)
     assert tell_tale(out) == accelerated
 
 
@@ -52,9 +50,7 @@ def test_accelerate_on_two_nodes_of_one_rank(tiny, accelerated):
     (tiny.parent / "two_nodes.yaml").write_text(yaml)
     command = f"launch/accelerate_nodes.sh {tiny.parent / 'two_nodes.yaml'} {tiny} --output.folder {out}"
     nodes = [start(command, MACHINE_RANK=str(node), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for node in range(2)]
-    for node in nodes:
-        code, _, err = finish(node)
-        assert code == 0, err[-4000:]
+    succeed_together(nodes)
     assert tell_tale(out) == accelerated
 
 
@@ -127,7 +123,13 @@ def slurm(tmp_path) -> dict[str, str]:
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     path = os.pathsep.join((str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]))
-    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    job = {
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
     return {"PATH": path, **job}
 
 

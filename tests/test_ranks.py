@@ -161,7 +161,9 @@ def told(rank: int, world: int, port: int, given: list[dict[str, str]], gpus: li
     gone = [name for name, value in given[rank].items() if not value]
     for name in gone:
         del os.environ[name]
-    cuda = mock.patch.multiple(torch.cuda, is_available=lambda: gpus[rank] > 0, device_count=lambda: gpus[rank]) if gpus else mock.MagicMock()
+    cuda = (
+        mock.patch.multiple(torch.cuda, is_available=lambda: gpus[rank] > 0, device_count=lambda: gpus[rank]) if gpus else mock.MagicMock()
+    )
     try:
         with mock.patch.object(found.dist, "is_initialized", lambda: False), mock.patch.object(found, "_stores", []), cuda:
             found.find_ranks()
@@ -187,7 +189,11 @@ def step(rank: int, **more: str) -> dict[str, str]:
         ([step(0), step(1)], None, "fine"),
         ([step(0, RANK="0"), step(1, RANK="1", WORLD_SIZE="2")], None, "fine"),
         ([step(0, RANK="0"), step(1, RANK="0")], None, "RANK is set to 0, and Slurm says 1 (rank 1 of 2); unset RANK"),
-        ([step(0, LOCAL_RANK="0"), step(1, LOCAL_RANK="0")], None, "LOCAL_RANK is set to 0, and Slurm says 1 (rank 1 of 2); unset LOCAL_RANK"),
+        (
+            [step(0, LOCAL_RANK="0"), step(1, LOCAL_RANK="0")],
+            None,
+            "LOCAL_RANK is set to 0, and Slurm says 1 (rank 1 of 2); unset LOCAL_RANK",
+        ),
         ([{}, {}], [2, 2], "fine"),
         ([{}, {}], [1, 1], "LOCAL_RANK is 1 on rank 1, which sees 1 GPU; start as many processes"),
         ([{}, {}], [2, 0], "mixed devices: rank 1 sees no GPU, and rank 0 does"),
@@ -208,9 +214,16 @@ def test_the_cpu_needs_no_gpus(variables):
 
 # ---------------------------------------------------------------------------------------------------- MPI
 
-SHOW = "from partial_fc.engines import mpi; mpi.init_process_group('gloo'); import os, torch, torch.distributed as dist; x = torch.ones(2)"
-SHOW += "; dist.all_reduce(x); print(*(os.environ[n] for n in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')), int(x[0]))"
-SHOW += "; dist.barrier(); dist.destroy_process_group()"
+SHOW = """
+import os, torch, torch.distributed as dist
+from partial_fc.engines import mpi
+mpi.init_process_group("gloo")
+total = torch.ones(2)
+dist.all_reduce(total)
+print(*(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")), int(total[0]), flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
 
 
 def mpirun(*command: str, **more: str) -> subprocess.Popen[str]:
