@@ -165,7 +165,7 @@ def told(rank: int, world: int, port: int, given: list[dict[str, str]], gpus: li
         mock.patch.multiple(torch.cuda, is_available=lambda: gpus[rank] > 0, device_count=lambda: gpus[rank]) if gpus else mock.MagicMock()
     )
     try:
-        with mock.patch.object(found.dist, "is_initialized", lambda: False), mock.patch.object(found, "_stores", []), cuda:
+        with mock.patch.object(found.dist, "is_initialized", return_value=False), mock.patch.object(found, "_stores", []), cuda:
             found.find_ranks()
             found.check_devices(cpu=False)
     except UserError as error:

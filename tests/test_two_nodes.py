@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,10 +28,11 @@ def ip(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 class Nodes:
-    """Namespaces and host names `NAME-0` and `NAME-1`."""
+    """Namespaces and host names `NAME-0` and `NAME-1`, which either node resolves to the address on the cable."""
 
     def __init__(self, name: str) -> None:
         self.names = [f"{name}-{node}" for node in range(2)]
+        self.settings = [Path("/etc/netns") / each for each in self.names]  # what lies here, `ip netns exec` lays over /etc
 
     def lay(self) -> str:
         """Make the namespaces and the cable; what went wrong, if anything did."""
@@ -44,11 +46,16 @@ class Nodes:
             done = ip(*words)
             if done.returncode:
                 return f"`ip {' '.join(words)}` failed: {done.stderr.strip()}"
+        hosts = "".join(f"{address} {name}\n" for address, name in zip(ADDRESSES, self.names, strict=True))
+        for folder in self.settings:
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
         return ""
 
     def remove(self) -> None:
-        for name in self.names:
+        for name, folder in zip(self.names, self.settings, strict=True):
             ip("netns", "del", name)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def on(self, node: int, command: str) -> list[str]:
         name = self.names[node]
@@ -148,16 +155,17 @@ def test_elastic_torchrun(nodes, tiny, alone):
 
 @pytest.mark.slow
 def test_mpirun(nodes, tiny, alone):
-    """mpirun on the first node; where it would use ssh to start its daemon on the second, a script enters that namespace."""
+    """mpirun on the first node; where it would use ssh to start its daemon on the second, a script enters that namespace. The master is the
+    first node's name, as MPI tells it."""
     out, agent = tiny.parent / "mpirun", tiny.parent / "agent.sh"
     second = shlex.join(nodes.on(1, "")[:-1])
     agent.write_text(f'#!/usr/bin/env bash\nshift\nexec {second} "hostname {nodes.names[1]}; $*"\n')
     agent.chmod(0o755)
     hosts = ",".join(f"{address}:1" for address in ADDRESSES)
-    passed = " ".join(f"-x {name}" for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "MASTER_ADDR"))
+    passed = " ".join(f"-x {name}" for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"))
     options = f"{MPIRUN_OPTIONS} --prtemca plm_ssh_agent {agent} --host {hosts} {passed}"
     command = nodes.on(0, f"launch/mpirun.sh {tiny} --output.folder {out}")
-    succeed(command, RANKS="2", MPIRUN_OPTIONS=options, GLOO_SOCKET_IFNAME=CABLE, MASTER_ADDR=ADDRESSES[0])
+    succeed(command, RANKS="2", MPIRUN_OPTIONS=options, GLOO_SOCKET_IFNAME=CABLE)
     assert tell_tale(out) == alone
 
 
