@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -40,6 +41,14 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
             pipe.send((True, function(rank, world, *arguments)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 class RankFailure(AssertionError):

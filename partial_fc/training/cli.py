@@ -5,7 +5,6 @@ A user's mistake is one line on one rank's standard error, and exit code 2 on al
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,6 +23,7 @@ try:
     from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
     from partial_fc.training.export_cli import export_command
     from partial_fc.training.plan_cli import plan_command
+    from partial_fc.training.ranks import check_devices, find_ranks, speaks
     from partial_fc.training.run import CONFIG, RunFolder
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(name=error.name))
@@ -61,11 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] not in commands:
             raise UserError(f"unknown command {arguments[0]!r}; choose one of: {', '.join(commands)}")
+        if arguments[0] != "plan":
+            find_ranks()
         commands[arguments[0]](arguments[1:])
     except (UserError, NonFiniteError, UnicodeDecodeError, jsonargparse.ArgumentError, OSError) as error:
         if "--traceback" in arguments:
             traceback.print_exc()
-        elif int(os.environ.get("RANK", "0")) == 0:
+        elif speaks():
             print(f"partial-fc: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -85,6 +87,11 @@ def train_parser() -> jsonargparse.ArgumentParser:
     add_config(parser)
     parser.add_argument(
         "--resume", nargs="?", const="", default=None, metavar="RUN", help="go on with the run in RUN, or in --output.folder"
+    )
+    parser.add_argument(
+        "--start_or_resume",
+        action="store_true",
+        help="start the run, or go on with it if --output.folder has it: for launchers that restart",
     )
     parser.add_argument("--check", action="store_true", help="look for mistakes in settings, data and folders, then stop")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -111,6 +118,7 @@ def train(arguments: list[str]) -> None:
             raise UserError(f"{len(data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         print(f"settings, data and folder are fine: {len(data.train):,} images of {data.train.num_identities:,} identities")
         return
+    check_devices(config.train.cpu)
     from partial_fc.training.trainer import Trainer
 
     trainer = Trainer(config, resume)
@@ -136,6 +144,8 @@ def _resolve(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> tuple
         if "parsing config" in str(error):  # a file that is no YAML; the message does not say which
             raise UserError(f"{arguments[1]}: {error}") from error
         raise
+    if asked.resume is None and asked.start_or_resume and (RunFolder(asked.output.folder).path / CONFIG).is_file():
+        asked.resume = ""  # the same on all ranks: none makes the folder before all have come as far as the first exchange of the trainer
     if asked.resume is None:
         return to_config(parser, arguments), False, asked.check
     folder = RunFolder(asked.resume or asked.output.folder)
@@ -169,6 +179,7 @@ def evaluate(arguments: list[str]) -> None:
     config = to_config(train_parser(), ["--config", str(run.path / CONFIG)])
     config.data.workers, config.data.on_error = asked.workers, asked.on_error
     sets = _sets(config, asked.data)
+    check_devices(config.train.cpu)
     from accelerate import Accelerator
 
     from partial_fc.training.results import describe_environment, evaluate_sets, load_backbone, raise_together, write_results

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
 import torch
+import torch.distributed as dist
 from accelerate.utils import LoggerType
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from partial_fc.centers import CenterLoss
 from partial_fc.head import PartialFC
@@ -168,9 +170,13 @@ class HeadConfig:
     """Share of the target spread over all selected classes (0 to 1)."""
     logits_budget: int | None = None
     """Bytes of logits a rank may keep for backward; beyond, they are computed again. 1 GiB if not given."""
+    replicas: int = 1
+    """Copies of the class weights, each split over the ranks divided by this; as many as nodes keeps embeddings and logits in a node."""
 
     def check(self) -> None:
-        """UserError for a setting that the margin does not take."""
+        """UserError for a setting that the margin does not take, or a number of replicas that is none."""
+        if self.replicas < 1:
+            raise UserError(f"--head.replicas is {self.replicas}; give at least 1")
         takes, defaults = MARGINS[self.margin][1], HeadConfig()
         for name in MARGIN_SETTINGS:
             value, default = getattr(self, name), getattr(defaults, name)
@@ -199,6 +205,18 @@ class HeadConfig:
             given["class_counts"] = class_counts
         return build(**{argument: value for argument, value in given.items() if value is not None})
 
+    def build_mesh(self, device: torch.device) -> DeviceMesh | None:
+        """The mesh (replicas, ranks of a replica) of the process group: neighbouring ranks hold a copy together. None for one copy."""
+        if self.replicas == 1:
+            return None
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        shard, rest = divmod(world, self.replicas)
+        if rest:
+            raise UserError(
+                f"--head.replicas {self.replicas} does not divide the {world} ranks; give a divisor, such as the number of nodes"
+            )
+        return init_device_mesh(device.type, (self.replicas, shard), mesh_dim_names=("replicate", "shard"))
+
     def build(self, embedding_size: int, class_counts: Tensor, seed: int, device: torch.device) -> PartialFC:
         """The head of len(class_counts) classes; ValueError for values out of range."""
         return PartialFC(
@@ -206,6 +224,7 @@ class HeadConfig:
             len(class_counts),
             self.build_margin(class_counts),
             self.sample_rate,
+            group=self.build_mesh(device),
             seed=seed,
             init_std=self.init_std,
             label_smoothing=self.label_smoothing,
@@ -362,8 +381,13 @@ class RunConfig:
             raise UserError("--train.mixed_precision fp16 needs CUDA; use bf16 on a CPU")
         self.head.check()
         self.center.check()
+        if self.head.replicas > 1 and self.center.weight:
+            raise UserError(
+                f"--head.replicas is {self.head.replicas}, but center loss is split over all ranks; "
+                "give --center.weight 0 or --head.replicas 1"
+            )
         try:  # what head, center loss, optimizer and trackers themselves refuse
-            self.head.build(2, torch.ones(2), self.seed, torch.device("meta"))
+            replace(self.head, replicas=1).build(2, torch.ones(2), self.seed, torch.device("meta"))
             self.center.build(2, 2, self.seed, torch.device("meta"))
             optimizer_class, options = self.optimizer.build()
             optimizer_class([torch.zeros(1)], **options)
