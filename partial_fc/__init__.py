@@ -9,6 +9,7 @@ from partial_fc.check import check_margin
 from partial_fc.checkpoint import load_checkpoint, save_checkpoint
 from partial_fc.checkpointer import Checkpointer
 from partial_fc.collectives import GlobalBatch, NonFiniteError, gather
+from partial_fc.doctor import Report, doctor
 from partial_fc.head import PartialFC
 from partial_fc.margins import (
     AdaFace,
@@ -50,6 +51,7 @@ __all__ = [
     "PartialFC",
     "Plan",
     "RandomState",
+    "Report",
     "RowOptimizer",
     "Softmax",
     "SphereFace",
@@ -57,6 +59,7 @@ __all__ = [
     "SubCenterArcFace",
     "check_margin",
     "clip_grad_norm_",
+    "doctor",
     "gather",
     "load_checkpoint",
     "plan",

@@ -1,4 +1,7 @@
-"""The command `partial-fc`: train, evaluate, plan. A user's mistake is one line on one rank's standard error, and exit code 2 on all."""
+"""The command `partial-fc`: train, evaluate, plan, doctor, comms.
+
+A user's mistake is one line on one rank's standard error, and exit code 2 on all.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ try:
     from partial_fc.training.backbones import build_backbone
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
+    from partial_fc.training.doctor_cli import doctor_command
     from partial_fc.training.errors import UserError
     from partial_fc.training.plan_cli import plan_command
     from partial_fc.training.run import CONFIG, RunFolder
@@ -30,6 +34,7 @@ commands:
   train --resume [RUN]                               go on with a run from its newest checkpoint
   evaluate RUN [--data FOLDER]                       verification and identification with a trained backbone
   plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
+  doctor [CONFIG.yaml] [--head.sample_rate 0.2 ...]  is the run wired right? two steps that leave nothing behind; exit code 1 if not
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
   accelerate launch --config_file configs/accelerate/cpu2.yaml -m partial_fc train configs/quickstart.yaml
@@ -37,16 +42,21 @@ commands:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run a command; its exit code: 0, 1 if doctor finds something wrong, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": evaluate, "plan": plan_command}
+    commands: dict[str, Callable[[list[str]], int | None]] = {
+        "train": train,
+        "evaluate": evaluate,
+        "plan": plan_command,
+        "doctor": doctor_command,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
     try:
         if arguments[0] not in commands:
             raise UserError(f"unknown command {arguments[0]!r}; choose one of: {', '.join(commands)}")
-        commands[arguments[0]](arguments[1:])
+        return commands[arguments[0]](arguments[1:]) or 0
     except (UserError, NonFiniteError, UnicodeDecodeError, jsonargparse.ArgumentError, OSError) as error:
         if "--traceback" in arguments:
             traceback.print_exc()
@@ -55,7 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _one_line(error: Exception) -> str:
