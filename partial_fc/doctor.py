@@ -119,8 +119,8 @@ def doctor(
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     found = {check.name: check for check in checks}
     wrong = [name for name in (*NEEDED, "labels") if found[name].ok is False]
-    if wiring.head.sample_rate < 1 and found["head optimizer"].ok is False and wiring.head._rows.live_optimizer is None:
-        wrong.append("head optimizer")  # the head itself refuses a second step
+    if found["head optimizer"].ok is False and wiring.refuses_to_step:
+        wrong.append("head optimizer")
     if wrong:
         checks += [Check(name, None, f"not checked: {', '.join(wrong)} must be right first") for name in DYNAMIC]
         return Report(tuple(checks), ranks)

@@ -85,6 +85,12 @@ class Wiring:
         own = {id(p) for p in self.head.parameters()}
         return {name: p for name, p in self.bare.named_parameters() if p.requires_grad and id(p) not in own}
 
+    @property
+    def refuses_to_step(self) -> bool:
+        """Whether the head or a RowOptimizer itself raises in the second step: no optimizer takes the rows, or two do."""
+        untaken = self.head.sample_rate < 1 and self.head._rows.live_optimizer is None
+        return untaken or len(self._row_optimizers()) > 1
+
     def checks(self) -> list[Check]:
         """What is seen on this rank."""
         return [self._group(), self._wrapping(), self._device(), self._head_optimizer(), self._backbone_optimizer()]

@@ -288,6 +288,32 @@ def test_what_accelerate_was_given_is_seen():
     accelerator.free_memory()
 
 
+# ---------------------------------------------------------------------------------------------------- refused without being asked
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_a_second_optimizer_of_rows_is_refused_by_the_first(rate):
+    head = PartialFC(D, C, sample_rate=rate)
+    first = RowOptimizer(torch.optim.SGD, head, **SGD)
+    second = RowOptimizer(torch.optim.SGD, head, **SGD)
+    head(torch.randn(3, D), torch.arange(3)).backward()
+    second.step()
+    with pytest.raises(RuntimeError, match="another RowOptimizer was built for this head after this one"):
+        first.step()
+
+
+def replaced(rank: int, world: int) -> None:
+    head = PartialFC(D, C)
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    with pytest.raises(RuntimeError, match="another tensor was put in the place of this PartialFC's weight"):
+        head(torch.randn(3, D), torch.arange(3))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_weight_that_was_replaced_is_refused(ranks, world):
+    ranks(world).run(replaced)
+
+
 # ---------------------------------------------------------------------------------------------------- nothing has moved
 
 

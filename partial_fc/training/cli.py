@@ -18,6 +18,7 @@ try:
 
     from partial_fc import NonFiniteError
     from partial_fc.training.backbones import build_backbone
+    from partial_fc.training.comms_cli import comms_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
     from partial_fc.training.doctor_cli import doctor_command
@@ -35,6 +36,7 @@ commands:
   evaluate RUN [--data FOLDER]                       verification and identification with a trained backbone
   plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
   doctor [CONFIG.yaml] [--head.sample_rate 0.2 ...]  is the run wired right? two steps that leave nothing behind; exit code 1 if not
+  comms [CONFIG.yaml | --num_classes C ...]          what share of a step is communication, measured on the launched ranks
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
   accelerate launch --config_file configs/accelerate/cpu2.yaml -m partial_fc train configs/quickstart.yaml
@@ -49,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         "evaluate": evaluate,
         "plan": plan_command,
         "doctor": doctor_command,
+        "comms": comms_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
