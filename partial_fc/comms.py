@@ -42,10 +42,7 @@ HINTS = {
     "clip norm": "it is one number, so that this is latency: clip every few steps, or not at all",
     "backbone gradient": "accumulate gradients over micro-batches (no_sync), or let DDP send bfloat16 (a communication hook)",
 }
-ACROSS = (
-    "shard within a node and replicate across nodes (group=a 2-D DeviceMesh of (nodes, ranks a node)), "
-    "so that embeddings stay within a node"
-)
+INTERFACE = "see that the fast interface is used (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
 
 
 @dataclass(frozen=True)
@@ -114,11 +111,21 @@ class Comms:
         speed = f"latency of {found.latency * 1e3:.3g} ms" if found.late else f"network of {found.rate:.2g} GB/s"
         kind = name.split(" (", 1)
         hints = [HINTS[kind[0]]]
-        if self.nodes > 1 and kind[0] != "backbone gradient" and kind[0] != "clip norm":
-            hints.insert(0, ACROSS)
+        if self.nodes > 1:
+            across = [self._across()] if kind[0] in ("payload", "statistics", "embedding gradient") else []
+            hints = [INTERFACE, *across, *hints]
         return (
             f"the {kind[1][:-1]} of the {kind[0]} takes {found.seconds / self.step:.0%} of the step: {speed} {where}; {'; or '.join(hints)}"
         )
+
+    def _across(self) -> str:
+        """Whether replicas of the head on each node would send less: class gradients instead of embeddings and their gradients."""
+        now = sum(c.sent for c in self.collectives if c.name.startswith(("payload", "embedding gradient")))
+        then = 2 * self.head_rows * (self.nodes - 1) * self.arguments["embedding_size"] * 4  # an all-reduce of nodes times the rows
+        instead = f"{_size(then)} of class gradients between nodes instead of {_size(now)} of embeddings"
+        if then >= now:
+            return f"leave the head sharded over all nodes, as replicas of it would send more ({instead})"
+        return f"shard within a node and replicate across nodes (group=a 2-D DeviceMesh of nodes and ranks): {instead}"
 
     def _slowest(self) -> str:
         found = max(self.collectives, key=lambda c: c.seconds)

@@ -430,10 +430,18 @@ class _Trial:
                 if owners and self.rank == owners[-1]:
                     local_part(carriers[0].grad).view(-1)[0] = float("inf")  # type: ignore[arg-type]
             wanted = [o for o in self.wiring.optimizers if self._holds(o, where)]
-            mine = [self._overflows(bare(o)) for o in wanted]
-            everyone = _gather(mine)
-            if any(not all(found) for found in everyone):
-                missed = [rank for rank, found in enumerate(everyone) if not all(found)]
+            mine, refused = [], ""
+            try:
+                mine = [self._overflows(bare(o)) for o in wanted]
+            except RuntimeError as error:  # backbone and head in one optimizer: plain tensors and DTensors
+                refused = str(error).splitlines()[0]
+            everyone = _gather((mine, refused))
+            texts = [text for _, text in everyone if text]
+            if texts:
+                alone = "keep the head's parameters in an optimizer of their own, and unscale each"
+                return Check(name, False, f"the scaler cannot unscale the {where}'s optimizer: {texts[0]}", alone)
+            missed = [rank for rank, (found, _) in enumerate(everyone) if not all(found)]
+            if missed:
                 return Check(name, False, f"an infinity in the {where}'s gradient on one rank is not noticed on rank {missed[0]}", mend)
         return Check(name, True, "an infinity on one rank is noticed on all")
 

@@ -146,24 +146,28 @@ def test_a_step_of_which_a_part_was_measured(monkeypatch):
     assert whole.measured_rows == whole.head_rows == 100 and "scaled" not in str(whole)
 
 
-def made(nodes: int, head: float, backbone: float, **seconds: float) -> Comms:
+def made(nodes: int, head: float, backbone: float, rows: int = 10, **seconds: float) -> Comms:
     kinds = {"payload": "all-gather", "embedding_gradient": "reduce-scatter", "status": "all-gather", "backbone_gradient": "all-reduce"}
     items = tuple(
         Measured(f"{name.replace('_', ' ')} ({kinds[name]})", 10**8, 10**8, 10**8, value, 0.9 * value if name == "status" else 1e-4)
         for name, value in seconds.items()
     )
     arguments = {"num_classes": C, "embedding_size": D, "batch_size": 8, "sample_rate": 1.0}
-    return Comms(arguments, 4, nodes, "gloo", "cpu", items, head, 10, 10, backbone)
+    return Comms(arguments, 4, nodes, "gloo", "cpu", items, head, rows, rows, backbone)
 
 
 def test_the_advice():
     slow = made(2, 0.1, 0.05, embedding_gradient=1.0, payload=0.05)
     assert slow.share("embedding") == pytest.approx(1 / 1.2)
     assert slow.advice.startswith(
-        "the reduce-scatter of the embedding gradient takes 83% of the step: network of 0.1 GB/s between 2 nodes; "
-        "shard within a node and replicate across nodes"
+        "the reduce-scatter of the embedding gradient takes 83% of the step: network of 0.1 GB/s between 2 nodes; see that the fast "
     )
-    assert "replicate" not in made(1, 0.1, 0.0, embedding_gradient=1.0).advice
+    # rows of a rank: 10, or 20 where two nodes each have a whole head; of an all-reduce over two nodes each number is sent once
+    assert "shard within a node and replicate across nodes" in slow.advice
+    assert "480 B of class gradients between nodes instead of 190.73 MiB of embeddings" in slow.advice
+    many = made(2, 0.1, 0.05, rows=10_000_000, embedding_gradient=1.0, payload=0.05).advice
+    assert "leave the head sharded over all nodes" in many and "457.76 MiB of class gradients" in many
+    assert "nodes" not in made(1, 0.1, 0.0, embedding_gradient=1.0).advice
     assert "accumulate gradients over micro-batches" in made(2, 0.1, 0.0, backbone_gradient=1.0).advice
     assert "latency of 450 ms" in made(1, 0.1, 0.0, status=0.5).advice
     assert made(1, 1.0, 0.0, payload=0.1).advice.endswith("the network is not the bottleneck")

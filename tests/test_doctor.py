@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_fc import ArcFace, CurricularFace, PartialFC, Report, RowOptimizer, Softmax, doctor
+from partial_fc.training.optimizers import OptimizerConfig
 
 ROOT = Path(__file__).parent.parent
 D, C = 6, 11
@@ -83,7 +84,9 @@ def agreed(report: Report) -> Report:
 def right(rank: int, world: int, kind: str) -> None:
     torch.manual_seed(rank)
     rate = 0.5 if "sampled" in kind else 1.0
-    margin = {"softmax": Softmax(), "curricular": CurricularFace(scale=8.0, momentum=0.5)}.get(kind, ArcFace(scale=8.0))
+    margin = {"softmax": Softmax(), "softmax scaler": Softmax(), "curricular": CurricularFace(scale=8.0, momentum=0.5)}.get(
+        kind, ArcFace(scale=8.0)
+    )
     options: dict[str, Any] = {}
     mesh = None
     if kind == "mesh":
@@ -98,24 +101,34 @@ def right(rank: int, world: int, kind: str) -> None:
         parameters = list(model.backbone.parameters())  # type: ignore[arg-type,union-attr]
         names = [f"head.{name}" for name, _ in head.named_parameters()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    model = DistributedDataParallel(model, gradient_as_bucket_view=kind == "views")
+    if kind == "FSDP2":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model)
+        parameters = list(model.parameters())
+    else:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=kind == "views")
+    if kind == "compiled":
+        model = torch.compile(model, backend="eager")  # type: ignore[assignment]
     optimizers: list[Any] = [torch.optim.AdamW(parameters, lr=0.01)]
     if kind == "softmax":
         optimizers = [torch.optim.SGD([*parameters, *head.parameters()], lr=0.1)]
     else:
         optimizers.append(RowOptimizer(torch.optim.SGD, head, update_in_backward=kind == "in backward", **SGD))
-    if kind == "scaler":
+    if "scaler" in kind:
         options["scaler"] = torch.amp.GradScaler("cpu", init_scale=1024.0)
     x, labels = data(rank, n=5 + rank)
     report = agreed(doctor(model, head, optimizers, batch=(x.to(next(model.parameters()).dtype), labels), **options))
     assert report.ok, str(report)
     skipped = [check.name for check in report.checks if check.ok is None]
-    assert skipped == ([] if kind == "scaler" else ["found_inf"]), str(report)
+    unseen = ["replicas", "gradient scale"] if kind == "FSDP2" else []
+    assert skipped == unseen + ([] if "scaler" in kind else ["found_inf"]), str(report)
     report.raise_if_wrong()
     assert f"{len(report.checks)} checks on {world} rank" in str(report) and "all is right" in str(report) and "✗" not in str(report)
 
 
-KINDS = ["rows", "sampled", "softmax", "curricular", "inside", "scaler", "sampled scaler", "in backward", "views", "double", "mesh"]
+KINDS = ["rows", "sampled", "softmax", "curricular", "inside", "scaler", "sampled scaler", "in backward", "views"]
+KINDS += ["double", "mesh", "FSDP2", "compiled"]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -203,6 +216,10 @@ def wrong(rank: int, world: int, kind: str) -> tuple[list[str], str]:
         optimizers[1] = RowOptimizer(torch.optim.SGD, head, lr=0.0)
     elif kind == "deaf scaler":
         options["scaler"] = Deaf("cpu")
+    elif kind == "one optimizer and a scaler":
+        own = None
+        optimizers = [torch.optim.SGD([*parameters, *head.parameters()], lr=0.1)]
+        options["scaler"] = torch.amp.GradScaler("cpu")
     report = agreed(doctor(model, given, [o for o in optimizers if o is not None], **options))
     with pytest.raises(RuntimeError) as caught:
         report.raise_if_wrong()
@@ -244,6 +261,7 @@ WRONG = {  # kind: (checks that are wrong, what their words hold), at any world 
     "forward": (["forward"], "raises KeyError: 'no such layer'"),
     "labels": (["labels"], "label 11 is not among 0 to 10"),
     "detached": (["backbone gradient"], "the loss reaches no parameter of the backbone"),
+    "one optimizer and a scaler": (["found_inf"], "the scaler cannot unscale the backbone's optimizer: "),
     "stale": (["steps"], "two steps did not move the head"),
 }
 WRONG_ON_TWO = {
@@ -322,7 +340,7 @@ def train(rank: int, world: int, kind: str, look: bool) -> list[Any]:
     margin = CurricularFace(scale=8.0, momentum=0.3) if kind == "curricular" else ArcFace(scale=8.0)
     head = PartialFC(D, C, margin, 0.5 if kind == "sampled" else 1.0)
     model = DistributedDataParallel(backbone(dropout=0.3), gradient_as_bucket_view=True)
-    optimizers: list[Any] = [torch.optim.AdamW(model.parameters(), lr=0.01)]
+    optimizers: list[Any] = [OptimizerConfig("ranger" if kind == "ranger" else "adamw", lr=0.01).build(model.parameters())]
     optimizers.append(RowOptimizer(torch.optim.Adam, head, lr=0.05, update_in_backward=kind == "in backward"))
     schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in optimizers]
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if kind != "in backward" else None
@@ -362,7 +380,7 @@ def same(rank: int, world: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("kind", ["all", "sampled", "curricular", "in backward"])
+@pytest.mark.parametrize("kind", ["all", "sampled", "curricular", "in backward", "ranger"])
 def test_nothing_of_a_run_has_moved(ranks, world, kind):
     ranks(world).run(same, kind)
 
@@ -373,7 +391,6 @@ def test_nothing_of_a_run_has_moved(ranks, world, kind):
 def test_a_run_of_the_application(tmp_path, monkeypatch, capsys):
     """In one process: 0 and nothing is made; 1 with a run that someone has changed; 2 for bad settings."""
     from partial_fc.training.cli import main
-    from partial_fc.training.optimizers import OptimizerConfig
 
     folder = tmp_path / "run"
     folder.mkdir()
