@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -421,3 +422,11 @@ def test_a_run_of_the_application_on_two_ranks(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("14 checks on 2 ranks: all is right") == 1, done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_the_python_of_the_page_runs(capsys):
+    page = (ROOT / "docs/doctor.md").read_text()
+    code, printed = (re.search(rf"```{language}\n(.*?)```", page, re.DOTALL).group(1) for language in ("python", "text"))  # type: ignore[union-attr]
+    exec(compile(code, "doctor.md", "exec"), {})
+    mine = [line[:60] for line in capsys.readouterr().out.splitlines()]
+    assert mine == [line[:60] for line in printed.splitlines()]
