@@ -9,6 +9,7 @@ from partial_fc.check import check_margin
 from partial_fc.checkpoint import load_checkpoint, save_checkpoint
 from partial_fc.checkpointer import Checkpointer
 from partial_fc.collectives import GlobalBatch, NonFiniteError, gather
+from partial_fc.doctor import Report, doctor
 from partial_fc.exchange import export_weights, import_weights
 from partial_fc.head import PartialFC
 from partial_fc.margins import (
@@ -54,6 +55,7 @@ __all__ = [
     "Plan",
     "RandomState",
     "RankFiles",
+    "Report",
     "RowOptimizer",
     "Softmax",
     "SphereFace",
@@ -62,6 +64,7 @@ __all__ = [
     "check_margin",
     "class_mapping",
     "clip_grad_norm_",
+    "doctor",
     "export_weights",
     "gather",
     "import_weights",

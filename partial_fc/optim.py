@@ -98,6 +98,11 @@ class RowOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the rows that have a gradient; nothing after a skipped step (`head.skipped`)."""
         loss = None
+        if self._sharded.live_optimizer not in (None, self):
+            raise RuntimeError(
+                "another RowOptimizer was built for this head after this one, and both would move its rows; "
+                "keep one, and build it again only where nothing steps the old one"
+            )
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()

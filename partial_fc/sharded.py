@@ -294,8 +294,14 @@ class ShardedLoss(nn.Module):
             )
 
     def _check_wiring(self) -> None:
-        """Raise if this was built before its process group, or if row gradients were made that no optimizer takes."""
+        """Raise if this was built before its process group, if its parameters were replaced, or if no optimizer takes its row gradients."""
         self._check_group()
+        for key, parameter in self._rows.parameters.items():
+            if self._parameters.get(key) is not parameter:
+                raise RuntimeError(
+                    f"another tensor was put in the place of this {type(self).__name__}'s {key}, which its optimizer does not know: "
+                    "keep it out of fully_shard, and copy values into it (torch.no_grad(), or load_state_dict without assign=True)"
+                )
         if not (self.training and torch.is_grad_enabled() and self._rows.sampled) or self._rows.live_optimizer is not None:
             return
         if self._rows.rows is not None or self._rows.lost > 1:

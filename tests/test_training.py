@@ -37,9 +37,9 @@ from partial_fc.margins import (
     SubCenterArcFace,
 )
 from partial_fc.training.cli import main, train_parser
-from partial_fc.training.config import HeadConfig, RunConfig, ScheduleConfig, flat, to_config
+from partial_fc.training.config import HeadConfig, RunConfig, flat, to_config
 from partial_fc.training.run import RunFolder
-from partial_fc.training.trainer import Trainer, learning_rate_factor
+from partial_fc.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data.identities", "60", "--train.batch_size", "64", "--output.log_every", "1"]
@@ -171,17 +171,6 @@ def test_the_head_has_the_filter_and_a_margin_of_each_classs_count():
     assert (head.num_classes, head.interclass_filter) == (4, 0.4)
     assert head.margin.margins.tolist() == pytest.approx([0.5, 0.05 + 0.45 * (1 / 2 - 1 / 3) / (1 - 1 / 3), 0.05, 0.5])
     assert RunConfig().center.build(8, 4, 0, torch.device("cpu")) is None
-
-
-def test_schedules():
-    cosine = learning_rate_factor(ScheduleConfig("cosine", warmup_epochs=0.5), 10, 4)
-    assert [cosine(s) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert cosine(5) == 1.0 and cosine(40) == pytest.approx(0, abs=1e-12)
-    values = [cosine(s) for s in range(5, 41)]
-    assert values == sorted(values, reverse=True)
-    polynomial = learning_rate_factor(ScheduleConfig("polynomial", power=2.0, warmup_epochs=0), 10, 1)
-    assert polynomial(5) == pytest.approx(0.25)
-    assert learning_rate_factor(ScheduleConfig("constant", warmup_epochs=0), 10, 1)(9) == 1.0
 
 
 # ---------------------------------------------------------------------------------------------------- bad input, one line

@@ -1,4 +1,4 @@
-"""The command `partial-fc`: train, evaluate, plan, and exports of what was trained.
+"""The command `partial-fc`: train, evaluate, exports of what was trained, plan, doctor, comms.
 
 A user's mistake is one line on one rank's standard error, and exit code 2 on all.
 """
@@ -17,8 +17,10 @@ try:
 
     from partial_fc import NonFiniteError
     from partial_fc.training.backbones import build_backbone
+    from partial_fc.training.comms_cli import comms_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
+    from partial_fc.training.doctor_cli import doctor_command
     from partial_fc.training.errors import UserError
     from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
     from partial_fc.training.export_cli import export_command
@@ -38,6 +40,8 @@ commands:
   plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
   export CHECKPOINT_OR_RUN FILE.safetensors          class weights as one file
   import SOURCE ... --output CHECKPOINT              class weights of one file, or of files of each rank, as a checkpoint
+  doctor [CONFIG.yaml] [--head.sample_rate 0.2 ...]  is the run wired right? two steps that leave nothing behind; exit code 1 if not
+  comms [CONFIG.yaml | --num_classes C ...]          what share of a step is communication, measured on the launched ranks
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
   accelerate launch --config_file configs/accelerate/cpu2.yaml -m partial_fc train configs/quickstart.yaml
@@ -45,15 +49,17 @@ commands:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run a command; its exit code: 0, 1 if doctor finds something wrong, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {
+    commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": train,
         "evaluate": evaluate,
         "export-backbone": export_command,
-        "plan": plan_command,
         "export": export_weights_command,
         "import": import_weights_command,
+        "plan": plan_command,
+        "doctor": doctor_command,
+        "comms": comms_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -63,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"unknown command {arguments[0]!r}; choose one of: {', '.join(commands)}")
         if arguments[0] != "plan":
             find_ranks()
-        commands[arguments[0]](arguments[1:])
+        return commands[arguments[0]](arguments[1:]) or 0
     except (UserError, NonFiniteError, UnicodeDecodeError, jsonargparse.ArgumentError, OSError) as error:
         if "--traceback" in arguments:
             traceback.print_exc()
@@ -72,7 +78,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _one_line(error: Exception) -> str:

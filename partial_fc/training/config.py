@@ -41,6 +41,8 @@ from partial_fc.margins import (
 from partial_fc.training.augment import AugmentConfig
 from partial_fc.training.data import DataConfig
 from partial_fc.training.errors import UserError
+from partial_fc.training.optimizers import OptimizerConfig
+from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -256,40 +258,6 @@ class CenterConfig:
 
 
 @dataclass
-class OptimizerConfig:
-    """How backbone and head are updated; the head only in the rows of a step."""
-
-    name: Literal["sgd", "adamw"] = "sgd"
-    """Which optimizer, for backbone and head alike."""
-    lr: float = 0.1
-    """Largest learning rate of the schedule, for a whole batch."""
-    head_lr_factor: float = 1.0
-    """The head's learning rate over the backbone's."""
-    momentum: float = 0.9
-    """Momentum of sgd (0 to 1)."""
-    weight_decay: float = 5e-4
-    """Weight decay a step, for all parameters."""
-
-    def build(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        """(the class, its options for the backbone)."""
-        if self.name == "adamw":
-            return torch.optim.AdamW, {"lr": self.lr, "weight_decay": self.weight_decay}
-        return torch.optim.SGD, {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
-
-
-@dataclass
-class ScheduleConfig:
-    """The learning rate over a run, step by step."""
-
-    shape: Literal["cosine", "polynomial", "constant"] = "cosine"
-    """How it falls to zero after warm-up, or constant."""
-    power: float = 2.0
-    """Exponent of polynomial."""
-    warmup_epochs: float = 1.0
-    """Epochs over which it first rises linearly from zero; fractions count."""
-
-
-@dataclass
 class TrainConfig:
     """The run itself."""
 
@@ -340,6 +308,7 @@ class RunConfig:
     center: CenterConfig = field(default_factory=CenterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    head_schedule: HeadScheduleConfig = field(default_factory=HeadScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -358,8 +327,6 @@ class RunConfig:
             "backbone.embedding_size": (self.backbone.embedding_size, 1),
             "optimizer.lr": (self.optimizer.lr, 0),
             "optimizer.weight_decay": (self.optimizer.weight_decay, 0),
-            "schedule.warmup_epochs": (self.schedule.warmup_epochs, 0),
-            "schedule.power": (self.schedule.power, 0),
             "optimizer.head_lr_factor": (self.optimizer.head_lr_factor, 0),
             "seed": (self.seed, 0),
         }
@@ -386,13 +353,14 @@ class RunConfig:
                 f"--head.replicas is {self.head.replicas}, but center loss is split over all ranks; "
                 "give --center.weight 0 or --head.replicas 1"
             )
-        try:  # what head, center loss, optimizer and trackers themselves refuse
+        self.optimizer.check()
+        self.schedule.check()
+        self.head_schedule.over(self.schedule).check("head_schedule")
+        try:  # what head and center loss themselves refuse
             replace(self.head, replicas=1).build(2, torch.ones(2), self.seed, torch.device("meta"))
             self.center.build(2, 2, self.seed, torch.device("meta"))
-            optimizer_class, options = self.optimizer.build()
-            optimizer_class([torch.zeros(1)], **options)
         except ValueError as error:
-            raise UserError(f"--head, --center or --optimizer: {error}") from error
+            raise UserError(f"--head or --center: {error}") from error
         known = [str(each) for each in LoggerType]
         unknown = [name for name in self.output.trackers if name not in known]
         if unknown:

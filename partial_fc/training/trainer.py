@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,16 +24,17 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from partial_fc import RandomState, RowOptimizer, clip_grad_norm_, gather, import_weights
+from partial_fc import RandomState, clip_grad_norm_, gather, import_weights
 from partial_fc.shards import local_part
 from partial_fc.training.backbones import build_backbone
-from partial_fc.training.config import RunConfig, ScheduleConfig, flat, save_config
+from partial_fc.training.config import RunConfig, flat, save_config
 from partial_fc.training.data import DataSplits, open_data
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.loader import Batch, BatchLoader
 from partial_fc.training.results import describe_environment, evaluate_sets, raise_together, write_results
 from partial_fc.training.run import CONFIG, RunFolder
+from partial_fc.training.schedules import build_schedules
 
 
 class Progress:
@@ -52,22 +52,6 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-
-
-def learning_rate_factor(config: ScheduleConfig, steps_per_epoch: int, epochs: int) -> Callable[[int], float]:
-    """step -> factor of the largest learning rate: a linear warm-up, then the fall."""
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    total = steps_per_epoch * epochs
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if config.shape == "constant":
-            return 1.0
-        left = max(0.0, 1 - (step - warmup) / max(1, total - warmup))
-        return float(left**config.power) if config.shape == "polynomial" else 0.5 * (1 - math.cos(math.pi * left))
-
-    return factor
 
 
 class Trainer:
@@ -118,13 +102,10 @@ class Trainer:
         width, identities = config.backbone.embedding_size, self.data.train.num_identities
         self.head = config.head.build(width, torch.bincount(self.data.train.labels, minlength=identities), config.seed, device)
         self.center = config.center.build(width, identities, config.seed, device)
-        optimizer_class, options = config.optimizer.build()
-        self.optimizer = optimizer_class(self.backbone.parameters(), **options)
-        self.head_optimizer = RowOptimizer(
-            optimizer_class, self.head, **{**options, "lr": config.optimizer.lr * config.optimizer.head_lr_factor}
-        )
-        factor = learning_rate_factor(config.schedule, self.steps_per_epoch, config.train.epochs)
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in (self.optimizer, self.head_optimizer)]
+        self.optimizer = config.optimizer.build(self.backbone.parameters())
+        self.head_optimizer = config.optimizer.build_head(self.head)
+        optimizers = (self.optimizer, self.head_optimizer)
+        self.schedules = build_schedules(config.schedule, config.head_schedule, optimizers, self.steps_per_epoch, config.train.epochs)
         # the head, its optimizer and the schedules stay as they are: nothing of them is to be replicated or averaged
         self.model, self.prepared_optimizer = self.accelerator.prepare(self.backbone, self.optimizer)
 

@@ -1,0 +1,136 @@
+"""The learning rate over a run: warm-up, then a curve; of backbone and head alike or apart.
+
+step -> factor of the largest learning rate, of time t (steps, or whole epochs), W of warm-up and T in all
+
+warm-up      (t + 1) / W                             while t < W
+constant     1
+cosine       f + (1 - f) (1 - cos(pi u)) / 2         u = 1 - (t - W) / (T - W), what is left; f the final factor
+polynomial   f + (1 - f) u^power
+step         drop^(t // every)                       every so many epochs
+multistep    drop^(milestones that are past)         milestones in epochs
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+
+from partial_fc.training.errors import UserError
+
+Shape = Literal["cosine", "polynomial", "constant", "step", "multistep"]
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over a run, step by step."""
+
+    shape: Shape = "cosine"
+    """How it falls after warm-up: to zero (cosine, polynomial), by drops (step, multistep), or constant."""
+    power: float = 2.0
+    """Exponent of polynomial."""
+    warmup_epochs: float = 1.0
+    """Epochs over which it first rises linearly from zero; fractions count."""
+    by: Literal["step", "epoch"] = "step"
+    """Whether it moves with every optimizer step, or stands still within an epoch."""
+    final: float = 0.0
+    """What is left of it at the end of cosine and polynomial, as a share of the largest (0 to 1)."""
+    drop: float = 0.1
+    """What step and multistep multiply it with."""
+    every: float | None = None
+    """Epochs between two drops; step only, which needs it."""
+    milestones: list[float] | None = None
+    """Epochs after which it drops, ascending; multistep only, which needs them."""
+
+    def check(self, name: str = "schedule") -> None:
+        """UserError for values that no schedule can have; `name` is what its settings are called after."""
+        for setting, least in (("power", 0.0), ("warmup_epochs", 0.0), ("final", 0.0), ("drop", 0.0)):
+            if not getattr(self, setting) >= least:
+                raise UserError(f"--{name}.{setting} is {getattr(self, setting)}; give at least {least:g}")
+        if self.final > 1:
+            raise UserError(f"--{name}.final is {self.final}; give a share of at most 1")
+        for setting, shape in (("every", "step"), ("milestones", "multistep")):
+            value = getattr(self, setting)
+            if value is not None and self.shape != shape:
+                raise UserError(
+                    f"--{name}.{setting} is {value}, which has no effect with --{name}.shape {self.shape} (it is for {shape}); "
+                    "leave it out, or give null if a file sets it"
+                )
+            if not value and self.shape == shape:
+                raise UserError(f"--{name}.shape {shape} needs --{name}.{setting}, in epochs")
+        if self.every is not None and not self.every > 0:
+            raise UserError(f"--{name}.every is {self.every}; give a number of epochs above 0")
+        times = self.milestones or []
+        if any(not b > a for a, b in zip([0.0, *times], times, strict=False)):
+            raise UserError(f"--{name}.milestones are {times}; give epochs above 0, each later than the one before")
+        whole = [self.warmup_epochs, *([] if self.every is None else [self.every]), *times]
+        if self.by == "epoch" and any(each != round(each) for each in whole):
+            raise UserError(f"--{name}.by is epoch, so that warmup_epochs, every and milestones must be whole epochs")
+
+
+@dataclass
+class HeadScheduleConfig:
+    """The head's learning rate over a run, where it is another than the backbone's; docs/optimizers.md says when it should be."""
+
+    shape: Shape | None = None
+    """As schedule.shape, for the head; the backbone's if not given."""
+    power: float | None = None
+    """As schedule.power, for the head; the backbone's if not given."""
+    warmup_epochs: float | None = None
+    """As schedule.warmup_epochs, for the head; the backbone's if not given."""
+    by: Literal["step", "epoch"] | None = None
+    """As schedule.by, for the head; the backbone's if not given."""
+    final: float | None = None
+    """As schedule.final, for the head; the backbone's if not given."""
+    drop: float | None = None
+    """As schedule.drop, for the head; the backbone's if not given."""
+    every: float | None = None
+    """As schedule.every, for the head; the backbone's if not given."""
+    milestones: list[float] | None = None
+    """As schedule.milestones, for the head; the backbone's if not given."""
+
+    def over(self, backbone: ScheduleConfig) -> ScheduleConfig:
+        """The head's schedule: what is given here, else the backbone's. Another shape takes no drops of the backbone's."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if given.get("shape", backbone.shape) != backbone.shape:
+            given = {"every": None, "milestones": None, **given}
+        return replace(backbone, **given)
+
+
+def learning_rate_factor(config: ScheduleConfig, steps_per_epoch: int, epochs: int) -> Callable[[int], float]:
+    """step -> factor of the largest learning rate."""
+    per_epoch = steps_per_epoch if config.by == "step" else 1
+    warmup, total = round(config.warmup_epochs * per_epoch), per_epoch * epochs
+    drops = [round(each * per_epoch) for each in config.milestones or []]
+    every = max(1, round((config.every or 0) * per_epoch))
+
+    def factor(step: int) -> float:
+        t = step if config.by == "step" else step // steps_per_epoch
+        if t < warmup:
+            return (t + 1) / warmup
+        if config.shape == "constant":
+            return 1.0
+        if config.shape == "step":
+            return float(config.drop ** (t // every))
+        if config.shape == "multistep":
+            return float(config.drop ** sum(t >= each for each in drops))
+        left = max(0.0, 1 - (t - warmup) / max(1, total - warmup))
+        curve = float(left**config.power) if config.shape == "polynomial" else 0.5 * (1 - math.cos(math.pi * left))
+        return config.final + (1 - config.final) * curve
+
+    return factor
+
+
+def build_schedules(
+    backbone: ScheduleConfig,
+    head: HeadScheduleConfig,
+    optimizers: Sequence[torch.optim.Optimizer],
+    steps_per_epoch: int,
+    epochs: int,
+) -> list[torch.optim.lr_scheduler.LambdaLR]:
+    """Schedulers of the backbone's optimizer and the head's, in that order, to be stepped with every optimizer step."""
+    factors = [learning_rate_factor(config, steps_per_epoch, epochs) for config in (backbone, head.over(backbone))]
+    return [torch.optim.lr_scheduler.LambdaLR(each, factor) for each, factor in zip(optimizers, factors, strict=True)]
