@@ -27,6 +27,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="29599")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    pipe.send((True, "ready"))
     while True:
         try:
             task = pipe.recv()
@@ -51,6 +52,9 @@ def free_port() -> int:
         return port
 
 
+START_SECONDS = 150.0
+
+
 class RankFailure(AssertionError):
     """A rank raised, died or did not answer in time."""
 
@@ -67,7 +71,10 @@ class Ranks:
             self._start()
         for pipe in self.pipes:
             pipe.send((function, arguments))
-        deadline = time.monotonic() + timeout
+        return self._wait(time.monotonic() + timeout, function.__name__)
+
+    def _wait(self, deadline: float, what: str) -> list[Any]:
+        """What each rank answers until then."""
         answers: dict[int, tuple[bool, Any]] = {}
         while len(answers) < self.world:
             self._collect(answers)
@@ -81,7 +88,7 @@ class Ranks:
             silent = sorted(set(range(self.world)) - set(answers))
             self.stop(kill=True)
             report = "".join(f"\n--- rank {rank} of {self.world} ---\n{text}" for rank, text in sorted(failed.items()))
-            raise RankFailure(f"{function.__name__}: {report}" + (f"\nno answer from ranks {silent}" if silent else ""))
+            raise RankFailure(f"{what}: {report}" + (f"\nno answer from ranks {silent}" if silent else ""))
         return [answers[rank][1] for rank in range(self.world)]
 
     def _collect(self, answers: dict[int, tuple[bool, Any]]) -> None:
@@ -105,6 +112,8 @@ class Ranks:
             there.close()
             self.processes.append(process)
             self.pipes.append(here)
+        # starting Python takes its time on a busy machine, which is no part of a case's
+        self._wait(time.monotonic() + START_SECONDS, "the start of the ranks")
 
     def stop(self, kill: bool = False) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
