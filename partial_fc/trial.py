@@ -348,9 +348,7 @@ def gather_objects(mine: Any) -> list[Any]:
 
 def agreed(mine: list[Check]) -> list[Check]:
     """Of each check the first that is wrong on any rank, with the rank's name where it is not so on all."""
-    everyone = (
-        [[tuple(vars(c).values()) for c in mine]] if not dist.is_initialized() else gather_objects([tuple(vars(c).values()) for c in mine])
-    )
+    everyone = gather_objects([tuple(vars(check).values()) for check in mine])
     found = []
     for of_check in zip(*everyone, strict=True):
         checks = [Check(*values) for values in of_check]
