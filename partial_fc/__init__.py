@@ -27,6 +27,7 @@ from partial_fc.margins import (
 )
 from partial_fc.optim import RowOptimizer, clip_grad_norm_
 from partial_fc.plan import Plan, plan
+from partial_fc.queries import Neighbours
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "GlobalBatch",
     "MagFace",
     "Margin",
+    "Neighbours",
     "NonFiniteError",
     "NormFace",
     "PartialFC",
