@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 DEFAULT_TILE_BYTES = 64 << 20
 QUERIES = 1024  # embeddings of all ranks that are answered at a time
 GROUP = 32  # neighbours of which selection looks at the largest only
+COLUMN_GROUP = 16  # the same in the columns of a tile, where each member is far from the next in memory
+ROWS = 512  # that are sorted out together
 NO_DIRECTION = 1e-12  # a row that is shorter has cosine 0 to everything
 NOBODY = 2**62
 
@@ -200,31 +202,53 @@ class _Best:
     def update(self, rows: slice, tile: Tensor, first: int, *, by_column: bool = False) -> None:
         """Take in `tile [rows, m]` (`[m, rows]` if by_column): cosines to the m classes from `first` on, all beyond those seen so far."""
         values, ids = self.values[rows], self.ids[rows]
-        side = tile.T if by_column else tile
+        side, group = (tile.T, COLUMN_GROUP) if by_column else (tile, GROUP)
         classes = side.shape[1]
-        grouped = classes // GROUP * GROUP if 2 * self.k * GROUP <= classes else 0  # else a row is sorted out whole
+        grouped = classes // group * group if 2 * self.k * group <= classes else 0  # else a row is sorted out whole
         if by_column:
-            maxima = tile[:grouped].unflatten(0, (-1, GROUP)).amax(1).T
+            maxima = tile[:grouped].unflatten(0, (-1, group)).amax(1).T
         else:
-            maxima = tile[:, :grouped].unflatten(1, (-1, GROUP)).amax(2)
-        least = values[:, -1:]
-        better = (maxima > least).sum(1)
-        hopeful = better > 0
-        if grouped < classes:
-            hopeful |= side[:, grouped:].amax(1) > least[:, 0]
-        chosen = hopeful.nonzero()[:, 0]
-        if not len(chosen):
-            return
-        groups = min(self.k, int(better.max()))
-        within = torch.arange(GROUP, device=tile.device)
+            maxima = tile[:, :grouped].unflatten(1, (-1, group)).amax(2)
+        within = torch.arange(group, device=tile.device)
         rest = torch.arange(grouped, classes, device=tile.device)
-        for part in chosen.split(max(1, self.room // (self.k + groups * GROUP + len(rest)))):
-            picked = _largest(maxima[part], groups).sort(1).values[:, :, None] * GROUP + within
-            places = torch.cat((picked.flatten(1), rest.expand(len(part), -1)), 1)
-            pool = torch.cat((values[part], side[part[:, None], places]), 1)
+        for part, picked in self._hopeful(values[:, -1], maxima, side[:, grouped:], group):
+            places = (picked[:, :, None] * group + within).flatten(1)
+            nothing = places >= grouped
+            found = side[part[:, None], places.clamp_(max=classes - 1)].masked_fill_(nothing, -torch.inf)
+            places = torch.cat((places, rest.expand(len(part), -1)), 1)
+            pool = torch.cat((values[part], found, side[part[:, None], rest]), 1)
             top = _largest(pool, self.k)
             values[part] = pool.gather(1, top)
             ids[part] = torch.cat((ids[part], places + first), 1).gather(1, top)
+
+    def _hopeful(self, least: Tensor, maxima: Tensor, rest: Tensor, group: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some at a time, the rows that have anything above `least [rows]`, and the groups `[rows, at most k]` that may hold their best.
+
+        maxima `[rows, groups]`; rest `[rows, m]`: what is in no group. Rows that have as many groups to look into are taken together;
+        where one has fewer than the others, the number of groups stands for no group.
+        """
+        above = (maxima > least[:, None]).contiguous()
+        counts = above.sum(1)
+        hopeful = counts > 0
+        if rest.shape[1]:
+            hopeful |= rest.amax(1) > least
+        chosen = hopeful.nonzero()[:, 0]
+        if not len(chosen):
+            return
+        counts, order = counts[chosen].sort()
+        chosen = chosen[order]
+        most = min(self.k, int(counts[-1]))
+        size = max(1, min(ROWS, self.room // (self.k + most * group + rest.shape[1])))
+        largest = [*counts[size - 1 :: size].tolist(), int(counts[-1])]
+        for part, number, looked_into in zip(chosen.split(size), counts.split(size), largest, strict=False):
+            if looked_into > self.k:
+                yield part, _largest(maxima[part], self.k).sort(1).values
+                continue
+            row, which = above[part].nonzero(as_tuple=True)
+            place = torch.arange(len(row), device=row.device) - (number.cumsum(0) - number)[row]
+            picked = row.new_full((len(part), looked_into), maxima.shape[1])
+            picked[row, place] = which
+            yield part, picked
 
 
 def _largest(values: Tensor, k: int) -> Tensor:
