@@ -1,4 +1,4 @@
-"""The command `partial-fc`: train, evaluate, plan. A user's mistake is one line on one rank's standard error, and exit code 2 on all."""
+"""The command `partial-fc`: train, evaluate, audit, plan. A user's mistake is one line on one rank's standard error, exit code 2 on all."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ try:
     import jsonargparse
 
     from partial_fc import NonFiniteError
+    from partial_fc.training.audit_cli import audit_command
     from partial_fc.training.backbones import build_backbone
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
@@ -29,6 +30,7 @@ commands:
   train [CONFIG.yaml] [--head.sample_rate 0.2 ...]   train, evaluate, leave a run folder
   train --resume [RUN]                               go on with a run from its newest checkpoint
   evaluate RUN [--data FOLDER]                       verification and identification with a trained backbone
+  audit RUN                                          identities stored twice, classes never updated, classes far from their images
   plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
@@ -39,7 +41,7 @@ commands:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": evaluate, "plan": plan_command}
+    commands: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": evaluate, "audit": audit, "plan": plan_command}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -176,6 +178,11 @@ def evaluate(arguments: list[str]) -> None:
         report = write_results(out, title, evaluations, figures, config, describe_environment(accelerator), [])
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()
+
+
+def audit(arguments: list[str]) -> None:
+    """`partial-fc audit RUN`: what a trained head says of its data."""
+    audit_command(arguments, train_parser())
 
 
 def _sets(config: RunConfig, folder: str | None) -> dict[str, IdentityDataset]:

@@ -1,7 +1,8 @@
-"""The three pictures of a run, as PNG files: ROC, cosine histograms, training curves.
+"""The pictures of a run, as PNG files: ROC, cosine histograms, training curves; and of an audit.
 
     list[Evaluation] -> plot_roc         TAR over log FAR, one curve per evaluation set
     list[Evaluation] -> plot_histograms  genuine and impostor cosines, one panel per evaluation set
+    audit            -> plot_cosines     cosines of class rows to the nearest class and to the mean of their images
     history          -> plot_training    loss, angles, shares, lengths, learning rate (what of `TRAINING_PANELS` there is) over steps
 
 `history` is the list of logged rows, with keys `step`, `epoch`, `loss` and others of `TRAINING_PANELS` (angles in radians, drawn in
@@ -195,6 +196,25 @@ def _draw_panel(axes: Axes, rows: History, panel: Panel) -> None:
     axes.grid(visible=False, axis="x")  # vertical lines are epochs here
     axes.margins(x=0.01)
     _draw_epochs(axes, rows)
+
+
+def plot_cosines(path: Path | str, nearest: np.ndarray, to_mean: np.ndarray, threshold: float) -> None:
+    """Draw how many classes have which cosine: to the nearest other class, with the threshold; to the mean of their images (NaN: none)."""
+    with _figure(path, 9.0, 3.6) as figure:
+        left, right = figure.subplots(1, 2)
+        for axes, values, colour, title in (
+            (left, nearest, IMPOSTOR_COLOUR, "to the nearest other class"),
+            (right, to_mean[np.isfinite(to_mean)], GENUINE_COLOUR, "to the mean of its own images"),
+        ):
+            axes.set(title=title, xlabel="cosine of a class's row", ylabel="classes")
+            if len(values):
+                low, high = float(values.min()), float(values.max())
+                axes.hist(values, bins=np.linspace(low, max(high, low + 1e-3), 61), color=colour)
+                axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+            else:
+                _note(axes, "no class has any")
+        left.axvline(threshold, color="0.2", linestyle="--", linewidth=1, label=f"reported from {threshold:.3f}")
+        left.legend(loc="upper left", frameon=False)
 
 
 def _column(rows: History, key: str, factor: float) -> np.ndarray:
