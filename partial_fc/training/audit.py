@@ -1,15 +1,17 @@
 """What a trained head says of its data: identities stored twice, classes that never moved, classes far from their own images.
 
-    head rows [C_local, D]         ── nearest_classes ──>        the nearest other classes of each, cosines  ──>  pairs beyond a threshold
-    head rows, initial draw        ── equal bit for bit? ──>     classes that no step has touched
     images ── backbone ──> unit embeddings ── summed by the rank that owns the class ──>  mean direction [C_local, D] of each class
+    head rows, mean directions     ── nearest_classes ──>        the nearest other classes of each  ──>  pairs beyond a threshold
+    head rows, initial draw        ── equal bit for bit? ──>     classes that no step has touched
     head rows, mean directions     ── cosine ──>                 classes whose row is not where their images are
-    numbers of every class [C, 4]  ── gather ──>                 the audit folder: audit.json, three CSV files, plots, report.html
+    numbers of every class [C, 6]  ── gather ──>                 the audit folder: audit.json, three CSV files, plots, report.html
 
 Matrices stay on the ranks that hold them; a few numbers of a class travel. Images are taken as they are, without augmentation.
 
-The threshold, where none is given, is taken from the run itself: Q3 + 3 (Q3 − Q1), Tukey's outer fence, of the cosines of all classes to
-their nearest class. Identities that are merely alike lie within it; a clean set may have no pair beyond it.
+Pairs are looked for twice. Rows of an identity that is stored under two names are near each other, but the loss has pushed them apart as it
+does all rows; the means of its images are nearer. A pair is reported if either cosine is beyond its threshold. A threshold that is not
+given is taken from the run itself: Q3 + 3 (Q3 − Q1), Tukey's outer fence, of all classes' cosines to their nearest class, in artanh of the
+cosine (Fisher's z), in which cosines near 1 spread as others do. A clean set may have no pair beyond it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import base64
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from partial_fc import CenterLoss, PartialFC, gather
+from partial_fc import CenterLoss, Neighbours, PartialFC, gather
 from partial_fc.shards import initial_rows, local_part, shard_bounds
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset, UnreadableImage
@@ -45,39 +48,53 @@ from partial_fc.training.run import RunFolder
 NEIGHBOURS = 10  # of each class that are looked at: an identity stored under more names than that is told in several pairs
 BLOCK = 1024  # rows that are compared at a time
 SHOWN_PAIRS, SHOWN_CLASSES, SHOWN_IMAGES = 20, 12, 4  # on the page
+LIMIT = 1 - 1e-12  # of cosines whose artanh is taken
 DUPLICATES, UNMOVED, DRIFT = "duplicates.csv", "never_updated.csv", "drift.csv"
 
 
 @dataclass
 class Pair:
-    """Two classes (a < b) and the cosine of their rows."""
+    """Two classes (a < b), the cosine of their rows and of the means of their images: NaN for what is not among the nearest."""
 
     a: int
     b: int
-    cosine: float
+    row: float
+    mean: float
+
+
+@dataclass
+class Nearest:
+    """By one of the two measures: the nearest other class of each class, its cosine `[C]` (NaN: no image), and where reports begin."""
+
+    cosine: Tensor
+    of_class: Tensor
+    threshold: float
 
 
 @dataclass
 class Audit:
     """What was found, by class id; the same on every rank.
 
-    nearest_cosine, nearest_class `[C]`: of each class's row to the nearest other; mean_cosine `[C]`: to the mean direction of its images,
-    NaN where none could be read; images `[C]`: how many could; moved `[C]`: False where the row is the initial draw.
-    pairs: nearest first; those beyond `threshold`, and the nearest others, so that there are `SHOWN_PAIRS` to look at.
+    rows, means: the nearest class by head rows and by mean directions. to_mean `[C]`: cosine of a class's row to the mean direction of its
+    images, NaN where none could be read; images `[C]`: how many could; moved `[C]`: False where the row is the initial draw.
+    pairs: the farthest beyond a threshold first; all that are beyond one, and others, so that there are `SHOWN_PAIRS` to look at.
     """
 
-    threshold: float
-    threshold_from: str
+    rows: Nearest
+    means: Nearest
     pairs: list[Pair]
-    nearest_cosine: Tensor
-    nearest_class: Tensor
-    mean_cosine: Tensor
+    to_mean: Tensor
     images: Tensor
     moved: Tensor
 
+    def beyond(self, pair: Pair) -> float:
+        """By how much the pair is beyond the threshold of rows or of means, whichever it is farther beyond; in artanh of the cosine."""
+        over = _z(pair.row) - _z(self.rows.threshold), _z(pair.mean) - _z(self.means.threshold)
+        return max(each for each in over if not math.isnan(each))
+
     @property
     def duplicates(self) -> list[Pair]:
-        return [pair for pair in self.pairs if pair.cosine >= self.threshold]
+        return [pair for pair in self.pairs if self.beyond(pair) >= 0]
 
     @property
     def never_updated(self) -> list[int]:
@@ -86,50 +103,99 @@ class Audit:
     @property
     def drifted(self) -> list[int]:
         """Classes with a mean direction, the farthest from it first."""
-        order = self.mean_cosine.argsort(stable=True)
-        return order[~self.mean_cosine[order].isnan()].tolist()
+        order = self.to_mean.argsort(stable=True)
+        return order[~self.to_mean[order].isnan()].tolist()
 
     def summary(self) -> str:
         """A few lines for the terminal."""
-        mean = self.mean_cosine[~self.mean_cosine.isnan()]
         lines = [
-            f"likely duplicate identities   {len(self.duplicates):,} pairs of cosine {self.threshold:.3f} or more ({self.threshold_from})",
+            f"likely duplicate identities   {len(self.duplicates):,} pairs, of rows nearer than {self.rows.threshold:.3f} "
+            f"or means nearer than {self.means.threshold:.3f}",
             f"classes never updated         {len(self.never_updated):,}",
         ]
-        if len(mean):
-            low, middle = _quantiles(mean, (0.01, 0.5))
+        known = self.to_mean[~self.to_mean.isnan()]
+        if len(known):
+            low, middle = _quantiles(known, (0.01, 0.5))
             lines.append(f"row to mean of its images     cosine {middle:.3f} in the middle, {low:.3f} at the lowest 1 %")
         return "\n".join(lines)
 
 
+@dataclass
+class Thresholds:
+    """Cosines from which pairs are reported; None for what the run itself says."""
+
+    rows: float | None = None
+    means: float | None = None
+
+
 def audit_head(
-    head: PartialFC, backbone: nn.Module, dataset: IdentityDataset, accelerator: Accelerator, config: RunConfig, threshold: float | None
+    head: PartialFC,
+    backbone: nn.Module,
+    dataset: IdentityDataset,
+    accelerator: Accelerator,
+    config: RunConfig,
+    thresholds: Thresholds,
 ) -> Audit:
-    """Everything of an `Audit`; every rank must call it. Raises UserError, the same on every rank, for an image that must be readable."""
+    """Everything of an `Audit`; every rank must call it. Raises UserError, the same on every rank, for an image that must be readable, and
+    for a single class."""
     classes = dataset.num_identities
+    if classes < 2:
+        raise UserError("the run has one class only, which has nothing to be compared with")
     lo, hi = shard_bounds(classes, accelerator.process_index, accelerator.num_processes)
-    means, images = _class_means(backbone, dataset, accelerator, config)
-    rows = local_part(head.weight.detach())
-    mean_cosine = torch.where(images[lo:hi] > 0, _cosines(rows, means), torch.nan)
+    centers, images = _class_means(backbone, dataset, accelerator, config)
+    rows, means = local_part(head.weight.detach()), local_part(centers.centers.detach())
+    has_mean = images[lo:hi] > 0
+    to_mean = torch.where(has_mean, _cosines(rows, means), torch.nan)
     moved = _moved(rows, lo, std=config.head.init_std, seed=config.seed)
-    if classes > 1:
-        k = min(NEIGHBOURS, classes - 1)
-        ids, cosines = head.nearest_classes(k, progress=True)
-    else:
-        ids, cosines = torch.zeros(hi - lo, 1, dtype=torch.int64, device=rows.device), rows.new_zeros(hi - lo, 1)
-    numbers = torch.stack((cosines[:, 0].double(), ids[:, 0].double(), mean_cosine.double(), moved.double()), 1)
-    of_all = gather(numbers, torch.arange(lo, hi, device=rows.device)).embeddings.cpu()
-    nearest = of_all[:, 0]
-    chosen, source = threshold, "as asked"
-    if chosen is None:
-        chosen, source = _outer_fence(nearest), "Q3 + 3 (Q3 − Q1) of all classes' nearest"
-    pairs = _pairs(ids, cosines, lo, chosen, nearest) if classes > 1 else []
-    return Audit(chosen, source, pairs, nearest, of_all[:, 1].long(), of_all[:, 2], images.cpu(), of_all[:, 3] > 0)
+    k = min(NEIGHBOURS, classes - 1)
+    of_rows = head.nearest_classes(k, progress=True)
+    of_means = centers.nearest_classes(k, progress=True)
+    # a class without images has no mean: it is nobody's neighbour and has none
+    known = has_mean[:, None] & (images > 0)[of_means.ids]
+    of_means = Neighbours(of_means.ids, torch.where(known, of_means.cosines, torch.nan))
+    numbers = [of_rows.cosines[:, 0], of_rows.ids[:, 0], of_means.cosines[:, 0], of_means.ids[:, 0], to_mean, moved]
+    together = gather(torch.stack([each.double() for each in numbers], 1), torch.arange(lo, hi, device=rows.device))
+    row_cosine, row_class, mean_cosine, mean_class, to_mean, moved = together.embeddings.cpu().unbind(1)
+    audit = Audit(
+        Nearest(row_cosine, row_class.long(), _outer_fence(row_cosine) if thresholds.rows is None else thresholds.rows),
+        Nearest(mean_cosine, mean_class.long(), _outer_fence(mean_cosine) if thresholds.means is None else thresholds.means),
+        [],
+        to_mean,
+        images.cpu(),
+        moved > 0,
+    )
+    by_row, by_mean = _near(of_rows, lo, audit.rows), _near(of_means, lo, audit.means)
+    pairs = [Pair(a, b, by_row.get((a, b), math.nan), by_mean.get((a, b), math.nan)) for a, b in by_row.keys() | by_mean.keys()]
+    audit.pairs = sorted(pairs, key=lambda pair: (-audit.beyond(pair), pair.a, pair.b))
+    audit.pairs = audit.pairs[: max(SHOWN_PAIRS, len(audit.duplicates))]
+    return audit
 
 
-def _outer_fence(values: Tensor) -> float:
-    low, high = _quantiles(values, (0.25, 0.75))
-    return min(high + 3 * (high - low), 0.999)
+def _near(found: Neighbours, lo: int, nearest: Nearest) -> dict[tuple[int, int], float]:
+    """Pairs of every rank with their cosine: those beyond the threshold, or beyond what is needed to have some to show."""
+    some = nearest.cosine[~nearest.cosine.isnan()]
+    least = min([nearest.threshold, *some.topk(min(2 * SHOWN_PAIRS, len(some))).values[-1:].tolist()])  # a pair may be the nearest of both
+    row, place = (found.cosines >= least).nonzero(as_tuple=True)
+    everyone = gather(torch.stack((found.ids[row, place].double(), found.cosines[row, place].double()), 1), row + lo)
+    pairs: dict[tuple[int, int], float] = {}
+    for a, (other, cosine) in zip(everyone.labels.tolist(), everyone.embeddings.tolist(), strict=True):
+        b = int(other)
+        pairs[min(a, b), max(a, b)] = max(cosine, pairs.get((min(a, b), max(a, b)), -1.0))
+    return pairs
+
+
+def _outer_fence(cosines: Tensor) -> float:
+    """Q3 + 3 (Q3 − Q1) in artanh; 1 where no class has a nearest."""
+    known = cosines[~cosines.isnan()]
+    if not len(known):
+        return 1.0
+    low, high = (_z(each) for each in _quantiles(known, (0.25, 0.75)))
+    return math.tanh(high + 3 * (high - low))
+
+
+def _z(cosine: float) -> float:
+    """artanh, in which cosines near 1 spread as others do; finite, and NaN of NaN."""
+    return cosine if math.isnan(cosine) else math.atanh(max(-LIMIT, min(cosine, LIMIT)))
 
 
 def _quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
@@ -138,23 +204,8 @@ def _quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
     return [float(ordered[round(share * (len(values) - 1))]) for share in shares]
 
 
-def _pairs(ids: Tensor, cosines: Tensor, lo: int, threshold: float, nearest: Tensor) -> list[Pair]:
-    """Pairs of every rank, the nearest first: those beyond the threshold, or beyond what is needed to have some to show."""
-    few = min(2 * SHOWN_PAIRS, len(nearest))  # a pair may be the nearest of both
-    least = min(threshold, float(nearest.topk(few).values[-1]))
-    row, place = (cosines >= least).nonzero(as_tuple=True)
-    found = gather(torch.stack((ids[row, place].double(), cosines[row, place].double()), 1), row + lo)
-    best: dict[tuple[int, int], float] = {}
-    for a, (b, cosine) in zip(found.labels.tolist(), found.embeddings.tolist(), strict=True):
-        key = (min(a, int(b)), max(a, int(b)))
-        best[key] = max(cosine, best.get(key, -1.0))
-    ordered = sorted((Pair(a, b, cosine) for (a, b), cosine in best.items()), key=lambda pair: (-pair.cosine, pair.a, pair.b))
-    beyond = sum(pair.cosine >= threshold for pair in ordered)
-    return ordered[: max(beyond, SHOWN_PAIRS)]
-
-
-def _class_means(backbone: nn.Module, dataset: IdentityDataset, accelerator: Accelerator, config: RunConfig) -> tuple[Tensor, Tensor]:
-    """Mean directions `[C_local, D]` of this rank's classes; the readable images of every class `[C]`."""
+def _class_means(backbone: nn.Module, dataset: IdentityDataset, accelerator: Accelerator, config: RunConfig) -> tuple[CenterLoss, Tensor]:
+    """Mean directions of the classes `[C, D]`, on the ranks as the head's rows are; the readable images of every class `[C]`."""
     loader = BatchLoader(
         dataset,
         batch_size=config.evaluation.batch_size,
@@ -188,7 +239,7 @@ def _class_means(backbone: nn.Module, dataset: IdentityDataset, accelerator: Acc
     raise_together(problem[0] if problem else None, accelerator)
     if accelerator.num_processes > 1:
         dist.all_reduce(images)
-    return local_part(centers.centers.detach()), images
+    return centers, images
 
 
 def _cosines(rows: Tensor, means: Tensor) -> Tensor:
@@ -219,30 +270,41 @@ def write_audit(folder: RunFolder, audit: Audit, dataset: IdentityDataset, title
     (path / "plots").mkdir(parents=True, exist_ok=True)
     _write_csv(
         path / DUPLICATES,
-        ("cosine", "class_a", "identity_a", "images_a", "class_b", "identity_b", "images_b"),
-        ((f"{p.cosine:.6f}", *_class_cells(p.a, audit, names), *_class_cells(p.b, audit, names)) for p in audit.duplicates),
+        ("row_cosine", "mean_cosine", "class_a", "identity_a", "images_a", "class_b", "identity_b", "images_b"),
+        ((*_pair_cells(p), *_class_cells(p.a, audit, names), *_class_cells(p.b, audit, names)) for p in audit.duplicates),
     )
     _write_csv(path / UNMOVED, ("class", "identity", "images"), (_class_cells(c, audit, names) for c in audit.never_updated))
     _write_csv(
         path / DRIFT,
         ("cosine", "class", "identity", "images", "nearest_class", "nearest_identity", "nearest_cosine"),
-        ((f"{audit.mean_cosine[c]:.6f}", *_class_cells(c, audit, names), *_nearest_cells(c, audit, names)) for c in audit.drifted),
+        ((f"{audit.to_mean[c]:.6f}", *_class_cells(c, audit, names), *_nearest_cells(c, audit, names)) for c in audit.drifted),
     )
     without = int((audit.images == 0).sum())
     figures = {
         "classes": len(names),
         "images": int(audit.images.sum()),
-        "threshold": audit.threshold,
-        "threshold_from": audit.threshold_from,
+        "row_threshold": audit.rows.threshold,
+        "mean_threshold": audit.means.threshold,
         "duplicate_pairs": len(audit.duplicates),
         "never_updated": len(audit.never_updated),
         "without_readable_images": without,
-        "nearest_cosine": _told(audit.nearest_cosine),
-        "mean_cosine": _told(audit.mean_cosine),
+        "nearest_row": _told(audit.rows.cosine),
+        "nearest_mean": _told(audit.means.cosine),
+        "row_to_mean": _told(audit.to_mean),
     }
     (path / "audit.json").write_text(json.dumps({**figures, "environment": environment}, indent=2) + "\n")
-    plot_cosines(path / "plots" / "cosines.png", audit.nearest_cosine.numpy(), audit.mean_cosine.numpy(), audit.threshold)
+    panels = (
+        ("rows: to the nearest other class", audit.rows.cosine.numpy(), audit.rows.threshold),
+        ("means: to the nearest other class", audit.means.cosine.numpy(), audit.means.threshold),
+        ("row to the mean of its own images", audit.to_mean.numpy(), None),
+    )
+    plot_cosines(path / "plots" / "cosines.png", panels)
     return _write_page(path, audit, dataset, title, environment)
+
+
+def _pair_cells(pair: Pair, digits: int = 6) -> tuple[str, str]:
+    row, mean = ("" if math.isnan(each) else f"{each:.{digits}f}" for each in (pair.row, pair.mean))
+    return row, mean
 
 
 def _class_cells(c: int, audit: Audit, names: Sequence[str]) -> tuple[int, str, int]:
@@ -250,8 +312,8 @@ def _class_cells(c: int, audit: Audit, names: Sequence[str]) -> tuple[int, str, 
 
 
 def _nearest_cells(c: int, audit: Audit, names: Sequence[str]) -> tuple[int, str, str]:
-    nearest = int(audit.nearest_class[c])
-    return nearest, names[nearest], f"{audit.nearest_cosine[c]:.6f}"
+    nearest = int(audit.rows.of_class[c])
+    return nearest, names[nearest], f"{audit.rows.cosine[c]:.6f}"
 
 
 def _write_csv(path: Path, heading: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -284,15 +346,15 @@ def _write_page(folder: Path, audit: Audit, dataset: IdentityDataset, title: str
         classes=f"{len(names):,}",
         duplicates=f"{len(audit.duplicates):,}",
         never_updated=f"{len(audit.never_updated):,}",
-        threshold=f"{audit.threshold:.3f}",
-        threshold_from=audit.threshold_from,
+        row_threshold=f"{audit.rows.threshold:.3f}",
+        mean_threshold=f"{audit.means.threshold:.3f}",
         pairs=[
-            {"cosine": f"{p.cosine:.3f}", "beyond": p.cosine >= audit.threshold, "a": shown(p.a), "b": shown(p.b)}
+            {"cosines": _pair_cells(p, digits=3), "beyond": audit.beyond(p) >= 0, "a": shown(p.a), "b": shown(p.b)}
             for p in audit.pairs[:SHOWN_PAIRS]
         ],
         unmoved=[shown(c) for c in audit.never_updated[:SHOWN_CLASSES]],
         drifted=[
-            {**shown(c), "cosine": f"{audit.mean_cosine[c]:.3f}", "nearest": f"{_nearest_cells(c, audit, names)[1]}"}
+            {**shown(c), "cosine": f"{audit.to_mean[c]:.3f}", "nearest": f"{_nearest_cells(c, audit, names)[1]}"}
             for c in audit.drifted[:SHOWN_CLASSES]
         ],
         cosines="data:image/png;base64," + cosines,

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from partial_fc import load_checkpoint
-from partial_fc.training.audit import DRIFT, DUPLICATES, UNMOVED, audit_head, write_audit
+from partial_fc.training.audit import DRIFT, DUPLICATES, UNMOVED, Thresholds, audit_head, write_audit
 from partial_fc.training.config import RunConfig, to_config
 from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
@@ -35,13 +35,9 @@ def audit_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", help="folder of a run; its newest checkpoint is taken")
     parser.add_argument("--data", default=None, metavar="FOLDER", help="the folder trained on, if it is elsewhere now (default: the run's)")
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        default=None,
-        metavar="COSINE",
-        help="pairs of classes at least as near are reported (default: an outlier among all classes' nearest, Q3 + 3 (Q3 - Q1))",
-    )
+    for name, what in (("--threshold", "rows of the head"), ("--mean_threshold", "means of their images' embeddings")):
+        text = f"report pairs of classes of which the {what} have at least this cosine (default: outliers among all classes' nearest)"
+        parser.add_argument(name, type=float, default=None, metavar="COSINE", help=text)
     parser.add_argument("--output", default=None, metavar="DIR", help="where to write (default RUN/audit); must not exist")
     parser.add_argument("--workers", type=int, default=0, help="processes a rank starts to load images (default 0)")
     parser.add_argument(
@@ -54,8 +50,10 @@ def audit_parser() -> argparse.ArgumentParser:
 def audit_command(arguments: list[str], train_parser: jsonargparse.ArgumentParser) -> None:
     """`partial-fc audit`: an audit folder. Raises UserError, the same on every rank, for what cannot be audited."""
     asked = audit_parser().parse_args(arguments)
-    if asked.threshold is not None and not -1 <= asked.threshold <= 1:
-        raise UserError(f"--threshold is {asked.threshold}; it is a cosine, from -1 to 1")
+    for name in ("threshold", "mean_threshold"):
+        value = getattr(asked, name)
+        if value is not None and not -1 <= value <= 1:
+            raise UserError(f"--{name} is {value}; it is a cosine, from -1 to 1")
     if asked.workers < 0:
         raise UserError(f"--workers is {asked.workers}; give at least 0")
     run = RunFolder(asked.run)
@@ -68,7 +66,7 @@ def audit_command(arguments: list[str], train_parser: jsonargparse.ArgumentParse
     out = RunFolder(asked.output or run.path / "audit")
     _together(lambda: _claim(out) if accelerator.is_main_process else None, accelerator)
     try:
-        _audit(run, out, config, asked.threshold, accelerator)
+        _audit(run, out, config, Thresholds(asked.threshold, asked.mean_threshold), accelerator)
     except BaseException:
         if accelerator.is_main_process and not any(out.path.iterdir()):
             out.path.rmdir()  # a mistake leaves no folder behind
@@ -76,7 +74,7 @@ def audit_command(arguments: list[str], train_parser: jsonargparse.ArgumentParse
     accelerator.end_training()
 
 
-def _audit(run: RunFolder, out: RunFolder, config: RunConfig, threshold: float | None, accelerator: Accelerator) -> None:
+def _audit(run: RunFolder, out: RunFolder, config: RunConfig, thresholds: Thresholds, accelerator: Accelerator) -> None:
     dataset = _together(lambda: open_data(config.data, config.seed).train, accelerator)
     backbone = load_backbone(run, config, dataset.image_shape).to(accelerator.device)
     counts = torch.bincount(dataset.labels, minlength=dataset.num_identities)
@@ -85,7 +83,7 @@ def _audit(run: RunFolder, out: RunFolder, config: RunConfig, threshold: float |
         load_checkpoint(run.checkpoints()[-1], head=head)
     except ValueError as error:
         raise UserError(f"the head of {run.path} is not of the {dataset.num_identities:,} classes of the data: {error}") from error
-    audit = audit_head(head, backbone, dataset, accelerator, config, threshold)
+    audit = audit_head(head, backbone, dataset, accelerator, config, thresholds)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         print(audit.summary())

@@ -198,23 +198,22 @@ def _draw_panel(axes: Axes, rows: History, panel: Panel) -> None:
     _draw_epochs(axes, rows)
 
 
-def plot_cosines(path: Path | str, nearest: np.ndarray, to_mean: np.ndarray, threshold: float) -> None:
-    """Draw how many classes have which cosine: to the nearest other class, with the threshold; to the mean of their images (NaN: none)."""
-    with _figure(path, 9.0, 3.6) as figure:
-        left, right = figure.subplots(1, 2)
-        for axes, values, colour, title in (
-            (left, nearest, IMPOSTOR_COLOUR, "to the nearest other class"),
-            (right, to_mean[np.isfinite(to_mean)], GENUINE_COLOUR, "to the mean of its own images"),
-        ):
-            axes.set(title=title, xlabel="cosine of a class's row", ylabel="classes")
-            if len(values):
-                low, high = float(values.min()), float(values.max())
-                axes.hist(values, bins=np.linspace(low, max(high, low + 1e-3), 61), color=colour)
-                axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-            else:
+def plot_cosines(path: Path | str, panels: Sequence[tuple[str, np.ndarray, float | None]]) -> None:
+    """Draw how many classes have which cosine, one panel each: its title, a cosine of every class (NaN: none), a threshold to mark."""
+    with _figure(path, 4.0 * len(panels), 3.6) as figure:
+        for axes, (title, values, threshold), colour in zip(figure.subplots(1, len(panels)), panels, COLOURS, strict=False):
+            known = values[np.isfinite(values)]
+            axes.set(title=title, xlabel="cosine", ylabel="classes")
+            if not len(known):
                 _note(axes, "no class has any")
-        left.axvline(threshold, color="0.2", linestyle="--", linewidth=1, label=f"reported from {threshold:.3f}")
-        left.legend(loc="upper left", frameon=False)
+                continue
+            low, high = float(known.min()), float(known.max())
+            axes.hist(known, bins=np.linspace(low, max(high, low + 1e-3), 61), color=colour)
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+            if threshold is not None:
+                axes.axvline(threshold, color="0.2", linestyle="--", linewidth=1, label=f"reported from {threshold:.3f}")
+                axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # room for the legend
+                axes.legend(loc="upper left", frameon=False)
 
 
 def _column(rows: History, key: str, factor: float) -> np.ndarray:
