@@ -45,7 +45,7 @@ def planted(root: Path) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("audit")
     planted(root / "data")
-    own = ["--output.folder", str(root / "run"), "--data.folder", str(root / "data"), "--train.epochs", "6"]
+    own = ["--output.folder", str(root / "run"), "--data.folder", str(root / "data"), "--train.epochs", "12"]
     assert main(["train", *own, *IMAGES, *SETTINGS]) == 0
     return root
 
