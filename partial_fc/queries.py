@@ -5,7 +5,7 @@
                       ── all-gather ──>  candidates of all ranks [Q, world · k]  ──>  the best k of all, for the rank's own queries
     nearest_classes   class rows [M, D] of one owner after another ── broadcast ──>  the same tile on every rank
                       my class rows x the tile, [I, M] cosines at a time  ──>  the best k so far of each of my classes, [C_local, k]
-                      In one process a tile counts for its rows and for its columns, and only tiles [i, j >= i] are computed.
+                      On a single rank a tile counts for its rows and for its columns, and only tiles [i, j >= i] are computed.
 
 Selection reads a tile once: maxima of groups of 32 neighbours. Only groups whose maximum is above the k-th best so far can hold anything
 better, and of these the k with the largest maxima hold the best k; their members are put beside the best so far and sorted out. Classes
@@ -87,9 +87,9 @@ def nearest_classes(head: ShardedLoss, k: int, *, tile_bytes: int = DEFAULT_TILE
     best = _Best(len(rows.weight), k, rows.weight.new_empty(0, dtype=rows.dtype), elements)
     blocks = -(-len(rows.weight) // step)
     received = [(owner, *span) for owner in range(rows.ranks.world) for span in _spans(*rows.shard(owner), step)]
-    total = blocks * (blocks + 1) // 2 if rows.ranks.group is None else blocks * len(received)
+    total = blocks * (blocks + 1) // 2 if rows.ranks.world == 1 else blocks * len(received)
     with _bar(total, "nearest classes", progress, rows.ranks) as advance, _exact_products(rows.weight.device):
-        if rows.ranks.group is None:
+        if rows.ranks.world == 1:
             _walk_triangle(rows, best, step, advance)
         else:
             _walk_received(rows, best, step, received, advance)
@@ -98,7 +98,7 @@ def nearest_classes(head: ShardedLoss, k: int, *, tile_bytes: int = DEFAULT_TILE
 
 
 def _walk_triangle(rows: _ClassRows, best: _Best, step: int, advance: Callable[[], object]) -> None:
-    """All classes in this process: each pair of blocks once. Block j sees blocks 0, 1, ... in this order, by column and then by row."""
+    """All classes on this rank: each pair of blocks once. Block j sees blocks 0, 1, ... in this order, by column and then by row."""
     tile, first_unit, second_unit = rows.buffer((step * rows.centers) ** 2), *(rows.buffer(step * rows.centers * rows.width) for _ in "ij")
     spans = _spans(0, len(rows.weight), step)
     for i, (a, b) in enumerate(spans):
