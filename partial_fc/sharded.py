@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from partial_fc import classes
 from partial_fc.collectives import NO_LABEL, GlobalBatch, Group, NonFiniteError, Ranks, all_gather_mesh, as_matrix, exchange, joining
 from partial_fc.margins import Margin
+from partial_fc.queries import DEFAULT_TILE_BYTES, Neighbours, nearest_classes, topk
 from partial_fc.rows import ShardedRows
 from partial_fc.shards import ClassShards, initial_rows, local_part
 
@@ -283,6 +284,37 @@ class ShardedLoss(nn.Module):
     def _stats_dtype(self, batch: GlobalBatch) -> torch.dtype:
         dtypes = batch.embeddings.dtype, next(iter(self._rows.parameters.values())).dtype
         return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    # ------------------------------------------------------------------------------------------------ questions
+
+    @torch._disable_dynamo
+    def topk(self, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False) -> Neighbours:
+        """The k classes nearest to each of this rank's embeddings `[N_local, D]`: ids `[N_local, k]`, cosines `[N_local, k]`, descending.
+
+        The cosine to a class is that of its row, without bias, scale or margin, whatever the loss (of `Softmax` too); with several
+        centers it is the largest of them. Exact, over all classes of all ranks: every rank must call it, with the same k; N_local may
+        differ and be 0. Products are float32, or float64 if the rows or the embeddings are. A row shorter than 1e-12 has cosine 0 to
+        everything. Of equal cosines the lower id is the first. Nothing here changes, and nothing has a gradient.
+
+        Args:
+            k: 1 to C.
+            tile_bytes: what the cosines that exist at a time may take on a rank; no other temporary is larger (`partial_fc.queries`).
+            progress: show a tqdm bar on the first rank.
+
+        Raises ValueError, the same on every rank, for embeddings of another width, kind or device than the head's, NonFiniteError where
+        an embedding or a row has no finite length. On a 2-D mesh every replica answers its own ranks.
+        """
+        return topk(self, embeddings, k, tile_bytes=tile_bytes, progress=progress)
+
+    @torch._disable_dynamo
+    def nearest_classes(self, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False) -> Neighbours:
+        """The k nearest other classes of each class of this rank's shard: ids `[C_local, k]`, cosines `[C_local, k]`, descending.
+
+        Row i is of the i-th class of the shard, in the order of ids; k is 1 to C - 1. Every rank must call it. With several centers, the
+        cosine of two classes is the largest over the centers of both. Rows travel a tile at a time, C · D numbers to every rank in all;
+        the work is C_local · C · D products. All else as for `topk`.
+        """
+        return nearest_classes(self, k, tile_bytes=tile_bytes, progress=progress)
 
     # ------------------------------------------------------------------------------------------------ what can be wrong
 

@@ -37,6 +37,15 @@ def test_quick_run(tmp_path: Path) -> None:
     assert (tmp_path / "head.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_quick_run_of_the_questions() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "queries.py"), "--quick"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=170, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stderr
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in run.stdout.splitlines()]
+    assert [(row[0].split(",")[0], row[3]) for row in rows[2:]] == [(q, w) for w in "12" for q in ("topk", "nearest_classes")]
+    assert all(len(row) == len(rows[0]) and all(float(cell) > 0 for cell in row[4:]) for row in rows[2:])
+
+
 def _both(rank: int, world: int) -> dict[str, Any]:
     """Loss and embedding gradient of the head and of the textbook, on the same weights."""
     sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -1,4 +1,4 @@
-"""The command `partial-fc`: train, evaluate, exports of what was trained, plan, doctor, comms.
+"""The command `partial-fc`: train, evaluate, audit, exports of what was trained, plan, doctor, comms.
 
 A user's mistake is one line on one rank's standard error, and exit code 2 on all.
 """
@@ -16,6 +16,7 @@ try:
     import jsonargparse
 
     from partial_fc import NonFiniteError
+    from partial_fc.training.audit_cli import audit_command
     from partial_fc.training.backbones import build_backbone
     from partial_fc.training.comms_cli import comms_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
@@ -37,6 +38,7 @@ commands:
   train --resume [RUN]                               go on with a run from its newest checkpoint
   evaluate RUN [--data FOLDER]                       verification and identification with a trained backbone
   export-backbone RUN [--output DIR]                 the trained backbone as safetensors and ONNX, for use elsewhere
+  audit RUN                                          identities stored twice, classes never updated, classes far from their images
   plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
   export CHECKPOINT_OR_RUN FILE.safetensors          class weights as one file
   import SOURCE ... --output CHECKPOINT              class weights of one file, or of files of each rank, as a checkpoint
@@ -54,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": train,
         "evaluate": evaluate,
+        "audit": audit,
         "export-backbone": export_command,
         "export": export_weights_command,
         "import": import_weights_command,
@@ -211,6 +214,11 @@ def evaluate(arguments: list[str]) -> None:
         report = write_results(out, title, evaluations, figures, config, describe_environment(accelerator), [])
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()
+
+
+def audit(arguments: list[str]) -> None:
+    """`partial-fc audit RUN`: what a trained head says of its data."""
+    audit_command(arguments, train_parser())
 
 
 def _sets(config: RunConfig, folder: str | None) -> dict[str, IdentityDataset]:

@@ -1,7 +1,8 @@
-"""The three pictures of a run, as PNG files: ROC, cosine histograms, training curves.
+"""The pictures of a run, as PNG files: ROC, cosine histograms, training curves; and of an audit.
 
     list[Evaluation] -> plot_roc         TAR over log FAR, one curve per evaluation set
     list[Evaluation] -> plot_histograms  genuine and impostor cosines, one panel per evaluation set
+    audit            -> plot_cosines     cosines of class rows to the nearest class and to the mean of their images
     history          -> plot_training    loss, angles, shares, lengths, learning rate (what of `TRAINING_PANELS` there is) over steps
 
 `history` is the list of logged rows, with keys `step`, `epoch`, `loss` and others of `TRAINING_PANELS` (angles in radians, drawn in
@@ -195,6 +196,24 @@ def _draw_panel(axes: Axes, rows: History, panel: Panel) -> None:
     axes.grid(visible=False, axis="x")  # vertical lines are epochs here
     axes.margins(x=0.01)
     _draw_epochs(axes, rows)
+
+
+def plot_cosines(path: Path | str, panels: Sequence[tuple[str, np.ndarray, float | None]]) -> None:
+    """Draw how many classes have which cosine, one panel each: its title, a cosine of every class (NaN: none), a threshold to mark."""
+    with _figure(path, 4.0 * len(panels), 3.6) as figure:
+        for axes, (title, values, threshold), colour in zip(figure.subplots(1, len(panels)), panels, COLOURS, strict=False):
+            known = values[np.isfinite(values)]
+            axes.set(title=title, xlabel="cosine", ylabel="classes")
+            if not len(known):
+                _note(axes, "no class has any")
+                continue
+            low, high = float(known.min()), float(known.max())
+            axes.hist(known, bins=np.linspace(low, max(high, low + 1e-3), 61), color=colour)
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+            if threshold is not None:
+                axes.axvline(threshold, color="0.2", linestyle="--", linewidth=1, label=f"reported from {threshold:.3f}")
+                axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # room for the legend
+                axes.legend(loc="upper left", frameon=False)
 
 
 def _column(rows: History, key: str, factor: float) -> np.ndarray:
