@@ -101,12 +101,17 @@ def finish(module: nn.Module, head: PartialFC, norms: list[Any], selected: list[
     return Result(state, local(head.weight).detach().clone(), [float(n) for n in norms], [s.clone() for s in selected])
 
 
-def dense(selected: list[Tensor] | None = None, first: int = 0, steps: int = STEPS) -> tuple[dict[str, Tensor], Tensor, list[float]]:
-    """(backbone, class weights, norms) of the same run in one process. selected: the classes of each micro-batch; None: all."""
+def dense(selected: list[Tensor] | None = None, rates: list[float] | None = None) -> tuple[dict[str, Tensor], Tensor, list[float]]:
+    """(backbone, class weights, norms) of the same run in one process.
+
+    selected: the classes of each micro-batch; None: all. rates: what the learning rate is multiplied with in each step; None: nothing.
+    """
     module, w = backbone().double(), class_weights().double()
     updates = {name: DenseSGD(**SGD) for name, _ in module.named_parameters()}
     rule, norms = DenseSGD(**SGD), []
-    for step in range(first, first + steps):
+    for step in range(STEPS):
+        for update in [*updates.values(), rule]:
+            update.lr = SGD["lr"] * (1.0 if rates is None else rates[step])
         grad, touched = torch.zeros_like(w), torch.zeros(C, dtype=torch.bool)
         module.zero_grad()
         for index in range(step * ACCUMULATION, (step + 1) * ACCUMULATION):
@@ -130,10 +135,10 @@ def dense(selected: list[Tensor] | None = None, first: int = 0, steps: int = STE
     return {name: p.detach() for name, p in module.state_dict().items()}, w, norms
 
 
-def compare(results: list[Result], tolerance: float = 1e-5, norms: bool = True) -> float:
+def compare(results: list[Result], tolerance: float = 1e-5, *, rates: list[float] | None = None, norms: bool = True) -> float:
     """Assert that every rank ended with the dense run's weights, and return the largest error."""
     every_step = [torch.cat([r.selected[i] for r in results]) for i in range(STEPS * ACCUMULATION)]
-    module, w, expected_norms = dense(every_step)
+    module, w, expected_norms = dense(every_step, rates)
     rows = torch.cat([r.rows for r in results])
     assert rows.shape == w.shape
     errors = [(rows.double() - w).abs().max()]
