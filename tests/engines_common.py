@@ -24,6 +24,7 @@ SGD = {"lr": 0.3, "momentum": 0.9, "weight_decay": 1e-2}
 MAX_NORM = 1.0  # below every norm of the run
 LOSS = Loss(scale=8.0, m2=0.3)
 SEED = 7
+IMPORTING = 170.0  # seconds until ranks that have to import an engine first must have answered
 
 
 @dataclass
