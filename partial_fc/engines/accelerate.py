@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from partial_fc import checkpoint, optim
+from partial_fc.engines.needs import need
 from partial_fc.optim import RowOptimizer
 from partial_fc.sharded import ShardedLoss
 
-try:
-    from accelerate import Accelerator
-    from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.scheduler import AcceleratedScheduler
-    from accelerate.utils import DistributedType
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("Accelerate is not installed: pip install 'partial_fc[engines]'", name=error.name) from error
+need("accelerate", "1.0")
+
+from accelerate import Accelerator  # noqa: E402
+from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
+from accelerate.scheduler import AcceleratedScheduler  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
 
 HEADS = "partial_fc"  # the heads' folder within one of save_state
 

@@ -29,7 +29,7 @@ class JointOptimizer(torch.optim.Optimizer):
         return [group for part in (self.optimizer, *self.heads) for group in part.param_groups]
 
     @property
-    def state(self) -> Any:
+    def state(self) -> Any:  # type: ignore[override]
         return self.optimizer.state
 
     @property

@@ -3,8 +3,9 @@
 class Recogniser(LightningModule):
     configure_model         build the head here: the process group is there by then
     training_step           return self.head(self.backbone(images), labels)
-    configure_optimizers    return JointOptimizer(torch.optim.SGD(self.backbone.parameters(), ...), RowOptimizer(torch.optim.SGD, self.head, ...))
-    configure_gradient_clipping    clip_grad_norm_(self.backbone.parameters(), self.head, max_norm=gradient_clip_val)
+    configure_optimizers    return JointOptimizer(an optimizer of self.backbone.parameters(), a RowOptimizer of self.head)
+    configure_gradient_clipping
+                            clip_grad_norm_(self.backbone.parameters(), self.head, max_norm=gradient_clip_val)
 
 Trainer(strategy=HeadStrategy(), ...)
 
@@ -24,12 +25,12 @@ from partial_fc import checkpoint
 from partial_fc.engines.ddp import ignore_heads
 from partial_fc.engines.heads import heads_of, without_heads
 from partial_fc.engines.joint import JointOptimizer
+from partial_fc.engines.needs import need
 
-try:
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.strategies import DDPStrategy
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("Lightning is not installed: pip install 'partial_fc[engines]'", name=error.name) from error
+need("lightning", "2.6")
+
+from lightning.pytorch import Trainer  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 
 SUFFIX = ".heads"  # of the folder beside a checkpoint file
 

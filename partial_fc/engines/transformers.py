@@ -6,8 +6,8 @@ HeadTrainer(model=model, args=args, head_optimizers=[RowOptimizer(torch.optim.SG
 
 what the Trainer does                        with a head
 wraps the model in DDP                       its parameters and buffers are on DDP's list of names to ignore
-create_optimizer                             the Trainer's own optimizer for all other parameters, joined with the heads' (`JointOptimizer`):
-                                             one step, one schedule, which moves every learning rate by the same factor
+create_optimizer                             the Trainer's own optimizer for all else, joined with the heads': one step, and one schedule,
+                                             which moves every learning rate by the same factor (joint.py)
 clips by max_grad_norm                       one norm of backbone and heads
 writes checkpoint-N from the main process    the backbone and its optimizer, as ever; all ranks write checkpoint-N/partial_fc (heads)
                                              and partial_fc_optimizer, for any number of ranks to read
@@ -27,12 +27,12 @@ from partial_fc import checkpoint, optim
 from partial_fc.engines.ddp import ignore_heads
 from partial_fc.engines.heads import heads_of, without_heads
 from partial_fc.engines.joint import JointOptimizer
+from partial_fc.engines.needs import need
 from partial_fc.optim import RowOptimizer
 
-try:
-    from transformers import Trainer, TrainerCallback
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("transformers is not installed: pip install 'partial_fc[engines]'", name=error.name) from error
+need("transformers", "5.24")
+
+from transformers import Trainer, TrainerCallback  # noqa: E402
 
 HEADS, OPTIMIZERS = "partial_fc", "partial_fc_optimizer"  # folders within a checkpoint of the Trainer
 
