@@ -1,4 +1,4 @@
-"""Accelerate: accelerate launch --config_file configs/accelerate/cpu2.yaml examples/accelerate_loop.py FOLDER [EPOCHS]"""
+"""Accelerate: accelerate launch --config_file configs/accelerate/cpu2.yaml examples/accelerate_loop.py FOLDER [EPOCHS [IDENTITIES]]"""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from partial_fc.training.backbones import build_backbone
 from partial_fc.training.data import GlyphIdentities
 
 
-def main(folder: str, epochs: int = 4) -> None:
+def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
     accelerator = Accelerator(
         gradient_accumulation_steps=2,
         mixed_precision="bf16",
@@ -22,7 +22,7 @@ def main(folder: str, epochs: int = 4) -> None:
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     accelerator.init_trackers("logs")
-    data = GlyphIdentities("train")
+    data = GlyphIdentities("train", identities)
     torch.manual_seed(0)
     backbone = build_backbone("small", image_shape=data.image_shape, embedding_size=128)
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)

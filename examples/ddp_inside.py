@@ -1,5 +1,6 @@
-"""A head inside the module that DDP wraps, which returns its loss: torchrun --nproc_per_node 2 examples/ddp_inside.py [EPOCHS]"""
+"""A head inside the module that DDP wraps: torchrun --standalone --nproc_per_node 2 examples/ddp_inside.py [EPOCHS [IDENTITIES]]"""
 
+import gc
 import sys
 
 import torch
@@ -24,10 +25,10 @@ class Recogniser(nn.Module):
         return self.head(self.backbone(images), labels)
 
 
-def main(epochs: int = 4) -> None:
+def main(epochs: int = 4, identities: int | None = None) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    data = GlyphIdentities("train")
+    data = GlyphIdentities("train", identities)
     loader = BatchLoader(data, batch_size=256, rank=rank, world=world, augment=AugmentConfig())
 
     torch.manual_seed(0)
@@ -49,9 +50,10 @@ def main(epochs: int = 4) -> None:
                 each.zero_grad()
         if rank == 0:
             print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*(int(a) for a in sys.argv[1:]))
+    gc.collect()  # what holds the process group goes before it
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,5 +1,6 @@
-"""FSDP2, with one checkpoint of everything: torchrun --standalone --nproc_per_node 2 examples/fsdp2.py FOLDER [EPOCHS]"""
+"""FSDP2, with one checkpoint of everything: torchrun --standalone --nproc_per_node 2 examples/fsdp2.py FOLDER [EPOCHS [IDENTITIES]]"""
 
+import gc
 import os
 import sys
 from typing import Any
@@ -15,10 +16,10 @@ from partial_fc.training.data import GlyphIdentities
 from partial_fc.training.loader import BatchLoader
 
 
-def main(folder: str, epochs: int = 4) -> None:
+def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    data = GlyphIdentities("train")
+    data = GlyphIdentities("train", identities)
     loader = BatchLoader(data, batch_size=256, rank=rank, world=world, augment=AugmentConfig())
 
     torch.manual_seed(0)
@@ -43,9 +44,10 @@ def main(folder: str, epochs: int = 4) -> None:
         if rank == 0:
             print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)
         save_checkpoint(folder, **everything)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], *(int(a) for a in sys.argv[2:]))
+    gc.collect()  # what holds the process group goes before it
+    dist.barrier()
+    dist.destroy_process_group()

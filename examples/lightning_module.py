@@ -1,4 +1,4 @@
-"""Lightning: torchrun --standalone --nproc_per_node 2 examples/lightning_module.py FOLDER [EPOCHS]"""
+"""Lightning: torchrun --standalone --nproc_per_node 2 examples/lightning_module.py FOLDER [EPOCHS [IDENTITIES]]"""
 
 import os
 import sys
@@ -37,8 +37,8 @@ class Recogniser(pl.LightningModule):
         clip_grad_norm_(self.backbone.parameters(), self.head, max_norm=gradient_clip_val)
 
 
-def main(folder: str, epochs: int = 4) -> None:
-    data = GlyphIdentities("train")
+def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
+    data = GlyphIdentities("train", identities)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),

@@ -1,8 +1,9 @@
-"""Every example of an engine runs, with two processes, in at most 60 lines; those that save go on where they were."""
+"""Every example of an engine runs, with two processes, in at most 60 lines; those that save leave what they say."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,12 @@ EXAMPLES = {
     "transformers_trainer.py": TORCHRUN,
     "lightning_module.py": TORCHRUN,
 }
-SAVING = sorted(set(EXAMPLES) - {"ddp_inside.py"})
+SAVED = {
+    "fsdp2.py": ["manifest.json"],
+    "accelerate_loop.py": ["state/model.safetensors", "state/partial_fc/manifest.json", "logs"],
+    "transformers_trainer.py": ["checkpoint-12/model.safetensors", "checkpoint-12/partial_fc/manifest.json"],
+    "lightning_module.py": ["last.ckpt", "last.ckpt.heads/manifest.json"],
+}
 
 
 def run(example: str, *arguments: str) -> str:
@@ -35,3 +41,14 @@ def test_an_example_is_short_and_says_how_to_run_it(example):
     lines = (ROOT / "examples" / example).read_text().splitlines()
     assert len(lines) <= 60
     assert f"examples/{example}" in lines[0]
+
+
+@pytest.mark.parametrize("example", list(EXAMPLES))
+def test_an_example_runs(example, tmp_path):
+    arguments = [] if example == "ddp_inside.py" else [str(tmp_path / "run")]
+    out = run(example, *arguments, "3", "100")
+    losses = [float(loss) for loss in re.findall(r"epoch \d: loss (\d+\.\d+)", out)]
+    if example not in ("transformers_trainer.py", "lightning_module.py"):  # which report in their own way
+        assert len(losses) == 3 and losses[2] < losses[0], out
+    for name in SAVED.get(example, ()):
+        assert (tmp_path / "run" / name).exists(), name
