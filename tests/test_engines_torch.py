@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from typing import Any
 
 import engines_common as common
@@ -17,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from partial_fc import CenterLoss, PartialFC, SphereFace2, clip_grad_norm_, load_checkpoint, save_checkpoint
 from partial_fc.engines.ddp import ignore_heads
 from partial_fc.engines.heads import head_names, head_parameters, heads_of, without_heads
+from partial_fc.engines.needs import need
 
 
 def train_ddp(rank: int, world: int, inside: bool, rate: float, bf16: bool, uneven: bool = False) -> Result:
@@ -225,3 +228,23 @@ def test_a_head_that_an_engine_would_wrap_is_refused_in_words(ranks):
         engine, way = ("DistributedDataParallel", "ignore_heads") if name.startswith("DDP") else ("fully_shard", "ignored_params=")
         assert text.startswith(engine) and "split over the ranks already" in text and way in text, (name, text)
         assert ("CenterLoss (1.centers)" if "center" in name else "PartialFC (") in text, (name, text)
+
+
+# ---------------------------------------------------------------------------------------------------- engines that are not there
+
+
+def test_an_engine_that_is_missing_or_too_old_says_what_to_install(monkeypatch):
+    need("torch", "2.6")
+    with pytest.raises(ModuleNotFoundError, match=r"no-such-engine is not installed: pip install 'partial_fc\[engines\]'"):
+        need("no-such-engine", "1.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.9.1")
+    need("transformers", "4.9")
+    for oldest in ("4.24", "5.0"):
+        with pytest.raises(RuntimeError, match=f"transformers 4.9.1 is too old: {oldest} or newer"):
+            need("transformers", oldest)
+
+
+def test_the_core_and_plain_ddp_import_no_engine():
+    code = "import sys, partial_fc, partial_fc.engines.ddp, partial_fc.engines.joint; print([n for n in ENGINES if n in sys.modules])"
+    code = code.replace("ENGINES", "('accelerate', 'deepspeed', 'transformers', 'lightning')")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
