@@ -97,7 +97,10 @@ def load_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
             here.clear()
             flatten(template(), name, here)
         for key in stored:
-            tensors[key] = _target(key, metadata[key], here.get(key), folder)
+            own = here.get(key)
+            if own is None and isinstance(thing, torch.optim.Optimizer):
+                own = _like_its_parameter(thing, key.removeprefix(f"{name}/"), metadata[key])
+            tensors[key] = _target(key, metadata[key], own, folder)
     read(tensors, reader)
     for name, thing in named.items():
         thing.load_state_dict(_restore(skeletons[name], tensors))
@@ -212,6 +215,18 @@ def _check_state(thing: Stateful, skeleton: Any, what: str) -> None:
             check(skeleton)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
+
+
+def _like_its_parameter(optimizer: torch.optim.Optimizer, key: str, stored: Any) -> Tensor | None:
+    """Room for `state/INDEX/NAME` of an optimizer that has no state before its first step, split as its parameter is (FSDP2); else None."""
+    kind, index, *_ = [*key.split("/"), ""]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if kind != "state" or not index.isdecimal() or int(index) >= len(parameters):
+        return None
+    parameter = parameters[int(index)]
+    if not isinstance(parameter, DTensor) or parameter.shape != stored.size:
+        return None
+    return torch.empty_like(parameter.detach(), dtype=stored.properties.dtype)
 
 
 def _target(key: str, stored: Any, here: Tensor | None, folder: Path) -> Tensor:

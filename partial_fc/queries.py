@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.collectives import DTYPES, NonFiniteError, Ranks, _embeddings_problem, _exchange_payload, _tell, all_gather, all_gather_mesh
+from partial_fc.collectives import DTYPES, NonFiniteError, Ranks, _embeddings_problem, _exchange_payload, all_gather, all_gather_mesh, tell
 from partial_fc.shards import local_part, shard_bounds
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def _agree(head: ShardedLoss, k: Any, limit: int, tile_bytes: Any, embeddings: A
     everyone = [_Question(*row) for row in table]
     wrong = next((flat for flat, each in enumerate(everyone) if each.problem), None)
     if wrong is not None:
-        text = f"{ranks.name(wrong)}: {_tell(problem, ranks, device)[wrong]}"
+        text = f"{ranks.name(wrong)}: {tell(problem, ranks, device)[wrong]}"
         raise NonFiniteError(text) if everyone[wrong].problem == 2 else ValueError(text)
     for what in ("k", "tile_bytes", "dtype"):
         here, flat = (

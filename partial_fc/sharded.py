@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from partial_fc.margins import Margin
 from partial_fc.queries import DEFAULT_TILE_BYTES, Neighbours, nearest_classes, topk
 from partial_fc.rows import ShardedRows
 from partial_fc.shards import ClassShards, initial_rows, local_part
+from partial_fc.wrapping import DDP, FSDP2, refuse
 
 log = logging.getLogger("partial_fc")
 
@@ -121,6 +122,17 @@ class ShardedLoss(nn.Module):
             torch.utils.swap_tensors(parameter, moved)
         self._rows.hold(own, self._shared_parameters(), self._shards)
         return self
+
+    def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        """As of any module; RuntimeError if DistributedDataParallel asks, which would wrap the rows."""
+        refuse(DDP, self, prefix)
+        return super().named_modules(memo, prefix, remove_duplicate)
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; RuntimeError if FSDP2 asks, which would wrap the rows."""
+        if not recurse:
+            refuse(FSDP2, self, prefix)
+        return super().named_parameters(prefix, recurse, remove_duplicate)
 
     def _shared_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of parts of this module: all ranks hold them alike."""

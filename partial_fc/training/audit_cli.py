@@ -79,8 +79,10 @@ def _audit(run: RunFolder, out: RunFolder, config: RunConfig, thresholds: Thresh
     backbone = load_backbone(run, config, dataset.image_shape).to(accelerator.device)
     counts = torch.bincount(dataset.labels, minlength=dataset.num_identities)
     head = config.head.build(config.backbone.embedding_size, counts, config.seed, accelerator.device)
+    newest = run.newest_checkpoint()
+    assert newest is not None, "the backbone came from it"
     try:
-        load_checkpoint(run.checkpoints()[-1], head=head)
+        load_checkpoint(newest, head=head)
     except ValueError as error:
         raise UserError(f"the head of {run.path} is not of the {dataset.num_identities:,} classes of the data: {error}") from error
     audit = audit_head(head, backbone, dataset, accelerator, config, thresholds)

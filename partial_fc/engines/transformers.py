@@ -1,0 +1,146 @@
+"""`transformers.Trainer` for models with a head inside: `HeadTrainer`, a Trainer that leaves the head's rows to the head.
+
+args = TrainingArguments(...)                           makes the process group; then the model may be built
+model(**inputs) -> {"loss": head(backbone(...), labels)}
+HeadTrainer(model=model, args=args, head_optimizers=[RowOptimizer(torch.optim.SGD, model.head, lr=0.1)], ...).train()
+
+what the Trainer does                        with a head
+wraps the model in DDP                       its parameters and buffers are on DDP's list of names to ignore
+create_optimizer                             the Trainer's own optimizer for all else, joined with the heads': one step, and one schedule,
+                                             which moves every learning rate by the same factor (joint.py)
+clips by max_grad_norm                       one norm of backbone and heads
+writes checkpoint-N from the main process    the backbone and its optimizer, as ever; all ranks write checkpoint-N/partial_fc (heads)
+                                             and partial_fc_optimizer, for any number of ranks to read
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partial_fc import checkpoint, optim
+from partial_fc.engines.ddp import ignore_heads
+from partial_fc.engines.heads import heads_of, without_heads
+from partial_fc.engines.joint import JointOptimizer
+from partial_fc.engines.needs import need
+from partial_fc.optim import RowOptimizer
+
+need("transformers", "5.24")
+
+from transformers import Trainer, TrainerCallback  # noqa: E402
+
+HEADS, OPTIMIZERS = "partial_fc", "partial_fc_optimizer"  # folders within a checkpoint of the Trainer
+
+
+class _ClearRows(TrainerCallback):
+    """The Trainer clears model.zero_grad(), which does not reach the rows of sampled heads."""
+
+    def __init__(self, optimizers: Sequence[RowOptimizer]) -> None:
+        self.optimizers = optimizers
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
+class HeadTrainer(Trainer):
+    """A `transformers.Trainer` whose model holds heads; head_optimizers: a `RowOptimizer` for each of them.
+
+    train(), evaluate() and save_model() are to be called by every rank: all write and read the heads. Accumulation, clipping, bf16,
+    schedules and resumption at another number of ranks work as with any Trainer; learning rates of heads follow the Trainer's schedule,
+    each from its own start.
+
+    Raises ValueError for a model without heads, a head without an optimizer, fp16 (use bf16: a GradScaler cannot take plain and split
+    gradients in one optimizer), and for DeepSpeed or FSDP, which the Trainer would hand the whole model to.
+    """
+
+    def __init__(self, model: nn.Module, args: Any, *, head_optimizers: Sequence[RowOptimizer], **options: Any) -> None:
+        heads = heads_of(model)
+        if not heads:
+            raise ValueError(f"there is no PartialFC or CenterLoss in this {type(model).__name__}; transformers.Trainer trains it as it is")
+        if args.fp16:
+            raise ValueError("fp16 is not supported with heads in a Trainer; use bf16=True")
+        if args.deepspeed or args.fsdp:
+            raise ValueError("a HeadTrainer is for DDP; with DeepSpeed or FSDP write the loop (docs/engines.md)")
+        trained = {id(optimizer._head) for optimizer in head_optimizers}
+        for name, head in heads.items():
+            if id(head) not in trained and any(p.requires_grad for p in head.parameters()):
+                raise ValueError(f"head_optimizers has no RowOptimizer for {name or 'the model'}, so it would never train")
+        ignore_heads(model)
+        self._module, self.head_optimizers = model, list(head_optimizers)
+        self._heads: dict[str, Any] = {name or "model": head for name, head in heads.items()}
+        super().__init__(model, args, **options)
+        self.add_callback(_ClearRows(self.head_optimizers))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer for all but the heads, joined with theirs."""
+        if not isinstance(self.optimizer, JointOptimizer):
+            with _frozen(self._heads.values()):
+                self.optimizer = JointOptimizer(super().create_optimizer(model), *self.head_optimizers)
+        return self.optimizer
+
+    # ------------------------------------------------------------------------------------------------ one norm
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return self._norm(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> float:
+        return float(self._norm(float("inf")) if grad_norm is None else grad_norm)
+
+    def _norm(self, max_norm: float) -> Tensor:
+        heads = self._heads.values()
+        theirs = {id(p) for head in heads for p in head.parameters()}
+        return optim.clip_grad_norm_([p for p in self._module.parameters() if id(p) not in theirs], *heads, max_norm=max_norm)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, without_heads(self._module) if state_dict is None else state_dict)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As of the Trainer, and the heads beside it, in the folder `partial_fc`; every rank must call it."""
+        super().save_model(output_dir, _internal_call)
+        checkpoint.save_checkpoint(os.path.join(output_dir or str(self.args.output_dir), HEADS), **self._heads)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        checkpoint.save_checkpoint(os.path.join(output_dir, OPTIMIZERS), **self._named_optimizers())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        checkpoint.load_checkpoint(os.path.join(resume_from_checkpoint, HEADS), **self._heads)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        checkpoint.load_checkpoint(os.path.join(str(self.state.best_model_checkpoint), HEADS), **self._heads)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint_folder)
+        if checkpoint_folder is not None and os.path.isdir(os.path.join(checkpoint_folder, OPTIMIZERS)):
+            checkpoint.load_checkpoint(os.path.join(checkpoint_folder, OPTIMIZERS), **self._named_optimizers())
+
+    def _named_optimizers(self) -> dict[str, Any]:
+        return {f"optimizer_{index}": optimizer for index, optimizer in enumerate(self.head_optimizers)}
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        names = tuple(f"{name}." for name in self._heads)  # these come from the other folder
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if not key.startswith(names)]
+        super()._issue_warnings_after_load(load_result)
+
+
+@contextmanager
+def _frozen(heads: Any) -> Iterator[None]:
+    """The parameters of heads do not ask to be trained, so that an optimizer of all others leaves them out."""
+    parameters = [p for head in heads for p in head.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
