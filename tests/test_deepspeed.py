@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from engine_reference import ACCUMULATION, CLASSES, CLIP, MARGIN, SCALE, SGD, STEPS, D, dense_run, error, make_backbone, share
 from torch import Tensor, nn
 
@@ -122,3 +118,137 @@ def test_half_precision_is_as_near_as_its_resolution(ranks, stage, precision, jo
     for backbone, head, _ in ranks(2).run(compared, stage, precision, joint, False):
         print(f"ZeRO-{stage} {precision}: backbone {backbone:.1e}, head {head:.1e}")
         assert max(backbone, head) <= TOLERANCE[precision]
+
+
+# ---------------------------------------------------------------------------------------------------- steps that are left out
+
+
+def poisoned(rank: int, world: int, stage: int, precision: str, where: str, joint: bool) -> dict[str, Any]:
+    """Four steps, in the second of which one rank's gradient of the head or of the backbone is infinite."""
+    run = Run(configuration(stage, precision, CLIP if joint else None), joint)
+    start, before = run.head.weight.full_tensor().detach().clone(), run.beside.loss_scale()
+    run.train(rank, world, 1)
+    kept = run.weights()
+    for k in range(ACCUMULATION):
+        inputs, labels = share(ACCUMULATION + k, rank, world)
+        embeddings = run.engine(inputs.to(run.dtype))
+        if where == "backbone" and rank == 1 and k == 0:
+            embeddings.register_hook(lambda grad: grad * float("inf"))
+        run.engine.backward(run.head(embeddings, labels))
+        if where == "head" and rank == 1 and k == 0:
+            grad: Any = run.head.weight.grad
+            grad.to_local()[0, 0] = float("inf")
+        run.engine.step()
+    seen: dict[str, Any] = {"skipped": run.beside.skipped, "scale": run.beside.loss_scale() / before}
+    after = run.weights()
+    seen["still"] = torch.equal(after[1], kept[1]) and all(torch.equal(after[0][name], kept[0][name]) for name in kept[0])
+    seen["counted"] = run.engine.skipped_steps, run.engine.was_step_applied()
+    run.train(rank, world, 2, first=2)
+    seen["went on"] = not run.beside.skipped
+    expected = dense_run(make_backbone(), start, steps=4, clip=CLIP if joint else None, skip=1)
+    return {**seen, "error": max(error(*run.weights(), *expected[:2]))}
+
+
+@pytest.mark.parametrize("where", ["head", "backbone"])
+@pytest.mark.parametrize(
+    ("stage", "precision", "joint"),
+    [(0, "fp32", True), (1, "fp32", False), (2, "fp32", True), (3, "fp32", True)]
+    + [(0, "bf16", False), (2, "bf16", False), (3, "bf16", True), (1, "fp16", True), (2, "fp16", False), (3, "fp16", True)],
+)
+def test_an_overflow_on_one_rank_is_skipped_by_all_and_by_both(ranks, stage, precision, where, joint):
+    for seen in ranks(2).run(poisoned, stage, precision, where, joint):
+        assert seen["skipped"] and seen["still"] and seen["went on"]
+        assert seen["counted"] == (1, False)
+        assert seen["scale"] == (0.5 if precision == "fp16" else 1)
+        assert seen["error"] <= TOLERANCE.get(precision, 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- sampled heads, checkpoints
+
+
+def resumed(rank: int, world: int, stage: int, folder: str) -> dict[str, bool]:
+    """Three steps, a checkpoint, two steps; then the same two from the checkpoint, in new objects; under sampling."""
+    run = Run(configuration(stage), rate=0.5)
+    run.train(rank, world, 3)
+    save_with_engine(run.engine, folder, head=run.head, head_optimizer=run.optimizer)
+    run.train(rank, world, 2, first=3)
+    again = Run(configuration(stage), rate=0.5)
+    load_with_engine(again.engine, folder, head=again.head, head_optimizer=again.optimizer)
+    again.train(rank, world, 2, first=3)
+    mine, theirs = again.weights(), run.weights()
+    same = {"head": torch.equal(mine[1], theirs[1]), "backbone": all(torch.equal(mine[0][n], theirs[0][n]) for n in mine[0])}
+    try:
+        load_with_engine(again.engine, f"{folder}/nowhere", head=again.head)
+    except FileNotFoundError:
+        same["nothing found"] = True
+    return same
+
+
+def head_alone(rank: int, world: int, path: str) -> Tensor:
+    head = PartialFC(D, CLASSES, ArcFace(SCALE, MARGIN), 0.5, seed=1, init_std=0.5)
+    optimizer = RowOptimizer(torch.optim.SGD, head, **SGD)
+    load_checkpoint(path, head=head, head_optimizer=optimizer)
+    momentum: Any = optimizer.state_dict()["state"][0]["momentum_buffer"]
+    weight: Any = head.weight.detach()
+    return torch.cat([weight.full_tensor(), momentum.full_tensor()])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_training_goes_on_exactly_from_the_engines_checkpoint_with_the_head_beside_it(ranks, tmp_path, stage):
+    for same in ranks(2).run(resumed, stage, str(tmp_path)):
+        assert same == {"head": True, "backbone": True, "nothing found": True}
+    assert (tmp_path / "latest").read_text() == "global_step3"
+    path = str(tmp_path / "global_step3" / "partial_fc")
+    two, three = ranks(2).run(head_alone, path)[0], ranks(3).run(head_alone, path)[2]
+    assert torch.equal(two, three) and two.any()
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+def refusals(rank: int, world: int) -> list[str]:
+    deepspeed = import_deepspeed()
+    said = []
+    float_accumulation = {"data_types": {"grad_accum_dtype": "fp32"}}
+    for config, joint in (
+        (configuration(0, "fp16"), False),
+        (configuration(2, clip=None), True),
+        (configuration(0, "bf16"), True),
+        (configuration(1, "bf16", **float_accumulation), True),
+        (configuration(2, managed_gradient_accumulation=False), True),
+        (configuration(2, torch_autocast={"enabled": True, "dtype": "float16"}), True),
+    ):
+        with pytest.raises(ValueError) as refused:  # noqa: PT011
+            Run(config, joint)
+        said.append(str(refused.value))
+    engine, *_ = deepspeed.initialize(model=make_backbone(), config={"train_micro_batch_size_per_gpu": 4})
+    head = PartialFC(D, CLASSES)
+    with pytest.raises(ValueError, match="no optimizer") as refused:
+        DeepSpeedHead(engine, RowOptimizer(torch.optim.SGD, head, **SGD))
+    said.append(str(refused.value))
+    run = Run(configuration(1))
+    with pytest.raises(ValueError, match="update_in_backward") as refused:
+        DeepSpeedHead(run.engine, RowOptimizer(torch.optim.SGD, head, update_in_backward=True, **SGD))
+    return [*said, str(refused.value)]
+
+
+def test_what_cannot_be_right_is_refused_in_words(ranks):
+    for said in ranks(2).run(refusals):
+        for words, expected in zip(
+            said,
+            ["fp16 with ZeRO-0", "gradient_clipping", "bf16 with ZeRO-0", "grad_accum_dtype", "boundary", "torch_autocast"]
+            + ["no optimizer", "update_in_backward"],
+            strict=True,
+        ):
+            assert expected in words
+
+
+def test_an_old_deepspeed_and_none_are_said(monkeypatch):
+    with pytest.raises(RuntimeError, match=r"DeepSpeed 0\.16\.9 is too old: .* 0\.19 or newer"):
+        check_version("0.16.9")
+    check_version("0.19.8+cuda")
+    check_version("1.0")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'partial_fc\[deepspeed\]'"):
+        import_deepspeed()

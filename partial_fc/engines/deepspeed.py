@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def import_deepspeed() -> Any:
             raise
         raise ModuleNotFoundError(f"DeepSpeed is not installed: {INSTALL}", name="deepspeed") from None
     check_version(deepspeed.__version__)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed, and torch says so at each of them
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if deepspeed.get_accelerator().device_name() == "cpu":
         import deepspeed.ops
 
@@ -89,7 +92,8 @@ class DeepSpeedHead:
         import_deepspeed()
         self.engine, self.optimizers, self.joint_clipping = engine, optimizers, joint_clipping
         self.heads = [optimizer._head for optimizer in optimizers]
-        self.skipped, self.norm = False, None
+        self.skipped = False
+        self.norm: Tensor | None = None
         self._scaled_norm = torch.zeros(())  # of the heads' gradient, in the engine's loss scale
         self._by_engine = False  # whether the loss went through engine.backward, which divides it by the accumulation steps
         _check_engine(engine, joint_clipping)
@@ -151,10 +155,10 @@ class DeepSpeedHead:
             result = self._step_alone(*args, **kwargs)
             self.skipped = bool(self.engine.optimizer.overflow)
             if self.joint_clipping:
-                self.norm = torch.as_tensor(self.engine.get_global_grad_norm())
+                self.norm = norm = torch.as_tensor(self.engine.get_global_grad_norm())
+                if not self.skipped:
+                    self._scale_heads((self.engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0))
         if not self.skipped:
-            if self.joint_clipping and not self._plain:
-                self._scale_heads((self.engine.gradient_clipping() / (self.norm + 1e-6)).clamp(max=1.0))
             for optimizer in self.optimizers:
                 optimizer.step()
         for optimizer in self.optimizers:
@@ -222,8 +226,8 @@ def _check_engine(engine: Any, joint_clipping: bool) -> None:
     own_norm = type(optimizer).__name__ in ("BF16_Optimizer", "FP16_Optimizer", "FP16_UnfusedOptimizer")
     if joint_clipping and own_norm:
         raise ValueError(
-            f"joint_clipping cannot reach the norm of DeepSpeed's {type(optimizer).__name__} (bf16 with ZeRO-{int(stage)}); use ZeRO-2 or 3, "
-            "or leave data_types.grad_accum_dtype out with ZeRO-1"
+            f"joint_clipping cannot reach the norm of DeepSpeed's {type(optimizer).__name__} (bf16 with ZeRO-{int(stage)}); use ZeRO-2 or 3, or "
+            "leave data_types.grad_accum_dtype out with ZeRO-1"
         )
 
 
