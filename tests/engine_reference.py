@@ -1,6 +1,6 @@
-"""What training beside an engine is compared with: backbone and head dense in one process, float64, plain torch. Shares no code with the core.
+"""What training beside an engine is compared with: all dense in one process, float64, plain torch. Shares no code with the core.
 
-A run is `STEPS` optimizer steps of `ACCUMULATION` micro-batches of `N` samples over all ranks, SGD with momentum, the gradient of everything
+A run is `STEPS` optimizer steps of `ACCUMULATION` micro-batches of `N` samples over all ranks, SGD with momentum, the gradient of all
 clipped by its one norm.
 """
 

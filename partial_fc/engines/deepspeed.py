@@ -226,7 +226,7 @@ def _check_engine(engine: Any, joint_clipping: bool) -> None:
     own_norm = type(optimizer).__name__ in ("BF16_Optimizer", "FP16_Optimizer", "FP16_UnfusedOptimizer")
     if joint_clipping and own_norm:
         raise ValueError(
-            f"joint_clipping cannot reach the norm of DeepSpeed's {type(optimizer).__name__} (bf16 with ZeRO-{int(stage)}); use ZeRO-2 or 3, or "
+            f"joint_clipping cannot reach the norm of {type(optimizer).__name__} (bf16 with ZeRO-{int(stage)}); use ZeRO-2 or 3, or "
             "leave data_types.grad_accum_dtype out with ZeRO-1"
         )
 

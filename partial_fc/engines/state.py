@@ -1,4 +1,4 @@
-"""The weights of a backbone and the state of its optimizer in one form, whatever engine holds them, for `save_checkpoint` or `Checkpointer`.
+"""A backbone's weights and its optimizer's state in one form, whatever engine holds them, for `save_checkpoint` or `Checkpointer`.
 
     Checkpointer(folder).save(step, backbone=BackboneState(model), optimizer=OptimizerState(model, optimizer), head=head, ...)
 
@@ -34,7 +34,7 @@ def BackboneState(model: nn.Module) -> Any:  # noqa: N802
     """
     if _zero(model) is not None:
         return _ZeroBackbone(model)
-    return model.module if hasattr(model, "module") else model
+    return getattr(model, "module", model)
 
 
 def OptimizerState(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:  # noqa: N802
@@ -230,16 +230,11 @@ class _ZeroOptimizer:
 
 def _flat_pieces(zero: Any) -> list[Tensor]:
     """The float32 weights of this rank, which the wrapped optimizer steps and keys its state by."""
-    for name in (
-        "single_partition_of_fp32_groups",
-        "fp32_partitioned_groups_flat",
-        "fp32_groups_flat_partition",
-    ):  # 1 and 2; 3; bf16 with 1
+    # of ZeRO 1 and 2; 3; 1 with bfloat16 weights and float32 accumulation
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
         if hasattr(zero, name):
             return list(getattr(zero, name))
-    raise ValueError(
-        f"the state of DeepSpeed's {type(zero).__name__} cannot be saved in a form for all engines; use engine.save_checkpoint"
-    )
+    raise ValueError(f"the weights of DeepSpeed's {type(zero).__name__} cannot be reached; use engine.save_checkpoint")
 
 
 def _parameter_groups(zero: Any) -> list[list[nn.Parameter]]:

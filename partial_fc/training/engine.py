@@ -110,10 +110,10 @@ def _set_fsdp(accelerator: Accelerator, train: TrainConfig) -> None:
             plugin.set_mixed_precision(train.mixed_precision)
         accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = DistributedType.FSDP
+    # every rank has built the module; and Accelerate's loading from rank 0 fails where a module has buffers
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     if not accelerator.is_fsdp2:
-        raise UserError(
-            "FSDP 1 flattens parameters beyond the reach of the run's checkpoints; set fsdp_version: 2 in Accelerate's configuration"
-        )
+        raise UserError("FSDP 1 flattens parameters beyond the checkpoints' reach; set fsdp_version: 2 in Accelerate's configuration")
 
 
 def make_engine(
