@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -256,3 +259,53 @@ def test_an_old_deepspeed_and_none_are_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'partial_fc\[deepspeed\]'"):
         import_deepspeed()
+
+
+# ---------------------------------------------------------------------------------------------------- through Accelerate, examples
+
+
+def through_accelerate(rank: int, world: int, stage: int) -> tuple[float, float]:
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    import_deepspeed()
+    before = dict(os.environ)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    try:
+        plugin = DeepSpeedPlugin(hf_ds_config=configuration(stage))
+        accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+        backbone = make_backbone()
+        model, _ = accelerator.prepare(backbone, torch.optim.SGD(backbone.parameters(), **SGD))
+        head = PartialFC(D, CLASSES, ArcFace(SCALE, MARGIN), seed=1, init_std=0.5)
+        start = head.weight.full_tensor().detach().clone()  # type: ignore[attr-defined]
+        beside = DeepSpeedHead(model, RowOptimizer(torch.optim.SGD, head, **SGD), joint_clipping=True)
+        for index in range(STEPS * ACCUMULATION):
+            with accelerator.accumulate(model):
+                inputs, labels = share(index, rank, world)
+                accelerator.backward(head(model(inputs), labels))
+        assert not beside.skipped and accelerator.sync_gradients
+        return error(full(model), head.weight.full_tensor().detach(), *dense_run(make_backbone(), start)[:2])  # type: ignore[attr-defined]
+    finally:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_through_accelerate_the_weights_are_the_same(ranks, stage):
+    for backbone, head in ranks(2).run(through_accelerate, stage):
+        assert max(backbone, head) <= 1e-5
+
+
+@pytest.mark.parametrize("example", ["deepspeed_zero.py 3", "accelerate_deepspeed.py 2"])
+def test_the_examples_learn(example):
+    name, stage = example.split()
+    assert len((ROOT / "examples" / name).read_text().splitlines()) <= 60
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", f"examples/{name}", stage, "6", "60"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, *_, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", result.stdout))
+    assert last < 0.9 * first, result.stdout

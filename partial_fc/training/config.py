@@ -281,7 +281,7 @@ class TrainConfig:
     cpu: bool = False
     """Train on the CPU though there is another device."""
     deepspeed: str | None = None
-    """JSON file of a DeepSpeed configuration (ZeRO stage, offload), for its engine; null for the engine that the launcher names."""
+    """JSON file of a DeepSpeed configuration (ZeRO stage, offload), unless the launcher names an engine; null for DDP."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints; the last epoch always leaves one."""
     checkpoint_steps: int | None = None

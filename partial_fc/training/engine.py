@@ -54,7 +54,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         group.backend = "gloo" if cpu else "nccl"
         # DeepSpeed's own bf16 makes the whole module bfloat16, running statistics too; its torch_autocast is what bf16 means in DDP
         options.update(cpu=False, mixed_precision="no")
-        if train.deepspeed is not None:
+        if not _asked("ACCELERATE_USE_DEEPSPEED"):  # else Accelerate makes it of what its launcher said
             options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=train.deepspeed)
     accelerator = Accelerator(**options)
     if deepspeed:
