@@ -108,9 +108,10 @@ def test_a_loss_that_the_engine_only_scaled_is_divided_as_well(ranks, stage):
         assert max(backbone, head) <= 1e-5
 
 
-# weights of about 1 are stored to 2⁻⁹ in bfloat16 and 2⁻¹² in float16, and so are activations and their gradients, which 5 steps of
-# learning rate 0.2 add up; without the loss scale undone, or the clipping joint, the head is off by more than 0.3
-TOLERANCE = {"bf16": 2e-2, "fp16": 1e-3}
+# weights of about 1 are used to 2⁻⁹ in bfloat16 and 2⁻¹² in float16, as are activations and their gradients, which 5 steps of learning
+# rate 0.2 add up; unclipped steps are several times as long. With clipping apart the head is off by 1.6e-2, with the loss scale by 0.2
+TOLERANCE = {"bf16": 5e-3, "fp16": 1e-3}
+UNCLIPPED = 4
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ TOLERANCE = {"bf16": 2e-2, "fp16": 1e-3}
 def test_half_precision_is_as_near_as_its_resolution(ranks, stage, precision, joint):
     for backbone, head, _ in ranks(2).run(compared, stage, precision, joint, False):
         print(f"ZeRO-{stage} {precision}: backbone {backbone:.1e}, head {head:.1e}")
-        assert max(backbone, head) <= TOLERANCE[precision]
+        assert max(backbone, head) <= TOLERANCE[precision] * (1 if joint else UNCLIPPED)
 
 
 # ---------------------------------------------------------------------------------------------------- steps that are left out
@@ -165,7 +166,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all_and_by_both(ranks, stage, pre
         assert seen["skipped"] and seen["still"] and seen["went on"]
         assert seen["counted"] == (1, False)
         assert seen["scale"] == (0.5 if precision == "fp16" else 1)
-        assert seen["error"] <= TOLERANCE.get(precision, 1e-5)
+        assert seen["error"] <= TOLERANCE.get(precision, 1e-5) * (1 if joint else UNCLIPPED)
 
 
 # ---------------------------------------------------------------------------------------------------- sampled heads, checkpoints

@@ -78,7 +78,8 @@ class DeepSpeedHead:
         engine: what `deepspeed.initialize` returned for the backbone, with an optimizer; accelerator.prepare's model under Accelerate.
         optimizers: of the heads; not built with update_in_backward.
         joint_clipping: clip backbone and heads by one norm, to the engine's "gradient_clipping". Without it the engine clips the backbone
-            by the backbone's norm, and the heads are not clipped.
+            by the backbone's norm, and the heads are not clipped. DeepSpeed clips to 1.0 where its
+            configuration says nothing; say 0 for none.
 
     skipped: whether the last step at a boundary was left out, by backbone and heads on all ranks alike: the gradient of either was not
     finite. norm: with joint_clipping, that of the last gradient before clipping (0-d), else None.

@@ -66,8 +66,7 @@ class _Rows:
     """Full tensors to this rank's rows, and back."""
 
     def __init__(self, device: torch.device) -> None:
-        group = dist.group.WORLD
-        assert group is not None
+        group: Any = dist.group.WORLD
         self._mesh = DeviceMesh.from_group(group, device.type)
 
     def of(self, full: Tensor) -> Tensor:
@@ -109,15 +108,13 @@ class _ZeroBackbone:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
         parameters, buffers = dict(self._module.named_parameters()), dict(self._module.named_buffers())
         for name, value in state_dict.items():
             full = _whole(value)
             if name in parameters:
                 with _gathered(parameters[name]):
                     parameters[name].data.copy_(full)
-                safe_set_full_fp32_param(parameters[name], full.to(self._engine.device))
+                _set_piece(parameters[name], full.to(self._engine.device))
             else:
                 buffers[name].copy_(full)
 
@@ -127,6 +124,23 @@ def _gathered(parameter: nn.Parameter) -> Any:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id"))
+
+
+def _set_piece(parameter: nn.Parameter, full: Tensor, key: str | None = None) -> None:
+    """Write this rank's piece of the float32 weights, or of the state `key`, of one parameter."""
+    from deepspeed import utils
+
+    if not parameter.requires_grad:
+        return
+    if not hasattr(parameter, "ds_id"):
+        utils.safe_set_full_fp32_param(parameter, full) if key is None else utils.safe_set_full_optimizer_state(parameter, full, key)
+        return
+    # pieces of ZeRO-3 are of one size, the last ones filled up, which DeepSpeed's setter of whole tensors does not know
+    sharded: Any = parameter
+    size, rank = sharded.ds_tensor.numel(), dist.get_rank(sharded.ds_process_group)
+    part = full.flatten()[rank * size : (rank + 1) * size]
+    piece = torch.cat((part, part.new_zeros(size - len(part))))
+    utils.safe_set_local_fp32_param(parameter, piece) if key is None else utils.safe_set_local_optimizer_state(parameter, piece, key)
 
 
 class _PlainOptimizer:
@@ -184,8 +198,6 @@ class _ZeroOptimizer:
         return {**self._options(), "state": state, "loss_scaler": self._loss_scaler()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         for group, stored in zip(self._optimizer.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: v for k, v in stored.items() if k != "params"})
         scaler = state_dict.get("loss_scaler", {})
@@ -198,7 +210,7 @@ class _ZeroOptimizer:
         for i, parameter in self._parameters():
             for key, value in states[i].items():
                 if isinstance(value, Tensor) and value.ndim:
-                    safe_set_full_optimizer_state(parameter, _whole(value).to(self._device), key)
+                    _set_piece(parameter, _whole(value).to(self._device), key)
 
     def _allocate(self, stored: dict[str, Any]) -> None:
         """The state that the first step would make, for each flat piece; numbers as they are stored."""

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.state import PartialState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -109,7 +110,8 @@ def _set_fsdp(accelerator: Accelerator, train: TrainConfig) -> None:
         if train.mixed_precision != "no":
             plugin.set_mixed_precision(train.mixed_precision)
         accelerator.state.fsdp_plugin = plugin
-        accelerator.state.distributed_type = DistributedType.FSDP
+        for state in (accelerator.state, PartialState()):  # what each later look at the first takes over from the second
+            state.distributed_type = DistributedType.FSDP
     # every rank has built the module; and Accelerate's loading from rank 0 fails where a module has buffers
     accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     if not accelerator.is_fsdp2:
