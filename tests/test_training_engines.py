@@ -12,11 +12,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from partial_fc.training.cli import main
+from partial_fc.training.config import TrainConfig
+from partial_fc.training.engine import _set_deepspeed
+from partial_fc.training.errors import UserError
 from partial_fc.training.run import RunFolder
 
 pytest.importorskip("deepspeed")
@@ -105,6 +109,24 @@ def test_every_engine_gives_the_losses_of_ddp_and_goes_on_exactly(plain, tmp_pat
         assert f"step {MIDDLE}" in train(TORCHRUN, "--resume", str(as_ddp))
         assert losses(as_ddp) == pytest.approx(losses(plain), abs=1e-4)
         assert "<td>DDP</td>" in (as_ddp / "report.html").read_text()
+
+
+def settings_for(config: dict[str, object], **train: object) -> dict[str, object]:
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    _set_deepspeed(SimpleNamespace(state=state, num_processes=4), TrainConfig(**train))  # type: ignore[arg-type]
+    return config
+
+
+def test_the_runs_settings_go_before_deepspeeds_configuration():
+    given: dict[str, object] = {"train_batch_size": "auto", "gradient_clipping": 1.0, "bf16": {"enabled": True}}
+    found = settings_for(given, batch_size=96, accumulation=3, clip_norm=None, mixed_precision="bf16")
+    assert found["train_micro_batch_size_per_gpu"] == 8 and found["gradient_accumulation_steps"] == 3 and found["train_batch_size"] == 96
+    assert found["gradient_clipping"] == 0 and found["bf16"] == {"enabled": False}
+    assert found["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    with pytest.raises(UserError, match="enables fp16, and --train.mixed_precision is no"):
+        settings_for({"fp16": {"enabled": True}})
+    with pytest.raises(UserError, match="names a scheduler"):
+        settings_for({"scheduler": {"type": "WarmupLR"}})
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if deepspeed:
         _check_deepspeed(train)
         group.backend = "gloo" if cpu else "nccl"
-        # DeepSpeed's own bf16 makes the whole module bfloat16, running statistics too; its torch_autocast is what bf16 means in DDP
         options.update(cpu=False, mixed_precision="no")
         if not _asked("ACCELERATE_USE_DEEPSPEED"):  # else Accelerate makes it of what its launcher said
             options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=train.deepspeed)
@@ -97,7 +96,15 @@ def _set_deepspeed(accelerator: Accelerator, train: TrainConfig) -> None:
         gradient_clipping=train.clip_norm or 0.0,
     )
     settings.setdefault("zero_force_ds_cpu_optimizer", False)
-    if train.mixed_precision == "bf16" and not settings.get("bf16", {}).get("enabled"):
+    half = next((name for name in ("bf16", "fp16") if settings.get(name, {}).get("enabled") is True), "no")
+    if half not in ("no", train.mixed_precision):
+        raise UserError(
+            f"DeepSpeed's configuration enables {half}, and --train.mixed_precision is {train.mixed_precision}; give the latter bf16, "
+            "or take the former out"
+        )
+    if train.mixed_precision == "bf16":
+        # DeepSpeed's own bf16 makes the weights bfloat16, and batch normalisation then fails; autocast is what bf16 means in DDP
+        settings["bf16"] = {"enabled": False}
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
 
 
@@ -237,8 +244,6 @@ class _DeepSpeed(Engine):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._beside = DeepSpeedHead(self.model, self.head_optimizer, joint_clipping=self._train.clip_norm is not None)
-        dtype = self.model.get_data_types()[0]
-        self.model.register_forward_pre_hook(lambda _, images: tuple(each.to(dtype) for each in images))
 
     @property
     def name(self) -> str:
