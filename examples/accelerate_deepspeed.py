@@ -23,7 +23,7 @@ def main(stage: int = 2, epochs: int = 2, identities: int = 1000, micro_batches:
     import_deepspeed()
     plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=micro_batches, gradient_clipping=5.0)
     backend = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
-    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[backend])
+    accelerator = Accelerator(gradient_accumulation_steps=micro_batches, deepspeed_plugin=plugin, kwargs_handlers=[backend])
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     data = GlyphIdentities("train", identities)
     loader = BatchLoader(data, batch_size=256 // micro_batches, rank=rank, world=world, augment=AugmentConfig())

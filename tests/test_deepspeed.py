@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine_reference import ACCUMULATION, CLASSES, CLIP, MARGIN, SCALE, SGD, STEPS, D, dense_run, error, make_backbone, share
-from torch import Tensor, nn
+from torch import Tensor
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer, load_checkpoint
 from partial_fc.engines.deepspeed import DeepSpeedHead, check_version, import_deepspeed, load_with_engine, save_with_engine
@@ -20,7 +20,6 @@ from partial_fc.engines.deepspeed import DeepSpeedHead, check_version, import_de
 pytest.importorskip("deepspeed")
 
 ROOT = Path(__file__).parent.parent
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def configuration(stage: int, precision: str = "fp32", clip: float | None = CLIP, **more: Any) -> dict[str, Any]:
@@ -78,11 +77,6 @@ def full(engine: Any) -> dict[str, Tensor]:
     parameters = list(engine.module.parameters())
     with import_deepspeed().zero.GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
         return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
-
-
-def initial() -> tuple[nn.Module, Tensor]:
-    head = PartialFC(D, CLASSES, ArcFace(SCALE, MARGIN), seed=1, init_std=0.5)
-    return make_backbone(), head.weight.detach()
 
 
 def compared(rank: int, world: int, stage: int, precision: str, joint: bool, torch_style: bool) -> tuple[float, float, list[float]]:
@@ -228,6 +222,7 @@ def refusals(rank: int, world: int) -> list[str]:
         with pytest.raises(ValueError) as refused:  # noqa: PT011
             Run(config, joint)
         said.append(str(refused.value))
+    said.append(_after_float16_autocast())
     engine, *_ = deepspeed.initialize(model=make_backbone(), config={"train_micro_batch_size_per_gpu": 4})
     head = PartialFC(D, CLASSES)
     with pytest.raises(ValueError, match="no optimizer") as refused:
@@ -239,13 +234,24 @@ def refusals(rank: int, world: int) -> list[str]:
     return [*said, str(refused.value)]
 
 
+def _after_float16_autocast() -> str:
+    from deepspeed.runtime import torch_autocast
+
+    try:
+        with pytest.raises(ValueError, match="torch_autocast") as refused:
+            Run(configuration(2))
+    finally:
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE = False, None
+    return str(refused.value)
+
+
 def test_what_cannot_be_right_is_refused_in_words(ranks):
     for said in ranks(2).run(refusals):
         for words, expected in zip(
             said,
             [
                 *["fp16 with ZeRO-0", "gradient_clipping", "bf16 with ZeRO-0", "grad_accum_dtype", "boundary", "torch_autocast"],
-                *["no optimizer", "update_in_backward"],
+                *["torch_autocast", "no optimizer", "update_in_backward"],
             ],
             strict=True,
         ):

@@ -123,7 +123,7 @@ def test_the_runs_settings_go_before_deepspeeds_configuration():
     assert found["train_micro_batch_size_per_gpu"] == 8 and found["gradient_accumulation_steps"] == 3 and found["train_batch_size"] == 96
     assert found["gradient_clipping"] == 0 and found["bf16"] == {"enabled": False}
     assert found["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    with pytest.raises(UserError, match="enables fp16, and --train.mixed_precision is no"):
+    with pytest.raises(UserError, match=r"enables fp16, and --train\.mixed_precision is no"):
         settings_for({"fp16": {"enabled": True}})
     with pytest.raises(UserError, match="names a scheduler"):
         settings_for({"scheduler": {"type": "WarmupLR"}})

@@ -31,6 +31,7 @@ from partial_fc.optim import RowOptimizer, clip_grad_norm_
 from partial_fc.shards import local_part
 
 OLDEST = (0, 19)  # before it an engine went on with a norm that is not finite
+AUTOCAST_SCALERS = ("torch_autocast_gradscaler", "torch_autocast_z0_gradscaler")
 HEADS = "partial_fc"  # the heads' folder within an engine's checkpoint
 INSTALL = "pip install 'partial_fc[deepspeed]'"
 
@@ -216,7 +217,8 @@ def _check_engine(engine: Any, joint_clipping: bool) -> None:
         raise ValueError("the DeepSpeed engine has no optimizer; give deepspeed.initialize one, or name one in its configuration")
     if stage == 0 and engine.fp16_enabled():
         raise ValueError("fp16 with ZeRO-0 gives wrong gradients in DeepSpeed; use ZeRO-1 (its states are split, nothing else changes)")
-    if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
+    # also where an engine with it was made in this process before, which DeepSpeed remembers for all that follow
+    if any(getattr(holder, name, None) for holder in (engine, optimizer) for name in AUTOCAST_SCALERS):
         raise ValueError("torch_autocast in float16 scales the loss out of reach of the heads; use bfloat16, or fp16.enabled")
     if not engine.managed_gradient_accumulation():
         raise ValueError('"managed_gradient_accumulation": false leaves no boundary to step the heads at; leave it out')

@@ -52,8 +52,9 @@ def _zero(model: nn.Module) -> Any:
     """The ZeRO optimizer of a DeepSpeed engine; None for other models, and for an engine that leaves all in place."""
     if not hasattr(model, "zero_optimization_stage"):
         return None
-    optimizer: Any = model.optimizer
-    if model.zero_optimization_stage() > 0:
+    engine: Any = model  # which has these beside what a module has
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() > 0:
         if getattr(optimizer, "swap_optimizer", False):
             raise ValueError("optimizer state on NVMe cannot be saved in a form for all engines; use engine.save_checkpoint")
         return optimizer
