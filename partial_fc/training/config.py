@@ -55,6 +55,7 @@ FREE_ON_RESUME = (
     "train.keep_last",
     "train.asynchronous_checkpoints",
     "train.timeout",
+    "train.deepspeed",
     "evaluation.",
 )
 
@@ -273,6 +274,8 @@ class TrainConfig:
     """Precision of matrix products; fp16 needs CUDA."""
     cpu: bool = False
     """Train on the CPU though there is another device."""
+    deepspeed: str | None = None
+    """JSON file of a DeepSpeed configuration (ZeRO stage, offload), unless the launcher names an engine; null for DDP."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints; the last epoch always leaves one."""
     checkpoint_steps: int | None = None
@@ -344,6 +347,8 @@ class RunConfig:
                 f"--train.batch_size {self.train.batch_size} is no multiple of --train.accumulation {self.train.accumulation}; "
                 "micro-batches must be of one size"
             )
+        if self.train.deepspeed is not None and not Path(self.train.deepspeed).is_file():
+            raise UserError(f"--train.deepspeed {self.train.deepspeed} does not exist; give a JSON file of a DeepSpeed configuration")
         if self.train.mixed_precision == "fp16" and (self.train.cpu or not torch.cuda.is_available()):
             raise UserError("--train.mixed_precision fp16 needs CUDA; use bf16 on a CPU")
         self.head.check()

@@ -51,11 +51,11 @@ def doctor_command(arguments: list[str]) -> int:
         if batch is None:
             raise UserError("the first epoch has no batch that can be used; see data.folder and data.on_error")
         images, labels = (t[:MOST_IMAGES].to(trainer.accelerator.device) for t in (batch.images, batch.labels))
-        with trainer.accelerator.autocast():
+        with trainer.engine.autocast():
             report = doctor(
-                trainer.model,
+                trainer.engine.model,
                 trainer.head,
-                [trainer.prepared_optimizer, trainer.head_optimizer],
+                [trainer.engine.prepared, trainer.head_optimizer],
                 batch=(images, labels),
                 accelerator=trainer.accelerator,
             )

@@ -1,7 +1,7 @@
-"""A training run on Accelerate: backbone in DDP, head sharded over the same ranks, checkpoints, evaluation, report.
+"""A training run on Accelerate: backbone in an engine, head sharded over the same ranks, checkpoints, evaluation, report.
 
 loader       this rank's part of a global micro-batch [n, C, H, W], labels [n]
-backbone     embeddings [n, D]                            (DDP averages its gradients over the ranks)
+backbone     embeddings [n, D]                            (DDP, FSDP2 or DeepSpeed averages its gradients: engine.py)
 head         the loss of the global micro-batch            (PartialFC; its rows are this rank's)
 center       center loss of the same, if it has a weight   (CenterLoss, on the exchange of the head)
 each step    one gradient norm over backbone and head, both optimizers, both schedules, the centers
@@ -11,24 +11,23 @@ at the end   embeddings of identities never trained on, verification and identif
 
 from __future__ import annotations
 
-import datetime
-import gc
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from partial_fc import RandomState, clip_grad_norm_, gather, import_weights
+from partial_fc import RandomState, gather, import_weights
 from partial_fc.shards import local_part
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig, flat, save_config
 from partial_fc.training.data import DataSplits, open_data
+from partial_fc.training.engine import make_accelerator, make_engine
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.loader import Batch, BatchLoader
@@ -59,16 +58,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, resume: bool = False) -> None:
         self.config, self.folder = config, RunFolder(config.output.folder)
-        timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.train.timeout))
-        self.accelerator = Accelerator(
-            cpu=config.train.cpu or not torch.cuda.is_available(),
-            mixed_precision=config.train.mixed_precision,
-            gradient_accumulation_steps=config.train.accumulation,
-            step_scheduler_with_optimizer=False,
-            log_with=config.output.trackers,
-            project_dir=str(self.folder.path),
-            kwargs_handlers=[timeout],
-        )
+        self.accelerator = make_accelerator(config)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.on_main(self.folder.check_run if resume else self.folder.check_free)
@@ -95,19 +85,21 @@ class Trainer:
 
     def _build(self) -> None:
         config, device = self.config, self.accelerator.device
-        torch.manual_seed(config.seed)  # the backbone's initial weights; DDP would send rank 0's anyway
-        self.backbone = build_backbone(
-            config.backbone.name, image_shape=self.data.train.image_shape, embedding_size=config.backbone.embedding_size
-        ).to(device)
         width, identities = config.backbone.embedding_size, self.data.train.num_identities
         self.head = config.head.build(width, torch.bincount(self.data.train.labels, minlength=identities), config.seed, device)
         self.center = config.center.build(width, identities, config.seed, device)
-        self.optimizer = config.optimizer.build(self.backbone.parameters())
         self.head_optimizer = config.optimizer.build_head(self.head)
-        optimizers = (self.optimizer, self.head_optimizer)
+        torch.manual_seed(config.seed)  # the backbone's initial weights, alike on all ranks; and what they draw until the first epoch
+        self.engine = make_engine(
+            self.accelerator,
+            partial(build_backbone, config.backbone.name, image_shape=self.data.train.image_shape, embedding_size=width),
+            lambda backbone: config.optimizer.build(backbone.parameters()),
+            self.head,
+            self.head_optimizer,
+            config.train,
+        )
+        optimizers = (self.engine.optimizer, self.head_optimizer)
         self.schedules = build_schedules(config.schedule, config.head_schedule, optimizers, self.steps_per_epoch, config.train.epochs)
-        # the head, its optimizer and the schedules stay as they are: nothing of them is to be replicated or averaged
-        self.model, self.prepared_optimizer = self.accelerator.prepare(self.backbone, self.optimizer)
 
     def _start(self) -> None:
         """Class weights that the settings name."""
@@ -195,14 +187,14 @@ class Trainer:
         """What is left of an epoch: from the batch on at which a resumed run was saved."""
         micro_batches = self.steps_per_epoch * self.config.train.accumulation
         self.loader.set_epoch(epoch)
-        self.model.train()
+        self.engine.model.train()
         self.head.train()
         batches = self.together(self.loader.iterate(self.progress.batches))
         while self.progress.taken < micro_batches and (batch := next(batches, None)) is not None:
             self.head.collect_metrics = self._is_logged(self.progress.step + 1)
-            with self.accelerator.accumulate(self.model):
-                losses = self._forward_backward(batch.to(self.accelerator.device))
-                if self.accelerator.sync_gradients:
+            with self.engine.accumulate():
+                losses, last = self._forward_backward(batch.to(self.accelerator.device))
+                if last:
                     norm = self._step()
                     self.progress.step += 1
                     self._log(losses, norm)
@@ -213,38 +205,26 @@ class Trainer:
                     if every is not None and self.progress.step % every == 0 and self.progress.taken < micro_batches:
                         self._save()
 
-    def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
-        """What was minimised, `loss`, and the part of it that is center loss, before its weight."""
-        with self.accelerator.autocast():
-            embeddings = self.model(batch.images)
+    def _forward_backward(self, batch: Batch) -> tuple[dict[str, Tensor], bool]:
+        """(what was minimised, `loss`, and the part of it that is center loss, before its weight; whether a step is due)."""
+        with self.engine.autocast():
+            embeddings = self.engine.model(batch.images)
             if self.center is None:
                 losses = {"loss": self.head(embeddings, batch.labels)}
             else:
                 everyone = gather(embeddings, batch.labels)
                 distance = self.center(everyone)
                 losses = {"loss": self.head(everyone) + self.config.center.weight * distance, "center_loss": distance}
-        self.accelerator.backward(losses["loss"])
-        return {name: value.detach() for name, value in losses.items()}
+        last = self.engine.backward(losses["loss"])
+        return {name: value.detach() for name, value in losses.items()}, last
 
     def _step(self) -> Tensor | None:
-        """One optimizer step of backbone and head; the norm of their gradient if it is clipped."""
-        scaler, norm = self.accelerator.scaler, None
-        if scaler is not None:
-            self.accelerator.unscale_gradients()
-            scaler.unscale_(self.head_optimizer)
-        if self.config.train.clip_norm is not None:
-            norm = clip_grad_norm_(self.model.parameters(), self.head, max_norm=self.config.train.clip_norm)
-        if scaler is not None:
-            scaler.step(self.head_optimizer)  # before the prepared optimizer, whose step also updates the scale
-        else:
-            self.head_optimizer.step()
-        self.prepared_optimizer.step()
-        if self.center is not None and not self.accelerator.optimizer_step_was_skipped:
+        """One optimizer step of backbone, head, centers and schedules; the norm of the gradient if it is clipped."""
+        norm = self.engine.step()
+        if self.center is not None and not self.engine.skipped:
             self.center.step()  # what a skipped step has noted counts in the next one
         for schedule in self.schedules:
             schedule.step()
-        self.prepared_optimizer.zero_grad()
-        self.head_optimizer.zero_grad()
         return norm
 
     def _is_logged(self, step: int) -> bool:
@@ -276,8 +256,7 @@ class Trainer:
 
     def _named(self) -> dict[str, Any]:
         named = {
-            "backbone": self.backbone,
-            "optimizer": self.optimizer,
+            **self.engine.named(),
             "head": self.head,
             "head_optimizer": self.head_optimizer,
             "schedule": self.schedules[0],
@@ -285,20 +264,13 @@ class Trainer:
             "progress": self.progress,
             "random": RandomState(),
         }
-        optional = {"center": self.center, "scaler": self.accelerator.scaler}
-        return {**named, **{name: thing for name, thing in optional.items() if thing is not None}}
+        return named if self.center is None else {**named, "center": self.center}
 
     def _save(self) -> None:
-        self._same_buffers()
+        self.engine.agree_on_buffers()
         now = time.monotonic()
         self.progress.seconds, self._since = self.progress.seconds + now - self._since, now
         self.checkpointer.save(self.progress.step, **self._named())
-
-    def _same_buffers(self) -> None:
-        """Give all ranks rank 0's batch statistics, as DDP does before the next forward."""
-        if self.world > 1:
-            for buffer in self.backbone.buffers():
-                dist.broadcast(buffer, src=0)
 
     def _resume(self) -> None:
         self.checkpointer.claim()
@@ -315,8 +287,7 @@ class Trainer:
 
     def evaluate(self) -> list[Evaluation]:
         """Verification and identification on every set of identities that were not trained on."""
-        self._same_buffers()
-        return evaluate_sets(self.backbone, self.data.evaluation, self.accelerator, self.config, self.folder)
+        return evaluate_sets(self.engine.whole_backbone(), self.data.evaluation, self.accelerator, self.config, self.folder)
 
     def write_results(self, evaluations: list[Evaluation]) -> Path | None:
         """metrics.json, plots and the report, by one process; the report's path there."""
@@ -334,15 +305,13 @@ class Trainer:
         }
         losses = self.config.head.margin if self.center is None else f"{self.config.head.margin} and center loss"
         title = f"{self.config.backbone.name} with {losses} on {self.data.train.num_identities:,} identities"
-        environment = describe_environment(self.accelerator)
+        environment = {"engine": self.engine.name, **describe_environment(self.accelerator)}
         return write_results(self.folder, title, evaluations, {"training": training}, self.config, environment, self.folder.history())
 
     def close(self) -> None:
         """Leave the process group in order; without it gloo aborts now and then at exit."""
         self.accelerator.wait_for_everyone()
-        del self.model
-        self.accelerator.free_memory()
-        gc.collect()
+        self.engine.close()
         self.accelerator.end_training()
 
 

@@ -1,0 +1,271 @@
+"""A backbone's weights and its optimizer's state in one form, whatever engine holds them, for `save_checkpoint` or `Checkpointer`.
+
+    Checkpointer(folder).save(step, backbone=BackboneState(model), optimizer=OptimizerState(model, optimizer), head=head, ...)
+
+    DDP, no engine, ZeRO-0       the module and the optimizer as they are
+    FSDP2                        as they are: rows of each parameter on their rank (DTensor)
+    DeepSpeed, ZeRO 1, 2, 3      flat pieces of float32 weights and state on each rank
+                                     ── gather, one parameter at a time ──>  this rank's rows of it (DTensor)
+
+The names and shapes are those of the plain module and the plain optimizer, so that a checkpoint of one engine loads in another, on any
+number of ranks, and in a module without any. No rank holds more than its share and one parameter. All methods are collectives.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from partial_fc.collectives import Ranks
+from partial_fc.shards import ClassShards
+
+
+def BackboneState(model: nn.Module) -> Any:  # noqa: N802
+    """Something with the state dict of the plain module; model: what DDP, FSDP2, Accelerate or DeepSpeed made of it, or itself.
+
+    Raises ValueError for an engine whose float32 weights cannot be reached (bf16 with ZeRO-0).
+    """
+    if _zero(model) is not None:
+        return _ZeroBackbone(model)
+    return getattr(model, "module", model)
+
+
+def OptimizerState(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:  # noqa: N802
+    """Something with the state dict of the plain optimizer; optimizer: as it was given to the engine."""
+    return _ZeroOptimizer(model, optimizer) if _zero(model) is not None else _PlainOptimizer(optimizer)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the weights and buffers of the plain module, whole on every rank: for evaluation, or export."""
+    state = BackboneState(model).state_dict()
+    return {name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone() for name, value in state.items()}
+
+
+def _zero(model: nn.Module) -> Any:
+    """The ZeRO optimizer of a DeepSpeed engine; None for other models, and for an engine that leaves all in place."""
+    if not hasattr(model, "zero_optimization_stage"):
+        return None
+    engine: Any = model  # which has these beside what a module has
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() > 0:
+        if getattr(optimizer, "swap_optimizer", False):
+            raise ValueError("optimizer state on NVMe cannot be saved in a form for all engines; use engine.save_checkpoint")
+        return optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError("half precision with ZeRO-0 keeps its float32 weights to itself; use ZeRO-1 or engine.save_checkpoint")
+    return None
+
+
+class _Rows:
+    """Full tensors to this rank's rows, and back."""
+
+    def __init__(self, device: torch.device) -> None:
+        group: Any = dist.group.WORLD
+        self._mesh = DeviceMesh.from_group(group, device.type)
+
+    def of(self, full: Tensor) -> Tensor:
+        if not full.ndim:
+            return full
+        shards = ClassShards.split(len(full), Ranks.of(self._mesh), full.device)
+        return shards.wrap(full[shards.lo : shards.hi].clone())
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if not len(shape):
+            return torch.zeros(shape, dtype=dtype, device=device)
+        shards = ClassShards.split(shape[0], Ranks.of(self._mesh), device)
+        return shards.wrap(torch.zeros(shards.local, *shape[1:], dtype=dtype, device=device))
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+class _ZeroBackbone:
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._module = engine, engine.module
+        self._rows = _Rows(engine.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameters = dict(self._module.named_parameters())
+        state = dict(self._module.state_dict())
+        for name in state:
+            if name in parameters:
+                parameter = parameters[name]
+                full = safe_get_full_fp32_param(parameter)
+                if full is None:  # frozen: it has no float32 weights of its own
+                    with _gathered(parameter):
+                        full = parameter.detach().clone()
+                state[name] = self._rows.of(full)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        parameters, buffers = dict(self._module.named_parameters()), dict(self._module.named_buffers())
+        for name, value in state_dict.items():
+            full = _whole(value)
+            if name in parameters:
+                with _gathered(parameters[name]):
+                    parameters[name].data.copy_(full)
+                _set_piece(parameters[name], full.to(self._engine.device))
+            else:
+                buffers[name].copy_(full)
+
+
+def _gathered(parameter: nn.Parameter) -> Any:
+    """Within it a ZeRO-3 parameter is whole, and what rank 0 changes in it stays; any other is so anyway."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id"))
+
+
+def _set_piece(parameter: nn.Parameter, full: Tensor, key: str | None = None) -> None:
+    """Write this rank's piece of the float32 weights, or of the state `key`, of one parameter."""
+    from deepspeed import utils
+
+    if not parameter.requires_grad:
+        return
+    if not hasattr(parameter, "ds_id"):
+        utils.safe_set_full_fp32_param(parameter, full) if key is None else utils.safe_set_full_optimizer_state(parameter, full, key)
+        return
+    # pieces of ZeRO-3 are of one size, the last ones filled up, which DeepSpeed's setter of whole tensors does not know
+    sharded: Any = parameter
+    size, rank = sharded.ds_tensor.numel(), dist.get_rank(sharded.ds_process_group)
+    part = full.flatten()[rank * size : (rank + 1) * size]
+    piece = torch.cat((part, part.new_zeros(size - len(part))))
+    utils.safe_set_local_fp32_param(parameter, piece) if key is None else utils.safe_set_local_optimizer_state(parameter, piece, key)
+
+
+class _PlainOptimizer:
+    """An optimizer as it is, which before its first step can say what state it will have: FSDP2 reads shards into that."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state_dict)
+
+    def state_template(self) -> dict[str, Any]:
+        template, parameters = self._optimizer.state_dict(), [p for g in self._optimizer.param_groups for p in g["params"]]
+        of_element = state_of_a_step(self._optimizer)
+        for i, parameter in enumerate(parameters):
+            if i not in template["state"]:
+                template["state"][i] = {k: v.clone() if v.ndim == 0 else torch.zeros_like(parameter) for k, v in of_element.items()}
+        return template
+
+
+class _ZeroOptimizer:
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
+        self._zero, self._device = engine.optimizer, engine.device
+        self._optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
+        self._rows = _Rows(engine.device)
+        self._groups = [[p for p in group if p.requires_grad] for group in _parameter_groups(engine.optimizer)]
+
+    def _parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
+        yield from enumerate(p for group in self._groups for p in group)
+
+    def state_dict(self) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        states = self._optimizer.state
+        first: dict[str, Any] = next((s for s in states.values() if s), {})
+        split = [k for k, v in first.items() if isinstance(v, Tensor) and v.ndim]
+        state: dict[int, dict[str, Any]] = {}
+        for i, parameter in self._parameters() if first else ():
+            state[i] = {k: self._rows.of(safe_get_full_optimizer_state(parameter, k)) for k in split}
+            state[i].update({k: v.clone() if isinstance(v, Tensor) else v for k, v in first.items() if k not in split})
+        return {**self._options(), "state": state, "loss_scaler": self._loss_scaler()}
+
+    def state_template(self) -> dict[str, Any]:
+        of_element = state_of_a_step(self._optimizer)
+        state = {
+            i: {
+                k: v.clone() if v.ndim == 0 else self._rows.empty(getattr(p, "ds_shape", p.shape), torch.float32, self._device)
+                for k, v in of_element.items()
+            }
+            for i, p in self._parameters()
+        }
+        return {**self._options(), "state": state, "loss_scaler": self._loss_scaler()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for group, stored in zip(self._optimizer.param_groups, state_dict["param_groups"], strict=True):
+            group.update({k: v for k, v in stored.items() if k != "params"})
+        scaler = state_dict.get("loss_scaler", {})
+        if scaler.get("dynamic") and self._loss_scaler().get("dynamic"):
+            vars(self._zero.loss_scaler).update(scaler)
+        states = {int(i): state for i, state in state_dict["state"].items()}
+        if not states:
+            return
+        self._allocate(states[0])
+        for i, parameter in self._parameters():
+            for key, value in states[i].items():
+                if isinstance(value, Tensor) and value.ndim:
+                    _set_piece(parameter, _whole(value).to(self._device), key)
+
+    def _allocate(self, stored: dict[str, Any]) -> None:
+        """The state that the first step would make, for each flat piece; numbers as they are stored."""
+        for flat in _flat_pieces(self._zero):
+            state = self._optimizer.state[flat]
+            for key, value in stored.items():
+                if not isinstance(value, Tensor):
+                    state[key] = value
+                elif not value.ndim:
+                    state[key] = value.clone()
+                elif key not in state:
+                    state[key] = torch.zeros_like(flat)
+        link = getattr(self._zero, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+    def _options(self) -> dict[str, Any]:
+        groups, start = [], 0
+        for group, parameters in zip(self._optimizer.param_groups, self._groups, strict=True):
+            options = {k: v for k, v in group.items() if k != "params"}
+            groups.append({**options, "params": list(range(start, start + len(parameters)))})
+            start += len(parameters)
+        return {"param_groups": groups}
+
+    def _loss_scaler(self) -> dict[str, Any]:
+        scaler = getattr(self._zero, "loss_scaler", None)
+        return {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)} if scaler is not None else {}
+
+
+def _flat_pieces(zero: Any) -> list[Tensor]:
+    """The float32 weights of this rank, which the wrapped optimizer steps and keys its state by."""
+    # of ZeRO 1 and 2; 3; 1 with bfloat16 weights and float32 accumulation
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+        if hasattr(zero, name):
+            return list(getattr(zero, name))
+    raise ValueError(f"the weights of DeepSpeed's {type(zero).__name__} cannot be reached; use engine.save_checkpoint")
+
+
+def _parameter_groups(zero: Any) -> list[list[nn.Parameter]]:
+    """The parameters of each group of the optimizer, in the order in which it was given them."""
+    if hasattr(zero, "bit16_groups"):  # ZeRO 1, 2
+        return [list(group) for group in zero.bit16_groups]
+    groups: list[list[nn.Parameter]] = [[] for _ in range(len({*zero.sub_group_to_group_id.values()}))]
+    for sub_group, parameters in enumerate(zero.fp16_groups):
+        groups[zero.sub_group_to_group_id[sub_group]] += parameters
+    return groups
+
+
+def state_of_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What state the optimizer's class keeps for a parameter: learned from a step of a `[1, 1]` one, by the options of the first group."""
+    accepted = inspect.signature(type(optimizer)).parameters
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k in accepted and k != "params"}
+    parameter = nn.Parameter(torch.zeros(1, 1))
+    parameter.grad = torch.zeros(1, 1)
+    trial = type(optimizer)([parameter], **options)
+    trial.step()
+    return {k: v for k, v in trial.state[parameter].items() if isinstance(v, Tensor)}
