@@ -1,1 +1,1 @@
-"""Thin adapters to engines and launchers, one module each; what one needs is imported when it is used."""
+"""Thin adapters, one an engine; each imports its engine only when used, so that the core needs none of them."""
