@@ -74,7 +74,7 @@ def train_parser() -> jsonargparse.ArgumentParser:
         "--resume", nargs="?", const="", default=None, metavar="RUN", help="go on with the run in RUN, or in --output.folder"
     )
     parser.add_argument(
-        "--start_or_resume", action="store_true", help="start the run, or go on with it if --output.folder has it: for launchers that restart"
+        "--start_or_resume", action="store_true", help="start the run, or go on with the one in --output.folder: for launchers that restart"
     )
     parser.add_argument("--check", action="store_true", help="look for mistakes in settings, data and folders, then stop")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")

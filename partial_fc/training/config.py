@@ -169,7 +169,7 @@ class HeadConfig:
     logits_budget: int | None = None
     """Bytes of logits a rank may keep for backward; beyond, they are computed again. 1 GiB if not given."""
     replicas: int = 1
-    """Copies of the class weights, each split over the ranks divided by this; as many as nodes keeps embeddings and logits within a node."""
+    """Copies of the class weights, each split over its part of the ranks; as many as nodes keep embeddings and logits within a node."""
 
     def check(self) -> None:
         """UserError for a setting that the margin does not take, or a number of replicas that is none."""
@@ -205,7 +205,7 @@ class HeadConfig:
         world = dist.get_world_size() if dist.is_initialized() else 1
         shard, rest = divmod(world, self.replicas)
         if rest:
-            raise UserError(f"--head.replicas {self.replicas} does not divide the {world} ranks; give a divisor, such as the number of nodes")
+            raise UserError(f"--head.replicas {self.replicas} does not divide the {world} ranks; give a divisor, as the number of nodes")
         return init_device_mesh(device.type, (self.replicas, shard), mesh_dim_names=("replicate", "shard"))
 
     def build(self, embedding_size: int, class_counts: Tensor, seed: int, device: torch.device) -> PartialFC:
@@ -374,7 +374,7 @@ class RunConfig:
         self.center.check()
         if self.head.replicas > 1 and self.center.weight:
             raise UserError(
-                f"--head.replicas is {self.head.replicas}, but center loss is split over all ranks; give --center.weight 0 or --head.replicas 1"
+                f"--head.replicas is {self.head.replicas}, but center loss is split over all ranks; give --center.weight 0, or one replica"
             )
         try:  # what head, center loss, optimizer and trackers themselves refuse
             replace(self.head, replicas=1).build(2, torch.ones(2), self.seed, torch.device("meta"))
