@@ -13,6 +13,8 @@ import pytest
 from launched import MPIRUN_OPTIONS, ROOT, start, succeed, succeed_together, tell_tale, tiny_run
 from runner import free_port
 
+pytestmark = pytest.mark.timeout(400)  # two or three starts of two ranks each, on machines with other work
+
 # ---------------------------------------------------------------------------------------------------- one node
 
 
@@ -37,6 +39,7 @@ def test_torchrun(tiny, accelerated):
     assert tell_tale(out) == accelerated
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_nodes_of_one_rank(tiny, accelerated):
     out, port = tiny.parent / "torchrun_nodes", str(free_port())
     command = f"launch/torchrun.sh {tiny} --output.folder {out}"
