@@ -5,5 +5,6 @@
 # TORCH_DISABLE_SHARE_RDZV_TCP_STORE gives every start a store of its own; with the shared one, restarts hung now and then (torch 2.13).
 set -euo pipefail
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC:-gpu}" --max_restarts "${MAX_RESTARTS:-3}" --rdzv_id "${RDZV_ID:-partial_fc}" \
-    --rdzv_backend c10d --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" -m partial_fc train "$@" --start_or_resume
+exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC:-gpu}" --max_restarts "${MAX_RESTARTS:-3}" \
+    --rdzv_backend c10d --rdzv_id "${RDZV_ID:-partial_fc}" --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" \
+    -m partial_fc train "$@" --start_or_resume

@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from launched import MPIRUN_OPTIONS, ROOT, start, succeed, succeed_together, tell_tale, tiny_run
 from runner import free_port
+
+pytestmark = pytest.mark.timeout(400)  # two or three starts of two ranks each, on machines with other work
 
 # ---------------------------------------------------------------------------------------------------- one node
 
@@ -36,6 +39,7 @@ def test_torchrun(tiny, accelerated):
     assert tell_tale(out) == accelerated
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_nodes_of_one_rank(tiny, accelerated):
     out, port = tiny.parent / "torchrun_nodes", str(free_port())
     command = f"launch/torchrun.sh {tiny} --output.folder {out}"
@@ -91,6 +95,37 @@ if os.environ.get("RANK") == "1":
             Checkpointer.save = wrapped
     sys.meta_path.insert(0, Watch())
 """
+
+
+# ---------------------------------------------------------------------------------------------------- DeepSpeed, FSDP2
+
+engines = pytest.mark.skipif(find_spec("partial_fc.training.engine") is None, reason="the application's backbone is in DDP alone here")
+
+
+def close(run: Path, accelerated: list[tuple[float, ...]]) -> None:
+    """Equal to the rounding of the engine's sums."""
+    assert [row[1] for row in tell_tale(run)] == pytest.approx([row[1] for row in accelerated], rel=1e-5)
+
+
+@engines
+@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
+def test_accelerate_with_another_engine(tiny, accelerated, engine):
+    out, file = tiny.parent / engine, tiny.parent / f"{engine}.yaml"
+    file.write_text((ROOT / f"configs/accelerate/{engine}.yaml").read_text().replace("num_processes: 8", "num_processes: 2"))
+    succeed(f"launch/accelerate.sh {file} {tiny} --output.folder {out}", DS_ACCELERATOR="cpu")
+    close(out, accelerated)
+    assert f"<td>{'FSDP2' if engine == 'fsdp2' else f'DeepSpeed ZeRO-{engine[-1]}'}</td>" in (out / "report.html").read_text()
+
+
+@engines
+@pytest.mark.parametrize("file", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_deepspeed(tiny, accelerated, file):
+    out = tiny.parent / f"deepspeed_{file}"
+    options = f"--num_gpus 2 --master_port {free_port()}"
+    command = f"launch/deepspeed.sh configs/deepspeed/{file}.json {tiny} --output.folder {out}"
+    succeed(command, DEEPSPEED_OPTIONS=options, DS_ACCELERATOR="cpu")
+    close(out, accelerated)
+    assert f"<td>DeepSpeed ZeRO-{file[-1]}</td>" in (out / "report.html").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------- Slurm

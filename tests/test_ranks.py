@@ -15,8 +15,8 @@ from launched import MPIRUN_OPTIONS, OTHERS, RANK_VARIABLES, ROOT, environment, 
 from runner import free_port
 
 from partial_fc.training import ranks as found
-from partial_fc.training.cli import main
-from partial_fc.training.config import HeadConfig
+from partial_fc.training.cli import main, train_parser
+from partial_fc.training.config import HeadConfig, to_config
 from partial_fc.training.errors import UserError
 
 TORCH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -145,6 +145,8 @@ def test_plan_needs_no_ranks(variables, capsys):
 
 
 def test_replicas_divide_the_ranks():
+    with pytest.raises(UserError, match="center loss is split over all ranks"):
+        to_config(train_parser(), ["--head.replicas", "2", "--center.weight", "0.1"])
     with pytest.raises(UserError, match="does not divide the 1 ranks"):
         HeadConfig(replicas=2).build(4, torch.ones(3), 0, torch.device("cpu"))
     with pytest.raises(UserError, match="give at least 1"):

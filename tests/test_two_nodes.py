@@ -19,6 +19,8 @@ import pytest
 from launched import MPIRUN_OPTIONS, ROOT, losses, start, succeed, succeed_together, tell_tale, tiny_run
 from runner import free_port
 
+pytestmark = pytest.mark.timeout(400)  # two or three starts of two ranks each, on machines with other work
+
 CABLE = "cable0"  # what either node calls its end
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
