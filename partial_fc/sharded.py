@@ -341,7 +341,8 @@ class ShardedLoss(nn.Module):
         """Raise if this was built before its process group, if its parameters were replaced, or if no optimizer takes its row gradients."""
         self._check_group()
         for key, parameter in self._rows.parameters.items():
-            if self._parameters.get(key) is not parameter:
+            now = self._parameters.get(key)  # torch.func.functional_call puts plain tensors there, for one call
+            if now is not parameter and isinstance(now, nn.Parameter):
                 raise RuntimeError(
                     f"another tensor was put in the place of this {type(self).__name__}'s {key}, which its optimizer does not know: "
                     "keep it out of fully_shard, and copy values into it (torch.no_grad(), or load_state_dict without assign=True)"

@@ -562,6 +562,7 @@ def test_public_names():
         "GlobalBatch",
         "MagFace",
         "Margin",
+        "Neighbours",
         "NonFiniteError",
         "NormFace",
         "PartialFC",

@@ -39,7 +39,7 @@ def BackboneState(model: nn.Module) -> Any:  # noqa: N802
 
 def OptimizerState(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:  # noqa: N802
     """Something with the state dict of the plain optimizer; optimizer: as it was given to the engine."""
-    return _ZeroOptimizer(model, optimizer) if _zero(model) is not None else _PlainOptimizer(optimizer)
+    return _ZeroOptimizer(model, optimizer) if _zero(model) is not None else optimizer
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
@@ -142,27 +142,6 @@ def _set_piece(parameter: nn.Parameter, full: Tensor, key: str | None = None) ->
     part = full.flatten()[rank * size : (rank + 1) * size]
     piece = torch.cat((part, part.new_zeros(size - len(part))))
     utils.safe_set_local_fp32_param(parameter, piece) if key is None else utils.safe_set_local_optimizer_state(parameter, piece, key)
-
-
-class _PlainOptimizer:
-    """An optimizer as it is, which before its first step can say what state it will have: FSDP2 reads shards into that."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state_dict)
-
-    def state_template(self) -> dict[str, Any]:
-        template, parameters = self._optimizer.state_dict(), [p for g in self._optimizer.param_groups for p in g["params"]]
-        of_element = state_of_a_step(self._optimizer)
-        for i, parameter in enumerate(parameters):
-            if i not in template["state"]:
-                template["state"][i] = {k: v.clone() if v.ndim == 0 else torch.zeros_like(parameter) for k, v in of_element.items()}
-        return template
 
 
 class _ZeroOptimizer:
