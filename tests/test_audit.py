@@ -214,7 +214,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(trained, tmp_path, capsys, kin
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", ["other classes", "unreadable", "folder in use"])
+@pytest.mark.parametrize("kind", ["other classes", *(pytest.param(k, marks=pytest.mark.slow) for k in ("unreadable", "folder in use"))])
 def test_of_two_ranks_one_speaks_and_both_end(trained, tmp_path, kind):
     arguments, told = mistake(kind, trained, tmp_path)
     code, _, err = finish(launch("audit", *arguments))

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,6 +47,7 @@ def test_torchrun_on_two_nodes_of_one_rank(tiny, accelerated):
     assert tell_tale(out) == accelerated
 
 
+@pytest.mark.slow
 def test_accelerate_on_two_nodes_of_one_rank(tiny, accelerated):
     out, port = tiny.parent / "accelerate_nodes", str(free_port())
     yaml = (ROOT / "configs/accelerate/two_nodes.yaml").read_text().replace("num_processes: 16", "num_processes: 2")
@@ -64,6 +64,7 @@ def test_mpirun(tiny, accelerated):
     assert tell_tale(out) == accelerated
 
 
+@pytest.mark.slow
 def test_elastic_torchrun_goes_on_after_a_rank_is_killed(tiny, accelerated):
     """A rank kills itself once, when the second step has been saved; the restarted run ends with the history of one that never stopped."""
     out = tiny.parent / "elastic"
@@ -99,16 +100,13 @@ if os.environ.get("RANK") == "1":
 
 # ---------------------------------------------------------------------------------------------------- DeepSpeed, FSDP2
 
-engines = pytest.mark.skipif(find_spec("partial_fc.training.engine") is None, reason="the application's backbone is in DDP alone here")
-
 
 def close(run: Path, accelerated: list[tuple[float, ...]]) -> None:
     """Equal to the rounding of the engine's sums."""
     assert [row[1] for row in tell_tale(run)] == pytest.approx([row[1] for row in accelerated], rel=1e-5)
 
 
-@engines
-@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow), pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_accelerate_with_another_engine(tiny, accelerated, engine):
     out, file = tiny.parent / engine, tiny.parent / f"{engine}.yaml"
     file.write_text((ROOT / f"configs/accelerate/{engine}.yaml").read_text().replace("num_processes: 8", "num_processes: 2"))
@@ -117,7 +115,6 @@ def test_accelerate_with_another_engine(tiny, accelerated, engine):
     assert f"<td>{'FSDP2' if engine == 'fsdp2' else f'DeepSpeed ZeRO-{engine[-1]}'}</td>" in (out / "report.html").read_text()
 
 
-@engines
 @pytest.mark.parametrize("file", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_deepspeed(tiny, accelerated, file):
     out = tiny.parent / f"deepspeed_{file}"

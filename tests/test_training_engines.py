@@ -84,7 +84,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("engine", ["DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3", "FSDP2"])
+@pytest.mark.parametrize("engine", ["DeepSpeed ZeRO-3", *(pytest.param(e, marks=pytest.mark.slow) for e in ("DeepSpeed ZeRO-2", "FSDP2"))])
 def test_every_engine_gives_the_losses_of_ddp_and_goes_on_exactly(plain, tmp_path, engine):
     """ZeRO-2 by accelerate launch and resumed by deepspeed, ZeRO-3 by torchrun and resumed by accelerate launch, FSDP2 resumed as DDP."""
     first, again, more = accelerate(tmp_path, **FSDP2), accelerate(tmp_path, **FSDP2), []
