@@ -466,7 +466,8 @@ def test_ranks_killed_at_random_moments(tmp_path, capsys):
         for process in processes:
             process.start()
         before = time.monotonic()
-        while Checkpointer(folder).steps()[-1:] <= steps[-1:] and time.monotonic() < before + 30:
+        while Checkpointer(folder).steps()[-1:] <= steps[-1:]:
+            assert all(process.exitcode is None for process in processes) and time.monotonic() < before + 120, "no step was saved"
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.3))
         for process in processes if trial % 2 else processes[::-1]:
