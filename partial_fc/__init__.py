@@ -12,6 +12,7 @@ from partial_fc.collectives import GlobalBatch, NonFiniteError, gather
 from partial_fc.doctor import Report, doctor
 from partial_fc.exchange import export_weights, import_weights
 from partial_fc.head import PartialFC
+from partial_fc.joining import JoinedBatches
 from partial_fc.margins import (
     AdaFace,
     AdaptiveMargin,
@@ -29,6 +30,7 @@ from partial_fc.margins import (
     SubCenterArcFace,
 )
 from partial_fc.migration import RankFiles
+from partial_fc.missing import RankMissing, naming_the_missing
 from partial_fc.moves import class_mapping
 from partial_fc.optim import RowOptimizer, clip_grad_norm_
 from partial_fc.plan import Plan, plan
@@ -48,6 +50,7 @@ __all__ = [
     "CurricularFace",
     "ElasticFace",
     "GlobalBatch",
+    "JoinedBatches",
     "MagFace",
     "Margin",
     "Neighbours",
@@ -57,6 +60,7 @@ __all__ = [
     "Plan",
     "RandomState",
     "RankFiles",
+    "RankMissing",
     "Report",
     "RowOptimizer",
     "Softmax",
@@ -71,6 +75,7 @@ __all__ = [
     "gather",
     "import_weights",
     "load_checkpoint",
+    "naming_the_missing",
     "plan",
     "save_checkpoint",
 ]

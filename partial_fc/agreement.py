@@ -14,7 +14,10 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from partial_fc.missing import naming_the_missing
+
 Result = TypeVar("Result")
+AGREEMENT = "an agreement of all ranks"  # on files or arguments, in a `RankMissing`
 Failure = tuple[type[Exception], str]  # never the exception itself: some cannot be pickled, and their traceback holds tensors
 
 
@@ -27,7 +30,8 @@ def on_every_rank(action: Callable[[], Result], group: dist.ProcessGroup | None 
         error = caught
     if dist.is_initialized():
         failures: list[Failure | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(failures, _failure(error), group=group)
+        with naming_the_missing(AGREEMENT, group):
+            dist.all_gather_object(failures, _failure(error), group=group)
         first = next(((rank, failure) for rank, failure in enumerate(failures) if failure is not None), None)
         if first is not None:
             rank, (kind, text) = first
@@ -48,7 +52,8 @@ def on_first_rank(action: Callable[[], Result], group: dist.ProcessGroup | None 
             shared[0] = action()
         except (OSError, ValueError) as caught:
             error, shared[1] = caught, _failure(caught)
-    dist.broadcast_object_list(shared, group=group, group_src=0)
+    with naming_the_missing(AGREEMENT, group):
+        dist.broadcast_object_list(shared, group=group, group_src=0)
     if shared[1] is not None:
         kind, text = shared[1]  # type: ignore[misc]
         raise kind(text) from error
@@ -60,7 +65,8 @@ def check_same(what: str, value: object, group: dist.ProcessGroup | None = None)
     if not dist.is_initialized():
         return
     values: list[object] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    with naming_the_missing(f"the comparison of {what}", group):
+        dist.all_gather_object(values, value, group=group)
     for rank, other in enumerate(values):
         if other != values[0]:
             first, here = _global_rank(0, group), _global_rank(rank, group)

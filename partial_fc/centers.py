@@ -32,6 +32,7 @@ from partial_fc.collectives import (
     on_each_loss,
     start_reduce_scatter,
 )
+from partial_fc.missing import naming_the_missing
 from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, check_choice
 from partial_fc.shards import local_part
 
@@ -146,7 +147,8 @@ class CenterLoss(ShardedLoss):
             return
         (rows, totals), self._pending = self._pending, None
         if self._shards.ranks.replica_group is not None:
-            dist.all_reduce(totals, group=self._shards.ranks.replica_group)
+            with naming_the_missing("the sum of moves of centers", self._shards.ranks.replica_group):
+                dist.all_reduce(totals, group=self._shards.ranks.replica_group)
         centers = local_part(self.centers.detach())
         moves = totals[:, :-1] * (self.alpha / (1 + totals[:, -1:]))
         centers.index_copy_(0, rows, (centers.index_select(0, rows) - moves).to(centers.dtype))
@@ -337,5 +339,6 @@ def _hand_over(own: Tensor, step: _Step) -> None:
     """Give the rows' gradients, summed over samples and replicas, to whoever keeps them for the optimizer."""
     rows, grads = step.by_row(-own)
     if step.batch.ranks.replica_group is not None:
-        dist.all_reduce(grads, group=step.batch.ranks.replica_group)
+        with naming_the_missing("the sum of class gradients", step.batch.ranks.replica_group):
+            dist.all_reduce(grads, group=step.batch.ranks.replica_group)
     step.on_row_grad(rows, [grads.to(step.row_dtype)])

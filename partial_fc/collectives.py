@@ -27,12 +27,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from partial_fc.missing import introduce, naming_the_missing
+
 Group = dist.ProcessGroup | DeviceMesh | None
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # torch 2.13 renamed them
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# what a `RankMissing` calls them
+STATUS, PAYLOAD = "the exchange of counts and status of a batch", "the exchange of embeddings and labels"
+IN_BACKWARD = "the sum of the embeddings' gradients in backward"
 
 NO_LABEL = 2**62  # in the place of a smallest or largest label where there is none
 SUM_TOLERANCE = 1e-3  # how far from 1 the weights of a sample's labels may add up to
@@ -61,6 +67,7 @@ class Ranks:
             if not dist.is_initialized():
                 return cls()
             group = dist.group.WORLD
+        introduce()
         if isinstance(group, DeviceMesh):
             if group.ndim not in (1, 2):
                 raise ValueError(f"group is a {group.ndim}-D mesh; a head takes a 1-D (shard) or 2-D (replicate, shard) one")
@@ -93,20 +100,21 @@ def _place(group: dist.ProcessGroup) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def all_gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`[world, *tensor.shape]`: the tensor of every rank of `group`; of this process alone without a group."""
+def all_gather(tensor: Tensor, group: dist.ProcessGroup | None, what: str = "an exchange") -> Tensor:
+    """`[world, *tensor.shape]`: the tensor of every rank of `group`; of this process alone without a group. what: in a `RankMissing`."""
     tensor = tensor.contiguous()
     if group is None:
         return tensor[None]
     out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
-    _all_gather_single(out.view(-1), tensor.view(-1), group=group)
+    with naming_the_missing(what, group):
+        _all_gather_single(out.view(-1), tensor.view(-1), group=group)
     return out
 
 
-def all_gather_mesh(tensor: Tensor, ranks: Ranks) -> Tensor:
+def all_gather_mesh(tensor: Tensor, ranks: Ranks, what: str = "an exchange") -> Tensor:
     """`[replicas * world, *tensor.shape]`, in the order of the mesh."""
-    gathered = all_gather(tensor, ranks.group)
-    return all_gather(gathered, ranks.replica_group).flatten(0, 1) if ranks.replica_group else gathered
+    gathered = all_gather(tensor, ranks.group, what)
+    return all_gather(gathered, ranks.replica_group, what).flatten(0, 1) if ranks.replica_group else gathered
 
 
 @dataclass(frozen=True)
@@ -362,7 +370,7 @@ def _exchange_status(mine: Tensor, sets: list[_LabelSet], problem: str, ranks: R
 
     Raises the same ValueError on every rank if any of them has a batch that cannot be exchanged, or bad weights.
     """
-    first = tuple(Status(*row) for row in all_gather_mesh(mine[0], ranks).tolist())
+    first = tuple(Status(*row) for row in all_gather_mesh(mine[0], ranks, STATUS).tolist())
     if any(row.problem for row in first):
         told = tell(problem, ranks, mine.device)
         raise ValueError(next(ranks.name(flat) + text for flat, text in enumerate(told) if text))
@@ -377,7 +385,7 @@ def _exchange_status(mine: Tensor, sets: list[_LabelSet], problem: str, ranks: R
     _agree(first, EMBEDDINGS_AGREED, ranks, None)
     status = [first]
     if len(sets) > 1:
-        others = all_gather_mesh(mine[1:], ranks).transpose(0, 1).tolist()
+        others = all_gather_mesh(mine[1:], ranks, STATUS).transpose(0, 1).tolist()
         status += [tuple(Status(*row) for row in table) for table in others]
     for each, rows in zip(sets, status, strict=True):
         _agree(rows, LABELS_AGREED, ranks, each.name)
@@ -409,7 +417,7 @@ def _exchange_payload(parts: list[Tensor], counts: tuple[int, ...], longest: int
         if part.numel():
             section = buffer[offset : offset + part.nbytes].view(part.dtype)
             section.copy_(part.reshape(-1))
-    everyone = all_gather(buffer, group)
+    everyone = all_gather(buffer, group, PAYLOAD)
     out = []
     for part, offset in zip(parts, offsets, strict=True):
         row = part[:0].new_empty(1, *part.shape[1:]).nbytes
@@ -605,10 +613,12 @@ def start_reduce_scatter(grad: Tensor, ranks: Ranks, counts: tuple[int, ...]) ->
         for row, part in zip(padded, grad.split(counts), strict=True):
             row[: len(part)] = part
     out = grad.new_empty(longest, grad.shape[1])
-    work = _reduce_scatter_single(out.view(-1), padded.view(-1), group=ranks.group, async_op=True)
+    with naming_the_missing(IN_BACKWARD, ranks.group):
+        work = _reduce_scatter_single(out.view(-1), padded.view(-1), group=ranks.group, async_op=True)
 
     def finish() -> Tensor:
-        work.wait()
+        with naming_the_missing(IN_BACKWARD, ranks.group):
+            work.wait()
         return out[: counts[ranks.rank]]
 
     return finish

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from partial_fc.collectives import all_gather_mesh, exchange
+from partial_fc.missing import naming_the_missing
 from partial_fc.optim import MASTER
 from partial_fc.sampling import mix
 from partial_fc.shards import INIT_BLOCK, ClassShards, initial_rows, local_part
@@ -86,7 +87,8 @@ def _class_means(loss: ShardedLoss, batches: Batches, lo: int, hi: int, valid: r
         loss.skipped = skipped
     if ranks.replica_group is not None:
         for each in (sums, counts):
-            dist.all_reduce(each, group=ranks.replica_group)
+            with naming_the_missing("the sum of class means", ranks.replica_group):
+                dist.all_reduce(each, group=ranks.replica_group)
     return sums.div_(counts.clamp(min=1)[:, None]), counts
 
 
@@ -149,7 +151,8 @@ def _mean_length(loss: ShardedLoss) -> Tensor:
     for block in weight.split(INIT_BLOCK):
         total += _lengths(block.to(torch.promote_types(block.dtype, torch.float32))).sum(dtype=torch.float64)
     if group is not None:
-        dist.all_reduce(total, group=group)
+        with naming_the_missing("the mean length of rows", group):
+            dist.all_reduce(total, group=group)
     shape = row_shape(loss)
     return total / (loss.num_classes * (shape[0] if len(shape) > 1 else 1))
 

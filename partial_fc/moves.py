@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from partial_fc.missing import naming_the_missing
 from partial_fc.shards import ClassShards, shard_bounds
 
 BLOCK_BYTES = 8 << 20
@@ -197,13 +198,14 @@ def _exchange_rows(local: Tensor, wanted: list[Tensor], before: ClassShards, ran
     received = rows.new_empty(len(owners), *rows.shape[1:])
     each = max(1, rows[:0].new_empty(1, *rows.shape[1:]).nbytes)
     # as bytes, which every backend knows
-    dist.all_to_all_single(
-        received.view(-1).view(torch.uint8),
-        rows.view(-1).view(torch.uint8),
-        [count * each for count in counts],
-        [len(ids) * each for ids in sent],
-        group=before.ranks.group,
-    )
+    with naming_the_missing("the move of class rows", before.ranks.group):
+        dist.all_to_all_single(
+            received.view(-1).view(torch.uint8),
+            rows.view(-1).view(torch.uint8),
+            [count * each for count in counts],
+            [len(ids) * each for ids in sent],
+            group=before.ranks.group,
+        )
     # it came in the order of the owners
     return received.index_select(0, owners.argsort(stable=True).argsort().to(local.device))
 

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
+from partial_fc.missing import naming_the_missing
 from partial_fc.rows import ShardedRows
 from partial_fc.sampling import keyed_below, mix
 from partial_fc.shards import local_part
 
 BLOCK_BYTES = 8 << 20
 HALF = (torch.bfloat16, torch.float16)
+NORM = "the norm of gradients over ranks"  # in a `RankMissing`
 MASTER, COUNT = "master_weight", "rounding_step"  # state of this module's own, beside that of the wrapped class
 
 LowPrecision = Literal["master", "stochastic"]
@@ -436,7 +438,10 @@ def _norm(grad: Tensor, norm_type: float) -> Tensor:
     """The norm of one gradient over all its shards, float64; half precision is summed in float32."""
     low = grad.dtype in HALF
     norm = torch.linalg.vector_norm(grad, norm_type, dtype=torch.float32 if low else None)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
+    if isinstance(norm, DTensor):
+        with naming_the_missing(NORM):
+            norm = norm.full_tensor()
+    return norm.double()
 
 
 def _norm_over_ranks(grads: list[Tensor], rows: ShardedRows, norm_type: float) -> Tensor:
@@ -446,9 +451,7 @@ def _norm_over_ranks(grads: list[Tensor], rows: ShardedRows, norm_type: float) -
     group = rows.shards.ranks.group
     if group is None:
         return norm
-    if math.isinf(norm_type):
-        dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=group)
-        return norm
-    power = norm.pow(norm_type)
-    dist.all_reduce(power, group=group)
-    return power.pow(1 / norm_type)
+    power = norm if math.isinf(norm_type) else norm.pow(norm_type)
+    with naming_the_missing(NORM, group):
+        dist.all_reduce(power, op=dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group=group)
+    return power if math.isinf(norm_type) else power.pow(1 / norm_type)

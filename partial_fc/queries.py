@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.collectives import DTYPES, NonFiniteError, Ranks, _embeddings_problem, _exchange_payload, all_gather, all_gather_mesh, tell
+from partial_fc.missing import naming_the_missing
 from partial_fc.shards import local_part, shard_bounds
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ COLUMN_GROUP = 16  # the same in the columns of a tile, where each member is far
 ROWS = 512  # that are sorted out together
 NO_DIRECTION = 1e-12  # a row that is shorter has cosine 0 to everything
 NOBODY = 2**62
+EXCHANGE = "the exchange of class rows"  # in a `RankMissing`
 
 
 class Neighbours(NamedTuple):
@@ -175,11 +177,13 @@ class _ClassRows:
             rows = self.weight.new_empty(last - first, self.centers, self.width)
         group = self.ranks.group
         assert group is not None
-        work = dist.broadcast(rows, src=dist.get_global_rank(group, owner), group=group, async_op=True)
+        with naming_the_missing(EXCHANGE, group):
+            work = dist.broadcast(rows, src=dist.get_global_rank(group, owner), group=group, async_op=True)
 
         def finish() -> Tensor:
             if work is not None:
-                work.wait()
+                with naming_the_missing(EXCHANGE, group):
+                    work.wait()
             return rows
 
         return finish

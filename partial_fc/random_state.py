@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from partial_fc.missing import naming_the_missing
 from partial_fc.sampling import mix
 
 
@@ -30,7 +31,8 @@ class RandomState:
         ranks: list[Any] = [_state()]
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, _state())
+            with naming_the_missing("the exchange of random states"):
+                dist.all_gather_object(ranks, _state())
         return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

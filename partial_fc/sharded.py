@@ -395,7 +395,8 @@ class ShardedLoss(nn.Module):
     def _check_agreement(self) -> None:
         """Raise on every rank if ranks built different heads."""
         mine = {k: v if isinstance(v, int) else zlib.crc32(repr(v).encode()) for k, v in self._settings().items()}
-        table = all_gather_mesh(torch.tensor(list(mine.values()), device=self._device), self._shards.ranks).tolist()
+        numbers = torch.tensor(list(mine.values()), device=self._device)
+        table = all_gather_mesh(numbers, self._shards.ranks, f"the building of a {type(self).__name__}").tolist()
         for flat, values in enumerate(table):
             for name, expected, value in zip(mine, table[0], values, strict=True):
                 if expected != value:

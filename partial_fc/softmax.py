@@ -32,6 +32,7 @@ from torch.profiler import record_function
 
 from partial_fc.collectives import all_gather, on_each_loss, start_reduce_scatter
 from partial_fc.margins import Positives
+from partial_fc.missing import naming_the_missing
 from partial_fc.tiles import (
     Measured,
     Rows,
@@ -216,7 +217,7 @@ class _Forward:
             parts["active"] = tiles.active
         if tiles.hardest is not None:
             parts["hardest"] = tiles.hardest
-        everyone = all_gather(torch.cat(list(parts.values())), step.ranks.group)
+        everyone = all_gather(torch.cat(list(parts.values())), step.ranks.group, "the combination of the softmax")
         found = dict(zip(parts, everyone.split([len(p) for p in parts.values()], dim=1), strict=True))
         targets_z = found["z"].sum(0).view_as(step.targets)
         hardest = found["hardest"].amax(0) if "hardest" in found else None
@@ -530,7 +531,8 @@ class _Backward:
         if self.step.ranks.replica_group is not None:
             with record_function("partial_fc::replicas"):
                 for each in grads:
-                    torch.distributed.all_reduce(each, group=self.step.ranks.replica_group)
+                    with naming_the_missing("the sum of class gradients", self.step.ranks.replica_group):
+                        torch.distributed.all_reduce(each, group=self.step.ranks.replica_group)
         return grads
 
     def _finish_rows(self, grads: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:

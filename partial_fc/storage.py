@@ -42,6 +42,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.futures import Future
 
+from partial_fc.missing import naming_the_missing
 from partial_fc.shards import local_part
 
 ROW_BLOCK_BYTES = 16 << 20  # smaller ones are written more slowly (benchmarks/checkpoint.py)
@@ -139,13 +140,14 @@ def write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None =
     What ranks hold alike is written once. Raises OSError, the same on every rank, naming the rank that failed.
     """
     try:
-        _save_state_dict(
-            state,
-            storage_writer=_Writer(folder),
-            process_group=group,
-            no_dist=not dist.is_initialized(),
-            planner=_RowBlockPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        )
+        with naming_the_missing("the writing of a checkpoint", group):
+            _save_state_dict(
+                state,
+                storage_writer=_Writer(folder),
+                process_group=group,
+                no_dist=not dist.is_initialized(),
+                planner=_RowBlockPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            )
     except CheckpointException as error:
         raise OSError(f"checkpoint {folder} cannot be written: {_first_failure(error)}") from error
 
@@ -168,7 +170,8 @@ def stream(reader: SafeReader, name: str, take: Callable[[int, Tensor], None]) -
 
 def _read(state: dict[str, Any], reader: SafeReader, planner: DefaultLoadPlanner, use_group: bool) -> None:
     try:
-        _load_state_dict(state, storage_reader=reader, no_dist=not use_group, planner=planner)
+        with naming_the_missing("the reading of a checkpoint"):
+            _load_state_dict(state, storage_reader=reader, no_dist=not use_group, planner=planner)
     except CheckpointException as error:
         raise OSError(f"checkpoint {reader.path} cannot be read: {_first_failure(error)}") from error
 

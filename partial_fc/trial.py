@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from partial_fc.collectives import Ranks
+from partial_fc.missing import naming_the_missing
 from partial_fc.optim import HALF, RowOptimizer
 from partial_fc.sampling import mix
 from partial_fc.shards import local_part
@@ -333,7 +334,8 @@ def _digest(tensor: Tensor) -> int:
 def _sum_over(ranks: Ranks, tensor: Tensor) -> Tensor:
     for group in (ranks.group, ranks.replica_group):
         if group is not None:
-            dist.all_reduce(tensor, group=group)
+            with naming_the_missing("a sum of the doctor", group):
+                dist.all_reduce(tensor, group=group)
     return tensor
 
 
@@ -342,7 +344,8 @@ def gather_objects(mine: Any) -> list[Any]:
     if not dist.is_initialized():
         return [mine]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    with naming_the_missing("an exchange of objects"):
+        dist.all_gather_object(everyone, mine)
     return everyone
 
 

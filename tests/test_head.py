@@ -560,6 +560,7 @@ def test_public_names():
         "CurricularFace",
         "ElasticFace",
         "GlobalBatch",
+        "JoinedBatches",
         "MagFace",
         "Margin",
         "Neighbours",
@@ -569,6 +570,7 @@ def test_public_names():
         "Plan",
         "RandomState",
         "RankFiles",
+        "RankMissing",
         "Report",
         "RowOptimizer",
         "Softmax",
@@ -583,6 +585,7 @@ def test_public_names():
         "gather",
         "import_weights",
         "load_checkpoint",
+        "naming_the_missing",
         "plan",
         "save_checkpoint",
     ]
