@@ -32,6 +32,7 @@ from partial_fc.migration import RankFiles
 from partial_fc.moves import class_mapping
 from partial_fc.optim import RowOptimizer, clip_grad_norm_
 from partial_fc.plan import Plan, plan
+from partial_fc.preemption import PreemptionGuard
 from partial_fc.queries import Neighbours
 from partial_fc.random_state import RandomState
 
@@ -55,6 +56,7 @@ __all__ = [
     "NormFace",
     "PartialFC",
     "Plan",
+    "PreemptionGuard",
     "RandomState",
     "RankFiles",
     "Report",

@@ -567,6 +567,7 @@ def test_public_names():
         "NormFace",
         "PartialFC",
         "Plan",
+        "PreemptionGuard",
         "RandomState",
         "RankFiles",
         "Report",
