@@ -5,6 +5,7 @@ A user's mistake is one line on one rank's standard error, and exit code 2 on al
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,7 @@ try:
     import jsonargparse
 
     from partial_fc import NonFiniteError, PreemptionGuard
+    from partial_fc.preemption import SIGNALS
     from partial_fc.training.audit_cli import audit_command
     from partial_fc.training.backbones import build_backbone
     from partial_fc.training.comms_cli import comms_command
@@ -88,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"partial-fc: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except Preempted as stop:
+        for each in SIGNALS:  # on the way out: a launcher that sees another rank gone signals this one
+            signal.signal(each, signal.SIG_IGN)
         if speaks():
             print(f"partial-fc: {stop}", file=sys.stderr)
         return PreemptionGuard.EXIT_CODE
