@@ -34,6 +34,7 @@ from partial_fc.missing import RankMissing, naming_the_missing
 from partial_fc.moves import class_mapping
 from partial_fc.optim import RowOptimizer, clip_grad_norm_
 from partial_fc.plan import Plan, plan
+from partial_fc.preemption import PreemptionGuard
 from partial_fc.queries import Neighbours
 from partial_fc.random_state import RandomState
 
@@ -58,6 +59,7 @@ __all__ = [
     "NormFace",
     "PartialFC",
     "Plan",
+    "PreemptionGuard",
     "RandomState",
     "RankFiles",
     "RankMissing",

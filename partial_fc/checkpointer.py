@@ -15,6 +15,7 @@ is the same, and memory that has been written to before is copied to several tim
 
 from __future__ import annotations
 
+import datetime
 import logging
 import math
 import os
@@ -49,6 +50,8 @@ class Checkpointer:
         asynchronous: write while training goes on: save() returns when the state is copied. Takes CPU memory of the size of this rank's
             state. Call wait() at the end of the run.
         best: whether the "max" or the "min" of metric is best.
+        timeout: seconds after which an asynchronous save ends because a rank does not answer; torch's (1800) if not given. Give that of
+            your process group.
 
     Every rank must construct it, and call save, load and wait together. Without a process group it works in one process.
 
@@ -64,6 +67,7 @@ class Checkpointer:
         keep_best: int = 0,
         asynchronous: bool = False,
         best: Literal["max", "min"] = "max",
+        timeout: float | None = None,
     ) -> None:
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last must be at least 1 and keep_best at least 0, not {keep_last} and {keep_best}")
@@ -75,7 +79,8 @@ class Checkpointer:
         self._own: set[int] = set()  # steps that this object wrote or found
         self._copies: dict[str, Tensor] = {}
         self._writer: _Writer | None = None
-        self._group = dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
+        limit = None if timeout is None else datetime.timedelta(seconds=timeout)
+        self._group = dist.new_group(backend="gloo", timeout=limit) if asynchronous and dist.is_initialized() else None
 
     # ------------------------------------------------------------------------------------------------ what there is
 

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Any:
 def finished(losses: Any, name: str, seed: int, out: Path, tar: float) -> Path:
     """A run as it would have been left, with figures of our own."""
     run = losses.Run(name, seed, 12, out)
-    run.folder.claim()
-    save_config(to_config(train_parser(), ["--config", losses.QUICKSTART, *run.arguments]), run.folder.path / "config.yaml")
+    run.folder.claim(partial(save_config, to_config(train_parser(), ["--config", losses.QUICKSTART, *run.arguments])))
     sets = [{"name": split, "tar": {"1e-3": tar, "1e-4": tar / 2}, "rank1": 1.0} for split in ("seen", "new")]
     run.folder.write_metrics({"evaluations": sets})
     return Path(run.folder.path)

@@ -568,6 +568,7 @@ def test_public_names():
         "NormFace",
         "PartialFC",
         "Plan",
+        "PreemptionGuard",
         "RandomState",
         "RankFiles",
         "RankMissing",

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launched import MPIRUN_OPTIONS, ROOT, start, succeed, succeed_together, tell_tale, tiny_run
+from launched import MPIRUN_OPTIONS, ROOT, finish, start, succeed, succeed_together, tell_tale, tiny_run
 from runner import free_port
 
 pytestmark = pytest.mark.timeout(400)  # two or three starts of two ranks each, on machines with other work
@@ -142,6 +142,7 @@ for task in range(tasks):
 sys.exit(max(task.wait() for task in started))
 """
 SCONTROL = """#!/bin/sh
+[ "$1" = requeue ] && { echo "queued $2 again"; exit 0; }
 [ "$*" = "show hostnames node[7-8]" ] || exit 1
 echo localhost
 echo node8
@@ -176,11 +177,22 @@ def test_slurm(tiny, accelerated, slurm):
     assert tell_tale(out) == accelerated
 
 
+@pytest.mark.slow
+def test_slurm_queues_a_job_again_that_was_asked_to_stop(tiny, accelerated, slurm):
+    out = tiny.parent / "slurm_asked"
+    command = f"bash launch/slurm.sbatch {tiny} --output.folder {out}"
+    code, told, _ = finish(start(command, **slurm, PARTIAL_FC_FAULTS="usr1:forward@step=2,rank=1"))
+    assert code == 75 and told.count(f"queued {slurm['SLURM_JOB_ID']} again") == 1
+    again = succeed(command, **{**slurm, "SLURM_JOB_ID": str(free_port())})
+    assert "resuming after epoch 0, step 2" in again and "queued" not in again
+    assert tell_tale(out) == accelerated
+
+
 def test_slurm_options_are_those_of_sbatch():
     lines = re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (ROOT / "launch/slurm.sbatch").read_text(), re.MULTILINE)
     options = dict(lines)
     assert set(options) == {
-        "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "distribution", "requeue", "output",
+        "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "distribution", "requeue", "signal", "output",
     }  # fmt: skip
     assert options["ntasks-per-node"] == options["gpus-per-node"]  # a task a GPU
     assert options["distribution"] == "block"  # neighbouring ranks on one node, as head.replicas wants them

@@ -5,24 +5,31 @@ A user's mistake is one line on one rank's standard error, and exit code 2 on al
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from partial_fc.training.evaluation import Evaluation
+    from partial_fc.training.trainer import Trainer
 
 MISSING = "partial-fc needs the application's packages ({name} is missing): pip install 'partial_fc[train]'"
 
 try:
     import jsonargparse
 
-    from partial_fc import NonFiniteError
+    from partial_fc import NonFiniteError, PreemptionGuard
+    from partial_fc.preemption import SIGNALS
     from partial_fc.training.audit_cli import audit_command
     from partial_fc.training.backbones import build_backbone
     from partial_fc.training.comms_cli import comms_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
     from partial_fc.training.doctor_cli import doctor_command
-    from partial_fc.training.errors import UserError
+    from partial_fc.training.errors import Preempted, UserError
     from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
     from partial_fc.training.export_cli import export_command
     from partial_fc.training.plan_cli import plan_command
@@ -51,7 +58,10 @@ commands:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; its exit code: 0, 1 if doctor finds something wrong, 2 for a user's mistake, 130 when interrupted."""
+    """Run a command; its exit code: 0; 1 if doctor finds something wrong, 2 for a user's mistake, 75 if asked to stop, 130 if interrupted.
+
+    docs/crashes.md says what each launcher makes of it.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": train,
@@ -79,6 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
         elif speaks():
             print(f"partial-fc: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except Preempted as stop:
+        for each in SIGNALS:  # on the way out: a launcher that sees another rank gone signals this one
+            signal.signal(each, signal.SIG_IGN)
+        if speaks():
+            print(f"partial-fc: {stop}", file=sys.stderr)
+        return PreemptionGuard.EXIT_CODE
     except KeyboardInterrupt:
         return 130
 
@@ -129,9 +145,18 @@ def train(arguments: list[str]) -> None:
     check_devices(config.train.cpu)
     from partial_fc.training.trainer import Trainer
 
-    trainer = Trainer(config, resume)
-    trainer.train()
-    evaluations = trainer.evaluate()
+    with PreemptionGuard() as guard:
+        trainer = Trainer(config, resume, guard)
+        try:
+            trainer.train()
+            evaluations = trainer.evaluate()
+        except Preempted:
+            trainer.close()
+            raise
+        _finish(trainer, evaluations)
+
+
+def _finish(trainer: Trainer, evaluations: list[Evaluation]) -> None:
     report = trainer.write_results(evaluations)
     if report is not None:
         for evaluation in evaluations:

@@ -11,7 +11,8 @@ All ranks have the same number of batches. Images are loaded, scaled and augment
 starts its own. An image that cannot be read travels back as a name.
 """
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,6 +77,16 @@ def _as_it_is(batch: object) -> object:
     return batch
 
 
+def _outlive_signals(worker: int) -> None:
+    """Launchers signal whole process groups. A rank that is asked to stop finishes its step and saves, and needs its workers for that.
+
+    They end with it. SIGTERM ends one that is not wanted any more, but half a minute later, which is what launchers wait before SIGKILL.
+    """
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, 30))
+
+
 class BatchLoader:
     """Walk over `dataset` in global batches of `batch_size` samples, giving rank `rank` of `world` its part of each.
 
@@ -132,7 +143,7 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         return self.iterate()
 
-    def iterate(self, start_batch: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_batch: int = 0) -> Generator[Batch, None, None]:
         """The epoch's batches from `start_batch` on: what a run that stopped after `start_batch` batches has left."""
         if not 0 <= start_batch <= len(self):
             raise ValueError(f"start_batch is {start_batch}; the epoch has {len(self)} batches")
@@ -149,7 +160,7 @@ class BatchLoader:
             whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield whole[len(whole) * self.rank // self.world : len(whole) * (self.rank + 1) // self.world].tolist()
 
-    def _walk(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+    def _walk(self, epoch: int, start_batch: int) -> Generator[Batch, None, None]:
         # No persistent workers: a loader that keeps its own, and that an exception's traceback keeps in a reference cycle, waits
         # 5 seconds for each of them when it is collected. Those of a pass end with it, also when it is left early.
         loader: DataLoader[Batch] = DataLoader(
@@ -157,6 +168,7 @@ class BatchLoader:
             batch_sampler=self._parts(epoch, start_batch),
             collate_fn=_as_it_is,
             num_workers=self.workers,
+            worker_init_fn=_outlive_signals,
             # Its own, because a DataLoader without one draws from the global random state.
             generator=torch.Generator(),
         )

@@ -33,6 +33,7 @@ WAIT = timedelta(seconds=300)  # for the slowest rank to start
 
 # rank 0's server must live on: the process group that is built next, at the same port, joins it
 _stores: list[dist.Store] = []
+_parent = os.getppid()
 
 
 def find_ranks() -> None:
@@ -83,6 +84,11 @@ def check_devices(cpu: bool) -> None:
                 f"LOCAL_RANK is {seen['local_rank']} on rank {rank}, which sees {seen['gpus']} GPU{'s' * (seen['gpus'] > 1)}; start as "
                 "many processes a node as it has GPUs, and let each see all of them (Slurm: --gpus-per-node, not --gpus-per-task)"
             )
+
+
+def launcher_is_gone() -> bool:
+    """Whether torchrun, accelerate or deepspeed started this rank and has ended before it: nobody is left to stop the rank if need be."""
+    return ("TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ) and os.getppid() != _parent
 
 
 def speaks() -> bool:

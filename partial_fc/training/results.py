@@ -7,6 +7,8 @@ all pairs, tiles dealt to the ranks       ── sum ──>       one Evaluatio
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from partial_fc import gather, load_checkpoint
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
-from partial_fc.training.errors import UserError
+from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
 from partial_fc.training.loader import BatchLoader
 from partial_fc.training.plots import plot_histograms, plot_roc, plot_training
@@ -32,12 +34,20 @@ from partial_fc.training.run import RunFolder
 
 
 def evaluate_sets(
-    backbone: nn.Module, sets: dict[str, IdentityDataset], accelerator: Accelerator, config: RunConfig, folder: RunFolder
+    backbone: nn.Module,
+    sets: dict[str, IdentityDataset],
+    accelerator: Accelerator,
+    config: RunConfig,
+    folder: RunFolder,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> list[Evaluation]:
-    """Verification and identification on each data set; every rank must call it. Unreadable images are noted in the folder."""
+    """Verification and identification on each data set; every rank must call it. Unreadable images are noted in the folder.
+
+    asked_to_stop: whether this rank was; all ranks then raise Preempted when a data set has been read.
+    """
     results = []
     for name, dataset in sets.items():
-        embeddings, labels = _embed(backbone, dataset, name, accelerator, config, folder)
+        embeddings, labels = _embed(backbone, dataset, name, accelerator, config, folder, asked_to_stop)
         results.append(
             evaluate_embeddings(
                 embeddings,
@@ -54,7 +64,13 @@ def evaluate_sets(
 
 
 def _embed(
-    backbone: nn.Module, dataset: IdentityDataset, name: str, accelerator: Accelerator, config: RunConfig, folder: RunFolder
+    backbone: nn.Module,
+    dataset: IdentityDataset,
+    name: str,
+    accelerator: Accelerator,
+    config: RunConfig,
+    folder: RunFolder,
+    asked_to_stop: Callable[[], bool],
 ) -> tuple[Tensor, Tensor]:
     """(embeddings `[n, D]`, labels `[n]`) of all readable images, on every rank, on the CPU, in the order of the data set."""
     loader = BatchLoader(
@@ -73,8 +89,12 @@ def _embed(
     message = None
     backbone.eval()
     try:
-        with torch.no_grad():
-            for batch in tqdm(loader, desc=f"embedding {name}", unit="batch", disable=not accelerator.is_main_process, mininterval=0.5):
+        bar = tqdm(total=len(loader), desc=f"embedding {name}", unit="batch", disable=not accelerator.is_main_process, mininterval=0.5)
+        with torch.no_grad(), closing(loader.iterate()) as batches, bar:
+            for batch in batches:
+                bar.update()
+                if asked_to_stop():
+                    break
                 folder.note_unreadable(batch.unreadable)
                 if len(batch.labels):
                     with accelerator.autocast():
@@ -82,21 +102,26 @@ def _embed(
                     indices.append(batch.indices)
     except UserError as error:
         message = str(error)
-    raise_together(message, accelerator)
+    raise_together(message, accelerator, asked_to_stop())
     everyone = gather(torch.cat(parts).to(device), torch.cat(indices).to(device))
     order = everyone.labels.argsort()
     return everyone.embeddings[order].cpu(), dataset.labels[everyone.labels[order].cpu()]
 
 
-def raise_together(message: str | None, accelerator: Accelerator) -> None:
-    """Raise the first rank's message as UserError on every rank, if any rank has one; every rank must call it."""
-    messages = [message]
+def raise_together(message: str | None, accelerator: Accelerator, stop: bool = False) -> None:
+    """Raise the first rank's message as UserError on every rank, if any rank has one, else Preempted if any is to stop.
+
+    Every rank must call it.
+    """
+    told: list[tuple[str | None, bool]] = [(message, stop)]
     if accelerator.num_processes > 1:
-        messages = [None] * accelerator.num_processes
-        dist.all_gather_object(messages, message)
-    first = next((m for m in messages if m is not None), None)
+        told *= accelerator.num_processes
+        dist.all_gather_object(told, (message, stop))
+    first = next((m for m, _ in told if m is not None), None)
     if first is not None:
         raise UserError(first)
+    if any(each for _, each in told):
+        raise Preempted("stopped as asked, all steps being trained and saved")
 
 
 def _sum(tensor: Tensor, accelerator: Accelerator) -> Tensor:

@@ -11,15 +11,18 @@ plots/  report.html  to look at
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from partial_fc import Checkpointer
 from partial_fc.training.errors import UserError
 
-CONFIG, HISTORY, UNREADABLE, METRICS = "config.yaml", "history.jsonl", "unreadable.txt", "metrics.json"
+CONFIG, HISTORY, UNREADABLE, METRICS, PLOTS = "config.yaml", "history.jsonl", "unreadable.txt", "metrics.json", "plots"
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # what file systems without hard links say
 
 
 class RunFolder:
@@ -30,7 +33,7 @@ class RunFolder:
     def check_free(self) -> None:
         """UserError unless a new run may be started here; changes nothing."""
         try:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self.path.exists() and (not self.path.is_dir() or any(not _left_by_claim(each) for each in self.path.iterdir())):
                 raise UserError(f"{self.path} is in use; choose another --output.folder, or go on with the run in it: --resume {self.path}")
             above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         except OSError as error:
@@ -38,14 +41,24 @@ class RunFolder:
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UserError(f"the run folder {self.path} cannot be made: {above} is not a folder that can be written to")
 
-    def claim(self) -> None:
-        """Make the folder for a new run; UserError if another run has it."""
+    def claim(self, save_config: Callable[[Path], None]) -> None:
+        """Make the folder for a new run, its settings written by `save_config(path)`; UserError if another run has it.
+
+        The settings appear whole and last: a process killed before leaves no run, one killed after leaves one that can be resumed.
+        """
         self.check_free()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with (self.path / CONFIG).open("x"):  # of two runs that start together, one gets here first
-                pass
-            (self.path / "plots").mkdir()
+            (self.path / PLOTS).mkdir(parents=True, exist_ok=True)
+            temporary = self.path / f".{CONFIG}.{os.getpid()}.tmp"
+            save_config(temporary)
+            try:
+                os.link(temporary, self.path / CONFIG)  # of two runs that start together, one gets here first
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                with (self.path / CONFIG).open("x") as file:
+                    file.write(temporary.read_text())
+            temporary.unlink()
         except FileExistsError:
             raise UserError(f"{self.path} is in use by another run that started now; choose another --output.folder") from None
         except OSError as error:
@@ -56,9 +69,9 @@ class RunFolder:
         if not (self.path / CONFIG).is_file():
             raise UserError(f"{self.path} is no run folder (it has no {CONFIG}); give the folder of a run")
 
-    def checkpointer(self, *, keep_last: int = 1, asynchronous: bool = False) -> Checkpointer:
-        """The checkpoints of the run, to save and load by."""
-        return Checkpointer(self.path / "checkpoints", keep_last=keep_last, asynchronous=asynchronous)
+    def checkpointer(self, *, keep_last: int = 1, asynchronous: bool = False, timeout: float | None = None) -> Checkpointer:
+        """The checkpoints of the run, to save and load by. timeout: seconds, of an asynchronous save."""
+        return Checkpointer(self.path / "checkpoints", keep_last=keep_last, asynchronous=asynchronous, timeout=timeout)
 
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, if there is any."""
@@ -69,14 +82,19 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def history(self, up_to_step: int | None = None) -> list[dict[str, float]]:
+        """What was logged, a row each; a last line that a crash or a full disk cut short is passed over."""
         path = self.path / HISTORY
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
         return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
 
-    def rewind_history(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run logs it again."""
-        rows = self.history(step)
-        (self.path / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    def rewind_history(self, step: int) -> int:
+        """Forget what was logged after `step`: a resumed run logs it again. How many steps the last row was after it."""
+        rows = self.history()
+        temporary = self.path / f"{HISTORY}.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        os.replace(temporary, self.path / HISTORY)
+        return max(0, int(rows[-1]["step"]) - step) if rows else 0
 
     def note_unreadable(self, names: list[str]) -> None:
         """Add images that could not be read; ranks append to one file, and an epoch meets an image again."""
@@ -93,3 +111,10 @@ class RunFolder:
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         (self.path / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def _left_by_claim(path: Path) -> bool:
+    """Whether this is what a process that was killed while it took the folder has left: nothing of a run."""
+    if path.name == PLOTS:
+        return path.is_dir() and not any(path.iterdir())
+    return path.name.startswith(f".{CONFIG}.") and path.name.endswith(".tmp")

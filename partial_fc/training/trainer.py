@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,19 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from partial_fc import RandomState, gather, import_weights
+from partial_fc import PreemptionGuard, RandomState, gather, import_weights
 from partial_fc.shards import local_part
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig, flat, save_config
 from partial_fc.training.data import DataSplits, open_data
 from partial_fc.training.engine import make_accelerator, make_engine
-from partial_fc.training.errors import UserError
+from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation
+from partial_fc.training.faults import Faults
 from partial_fc.training.loader import Batch, BatchLoader
+from partial_fc.training.ranks import launcher_is_gone
 from partial_fc.training.results import describe_environment, evaluate_sets, raise_together, write_results
-from partial_fc.training.run import CONFIG, RunFolder
+from partial_fc.training.run import RunFolder
 from partial_fc.training.schedules import build_schedules
 
 
@@ -54,13 +57,18 @@ class Progress:
 
 
 class Trainer:
-    """One run of `config` in `config.output.folder`; with `resume`, from the newest checkpoint in it."""
+    """One run of `config` in `config.output.folder`; with `resume`, from the newest checkpoint in it.
 
-    def __init__(self, config: RunConfig, resume: bool = False) -> None:
+    guard: what notes signals, entered by the caller. When any rank was asked to stop, train() saves at the end of the step and raises
+    Preempted on all; evaluate() raises it when a data set has been read.
+    """
+
+    def __init__(self, config: RunConfig, resume: bool = False, guard: PreemptionGuard | None = None) -> None:
         self.config, self.folder = config, RunFolder(config.output.folder)
         self.accelerator = make_accelerator(config)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
+        self.guard, self.faults = guard or PreemptionGuard(), Faults.of_environment(self.rank)
         self.on_main(self.folder.check_run if resume else self.folder.check_free)
         self.data: DataSplits = open_data(config.data, config.seed)
         self.data.check_evaluation()
@@ -76,7 +84,10 @@ class Trainer:
             raise UserError(f"{len(self.data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         self._build()
         self.progress, self._since = Progress(), time.monotonic()
-        self.checkpointer = self.folder.checkpointer(keep_last=config.train.keep_last, asynchronous=config.train.asynchronous_checkpoints)
+        self._stopping, self._saved = False, -1  # whether all ranks have agreed to stop; the step of the newest checkpoint
+        self.checkpointer = self.folder.checkpointer(
+            keep_last=config.train.keep_last, asynchronous=config.train.asynchronous_checkpoints, timeout=config.train.timeout
+        )
         if resume:
             self._resume()
         else:
@@ -112,8 +123,7 @@ class Trainer:
 
     def _claim(self) -> None:
         """Take the run folder, last of all: a mistake in the settings leaves no folder behind."""
-        self.folder.claim()
-        save_config(self.config, self.folder.path / CONFIG)
+        self.folder.claim(partial(save_config, self.config))
 
     def _loader(self) -> BatchLoader:
         config = self.config
@@ -142,20 +152,26 @@ class Trainer:
 
     def together(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The micro-batches that all ranks can use. A rank's UserError is raised on all; a micro-batch of which some rank could read
-        fewer than two images (batch statistics need two) is left out by all, and counted."""
+        fewer than two images (batch statistics need two) is left out by all, and counted. If a rank was asked to stop there are no more
+        from the end of a step on."""
         while True:
+            self.faults.at("data", self.progress.step + 1)
             batch, message = None, None
             try:
                 batch = next(batches, None)
             except UserError as error:
                 message = str(error)
-            count = -2 if message else -1 if batch is None else len(batch.labels)
+            batch = self.faults.spoil(batch, self.progress.epoch * len(self.loader) + self.progress.batches)
+            count, go_on = -2 if message else -1 if batch is None else len(batch.labels), int(not self._asked_to_stop())
             if self.world > 1:
-                agreed = torch.tensor([count], device=self.accelerator.device)
+                agreed = torch.tensor([count, go_on], device=self.accelerator.device)
                 dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-                count = int(agreed)
+                count, go_on = agreed.tolist()
             if count == -2:
                 raise_together(message, self.accelerator)
+            if not go_on and self.progress.taken % self.config.train.accumulation == 0:
+                self._stopping = True
+                return
             if batch is None or count == -1:
                 return
             self.folder.note_unreadable(batch.unreadable)
@@ -166,10 +182,25 @@ class Trainer:
             else:
                 self.progress.left_out += 1
 
+    def _asked_to_stop(self) -> bool:
+        """Whether this rank was: by a signal, or because its launcher has gone."""
+        return self.guard.noted is not None or launcher_is_gone()
+
+    def _leave(self) -> None:
+        """Save, unless the newest checkpoint is of this step, and raise Preempted; all ranks have agreed to."""
+        if self._saved != self.progress.step:
+            self._save()
+        self.checkpointer.wait()
+        why = self.guard.noted.name if self.guard.noted else "its launcher has gone" if launcher_is_gone() else "asked on another rank"
+        raise Preempted(
+            f"stopped after step {self.progress.step} ({why}), which is saved; --resume {self.folder.path}, or the same command with "
+            "--start_or_resume, goes on"
+        )
+
     # ------------------------------------------------------------------------------------------------ training
 
     def train(self) -> None:
-        """All epochs that are left."""
+        """All epochs that are left; Preempted if a rank was asked to stop."""
         config = self.config
         self.accelerator.init_trackers("tensorboard", config={k: v if v is not None else "none" for k, v in _scalars(config).items()})
         total = self.steps_per_epoch * config.train.epochs
@@ -178,6 +209,8 @@ class Trainer:
         with bar:
             for epoch in range(self.progress.epoch, config.train.epochs):
                 self._epoch(epoch, bar)
+                if self._stopping:
+                    self._leave()
                 self.progress.epoch, self.progress.batches, self.progress.taken = epoch + 1, 0, 0
                 if (epoch + 1) % config.train.checkpoint_every == 0 or epoch + 1 == config.train.epochs:
                     self._save()
@@ -185,11 +218,15 @@ class Trainer:
 
     def _epoch(self, epoch: int, bar: Any) -> None:
         """What is left of an epoch: from the batch on at which a resumed run was saved."""
-        micro_batches = self.steps_per_epoch * self.config.train.accumulation
         self.loader.set_epoch(epoch)
         self.engine.model.train()
         self.head.train()
-        batches = self.together(self.loader.iterate(self.progress.batches))
+        # closed however the epoch ends: a traceback would keep processes that load images waiting for it
+        with closing(self.loader.iterate(self.progress.batches)) as own:
+            self._steps(self.together(own), epoch, bar)
+
+    def _steps(self, batches: Iterator[Batch], epoch: int, bar: Any) -> None:
+        micro_batches = self.steps_per_epoch * self.config.train.accumulation
         while self.progress.taken < micro_batches and (batch := next(batches, None)) is not None:
             self.head.collect_metrics = self._is_logged(self.progress.step + 1)
             with self.engine.accumulate():
@@ -209,6 +246,8 @@ class Trainer:
         """(what was minimised, `loss`, and the part of it that is center loss, before its weight; whether a step is due)."""
         with self.engine.autocast():
             embeddings = self.engine.model(batch.images)
+            self.faults.at("forward", self.progress.step + 1)
+            self.faults.when_backward_reaches(embeddings, self.progress.step + 1)
             if self.center is None:
                 losses = {"loss": self.head(embeddings, batch.labels)}
             else:
@@ -221,6 +260,7 @@ class Trainer:
     def _step(self) -> Tensor | None:
         """One optimizer step of backbone, head, centers and schedules; the norm of the gradient if it is clipped."""
         norm = self.engine.step()
+        self.faults.at("optimizer", self.progress.step + 1)
         if self.center is not None and not self.engine.skipped:
             self.center.step()  # what a skipped step has noted counts in the next one
         for schedule in self.schedules:
@@ -270,24 +310,33 @@ class Trainer:
         self.engine.agree_on_buffers()
         now = time.monotonic()
         self.progress.seconds, self._since = self.progress.seconds + now - self._since, now
+        self.faults.when_written(self.progress.step)
         self.checkpointer.save(self.progress.step, **self._named())
+        self._saved = self.progress.step
 
     def _resume(self) -> None:
         self.checkpointer.claim()
         try:
-            self.checkpointer.load(**self._named())
+            self._saved = self.checkpointer.load(**self._named())
             self.accelerator.print(f"resuming after epoch {self.progress.epoch}, step {self.progress.step}")
         except FileNotFoundError:
             self.accelerator.print(f"{self.folder.path} has no checkpoint yet: starting from the beginning")
         except ValueError as error:
             raise UserError(f"cannot resume: {error}") from error
-        self.on_main(lambda: self.folder.rewind_history(self.progress.step))
+        self.on_main(self._rewind)
+
+    def _rewind(self) -> None:
+        again = self.folder.rewind_history(self.progress.step)
+        if again:
+            self.accelerator.print(f"{again} steps that were logged after it are computed again")
 
     # ------------------------------------------------------------------------------------------------ results
 
     def evaluate(self) -> list[Evaluation]:
         """Verification and identification on every set of identities that were not trained on."""
-        return evaluate_sets(self.engine.whole_backbone(), self.data.evaluation, self.accelerator, self.config, self.folder)
+        self.faults.at("evaluation", self.progress.step)
+        backbone = self.engine.whole_backbone()
+        return evaluate_sets(backbone, self.data.evaluation, self.accelerator, self.config, self.folder, self._asked_to_stop)
 
     def write_results(self, evaluations: list[Evaluation]) -> Path | None:
         """metrics.json, plots and the report, by one process; the report's path there."""
