@@ -77,6 +77,8 @@ def protocol_parser(command: str) -> argparse.ArgumentParser:
         add("--gallery", default=None, metavar="DIR", help="what to search in (the other queries if not given)")
         add("--label", default=None, metavar="REGEX", help="finds the identity in the names of files that lie in no sub-folders")
         add("--camera", default=None, metavar="REGEX", help="finds the camera; images of one's identity and camera are passed over")
+    if command != "verify":
+        add("--name", default=None, help="what to call the data set (the name of the file of pairs, or of the folder of probes or queries)")
     if command in ("verify", "templates"):
         add("--no_flip", action="store_true", help="embed the image alone, not it and its mirror image")
     else:
@@ -97,7 +99,7 @@ def open_asked(command: str, asked: argparse.Namespace, shape: Shape) -> list[Ta
         return [open_verification(path, shape, not asked.no_flip) for path in asked.files]
     if command == "templates":
         one = open_templates(
-            Path(asked.pairs).stem,
+            asked.name or Path(asked.pairs).stem,
             shape,
             images=asked.images,
             listed=asked.templates,
@@ -108,8 +110,10 @@ def open_asked(command: str, asked: argparse.Namespace, shape: Shape) -> list[Ta
         )
         return [one]
     if command == "identify":
-        return [open_identification(Path(asked.probes).name, shape, asked.gallery, asked.probes, asked.distractors, asked.flip)]
-    return [open_retrieval(Path(asked.query).name, shape, asked.query, asked.gallery, asked.label, asked.camera, asked.flip)]
+        return [
+            open_identification(asked.name or Path(asked.probes).name, shape, asked.gallery, asked.probes, asked.distractors, asked.flip)
+        ]
+    return [open_retrieval(asked.name or Path(asked.query).name, shape, asked.query, asked.gallery, asked.label, asked.camera, asked.flip)]
 
 
 def protocol_command(command: str, parser: Callable[[], jsonargparse.ArgumentParser], arguments: list[str]) -> None:
