@@ -110,6 +110,14 @@ class Checkpointer:
             log.warning("%s; passed over", problem)
         return None
 
+    def best_so_far(self) -> Path | None:
+        """The complete checkpoint with the best `metric`, of equal ones the newest; None if none has one.
+
+        Looks at the folder; no communication.
+        """
+        ranked = self._ranked(self.steps())
+        return self.path(ranked[-1]) if ranked else None
+
     # ------------------------------------------------------------------------------------------------ saving and loading
 
     def save(self, step: int, *, metric: float | None = None, **named: Stateful) -> None:
@@ -200,15 +208,18 @@ class Checkpointer:
         own = [s for s in self.steps() if s in self._own or s == step]
         keep = set(own[-self.keep_last :])
         if self.keep_best:
-            sign = 1 if self.best == "max" else -1
-            metrics = [(read_manifest(self.path(s)).get("metric"), s) for s in own]
-            ranked = sorted((sign * metric, s) for metric, s in metrics if metric is not None)
-            keep.update(s for _, s in ranked[-self.keep_best :])
+            keep.update(self._ranked(own)[-self.keep_best :])
         for old in own:
             if old not in keep:
                 # without its manifest it is no checkpoint any more, whatever happens before the rest is gone
                 (self.path(old) / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(self.path(old), ignore_errors=True)
+
+    def _ranked(self, steps: list[int]) -> list[int]:
+        """Those of the steps that have a metric, the best one last."""
+        sign = 1 if self.best == "max" else -1
+        metrics = [(read_manifest(self.path(s)).get("metric"), s) for s in steps]
+        return [s for _, s in sorted((sign * metric, s) for metric, s in metrics if metric is not None)]
 
     # ------------------------------------------------------------------------------------------------ the copy
 

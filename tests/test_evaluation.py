@@ -262,13 +262,13 @@ def test_roc_points_rise_and_are_few():
 
 def test_no_product_is_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch):
     products = []
-    genuine_product = evaluation._cosines
+    genuine_product = evaluation.cosine_tile
 
     def spy(rows: Tensor, columns: Tensor) -> Tensor:
         products.append((len(rows), len(columns)))
         return genuine_product(rows, columns)
 
-    monkeypatch.setattr(evaluation, "_cosines", spy)
+    monkeypatch.setattr(evaluation, "cosine_tile", spy)
     embeddings, labels = faces()
     pairs = pair_histograms(embeddings, labels, tile=32)
     assert len(products) == 13 * 14 / 2

@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,10 @@ try:
     from partial_fc.training.errors import Preempted, UserError
     from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
     from partial_fc.training.export_cli import export_command
+    from partial_fc.training.interval import check_metric
     from partial_fc.training.plan_cli import plan_command
+    from partial_fc.training.protocols.tasks import image_shape, open_tasks
+    from partial_fc.training.protocols_cli import protocol_command
     from partial_fc.training.ranks import check_devices, find_ranks, speaks
     from partial_fc.training.run import CONFIG, RunFolder
 except ModuleNotFoundError as error:
@@ -44,6 +48,10 @@ commands:
   train [CONFIG.yaml] [--head.sample_rate 0.2 ...]   train, evaluate, leave a run folder
   train --resume [RUN]                               go on with a run from its newest checkpoint
   evaluate RUN [--data FOLDER]                       verification and identification with a trained backbone
+  verify RUN PAIRS.bin ...                           ten-fold accuracy and TAR at FAR on pairs of images: LFW, CFP-FP, AgeDB
+  templates RUN --images D --templates F --pairs F   TAR at FAR on templates of images and video frames: IJB-B, IJB-C
+  identify RUN --gallery D --probes D                1:N with distractors: rank-k, DIR at FPIR
+  retrieve RUN --query D [--gallery D]               CMC, mAP, Recall@k: products, persons across cameras
   export-backbone RUN [--output DIR]                 the trained backbone as safetensors and ONNX, for use elsewhere
   audit RUN                                          identities stored twice, classes never updated, classes far from their images
   plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
@@ -66,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": train,
         "evaluate": evaluate,
+        **{name: partial(protocol_command, name, train_parser) for name in ("verify", "templates", "identify", "retrieve")},
         "audit": audit,
         "export-backbone": export_command,
         "export": export_weights_command,
@@ -137,6 +146,7 @@ def train(arguments: list[str]) -> None:
             config.head.check_weights()
         data = open_data(config.data, config.seed)
         data.check_evaluation()
+        check_metric(config.evaluation, list(data.evaluation), open_tasks(config.evaluation, data.train.image_shape))
         build_backbone(config.backbone.name, image_shape=data.train.image_shape, embedding_size=config.backbone.embedding_size)
         if len(data.train) < config.train.batch_size:
             raise UserError(f"{len(data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
@@ -159,8 +169,8 @@ def train(arguments: list[str]) -> None:
 def _finish(trainer: Trainer, evaluations: list[Evaluation]) -> None:
     report = trainer.write_results(evaluations)
     if report is not None:
-        for evaluation in evaluations:
-            print(evaluation.summary())
+        for text in [each.summary() for each in evaluations] + [each.summary() for each in trainer.results]:
+            print(text)
         left_out = trainer.folder.unreadable()
         if left_out:
             print(f"{len(left_out)} images could not be read and were left out; they are named in {trainer.folder.path / 'unreadable.txt'}")
@@ -200,6 +210,9 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument(
         "--data", default=None, metavar="FOLDER", help="a folder of identity/image files; without it, the run's held-out sets"
     )
+    parser.add_argument(
+        "--checkpoint", default="newest", metavar="WHICH", help="newest (default), best (by the run's evaluation.best), or a step"
+    )
     parser.add_argument("--output", default=None, metavar="DIR", help="where to write (RUN/evaluation-NAME if not given); must not exist")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
     parser.add_argument("--on_error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read")
@@ -215,11 +228,20 @@ def evaluate(arguments: list[str]) -> None:
     check_devices(config.train.cpu)
     from accelerate import Accelerator
 
-    from partial_fc.training.results import describe_environment, evaluate_sets, load_backbone, raise_together, write_results
+    from partial_fc.training.results import (
+        describe_environment,
+        evaluate_sets,
+        load_backbone,
+        raise_together,
+        run_tasks,
+        together,
+        write_results,
+    )
 
     accelerator = Accelerator(cpu=config.train.cpu)
-    shape = next(iter(sets.values())).image_shape
-    backbone = load_backbone(run, config, shape).to(accelerator.device)
+    shape = image_shape(config)
+    tasks = [] if asked.data is not None else together(lambda: open_tasks(config.evaluation, shape), accelerator)
+    backbone = load_backbone(run, config, shape, asked.checkpoint).to(accelerator.device)
     out = RunFolder(asked.output or run.path / f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}")
     message = None
     if accelerator.is_main_process:
@@ -230,13 +252,14 @@ def evaluate(arguments: list[str]) -> None:
             message = str(error).replace("--output.folder, or go on with the run in it: --resume " + str(out.path), "--output")
     raise_together(message, accelerator)
     evaluations = evaluate_sets(backbone, sets, accelerator, config, out)
+    results = run_tasks(backbone, tasks, accelerator, config, out)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for evaluation in evaluations:
-            print(evaluation.summary())
-        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path)}
-        title = f"{config.backbone.name} of {run.path.name} on {', '.join(sets)}"
-        report = write_results(out, title, evaluations, figures, config, describe_environment(accelerator), [])
+        for text in [each.summary() for each in evaluations] + [each.summary() for each in results]:
+            print(text)
+        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path), "checkpoint": asked.checkpoint}
+        title = f"{config.backbone.name} of {run.path.name} on {', '.join((*sets, *(task.name for task in tasks)))}"
+        report = write_results(out, title, evaluations, figures, config, describe_environment(accelerator), [], results)
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()
 
@@ -248,12 +271,11 @@ def audit(arguments: list[str]) -> None:
 
 def _sets(config: RunConfig, folder: str | None) -> dict[str, IdentityDataset]:
     if folder is not None:
-        trained = open_data(config.data, config.seed).train if config.data.folder is None else None
-        size = trained.image_shape[1] if trained else config.data.image_size or 112
-        channels = trained.image_shape[0] if trained else config.data.channels or 3
+        channels, size, _ = image_shape(config)
         return {Path(folder).name: FolderIdentities(folder, size, channels)}
     sets = open_data(config.data, config.seed).evaluation
-    if not sets:
+    settings = config.evaluation
+    if not (sets or settings.verification or settings.templates or settings.identification or settings.retrieval):
         raise UserError("this run held no identities out; name a folder of identity/image files with --data")
     return sets
 

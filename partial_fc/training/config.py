@@ -56,7 +56,8 @@ FREE_ON_RESUME = (
     "train.asynchronous_checkpoints",
     "train.timeout",
     "train.deepspeed",
-    "evaluation.",
+    *(f"evaluation.{name}" for name in ("batch_size", "tile", "verification", "templates", "identification", "retrieval")),
+    *(f"evaluation.{name}" for name in ("label_pattern", "camera_pattern", "every", "every_steps")),
 )
 
 
@@ -290,12 +291,41 @@ class TrainConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Verification and identification after training."""
+    """Verification, identification and retrieval, after training and during it."""
 
     batch_size: int = 512
     """Images a forward over all ranks."""
     tile: int = 2048
     """Side of the tiles in which pairs are compared, in images."""
+    verification: list[str] = field(default_factory=list)
+    """Files of image pairs (`lfw.bin`, `cfp_fp.bin`, ...) to verify, each under its name without the ending."""
+    templates: str | None = None
+    """Folder of a template protocol (IJB-B, IJB-C): images/, *face_tid_mid.txt, *template_pair_label.txt; null for none."""
+    identification: str | None = None
+    """Folder with gallery/ and probes/, and distractors/ if there are any, of identity sub-folders; null for none."""
+    retrieval: str | None = None
+    """Folder with query/ and gallery/, of identity sub-folders, or of files that `label_pattern` is for; null for none."""
+    label_pattern: str | None = None
+    """Regular expression that finds the identity in a file's name, for a retrieval folder without sub-folders."""
+    camera_pattern: str | None = None
+    """Regular expression that finds the camera in a file's name; retrieval then passes over the query's own camera."""
+    flip: bool = True
+    """Verify with the sum of the embeddings of an image and of its mirror image, as is usual for faces."""
+    every: int | None = None
+    """Epochs between two evaluations during training; null for none but that at the end."""
+    every_steps: int | None = None
+    """Optimizer steps between two evaluations during training, within epochs too; null for none."""
+    best: str | None = None
+    """Figure whose best checkpoint is kept besides the newest: lfw/accuracy, holdout/tar@1e-3, ...; null for none."""
+
+    def check(self) -> None:
+        """UserError for values that no run can have."""
+        for name in ("every", "every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--evaluation.{name} is {value}; give at least 1, or null for none")
+        if self.best is not None and self.every is None and self.every_steps is None:
+            raise UserError(f"--evaluation.best {self.best} needs evaluations during training; give --evaluation.every as well")
 
 
 @dataclass
@@ -358,6 +388,7 @@ class RunConfig:
                 f"--head.replicas is {self.head.replicas}, but center loss is split over all ranks; "
                 "give --center.weight 0 or --head.replicas 1"
             )
+        self.evaluation.check()
         self.optimizer.check()
         self.schedule.check()
         self.head_schedule.over(self.schedule).check("head_schedule")

@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -185,17 +185,22 @@ class FolderIdentities(IdentityDataset):
 
     def load(self, index: int) -> torch.Tensor:
         name = self.name_of(index)
-        channels, height, width = self.image_shape
-        try:
-            # Pillow only warns of pictures large enough to fill the memory; they are refused here.
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(self.root / name) as image:
-                    picture = _eight_bits(image).convert("L" if channels == 1 else "RGB")
-            resized = picture.resize((width, height), Image.Resampling.BILINEAR)
-        except Exception as error:  # a damaged file makes decoders raise almost anything, not OSError alone
-            raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
-        return torch.from_numpy(np.array(resized)).view(height, width, channels).permute(2, 0, 1).contiguous()
+        return decode_picture(self.root / name, self.image_shape, name)
+
+
+def decode_picture(source: str | Path | BinaryIO, image_shape: tuple[int, int, int], name: str) -> torch.Tensor:
+    """An encoded picture as uint8 [C, H, W] of that shape, resized (bilinear); UnreadableImage, under `name`, for a damaged one."""
+    channels, height, width = image_shape
+    try:
+        # Pillow only warns of pictures large enough to fill the memory; they are refused here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(source) as image:
+                picture = _eight_bits(image).convert("L" if channels == 1 else "RGB")
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+    except Exception as error:  # a damaged file makes decoders raise almost anything, not OSError alone
+        raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
+    return torch.from_numpy(np.array(resized)).view(height, width, channels).permute(2, 0, 1).contiguous()
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

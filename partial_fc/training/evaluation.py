@@ -65,27 +65,28 @@ class PairHistograms:
 
     def _rates(self) -> tuple[Tensor, Tensor]:
         """TAR and FAR, float64 `[BINS + 1]` each, at the threshold of every bin edge from -1 to 1."""
-        genuine, impostor = _accepted(self.counts.sum(1)).double()
+        genuine, impostor = accepted(self.counts.sum(1)).double()
         return genuine / genuine[0], impostor / impostor[0]
 
-    def _bin_at_far(self, far: float) -> int | None:
+    def _bin_at_far(self, far: float, least: int) -> int | None:
         """The lowest bin edge accepting at most `far` of the impostors; None by the rule of `tar_at_far`."""
-        impostor = _accepted(self.counts[IMPOSTOR].sum(0))
+        impostor = accepted(self.counts[IMPOSTOR].sum(0))
         allowed = far * float(impostor[0]) + 1e-6  # 1e-5 * 1e6 must count as 10, whatever its last bit
-        return int((impostor > int(allowed)).sum()) if allowed >= MIN_FALSE_ACCEPTS else None
+        return int((impostor > int(allowed)).sum()) if allowed >= least else None
 
-    def threshold_at_far(self, far: float) -> float | None:
+    def threshold_at_far(self, far: float, least: int = MIN_FALSE_ACCEPTS) -> float | None:
         """The lowest cosine at which pairs may be accepted for at most `far` of the impostors; None as `tar_at_far`."""
-        edge = self._bin_at_far(far)
+        edge = self._bin_at_far(far, least)
         return None if edge is None else -1 + 2 * edge / BINS
 
-    def tar_at_far(self, far: float) -> float | None:
+    def tar_at_far(self, far: float, least: int = MIN_FALSE_ACCEPTS) -> float | None:
         """Share of genuine pairs accepted at the threshold that accepts at most the share `far` of impostor pairs.
 
-        None where `far` of the impostor pairs are fewer than 10 (`MIN_FALSE_ACCEPTS`): a threshold set by a handful of
-        pairs says little of the rate claimed. FAR 1e-5 thus needs a million impostor pairs.
+        None where `far` of the impostor pairs are fewer than `least`: a threshold set by a handful of pairs says little
+        of the rate claimed. FAR 1e-5 thus needs a million impostor pairs. Published protocols that fix their pairs
+        (protocols/pairs.py) ask with fewer.
         """
-        edge = self._bin_at_far(far)
+        edge = self._bin_at_far(far, least)
         return None if edge is None else float(self._rates()[0][edge])
 
     def eer(self) -> float:
@@ -106,11 +107,11 @@ class PairHistograms:
         above 99 % here. A fold lacking either kind of pair, as with fewer than ten identities, is left out; None if
         none remains.
         """
-        accepted = _accepted(self.counts).double()
-        total = accepted.sum(1)
+        reached = accepted(self.counts).double()
+        total = reached.sum(1)
         scores = []
         for fold in range(FOLDS):
-            tested = accepted[:, fold]
+            tested = reached[:, fold]
             chosen = total - tested
             if tested[:, 0].min() == 0 or chosen[:, 0].min() == 0:
                 continue
@@ -170,11 +171,11 @@ class Evaluation:
     def summary(self) -> str:
         """A text table for the terminal; "—" where a figure is None."""
         deviation = "" if self.accuracy_std is None else f" ± {100 * self.accuracy_std:.2f}"
-        rows = [(f"TAR @ FAR {name}", _percent(tar)) for name, tar in self.tar.items()]
+        rows = [(f"TAR @ FAR {name}", percent(tar)) for name, tar in self.tar.items()]
         rows += [
-            ("EER", _percent(self.eer)),
-            ("accuracy (10 folds)", _percent(self.accuracy) + deviation),
-            ("rank-1", _percent(self.rank1) + f"   of {self.probes:,} probes, gallery {self.identities:,}"),
+            ("EER", percent(self.eer)),
+            ("accuracy (10 folds)", percent(self.accuracy) + deviation),
+            ("rank-1", percent(self.rank1) + f"   of {self.probes:,} probes, gallery {self.identities:,}"),
         ]
         head = (
             f"{self.name}: {self.images:,} images of {self.identities:,} identities, "
@@ -247,7 +248,7 @@ def pair_histograms(
     counts = torch.zeros(2 * FOLDS * BINS, dtype=torch.int64, device=unit.device)
     for i, j in tqdm(dealt, desc="pairs", unit="tile", disable=not progress, leave=False):
         (rows, row_ids), (columns, column_ids) = blocks[i], blocks[j]
-        bins = ((_cosines(rows, columns) + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
+        bins = bins_of(cosine_tile(rows, columns))
         different = row_ids[:, None] != column_ids
         fold = torch.minimum(row_ids[:, None], column_ids) % FOLDS
         index = (different * FOLDS + fold) * BINS + bins  # GENUINE = 0, IMPOSTOR = 1
@@ -276,7 +277,7 @@ def rank1(embeddings: Tensor, labels: Tensor, *, tile: int = 2048, rank: int = 0
         best = unit.new_full((len(chosen),), -torch.inf)
         nearest = torch.zeros_like(chosen)
         for start in range(0, count, tile):
-            value, index = _cosines(unit[chosen], gallery[start : start + tile]).max(1)
+            value, index = cosine_tile(unit[chosen], gallery[start : start + tile]).max(1)
             nearest = torch.where(value > best, index + start, nearest)
             best = torch.maximum(value, best)
         hits += int((nearest == identities[chosen]).sum())
@@ -284,12 +285,17 @@ def rank1(embeddings: Tensor, labels: Tensor, *, tile: int = 2048, rank: int = 0
     return hits, total
 
 
-def _accepted(counts: Tensor) -> Tensor:
+def bins_of(cosines: Tensor) -> Tensor:
+    """Which of the `BINS` bins each cosine is in: int64, of the same shape."""
+    return ((cosines + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
+
+
+def accepted(counts: Tensor) -> Tensor:
     """Of `counts` `[..., BINS]`, how many pairs lie at or above each bin edge: `[..., BINS + 1]` on the CPU, last 0."""
     return F.pad(counts.cpu().flip(-1).cumsum(-1).flip(-1), (0, 1))
 
 
-def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
+def cosine_tile(rows: Tensor, columns: Tensor) -> Tensor:
     """One tile: the cosines `[rows, columns]` of unit embeddings."""
     return rows @ columns.T
 
@@ -305,12 +311,7 @@ def _prepare(embeddings: Tensor, labels: Tensor, tile: int) -> tuple[Tensor, Ten
         raise UserError(f"the evaluation tile is {tile}: give at least 1 image a side (2048 is usual)")
     if len(labels) < 2:
         raise UserError(f"{len(labels)} image(s) make no pair: evaluate on at least two identities, one with two images")
-    bad = int((~embeddings.isfinite().all(1)).sum())
-    if bad:
-        raise UserError(
-            f"{bad} of {len(labels)} embeddings are not finite: the model has diverged or overflowed its precision; "
-            "evaluate an earlier checkpoint, or lower the learning rate and train again"
-        )
+    check_finite(embeddings)
     names, identities = labels.to(embeddings.device).unique(return_inverse=True)
     if len(names) == 1:
         raise UserError("all images are of one identity: add images of others, or there is no impostor pair to reject")
@@ -319,5 +320,15 @@ def _prepare(embeddings: Tensor, labels: Tensor, tile: int) -> tuple[Tensor, Ten
     return F.normalize(embeddings.detach().float(), dim=1), identities
 
 
-def _percent(share: float | None) -> str:
+def check_finite(embeddings: Tensor) -> None:
+    """UserError that counts those of `embeddings` `[n, D]` with a NaN or an infinity, if there are any."""
+    bad = int((~embeddings.isfinite().all(1)).sum())
+    if bad:
+        raise UserError(
+            f"{bad} of {len(embeddings)} embeddings are not finite: the model has diverged or overflowed its precision; "
+            "evaluate an earlier checkpoint, or lower the learning rate and train again"
+        )
+
+
+def percent(share: float | None) -> str:
     return "—" if share is None else f"{100 * share:.2f} %"

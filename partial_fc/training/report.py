@@ -6,8 +6,9 @@
       -> data URIs                           embedded in base64
       -> folder/report.html                  from report.html.j2: no script, no external resource, escaped throughout
 
-`metrics["evaluations"]` is a list of `Evaluation.to_dict()` (with or without its curves); any other entry of `metrics`
-is listed under the evaluations by its key.
+`metrics["evaluations"]` is a list of `Evaluation.to_dict()`, `metrics["protocols"]` one of `protocols.Result.to_dict()` (with or
+without their curves), `metrics["during_training"]` what `interval.during_training` gives; any other entry of `metrics` is listed under
+the evaluations by its key.
 """
 
 import base64
@@ -26,6 +27,7 @@ PLOTS = {  # file in plots/ -> caption
     "histograms.png": "Cosines of genuine and impostor pairs, each as a density.",
     "training.png": "Training, over optimiser steps. Angles are without the margin.",
 }
+TABLES = ("evaluations", "protocols", "during_training")  # of metrics, that have tables of their own
 HISTORY_ROWS = 12  # shown of the logged rows, evenly spread, the last always among them
 HISTORY_COLUMNS = {  # key of the row -> heading
     "step": "step",
@@ -68,7 +70,9 @@ def write_report(
         title=title,
         fars=list(FARS),
         evaluations=evaluations,
-        figures=list(_flatten({key: value for key, value in metrics.items() if key != "evaluations"})),
+        protocols=[_protocol_row(result) for result in metrics.get("protocols", [])],
+        during=_during_table(metrics.get("during_training")),
+        figures=list(_flatten({key: value for key, value in metrics.items() if key not in TABLES})),
         plots=_embedded_plots(folder / "plots"),
         history=_history_table(history),
         sections=_config_sections(config),
@@ -91,6 +95,41 @@ def _evaluation_row(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "eer": _percent(evaluation["eer"]),
         "accuracy": accuracy,
         "rank1": _percent(evaluation["rank1"]),
+    }
+
+
+def _protocol_row(result: Mapping[str, Any]) -> dict[str, Any]:
+    """One `protocols.Result.to_dict()`, as text: what it is of, and a line of figures."""
+    figures = result["figures"]
+    shown = []
+    for key, value in figures.items():
+        if key.endswith("_std"):
+            continue
+        deviation = figures.get(f"{key}_std")
+        shown.append(f"{key} {_percent(value)}" + ("" if deviation is None else f" ± {100 * deviation:.2f}"))
+    return {
+        "protocol": result["protocol"],
+        "name": result["name"],
+        "counts": ", ".join(f"{count:,} {what}" for what, count in result["counts"].items()),
+        "figures": shown,
+        "notes": result["notes"],
+    }
+
+
+def _during_table(during: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The evaluations during training, evenly spread, the best of the chosen figure among them and marked."""
+    if not during or not during["rows"]:
+        return None
+    rows, best = during["rows"], during["best"]
+    spread = {round(i * (len(rows) - 1) / (HISTORY_ROWS - 1)) for i in range(HISTORY_ROWS)}
+    spread |= {i for i, row in enumerate(rows) if best and row["step"] == best["step"]}
+    keys = list(dict.fromkeys(key for row in rows for key in row if "/" in key))
+    return {
+        "headings": ["step", *keys],
+        "rows": [[f"{rows[i]['step']:,.0f}", *(_percent(rows[i].get(key)) for key in keys)] for i in sorted(spread)],
+        "best": None
+        if best is None
+        else f"Best {best['metric']}: {_percent(best['value'])} at step {best['step']:,}; its checkpoint is kept.",
     }
 
 

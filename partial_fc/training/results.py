@@ -7,11 +7,11 @@ all pairs, tiles dealt to the ranks       ── sum ──>       one Evaluatio
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import accelerate
 import torch
@@ -27,10 +27,15 @@ from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
+from partial_fc.training.interval import direction, during_training, split_history
 from partial_fc.training.loader import BatchLoader
 from partial_fc.training.plots import plot_histograms, plot_roc, plot_training
+from partial_fc.training.protocols.result import Result
+from partial_fc.training.protocols.tasks import Task
 from partial_fc.training.report import write_report
 from partial_fc.training.run import RunFolder
+
+Returned = TypeVar("Returned")
 
 
 def evaluate_sets(
@@ -53,11 +58,7 @@ def evaluate_sets(
                 embeddings,
                 labels,
                 name=name,
-                tile=config.evaluation.tile,
-                rank=accelerator.process_index,
-                world=accelerator.num_processes,
-                reduce=lambda counts: _sum(counts, accelerator),
-                progress=accelerator.is_main_process,
+                **sharing(accelerator, config.evaluation.tile),
             )
         )
     return results
@@ -73,6 +74,52 @@ def _embed(
     asked_to_stop: Callable[[], bool],
 ) -> tuple[Tensor, Tensor]:
     """(embeddings `[n, D]`, labels `[n]`) of all readable images, on every rank, on the CPU, in the order of the data set."""
+    embeddings, indices = embed_images(backbone, dataset, name, accelerator, config, folder, asked_to_stop=asked_to_stop)
+    return embeddings, dataset.labels[indices]
+
+
+def run_tasks(
+    backbone: nn.Module,
+    tasks: Sequence[Task],
+    accelerator: Accelerator,
+    config: RunConfig,
+    folder: RunFolder | None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> list[Result]:
+    """Every protocol's figures; every rank must call it. Unreadable images are noted in the folder. asked_to_stop: as of evaluate_sets."""
+
+    def embed(dataset: IdentityDataset, name: str, flip: bool) -> tuple[Tensor, Tensor]:
+        return embed_images(backbone, dataset, name, accelerator, config, folder, flip=flip, asked_to_stop=asked_to_stop)
+
+    return [task.measure(embed, **sharing(accelerator, config.evaluation.tile)) for task in tasks]
+
+
+def sharing(accelerator: Accelerator, tile: int) -> dict[str, Any]:
+    """How the work of a protocol is shared by the ranks: arguments of its function."""
+    return {
+        "tile": tile,
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+        "reduce": lambda part: sum_ranks(part, accelerator),
+        "progress": accelerator.is_main_process,
+    }
+
+
+def embed_images(
+    backbone: nn.Module,
+    dataset: IdentityDataset,
+    name: str,
+    accelerator: Accelerator,
+    config: RunConfig,
+    folder: RunFolder | None,
+    *,
+    flip: bool = False,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> tuple[Tensor, Tensor]:
+    """(embeddings `[n, D]`, positions `[n]` in the data set) of all readable images, on every rank, on the CPU, in its order.
+
+    flip: each is the sum of the embeddings of the image and of its mirror image. Unreadable images are noted in the folder, if any.
+    """
     loader = BatchLoader(
         dataset,
         batch_size=config.evaluation.batch_size,
@@ -95,17 +142,33 @@ def _embed(
                 bar.update()
                 if asked_to_stop():
                     break
-                folder.note_unreadable(batch.unreadable)
+                if folder is not None:
+                    folder.note_unreadable(batch.unreadable)
                 if len(batch.labels):
+                    images = batch.images.to(device)
                     with accelerator.autocast():
-                        parts.append(backbone(batch.images.to(device)).float().cpu())
+                        embeddings = backbone(images).float()
+                        if flip:
+                            embeddings = embeddings + backbone(images.flip(3)).float()
+                    parts.append(embeddings.cpu())
                     indices.append(batch.indices)
     except UserError as error:
         message = str(error)
     raise_together(message, accelerator, asked_to_stop())
     everyone = gather(torch.cat(parts).to(device), torch.cat(indices).to(device))
     order = everyone.labels.argsort()
-    return everyone.embeddings[order].cpu(), dataset.labels[everyone.labels[order].cpu()]
+    return everyone.embeddings[order].cpu(), everyone.labels[order].cpu()
+
+
+def together(action: Callable[[], Returned], accelerator: Accelerator) -> Returned:
+    """What `action` returns here; the first rank's UserError on every rank; every rank must call it."""
+    result, message = None, None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    raise_together(message, accelerator)
+    return result  # type: ignore[return-value]
 
 
 def raise_together(message: str | None, accelerator: Accelerator, stop: bool = False) -> None:
@@ -124,7 +187,8 @@ def raise_together(message: str | None, accelerator: Accelerator, stop: bool = F
         raise Preempted("stopped as asked, all steps being trained and saved")
 
 
-def _sum(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+def sum_ranks(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    """The sum of a tensor over ranks, on the CPU, on every rank."""
     if accelerator.num_processes == 1:
         return tensor
     total = tensor.to(accelerator.device)
@@ -140,11 +204,19 @@ def write_results(
     config: RunConfig,
     environment: dict[str, str],
     history: list[dict[str, float]],
+    results: Sequence[Result] = (),
 ) -> Path:
-    """metrics.json, plots/ and report.html; the path of the last."""
+    """metrics.json, plots/ and report.html; the path of the last. results: of other protocols."""
     plots = folder.path / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    metrics = {"evaluations": [e.to_dict(curves=False) for e in evaluations], **figures}
+    metrics: dict[str, Any] = {
+        "evaluations": [e.to_dict(curves=False) for e in evaluations],
+        "protocols": [r.to_dict(curves=False) for r in results],
+    }
+    history, evaluated = split_history(history)
+    if evaluated:
+        metrics["during_training"] = during_training(evaluated, config.evaluation.best)
+    metrics |= figures
     folder.write_metrics(metrics)
     if evaluations:
         plot_roc(plots / "roc.png", evaluations)
@@ -164,11 +236,9 @@ def describe_environment(accelerator: Accelerator) -> dict[str, str]:
     }
 
 
-def load_backbone(folder: RunFolder, config: RunConfig, image_shape: tuple[int, int, int]) -> nn.Module:
-    """The backbone of a run's newest checkpoint; UserError if there is none or it does not fit images of that shape."""
-    checkpoint = folder.newest_checkpoint()
-    if checkpoint is None:
-        raise UserError(f"{folder.path} has no complete checkpoint; train it first")
+def load_backbone(folder: RunFolder, config: RunConfig, image_shape: tuple[int, int, int], checkpoint_name: str = "newest") -> nn.Module:
+    """The backbone of a run's checkpoint ("newest", "best", a step); UserError if it is not there or does not fit images of that shape."""
+    checkpoint = folder.find_checkpoint(checkpoint_name, direction(config.evaluation.best))
     backbone = build_backbone(config.backbone.name, image_shape=image_shape, embedding_size=config.backbone.embedding_size)
     try:
         load_checkpoint(checkpoint, backbone=backbone)

@@ -2,7 +2,7 @@
 
 config.yaml          the resolved settings
 checkpoints/         step-000000120/ ..., the newest few
-history.jsonl        a line every few steps: step, epoch, loss, target_angle (radians), learning_rate, ...
+history.jsonl        a line every few steps: step, epoch, loss, target_angle (radians), learning_rate, ...; and one an evaluation
 unreadable.txt       images that could not be read, if any
 tensorboard/         or what other trackers write
 metrics.json         verification and identification
@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from partial_fc import Checkpointer
 from partial_fc.training.errors import UserError
@@ -69,9 +69,38 @@ class RunFolder:
         if not (self.path / CONFIG).is_file():
             raise UserError(f"{self.path} is no run folder (it has no {CONFIG}); give the folder of a run")
 
-    def checkpointer(self, *, keep_last: int = 1, asynchronous: bool = False, timeout: float | None = None) -> Checkpointer:
+    def checkpointer(
+        self,
+        *,
+        keep_last: int = 1,
+        keep_best: int = 0,
+        asynchronous: bool = False,
+        best: Literal["max", "min"] = "max",
+        timeout: float | None = None,
+    ) -> Checkpointer:
         """The checkpoints of the run, to save and load by. timeout: seconds, of an asynchronous save."""
-        return Checkpointer(self.path / "checkpoints", keep_last=keep_last, asynchronous=asynchronous, timeout=timeout)
+        return Checkpointer(
+            self.path / "checkpoints", keep_last=keep_last, keep_best=keep_best, asynchronous=asynchronous, best=best, timeout=timeout
+        )
+
+    def find_checkpoint(self, which: str = "newest", best: Literal["max", "min"] = "max") -> Path:
+        """A complete checkpoint: the "newest", the "best" by its figure, or that of a step. UserError if there is none."""
+        checkpointer = self.checkpointer(best=best)
+        if which == "newest":
+            found = checkpointer.latest()
+            if found is None:
+                raise UserError(f"{self.path} has no complete checkpoint; train it first")
+            return found
+        if which == "best":
+            found = checkpointer.best_so_far()
+            if found is None:
+                raise UserError(f"{self.path} has no checkpoint with a figure; train with --evaluation.every and --evaluation.best")
+            return found
+        steps = checkpointer.steps()
+        if not which.isascii() or not which.isdigit() or int(which) not in steps:
+            have = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"there is no checkpoint {which!r} in {self.path}; give newest, best, or one of the steps there are: {have}")
+        return checkpointer.path(int(which))
 
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, if there is any."""

@@ -5,7 +5,7 @@ backbone     embeddings [n, D]                            (DDP, FSDP2 or DeepSpe
 head         the loss of the global micro-batch            (PartialFC; its rows are this rank's)
 center       center loss of the same, if it has a weight   (CenterLoss, on the exchange of the head)
 each step    one gradient norm over backbone and head, both optimizers, both schedules, the centers
-each epoch   a checkpoint (or every so many steps), from which the run goes on exactly
+each epoch   a checkpoint (or every so many steps), from which the run goes on exactly; before it, if asked for, an evaluation
 at the end   embeddings of identities never trained on, verification and identification, plots, one HTML page
 """
 
@@ -32,9 +32,12 @@ from partial_fc.training.engine import make_accelerator, make_engine
 from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.faults import Faults
+from partial_fc.training.interval import check_metric, direction, figures_of, is_due, undisturbed
 from partial_fc.training.loader import Batch, BatchLoader
+from partial_fc.training.protocols.result import Result
+from partial_fc.training.protocols.tasks import open_tasks
 from partial_fc.training.ranks import launcher_is_gone
-from partial_fc.training.results import describe_environment, evaluate_sets, raise_together, write_results
+from partial_fc.training.results import describe_environment, evaluate_sets, raise_together, run_tasks, together, write_results
 from partial_fc.training.run import RunFolder
 from partial_fc.training.schedules import build_schedules
 
@@ -43,11 +46,13 @@ class Progress:
     """How far a run is; part of its checkpoints.
 
     epoch: epochs that are complete. step: optimizer steps. batches, taken: micro-batches of the epoch that were read, and of them those
-    that were trained on. left_out: micro-batches that were not, in all epochs. seconds: of training.
+    that were trained on. left_out: micro-batches that were not, in all epochs. seconds: of training. evaluated: the step of the newest
+    evaluation, -1 before one.
     """
 
     def __init__(self) -> None:
         self.epoch, self.step, self.batches, self.taken, self.left_out, self.seconds = 0, 0, 0, 0, 0, 0.0
+        self.evaluated = -1
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -72,6 +77,8 @@ class Trainer:
         self.on_main(self.folder.check_run if resume else self.folder.check_free)
         self.data: DataSplits = open_data(config.data, config.seed)
         self.data.check_evaluation()
+        self.tasks = together(lambda: open_tasks(config.evaluation, self.data.train.image_shape), self.accelerator)
+        check_metric(config.evaluation, list(self.data.evaluation), self.tasks)
         if config.train.batch_size < 2 * self.world * config.train.accumulation:
             raise UserError(
                 f"--train.batch_size {config.train.batch_size} leaves fewer than two images for each of {self.world} ranks and "
@@ -85,8 +92,13 @@ class Trainer:
         self._build()
         self.progress, self._since = Progress(), time.monotonic()
         self._stopping, self._saved = False, -1  # whether all ranks have agreed to stop; the step of the newest checkpoint
+        self._evaluated: tuple[int, list[Evaluation], list[Result]] | None = None  # the newest evaluation, and after which step it was
         self.checkpointer = self.folder.checkpointer(
-            keep_last=config.train.keep_last, asynchronous=config.train.asynchronous_checkpoints, timeout=config.train.timeout
+            keep_last=config.train.keep_last,
+            keep_best=int(config.evaluation.best is not None),
+            asynchronous=config.train.asynchronous_checkpoints,
+            best=direction(config.evaluation.best),
+            timeout=config.train.timeout,
         )
         if resume:
             self._resume()
@@ -207,13 +219,17 @@ class Trainer:
         bar = tqdm(total=total, initial=self.progress.step, unit="step", desc="training", disable=not self.main, mininterval=0.5)
         self._since = time.monotonic()
         with bar:
+            if (
+                self.progress.step and self.progress.evaluated != self.progress.step
+            ):  # stopped between a step and its evaluation, if one was due
+                self._evaluate_and_save(False, epochs=None if self.progress.batches else self.progress.epoch)
             for epoch in range(self.progress.epoch, config.train.epochs):
                 self._epoch(epoch, bar)
                 if self._stopping:
                     self._leave()
                 self.progress.epoch, self.progress.batches, self.progress.taken = epoch + 1, 0, 0
-                if (epoch + 1) % config.train.checkpoint_every == 0 or epoch + 1 == config.train.epochs:
-                    self._save()
+                last = epoch + 1 == config.train.epochs
+                self._evaluate_and_save(last or (epoch + 1) % config.train.checkpoint_every == 0, epochs=epoch + 1, last=last)
         self.checkpointer.wait()
 
     def _epoch(self, epoch: int, bar: Any) -> None:
@@ -239,8 +255,8 @@ class Trainer:
                     if self.progress.step % self.config.output.log_every == 0:
                         bar.set_postfix(epoch=epoch + 1, loss=f"{float(losses['loss']):.3f}")
                     every = self.config.train.checkpoint_steps
-                    if every is not None and self.progress.step % every == 0 and self.progress.taken < micro_batches:
-                        self._save()
+                    if self.progress.taken < micro_batches:
+                        self._evaluate_and_save(every is not None and self.progress.step % every == 0)
 
     def _forward_backward(self, batch: Batch) -> tuple[dict[str, Tensor], bool]:
         """(what was minimised, `loss`, and the part of it that is center loss, before its weight; whether a step is due)."""
@@ -292,7 +308,36 @@ class Trainer:
         found = {name: local_part(value.detach()) for name, value in (*margin.named_buffers(), *margin.named_parameters())}
         return {f"{self.config.head.margin}_{name}": value.reshape(()) for name, value in found.items() if value.numel() == 1}
 
-    # ------------------------------------------------------------------------------------------------ checkpoints
+    # ------------------------------------------------------------------------------------------------ evaluation and checkpoints
+
+    def _evaluate_and_save(self, save: bool, *, epochs: int | None = None, last: bool = False) -> None:
+        """What is due after a step: an evaluation, and then (so that a resumed run has both) a checkpoint, if `save` or for a figure."""
+        step, settings, metric = self.progress.step, self.config.evaluation, None
+        if is_due(settings, step, epochs, last) and (self._evaluated is None or self._evaluated[0] != step):
+            before = time.monotonic()
+            try:
+                with undisturbed(self.engine.model):
+                    figures = figures_of(*self._measure())
+            except Preempted:
+                self._leave()  # the resumed run evaluates first
+            if self.main:
+                self.folder.append_history({"step": step, "epoch": step / self.steps_per_epoch, **figures})
+            self.accelerator.log(figures, step=step)
+            self._since += time.monotonic() - before  # seconds are of training
+            save = save or settings.best is not None
+        if settings.best is not None and self._evaluated is not None and self._evaluated[0] == step:
+            metric = figures_of(*self._evaluated[1:]).get(settings.best)
+        if save:
+            self._save(metric)
+
+    def _measure(self) -> tuple[list[Evaluation], list[Result]]:
+        """All figures of the backbone as it is now; computed once a step."""
+        if self._evaluated is None or self._evaluated[0] != self.progress.step:
+            backbone, settings = self.engine.whole_backbone(), (self.accelerator, self.config, self.folder)
+            evaluations = evaluate_sets(backbone, self.data.evaluation, *settings, self._asked_to_stop)
+            results = run_tasks(backbone, self.tasks, *settings, self._asked_to_stop)
+            self._evaluated, self.progress.evaluated = (self.progress.step, evaluations, results), self.progress.step
+        return self._evaluated[1:]
 
     def _named(self) -> dict[str, Any]:
         named = {
@@ -306,12 +351,12 @@ class Trainer:
         }
         return named if self.center is None else {**named, "center": self.center}
 
-    def _save(self) -> None:
+    def _save(self, metric: float | None = None) -> None:
         self.engine.agree_on_buffers()
         now = time.monotonic()
         self.progress.seconds, self._since = self.progress.seconds + now - self._since, now
         self.faults.when_written(self.progress.step)
-        self.checkpointer.save(self.progress.step, **self._named())
+        self.checkpointer.save(self.progress.step, metric=metric, **self._named())
         self._saved = self.progress.step
 
     def _resume(self) -> None:
@@ -333,10 +378,14 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ results
 
     def evaluate(self) -> list[Evaluation]:
-        """Verification and identification on every set of identities that were not trained on."""
+        """Verification and identification on every set of identities that were not trained on; then `results` has other protocols'."""
         self.faults.at("evaluation", self.progress.step)
-        backbone = self.engine.whole_backbone()
-        return evaluate_sets(backbone, self.data.evaluation, self.accelerator, self.config, self.folder, self._asked_to_stop)
+        return self._measure()[0]
+
+    @property
+    def results(self) -> list[Result]:
+        """Figures of the protocols that the settings name, of the newest evaluation."""
+        return [] if self._evaluated is None else self._evaluated[2]
 
     def write_results(self, evaluations: list[Evaluation]) -> Path | None:
         """metrics.json, plots and the report, by one process; the report's path there."""
@@ -355,7 +404,9 @@ class Trainer:
         losses = self.config.head.margin if self.center is None else f"{self.config.head.margin} and center loss"
         title = f"{self.config.backbone.name} with {losses} on {self.data.train.num_identities:,} identities"
         environment = {"engine": self.engine.name, **describe_environment(self.accelerator)}
-        return write_results(self.folder, title, evaluations, {"training": training}, self.config, environment, self.folder.history())
+        return write_results(
+            self.folder, title, evaluations, {"training": training}, self.config, environment, self.folder.history(), self.results
+        )
 
     def close(self) -> None:
         """Leave the process group in order; without it gloo aborts now and then at exit."""
