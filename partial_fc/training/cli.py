@@ -1,4 +1,4 @@
-"""The command `partial-fc`: train, evaluate, audit, exports of what was trained, plan, doctor, comms.
+"""The command `partial-fc`: train, evaluate, audit, exports of what was trained, plan, doctor, comms, data.
 
 A user's mistake is one line on one rank's standard error, and exit code 2 on all.
 """
@@ -25,6 +25,8 @@ try:
     from partial_fc.training.errors import UserError
     from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
     from partial_fc.training.export_cli import export_command
+    from partial_fc.training.glyphs_cli import glyphs_command
+    from partial_fc.training.packed import is_packed
     from partial_fc.training.plan_cli import plan_command
     from partial_fc.training.ranks import check_devices, find_ranks, speaks
     from partial_fc.training.run import CONFIG, RunFolder
@@ -43,6 +45,7 @@ commands:
   export CHECKPOINT_OR_RUN FILE.safetensors          class weights as one file
   import SOURCE ... --output CHECKPOINT              class weights of one file, or of files of each rank, as a checkpoint
   doctor [CONFIG.yaml] [--head.sample_rate 0.2 ...]  is the run wired right? two steps that leave nothing behind; exit code 1 if not
+  data glyphs --fonts DIR ... --out DIR              an identity data set of tens of thousands of characters from installed fonts
   comms [CONFIG.yaml | --num_classes C ...]          what share of a step is communication, measured on the launched ranks
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
@@ -63,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         "plan": plan_command,
         "doctor": doctor_command,
         "comms": comms_command,
+        "data": data,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -216,6 +220,13 @@ def evaluate(arguments: list[str]) -> None:
     accelerator.end_training()
 
 
+def data(arguments: list[str]) -> None:
+    """`partial-fc data WHAT`: data sets."""
+    if arguments[:1] != ["glyphs"]:
+        raise UserError("partial-fc data makes data sets; give what: partial-fc data glyphs --fonts DIR ... --out DIR")
+    glyphs_command(arguments[1:])
+
+
 def audit(arguments: list[str]) -> None:
     """`partial-fc audit RUN`: what a trained head says of its data."""
     audit_command(arguments, train_parser())
@@ -223,7 +234,8 @@ def audit(arguments: list[str]) -> None:
 
 def _sets(config: RunConfig, folder: str | None) -> dict[str, IdentityDataset]:
     if folder is not None:
-        trained = open_data(config.data, config.seed).train if config.data.folder is None else None
+        own_size = config.data.folder is None or is_packed(config.data.folder)
+        trained = open_data(config.data, config.seed).train if own_size else None
         size = trained.image_shape[1] if trained else config.data.image_size or 112
         channels = trained.image_shape[0] if trained else config.data.channels or 3
         return {Path(folder).name: FolderIdentities(folder, size, channels)}
