@@ -1,4 +1,4 @@
-"""The command `partial-fc`: train, evaluate, audit, exports of what was trained, plan, doctor, comms.
+"""The command `partial-fc`: train, evaluate, audit, exports of what was trained, plan, doctor, comms, data.
 
 A user's mistake is one line on one rank's standard error, and exit code 2 on all.
 """
@@ -33,6 +33,7 @@ try:
     from partial_fc.training.errors import Preempted, UserError
     from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
     from partial_fc.training.export_cli import export_command
+    from partial_fc.training.glyphs_cli import glyphs_command
     from partial_fc.training.interval import check_metric
     from partial_fc.training.plan_cli import plan_command
     from partial_fc.training.protocols.tasks import image_shape, open_tasks
@@ -58,6 +59,7 @@ commands:
   export CHECKPOINT_OR_RUN FILE.safetensors          class weights as one file
   import SOURCE ... --output CHECKPOINT              class weights of one file, or of files of each rank, as a checkpoint
   doctor [CONFIG.yaml] [--head.sample_rate 0.2 ...]  is the run wired right? two steps that leave nothing behind; exit code 1 if not
+  data glyphs --fonts DIR ... --out DIR              an identity data set of tens of thousands of characters from installed fonts
   comms [CONFIG.yaml | --num_classes C ...]          what share of a step is communication, measured on the launched ranks
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
@@ -82,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         "plan": plan_command,
         "doctor": doctor_command,
         "comms": comms_command,
+        "data": data,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -262,6 +265,13 @@ def evaluate(arguments: list[str]) -> None:
         report = write_results(out, title, evaluations, figures, config, describe_environment(accelerator), [], results)
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()
+
+
+def data(arguments: list[str]) -> None:
+    """`partial-fc data WHAT`: data sets."""
+    if arguments[:1] != ["glyphs"]:
+        raise UserError("partial-fc data makes data sets; give what: partial-fc data glyphs --fonts DIR ... --out DIR")
+    glyphs_command(arguments[1:])
 
 
 def audit(arguments: list[str]) -> None:

@@ -7,6 +7,7 @@ Data's story: a data set is n images with `labels` int64 [n] in 0..num_identitie
                seen   characters 1000..1299, designs  0..9      3,000 images: new identities
                new    characters 1000..1299, designs 10..15     1,800 images: new identities in designs never trained on
     folder   root/identity/image.jpg, decoded when loaded; identities may be held out of training, drawn by the seed
+    packed   one memory-mapped file of many small images, such as `partial-fc data glyphs` makes: packed.py
 
 `open_data` turns a DataConfig into the training set and the sets to evaluate on. Their order depends on names and
 seed alone, so every rank sees the same. `loader.BatchLoader` makes batches of them.
@@ -44,7 +45,7 @@ class DataConfig:
     """Which images to train on."""
 
     folder: str | None = None
-    """Folder with one sub-folder of images an identity; without it, the embedded glyphs are used."""
+    """Folder with one sub-folder of images an identity, or of a packed data set; without it, the embedded glyphs are used."""
     identities: int | None = None
     """How many identities to train on; without it, all of them."""
     holdout_identities: int = 0
@@ -277,6 +278,10 @@ def open_data(config: DataConfig, seed: int) -> DataSplits:
             raise UserError("the embedded glyphs have their own held-out identities; drop --data.holdout_identities")
         train = GlyphIdentities("train", config.identities)
         return DataSplits(train, {"seen": GlyphIdentities("seen"), "new": GlyphIdentities("new")})
+    from partial_fc.training.packed import is_packed, open_packed
+
+    if is_packed(config.folder):
+        return open_packed(config)
     folder = FolderIdentities(config.folder, config.image_size or 112, config.channels or 3)
     kept, held = split_identities(folder.num_identities, config.holdout_identities, seed)
     count = _enough(config.identities, len(kept), f"the data folder {config.folder}, beside those held out")

@@ -219,9 +219,7 @@ class Trainer:
         bar = tqdm(total=total, initial=self.progress.step, unit="step", desc="training", disable=not self.main, mininterval=0.5)
         self._since = time.monotonic()
         with bar:
-            if (
-                self.progress.step and self.progress.evaluated != self.progress.step
-            ):  # stopped between a step and its evaluation, if one was due
+            if self.progress.step and self.progress.evaluated != self.progress.step:  # an evaluation that was due may have been stopped
                 self._evaluate_and_save(False, epochs=None if self.progress.batches else self.progress.epoch)
             for epoch in range(self.progress.epoch, config.train.epochs):
                 self._epoch(epoch, bar)

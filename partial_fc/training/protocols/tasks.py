@@ -20,6 +20,7 @@ from torch import Tensor
 
 from partial_fc.training.data import IdentityDataset, open_data
 from partial_fc.training.errors import UserError
+from partial_fc.training.packed import is_packed
 from partial_fc.training.protocols import identification, retrieval, templates, verification_bin
 from partial_fc.training.protocols.images import Labelled, ListedImages, labelled_images, numbers_of
 from partial_fc.training.protocols.result import Result
@@ -233,7 +234,7 @@ def open_retrieval(
 
 def image_shape(config: RunConfig) -> Shape:
     """(C, H, W) of the run's images, also where those of a folder are gone by now."""
-    if config.data.folder is None:
+    if config.data.folder is None or is_packed(config.data.folder):
         return open_data(config.data, config.seed).train.image_shape
     size = config.data.image_size or 112
     return (config.data.channels or 3, size, size)
