@@ -112,7 +112,7 @@ def rank_of(mark: str, rank: int, timeout: float = 60) -> psutil.Process:
     raise AssertionError(f"no rank {rank}")
 
 
-def wait_for_step(out: Path, step: int, timeout: float = 100) -> None:
+def wait_for_step(out: Path, step: int, timeout: float = 200) -> None:
     deadline = time.monotonic() + timeout
     while len(losses(out)) < step:
         assert time.monotonic() < deadline, f"step {step} does not come"
