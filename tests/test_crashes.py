@@ -100,19 +100,7 @@ def of_mark(mark: str) -> list[psutil.Process]:
     return found
 
 
-def rank_of(mark: str, rank: int, timeout: float = 60) -> psutil.Process:
-    """The process of a rank, when it is there; not one that loads images for it."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        for process in of_mark(mark):
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("RANK") == str(rank) and process.parent().environ().get("RANK") is None:
-                    return process
-        time.sleep(0.1)
-    raise AssertionError(f"no rank {rank}")
-
-
-def wait_for_step(out: Path, step: int, timeout: float = 100) -> None:
+def wait_for_step(out: Path, step: int, timeout: float = 200) -> None:
     deadline = time.monotonic() + timeout
     while len(losses(out)) < step:
         assert time.monotonic() < deadline, f"step {step} does not come"
