@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import partial_fc
-from partial_fc import gather, load_checkpoint
+from partial_fc import gather, load_checkpoint, naming_the_missing
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
@@ -93,7 +93,8 @@ def raise_together(message: str | None, accelerator: Accelerator) -> None:
     messages = [message]
     if accelerator.num_processes > 1:
         messages = [None] * accelerator.num_processes
-        dist.all_gather_object(messages, message)
+        with naming_the_missing("an agreement of all ranks"):
+            dist.all_gather_object(messages, message)
     first = next((m for m in messages if m is not None), None)
     if first is not None:
         raise UserError(first)
@@ -103,7 +104,8 @@ def _sum(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     if accelerator.num_processes == 1:
         return tensor
     total = tensor.to(accelerator.device)
-    dist.all_reduce(total)
+    with naming_the_missing("the sum of the evaluation's counts"):
+        dist.all_reduce(total)
     return total.cpu()
 
 
