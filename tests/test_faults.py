@@ -40,6 +40,7 @@ D, C, VALID = 6, 10, "valid are 0 to 9 and ignore_index -100"
 Message = str
 Fault = Callable[[int, int], Message]
 WORLDS = pytest.mark.parametrize("world", [2, 3])
+TWO = pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])  # in processes of their own, which take long to start
 
 
 def local(tensor: Any) -> Tensor:
@@ -235,7 +236,7 @@ def one_ends_early(rank: int, world: int) -> tuple[str, tuple[int, ...]]:
     return told(lambda: equals_dense(head, rank, [good(r) for r in range(world)]))[:2]
 
 
-@WORLDS
+@TWO
 def test_one_rank_ends_its_epoch_early(world):
     results = answers(world, one_ends_early, silent=(world - 1,))
     assert sorted(results) == list(range(world - 1))
@@ -264,7 +265,7 @@ def dies_while_saving(rank: int, world: int, folder: str) -> tuple[str, tuple[in
     return told(lambda: checkpointer.save(2, head=head))[:2]
 
 
-@WORLDS
+@TWO
 def test_process_killed_while_saving(world, tmp_path):
     """At the end of its writing; test_checkpointer.py kills runs at any moment."""
     results = answers(world, dies_while_saving, str(tmp_path), silent=(world - 1,))

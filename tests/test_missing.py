@@ -64,7 +64,7 @@ def answers(world: int, function: Callable[..., Any], *arguments: Any, silent: t
         found = {}
         for rank, pipe in enumerate(pipes):
             if rank not in silent:
-                assert pipe.poll(120), f"no answer from rank {rank}"
+                assert pipe.poll(200), f"no answer from rank {rank}"
                 found[rank] = pipe.recv()
                 assert not isinstance(found[rank], str), found[rank]  # a traceback
         return found
@@ -195,7 +195,7 @@ def victim_of(rank: int, world: int, victim: int, number: int) -> tuple[str, tup
     return *told(lambda: head(*data())), time.monotonic() - start
 
 
-@pytest.mark.parametrize(("world", "victim"), [(3, 0), (2, 1)])
+@pytest.mark.parametrize(("world", "victim"), [(3, 0), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named_at_the_timeout(world, victim):
     """Rank 0 hosts the store, which does not answer then."""
     results = answers(world, victim_of, victim, int(signal.SIGSTOP), silent=(victim,))
@@ -206,7 +206,7 @@ def test_a_stopped_rank_is_named_at_the_timeout(world, victim):
         assert ("the store that it hosts at" in message and "does not answer" in message) if victim == 0 else "is stopped" in message
 
 
-@pytest.mark.parametrize(("world", "victim"), [(3, 1), (2, 0)])
+@pytest.mark.parametrize(("world", "victim"), [(3, 1), pytest.param(2, 0, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_before_the_timeout(world, victim):
     results = answers(world, victim_of, victim, int(signal.SIGKILL), silent=(victim,))
     for message, missing, cause, _ in results.values():
