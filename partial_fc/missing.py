@@ -39,7 +39,7 @@ POLL = 0.05
 
 CAME, JUDGED, PROCESS = "partial_fc/came", "partial_fc/judged", "partial_fc/process"
 # what gloo, NCCL and the store say of a peer; a DataLoader also has timeouts and connections, and is not meant
-_OF_A_PEER = re.compile(r"gloo/transport|gloo/rendezvous|NCCL|ncclSystemError|ncclRemoteError")
+_OF_A_PEER = re.compile(r"gloo/transport|gloo/rendezvous|caused pair closure|NCCL|ncclSystemError|ncclRemoteError")
 _WAITED = re.compile(r"[Tt]imed out (?:after )?waiting (?:for )?(\d+) ?ms")
 
 

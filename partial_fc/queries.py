@@ -42,7 +42,7 @@ COLUMN_GROUP = 16  # the same in the columns of a tile, where each member is far
 ROWS = 512  # that are sorted out together
 NO_DIRECTION = 1e-12  # a row that is shorter has cosine 0 to everything
 NOBODY = 2**62
-EXCHANGE = "the exchange of class rows"  # in a `RankMissing`
+EXCHANGE = "the exchange of rows of a question"  # in a `RankMissing`
 
 
 class Neighbours(NamedTuple):
@@ -321,7 +321,7 @@ def _agree(head: ShardedLoss, k: Any, limit: int, tile_bytes: Any, embeddings: A
         mine = _Question(0, k, tile_bytes, -1, 0)
     else:
         mine = _Question(0, k, tile_bytes, DTYPES.index(embeddings.dtype), len(embeddings))
-    table = all_gather_mesh(torch.tensor(list(vars(mine).values()), device=device), ranks).tolist()
+    table = all_gather_mesh(torch.tensor(list(vars(mine).values()), device=device), ranks, EXCHANGE).tolist()
     everyone = [_Question(*row) for row in table]
     wrong = next((flat for flat, each in enumerate(everyone) if each.problem), None)
     if wrong is not None:

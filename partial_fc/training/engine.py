@@ -28,7 +28,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from partial_fc import PartialFC, RowOptimizer, clip_grad_norm_
+from partial_fc import PartialFC, RowOptimizer, clip_grad_norm_, naming_the_missing
 from partial_fc.engines.deepspeed import DeepSpeedHead, import_deepspeed
 from partial_fc.engines.state import BackboneState, OptimizerState, whole_state
 from partial_fc.training.config import RunConfig, TrainConfig
@@ -219,8 +219,9 @@ class Engine:
     def agree_on_buffers(self) -> None:
         """Give all ranks rank 0's batch statistics, as DDP does before the next forward."""
         if self.accelerator.num_processes > 1:
-            for buffer in self._module.buffers():
-                dist.broadcast(buffer, src=0)
+            with naming_the_missing("the exchange of batch statistics"):
+                for buffer in self._module.buffers():
+                    dist.broadcast(buffer, src=0)
 
     def whole_backbone(self) -> nn.Module:
         """The trained module: itself where it is whole, else a copy in float32 with the weights of all ranks; every rank must call it."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import partial_fc
-from partial_fc import gather, load_checkpoint
+from partial_fc import gather, load_checkpoint, naming_the_missing
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
@@ -179,7 +179,8 @@ def raise_together(message: str | None, accelerator: Accelerator, stop: bool = F
     told: list[tuple[str | None, bool]] = [(message, stop)]
     if accelerator.num_processes > 1:
         told *= accelerator.num_processes
-        dist.all_gather_object(told, (message, stop))
+        with naming_the_missing("an agreement of all ranks"):
+            dist.all_gather_object(told, (message, stop))
     first = next((m for m, _ in told if m is not None), None)
     if first is not None:
         raise UserError(first)
@@ -192,7 +193,8 @@ def sum_ranks(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     if accelerator.num_processes == 1:
         return tensor
     total = tensor.to(accelerator.device)
-    dist.all_reduce(total)
+    with naming_the_missing("the sum of the evaluation's counts"):
+        dist.all_reduce(total)
     return total.cpu()
 
 

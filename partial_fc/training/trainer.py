@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from partial_fc import PreemptionGuard, RandomState, gather, import_weights
+from partial_fc import PreemptionGuard, RandomState, gather, import_weights, naming_the_missing
 from partial_fc.shards import local_part
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig, flat, save_config
@@ -46,8 +47,8 @@ class Progress:
     """How far a run is; part of its checkpoints.
 
     epoch: epochs that are complete. step: optimizer steps. batches, taken: micro-batches of the epoch that were read, and of them those
-    that were trained on. left_out: micro-batches that were not, in all epochs. seconds: of training. evaluated: the step of the newest
-    evaluation, -1 before one.
+    that were trained on. left_out: micro-batches that were not, in all epochs: unreadable, or no whole step. seconds: of training.
+    evaluated: the step of the newest evaluation, -1 before one.
     """
 
     def __init__(self) -> None:
@@ -177,7 +178,8 @@ class Trainer:
             count, go_on = -2 if message else -1 if batch is None else len(batch.labels), int(not self._asked_to_stop())
             if self.world > 1:
                 agreed = torch.tensor([count, go_on], device=self.accelerator.device)
-                dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+                with naming_the_missing("the agreement on the next micro-batch"):
+                    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
                 count, go_on = agreed.tolist()
             if count == -2:
                 raise_together(message, self.accelerator)
@@ -193,6 +195,16 @@ class Trainer:
                 yield batch
             else:
                 self.progress.left_out += 1
+
+    def _step_of(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of the next step; none at the end of an epoch, where those that make no whole step are left out, and counted:
+        their gradients would otherwise wait for the next epoch, and be missing from a checkpoint between the two."""
+        whole = list(islice(batches, self.config.train.accumulation))
+        if len(whole) == self.config.train.accumulation:
+            return whole
+        self.progress.taken -= len(whole)
+        self.progress.left_out += len(whole)
+        return []
 
     def _asked_to_stop(self) -> bool:
         """Whether this rank was: by a signal, or because its launcher has gone."""
@@ -216,13 +228,17 @@ class Trainer:
         config = self.config
         self.accelerator.init_trackers("tensorboard", config={k: v if v is not None else "none" for k, v in _scalars(config).items()})
         total = self.steps_per_epoch * config.train.epochs
+        taken, count = self.steps_per_epoch * config.train.batch_size, len(self.data.train)
+        if taken < count:
+            self.accelerator.print(f"an epoch takes {taken:,} of {count:,} images, in whole steps, and leaves out others each time")
         bar = tqdm(total=total, initial=self.progress.step, unit="step", desc="training", disable=not self.main, mininterval=0.5)
         self._since = time.monotonic()
         with bar:
             if self.progress.step and self.progress.evaluated != self.progress.step:  # an evaluation that was due may have been stopped
                 self._evaluate_and_save(False, epochs=None if self.progress.batches else self.progress.epoch)
             for epoch in range(self.progress.epoch, config.train.epochs):
-                self._epoch(epoch, bar)
+                with naming_the_missing(f"a step of epoch {epoch + 1}"):  # in the reductions of the backbone's engine
+                    self._epoch(epoch, bar)
                 if self._stopping:
                     self._leave()
                 self.progress.epoch, self.progress.batches, self.progress.taken = epoch + 1, 0, 0
@@ -241,20 +257,20 @@ class Trainer:
 
     def _steps(self, batches: Iterator[Batch], epoch: int, bar: Any) -> None:
         micro_batches = self.steps_per_epoch * self.config.train.accumulation
-        while self.progress.taken < micro_batches and (batch := next(batches, None)) is not None:
+        while self.progress.taken < micro_batches and (whole := self._step_of(batches)):
             self.head.collect_metrics = self._is_logged(self.progress.step + 1)
-            with self.engine.accumulate():
-                losses, last = self._forward_backward(batch.to(self.accelerator.device))
-                if last:
-                    norm = self._step()
-                    self.progress.step += 1
-                    self._log(losses, norm)
-                    bar.update()
-                    if self.progress.step % self.config.output.log_every == 0:
-                        bar.set_postfix(epoch=epoch + 1, loss=f"{float(losses['loss']):.3f}")
-                    every = self.config.train.checkpoint_steps
-                    if self.progress.taken < micro_batches:
-                        self._evaluate_and_save(every is not None and self.progress.step % every == 0)
+            for batch in whole:
+                with self.engine.accumulate():
+                    losses, last = self._forward_backward(batch.to(self.accelerator.device))
+                    norm = self._step() if last else None
+            self.progress.step += 1
+            self._log(losses, norm)
+            bar.update()
+            if self.progress.step % self.config.output.log_every == 0:
+                bar.set_postfix(epoch=epoch + 1, loss=f"{float(losses['loss']):.3f}")
+            every = self.config.train.checkpoint_steps
+            if self.progress.taken < micro_batches:
+                self._evaluate_and_save(every is not None and self.progress.step % every == 0)
 
     def _forward_backward(self, batch: Batch) -> tuple[dict[str, Tensor], bool]:
         """(what was minimised, `loss`, and the part of it that is center loss, before its weight; whether a step is due)."""
@@ -396,6 +412,7 @@ class Trainer:
             "steps": self.progress.step,
             "identities": self.data.train.num_identities,
             "images": len(self.data.train),
+            "images_an_epoch": self.steps_per_epoch * self.config.train.batch_size,
             "unreadable_images": len(self.folder.unreadable()),
             "left_out_batches": self.progress.left_out,
         }
