@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from partial_fc.missing import naming_the_missing
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows has no SIGUSR1
 
 
@@ -76,5 +78,6 @@ class PreemptionGuard:
         # a number on the CPU where the group takes it, else on this rank's GPU
         on_cpu = "cpu:" in dist.get_backend_config(self._group)
         noted = torch.tensor([int(self.noted is not None)], device="cpu" if on_cpu else torch.accelerator.current_accelerator())
-        dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
+        with naming_the_missing("the question whether to stop", self._group):
+            dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
         return bool(noted)
