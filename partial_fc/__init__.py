@@ -9,6 +9,7 @@ from partial_fc.check import check_margin
 from partial_fc.checkpoint import load_checkpoint, save_checkpoint
 from partial_fc.checkpointer import Checkpointer
 from partial_fc.collectives import GlobalBatch, NonFiniteError, gather
+from partial_fc.divergence import DivergenceError, DivergenceWatch
 from partial_fc.doctor import Report, doctor
 from partial_fc.exchange import export_weights, import_weights
 from partial_fc.head import PartialFC
@@ -30,6 +31,7 @@ from partial_fc.margins import (
 )
 from partial_fc.migration import RankFiles
 from partial_fc.moves import class_mapping
+from partial_fc.nonfinite import check_gradients
 from partial_fc.optim import RowOptimizer, clip_grad_norm_
 from partial_fc.plan import Plan, plan
 from partial_fc.queries import Neighbours
@@ -46,6 +48,8 @@ __all__ = [
     "CombinedMargin",
     "CosFace",
     "CurricularFace",
+    "DivergenceError",
+    "DivergenceWatch",
     "ElasticFace",
     "GlobalBatch",
     "MagFace",
@@ -63,6 +67,7 @@ __all__ = [
     "SphereFace",
     "SphereFace2",
     "SubCenterArcFace",
+    "check_gradients",
     "check_margin",
     "class_mapping",
     "clip_grad_norm_",

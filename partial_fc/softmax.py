@@ -131,7 +131,7 @@ class _Forward:
         penalty, on_penalty = self._penalty(needs_grad)
         if penalty is not None:
             losses = losses + penalty
-        losses = torch.where(step.sample_weights != 0, losses, 0.0) * step.sample_weights
+        losses = step.losses = torch.where(step.sample_weights != 0, losses, 0.0) * step.sample_weights
         saved = [
             self.x,
             self.x_inverse,
