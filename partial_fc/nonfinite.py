@@ -313,6 +313,8 @@ def _bad_loss(head: Watched) -> str:
                 return f"the loss of embeddings[{at}] (label {', '.join(map(str, labels))}) is {losses[at].item()}"
         elif not bool(losses.isfinite().all()):
             return "the loss is not finite"
+    if any(bool(not_finite(backward.grad)) for backward in head._record.backwards):
+        return "what the loss is multiplied with is not finite"
     return ""
 
 

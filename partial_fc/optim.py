@@ -445,13 +445,12 @@ def clip_grad_norm_(
 
     One wait for the device, and none if every head has on_nonfinite="log" or looks no more (validate).
     """
-    judged = any(head._watches for head in heads)
-    norms, flags = gradient_norms(parameters, heads, norm_type, judged)
+    plain, judged = nonfinite.others(parameters, heads), any(head._watches for head in heads)
+    norms, flags = gradient_norms(plain, heads, norm_type, judged)
     if not norms:
         return torch.tensor(0.0)
     device = norms[0].device
     total = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
-    plain = nonfinite.others(parameters, heads)
     if flags is not None:
         flags[0] += (~total.isfinite()).to(flags)
         if not nonfinite.decide(heads, flags, plain, scaler):

@@ -1,4 +1,4 @@
-"""Non-finite losses and gradients: found and agreed on by all ranks before anything moves; skipped steps leave no trace; counts and limits."""
+"""Non-finite losses and gradients: agreed on by all ranks before anything moves; skipped steps leave no trace; counts and limits."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def skipped_runs(rank: int, world: int, rates: tuple[float, ...], replicas: int,
                 after = loop.state()
                 if how == "step" and bad == "rows":  # nobody told the centers
                     assert loop.center is not None and not loop.center.skipped
-                    loop.center.load_state_dict({k: v for k, v in other_centers(loop, before).items()})
+                    loop.center.load_state_dict(other_centers(loop, before))
                 else:
                     assert same(before, after), (rate, how, bad)
                 assert loop.step(2, micro=micro)
@@ -210,6 +210,8 @@ def test_an_error_names_what_is_not_finite_on_all_ranks_and_nothing_moved(ranks,
     assert text.startswith("NonFiniteError: rank ")
     if bad in ("rows", "weight"):
         assert f"rank {world - 1}: {row_name(bad, world)}" in text
+    if bad == "loss":
+        assert "rank 0: what the loss is multiplied with is not finite" in text
     if bad == "weight":
         assert "rank 0: the loss of embeddings[0] (label " in text and ") is nan" in text
     if bad == "backbone":
