@@ -87,7 +87,7 @@ def planted(rank: int, world: int, kind: str, at: int, margin: Any, options: dic
 )
 def test_a_planted_difference_is_found_at_its_step(ranks, world, kind, margin, options, name):
     at = 0 if kind == "statistics" else 7  # batch statistics differ from the first step on, without a plant
-    texts = ranks(world).run(planted, kind, at, margin, options)
+    texts = ranks(world).run(planted, kind, at, margin, options, timeout=120)
     assert len(set(texts)) == 1, texts
     text, last = texts[0]
     if kind == "statistics":
@@ -100,7 +100,7 @@ def test_a_planted_difference_is_found_at_its_step(ranks, world, kind, margin, o
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 def test_replicas_of_rows_are_compared_with_those_of_the_same_shard(ranks, rate):
-    (answer,) = set(ranks(2).run(planted, "rows", 4, ArcFace(), {"replicas": 2, "rate": rate}))
+    (answer,) = set(ranks(2).run(planted, "rows", 4, ArcFace(), {"replicas": 2, "rate": rate}, timeout=120))
     assert answer == ("ranks diverged: at step 4 PartialFC.weight on rank 1 is not as on rank 0 (after step 3 all were alike)", 5)
 
 
@@ -114,7 +114,7 @@ def alike(rank: int, world: int) -> list[int]:
 @pytest.mark.parametrize("world", [2, 3])
 def test_equal_ranks_never_differ(ranks, world):
     """Twenty steps in which the batch statistics of every rank are others, and shards are."""
-    ranks(world).run(alike)
+    ranks(world).run(alike, timeout=120)
 
 
 def logged(rank: int, world: int) -> list[tuple[str, int, int | None, tuple[int, ...]]]:
@@ -130,7 +130,7 @@ def logged(rank: int, world: int) -> list[tuple[str, int, int | None, tuple[int,
 
 
 def test_a_log_names_each_tensor_once_and_goes_on(ranks):
-    for found in ranks(3).run(logged):
+    for found in ranks(3).run(logged, timeout=120):
         assert found == [("0.weight", 102, 101, (1,)), ("1.bias", 105, 101, (1,))]
 
 
@@ -152,7 +152,7 @@ def exchanges(rank: int, world: int) -> list[int]:
 
 
 def test_one_small_exchange_every_so_many_steps(ranks):
-    assert ranks(2).run(exchanges) == [[12, 12]] * 2  # two kinds, five steps and the shard
+    assert ranks(2).run(exchanges, timeout=120) == [[12, 12]] * 2  # two kinds, five steps and the shard
 
 
 def test_checksums_see_every_bit_and_no_layout():
