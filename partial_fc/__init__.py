@@ -9,6 +9,7 @@ from partial_fc.check import check_margin
 from partial_fc.checkpoint import load_checkpoint, save_checkpoint
 from partial_fc.checkpointer import Checkpointer
 from partial_fc.collectives import GlobalBatch, NonFiniteError, gather
+from partial_fc.divergence import DivergenceError, DivergenceWatch
 from partial_fc.doctor import Report, doctor
 from partial_fc.exchange import export_weights, import_weights
 from partial_fc.head import PartialFC
@@ -32,6 +33,7 @@ from partial_fc.margins import (
 from partial_fc.migration import RankFiles
 from partial_fc.missing import RankMissing, naming_the_missing
 from partial_fc.moves import class_mapping
+from partial_fc.nonfinite import check_gradients
 from partial_fc.optim import RowOptimizer, clip_grad_norm_
 from partial_fc.plan import Plan, plan
 from partial_fc.preemption import PreemptionGuard
@@ -49,6 +51,8 @@ __all__ = [
     "CombinedMargin",
     "CosFace",
     "CurricularFace",
+    "DivergenceError",
+    "DivergenceWatch",
     "ElasticFace",
     "GlobalBatch",
     "JoinedBatches",
@@ -69,6 +73,7 @@ __all__ = [
     "SphereFace",
     "SphereFace2",
     "SubCenterArcFace",
+    "check_gradients",
     "check_margin",
     "class_mapping",
     "clip_grad_norm_",

@@ -33,6 +33,7 @@ from partial_fc.collectives import (
     start_reduce_scatter,
 )
 from partial_fc.missing import naming_the_missing
+from partial_fc.nonfinite import DEFAULT_MAX_SKIPS, judge
 from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, check_choice
 from partial_fc.shards import local_part
 
@@ -60,7 +61,7 @@ class CenterLoss(ShardedLoss):
             process alone where there is no process group.
         seed: of initial centers; must agree between ranks, as alpha and update must.
         init_std: standard deviation of initial centers.
-        ignore_index, reduction, scale_embedding_grad, validate, on_nonfinite, device, dtype: as of `PartialFC`.
+        ignore_index, reduction, scale_embedding_grad, validate, on_nonfinite, max_skips, device, dtype: as of `PartialFC`.
 
     Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64 (or `[N_local, L]` within a `GlobalBatch`); N_local may be 0.
 
@@ -84,6 +85,7 @@ class CenterLoss(ShardedLoss):
         scale_embedding_grad: bool = True,
         validate: Validate = "always",
         on_nonfinite: OnNonfinite = "raise",
+        max_skips: int | None = DEFAULT_MAX_SKIPS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -102,6 +104,7 @@ class CenterLoss(ShardedLoss):
             scale_embedding_grad=scale_embedding_grad,
             validate=validate,
             on_nonfinite=on_nonfinite,
+            max_skips=max_skips,
             device=device,
         )
         self.alpha, self.update = alpha, update
@@ -124,7 +127,7 @@ class CenterLoss(ShardedLoss):
         self._check_wiring()
         with record_function("partial_fc::gather"):
             batch, x = self._take(embeddings, labels)
-        if self.skipped and self.training:
+        if self._record.bad_forward and self.training:
             return self._zero_loss(x, batch, rows_of_all=not self._rows.sampled)
         with record_function("partial_fc::centers"):
             step = self._plan(batch, scatter=x is not batch.embeddings)
@@ -133,19 +136,24 @@ class CenterLoss(ShardedLoss):
             loss = _CenterDistance.apply(x, anchor, differences, step)
             if self.training and self.update == "paper":
                 self._note(differences, step)
-        return loss
+        return self._follow(loss, loss.detach(), batch)
 
     @torch.no_grad()
     def step(self) -> None:
         """Move the centers of the classes seen in training forwards since the last step, by all of them together; then forget them.
 
-        Does nothing if there were none. Raises RuntimeError if update is "gradient".
+        Does nothing if there were none, or if the step was left out (`skipped`): then it only forgets. Raises RuntimeError if update is
+        "gradient", NonFiniteError as `check_gradients` does if that was not called.
         """
         if self.update == "gradient":
             raise RuntimeError('update="gradient": centers are moved by the step() of a RowOptimizer(torch.optim.SGD, center, ...)')
-        if self._pending is None:
+        if self._watches and not self._record.judged and not self.skipped:
+            judge([self], [])
+        pending, self._pending = self._pending, None
+        self._record.end()
+        if pending is None or self.skipped:
             return
-        (rows, totals), self._pending = self._pending, None
+        rows, totals = pending
         if self._shards.ranks.replica_group is not None:
             with naming_the_missing("the sum of moves of centers", self._shards.ranks.replica_group):
                 dist.all_reduce(totals, group=self._shards.ranks.replica_group)
@@ -238,11 +246,14 @@ class CenterLoss(ShardedLoss):
         self._pending = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The number of changes of the classes, which says what is drawn next."""
-        return {"class_changes": self._class_changes}
+        """The number of changes of the classes, which says what is drawn next; how many steps were skipped."""
+        return {"class_changes": self._class_changes, "skips": self.skips}
 
     def set_extra_state(self, state: Any) -> None:
-        self._class_changes = int(state["class_changes"])
+        self._class_changes, self._record.skips = int(state["class_changes"]), int(state.get("skips", 0))
+
+    def _forget_notes(self) -> None:
+        self._pending = None
 
     def _pending_work(self) -> str:
         if self._pending is not None:

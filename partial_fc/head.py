@@ -21,6 +21,7 @@ from torch.profiler import record_function
 from partial_fc.classes import Change
 from partial_fc.collectives import GlobalBatch, Group, as_matrix
 from partial_fc.margins import ArcFace, Margin
+from partial_fc.nonfinite import DEFAULT_MAX_SKIPS
 from partial_fc.sampling import draw_window, mix, select_rows, window_size
 from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, log
 from partial_fc.shards import local_part
@@ -53,9 +54,12 @@ class PartialFC(ShardedLoss):
         class_weights: `[C]`, what a sample of each class counts for, on every rank; a sample of several classes counts for their weighted
             mean. A mean is divided by the sum of what its samples count for, as in `torch.nn.functional.cross_entropy(weight=...)`.
         metrics: measure `metrics` in every forward; nothing is computed for them otherwise.
-        validate: look for bad labels and non-finite embeddings in every batch, the "first" one, or "never". Shapes are always checked.
-        on_nonfinite: what to do on all ranks about a NaN or infinity in any rank's embeddings: "raise" NonFiniteError, "skip" the step
-            (a zero loss; `skipped` is True), or "log" it and go on.
+        validate: look for bad labels, and for NaN and infinities, "always", in the "first" batch and the step it is in, or "never". Shapes
+            are always checked. A `GlobalBatch` is judged by what `gather` has looked for.
+        on_nonfinite: what to do on all ranks about a NaN or infinity in any rank's embeddings, in the loss, or in a gradient: "raise"
+            NonFiniteError, "skip" the step (`skipped` is True), or "log" that embeddings are bad and go on, with no look at the rest.
+            How losses and gradients are looked at, and what a loop does: `check_gradients`, docs/nonfinite.md.
+        max_skips: how many steps in a row may be skipped before NonFiniteError is raised after all; None for any number.
         device, dtype: of the weights; float32 unless the default dtype is another.
 
     Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64 (or `[N_local, L]` within a `GlobalBatch`); N_local may be 0.
@@ -86,6 +90,7 @@ class PartialFC(ShardedLoss):
         metrics: bool = False,
         validate: Validate = "always",
         on_nonfinite: OnNonfinite = "raise",
+        max_skips: int | None = DEFAULT_MAX_SKIPS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -102,6 +107,7 @@ class PartialFC(ShardedLoss):
             scale_embedding_grad=scale_embedding_grad,
             validate=validate,
             on_nonfinite=on_nonfinite,
+            max_skips=max_skips,
             device=device,
         )
         self.margin = ArcFace() if margin is None else margin
@@ -194,7 +200,7 @@ class PartialFC(ShardedLoss):
         if self.training:
             self._step += 1
         self._selected_rows = step.rows
-        if self.skipped and self.training:
+        if self._record.bad_forward and self.training:
             return self._zero_loss(x, batch, rows_of_all=step.rows is None and step.start_update is None)
         weight, bias = local_part(self.weight), None if self.bias is None else local_part(self.bias)
         anchor = None
@@ -203,7 +209,8 @@ class PartialFC(ShardedLoss):
         offset = local_part(self.margin.get_parameter("offset")) if self.margin.binary else None
         loss = ShardedCrossEntropy.apply(x, weight, bias, offset, anchor, step)
         self._measured = step.measured
-        return loss
+        assert step.losses is not None
+        return self._follow(loss, step.losses, batch)
 
     def _plan(self, batch: GlobalBatch, scatter: bool) -> Step:
         shards, device = self._shards, batch.embeddings.device
@@ -290,12 +297,14 @@ class PartialFC(ShardedLoss):
         self.margin.reset()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The numbers of training forwards and of changes of the classes, which say what is drawn next; the margin that weights are for."""
-        return {"step": self._step, "class_changes": self._class_changes, "margin": self.margin.describe()}
+        """The numbers of training forwards and of changes of the classes, which say what is drawn next; the margin that weights are for;
+        how many steps were skipped."""
+        return {"step": self._step, "class_changes": self._class_changes, "margin": self.margin.describe(), "skips": self.skips}
 
     def set_extra_state(self, state: Any) -> None:
         state = state if isinstance(state, dict) else {"step": state}  # a 0-d tensor, before classes could change
         self._step, self._class_changes = int(state["step"]), int(state.get("class_changes", 0))
+        self._record.skips = int(state.get("skips", 0))
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state dict is that of a head of another margin; tensors in it are not looked at."""

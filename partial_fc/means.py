@@ -68,23 +68,18 @@ def rows_of_new_means(loss: ShardedLoss, batches: Batches, after: ClassShards, f
 
 def _class_means(loss: ShardedLoss, batches: Batches, lo: int, hi: int, valid: range) -> tuple[Tensor, Tensor]:
     """(means `[hi - lo, D]`, number of samples `[hi - lo]`) of the classes lo to hi over the batches of all ranks."""
-    weight, ranks, skipped = weight_rows(loss), loss._shards.ranks, loss.skipped
+    weight, ranks = weight_rows(loss), loss._shards.ranks
     dtype = torch.promote_types(weight.dtype, torch.float32)
     sums = weight.new_zeros(hi - lo, loss.embedding_size, dtype=dtype)
     counts = weight.new_zeros(hi - lo, dtype=torch.int64)
-    try:
-        for embeddings, labels in _batches_of_all(loss, batches, sums):
-            batch = exchange(embeddings, labels, None, None, ranks, inspect=True, device=weight.device)
-            loss.skipped = False
-            loss._judge(batch, valid)
-            if loss.skipped:
-                continue
-            rows = torch.where(batch.labels == loss.ignore_index, -1, batch.labels - lo)
-            own = ((rows >= 0) & (rows < hi - lo)).nonzero()[:, 0]
-            sums.index_add_(0, rows[own], batch.embeddings[own])
-            counts.index_add_(0, rows[own], torch.ones_like(own))
-    finally:
-        loss.skipped = skipped
+    for embeddings, labels in _batches_of_all(loss, batches, sums):
+        batch = exchange(embeddings, labels, None, None, ranks, inspect=True, device=weight.device)
+        if loss._judge(batch, valid):
+            continue
+        rows = torch.where(batch.labels == loss.ignore_index, -1, batch.labels - lo)
+        own = ((rows >= 0) & (rows < hi - lo)).nonzero()[:, 0]
+        sums.index_add_(0, rows[own], batch.embeddings[own])
+        counts.index_add_(0, rows[own], torch.ones_like(own))
     if ranks.replica_group is not None:
         for each in (sums, counts):
             with naming_the_missing("the sum of class means", ranks.replica_group):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
+from partial_fc import nonfinite
 from partial_fc.missing import naming_the_missing
+from partial_fc.nonfinite import StepRecord
 from partial_fc.rows import ShardedRows
 from partial_fc.sampling import keyed_below, mix
 from partial_fc.shards import local_part
@@ -38,11 +40,18 @@ LowPrecision = Literal["master", "stochastic"]
 
 
 class HasRows(Protocol):
-    """What a `RowOptimizer` can train: a `PartialFC`."""
+    """What a `RowOptimizer` can train: a `PartialFC`, a `CenterLoss`."""
 
-    skipped: bool
     seed: int
+    on_nonfinite: Any
     _rows: ShardedRows
+    _record: StepRecord
+
+    @property
+    def skipped(self) -> bool: ...
+
+    @property
+    def _watches(self) -> bool: ...
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -95,10 +104,14 @@ class RowOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and with them which rows had one. They cannot be zeros: there would be no telling of which rows."""
         self._sharded.clear()
+        self._head._record.end()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the rows that have a gradient; nothing after a skipped step (`head.skipped`)."""
+        """Update the rows that have a gradient; nothing in a step that is to be left out (`head.skipped`).
+
+        If neither `clip_grad_norm_` nor `check_gradients` was called, the rows' gradients and the loss are judged here, as there.
+        """
         loss = None
         if self._sharded.live_optimizer not in (None, self):
             raise RuntimeError(
@@ -112,9 +125,12 @@ class RowOptimizer(torch.optim.Optimizer):
             if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
                 raise RuntimeError("update_in_backward cannot be joined with a GradScaler: rows moved before their gradient was unscaled")
             self._applied = False
-        if self._head.skipped:
+        head, sharded = self._head, self._sharded
+        if head._watches and not head._record.judged and not head.skipped:
+            nonfinite.judge([head], [])
+        head._record.end()
+        if head.skipped:
             return loss
-        sharded = self._sharded
         with record_function("partial_fc::update"):
             for parameter in sharded.shared.values():
                 if parameter.grad is not None:
@@ -141,6 +157,9 @@ class RowOptimizer(torch.optim.Optimizer):
                 "or build the RowOptimizer without update_in_backward"
             )
         self._applied = True
+        head = self._head
+        if head._watches and not self._judge_before(head):
+            return lambda a, b, grads: None
         steps = self._start_step()
 
         def update(a: int, b: int, grads: list[Tensor]) -> None:
@@ -149,6 +168,12 @@ class RowOptimizer(torch.optim.Optimizer):
                     step.update(None, a, b, grad)
 
         return update
+
+    def _judge_before(self, head: HasRows) -> bool:
+        """Whether rows may move inside backward, as far as their loss and its gradient tell: theirs is not known yet."""
+        grads = [backward.grad for backward in head._record.backwards]
+        flags = nonfinite.local_flags([head], [nonfinite.not_finite(grad) for grad in grads])
+        return nonfinite.decide([head], nonfinite.over_all(flags, [head]), [])
 
     def _allocate(self, parameter: nn.Parameter, dtype: torch.dtype, key: str) -> Tensor:
         if key == MASTER:
@@ -405,33 +430,62 @@ def _is_row_state(value: Any, block: Tensor) -> bool:
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, *heads: HasRows, max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_grad_norm_(
+    parameters: Iterable[Tensor] | Tensor, *heads: HasRows, max_norm: float, norm_type: float = 2.0, scaler: Any = None
+) -> Tensor:
     """Clip the gradients of replicated parameters and sharded heads by their one global norm, and return that norm (before clipping).
 
-    parameters: of the backbone, replicated (counted once) or FSDP2's DTensors (summed over their shards); any that belong to `heads`
-    are left out. heads: their shards' norms are summed over the ranks, with one small collective a head. No synchronisation with the host.
+    It also judges the step, as `check_gradients` does: if a loss, or the norm, is not finite on any rank, NonFiniteError is raised on all,
+    or `head.skipped` becomes True on all and the gradients are forgotten. With a GradScaler, call it after unscale_().
+
+    Args:
+        parameters: of the backbone, replicated (counted once) or FSDP2's DTensors (summed over their shards); any that belong to `heads`
+            are left out.
+        heads: every `PartialFC` and `CenterLoss` of the step; their shards' norms are summed over the ranks, with one small collective a
+            head (and one more on a 2-D mesh), which also carries what is not finite.
+        scaler: the GradScaler, if there is one, so that its optimizers skip a step together.
+
+    One wait for the device, and none if every head has on_nonfinite="log" or looks no more (validate).
+    """
+    plain, judged = nonfinite.others(parameters, heads), any(head._watches for head in heads)
+    norms, flags = gradient_norms(plain, heads, norm_type, judged)
+    if not norms:
+        return torch.tensor(0.0)
+    device = norms[0].device
+    total = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
+    if flags is not None:
+        flags[0] += (~total.isfinite()).to(flags)
+        if not nonfinite.decide(heads, flags, plain, scaler):
+            return total
+    factor = (max_norm / (total + 1e-6)).clamp_(max=1.0)
+    shared = [p for head in heads for p in head._rows.shared.values()]
+    carriers = [c for head in heads for c in head._rows.carriers]
+    for parameter in [*plain, *shared, *carriers]:
+        if parameter.grad is not None:
+            local_part(parameter.grad).mul_(factor.to(parameter.grad.device))
+    return total
+
+
+@torch.no_grad()
+def gradient_norms(
+    parameters: Iterable[Tensor] | Tensor, heads: Sequence[HasRows], norm_type: float, judged: bool
+) -> tuple[list[Tensor], Tensor | None]:
+    """(norms of all gradients, of each head's shards over the ranks; agreed flags of what is not finite, if `judged`).
+
+    Flags (gradient, loss) are 0 where nothing was found; the heads' own norms are not among them, since all ranks have those.
     """
     sharded = [head._rows for head in heads]
     for rows in sharded:
         if rows.live_optimizer is not None and rows.live_optimizer.update_in_backward:
             raise RuntimeError("update_in_backward cannot be joined with clipping: rows moved before the norm was known")
-    theirs = {id(p) for rows in sharded for p in rows.everything}
-    plain = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    plain = [p for p in plain if id(p) not in theirs] + [p for rows in sharded for p in rows.shared.values()]
-    grads = [p.grad for p in plain if p.grad is not None]
-    norms = [_norm(g, norm_type) for g in grads]
-    shard_grads = [local_part(c.grad) for rows in sharded for c in rows.carriers if c.grad is not None]
+    plain = [*nonfinite.others(parameters, heads), *(p for rows in sharded for p in rows.shared.values())]
+    norms = [_norm(p.grad, norm_type) for p in plain if p.grad is not None]
+    flags = nonfinite.local_flags(heads, [~norm.isfinite() for norm in norms]) if judged else None
     for rows in sharded:
         local = [local_part(c.grad) for c in rows.carriers if c.grad is not None]
-        norms.append(_norm_over_ranks(local, rows, norm_type))
-    if not norms:
-        return torch.tensor(0.0)
-    device = norms[0].device
-    total = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
-    factor = (max_norm / (total + 1e-6)).clamp_(max=1.0)
-    for grad in [*grads, *shard_grads]:
-        local_part(grad).mul_(factor.to(grad.device))
-    return total
+        norm, flags = _norm_over_ranks(local, rows, norm_type, flags)
+        norms.append(norm)
+    return norms, flags
 
 
 def _norm(grad: Tensor, norm_type: float) -> Tensor:
@@ -444,14 +498,24 @@ def _norm(grad: Tensor, norm_type: float) -> Tensor:
     return norm.double()
 
 
-def _norm_over_ranks(grads: list[Tensor], rows: ShardedRows, norm_type: float) -> Tensor:
-    device = local_part(next(iter(rows.parameters.values()))).device
+def _norm_over_ranks(grads: list[Tensor], rows: ShardedRows, norm_type: float, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(norm of all shards; the flags of any rank of the head), by one collective, and one more between replicas if there are flags."""
+    ranks, device = rows.shards.ranks, local_part(next(iter(rows.parameters.values()))).device
     parts = [_norm(g, norm_type) for g in grads if g.numel()]
     norm = torch.linalg.vector_norm(torch.stack(parts), norm_type) if parts else torch.zeros((), dtype=torch.float64, device=device)
-    group = rows.shards.ranks.group
-    if group is None:
-        return norm
-    power = norm if math.isinf(norm_type) else norm.pow(norm_type)
-    with naming_the_missing(NORM, group):
-        dist.all_reduce(power, op=dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group=group)
-    return power if math.isinf(norm_type) else power.pow(1 / norm_type)
+    if ranks.group is None:
+        return norm, flags
+    largest = math.isinf(norm_type)
+    own = norm if largest else norm.pow(norm_type)
+    if flags is not None:  # a maximum may lose a NaN, which flags do not
+        flags = torch.stack((flags[0] + (~own.isfinite()).to(flags), flags[1])).to(device)
+    numbers = own[None] if flags is None else torch.cat((own[None], flags))
+    with naming_the_missing(NORM, ranks.group):
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=ranks.group)
+    if flags is not None and ranks.replica_group is not None:
+        flags = numbers[1:].contiguous()
+        with naming_the_missing(NORM, ranks.replica_group):
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.replica_group)
+    elif flags is not None:
+        flags = numbers[1:]
+    return numbers[0] if largest else numbers[0].pow(1 / norm_type), flags

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from partial_fc import classes
 from partial_fc.collectives import NO_LABEL, GlobalBatch, Group, NonFiniteError, Ranks, all_gather_mesh, as_matrix, exchange, joining
 from partial_fc.margins import Margin
+from partial_fc.nonfinite import StepRecord
 from partial_fc.queries import DEFAULT_TILE_BYTES, Neighbours, nearest_classes, topk
 from partial_fc.rows import ShardedRows
 from partial_fc.shards import ClassShards, initial_rows, local_part
@@ -53,6 +54,7 @@ class ShardedLoss(nn.Module):
         scale_embedding_grad: bool,
         validate: Validate,
         on_nonfinite: OnNonfinite,
+        max_skips: int | None,
         device: torch.device | str | None,
     ) -> None:
         super().__init__()
@@ -66,8 +68,10 @@ class ShardedLoss(nn.Module):
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "log"))
         self.embedding_size, self.num_classes, self.seed, self._init_std = embedding_size, num_classes, seed, init_std
         self.ignore_index, self.reduction, self.scale_embedding_grad = ignore_index, reduction, scale_embedding_grad
+        if max_skips is not None and max_skips < 0:
+            raise ValueError(f"max_skips is how many steps in a row may be skipped, at least 0, or None for any number, not {max_skips}")
         self.validate, self.on_nonfinite = validate, on_nonfinite
-        self.skipped = False
+        self._record = StepRecord(max_skips)
         self._seen_batch = False
         self._class_changes = 0  # how often classes came or went, so that rows drawn for new ones are never drawn again
         ranks = Ranks.of(group)
@@ -100,6 +104,7 @@ class ShardedLoss(nn.Module):
         """Clear the gradients of the weights, or of their rows."""
         super().zero_grad(set_to_none=set_to_none)
         self._rows.clear()
+        self._record.end()
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts act on the local rows, and keep the parameters' identity, as torch's own do."""
@@ -137,6 +142,52 @@ class ShardedLoss(nn.Module):
     def _shared_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of parts of this module: all ranks hold them alike."""
         return {name: p for name, p in self.named_parameters() if "." in name}
+
+    # ------------------------------------------------------------------------------------------------ steps that are left out
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step that is being made, or was made last, is to be left out: under on_nonfinite="skip"; the same on every rank.
+
+        True from the forward on where embeddings are bad, and where a loss or gradient is, from `clip_grad_norm_`, `check_gradients`, or
+        the step() of the `RowOptimizer` or of the center loss on, whichever comes first; over all micro-batches of a step, until a
+        training forward begins the next one. A step ends when it was judged, or its gradients were used or cleared. An evaluation in
+        between changes nothing.
+        """
+        return self._record.skipped
+
+    @property
+    def skips(self) -> int:
+        """How many steps were left out in all; a part of checkpoints. Steps that a GradScaler leaves out for its scale do not count."""
+        return self._record.skips
+
+    @property
+    def max_skips(self) -> int | None:
+        """How many steps in a row may be left out before NonFiniteError is raised after all; None for any number."""
+        return self._record.max_skips
+
+    @property
+    def _watches(self) -> bool:
+        """Whether losses and gradients of this step are looked at."""
+        seen = self._record.looked
+        return self.on_nonfinite != "log" and (self.validate == "always" or (self.validate == "first" and not seen))
+
+    def _follow(self, loss: Tensor, losses: Tensor, batch: GlobalBatch) -> Tensor:
+        """The loss of a training forward, with what is to happen when its backward runs. losses: what it is the sum of."""
+        if self.training and loss.requires_grad and self._watches:
+            loss.register_hook(self._record.note(losses, batch))
+        return loss
+
+    def _begin(self) -> None:
+        """A training forward begins."""
+        rows, trained = self._rows, any(p.requires_grad for p in self._rows.everything)
+        # without a RowOptimizer nobody says that gradients were cleared
+        nothing = rows.rows is None and all(p.grad is None for p in rows.everything)
+        if self._record.begin(over=trained and nothing and rows.live_optimizer is None):
+            self._forget_notes()
+
+    def _forget_notes(self) -> None:
+        """A step was left out, and a new one begins: drop what its forwards have noted."""
 
     # ------------------------------------------------------------------------------------------------ classes that come and go
 
@@ -232,12 +283,16 @@ class ShardedLoss(nn.Module):
 
     def _take(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None) -> tuple[GlobalBatch, Tensor]:
         """The global batch, judged, and what autograd follows: this rank's embeddings, or the gathered ones of a `GlobalBatch`."""
-        self.skipped = self.skipped and not self.training  # an evaluation in between says nothing of the training step
+        if self.training:
+            self._begin()
         joint = isinstance(embeddings, GlobalBatch)
         batch = embeddings if isinstance(embeddings, GlobalBatch) else self._exchange(embeddings, labels)
         if not batch.ranks.same_as(self._shards.ranks):
             raise RuntimeError("the batch was gathered over another group than the head's")
-        self._judge(batch)
+        bad = self._judge(batch)
+        if bad and self.training:
+            self._record.bad_forward = True
+            self._record.leave_out(bad)
         return batch, batch.embeddings if joint else joining(embeddings, batch.status)  # type: ignore[arg-type]
 
     def _exchange(self, embeddings: Tensor, labels: Tensor | None) -> GlobalBatch:
@@ -258,10 +313,14 @@ class ShardedLoss(nn.Module):
         samples = batch.counts[batch.ranks.rank] if self.reduction == "none" else None
         parameters = [local_part(p) for p in self._rows.parameters.values()]
         if rows_of_all:
-            return _ZeroLoss.apply(x, samples, None, *parameters)
-        x = x if x.requires_grad else x.detach().requires_grad_(self._anchor().requires_grad)
-        sink = self._rows.accumulate if self._rows.sampled else None
-        return _ZeroLoss.apply(x, samples, sink, *(p.detach() for p in parameters))
+            loss: Tensor = _ZeroLoss.apply(x, samples, None, *parameters)
+        else:
+            x = x if x.requires_grad else x.detach().requires_grad_(self._anchor().requires_grad)
+            sink = self._rows.accumulate if self._rows.sampled else None
+            loss = _ZeroLoss.apply(x, samples, sink, *(p.detach() for p in parameters))
+        if loss.requires_grad:
+            loss.register_hook(self._record.note_bad())
+        return loss
 
     def _targets(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         """Class ids `[N, L]`, -1 where there is none, and their weights in the sample, 0 where there is none."""
@@ -356,8 +415,11 @@ class ShardedLoss(nn.Module):
                 "build RowOptimizer(torch.optim.SGD, it, ...) instead of passing its parameters() to an optimizer"
             )
 
-    def _judge(self, batch: GlobalBatch, valid: range | None = None) -> None:
-        """Raise, on every rank alike, what the status of the batch says about this head's inputs. valid: labels; of all classes if None."""
+    def _judge(self, batch: GlobalBatch, valid: range | None = None) -> str:
+        """Raise, on every rank alike, what the status of the batch says about this head's inputs. valid: labels; of all classes if None.
+
+        Returns why the batch is to be left out, or "".
+        """
         valid = range(self.num_classes) if valid is None else valid
         width = batch.status[0].width
         if width != self.embedding_size:
@@ -377,13 +439,14 @@ class ShardedLoss(nn.Module):
                 message = f"{batch.origin(flat)}: embeddings[{row.nonfinite_at}]{of_class} holds a NaN or infinity"
                 if self.on_nonfinite == "raise":
                     raise NonFiniteError(message)
-                log.warning("%s%s", message, "; the step is skipped" if self.on_nonfinite == "skip" else "")
-                self.skipped = self.on_nonfinite == "skip"
-                return
+                skip = self.on_nonfinite == "skip"
+                log.warning("%s%s", message, "; the step is skipped" if skip else "")
+                return message if skip else ""
+        return ""
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same on all ranks, by the name that a message gives it."""
-        names = ("label_smoothing", "reduction", "ignore_index", "on_nonfinite", "validate", "scale_embedding_grad")
+        names = ("label_smoothing", "reduction", "ignore_index", "on_nonfinite", "validate", "max_skips", "scale_embedding_grad")
         settings = [getattr(self, name, None) for name in names], [p.dtype for p in self._rows.parameters.values()]
         return {
             "num_classes": self.num_classes,

@@ -132,7 +132,7 @@ class _Forward:
         penalty, on_penalty = self._penalty(needs_grad)
         if penalty is not None:
             losses = losses + penalty
-        losses = torch.where(step.sample_weights != 0, losses, 0.0) * step.sample_weights
+        losses = step.losses = torch.where(step.sample_weights != 0, losses, 0.0) * step.sample_weights
         saved = [
             self.x,
             self.x_inverse,
@@ -241,7 +241,7 @@ class _Forward:
         z_in = torch.where(exists, targets_z, torch.finfo(targets_z.dtype).min)
         shift = torch.cat((m.amax(0)[:, None], z_in), 1).amax(1)
         sums = (s * (m - shift).exp()).sum(0) + ((z_in - shift[:, None]).exp() * exists).sum(1)
-        lse = torch.where(sums > 0, sums.log() + shift, 0.0)  # an ignored sample may have no class at all, behind a filter
+        lse = torch.where(sums == 0, 0.0, sums.log() + shift)  # an ignored sample may have no class at all, behind a filter; NaN stays
         losses = (1 - smoothing) * (step.target_weights * (lse[:, None] - targets_z)).sum(1)
         if smoothing:
             step.selected = found["count"].sum(0).clamp_(min=1)

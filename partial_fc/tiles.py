@@ -52,6 +52,7 @@ class Step:
     metrics: bool = False
     bounded: bool = False  # out: exponentials are of the logits themselves, no maximum taken off
     measured: Measured | None = None  # out
+    losses: Tensor | None = None  # out: [N], what the reduced loss of this replica is the sum of
     selected: Tensor | None = None  # out, with label smoothing: how many classes take part on all ranks together, or [N] for each sample
     rule: Margin | None = None  # out: the margin as it was in forward, where it has a rule for other classes
     aim: Tensor | None = None  # out: what that rule compares them with [N, 1]: target logits before scaling

@@ -44,8 +44,8 @@ class Undo:
         self.grads = [(t, t.grad, _copy(t.grad)) for t in tensors.values() if t.is_leaf and t.grad is not None]
         self.leaves = [t for t in tensors.values() if t.is_leaf]
         self.buffers = [(m, dict(m._buffers)) for m in self.modules]
-        rows = [head._rows for head in self.heads]
-        self.attributes = [(thing, dict(vars(thing))) for thing in (*self.own, *rows, *self.optimizers)]
+        rows, records = [head._rows for head in self.heads], [head._record for head in self.heads]
+        self.attributes = [(thing, dict(vars(thing))) for thing in (*self.own, *rows, *records, *self.optimizers)]
         self.carriers = [(r, list(r.trainable), [(c, c.grad) for c in r.trainable]) for r in rows]
         self.groups = [(g, {k: copy.deepcopy(v) for k, v in g.items() if k != "params"}) for o in self.optimizers for g in o.param_groups]
         self.states = [(o, {p: _copied(values) for p, values in o.state.items()}) for o in self.optimizers]
@@ -92,8 +92,9 @@ class Undo:
         """Draws and margins of the heads as they were at the beginning; weights and optimizers stay where they are."""
         buffers = {id(b) for head in self.heads for b in head.buffers()}
         for head in self.heads:
-            before = next(before for thing, before in self.attributes if thing is head)
-            vars(head).update({name: before[name] for name in ("_step", "skipped") if name in before})
+            before, record = (next(before for thing, before in self.attributes if thing is each) for each in (head, head._record))
+            vars(head).update({name: before[name] for name in ("_step",) if name in before})
+            vars(head._record).update(record)
         with torch.no_grad():
             for tensor, value in self.tensors:
                 if id(tensor) in buffers:

@@ -47,6 +47,16 @@ def test_quick_run_of_the_questions() -> None:
     assert all(len(row) == len(rows[0]) and all(float(cell) > 0 for cell in row[4:]) for row in rows[2:])
 
 
+def test_quick_run_of_agreement() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "agreement.py"), "--quick"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=170, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stderr
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in run.stdout.splitlines()][2:]
+    assert [row[4] for row in rows] == ["1"] * 6 + ["2"] * 6 and len({row[0] for row in rows}) == 6
+    assert all(math.isfinite(float(cell)) for row in rows for cell in row[5:8])
+    assert all(float(row[5]) > 0 for row in rows if row[0].endswith(("alone", "watch")))
+
+
 def _both(rank: int, world: int) -> dict[str, Any]:
     """Loss and embedding gradient of the head and of the textbook, on the same weights."""
     sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -403,27 +403,37 @@ def test_running_statistics_and_centers_go_on_exactly(tmp_path, settings):
 
 
 def test_centers_move_once_a_step_by_all_micro_batches_and_not_when_it_is_skipped(tmp_path, monkeypatch):
+    settings = [*SMALL, "--center.weight", "0.01", "--train.on_nonfinite", "skip", "--train.watch_every", "4", "--output.log_every", "1"]
     config = to_config(
-        train_parser(),
-        ["--config", str(ROOT / "configs/quickstart.yaml"), "--output.folder", str(tmp_path / "run"), *SMALL, "--center.weight", "0.01"],
+        train_parser(), ["--config", str(ROOT / "configs/quickstart.yaml"), "--output.folder", str(tmp_path / "run"), *settings]
     )
     config.train.epochs, config.train.accumulation, config.center.alpha = 1, 2, 1.0
     trainer = Trainer(config)
     assert trainer.center is not None
-    seen: list[torch.Tensor] = []
-    trainer.center.register_forward_hook(lambda center, given, _: seen.append(given[0].labels))
-    steps: list[list[int]] = []
-    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda _: len(seen) == 2))
+    seen: list[int] = []
+
+    def spoil(backbone: Any, images: Any, embeddings: torch.Tensor) -> None:
+        seen.append(len(embeddings))
+        if len(seen) == 3:  # the first micro-batch of the second step
+            embeddings.register_hook(lambda grad: grad * float("inf"))
+
+    trainer.engine.model.register_forward_hook(spoil)
+    steps: list[list[bool]] = []
 
     def step() -> None:
-        steps.append([len(seen), len(torch.cat(seen[steps[-1][0] if steps else 0 :]))])
+        before = [p.detach().clone() for p in (*trainer.engine.model.parameters(), trainer.head.weight, trainer.center.centers)]  # type: ignore[union-attr]
+        pending = trainer.center._pending is not None  # type: ignore[union-attr]
         CenterLoss.step(trainer.center)  # type: ignore[arg-type]
+        after = [*trainer.engine.model.parameters(), trainer.head.weight, trainer.center.centers]  # type: ignore[union-attr]
+        moved = not torch.equal(before[-1], after[-1])
+        steps.append([pending, moved, trainer.center._pending is None, trainer.engine.skipped])  # type: ignore[union-attr]
 
     monkeypatch.setattr(trainer.center, "step", step)
     trainer.train()
     trainer.close()
-    assert [count for count, _ in steps] == list(range(4, 19, 2))  # nine steps of two, of which the first was skipped
-    assert steps[0][1] == 128 and {samples for _, samples in steps[1:]} == {64}
+    assert len(seen) == 18 and sum(seen) == 9 * 64
+    assert steps == [[True, k != 1, True, k == 1] for k in range(9)]
+    assert [row["skipped_steps"] for row in history(tmp_path / "run")] == [0, *[1] * 8]
 
 
 @pytest.mark.parametrize(

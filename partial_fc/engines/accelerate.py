@@ -99,7 +99,7 @@ def clip_grad_norm_(
 ) -> Tensor | None:
     """`partial_fc.clip_grad_norm_` at the end of an accumulation, of gradients without their loss scale; None in between.
 
-    If the norm is not finite under a GradScaler, backbone and heads skip the step together.
+    If it is not finite, backbone and heads skip the step together under a GradScaler; without one it goes by the heads' on_nonfinite.
     """
     if not accelerator.sync_gradients:
         return None
@@ -111,12 +111,7 @@ def clip_grad_norm_(
             if optimizer is not None:
                 scaler.unscale_(optimizer)
                 _unscaled.add(optimizer)
-    norm = optim.clip_grad_norm_(parameters, *heads, max_norm=max_norm, norm_type=norm_type)
-    if scaler is not None:
-        for state in scaler._per_optimizer_states.values():
-            for found in state["found_inf_per_device"].values():
-                found.copy_(torch.maximum(found, (~norm.isfinite()).to(found)))
-    return norm
+    return optim.clip_grad_norm_(parameters, *heads, max_norm=max_norm, norm_type=norm_type, scaler=scaler)
 
 
 def save_heads_with(accelerator: Accelerator, **named: checkpoint.Stateful) -> None:

@@ -20,14 +20,16 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from partial_fc import checkpoint
-from partial_fc.optim import RowOptimizer, clip_grad_norm_
+from partial_fc.nonfinite import Watched, decide
+from partial_fc.optim import RowOptimizer, clip_grad_norm_, gradient_norms
 from partial_fc.shards import local_part
 
 OLDEST = (0, 19)  # before it an engine went on with a norm that is not finite
@@ -83,7 +85,8 @@ class DeepSpeedHead:
             configuration says nothing; say 0 for none.
 
     skipped: whether the last step at a boundary was left out, by backbone and heads on all ranks alike: the gradient of either was not
-    finite. norm: with joint_clipping, that of the last gradient before clipping (0-d), else None.
+    finite. Heads count it, or raise NonFiniteError at the engine's step, as their on_nonfinite says; under fp16 an overflow of the
+    scaled gradient is neither counted nor an error. norm: with joint_clipping, that of the last gradient before clipping (0-d), else None.
 
     Raises ValueError for what cannot be made right: fp16 with ZeRO-0 (DeepSpeed scales the loss there and does not undo it), autocast in
     float16, "compute_grad_norm": false, "managed_gradient_accumulation": false, a head within the engine, and joint_clipping
@@ -97,6 +100,7 @@ class DeepSpeedHead:
         self.skipped = False
         self.norm: Tensor | None = None
         self._scaled_norm = torch.zeros(())  # of the heads' gradient, in the engine's loss scale
+        self._flags: Tensor | None = None  # of the heads, agreed: gradient, loss
         self._by_engine = False  # whether the loss went through engine.backward, which divides it by the accumulation steps
         _check_engine(engine, joint_clipping)
         self._check_heads()
@@ -148,7 +152,7 @@ class DeepSpeedHead:
         if not self.engine.is_gradient_accumulation_boundary():
             return self._step_alone(*args, **kwargs)
         self._unscale()
-        heads_norm = clip_grad_norm_([], *self.heads, max_norm=torch.inf)
+        heads_norm = self._heads_norm()
         scale = self.loss_scale()
         self._scaled_norm = heads_norm * scale
         if self._plain:
@@ -160,6 +164,7 @@ class DeepSpeedHead:
                 self.norm = norm = torch.as_tensor(self.engine.get_global_grad_norm())
                 if not self.skipped:
                     self._scale_heads((self.engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0))
+        self._conclude()
         if not self.skipped:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -167,6 +172,32 @@ class DeepSpeedHead:
             optimizer.zero_grad()
         self._by_engine = False
         return result
+
+    def _heads_norm(self) -> Tensor:
+        """The norm of the heads' gradient; infinite on all ranks if a head is to leave the step out, or a loss is not finite."""
+        norms, flags = gradient_norms([], self.heads, 2.0, any(head._watches for head in self.heads))
+        norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms])) if norms else torch.zeros(())
+        if any(head.skipped for head in self.heads):
+            norm = torch.full_like(norm, torch.inf)
+        self._flags = flags
+        return norm if flags is None else torch.where((flags > 0).any().to(norm.device), torch.inf, norm)
+
+    def _conclude(self) -> None:
+        """Tell the heads what came of the step: counted, an error, or the loss scale's business, as `check_gradients` says it."""
+        if self._flags is None:
+            return
+        bad_gradient = torch.tensor(float(self.skipped)).to(self._flags)
+        decide(self.heads, torch.stack((bad_gradient, self._flags[1])), [], _Scale() if self._scales() else None)
+
+    def tell(self, losses: Iterable[Watched]) -> None:
+        """Let losses without an optimizer here (a `CenterLoss`, before its step()) leave out the step that was left out."""
+        for loss in losses:
+            loss._record.conclude()
+            loss._record.bad_step |= self.skipped
+
+    def _scales(self) -> bool:
+        """Whether the engine moves a loss scale, so that an overflow is nothing but a sign to lower it."""
+        return bool(self.engine.fp16_enabled())
 
     def loss_scale(self) -> float:
         """What the engine multiplies the loss with now: 1 but in float16."""
@@ -192,7 +223,13 @@ class DeepSpeedHead:
         """The step of an engine without a norm of its own: it has averaged the gradients, and a torch optimizer steps by them."""
         engine, backbone = self.engine, list(self.engine.module.parameters())
         if self.joint_clipping:  # after it the backbone's own norm is within the limit, so that the engine's clipping changes nothing
-            self.norm = norm = clip_grad_norm_(backbone, *self.heads, max_norm=engine.gradient_clipping())
+            norms = [*gradient_norms(backbone, [], 2.0, False)[0], heads_norm]
+            self.norm = norm = torch.linalg.vector_norm(torch.stack([each.to(heads_norm) for each in norms]))
+            factor = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
+            for parameter in backbone:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor.to(parameter.grad))
+            self._scale_heads(factor)
         else:
             norm = clip_grad_norm_(backbone, max_norm=torch.inf) + heads_norm
         self.skipped = not bool(norm.isfinite())
@@ -208,6 +245,15 @@ class DeepSpeedHead:
             engine.optimizer.step, engine.clip_fp32_gradients = step, clip
         engine.skipped_steps, engine._step_applied = engine.skipped_steps + 1, False
         return result
+
+
+class _Scale:
+    """Stands for a GradScaler where DeepSpeed does what one would do."""
+
+    _per_optimizer_states: ClassVar[dict[int, Any]] = {}
+
+    def is_enabled(self) -> bool:
+        return True
 
 
 def _check_engine(engine: Any, joint_clipping: bool) -> None:

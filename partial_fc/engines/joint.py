@@ -2,6 +2,7 @@
 
 JointOptimizer(torch.optim.SGD(backbone.parameters(), lr=0.1), RowOptimizer(torch.optim.SGD, head, lr=0.2))
 param_groups     of all, the very ones: a schedule moves every learning rate, each from its own start
+a bad step       neither moves: what clip_grad_norm_ has not judged is judged here, before either (partial_fc.check_gradients)
 state dict       the backbone's alone, which frameworks write from one rank; the heads' belong into `save_checkpoint`
 """
 
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from partial_fc.nonfinite import check_gradients
 from partial_fc.optim import RowOptimizer
 
 
@@ -37,7 +39,16 @@ class JointOptimizer(torch.optim.Optimizer):
         return self.optimizer.defaults
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        loss = self.optimizer.step(closure)
+        loss = None
+        if closure is not None:  # it makes the gradients, which are judged before any optimizer steps
+            with torch.enable_grad():
+                loss = closure()
+        losses = [head._head for head in self.heads]
+        if not all(each._record.judged for each in losses if each._watches):
+            check_gradients([p for group in self.optimizer.param_groups for p in group["params"]], *losses)
+        if any(each.skipped for each in losses):
+            return loss
+        self.optimizer.step()
         for head in self.heads:
             head.step()
         return loss

@@ -55,6 +55,9 @@ FREE_ON_RESUME = (
     "train.keep_last",
     "train.asynchronous_checkpoints",
     "train.timeout",
+    "train.on_nonfinite",
+    "train.max_skips",
+    "train.watch_every",
     "train.deepspeed",
     *(f"evaluation.{name}" for name in ("batch_size", "tile", "verification", "templates", "identification", "retrieval")),
     *(f"evaluation.{name}" for name in ("label_pattern", "camera_pattern", "every", "every_steps")),
@@ -221,8 +224,8 @@ class HeadConfig:
             )
         return init_device_mesh(device.type, (self.replicas, shard), mesh_dim_names=("replicate", "shard"))
 
-    def build(self, embedding_size: int, class_counts: Tensor, seed: int, device: torch.device) -> PartialFC:
-        """The head of len(class_counts) classes; ValueError for values out of range."""
+    def build(self, embedding_size: int, class_counts: Tensor, seed: int, device: torch.device, **policy: Any) -> PartialFC:
+        """The head of len(class_counts) classes; ValueError for values out of range. policy: `TrainConfig.policy`."""
         return PartialFC(
             embedding_size,
             len(class_counts),
@@ -235,6 +238,7 @@ class HeadConfig:
             interclass_filter=self.interclass_filter,
             logits_budget=self.logits_budget,
             device=device,
+            **policy,
         )
 
 
@@ -254,9 +258,9 @@ class CenterConfig:
         if not self.weight and self.alpha != CenterConfig.alpha:
             raise UserError(f"--center.alpha is {self.alpha}, which has no effect while --center.weight is 0; leave it out")
 
-    def build(self, embedding_size: int, num_classes: int, seed: int, device: torch.device) -> CenterLoss | None:
-        """The loss, or None where its weight is 0; ValueError for values out of range."""
-        return CenterLoss(embedding_size, num_classes, alpha=self.alpha, seed=seed, device=device) if self.weight else None
+    def build(self, embedding_size: int, num_classes: int, seed: int, device: torch.device, **policy: Any) -> CenterLoss | None:
+        """The loss, or None where its weight is 0; ValueError for values out of range. policy: `TrainConfig.policy`."""
+        return CenterLoss(embedding_size, num_classes, alpha=self.alpha, seed=seed, device=device, **policy) if self.weight else None
 
 
 @dataclass
@@ -285,8 +289,19 @@ class TrainConfig:
     """Write checkpoints while training goes on; takes CPU memory of the size of a rank's weights and optimizer state."""
     keep_last: int = 2
     """How many checkpoints to keep."""
+    on_nonfinite: Literal["raise", "skip", "log"] = "raise"
+    """What a NaN or infinity in embeddings, loss or gradient does: raise ends the run, skip leaves the step out, log goes on."""
+    max_skips: int | None = 20
+    """Steps in a row that may be skipped before the run ends after all; null for any number."""
+    watch_every: int = 0
+    """Steps between two looks at whether all ranks still hold the same backbone, optimizer and margin; 0 for none."""
     timeout: float = 600.0
     """Seconds after which a rank that does not answer ends the run."""
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """What losses are told of non-finite numbers."""
+        return {"on_nonfinite": self.on_nonfinite, "max_skips": self.max_skips}
 
 
 @dataclass
@@ -354,6 +369,7 @@ class RunConfig:
             "train.accumulation": (self.train.accumulation, 1),
             "train.checkpoint_every": (self.train.checkpoint_every, 1),
             "train.keep_last": (self.train.keep_last, 1),
+            "train.watch_every": (self.train.watch_every, 0),
             "evaluation.batch_size": (self.evaluation.batch_size, 1),
             "evaluation.tile": (self.evaluation.tile, 1),
             "output.log_every": (self.output.log_every, 1),
@@ -366,6 +382,8 @@ class RunConfig:
         for name, (value, least) in at_least.items():
             if not value >= least:
                 raise UserError(f"--{name} is {value}; give at least {least}")
+        if self.train.max_skips is not None and self.train.max_skips < 0:
+            raise UserError(f"--train.max_skips is {self.train.max_skips}; give at least 0, or null for any number")
         if self.train.checkpoint_steps is not None and self.train.checkpoint_steps < 1:
             raise UserError(f"--train.checkpoint_steps is {self.train.checkpoint_steps}; give at least 1, or null for none")
         if self.seed >= 2**62:

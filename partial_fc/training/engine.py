@@ -28,7 +28,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from partial_fc import PartialFC, RowOptimizer, clip_grad_norm_, naming_the_missing
+from partial_fc import CenterLoss, PartialFC, RowOptimizer, check_gradients, clip_grad_norm_, naming_the_missing
 from partial_fc.engines.deepspeed import DeepSpeedHead, import_deepspeed
 from partial_fc.engines.state import BackboneState, OptimizerState, whole_state
 from partial_fc.training.config import RunConfig, TrainConfig
@@ -157,6 +157,7 @@ class Engine:
         train: TrainConfig,
     ) -> None:
         self.accelerator, self.head, self.head_optimizer, self._build, self._train = accelerator, head, head_optimizer, build, train
+        self.beside: list[CenterLoss] = []  # losses that have no optimizer, but leave out the steps that the others leave out
         backbone = build().to(accelerator.device)
         self.optimizer = optimizer(backbone)
         # the head, its optimizer and the schedules stay as they are: nothing of them is to be replicated or averaged
@@ -188,8 +189,11 @@ class Engine:
         if scaler is not None:
             self.accelerator.unscale_gradients()
             scaler.unscale_(self.head_optimizer)
+        losses = (self.head, *self.beside)
         if self._train.clip_norm is not None:
-            norm = clip_grad_norm_(self.model.parameters(), self.head, max_norm=self._train.clip_norm)
+            norm = clip_grad_norm_(self.model.parameters(), *losses, max_norm=self._train.clip_norm, scaler=scaler)
+        else:
+            check_gradients(self.model.parameters(), *losses, scaler=scaler)
         if scaler is not None:
             scaler.step(self.head_optimizer)  # before the prepared optimizer, whose step also updates the scale
         else:
@@ -202,7 +206,7 @@ class Engine:
     @property
     def skipped(self) -> bool:
         """Whether the last step was left out, by backbone and head alike."""
-        return bool(self.accelerator.optimizer_step_was_skipped)
+        return bool(self.accelerator.optimizer_step_was_skipped) or self.head.skipped
 
     # ------------------------------------------------------------------------------------------------ weights and state
 
@@ -244,7 +248,7 @@ class _DeepSpeed(Engine):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._beside = DeepSpeedHead(self.model, self.head_optimizer, joint_clipping=self._train.clip_norm is not None)
+        self._head = DeepSpeedHead(self.model, self.head_optimizer, joint_clipping=self._train.clip_norm is not None)
 
     @property
     def name(self) -> str:
@@ -254,12 +258,13 @@ class _DeepSpeed(Engine):
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.model.torch_autocast_enabled())
 
     def step(self) -> Tensor | None:
-        return self._beside.norm
+        self._head.tell(self.beside)
+        return self._head.norm
 
     @property
     def skipped(self) -> bool:
-        return self._beside.skipped
+        return self._head.skipped
 
     def close(self) -> None:
-        del self._beside
+        del self._head
         super().close()

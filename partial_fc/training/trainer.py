@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from partial_fc import PreemptionGuard, RandomState, gather, import_weights, naming_the_missing
+from partial_fc import DivergenceWatch, PreemptionGuard, RandomState, gather, import_weights, naming_the_missing
 from partial_fc.shards import local_part
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig, flat, save_config
@@ -110,8 +110,9 @@ class Trainer:
     def _build(self) -> None:
         config, device = self.config, self.accelerator.device
         width, identities = config.backbone.embedding_size, self.data.train.num_identities
-        self.head = config.head.build(width, torch.bincount(self.data.train.labels, minlength=identities), config.seed, device)
-        self.center = config.center.build(width, identities, config.seed, device)
+        counts, policy = torch.bincount(self.data.train.labels, minlength=identities), config.train.policy
+        self.head = config.head.build(width, counts, config.seed, device, **policy)
+        self.center = config.center.build(width, identities, config.seed, device, **policy)
         self.head_optimizer = config.optimizer.build_head(self.head)
         torch.manual_seed(config.seed)  # the backbone's initial weights, alike on all ranks; and what they draw until the first epoch
         self.engine = make_engine(
@@ -122,6 +123,9 @@ class Trainer:
             self.head_optimizer,
             config.train,
         )
+        self.engine.beside = [] if self.center is None else [self.center]
+        watched = (self.engine.model, self.head, *self.engine.beside, self.engine.optimizer)
+        self.watch = DivergenceWatch(*watched, every=config.train.watch_every) if config.train.watch_every else None
         optimizers = (self.engine.optimizer, self.head_optimizer)
         self.schedules = build_schedules(config.schedule, config.head_schedule, optimizers, self.steps_per_epoch, config.train.epochs)
 
@@ -291,10 +295,12 @@ class Trainer:
         """One optimizer step of backbone, head, centers and schedules; the norm of the gradient if it is clipped."""
         norm = self.engine.step()
         self.faults.at("optimizer", self.progress.step + 1)
-        if self.center is not None and not self.engine.skipped:
-            self.center.step()  # what a skipped step has noted counts in the next one
+        if self.center is not None:
+            self.center.step()  # only forgets what it has noted, if the step was left out
         for schedule in self.schedules:
             schedule.step()
+        if self.watch is not None:
+            self.watch.step(self.progress.step + 1)
         return norm
 
     def _is_logged(self, step: int) -> bool:
@@ -310,6 +316,7 @@ class Trainer:
             "step": step,
             "epoch": step / self.steps_per_epoch,
             "learning_rate": float(self.schedules[0].get_last_lr()[0]),
+            "skipped_steps": self.head.skips,
             **dict(zip(measured, values, strict=True)),
         }
         if self.main:
@@ -415,6 +422,7 @@ class Trainer:
             "images_an_epoch": self.steps_per_epoch * self.config.train.batch_size,
             "unreadable_images": len(self.folder.unreadable()),
             "left_out_batches": self.progress.left_out,
+            "skipped_steps": self.head.skips,
         }
         losses = self.config.head.margin if self.center is None else f"{self.config.head.margin} and center loss"
         title = f"{self.config.backbone.name} with {losses} on {self.data.train.num_identities:,} identities"
