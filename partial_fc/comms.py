@@ -4,7 +4,7 @@
     payload [n, D], [n]            all-gather       embeddings and labels
     statistics [4, N]              all-gather       maximum, sum and target of every sample
     embedding gradient [N, D]      reduce-scatter
-    clip norm [1] float64          all-reduce
+    clip norm, flags [3] float64   all-reduce
     backbone gradient [P]          all-reduce       in buckets, as DDP sends them
 
 Each is called as the head calls it (collectives.py), with tensors of the same size, a warm-up and `repeats` times; a rank's median counts,
@@ -39,7 +39,7 @@ HINTS = {
     "payload": "embeddings of all samples travel to all ranks: a smaller embedding_size, or fewer ranks that share a head",
     "statistics": "every rank tells 4 numbers a sample: fewer ranks that share a head",
     "embedding gradient": "gradients of all samples travel back: a smaller embedding_size, or fewer ranks that share a head",
-    "clip norm": "it is one number, so that this is latency: clip every few steps, or not at all",
+    "clip norm": "it is three numbers, so that this is latency: clip every few steps, or not at all",
     "backbone gradient": "accumulate gradients over micro-batches (no_sync), or let DDP send bfloat16 (a communication hook)",
 }
 INTERFACE = "see that the fast interface is used (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
@@ -213,7 +213,7 @@ def planned(z: Sizes, backbone_parameters: int) -> tuple[Collective, ...]:
     """The collectives of a step: the head's, the norm for clipping, DDP's. None on a single rank."""
     if z.world == 1:
         return ()
-    found = [*collectives(z), _all_reduce("clip norm", 8, z.world)]
+    found = [*collectives(z), _all_reduce("clip norm", 24, z.world)]
     if backbone_parameters:
         found.append(_all_reduce("backbone gradient", 4 * backbone_parameters, z.world))
     return tuple(found)
@@ -244,7 +244,7 @@ def _calls(kind: str, z: Sizes, one: Collective, ranks: Ranks, device: torch.dev
         ones = (1,) * world
         return lambda: start_reduce_scatter(grad, ranks, (n,) * world)(), lambda: start_reduce_scatter(least, ranks, ones)()
     if kind == "clip norm":
-        norm = torch.zeros((), dtype=torch.float64, device=device)
+        norm = torch.zeros(3, dtype=torch.float64, device=device)
         call = lambda: dist.all_reduce(norm, group=ranks.group)  # noqa: E731
         return call, call
     assert kind == "backbone gradient"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +33,7 @@ log = logging.getLogger("partial_fc")
 
 DEFAULT_MAX_SKIPS = 20
 BLOCK_BYTES = 8 << 20
+MOST = 64  # backwards of a step whose losses are kept apart
 SEPARATOR = "\x1f"  # between the findings of one rank
 
 
@@ -63,10 +64,8 @@ class StepRecord:
         self.looked = False  # any step was judged yet
         self.backwards: list[_Backward] = []
 
-    def __deepcopy__(self, memo: dict[int, object]) -> StepRecord:
-        copy = StepRecord(self.max_skips)
-        vars(copy).update({**vars(self), "backwards": []})
-        return copy
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "backwards": []}  # a copy's gradients are others, and groups cannot be copied
 
     @property
     def skipped(self) -> bool:
@@ -90,9 +89,14 @@ class StepRecord:
     def note(self, losses: Tensor, batch: GlobalBatch) -> Callable[[Tensor], None]:
         """A hook of the loss: its backward makes the forward a part of the step."""
 
+        named = replace(batch, embeddings=batch.embeddings.new_empty(0))  # labels and places alone outlive the backward
+
         def backward(grad: Tensor) -> None:
             self._part()
-            self.backwards.append(_Backward(losses, grad, batch))
+            if len(self.backwards) == MOST:  # of so many the first is not told apart any more
+                first, second = self.backwards[0], self.backwards.pop(1)
+                first.losses, first.grad = first.losses.sum() + second.losses.sum(), first.grad.sum() + second.grad.sum()
+            self.backwards.append(_Backward(losses, grad, named))
 
         return backward
 

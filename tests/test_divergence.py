@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ class Run:
         mesh = init_device_mesh("cpu", (replicas, world // replicas)) if replicas > 1 else None
         self.rank, self.world = rank, world
         self.backbone = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))
+        margin = copy.deepcopy(margin)  # tensors that are sent to processes lie in memory that all of them share
         self.head = PartialFC(D, C, margin, rate, group=mesh, init_std=1.0)
         self.optimizer = torch.optim.Adam(self.backbone.parameters(), lr=0.01)
         self.head_optimizer = RowOptimizer(torch.optim.SGD, self.head, lr=0.1, momentum=0.9)

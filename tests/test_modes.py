@@ -203,7 +203,7 @@ def count_collectives(rank: int, world: int, rate: float, joint: bool) -> dict[s
         module._all_gather_single, module._reduce_scatter_single = saved
         for name in names:
             setattr(torch.distributed, name, originals[name])
-    assert not others, others
+    assert others == {"all_reduce": 1}, "two flags, since nobody has judged the step before"
     return calls
 
 

@@ -22,7 +22,7 @@ MISSING = "partial-fc needs the application's packages ({name} is missing): pip 
 try:
     import jsonargparse
 
-    from partial_fc import NonFiniteError, PreemptionGuard
+    from partial_fc import DivergenceError, NonFiniteError, PreemptionGuard
     from partial_fc.preemption import SIGNALS
     from partial_fc.training.audit_cli import audit_command
     from partial_fc.training.backbones import build_backbone
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] != "plan":
             find_ranks()
         return commands[arguments[0]](arguments[1:]) or 0
-    except (UserError, NonFiniteError, UnicodeDecodeError, jsonargparse.ArgumentError, OSError) as error:
+    except (UserError, NonFiniteError, DivergenceError, UnicodeDecodeError, jsonargparse.ArgumentError, OSError) as error:
         if "--traceback" in arguments:
             traceback.print_exc()
         elif speaks():

@@ -124,7 +124,9 @@ class Trainer:
             config.train,
         )
         self.engine.beside = [] if self.center is None else [self.center]
-        watched = (self.engine.model, self.head, *self.engine.beside, self.engine.optimizer)
+        # what DeepSpeed's optimizers hold are shards, under names that do not say so
+        whole = [] if self.engine.name.startswith("DeepSpeed") else [self.engine.optimizer]
+        watched = (self.engine.model, self.head, *self.engine.beside, *whole)
         self.watch = DivergenceWatch(*watched, every=config.train.watch_every) if config.train.watch_every else None
         optimizers = (self.engine.optimizer, self.head_optimizer)
         self.schedules = build_schedules(config.schedule, config.head_schedule, optimizers, self.steps_per_epoch, config.train.epochs)
