@@ -197,7 +197,7 @@ def _from_file(command: str, asked: argparse.Namespace) -> None:
         return rows[used - len(dataset) : used], torch.arange(len(dataset))
 
     for task in tasks:
-        results.append(task.measure(embed, **sharing(accelerator, asked.tile)))
+        results.append(task.measure(embed, **sharing(accelerator, asked.tile), device=accelerator.device))
     if used != len(rows):
         raise UserError(f"{asked.run} has {len(rows)} rows, and there are {used} images; give one for each image in order")
     if accelerator.is_main_process:

@@ -44,7 +44,7 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, embed: Embed, **how: Any) -> Result:
-        """Embed and measure; `how`: rank, world, reduce of the protocol's function. Every rank must call it."""
+        """Embed and measure; `how`: rank, world, reduce, tile, progress, device of the functions. Every rank must call it."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Verification(Task):
         readable[positions] = True
         embeddings = found.new_zeros(len(self.images), found.shape[1])
         embeddings[positions] = found
-        how.pop("tile", None), how.pop("progress", None)
+        how = _without_tiles(how)
         return verification_bin.verify_embeddings(embeddings, self.images.same, name=self.name, readable=readable, **how)
 
 
@@ -101,7 +101,7 @@ class TemplatePairs(Task):
             weights=None if self.weights is None else self.weights[kept],
             normalize_images=self.normalize_images,
         )
-        how.pop("tile", None), how.pop("progress", None)
+        how = _without_tiles(how)
         result, self.scores = templates.score_templates(ids, pooled, self.pairs, self.same, name=self.name, **how)
         return result
 
@@ -162,6 +162,11 @@ class Retrieval(Task):
             gallery_cameras=None if cameras is None or there is None else cameras[1][there],
             **how,
         )
+
+
+def _without_tiles(how: dict[str, Any]) -> dict[str, Any]:
+    """What listed pairs take of how the work is shared: their blocks are no tiles."""
+    return {key: value for key, value in how.items() if key in ("rank", "world", "reduce")}
 
 
 def _junk_below_zero(numbers: Tensor, names: list[str]) -> Tensor:
