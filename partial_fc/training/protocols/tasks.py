@@ -21,7 +21,7 @@ from torch import Tensor
 from partial_fc.training.data import IdentityDataset, open_data
 from partial_fc.training.errors import UserError
 from partial_fc.training.protocols import identification, retrieval, templates, verification_bin
-from partial_fc.training.protocols.images import Labelled, ListedImages, labelled_images, numbers_of
+from partial_fc.training.protocols.images import AlignedImages, Labelled, ListedImages, labelled_images, numbers_of
 from partial_fc.training.protocols.result import Result
 
 if TYPE_CHECKING:
@@ -189,10 +189,14 @@ def open_templates(
     listed: str | Path,
     pairs: str | Path,
     detector_scores: str | Path | None = None,
+    points: str | Path | None = None,
     normalize_images: bool = False,
     flip: bool = True,
 ) -> TemplatePairs:
-    """UserError for lists that cannot be read, or that name a template without images."""
+    """detector_scores, points: files of `read_detector_scores` and `read_points`; with points, faces are aligned by them.
+
+    UserError for lists that cannot be read, or that name a template without images.
+    """
     lines = templates.read_templates(listed)
     which, same = templates.read_pairs(pairs, lines.templates)
     if len(same.unique()) < 2:
@@ -202,7 +206,10 @@ def open_templates(
     weights = None if detector_scores is None else templates.read_detector_scores(detector_scores, lines.names)
     if not Path(images).is_dir():
         raise UserError(f"the image folder {images} does not exist")
-    dataset = ListedImages(images, names, torch.arange(len(names)), names, shape)
+    if points is None:
+        dataset = ListedImages(images, names, torch.arange(len(names)), names, shape)
+    else:
+        dataset = AlignedImages(images, names, templates.read_points(points, names), shape)
     return TemplatePairs(name, dataset, numbers, lines, which, same, weights, normalize_images, flip)
 
 
@@ -250,10 +257,19 @@ def open_tasks(config: EvaluationConfig, shape: Shape) -> list[Task]:
     if config.templates is not None:
         root = Path(config.templates)
         files = [_only(root, pattern) for pattern in ("*face_tid_mid.txt", "*template_pair_label.txt")]
-        scores = next(iter(sorted(root.rglob("*name_5pts_score.txt"))), None)
+        detected = next(iter(sorted(root.rglob("*name_5pts_score.txt"))), None)
         images = root / "loose_crop" if (root / "loose_crop").is_dir() else root / "images"
         tasks.append(
-            open_templates(root.name, shape, images=images, listed=files[0], pairs=files[1], detector_scores=scores, flip=config.flip)
+            open_templates(
+                root.name,
+                shape,
+                images=images,
+                listed=files[0],
+                pairs=files[1],
+                detector_scores=detected,
+                points=detected,
+                flip=config.flip,
+            )
         )
     if config.identification is not None:
         root = Path(config.identification)

@@ -91,16 +91,28 @@ def _no_pair(path: str | Path, row: int) -> UserError:
 
 def read_detector_scores(path: str | Path, names: list[str]) -> Tensor:
     """A weight for each of `names` `[n]`: the last word of the line that begins with the name. UserError for a name without a line."""
-    scores: dict[str, float] = {}
-    for number, words in _lines(path, "detector scores"):
+    return torch.tensor([words[-1] for words in _detected(path, names, 1)])
+
+
+def read_points(path: str | Path, names: list[str]) -> npt.NDArray[np.float64]:
+    """The five points `[n, 5, 2]` of each of `names`: lines "name x y x y x y x y x y score". UserError for a name without such a line."""
+    return np.array([words[:10] for words in _detected(path, names, 11)]).reshape(-1, 5, 2)
+
+
+def _detected(path: str | Path, names: list[str], least: int) -> list[list[float]]:
+    """For each of `names`, the numbers of the line that begins with it, at least so many."""
+    found: dict[str, list[float]] = {}
+    for number, words in _lines(path, "detections"):
         try:
-            scores[words[0]] = float(words[-1])
+            found[words[0]] = [float(word) for word in words[1:]]
         except ValueError:
-            raise UserError(f"{path}, line {number}: {words[-1]!r} is no score; give an image name and, last, a number") from None
-    missing = [name for name in names if name not in scores]
+            raise UserError(f"{path}, line {number}: give an image name and numbers, a score last, not {' '.join(words)!r}") from None
+        if len(words) <= least:
+            raise UserError(f"{path}, line {number}: there are {len(words) - 1} numbers after the image name; there must be {least}")
+    missing = [name for name in names if name not in found]
     if missing:
-        raise UserError(f"{path} has no line for the image {missing[0]} (and {len(missing) - 1} others); every image needs a score")
-    return torch.tensor([scores[name] for name in names])
+        raise UserError(f"{path} has no line for the image {missing[0]} (and {len(missing) - 1} others); every image needs one")
+    return [found[name] for name in names]
 
 
 def _lines(path: str | Path, what: str) -> Iterator[tuple[int, list[str]]]:
