@@ -101,6 +101,16 @@ def test_equal_scores_count_against_the_query():
     assert (result.figures["cmc@1"], result.figures["cmc@5"], result.figures["recall@1"]) == (0, 1, 0)
 
 
+@pytest.mark.parametrize("tile", [3, 7, 1000])
+def test_an_irrelevant_copy_of_the_relevant_image_ties_in_any_tile(tile):
+    generator = torch.Generator().manual_seed(1)
+    gallery, queries = torch.randn(50, 128, generator=generator), torch.randn(200, 128, generator=generator)
+    labels = torch.arange(200) % 50
+    twice = torch.cat((gallery, gallery)), torch.cat((torch.arange(50), torch.arange(50) + 1000))
+    result = retrieve_embeddings(queries, labels, *twice, name="x", tile=tile)
+    assert result.figures["cmc@1"] == 0 and result.figures["cmc@10"] > 0  # type: ignore[operator]
+
+
 def on_ranks(rank: int, world: int, case: Case) -> Result:
     def reduce(part: Tensor) -> Tensor:
         torch.distributed.all_reduce(part)

@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_curve
 from sklearn.preprocessing import normalize
 from torch import Tensor
 
+from partial_fc.training.data import UnreadableImage
 from partial_fc.training.errors import UserError
 from partial_fc.training.protocols import pool_templates, read_pairs, read_templates, score_templates
-from partial_fc.training.protocols.templates import read_detector_scores
+from partial_fc.training.protocols.images import REFERENCE, AlignedImages
+from partial_fc.training.protocols.templates import read_detector_scores, read_points
 
 
 def some_images(subjects: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -173,7 +176,8 @@ def test_lists_are_read(tmp_path):
         ("pairs", "5 -7 2\n", "line 1: give two template ids and 1 or 0"),
         ("pairs", "5 -7\n", "line 1: give two template ids"),
         ("points", "a.jpg 0.1\n", "no line for the image b.jpg (and 1 others)"),
-        ("points", "a.jpg good\n", "line 1: 'good' is no score"),
+        ("points", "a.jpg good\n", "line 1: give an image name and numbers"),
+        ("points", "a.jpg\n", "line 1: there are 0 numbers after the image name"),
     ],
 )
 def test_a_list_that_is_none_is_a_user_error(which: str, text: str | bytes | None, message: str, tmp_path: Path):
@@ -189,3 +193,26 @@ def test_a_list_that_is_none_is_a_user_error(which: str, text: str | bytes | Non
         read_pairs(tmp_path / "pairs", listed.templates)
         read_detector_scores(tmp_path / "points", listed.names)
     assert message in str(caught.value) and which in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [112, 56])
+def test_faces_are_aligned_by_their_points(size, tmp_path):
+    """A picture with a bright blob at each of the five points: turned by 30 degrees, four times as large, shifted; then all lie right."""
+    angle, scale = np.radians(30), 4.0
+    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    points = REFERENCE @ turn.T + (300.0, 60.0)
+    y, x = np.mgrid[:700, :800]
+    picture = sum(255 * np.exp(-((x - a) ** 2 + (y - b) ** 2) / 200) for a, b in points).clip(0, 255).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "face.png")
+    (tmp_path / "points").write_text(f"face.png {' '.join(map(str, points.flatten()))} 0.9\nnone.png {'3 ' * 10}1\n")
+    read = read_points(tmp_path / "points", ["face.png", "none.png"])
+    images = AlignedImages(tmp_path, ["face.png", "none.png"], read, (1, size, size))
+    found = images.load(0)[0].double()
+    assert found.shape == (size, size)
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    for a, b in REFERENCE * size / 112:
+        near = found * ((columns - a).abs() < 7 * size / 112) * ((rows - b).abs() < 7 * size / 112)
+        centre = (float((near * columns).sum() / near.sum()), float((near * rows).sum() / near.sum()))
+        assert centre == (pytest.approx(a, abs=0.4), pytest.approx(b, abs=0.4))
+    with pytest.raises(UnreadableImage, match=r"none\.png \(its points are no face"):
+        images.load(1)

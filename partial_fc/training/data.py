@@ -20,7 +20,7 @@ import os
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -189,8 +189,13 @@ class FolderIdentities(IdentityDataset):
         return decode_picture(self.root / name, self.image_shape, name)
 
 
-def decode_picture(source: str | Path | BinaryIO, image_shape: tuple[int, int, int], name: str) -> torch.Tensor:
-    """An encoded picture as uint8 [C, H, W] of that shape, resized (bilinear); UnreadableImage, under `name`, for a damaged one."""
+def decode_picture(
+    source: str | Path | BinaryIO,
+    image_shape: tuple[int, int, int],
+    name: str,
+    fit: Callable[[Image.Image], Image.Image] | None = None,
+) -> torch.Tensor:
+    """An encoded picture as uint8 [C, H, W] of that shape, resized (bilinear) or by `fit`; UnreadableImage, as `name`, for a bad one."""
     channels, height, width = image_shape
     try:
         # Pillow only warns of pictures large enough to fill the memory; they are refused here.
@@ -198,7 +203,7 @@ def decode_picture(source: str | Path | BinaryIO, image_shape: tuple[int, int, i
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source) as image:
                 picture = _eight_bits(image).convert("L" if channels == 1 else "RGB")
-        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR) if fit is None else fit(picture)
     except Exception as error:  # a damaged file makes decoders raise almost anything, not OSError alone
         raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
     return torch.from_numpy(np.array(resized)).view(height, width, channels).permute(2, 0, 1).contiguous()

@@ -62,10 +62,11 @@ def protocol_parser(command: str) -> argparse.ArgumentParser:
     if command == "verify":
         add("files", nargs="+", metavar="PAIRS.bin", help="pickled pairs; nothing in them is run")
     elif command == "templates":
-        add("--images", required=True, metavar="DIR", help="folder of the images, aligned")
+        add("--images", required=True, metavar="DIR", help="folder of the images: aligned, unless --points is given")
         add("--templates", required=True, metavar="FILE", help="lines: image name, template id, media id (face_tid_mid.txt)")
         add("--pairs", required=True, metavar="FILE", help="lines: template id, template id, 1 or 0 (template_pair_label.txt)")
         add("--detector_scores", default=None, metavar="FILE", help="lines: image name ... score, which each image is weighed with")
+        add("--points", default=None, metavar="FILE", help="lines: image name, x and y of five points, score: align the faces by them")
         add("--normalize_images", action="store_true", help="bring each image's embedding to unit length before pooling")
         add("--scores", default=None, metavar="OUT", help="write the score of each pair, .npy or .txt; must not exist")
     elif command == "identify":
@@ -105,6 +106,7 @@ def open_asked(command: str, asked: argparse.Namespace, shape: Shape) -> list[Ta
             listed=asked.templates,
             pairs=asked.pairs,
             detector_scores=asked.detector_scores,
+            points=asked.points,
             normalize_images=asked.normalize_images,
             flip=not asked.no_flip,
         )
@@ -197,7 +199,7 @@ def _from_file(command: str, asked: argparse.Namespace) -> None:
         return rows[used - len(dataset) : used], torch.arange(len(dataset))
 
     for task in tasks:
-        results.append(task.measure(embed, **sharing(accelerator, asked.tile)))
+        results.append(task.measure(embed, **sharing(accelerator, asked.tile), device=accelerator.device))
     if used != len(rows):
         raise UserError(f"{asked.run} has {len(rows)} rows, and there are {used} images; give one for each image in order")
     if accelerator.is_main_process:

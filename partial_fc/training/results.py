@@ -91,11 +91,11 @@ def run_tasks(
     def embed(dataset: IdentityDataset, name: str, flip: bool) -> tuple[Tensor, Tensor]:
         return embed_images(backbone, dataset, name, accelerator, config, folder, flip=flip, asked_to_stop=asked_to_stop)
 
-    return [task.measure(embed, **sharing(accelerator, config.evaluation.tile)) for task in tasks]
+    return [task.measure(embed, **sharing(accelerator, config.evaluation.tile), device=accelerator.device) for task in tasks]
 
 
 def sharing(accelerator: Accelerator, tile: int) -> dict[str, Any]:
-    """How the work of a protocol is shared by the ranks: arguments of its function."""
+    """How the work of an evaluation is shared by the ranks: arguments of its function."""
     return {
         "tile": tile,
         "rank": accelerator.process_index,

@@ -10,8 +10,8 @@
     DIR at FPIR f                  share of mated probes with better = 0 and own >= t; t is the lowest threshold at which at most the
                                    share f of the probes that are not mated has a top >= t                  (open set)
 
-A tie counts against the probe, so that embeddings that are all alike identify nobody. Blocks of probes are dealt to the ranks, the gallery
-is walked through in tiles: beside the embeddings, memory is a block by a tile, and three numbers a probe.
+A tie (a difference of less than 1e-6) counts against the probe, so that embeddings that are all alike identify nobody. Blocks of probes are
+dealt to the ranks, the gallery is walked through in tiles: beside the embeddings, memory is a block by a tile, and three numbers a probe.
 DIR, FPIR: Grother and Ngan, NIST Interagency Report 8009. MegaFace: Kemelmacher-Shlizerman et al. 2016.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import cosine_tile
 from partial_fc.training.protocols.result import Result
-from partial_fc.training.protocols.tiling import Reduce, Together, check_labels, check_tile, dealt, groups, unit_rows
+from partial_fc.training.protocols.tiling import TIE, Reduce, Together, check_labels, check_tile, dealt, groups, unit_rows
 
 RANKS = (1, 5, 10, 20)
 FPIRS = {"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3}
@@ -54,12 +54,12 @@ class _Gallery:
         """The best cosine of the probes `block` `[b, D]` with each of the identities lo to hi: `[b, hi - lo]`."""
         first, last = int(self.starts[lo]), int(self.starts[hi - 1] + self.sizes[hi - 1])
         if last - first == hi - lo:
-            return cosine_tile(block, self.rows(first, last))
+            return cosine_tile(block, self.rows(first, last).to(block.device))
         best = block.new_full((len(block), hi - lo), -torch.inf)
         for start in range(first, last, tile):
             stop = min(start + tile, last)
             identity = (self.identities[start:stop] - lo).to(block.device)
-            best.scatter_reduce_(1, identity.expand(len(block), -1), cosine_tile(block, self.rows(start, stop)), "amax")
+            best.scatter_reduce_(1, identity.expand(len(block), -1), cosine_tile(block, self.rows(start, stop).to(block.device)), "amax")
         return best
 
 
@@ -78,11 +78,13 @@ def identify_embeddings(
     world: int = 1,
     reduce: Reduce | None = None,
     progress: bool = False,
+    device: torch.device | None = None,
 ) -> Result:
     """Figures of `probes` `[p, D]` searched in `gallery` `[g, D]` and `distractors` `[m, D]`, labels being integers.
 
     distractor_labels: only to see that none of them is a probe's or the gallery's. `tile` probes and gallery images are compared at a time;
-    three calls of `reduce`, with one number a probe. Embeddings need not be normalised.
+    three calls of `reduce`, with one number a probe. Embeddings need not be normalised. device: where tiles are compared, if not where the
+    embeddings are.
 
     Figures: "rank-k" for k in `ranks`, of mated probes; "dir@FPIR", None where that share of the other probes is less than one.
     Raises UserError for shapes that do not match, embeddings that are not finite, no mated probe, or a distractor that is somebody.
@@ -102,7 +104,9 @@ def identify_embeddings(
         raise UserError(f"{name}: no probe is of an identity in the gallery, so there is nothing to find; check the labels of both")
     own, better, top = (Together(len(unit), dtype=kind) for kind in (torch.float32, torch.int64, torch.float32))
     for rows in dealt(len(unit), tile, rank, world, "probes", progress):
-        own[rows], better[rows], top[rows] = _search(unit[rows], torch.where(mated[rows], own_identity[rows], -1), enrolment, tile)
+        own[rows], better[rows], top[rows] = _search(
+            unit[rows].to(device or unit.device), torch.where(mated[rows], own_identity[rows], -1), enrolment, tile
+        )
     return _figures(name, mated, own.everyone(reduce), better.everyone(reduce), top.everyone(reduce), ranks, enrolled, len(others))
 
 
@@ -131,7 +135,7 @@ def _search(block: Tensor, identity: Tensor, enrolment: _Gallery, tile: int) -> 
         scores = enrolment.scores(block, lo, hi, tile)
         here = ((mine >= lo) & (mine < hi)).nonzero().flatten()
         scores[here, mine[here] - lo] = -torch.inf
-        better += (scores >= own[:, None]).sum(1)
+        better += (scores >= own[:, None] - TIE).sum(1)
         top = torch.maximum(top, scores.amax(1))
     return own.cpu(), better.cpu(), top.cpu()
 

@@ -1,6 +1,7 @@
 """Images that a protocol names one by one: by files listed in a text file, or by patterns of file names.
 
 root, names [n]     ListedImages: root/name each, decoded when loaded; labels as given
+points [n, 5, 2]    AlignedImages: turned, scaled and shifted so that eyes, nose and mouth come where ArcFace's training images have them
 folder, patterns    labelled_images: a folder of identity sub-folders, or a flat one whose file names say identity and camera:
                     0002_c1s1_000451_03.jpg of Market-1501 by label "^(-?\\d+)" and camera "c(\\d+)"
 """
@@ -12,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
-from partial_fc.training.data import FolderIdentities, IdentityDataset, _image_files, decode_picture
+from partial_fc.training.data import FolderIdentities, IdentityDataset, UnreadableImage, _image_files, decode_picture
 from partial_fc.training.errors import UserError
 
 
@@ -33,6 +37,45 @@ class ListedImages(IdentityDataset):
 
     def load(self, index: int) -> Tensor:
         return decode_picture(self.root / self.names[index], self.image_shape, self.names[index])
+
+
+# eyes, tip of the nose, corners of the mouth in a face of 112 x 112 pixels, x and y: what the field trains on (Deng et al. 2019)
+REFERENCE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
+
+
+class AlignedImages(ListedImages):
+    """`ListedImages` of faces that are not aligned, with the five `points` `[n, 5, 2]` of each, in pixels of its own (x, y)."""
+
+    def __init__(self, root: str | Path, names: Sequence[str], points: npt.NDArray[np.float64], image_shape: tuple[int, int, int]) -> None:
+        super().__init__(root, names, torch.arange(len(names)), list(names), image_shape)
+        self.points = points
+
+    def load(self, index: int) -> Tensor:
+        _, height, width = self.image_shape
+        coefficients = similarity(REFERENCE * (width / 112, height / 112), self.points[index])
+        if coefficients is None:
+            raise UnreadableImage(self.names[index], "its points are no face")
+
+        def fit(picture: Image.Image) -> Image.Image:
+            return picture.transform((width, height), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
+
+        return decode_picture(self.root / self.names[index], self.image_shape, self.names[index], fit)
+
+
+def similarity(reference: npt.NDArray[np.float64], points: npt.NDArray[np.float64]) -> tuple[float, ...] | None:
+    """(a, b, c, d, e, f): where in the picture, (a x + b y + c, d x + e y + f), the aligned image's (x, y) is from; None if nowhere.
+
+    The turn, scale and shift that bring `points` `[5, 2]` nearest to `reference` in least squares (Umeyama 1991). As complex numbers it is
+    w = s z + t; points name the middles of pixels, which Pillow counts from their corners, half a pixel farther.
+    """
+    w, z = (each[:, 0] + 1j * each[:, 1] + (0.5 + 0.5j) for each in (reference, points))
+    spread = z - z.mean()
+    total = float((np.abs(spread) ** 2).sum())
+    s = (spread.conj() * (w - w.mean())).sum() / total if total > 0 and np.isfinite(total) else 0
+    if abs(s) < 1e-9:
+        return None
+    turn, shift = 1 / s, z.mean() - w.mean() / s
+    return float(turn.real), float(-turn.imag), float(shift.real), float(turn.imag), float(turn.real), float(shift.imag)
 
 
 @dataclass

@@ -14,7 +14,8 @@
     Recall@k         share of a query's relevant images with place(r) <= k, meaned over queries
     R-precision      Recall@R;   mAP@R: sum of r / place(r) over those with place(r) <= R, over R (Musgrave et al. 2020)
 
-At equal scores the irrelevant come first. A query without a relevant image has no figure: it is left out of the means, counted and named.
+At equal scores (that differ by less than 1e-6) the irrelevant come first. A query without a relevant image has no figure: it is left out
+of the means, counted and named.
 Blocks of queries are dealt to the ranks; for each, the scores of its relevant images are sorted once, and the gallery is walked through in
 tiles that count how many irrelevant images pass each of them. No ranking is stored.
 """
@@ -30,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import cosine_tile
 from partial_fc.training.protocols.result import Result
-from partial_fc.training.protocols.tiling import Reduce, Together, check_labels, check_tile, dealt, unit_rows
+from partial_fc.training.protocols.tiling import TIE, Reduce, Together, check_labels, check_tile, dealt, unit_rows
 
 KS = (1, 5, 10)
 CURVE = 100  # k up to which the CMC curve is given
@@ -61,11 +62,13 @@ def retrieve_embeddings(
     world: int = 1,
     reduce: Reduce | None = None,
     progress: bool = False,
+    device: torch.device | None = None,
 ) -> Result:
     """Figures of `queries` `[q, D]` searched in `gallery` `[g, D]`; without one, each in the others of `queries`.
 
     Labels and cameras are integers, one an image; cameras are given for both or none. At most `tile` queries and gallery images are
-    compared at a time; one call of `reduce`, with a few numbers a query. Embeddings need not be normalised.
+    compared at a time; one call of `reduce`, with a few numbers a query. Embeddings need not be normalised. device: where tiles are
+    compared, if not where the embeddings are.
 
     Figures: "mAP", "cmc@k" and "recall@k" for k in `ks`, "R-precision", "mAP@R". Counts: queries that have an answer, those that have none
     (named in `notes` by position, the first ten), gallery images, junk.
@@ -85,7 +88,7 @@ def retrieve_embeddings(
     found = Together(len(unit), 5 + len(ks), dtype=torch.float64)
     for rows in dealt(len(unit), tile, rank, world, "queries", progress):
         for part, own in _blocks(rows, labels, cameras, known, itself, tile):
-            found[part] = _measure(unit[part], labels[part], own, known, ks, tile)
+            found[part] = _measure(unit[part].to(device or unit.device), labels[part], own, known, ks, tile)
     return _figures(name, found.everyone(reduce), ks, len(gallery), len(gallery) - len(known.labels))
 
 
@@ -119,10 +122,10 @@ def _measure(block: Tensor, labels: Tensor, own: list[Tensor], known: _Set, ks: 
     passing = torch.zeros(len(block), relevant.shape[1] + 1, dtype=torch.int64, device=block.device)
     labels = labels.to(block.device)
     for start in range(0, len(known.labels), tile):
-        scores = cosine_tile(block, known.unit[start : start + tile])
+        scores = cosine_tile(block, known.unit[start : start + tile].to(block.device))
         same = labels[:, None] == known.labels[start : start + tile].to(block.device)
         scores.masked_fill_(same, -torch.inf)  # relevant, or passed over
-        above = torch.searchsorted(relevant, scores, right=True)  # how many relevant images score as low or lower
+        above = torch.searchsorted(relevant, scores.add_(TIE), right=True)  # how many relevant images score as low or lower
         passing.scatter_add_(1, above, torch.ones_like(above))
     # the i-th lowest relevant image is passed by the irrelevant ones that are at or above more than i of them
     ahead = passing.flip(1).cumsum(1).flip(1)[:, 1:]
@@ -154,7 +157,7 @@ def _relevant_scores(block: Tensor, own: list[Tensor], count: Tensor, known: _Se
         here = ((places >= start) & (places < min(start + tile, last))).nonzero()
         if len(here):
             queries = here[:, 0].unique()
-            products = cosine_tile(block[queries], known.unit[start : min(start + tile, last)])
+            products = cosine_tile(block[queries], known.unit[start : min(start + tile, last)].to(block.device))
             row = torch.searchsorted(queries, here[:, 0])
             scores[here[:, 0], here[:, 1]] = products[row, places[here[:, 0], here[:, 1]] - start]
     return scores.sort(1).values

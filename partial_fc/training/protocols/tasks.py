@@ -22,7 +22,7 @@ from partial_fc.training.data import IdentityDataset, open_data
 from partial_fc.training.errors import UserError
 from partial_fc.training.packed import is_packed
 from partial_fc.training.protocols import identification, retrieval, templates, verification_bin
-from partial_fc.training.protocols.images import Labelled, ListedImages, labelled_images, numbers_of
+from partial_fc.training.protocols.images import AlignedImages, Labelled, ListedImages, labelled_images, numbers_of
 from partial_fc.training.protocols.result import Result
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, embed: Embed, **how: Any) -> Result:
-        """Embed and measure; `how`: rank, world, reduce of the protocol's function. Every rank must call it."""
+        """Embed and measure; `how`: rank, world, reduce, tile, progress, device of the functions. Every rank must call it."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Verification(Task):
         readable[positions] = True
         embeddings = found.new_zeros(len(self.images), found.shape[1])
         embeddings[positions] = found
-        how.pop("tile", None), how.pop("progress", None)
+        how = _without_tiles(how)
         return verification_bin.verify_embeddings(embeddings, self.images.same, name=self.name, readable=readable, **how)
 
 
@@ -102,7 +102,7 @@ class TemplatePairs(Task):
             weights=None if self.weights is None else self.weights[kept],
             normalize_images=self.normalize_images,
         )
-        how.pop("tile", None), how.pop("progress", None)
+        how = _without_tiles(how)
         result, self.scores = templates.score_templates(ids, pooled, self.pairs, self.same, name=self.name, **how)
         return result
 
@@ -165,6 +165,11 @@ class Retrieval(Task):
         )
 
 
+def _without_tiles(how: dict[str, Any]) -> dict[str, Any]:
+    """What listed pairs take of how the work is shared: their blocks are no tiles."""
+    return {key: value for key, value in how.items() if key in ("rank", "world", "reduce")}
+
+
 def _junk_below_zero(numbers: Tensor, names: list[str]) -> Tensor:
     return torch.where(torch.tensor([name == "-1" for name in names]), -1, numbers)
 
@@ -185,10 +190,14 @@ def open_templates(
     listed: str | Path,
     pairs: str | Path,
     detector_scores: str | Path | None = None,
+    points: str | Path | None = None,
     normalize_images: bool = False,
     flip: bool = True,
 ) -> TemplatePairs:
-    """UserError for lists that cannot be read, or that name a template without images."""
+    """detector_scores, points: files of `read_detector_scores` and `read_points`; with points, faces are aligned by them.
+
+    UserError for lists that cannot be read, or that name a template without images.
+    """
     lines = templates.read_templates(listed)
     which, same = templates.read_pairs(pairs, lines.templates)
     if len(same.unique()) < 2:
@@ -198,7 +207,10 @@ def open_templates(
     weights = None if detector_scores is None else templates.read_detector_scores(detector_scores, lines.names)
     if not Path(images).is_dir():
         raise UserError(f"the image folder {images} does not exist")
-    dataset = ListedImages(images, names, torch.arange(len(names)), names, shape)
+    if points is None:
+        dataset = ListedImages(images, names, torch.arange(len(names)), names, shape)
+    else:
+        dataset = AlignedImages(images, names, templates.read_points(points, names), shape)
     return TemplatePairs(name, dataset, numbers, lines, which, same, weights, normalize_images, flip)
 
 
@@ -246,10 +258,19 @@ def open_tasks(config: EvaluationConfig, shape: Shape) -> list[Task]:
     if config.templates is not None:
         root = Path(config.templates)
         files = [_only(root, pattern) for pattern in ("*face_tid_mid.txt", "*template_pair_label.txt")]
-        scores = next(iter(sorted(root.rglob("*name_5pts_score.txt"))), None)
+        detected = next(iter(sorted(root.rglob("*name_5pts_score.txt"))), None)
         images = root / "loose_crop" if (root / "loose_crop").is_dir() else root / "images"
         tasks.append(
-            open_templates(root.name, shape, images=images, listed=files[0], pairs=files[1], detector_scores=scores, flip=config.flip)
+            open_templates(
+                root.name,
+                shape,
+                images=images,
+                listed=files[0],
+                pairs=files[1],
+                detector_scores=detected,
+                points=detected,
+                flip=config.flip,
+            )
         )
     if config.identification is not None:
         root = Path(config.identification)

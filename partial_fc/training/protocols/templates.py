@@ -12,10 +12,13 @@ A FAR of less than one impostor pair has no figure (IJB-C has 15.6 million, so t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -55,32 +58,61 @@ def read_pairs(path: str | Path, templates: Tensor) -> tuple[Tensor, Tensor]:
 
     UserError that names the line that is none, or that has a template which is not among the ids `templates`.
     """
-    known = set(templates.tolist())
-    pairs, same = [], []
-    for number, words in _lines(path, "pairs"):
-        if len(words) != 3 or not all(map(_is_integer, words)) or int(words[2]) not in (0, 1):
-            raise UserError(f"{path}, line {number}: give two template ids and 1 or 0, not {' '.join(words)!r}")
-        first, second = int(words[0]), int(words[1])
-        if first not in known or second not in known:
-            unknown = second if first in known else first
-            raise UserError(f"{path}, line {number}: template {unknown} has no image in the file of templates")
-        pairs.append((first, second))
-        same.append(words[2] == "1")
-    return torch.tensor(pairs), torch.tensor(same)
+    table = _integers(path)
+    wrong = ~np.isin(table[:, 2], (0, 1))
+    if wrong.any():
+        raise _no_pair(path, int(wrong.argmax()))
+    unknown = ~np.isin(table[:, :2], templates.numpy())
+    if unknown.any():
+        row = int(unknown.any(1).argmax())
+        number, _ = next(itertools.islice(_lines(path, "pairs"), row, None))
+        template = table[row, int(unknown[row].argmax())]
+        raise UserError(f"{path}, line {number}: template {template} has no image in the file of templates")
+    return torch.from_numpy(table[:, :2].copy()), torch.from_numpy(table[:, 2] == 1)
+
+
+def _integers(path: str | Path) -> npt.NDArray[np.int64]:
+    """The numbers `[P, 3]` of a file of pairs, which may have millions of lines."""
+    next(_lines(path, "pairs"))  # refuses what cannot be read, and what is empty
+    try:
+        table = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None, encoding="utf-8")
+    except (ValueError, OverflowError):
+        table = np.zeros((0, 0), dtype=np.int64)
+    if table.shape[1] != 3:
+        lines = enumerate(words for _, words in _lines(path, "pairs"))
+        raise _no_pair(path, next(row for row, words in lines if len(words) != 3 or not all(map(_is_integer, words))))
+    return table
+
+
+def _no_pair(path: str | Path, row: int) -> UserError:
+    number, words = next(itertools.islice(_lines(path, "pairs"), row, None))
+    return UserError(f"{path}, line {number}: give two template ids and 1 or 0, not {' '.join(words)!r}")
 
 
 def read_detector_scores(path: str | Path, names: list[str]) -> Tensor:
     """A weight for each of `names` `[n]`: the last word of the line that begins with the name. UserError for a name without a line."""
-    scores: dict[str, float] = {}
-    for number, words in _lines(path, "detector scores"):
+    return torch.tensor([words[-1] for words in _detected(path, names, 1)])
+
+
+def read_points(path: str | Path, names: list[str]) -> npt.NDArray[np.float64]:
+    """The five points `[n, 5, 2]` of each of `names`: lines "name x y x y x y x y x y score". UserError for a name without such a line."""
+    return np.array([words[:10] for words in _detected(path, names, 11)]).reshape(-1, 5, 2)
+
+
+def _detected(path: str | Path, names: list[str], least: int) -> list[list[float]]:
+    """For each of `names`, the numbers of the line that begins with it, at least so many."""
+    found: dict[str, list[float]] = {}
+    for number, words in _lines(path, "detections"):
         try:
-            scores[words[0]] = float(words[-1])
+            found[words[0]] = [float(word) for word in words[1:]]
         except ValueError:
-            raise UserError(f"{path}, line {number}: {words[-1]!r} is no score; give an image name and, last, a number") from None
-    missing = [name for name in names if name not in scores]
+            raise UserError(f"{path}, line {number}: give an image name and numbers, a score last, not {' '.join(words)!r}") from None
+        if len(words) <= least:
+            raise UserError(f"{path}, line {number}: there are {len(words) - 1} numbers after the image name; there must be {least}")
+    missing = [name for name in names if name not in found]
     if missing:
-        raise UserError(f"{path} has no line for the image {missing[0]} (and {len(missing) - 1} others); every image needs a score")
-    return torch.tensor([scores[name] for name in names])
+        raise UserError(f"{path} has no line for the image {missing[0]} (and {len(missing) - 1} others); every image needs one")
+    return [found[name] for name in names]
 
 
 def _lines(path: str | Path, what: str) -> Iterator[tuple[int, list[str]]]:

@@ -19,6 +19,7 @@ from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import check_finite
 
 Reduce = Callable[[Tensor], Tensor]
+TIE = 1e-6  # cosines that differ by less are equal: float32 products of the same two rows differ by as much in other tiles
 
 
 def unit_rows(embeddings: Tensor, what: str, width: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
