@@ -240,6 +240,7 @@ class Soak:
         if not self._decks[deck]:
             kinds = self.sent_kinds if deck == "sent" else self.armed_kinds
             self._decks[deck] = self.random.sample(kinds, len(kinds))
+            self._decks[deck].sort(key="full disk".__eq__)  # the rarest is next, which keeps short soaks short
         return self._decks[deck][-1]
 
     def arm(self, rounds: int, step: int, last: int) -> str:
