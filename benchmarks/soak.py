@@ -9,7 +9,8 @@ Two ranks on the CPU. First the run is left alone (the reference). Then it is tr
     slow          a rank is stopped for seconds, then goes on
     hung          a rank is stopped for good: the other ends at the process group's timeout, the launcher kills it
     asked         SIGTERM to the launcher, SIGTERM or SIGUSR1 to a rank: the run saves and leaves
-    full disk     the run's own small file system is filled up, and room made when the run has ended of it
+    full disk     the run's own small file system is filled up, and room made when the run has ended of it; where none can be mounted, a
+                  write is made to fail as it would
 
 and is started again, by `launch/torchrun.sh` (by hand) and `launch/torchrun_elastic.sh` (which restarts by itself) in turn, with and
 without asynchronous checkpoints and loading processes. Batches whose images cannot be read are the same in all runs, so that *every*
@@ -57,8 +58,11 @@ class Soak:
         self._decks: dict[str, list[str]] = {"sent": [], "in phase": []}
         asked_ways = [self.random.choice(list(ASKED))] if self.quick else list(ASKED)
         self.sent_kinds = ["killed", "slow", "hung", "full disk", *asked_ways] + ([] if self.quick else ["killed at start"])
+        self.wanted = {*self.sent_kinds, *([] if self.quick else IN_PHASE)}  # what is to happen at least once
+        self.armed_kinds = list(IN_PHASE)
         if not disk.real:
             self.sent_kinds.remove("full disk")
+            self.armed_kinds.append("full disk")
         self.spoilt = self._spoilt()
 
     # ------------------------------------------------------------------------------------------------ what is run
@@ -125,8 +129,7 @@ class Soak:
     def over(self) -> bool:
         """Whether there are to be no more faults: the time is up, and all that can happen has happened."""
         happened = {fault.kind for fault in self.results.faults}
-        phases = bool(happened & set(IN_PHASE)) if self.quick else happened >= set(IN_PHASE)
-        return time.monotonic() - self.began > 60 * self.minutes and phases and happened >= set(self.sent_kinds)
+        return time.monotonic() - self.began > 60 * self.minutes and happened >= self.wanted and bool(happened & set(IN_PHASE))
 
     def compare(self, watch: Watch, reference: Watch) -> None:
         mine, theirs = watch.rows(), reference.rows()
@@ -235,8 +238,9 @@ class Soak:
     def next_of(self, deck: str) -> str:
         """The next kind: each as often as the others, in random order."""
         if not self._decks[deck]:
-            kinds = self.sent_kinds if deck == "sent" else IN_PHASE
+            kinds = self.sent_kinds if deck == "sent" else self.armed_kinds
             self._decks[deck] = self.random.sample(kinds, len(kinds))
+            self._decks[deck].sort(key="full disk".__eq__)  # the rarest is next, which keeps short soaks short
         return self._decks[deck][-1]
 
     def arm(self, rounds: int, step: int, last: int) -> str:
@@ -245,7 +249,8 @@ class Soak:
         if self.open is not None or self.over() or self.random.random() < 0.5:
             return ""
         kind = self.next_of("in phase")
-        phase, target = kind.removeprefix("killed in "), step + self.random.randint(2, 12)
+        action, phase = ("full", "checkpoint") if kind == "full disk" else ("kill", kind.removeprefix("killed in "))
+        target = step + self.random.randint(2, 12)
         if phase == "checkpoint":
             target = (target // CHECKPOINT_STEPS + 1) * CHECKPOINT_STEPS
         if phase == "evaluation":
@@ -257,7 +262,7 @@ class Soak:
             return ""
         self._decks["in phase"].pop()
         self.armed = Fault(kind, rounds, self.random.randrange(2), once=str(self.out / f"happened-{self.starts}"))
-        return f"kill:{phase}@step={target},rank={self.armed.rank},once={self.armed.once}"
+        return f"{action}:{phase}@step={target},rank={self.armed.rank},once={self.armed.once}"
 
     def send(self, launch: Launch, watch: Watch, rounds: int) -> None:
         """Do the next thing to a run under way."""
@@ -313,6 +318,7 @@ def main() -> int:
     asked = parser.parse_args()
     out = Path(asked.out).absolute()
     out.mkdir(parents=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and with it all that it has started
     with Disk(out / "disk", 96) as disk:
         soak = Soak(asked, out, disk)
         reference = soak.reference()

@@ -80,7 +80,7 @@ def metrics(results: Results, undisturbed: list[dict[str, Any]]) -> str:
 def write_report(results: Results, reference: Watch, began: float, out: Path) -> str:
     """report.md, report.json and report.png in `out`; the text of the first."""
     undisturbed = json.loads((reference.folder / "metrics.json").read_text())["evaluations"]
-    trained = sum(len(watch.seen) for watch in results.rounds)
+    trained = len(results.evaluations) * reference.step
     verdict = "\n".join(f"PROBLEM: {problem}" for problem in results.problems) or (
         f"Every logged figure of every step, and the final metrics, of {len(results.evaluations)} disturbed runs equal those of the "
         "undisturbed one."
@@ -90,9 +90,9 @@ def write_report(results: Results, reference: Watch, began: float, out: Path) ->
 
 {verdict}
 
-{len(results.rounds)} rounds of a run of {reference.step} steps; {trained} steps were logged, {results.lost} of them again after a restart;
-{results.restarts} restarts. In each run {whole} batches were left out because a rank could read none of its images, and {part} were trained
-on without three of them.
+{len(results.rounds)} rounds of a run of {reference.step} steps, {len(results.evaluations)} of them complete: {trained:,} steps, and
+{results.lost:,} that were computed again after {results.restarts} restarts. In each run {whole} batches were left out because a rank could
+read none of its images, and {part} were trained on without three of them.
 
 {table(results.faults)}
 {metrics(results, undisturbed)}"""
