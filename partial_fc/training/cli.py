@@ -19,6 +19,7 @@ try:
     from partial_fc.training.audit_cli import audit_command
     from partial_fc.training.backbones import build_backbone
     from partial_fc.training.comms_cli import comms_command
+    from partial_fc.training.compare import report_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
     from partial_fc.training.doctor_cli import doctor_command
@@ -40,6 +41,7 @@ commands:
   train --resume [RUN]                               go on with a run from its newest checkpoint
   evaluate RUN [--data FOLDER]                       verification and identification with a trained backbone
   export-backbone RUN [--output DIR]                 the trained backbone as safetensors and ONNX, for use elsewhere
+  report RUN RUN ...                                 runs side by side on one page: what differs, figures, curves
   audit RUN                                          identities stored twice, classes never updated, classes far from their images
   plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
   export CHECKPOINT_OR_RUN FILE.safetensors          class weights as one file
@@ -67,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         "doctor": doctor_command,
         "comms": comms_command,
         "data": data,
+        "report": report_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")

@@ -25,6 +25,7 @@ from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
+from partial_fc.training.hardest import note_hardest
 from partial_fc.training.loader import BatchLoader
 from partial_fc.training.plots import plot_histograms, plot_roc, plot_training
 from partial_fc.training.report import write_report
@@ -37,7 +38,7 @@ def evaluate_sets(
     """Verification and identification on each data set; every rank must call it. Unreadable images are noted in the folder."""
     results = []
     for name, dataset in sets.items():
-        embeddings, labels = _embed(backbone, dataset, name, accelerator, config, folder)
+        embeddings, labels, indices = _embed(backbone, dataset, name, accelerator, config, folder)
         results.append(
             evaluate_embeddings(
                 embeddings,
@@ -50,13 +51,14 @@ def evaluate_sets(
                 progress=accelerator.is_main_process,
             )
         )
+        note_hardest(folder.path, name, dataset, (embeddings, labels, indices), config.evaluation.tile, accelerator)
     return results
 
 
 def _embed(
     backbone: nn.Module, dataset: IdentityDataset, name: str, accelerator: Accelerator, config: RunConfig, folder: RunFolder
-) -> tuple[Tensor, Tensor]:
-    """(embeddings `[n, D]`, labels `[n]`) of all readable images, on every rank, on the CPU, in the order of the data set."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(embeddings `[n, D]`, labels `[n]`, indices `[n]`) of readable images, on every rank, on the CPU, in the set's order."""
     loader = BatchLoader(
         dataset,
         batch_size=config.evaluation.batch_size,
@@ -85,7 +87,8 @@ def _embed(
     raise_together(message, accelerator)
     everyone = gather(torch.cat(parts).to(device), torch.cat(indices).to(device))
     order = everyone.labels.argsort()
-    return everyone.embeddings[order].cpu(), dataset.labels[everyone.labels[order].cpu()]
+    places = everyone.labels[order].cpu()
+    return everyone.embeddings[order].cpu(), dataset.labels[places], places
 
 
 def raise_together(message: str | None, accelerator: Accelerator) -> None:
@@ -116,11 +119,12 @@ def write_results(
     environment: dict[str, str],
     history: list[dict[str, float]],
 ) -> Path:
-    """metrics.json, plots/ and report.html; the path of the last."""
+    """metrics.json, curves.json, plots/ and report.html; the path of the last."""
     plots = folder.path / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     metrics = {"evaluations": [e.to_dict(curves=False) for e in evaluations], **figures}
     folder.write_metrics(metrics)
+    folder.write_curves([e.to_dict() for e in evaluations])
     if evaluations:
         plot_roc(plots / "roc.png", evaluations)
         plot_histograms(plots / "histograms.png", evaluations)
@@ -136,6 +140,8 @@ def describe_environment(accelerator: Accelerator) -> dict[str, str]:
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,
         "python": platform.python_version(),
+        "threads a rank": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else platform.machine(),
     }
 
 

@@ -6,6 +6,8 @@ history.jsonl        a line every few steps: step, epoch, loss, target_angle (ra
 unreadable.txt       images that could not be read, if any
 tensorboard/         or what other trackers write
 metrics.json         verification and identification
+curves.json          the same with ROC curves and histograms, for `partial-fc report`
+pictures.json        the hardest pairs and the nearest classes, as pictures
 plots/  report.html  to look at
 """
 
@@ -19,7 +21,7 @@ from typing import Any
 from partial_fc import Checkpointer
 from partial_fc.training.errors import UserError
 
-CONFIG, HISTORY, UNREADABLE, METRICS = "config.yaml", "history.jsonl", "unreadable.txt", "metrics.json"
+CONFIG, HISTORY, UNREADABLE, METRICS, CURVES = "config.yaml", "history.jsonl", "unreadable.txt", "metrics.json", "curves.json"
 
 
 class RunFolder:
@@ -93,3 +95,6 @@ class RunFolder:
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         (self.path / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+
+    def write_curves(self, evaluations: list[dict[str, Any]]) -> None:
+        (self.path / CURVES).write_text(json.dumps(evaluations) + "\n")

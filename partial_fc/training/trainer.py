@@ -30,6 +30,7 @@ from partial_fc.training.data import DataSplits, open_data
 from partial_fc.training.engine import make_accelerator, make_engine
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
+from partial_fc.training.hardest import note_confusions
 from partial_fc.training.loader import Batch, BatchLoader
 from partial_fc.training.results import describe_environment, evaluate_sets, raise_together, write_results
 from partial_fc.training.run import CONFIG, RunFolder
@@ -40,11 +41,12 @@ class Progress:
     """How far a run is; part of its checkpoints.
 
     epoch: epochs that are complete. step: optimizer steps. batches, taken: micro-batches of the epoch that were read, and of them those
-    that were trained on. left_out: micro-batches that were not, in all epochs. seconds: of training.
+    that were trained on. left_out: micro-batches that were not, in all epochs. seconds: of training; waited: those of them
+    in which this rank waited for batches.
     """
 
     def __init__(self) -> None:
-        self.epoch, self.step, self.batches, self.taken, self.left_out, self.seconds = 0, 0, 0, 0, 0, 0.0
+        self.epoch, self.step, self.batches, self.taken, self.left_out, self.seconds, self.waited = 0, 0, 0, 0, 0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -144,11 +146,12 @@ class Trainer:
         """The micro-batches that all ranks can use. A rank's UserError is raised on all; a micro-batch of which some rank could read
         fewer than two images (batch statistics need two) is left out by all, and counted."""
         while True:
-            batch, message = None, None
+            batch, message, asked = None, None, time.monotonic()
             try:
                 batch = next(batches, None)
             except UserError as error:
                 message = str(error)
+            self.progress.waited += time.monotonic() - asked
             count = -2 if message else -1 if batch is None else len(batch.labels)
             if self.world > 1:
                 agreed = torch.tensor([count], device=self.accelerator.device)
@@ -287,7 +290,9 @@ class Trainer:
 
     def evaluate(self) -> list[Evaluation]:
         """Verification and identification on every set of identities that were not trained on."""
-        return evaluate_sets(self.engine.whole_backbone(), self.data.evaluation, self.accelerator, self.config, self.folder)
+        found = evaluate_sets(self.engine.whole_backbone(), self.data.evaluation, self.accelerator, self.config, self.folder)
+        note_confusions(self.folder.path, self.head, self.data.train, self.accelerator)
+        return found
 
     def write_results(self, evaluations: list[Evaluation]) -> Path | None:
         """metrics.json, plots and the report, by one process; the report's path there."""
@@ -297,6 +302,7 @@ class Trainer:
         training = {
             "seconds": round(self.progress.seconds, 1),
             "images_per_second": round(self.progress.step * self.config.train.batch_size / max(self.progress.seconds, 1e-9), 1),
+            "share_waiting_for_data": round(self.progress.waited / max(self.progress.seconds, 1e-9), 3),
             "steps": self.progress.step,
             "identities": self.data.train.num_identities,
             "images": len(self.data.train),
