@@ -29,7 +29,7 @@ from partial_fc import PartialFC
 from partial_fc.training.data import IdentityDataset, UnreadableImage
 
 PICTURES = "pictures.json"
-KEPT, SHOWN = 256, 8
+KEPT, SHOWN = 256, 12
 MOST_CLASSES = 100_000
 SIDE = 112  # pixels of a shown picture, at most
 Pair = tuple[float, int, int]
