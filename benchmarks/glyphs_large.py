@@ -118,7 +118,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy against the rate on the left, what a step costs on the right."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 3.8), layout="constrained")
+    figure = Figure(figsize=(10.5, 4.1), layout="constrained")
     accuracy, cost = figure.subplots(1, 2)
     rates = [row["rate"] for row in rows]
     for each, color in COLORS.items():
@@ -128,7 +128,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 accuracy.plot(rates, values, f"o{line}", color=color, label=f"{each}: {name}")
     accuracy.set(xlabel="sample rate r", ylabel="share", title="on identities never trained on", xscale="log", xticks=rates)
     accuracy.set_xticklabels([f"{rate:g}" for rate in rates])
-    accuracy.legend(frameon=False, fontsize=8)
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     places = range(len(rows))
     cost.bar([place - 0.2 for place in places], [row["seconds_per_step"] for row in rows], 0.4, color="#0072B2")
     cost.set(xlabel="sample rate r", title="cost", xticks=list(places), xticklabels=[f"{rate:g}" for rate in rates])

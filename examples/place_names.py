@@ -77,11 +77,8 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     places = read_places()
     held, places = places[: asked.held_places], places[asked.held_places :][: asked.classes]
-    lost = [(label, names[0]) for label, names in enumerate(places) if len(names) > LEAST_NAMES][
-        :2000
-    ]  # names of trained places, never seen
-    without = dict(lost)
-    samples = [(label, name) for label, names in enumerate(places) for name in names if without.get(label) != name]
+    never_seen = dict([(label, names[0]) for label, names in enumerate(places) if len(names) > LEAST_NAMES][:2000])
+    samples = [(label, name) for label, names in enumerate(places) for name in names if never_seen.get(label) != name]
 
     torch.manual_seed(0)
     backbone = NameBackbone()
@@ -100,21 +97,20 @@ def main() -> None:
             loss = head(model(pieces(list(names))), torch.tensor(labels))
             loss.backward()
             clip_grad_norm_(model.parameters(), head, max_norm=5.0)
-            for each in (optimizer, head_optimizer, *schedules):
-                each.step()
+            optimizer.step()
+            head_optimizer.step()
+            for schedule in schedules:
+                schedule.step()
             optimizer.zero_grad()
             head_optimizer.zero_grad()
             if rank == 0 and (step % 50 == 0 or step + 1 == len(samples) // asked.batch_size):
                 print(f"epoch {epoch + 1}, step {step + 1}: loss {loss.item():.3f}", flush=True)
     verify(backbone, held, "after training")
     with torch.no_grad():
-        found = head.topk(backbone(pieces([name for _, name in lost])), k=1).ids[:, 0]
-    right = (found == torch.tensor([label for label, _ in lost])).float().mean().item()
+        found = head.topk(backbone(pieces(list(never_seen.values()))), k=1).ids[:, 0]
+    right = (found == torch.tensor(list(never_seen))).float().mean().item()
     if rank == 0:
-        print(
-            f"{len(lost):,} names never seen, of places that were: {100 * right:.1f} % are nearest to their own of {len(places):,} classes"
-        )
-    dist.barrier()
+        print(f"{len(never_seen):,} names never seen: {100 * right:.1f} % are nearest to their own place of {len(places):,} classes")
     dist.destroy_process_group()
 
 

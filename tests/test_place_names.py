@@ -25,6 +25,6 @@ def test_names_of_places_are_learned():
     assert losses[-1] < 0.8 * losses[0], done.stdout
     before, after = (float(rate) for rate in re.findall(r"EER +(\d+\.\d+) %", done.stdout))
     assert after < before - 3, done.stdout
-    share, classes = re.search(r"(\d+\.\d) % are nearest to their own of ([\d,]+) classes", done.stdout).groups()
+    share, classes = re.search(r"(\d+\.\d) % are nearest to their own place of ([\d,]+) classes", done.stdout).groups()
     assert classes == "1,500"
     assert float(share) > 5  # by chance 0.07
