@@ -176,7 +176,7 @@ def test_the_table_of_the_large_glyph_set_says_what_was_measured(tmp_path: Path)
         for rate in (1.0, 0.1)
     ]
     lines = glyphs_large.table(rows).splitlines()
-    assert [cell.strip() for cell in lines[2].strip("| ").split("|")] == "1 0.500 — 0.900 0.500 0.250 0.750 1.100".split() + ["2,234 MiB"]
+    assert lines[2] == "| 1 | 0.500 | — | 0.900 | 0.500 | 0.250 | 0.750 | 1.100 | 2,234 MiB |"
     assert lines[3].startswith("| 0.1 | 0.050 | — |") and lines[3].count("|") == lines[0].count("|") == lines[1].count("|")
     assert lines[-1] == "40,000 identities, 426,331 images, 832 steps of 512, 2 ranks."
     glyphs_large.plot(rows, tmp_path / "plot.png")
