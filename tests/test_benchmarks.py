@@ -166,3 +166,28 @@ def test_a_loss_is_trained_and_an_interrupted_run_goes_on(losses: Any, tmp_path:
         (folder,) = (path.parent for path in tmp_path.glob("*/metrics.json"))
         (folder / "metrics.json").unlink()
         assert "1 of 1: NormFace" in run.stderr
+
+
+def test_the_table_of_the_large_glyph_set_says_what_was_measured(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import glyphs_large
+
+    rows = [
+        {
+            "rate": rate,
+            "settings": [40_000, 832, 512],
+            "identities": 40_000,
+            "images": 426_331,
+            "steps": 832,
+            "seconds_per_step": 0.1 + rate,
+            "peak_private_mib": 1000 + 1234 * rate,
+            "sets": {"seen": {"1e-3": rate / 2, "1e-4": None, "rank1": 0.9}, "new": {"1e-3": 0.5, "1e-4": 0.25, "rank1": 0.75}},
+        }
+        for rate in (1.0, 0.1)
+    ]
+    lines = glyphs_large.table(rows).splitlines()
+    assert lines[2] == "| 1 | 0.500 | — | 0.900 | 0.500 | 0.250 | 0.750 | 1.100 | 2,234 MiB |"
+    assert lines[3].startswith("| 0.1 | 0.050 | — |") and lines[3].count("|") == lines[0].count("|") == lines[1].count("|")
+    assert lines[-1] == "40,000 identities, 426,331 images, 832 steps of 512, 2 ranks."
+    glyphs_large.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"

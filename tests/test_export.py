@@ -30,7 +30,7 @@ from partial_fc.training.data import FolderIdentities
 from partial_fc.training.errors import UserError
 from partial_fc.training.export import BATCHES, TOLERANCE, compare, export_backbone, load_exported_backbone
 from partial_fc.training.export_spec import USAGE
-from partial_fc.training.results import _embed, load_backbone
+from partial_fc.training.results import embed_images, load_backbone
 from partial_fc.training.run import CONFIG, RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -211,7 +211,7 @@ def test_the_description_alone_gives_the_embeddings_of_the_evaluation(channels, 
     config = to_config(train_parser(), ["--config", str(run / CONFIG)])
     images = FolderIdentities(data, 32, channels)
     accelerator = Accelerator(cpu=True)
-    wanted, _ = _embed(in_torch(run, images.image_shape), images, "data", accelerator, config, RunFolder(tmp_path))
+    wanted, _ = embed_images(in_torch(run, images.image_shape), images, "data", accelerator, config, RunFolder(tmp_path))
     files = [str(data / images.name_of(index)) for index in range(len(images))]
     subprocess.run([sys.executable, "-I", "-c", WITHOUT_THE_PROJECT, *files], cwd=tmp_path, check=True, timeout=120)
     found = torch.from_numpy(np.load(tmp_path / "found.npy"))

@@ -27,6 +27,7 @@ try:
     from partial_fc.training.audit_cli import audit_command
     from partial_fc.training.backbones import build_backbone
     from partial_fc.training.comms_cli import comms_command
+    from partial_fc.training.compare import report_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
     from partial_fc.training.doctor_cli import doctor_command
@@ -54,6 +55,7 @@ commands:
   identify RUN --gallery D --probes D                1:N with distractors: rank-k, DIR at FPIR
   retrieve RUN --query D [--gallery D]               CMC, mAP, Recall@k: products, persons across cameras
   export-backbone RUN [--output DIR]                 the trained backbone as safetensors and ONNX, for use elsewhere
+  report RUN RUN ...                                 runs side by side on one page: what differs, figures, curves
   audit RUN                                          identities stored twice, classes never updated, classes far from their images
   plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
   export CHECKPOINT_OR_RUN FILE.safetensors          class weights as one file
@@ -85,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         "doctor": doctor_command,
         "comms": comms_command,
         "data": data,
+        "report": report_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")

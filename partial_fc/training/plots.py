@@ -3,6 +3,7 @@
     list[Evaluation] -> plot_roc         TAR over log FAR, one curve per evaluation set
     list[Evaluation] -> plot_histograms  genuine and impostor cosines, one panel per evaluation set
     audit            -> plot_cosines     cosines of class rows to the nearest class and to the mean of their images
+    histories        -> plot_overlaid    one key of several runs
     history          -> plot_training    loss, angles, shares, lengths, learning rate (what of `TRAINING_PANELS` there is) over steps
 
 `history` is the list of logged rows, with keys `step`, `epoch`, `loss` and others of `TRAINING_PANELS` (angles in radians, drawn in
@@ -14,7 +15,7 @@ matplotlibrc does not change the pictures. The colours, of Okabe and Ito (2008),
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -196,6 +197,24 @@ def _draw_panel(axes: Axes, rows: History, panel: Panel) -> None:
     axes.grid(visible=False, axis="x")  # vertical lines are epochs here
     axes.margins(x=0.01)
     _draw_epochs(axes, rows)
+
+
+def plot_overlaid(path: Path | str, runs: Mapping[str, History], key: str, title: str) -> None:
+    """Draw one key of several runs' histories (angles in degrees) over the step, a curve a run; a log axis as in `plot_training`."""
+    with _figure(path, 7.2, 4.2) as figure:
+        figure.set_figheight(4.2 + 0.25 * math.ceil(len(runs) / 2))
+        axes = figure.subplots()
+        factor = 180 / math.pi if key.endswith("_angle") else 1.0
+        for i, (name, history) in enumerate(runs.items()):
+            rows = sorted(history, key=lambda row: row["step"])
+            shown = _moving_average(_column(rows, key, factor), max(5, len(rows) // 30) if len(rows) >= SMOOTHED_FROM else 1)
+            line = LINES[i // len(COLOURS) % len(LINES)]
+            axes.plot([row["step"] for row in rows], shown, line, color=COLOURS[i % len(COLOURS)], linewidth=1.6, label=name)
+            if np.isfinite(shown).any() and key != "learning_rate":
+                _spread_out(axes, shown[np.isfinite(shown)], shown)
+        axes.set(xlabel="step", ylabel=f"{title} (°)" if key.endswith("_angle") else title)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
 
 
 def plot_cosines(path: Path | str, panels: Sequence[tuple[str, np.ndarray, float | None]]) -> None:

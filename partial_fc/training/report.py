@@ -4,22 +4,25 @@
       -> rows of text                        every figure formatted here, so that the template only places it
     folder/plots/*.png                       roc.png, histograms.png, training.png, those that exist
       -> data URIs                           embedded in base64
+    folder/pictures.json                     the hardest pairs and the nearest classes (hardest.py), if it is there
       -> folder/report.html                  from report.html.j2: no script, no external resource, escaped throughout
 
 `metrics["evaluations"]` is a list of `Evaluation.to_dict()`, `metrics["protocols"]` one of `protocols.Result.to_dict()` (with or
-without their curves), `metrics["during_training"]` what `interval.during_training` gives; any other entry of `metrics` is listed under
-the evaluations by its key.
+without their curves), `metrics["during_training"]` what `interval.during_training` gives. What else an evaluation has, any other entry of
+`metrics`, and any other number of the history, is listed by its key.
 """
 
 import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from partial_fc.training.evaluation import FARS
+from partial_fc.training.evaluation import FARS, Evaluation
+from partial_fc.training.hardest import read_pictures
 
 DASH = "—"
 PLOTS = {  # file in plots/ -> caption
@@ -28,6 +31,7 @@ PLOTS = {  # file in plots/ -> caption
     "training.png": "Training, over optimiser steps. Angles are without the margin.",
 }
 TABLES = ("evaluations", "protocols", "during_training")  # of metrics, that have tables of their own
+EVALUATION_KEYS = frozenset(field.name for field in fields(Evaluation))
 HISTORY_ROWS = 12  # shown of the logged rows, evenly spread, the last always among them
 HISTORY_COLUMNS = {  # key of the row -> heading
     "step": "step",
@@ -72,7 +76,10 @@ def write_report(
         evaluations=evaluations,
         protocols=[_protocol_row(result) for result in metrics.get("protocols", [])],
         during=_during_table(metrics.get("during_training")),
-        figures=list(_flatten({key: value for key, value in metrics.items() if key not in TABLES})),
+        figures=_figures(metrics),
+        others=_other_history(history),
+        galleries=_galleries(folder),
+        throughput=_throughput(metrics.get("training"), environment),
         plots=_embedded_plots(folder / "plots"),
         history=_history_table(history),
         sections=_config_sections(config),
@@ -81,6 +88,59 @@ def write_report(
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(key, text) of what has no place of its own: of each evaluation, after the set's name, and of the rest of the metrics."""
+    found = []
+    for evaluation in metrics.get("evaluations", []):
+        more = {key: value for key, value in evaluation.items() if key not in EVALUATION_KEYS}
+        found += [(f"{evaluation['name']}: {key}", text) for key, text in flatten(more) if more]
+    return found + list(flatten({key: value for key, value in metrics.items() if key not in TABLES}))
+
+
+def _other_history(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Of numbers that the log has and its table has not: the first, the last and the range of each, and how often it was logged."""
+    keys = dict.fromkeys(key for row in history for key in row if key not in HISTORY_COLUMNS)
+    found = []
+    for key in keys:
+        values = [row[key] for row in history if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
+        if values:
+            shown = (values[0], values[-1], min(values), max(values))
+            found.append({"key": key, "times": f"{len(values):,}", "cells": [f"{value:.4g}" for value in shown]})
+    return found
+
+
+def _galleries(folder: Path) -> list[dict[str, Any]]:
+    """Titles, notes and pairs of pictures: the hardest of each set, and the nearest classes."""
+    pictures = read_pictures(folder)
+    found = []
+    for name, of_set in pictures["sets"].items():
+        note = "Two images of one identity that look least alike to the backbone; the worst pair of each identity."
+        found.append({"title": f"Hardest genuine pairs: {name}", "note": note, "pairs": of_set["genuine"]})
+        note = "Images of two identities that look most alike to the backbone; the worst pair of each two."
+        found.append({"title": f"Hardest impostor pairs: {name}", "note": note, "pairs": of_set["impostor"]})
+    note = "Classes whose rows of the head are nearest to each other, by an image of each. `partial-fc audit` tells which are stored twice."
+    found.append({"title": "Nearest classes", "note": note, "pairs": pictures["confusions"]})
+    return [{**gallery, "pairs": [_pair(pair) for pair in gallery["pairs"]]} for gallery in found if gallery["pairs"]]
+
+
+def _pair(pair: Mapping[str, Any]) -> dict[str, Any]:
+    return {"cosine": f"{pair['cosine']:.3f}", "images": pair["images"]}
+
+
+def _throughput(training: Mapping[str, Any] | None, environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(text, what it is) of a run's speed, from what was measured; empty without training."""
+    if not training:
+        return []
+    cards = [
+        (f"{training['images_per_second']:,}", "images a second"),
+        (f"{training['seconds']:,} s", f"of training, {training['steps']:,} steps"),
+        (f"{training['seconds'] / max(training['steps'], 1):.3f} s", "a step"),
+    ]
+    if "share_waiting_for_data" in training:
+        cards.append((f"{100 * training['share_waiting_for_data']:.1f} %", "of that waiting for data"))
+    return cards + ([(environment["ranks"], "ranks")] if "ranks" in environment else [])
 
 
 def _evaluation_row(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,11 +227,11 @@ def _config_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One section per nested top-level entry, its keys dotted; the plain entries come first, without a name."""
     plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
     nested = {key: value for key, value in config.items() if isinstance(value, Mapping)}
-    sections = [{"name": key, "rows": list(_flatten(value))} for key, value in ({"": plain} | nested).items()]
+    sections = [{"name": key, "rows": list(flatten(value))} for key, value in ({"": plain} | nested).items()]
     return [section for section in sections if section["rows"]]
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, text) of each leaf of nested mappings and lists; a list of plain values is one leaf."""
     if isinstance(value, Mapping) and (value or not prefix):
         children = [(str(key), child) for key, child in value.items()]
@@ -181,7 +241,7 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, _text(value)
         return
     for key, child in children:
-        yield from _flatten(child, f"{prefix}.{key}" if prefix else key)
+        yield from flatten(child, f"{prefix}.{key}" if prefix else key)
 
 
 def _text(value: Any) -> str:
@@ -192,6 +252,14 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_text(item) for item in value) or DASH
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def figure_cell(key: str, value: Any) -> str:
+    """A measured value as text: shares in per cent, by the key's last part or first."""
+    share = key.startswith("tar.") or key.rsplit(".", 1)[-1] in ("accuracy", "accuracy_std", "eer", "rank1", "share_waiting_for_data")
+    if isinstance(value, float) and share:
+        return f"{100 * value:.2f} %"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _text(value)
 
 
 def _percent(share: float | None) -> str:

@@ -27,6 +27,7 @@ from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
+from partial_fc.training.hardest import note_hardest
 from partial_fc.training.interval import direction, during_training, split_history
 from partial_fc.training.loader import BatchLoader
 from partial_fc.training.plots import plot_histograms, plot_roc, plot_training
@@ -45,14 +46,18 @@ def evaluate_sets(
     config: RunConfig,
     folder: RunFolder,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    *,
+    pictures: bool = True,
 ) -> list[Evaluation]:
     """Verification and identification on each data set; every rank must call it. Unreadable images are noted in the folder.
 
-    asked_to_stop: whether this rank was; all ranks then raise Preempted when a data set has been read.
+    asked_to_stop: whether this rank was; all ranks then raise Preempted when a data set has been read. pictures: leave the hardest pairs in
+    the folder, for the report.
     """
     results = []
     for name, dataset in sets.items():
-        embeddings, labels = _embed(backbone, dataset, name, accelerator, config, folder, asked_to_stop)
+        embeddings, indices = embed_images(backbone, dataset, name, accelerator, config, folder, asked_to_stop=asked_to_stop)
+        labels = dataset.labels[indices]
         results.append(
             evaluate_embeddings(
                 embeddings,
@@ -61,21 +66,9 @@ def evaluate_sets(
                 **sharing(accelerator, config.evaluation.tile),
             )
         )
+        if pictures:
+            note_hardest(folder.path, name, dataset, (embeddings, labels, indices), config.evaluation.tile, accelerator)
     return results
-
-
-def _embed(
-    backbone: nn.Module,
-    dataset: IdentityDataset,
-    name: str,
-    accelerator: Accelerator,
-    config: RunConfig,
-    folder: RunFolder,
-    asked_to_stop: Callable[[], bool],
-) -> tuple[Tensor, Tensor]:
-    """(embeddings `[n, D]`, labels `[n]`) of all readable images, on every rank, on the CPU, in the order of the data set."""
-    embeddings, indices = embed_images(backbone, dataset, name, accelerator, config, folder, asked_to_stop=asked_to_stop)
-    return embeddings, dataset.labels[indices]
 
 
 def run_tasks(
@@ -208,7 +201,7 @@ def write_results(
     history: list[dict[str, float]],
     results: Sequence[Result] = (),
 ) -> Path:
-    """metrics.json, plots/ and report.html; the path of the last. results: of other protocols."""
+    """metrics.json, curves.json, plots/ and report.html; the path of the last. results: of other protocols."""
     plots = folder.path / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, Any] = {
@@ -220,6 +213,7 @@ def write_results(
         metrics["during_training"] = during_training(evaluated, config.evaluation.best)
     metrics |= figures
     folder.write_metrics(metrics)
+    folder.write_curves([e.to_dict() for e in evaluations])
     if evaluations:
         plot_roc(plots / "roc.png", evaluations)
         plot_histograms(plots / "histograms.png", evaluations)
@@ -235,6 +229,8 @@ def describe_environment(accelerator: Accelerator) -> dict[str, str]:
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,
         "python": platform.python_version(),
+        "threads a rank": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else platform.machine(),
     }
 
 

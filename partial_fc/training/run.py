@@ -6,6 +6,8 @@ history.jsonl        a line every few steps: step, epoch, loss, target_angle (ra
 unreadable.txt       images that could not be read, if any
 tensorboard/         or what other trackers write
 metrics.json         verification and identification
+curves.json          the same with ROC curves and histograms, for `partial-fc report`
+pictures.json        the hardest pairs and the nearest classes, as pictures
 plots/  report.html  to look at
 """
 
@@ -21,7 +23,8 @@ from typing import Any, Literal
 from partial_fc import Checkpointer
 from partial_fc.training.errors import UserError
 
-CONFIG, HISTORY, UNREADABLE, METRICS, PLOTS = "config.yaml", "history.jsonl", "unreadable.txt", "metrics.json", "plots"
+CONFIG, HISTORY, UNREADABLE, METRICS = "config.yaml", "history.jsonl", "unreadable.txt", "metrics.json"
+CURVES, PLOTS = "curves.json", "plots"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # what file systems without hard links say
 
 
@@ -140,6 +143,9 @@ class RunFolder:
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         (self.path / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+
+    def write_curves(self, evaluations: list[dict[str, Any]]) -> None:
+        (self.path / CURVES).write_text(json.dumps(evaluations) + "\n")
 
 
 def _left_by_claim(path: Path) -> bool:

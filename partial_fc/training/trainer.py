@@ -33,6 +33,7 @@ from partial_fc.training.engine import make_accelerator, make_engine
 from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.faults import Faults
+from partial_fc.training.hardest import note_confusions
 from partial_fc.training.interval import check_metric, direction, figures_of, is_due, undisturbed
 from partial_fc.training.loader import Batch, BatchLoader
 from partial_fc.training.protocols.result import Result
@@ -47,12 +48,12 @@ class Progress:
     """How far a run is; part of its checkpoints.
 
     epoch: epochs that are complete. step: optimizer steps. batches, taken: micro-batches of the epoch that were read, and of them those
-    that were trained on. left_out: micro-batches that were not, in all epochs: unreadable, or no whole step. seconds: of training.
-    evaluated: the step of the newest evaluation, -1 before one.
+    that were trained on. left_out: micro-batches that were not, in all epochs: unreadable, or no whole step. seconds: of training; waited:
+    those of them in which this rank waited for batches. evaluated: the step of the newest evaluation, -1 before one.
     """
 
     def __init__(self) -> None:
-        self.epoch, self.step, self.batches, self.taken, self.left_out, self.seconds = 0, 0, 0, 0, 0, 0.0
+        self.epoch, self.step, self.batches, self.taken, self.left_out, self.seconds, self.waited = 0, 0, 0, 0, 0, 0.0, 0.0
         self.evaluated = -1
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,11 +176,12 @@ class Trainer:
         from the end of a step on."""
         while True:
             self.faults.at("data", self.progress.step + 1)
-            batch, message = None, None
+            batch, message, asked = None, None, time.monotonic()
             try:
                 batch = next(batches, None)
             except UserError as error:
                 message = str(error)
+            self.progress.waited += time.monotonic() - asked
             batch = self.faults.spoil(batch, self.progress.epoch * len(self.loader) + self.progress.batches)
             count, go_on = -2 if message else -1 if batch is None else len(batch.labels), int(not self._asked_to_stop())
             if self.world > 1:
@@ -340,7 +342,7 @@ class Trainer:
             before = time.monotonic()
             try:
                 with undisturbed(self.engine.model):
-                    figures = figures_of(*self._measure())
+                    figures = figures_of(*self._measure(pictures=last))
             except Preempted:
                 self._leave()  # the resumed run evaluates first
             if self.main:
@@ -353,11 +355,11 @@ class Trainer:
         if save:
             self._save(metric)
 
-    def _measure(self) -> tuple[list[Evaluation], list[Result]]:
+    def _measure(self, *, pictures: bool) -> tuple[list[Evaluation], list[Result]]:
         """All figures of the backbone as it is now; computed once a step."""
         if self._evaluated is None or self._evaluated[0] != self.progress.step:
             backbone, settings = self.engine.whole_backbone(), (self.accelerator, self.config, self.folder)
-            evaluations = evaluate_sets(backbone, self.data.evaluation, *settings, self._asked_to_stop)
+            evaluations = evaluate_sets(backbone, self.data.evaluation, *settings, self._asked_to_stop, pictures=pictures)
             results = run_tasks(backbone, self.tasks, *settings, self._asked_to_stop)
             self._evaluated, self.progress.evaluated = (self.progress.step, evaluations, results), self.progress.step
         return self._evaluated[1:]
@@ -403,7 +405,9 @@ class Trainer:
     def evaluate(self) -> list[Evaluation]:
         """Verification and identification on every set of identities that were not trained on; then `results` has other protocols'."""
         self.faults.at("evaluation", self.progress.step)
-        return self._measure()[0]
+        found = self._measure(pictures=True)[0]
+        note_confusions(self.folder.path, self.head, self.data.train, self.accelerator)
+        return found
 
     @property
     def results(self) -> list[Result]:
@@ -418,6 +422,7 @@ class Trainer:
         training = {
             "seconds": round(self.progress.seconds, 1),
             "images_per_second": round(self.progress.step * self.config.train.batch_size / max(self.progress.seconds, 1e-9), 1),
+            "share_waiting_for_data": round(self.progress.waited / max(self.progress.seconds, 1e-9), 3),
             "steps": self.progress.step,
             "identities": self.data.train.num_identities,
             "images": len(self.data.train),
