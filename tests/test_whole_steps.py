@@ -44,7 +44,7 @@ def test_micro_batches_that_make_no_whole_step_are_left_out_and_counted(tmp_path
     trainer.head.register_forward_hook(lambda head, given, _: seen[-1].append(len(given[0].labels)))
     saved: list[tuple[int, bool]] = []
 
-    def save() -> None:
+    def save(metric: float | None = None) -> None:
         assert trainer.center is not None
         pending: list[Any] = [p.grad for p in trainer.engine.model.parameters()]
         pending += [trainer.head._rows.rows, trainer.head.weight.grad, trainer.center._pending]
