@@ -131,10 +131,10 @@ def faulty_cases(draw: Any) -> tuple[Case, tuple[Fault, ...]]:
     # every rank has samples, so that there is something to be wrong; and looks at them
     counts = tuple(max(1, n) for n in case.counts)
     case = dataclasses.replace(case, counts=counts, validate="always", steps=1, micro=1)
-    known = sorted(name for name in FAULTS if case.gathered or name not in OF_GATHER)
-    faults = draw(
-        st.lists(st.tuples(st.integers(0, case.ranks - 1), st.sampled_from(known)), min_size=1, max_size=2, unique_by=lambda f: f[0])
-    )
+    some = st.tuples(st.integers(0, case.ranks - 1), st.sampled_from(sorted(FAULTS)))
+    faults = draw(st.lists(some, min_size=1, max_size=2, unique_by=lambda fault: fault[0]))
+    if any(name in OF_GATHER for _, name in faults):
+        case = dataclasses.replace(case, joint=True)
     if case.world == 0 or case.ranks == 1:
         # nobody to disagree with
         faults = [(rank, "a NaN" if name in ("embeddings of another dtype", "labels by name") else name) for rank, name in faults]

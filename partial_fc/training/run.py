@@ -70,8 +70,11 @@ class RunFolder:
 
     def history(self, up_to_step: int | None = None) -> list[dict[str, float]]:
         path = self.path / HISTORY
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
+        try:
+            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged: {error}; mend it, or move it away") from error
 
     def rewind_history(self, step: int) -> None:
         """Forget what was logged after `step`: a resumed run logs it again."""
