@@ -63,7 +63,7 @@ class Tally:
 
 def again(ranks: Run, case: Case, tally: Tally | None = None) -> None:
     """Run a case and compare it."""
-    results = [run_case(0, 1, case)] if case.world == 0 else ranks(case.world).run(run_case, case)
+    results = [run_case(0, 1, case)] if case.world == 0 else ranks(case.world).run(run_case, case, timeout=120)
     compare(case, results, tally)
 
 
@@ -79,12 +79,14 @@ def compare(case: Case, results: list[Numbers], tally: Tally | None = None) -> N
         tally.count(case)
 
 
+@pytest.mark.timeout(600)
 @settings(max_examples=40, **QUICK)
 @given(case=cases())
 def test_cases_equal_the_dense_reference(ranks, case):
     again(ranks, case)
 
 
+@pytest.mark.timeout(600)
 @settings(max_examples=25, **QUICK)
 @given(drawn=faulty_cases())
 def test_bad_inputs_raise_alike_on_all_ranks(ranks, drawn):
@@ -93,7 +95,7 @@ def test_bad_inputs_raise_alike_on_all_ranks(ranks, drawn):
 
 def bad_then_good(ranks: Run, case: Case, faults: tuple[Fault, ...], tally: Tally | None = None) -> None:
     """The same error on all ranks, that names one of the faulty ones; then the good batches, as if nothing had been."""
-    results = [run_faulty(0, 1, case, faults)] if case.world == 0 else ranks(case.world).run(run_faulty, case, faults)
+    results = [run_faulty(0, 1, case, faults)] if case.world == 0 else ranks(case.world).run(run_faulty, case, faults, timeout=120)
     said = {r["said"] for r in results}
     assert len(said) == 1, f"{faults}: ranks raised different errors: {sorted(said)}"
     words = said.pop()
