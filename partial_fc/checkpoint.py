@@ -124,7 +124,9 @@ def stored_values(path: str | os.PathLike[str], name: str) -> Any:
     manifest = read_manifest(folder)
     if name not in manifest["names"]:
         raise ValueError(f"checkpoint {folder} has no {name}; it has {', '.join(manifest['names'])}")
-    read(skeleton, SafeReader(folder / manifest["data"]), alone=True)
+    reader = SafeReader(folder / manifest["data"])
+    _check_whole(folder, manifest, reader)
+    read(skeleton, reader, alone=True)
     return skeleton[name]
 
 
@@ -289,4 +291,5 @@ def _check_whole(folder: Path, manifest: dict[str, Any], reader: SafeReader) -> 
     problem = damage(folder, manifest)
     if problem is not None:
         raise problem
+    reader.check()
     return reader.read_metadata()

@@ -354,6 +354,9 @@ def _exchange(
     device: torch.device | None = None,
 ) -> list[GlobalBatch]:
     """A batch for each label set, all with the same embeddings. problem: what is wrong already, of which all ranks are to hear."""
+    if not isinstance(embeddings, Tensor):  # the others wait to hear of it
+        problem = problem or f": embeddings must be a tensor [N, D], not {type(embeddings).__name__}"
+        embeddings = torch.empty(0, 0, device=device or next((s.labels.device for s in sets if isinstance(s.labels, Tensor)), None))
     wants_grad = embeddings.requires_grad and torch.is_grad_enabled()
     embeddings = embeddings.detach()
     problem = problem or next(filter(None, (_problem_of(embeddings, each, device) for each in sets)), "")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from partial_fc.storage import SafeReader
+from partial_fc.storage import SafeReader, is_plain_name
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -83,13 +83,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         data, names = manifest["data"], manifest["names"]
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no complete checkpoint at {folder} (it has no {MANIFEST})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{folder / MANIFEST} is damaged: it is no table")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"checkpoint {folder} has format {manifest.get('format')}, this version reads {FORMAT}")
-    if not isinstance(data, str) or Path(data).name != data or not (folder / data).is_dir():
+    if not isinstance(data, str) or not OWN.fullmatch(data) or not (folder / data).is_dir():
         raise ValueError(f"{folder / MANIFEST} names {data!r}, which is no folder beside it")
-    if not isinstance(names, list) or not isinstance(manifest.get("files", {}), dict):
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not isinstance(manifest.get("files", {}), dict):
         raise ValueError(f"{folder / MANIFEST} is damaged: its names or files are of another kind")
     return dict(manifest)
 
@@ -97,7 +99,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def damage(folder: Path, manifest: dict[str, Any]) -> OSError | ValueError | None:
     """What is wrong with the files that a manifest names, judged by their sizes; nothing is read."""
     for name, size in manifest.get("files", {}).items():
-        path = folder / manifest["data"] / Path(name).name
+        if not is_plain_name(name):
+            return ValueError(f"{folder / MANIFEST} names {name!r}, which is no file of its data; the checkpoint is not to be trusted")
+        path = folder / manifest["data"] / name
         if not path.is_file():
             return FileNotFoundError(f"checkpoint {folder} is not whole: {path} is missing; load another, or copy it again")
         found = path.stat().st_size

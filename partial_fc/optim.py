@@ -16,6 +16,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -270,7 +271,10 @@ class _OneStep:
         if self.wide == "master" and MASTER not in self.state:
             self.state[MASTER] = optimizer._allocate(parameter, torch.float32, MASTER)
         self.before = dict(self.state)
-        optimizer._inner.param_groups[0].update({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+        group = optimizer._inner.param_groups[0]
+        group.update({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+        if group.get("fused") and not self.wide and self.weight.dtype in HALF and self.weight.device.type == "cpu":
+            group["fused"] = _fused_moves(type(optimizer._inner), self.weight.dtype)  # type: ignore[arg-type]
         if self.wide == "stochastic":
             self.state[COUNT] = self.state.get(COUNT, 0) + 1
 
@@ -314,7 +318,7 @@ def _round_at_random(values: Tensor, ids: Tensor, key: int) -> Tensor:
 
     bfloat16 is the upper half of a float32: a uniform 16-bit number is added to the lower half, which is then cut off.
     """
-    flat = values.reshape(len(values), -1)
+    flat = values.reshape(len(values), math.prod(values.shape[1:]))  # -1 says nothing where there are no rows
     places = ids[:, None] * flat.shape[1] + torch.arange(flat.shape[1], device=values.device)
     noise = keyed_below(places, key, 1 << 16).int()
     rounded = (flat.contiguous().view(torch.int32) + noise) & -65536
@@ -330,6 +334,15 @@ def _construct(cls: type[torch.optim.Optimizer], parameters: list[nn.Parameter],
         except RuntimeError:  # no fused kernel for this device or dtype
             pass
     return cls(stand_ins, **options)
+
+
+@lru_cache
+def _fused_moves(cls: type[torch.optim.Optimizer], dtype: torch.dtype) -> bool:
+    """Whether the class's fused kernel moves half precision on the CPU: that of SGD leaves whole vectors where they are in torch 2.13."""
+    parameter = nn.Parameter(torch.ones(64, dtype=dtype, device="cpu"))
+    parameter.grad = torch.ones_like(parameter)
+    cls([parameter], lr=0.5, fused=True).step()  # type: ignore[call-arg]
+    return bool((parameter < 1).all())
 
 
 def _trial(

@@ -87,7 +87,18 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     metadata = header.pop(METADATA, {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError(f"{path} is damaged: its header is no table of tensors and texts")
-    return Header({name: _entry(path, name, given, 8 + length, size) for name, given in header.items()}, metadata)
+    tensors = {name: _entry(path, name, given, 8 + length, size) for name, given in header.items()}
+    _check_apart(path, {name: given["data_offsets"] for name, given in header.items()})
+    return Header(tensors, metadata)
+
+
+def _check_apart(path: Path, places: dict[str, list[int]]) -> None:
+    """ValueError if two tensors share bytes."""
+    end, before = 0, ""
+    for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
+        if start < end and start < stop:
+            raise ValueError(f"{path} is damaged: {before} and {name} share bytes")
+        end, before = max(end, stop), name
 
 
 def _entry(path: Path, name: str, given: Any, data: int, size: int) -> Entry:
@@ -96,7 +107,7 @@ def _entry(path: Path, name: str, given: Any, data: int, size: int) -> Entry:
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is damaged: its header does not say where {name} is") from None
     numbers = [start, stop, *shape] if isinstance(shape, list) else [None]
-    if not all(type(n) is int and n >= 0 for n in numbers) or start > stop:
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or start > stop:
         raise ValueError(f"{path} is damaged: its header gives {name} the shape {shape} and the place {[start, stop]}")
     dtype = DTYPES.get(code) if isinstance(code, str) else None
     if dtype is not None and stop - start != math.prod(shape) * dtype.itemsize:

@@ -296,12 +296,12 @@ class ShardedLoss(nn.Module):
         return batch, batch.embeddings if joint else joining(embeddings, batch.status)  # type: ignore[arg-type]
 
     def _exchange(self, embeddings: Tensor, labels: Tensor | None) -> GlobalBatch:
-        if labels is None:
+        if labels is None and self._shards.ranks.group is None:  # else the other ranks are to hear of it
             raise TypeError(f"{type(self).__name__}(embeddings, labels) needs labels; only a GlobalBatch brings its own")
         inspect = self.validate == "always" or (self.validate == "first" and not self._seen_batch)
         self._seen_batch = True
         device = local_part(next(iter(self._rows.parameters.values()))).device
-        return exchange(embeddings, labels, None, None, self._shards.ranks, inspect=inspect, device=device)
+        return exchange(embeddings, labels, None, None, self._shards.ranks, inspect=inspect, device=device)  # type: ignore[arg-type]
 
     def _anchor(self) -> Tensor:
         """A scalar through which backward reaches the loss although the weights are detached and embeddings may be."""

@@ -27,7 +27,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 from torch.profiler import record_function
 
 from partial_fc.collectives import all_gather, on_each_loss, start_reduce_scatter
@@ -47,6 +46,11 @@ from partial_fc.tiles import (
     tile_rows,
     unit,
 )
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp x), to the last digit of float64; torch's own is x from 20 on."""
+    return torch.nn.functional.softplus(x, threshold=40.0)
 
 
 class ShardedCrossEntropy(torch.autograd.Function):
@@ -238,10 +242,9 @@ class _Forward:
         assert step.measured is not None
         targets_z, exists = step.measured.targets, step.measured.exists
         m, s = found["maximum"], found["total"]
-        z_in = torch.where(exists, targets_z, torch.finfo(targets_z.dtype).min)
-        shift = torch.cat((m.amax(0)[:, None], z_in), 1).amax(1)
-        sums = (s * (m - shift).exp()).sum(0) + ((z_in - shift[:, None]).exp() * exists).sum(1)
-        lse = torch.where(sums == 0, 0.0, sums.log() + shift)  # an ignored sample may have no class at all, behind a filter; NaN stays
+        # in logarithms: where there is no class but the target, the exponential of its logit may be too small for float32
+        lse = torch.cat((s.log() + m, torch.where(exists, targets_z, -torch.inf).t())).logsumexp(0)
+        lse = torch.where(lse == -torch.inf, 0.0, lse)  # an ignored sample may have no class at all, behind a filter; NaN stays
         losses = (1 - smoothing) * (step.target_weights * (lse[:, None] - targets_z)).sum(1)
         if smoothing:
             step.selected = found["count"].sum(0).clamp_(min=1)
@@ -368,7 +371,9 @@ class _Backward:
             # d loss / d lse, and per target d loss / d target logit
             self.on_lse = self.c * ((1 - smoothing) * step.target_weights.sum(1) + smoothing)
             # the factors of exponentials: of logits as they are, and of logits less lse
-            self.from_zero, self.from_lse = self.on_lse[:, None] * (-self.lse[:, None]).exp(), self.on_lse[:, None]
+            # (bounded logits of others are at least -scale; where lse is less there are none, and nothing may become infinite)
+            self.from_zero = self.on_lse[:, None] * (-self.lse[:, None]).clamp(max=step.margin.scale + 1).exp()
+            self.from_lse = self.on_lse[:, None]
             probability = (z - self.lse[:, None]).exp()
             on_z = self.on_lse[:, None] * probability - self.c[:, None] * (1 - smoothing) * step.target_weights
         self.uniform = torch.zeros_like(self.c)  # d loss / d every selected logit, of label smoothing

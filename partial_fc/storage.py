@@ -15,6 +15,7 @@ classes of the format.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -246,6 +247,15 @@ class _SafeUnpickler(pickle.Unpickler):
         )
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether it names a file beside the one that says it, and nothing elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+# what else a damaged pickle makes of the classes that it may name
+_RARE = (AttributeError, MemoryError, RecursionError, RuntimeError, AssertionError)
+
+
 class SafeReader(FileSystemReader):
     """Reads a data folder; its metadata once."""
 
@@ -259,21 +269,52 @@ class SafeReader(FileSystemReader):
             self._metadata = self._read_metadata(Path(self.path) / ".metadata")
         return self._metadata
 
+    def check(self) -> None:
+        """ValueError if the metadata places anything outside its file, or tensors where too few bytes are; nothing is read or allocated."""
+        metadata, path = self.read_metadata(), Path(self.path) / ".metadata"
+        sizes = {info.relative_path: 0 for info in metadata.storage_data.values()}  # type: ignore[union-attr]
+        for name in sizes:
+            sizes[name] = (Path(self.path) / name).stat().st_size
+        try:
+            for index, info in metadata.storage_data.items():  # type: ignore[union-attr]
+                if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[info.relative_path]:
+                    raise ValueError(f"{index.fqn} is at {info.offset} to {info.offset + info.length} of {info.relative_path}")
+            for name, stored in metadata.state_dict_metadata.items():
+                if isinstance(stored, TensorStorageMetadata):
+                    _check_chunks(name, stored, metadata)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
     def _read_metadata(self, path: Path) -> Metadata:
         try:
             metadata: Metadata = _SafeUnpickler(io.BytesIO(path.read_bytes())).load()
             files = {info.relative_path for info in metadata.storage_data.values()}  # type: ignore[union-attr]
+            assert isinstance(metadata.state_dict_metadata, dict), "it holds no table of tensors"
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete") from None
-        except (pickle.UnpicklingError, EOFError, IndexError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (pickle.UnpicklingError, EOFError, IndexError, ArithmeticError, LookupError, TypeError, ValueError, *_RARE) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         for file in files:
-            if Path(file).name != file:
+            if not is_plain_name(file):
                 raise ValueError(f"{path} names {file!r}, which is no file beside it; the checkpoint is not to be trusted")
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
         return metadata
+
+
+def _check_chunks(name: str, stored: TensorStorageMetadata, metadata: Metadata) -> None:
+    """ValueError unless the chunks of a tensor make up its shape, and each has the bytes for its share."""
+    count, each = 0, stored.properties.dtype.itemsize
+    for chunk in stored.chunks:
+        inside = all(min(a, n) >= 0 and a + n <= size for a, n, size in zip(chunk.offsets, chunk.sizes, stored.size, strict=True))
+        length = metadata.storage_data[MetadataIndex(name, chunk.offsets)].length  # type: ignore[index]
+        numbers = math.prod(chunk.sizes)
+        if not inside or numbers * each > length:
+            raise ValueError(f"{name} {list(stored.size)} has a piece {list(chunk.sizes)} at {list(chunk.offsets)} in {length} bytes")
+        count += numbers
+    if count != math.prod(stored.size):
+        raise ValueError(f"{name} is {list(stored.size)}, its pieces hold {count} numbers")
 
 
 class _SafeLoadPlanner(DefaultLoadPlanner):

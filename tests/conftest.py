@@ -18,4 +18,4 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     pools: dict[int, Ranks] = {}
     yield lambda world: pools.setdefault(world, Ranks(world))
     for pool in pools.values():
-        pool.stop()
+        pool.stop(kill=True)  # a process that ends by itself takes its time, up to 10 seconds with threads of gloo

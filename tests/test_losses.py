@@ -123,6 +123,26 @@ def random_margins(head: PartialFC, x: Tensor, w: Tensor, labels: Tensor) -> Ten
     return head.margin._margins(target, positives)
 
 
+def alone_with_the_target(rank: int, world: int) -> None:
+    """Where no other class takes part, the loss is 0 and nothing has a gradient, however small the exponential of the target logit is."""
+    for dtype, (classes, beyond), budget in itertools.product((torch.float32, torch.float64), ((1, None), (5, -0.99999)), (None, 0)):
+        head = PartialFC(D, classes, margins.CosFace(scale=64.0, margin=1.0), dtype=dtype, interclass_filter=beyond, logits_budget=budget)
+        with torch.no_grad():
+            local(head.weight).copy_(torch.eye(D)[0].expand(len(local(head.weight)), D))
+        x = (torch.eye(D)[1] - 4 * torch.eye(D)[0]).to(dtype).repeat(2, 1).requires_grad_()  # at 166 degrees: logits of -126 and -62
+        loss = head(x, torch.tensor([0, 0]))
+        loss.backward()
+        assert x.grad is not None and head.weight.grad is not None
+        case = f"{dtype}, {classes} classes, budget {budget}"
+        assert loss.item() == pytest.approx(0.0, abs=1e-4), case
+        assert x.grad.abs().max() < 1e-4 and not (local(head.weight.grad).abs() > 1e-4).any(), case
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_target_without_other_classes(ranks, world):
+    ranks(world).run(alone_with_the_target)
+
+
 def check_cases(rank: int, world: int, cases: list[Case]) -> None:
     partial_fc.tiles.TILE_BYTES["cpu"] = 1  # tiles of 64 rows
     for case in cases:

@@ -149,6 +149,21 @@ def test_bf16_weights_follow_float32(ranks, low, rate):
     assert (shards - mine).norm() < 0.1 * way
 
 
+def step_without_rows(rank: int, world: int, low: Any) -> bool:
+    head = PartialFC(D, 2, Softmax(), 0.5, dtype=torch.bfloat16)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.5, low_precision=low)
+    before = local(head.weight).detach().clone()
+    head(torch.ones(1, D), torch.tensor([rank % 2])).backward()
+    optimizer.step()
+    return not torch.equal(local(head.weight), before)
+
+
+@pytest.mark.parametrize("low", [None, "master", "stochastic"])
+def test_a_rank_without_rows_takes_part_in_a_step(ranks, low):
+    moved = ranks(3).run(step_without_rows, low)
+    assert moved == [True, True, False]  # of two classes the third rank has none
+
+
 def test_stochastic_rounding_is_refused_for_float16():
     with pytest.raises(ValueError, match='"stochastic" rounds to bfloat16, and the weights are float16; use "master"'):
         RowOptimizer(torch.optim.SGD, PartialFC(D, 4, dtype=torch.float16), lr=0.1, low_precision="stochastic")

@@ -79,6 +79,21 @@ def test_classes_that_mix_rows_are_refused():
         RowOptimizer("sgd", head)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"fused": False}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rows_move(dtype, options):
+    """Also where the fused kernel leaves them where they are: torch 2.13's of SGD on the CPU does."""
+    head = PartialFC(16, 10, ArcFace(scale=8.0), dtype=dtype, init_std=1.0)
+    before = head.weight.detach().float()
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.5, **options)
+    head(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4)).backward()
+    assert head.weight.grad is not None
+    expected = before - 0.5 * head.weight.grad.float()
+    assert (expected - before).abs().max() > 0.1
+    optimizer.step()
+    torch.testing.assert_close(head.weight.detach().float(), expected, rtol=2**-8, atol=2**-8)
+
+
 class TrustRatio(torch.optim.Optimizer):
     """LARS in small: the step of a parameter is scaled by the norm of all of it."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,7 @@ from partial_fc.training.data import DataConfig
 from partial_fc.training.errors import UserError
 from partial_fc.training.optimizers import OptimizerConfig
 from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig
+from partial_fc.training.settings_file import use_safe_loader
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -423,13 +424,19 @@ class RunConfig:
 
 def add_config(parser: jsonargparse.ArgumentParser) -> None:
     """Add `--config` and every field of RunConfig."""
+    use_safe_loader(parser, [f.name for f in fields(RunConfig) if f.default_factory is not MISSING])
     parser.add_argument("--config", action="config", help="YAML file of settings; the command line overrides it")
     parser.add_class_arguments(RunConfig)
 
 
 def to_config(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> RunConfig:
     """The settings that `arguments` name, checked."""
-    parsed = parser.instantiate_classes(parser.parse_args(arguments))
+    try:
+        parsed = parser.instantiate_classes(parser.parse_args(arguments))
+    except jsonargparse.ArgumentError as error:
+        if "parsing config" in str(error) and "--config" in arguments[:-1]:  # the message does not say which file
+            raise UserError(f"{arguments[arguments.index('--config') + 1]}: {error}") from error
+        raise
     config = RunConfig(**{name: getattr(parsed, name) for name in RunConfig.__dataclass_fields__})
     config.check()
     return config

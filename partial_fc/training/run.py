@@ -116,9 +116,12 @@ class RunFolder:
     def history(self, up_to_step: int | None = None) -> list[dict[str, float]]:
         """What was logged, a row each; a last line that a crash or a full disk cut short is passed over."""
         path = self.path / HISTORY
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
+        try:
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]
+            return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged: {error}; mend it, or move it away") from error
 
     def rewind_history(self, step: int) -> int:
         """Forget what was logged after `step`: a resumed run logs it again. How many steps the last row was after it."""
