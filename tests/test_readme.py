@@ -32,7 +32,7 @@ def test_the_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     assert "of 1000 classes took part" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["margins.md", "cost-model.md", "losses.md", "classes.md", "checkpoints.md", "queries.md"])
+@pytest.mark.parametrize("page", ["margins.md", "cost-model.md", "losses.md", "classes.md", "checkpoints.md", "queries.md", "backbones.md"])
 def test_the_python_blocks_of_other_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks("python", (ROOT / "docs" / page).read_text())

@@ -17,7 +17,7 @@ try:
 
     from partial_fc import NonFiniteError
     from partial_fc.training.audit_cli import audit_command
-    from partial_fc.training.backbones import build_backbone
+    from partial_fc.training.backbones_cli import backbones_command
     from partial_fc.training.comms_cli import comms_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
@@ -44,6 +44,7 @@ commands:
   import SOURCE ... --output CHECKPOINT              class weights of one file, or of files of each rank, as a checkpoint
   doctor [CONFIG.yaml] [--head.sample_rate 0.2 ...]  is the run wired right? two steps that leave nothing behind; exit code 1 if not
   comms [CONFIG.yaml | --num_classes C ...]          what share of a step is communication, measured on the launched ranks
+  backbones [--embedding_size 512]                   the backbones by name, with their parameters and operations
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
   accelerate launch --config_file configs/accelerate/cpu2.yaml -m partial_fc train configs/quickstart.yaml
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         "plan": plan_command,
         "doctor": doctor_command,
         "comms": comms_command,
+        "backbones": backbones_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] not in commands:
             raise UserError(f"unknown command {arguments[0]!r}; choose one of: {', '.join(commands)}")
-        if arguments[0] != "plan":
+        if arguments[0] not in ("plan", "backbones"):
             find_ranks()
         return commands[arguments[0]](arguments[1:]) or 0
     except (UserError, NonFiniteError, UnicodeDecodeError, jsonargparse.ArgumentError, OSError) as error:
@@ -119,9 +121,10 @@ def train(arguments: list[str]) -> None:
         else:
             folder.check_free()
             config.head.check_weights()
+            config.backbone.check_weights()
         data = open_data(config.data, config.seed)
         data.check_evaluation()
-        build_backbone(config.backbone.name, image_shape=data.train.image_shape, embedding_size=config.backbone.embedding_size)
+        config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights)
         if len(data.train) < config.train.batch_size:
             raise UserError(f"{len(data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         print(f"settings, data and folder are fine: {len(data.train):,} images of {data.train.num_identities:,} identities")

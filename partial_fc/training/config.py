@@ -17,7 +17,7 @@ import jsonargparse
 import torch
 import torch.distributed as dist
 from accelerate.utils import LoggerType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from partial_fc.centers import CenterLoss
@@ -39,6 +39,8 @@ from partial_fc.margins import (
     SubCenterArcFace,
 )
 from partial_fc.training.augment import AugmentConfig
+from partial_fc.training.backbones import build_backbone
+from partial_fc.training.backbones.weights import load_weights
 from partial_fc.training.data import DataConfig
 from partial_fc.training.errors import UserError
 from partial_fc.training.optimizers import OptimizerConfig
@@ -49,6 +51,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 # what a resumed run may have otherwise than the run that it goes on with: nothing that changes its numbers
 FREE_ON_RESUME = (
     "output.",
+    "backbone.gradient_checkpointing",
     "data.workers",
     "train.checkpoint_every",
     "train.checkpoint_steps",
@@ -77,9 +80,41 @@ class BackboneConfig:
     """The network that makes embeddings."""
 
     name: str = "small"
-    """Its name among partial_fc/training/backbones."""
+    """Its name (`partial-fc backbones` lists them with their sizes), or timm:NAME, or hf:FOLDER of a transformers model."""
     embedding_size: int = 128
     """Width of the embeddings, in numbers."""
+    weights: str | None = None
+    """File of weights to start from: a state dict by torch.save, such as the field's backbone.pth, or safetensors; drawn if not given."""
+    dropout: float = 0.0
+    """Probability (0 to 1) with which a number before the last layer is left out in training."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of blocks alone and compute the blocks again in the backward: less memory, a third more time, the same numbers."""
+    channels_last: bool = False
+    """Give convolutions their images as [n, H, W, C] in memory, which is faster on GPUs with half precision."""
+
+    def check(self) -> None:
+        """UserError for values that no run can have."""
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--backbone.dropout is {self.dropout}; give a probability from 0, and below 1")
+
+    def check_weights(self) -> None:
+        """UserError if weights to start from are not there; a run that is resumed needs them no more."""
+        if self.weights is not None and not Path(self.weights).is_file():
+            raise UserError(f"--backbone.weights: there is no file {self.weights}; give a state dict by torch.save, or safetensors")
+
+    def build(self, image_shape: tuple[int, int, int], weights: str | None = None) -> nn.Module:
+        """The backbone for images of `image_shape` (C, H, W), as these settings say, with the weights of a file if one is given."""
+        backbone = build_backbone(
+            self.name,
+            image_shape=image_shape,
+            embedding_size=self.embedding_size,
+            dropout=self.dropout,
+            gradient_checkpointing=self.gradient_checkpointing,
+            channels_last=self.channels_last,
+        )
+        if weights is not None:
+            load_weights(backbone, weights)
+        return backbone
 
 
 # margin -> (what builds it, the settings of HeadConfig that it takes: name of its argument)
@@ -351,6 +386,7 @@ class RunConfig:
             raise UserError(f"--train.deepspeed {self.train.deepspeed} does not exist; give a JSON file of a DeepSpeed configuration")
         if self.train.mixed_precision == "fp16" and (self.train.cpu or not torch.cuda.is_available()):
             raise UserError("--train.mixed_precision fp16 needs CUDA; use bf16 on a CPU")
+        self.backbone.check()
         self.head.check()
         self.center.check()
         if self.head.replicas > 1 and self.center.weight:

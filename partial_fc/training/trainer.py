@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from partial_fc import RandomState, gather, import_weights
 from partial_fc.shards import local_part
-from partial_fc.training.backbones import build_backbone
+from partial_fc.training.backbones.counts import count_backbone
 from partial_fc.training.config import RunConfig, flat, save_config
 from partial_fc.training.data import DataSplits, open_data
 from partial_fc.training.engine import make_accelerator, make_engine
@@ -74,7 +73,7 @@ class Trainer:
         self.steps_per_epoch = len(self.loader) // config.train.accumulation
         if not self.steps_per_epoch:
             raise UserError(f"{len(self.data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
-        self._build()
+        self._build(resume)
         self.progress, self._since = Progress(), time.monotonic()
         self.checkpointer = self.folder.checkpointer(keep_last=config.train.keep_last, asynchronous=config.train.asynchronous_checkpoints)
         if resume:
@@ -83,16 +82,17 @@ class Trainer:
             self._start()
             self.on_main(self._claim)
 
-    def _build(self) -> None:
+    def _build(self, resume: bool) -> None:
         config, device = self.config, self.accelerator.device
         width, identities = config.backbone.embedding_size, self.data.train.num_identities
         self.head = config.head.build(width, torch.bincount(self.data.train.labels, minlength=identities), config.seed, device)
         self.center = config.center.build(width, identities, config.seed, device)
         self.head_optimizer = config.optimizer.build_head(self.head)
         torch.manual_seed(config.seed)  # the backbone's initial weights, alike on all ranks; and what they draw until the first epoch
+        self._first: nn.Module | None = self._start_backbone(None if resume else config.backbone.weights)
         self.engine = make_engine(
             self.accelerator,
-            partial(build_backbone, config.backbone.name, image_shape=self.data.train.image_shape, embedding_size=width),
+            self._backbone,
             lambda backbone: config.optimizer.build(backbone.parameters()),
             self.head,
             self.head_optimizer,
@@ -100,6 +100,23 @@ class Trainer:
         )
         optimizers = (self.engine.optimizer, self.head_optimizer)
         self.schedules = build_schedules(config.schedule, config.head_schedule, optimizers, self.steps_per_epoch, config.train.epochs)
+
+    def _start_backbone(self, weights: str | None) -> nn.Module:
+        """The backbone with the weights that it starts from, on every rank or on none; it is counted, too."""
+        shape, built, message = self.data.train.image_shape, None, None
+        try:
+            built = self.config.backbone.build(shape, weights)
+        except UserError as error:
+            message = str(error)
+        raise_together(message, self.accelerator)
+        assert built is not None
+        self.counts = count_backbone(built, shape)
+        return built
+
+    def _backbone(self) -> nn.Module:
+        """The backbone to train, and then others like it, for weights of their own."""
+        first, self._first = self._first, None
+        return self.config.backbone.build(self.data.train.image_shape) if first is None else first
 
     def _start(self) -> None:
         """Class weights that the settings name."""
@@ -172,6 +189,7 @@ class Trainer:
         """All epochs that are left."""
         config = self.config
         self.accelerator.init_trackers("tensorboard", config={k: v if v is not None else "none" for k, v in _scalars(config).items()})
+        self.accelerator.print(f"backbone {config.backbone.name}: {self.counts}")
         total = self.steps_per_epoch * config.train.epochs
         bar = tqdm(total=total, initial=self.progress.step, unit="step", desc="training", disable=not self.main, mininterval=0.5)
         self._since = time.monotonic()
@@ -295,6 +313,8 @@ class Trainer:
         if not self.main:
             return None
         training = {
+            "backbone_parameters": self.counts.parameters,
+            "backbone_operations_an_image": self.counts.operations,
             "seconds": round(self.progress.seconds, 1),
             "images_per_second": round(self.progress.step * self.config.train.batch_size / max(self.progress.seconds, 1e-9), 1),
             "steps": self.progress.step,
@@ -305,7 +325,8 @@ class Trainer:
         }
         losses = self.config.head.margin if self.center is None else f"{self.config.head.margin} and center loss"
         title = f"{self.config.backbone.name} with {losses} on {self.data.train.num_identities:,} identities"
-        environment = {"engine": self.engine.name, **describe_environment(self.accelerator)}
+        backbone = f"{self.config.backbone.name}, {self.counts}"
+        environment = {"engine": self.engine.name, "backbone": backbone, **describe_environment(self.accelerator)}
         return write_results(self.folder, title, evaluations, {"training": training}, self.config, environment, self.folder.history())
 
     def close(self) -> None:
