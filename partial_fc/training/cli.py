@@ -125,7 +125,7 @@ def train(arguments: list[str]) -> None:
         data = open_data(config.data, config.seed)
         data.check_evaluation()
         config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights)
-        if len(data.train) < config.train.batch_size:
+        if config.make_sampler(data.train.labels).length < config.train.batch_size:
             raise UserError(f"{len(data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         print(f"settings, data and folder are fine: {len(data.train):,} images of {data.train.num_identities:,} identities")
         return

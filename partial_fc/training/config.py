@@ -44,6 +44,7 @@ from partial_fc.training.backbones.weights import load_weights
 from partial_fc.training.data import DataConfig
 from partial_fc.training.errors import UserError
 from partial_fc.training.optimizers import OptimizerConfig
+from partial_fc.training.samplers import Sampler, make_sampler
 from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -350,6 +351,23 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of a global micro-batch."""
+        return self.train.batch_size // self.train.accumulation
+
+    def make_sampler(self, labels: Tensor) -> Sampler:
+        """The order of the training images, which have these labels; UserError if there is none in batches of that size."""
+        data = self.data
+        return make_sampler(
+            data.sampler,
+            labels,
+            self.micro_batch,
+            self.seed,
+            images_per_identity=data.images_per_identity,
+            class_exponent=data.class_exponent,
+        )
 
     def check(self) -> None:
         """UserError for values that no run can have."""

@@ -1,6 +1,7 @@
 """The run folder: who may use it, what lies in it.
 
 config.yaml          the resolved settings
+labels.csv           which identity has which label, and which are left out
 checkpoints/         step-000000120/ ..., the newest few
 history.jsonl        a line every few steps: step, epoch, loss, target_angle (radians), learning_rate, ...
 unreadable.txt       images that could not be read, if any

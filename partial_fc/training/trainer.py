@@ -29,6 +29,7 @@ from partial_fc.training.data import DataSplits, open_data
 from partial_fc.training.engine import make_accelerator, make_engine
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
+from partial_fc.training.labels import LABELS, LabelMap
 from partial_fc.training.loader import Batch, BatchLoader
 from partial_fc.training.results import describe_environment, evaluate_sets, raise_together, write_results
 from partial_fc.training.run import CONFIG, RunFolder
@@ -131,12 +132,15 @@ class Trainer:
         """Take the run folder, last of all: a mistake in the settings leaves no folder behind."""
         self.folder.claim()
         save_config(self.config, self.folder.path / CONFIG)
+        train = self.data.train
+        (self.data.label_map or LabelMap.of(train.identity_names, train.labels)).write(self.folder.path / LABELS)
 
     def _loader(self) -> BatchLoader:
         config = self.config
         return BatchLoader(
             self.data.train,
-            batch_size=config.train.batch_size // config.train.accumulation,
+            batch_size=config.micro_batch,
+            sampler=config.make_sampler(self.data.train.labels),
             rank=self.rank,
             world=self.world,
             seed=config.seed,
