@@ -244,7 +244,7 @@ def test_a_run_uses_the_sampler_and_saves_its_labels(people, tmp_path):
     assert labels == {"a": "", "b": "0", "c": "", "d": "1", "e": "2", "f, g": "3"}
     assert json.loads((tmp_path / "run/metrics.json").read_text())["training"]["steps"] == 4, "2 epochs of 4 identities, 2 a batch"
     glyphs = to_config(train_parser(), ["--data.sampler", "class_aware", "--data.class_exponent", "0", "--train.accumulation", "2"])
-    sampler = glyphs.make_sampler(GlyphIdentities("train", identities=9).labels)
+    sampler = glyphs.make_sampler(GlyphIdentities("train", identities=9))
     assert isinstance(sampler, ClassAware) and (sampler.exponent, sampler.batch_size) == (0.0, 128)
 
 

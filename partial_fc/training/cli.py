@@ -25,6 +25,7 @@ try:
     from partial_fc.training.errors import UserError
     from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
     from partial_fc.training.export_cli import export_command
+    from partial_fc.training.mixing import mixed
     from partial_fc.training.plan_cli import plan_command
     from partial_fc.training.ranks import check_devices, find_ranks, speaks
     from partial_fc.training.run import CONFIG, RunFolder
@@ -125,7 +126,7 @@ def train(arguments: list[str]) -> None:
         data = open_data(config.data, config.seed)
         data.check_evaluation()
         config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights)
-        if config.make_sampler(data.train.labels).length < config.train.batch_size:
+        if config.make_sampler(mixed(config, data.train)).length < config.train.batch_size:
             raise UserError(f"{len(data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         print(f"settings, data and folder are fine: {len(data.train):,} images of {data.train.num_identities:,} identities")
         return

@@ -41,7 +41,7 @@ from partial_fc.margins import (
 from partial_fc.training.augment import AugmentConfig
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.backbones.weights import load_weights
-from partial_fc.training.data import DataConfig
+from partial_fc.training.data import DataConfig, IdentityDataset
 from partial_fc.training.errors import UserError
 from partial_fc.training.optimizers import OptimizerConfig
 from partial_fc.training.samplers import Sampler, make_sampler
@@ -357,17 +357,15 @@ class RunConfig:
         """Images of a global micro-batch."""
         return self.train.batch_size // self.train.accumulation
 
-    def make_sampler(self, labels: Tensor) -> Sampler:
-        """The order of the training images, which have these labels; UserError if there is none in batches of that size."""
-        data = self.data
-        return make_sampler(
-            data.sampler,
-            labels,
-            self.micro_batch,
-            self.seed,
-            images_per_identity=data.images_per_identity,
-            class_exponent=data.class_exponent,
-        )
+    def make_sampler(self, dataset: IdentityDataset) -> Sampler:
+        """The order of the training images; UserError if there is none in batches of that size."""
+        from partial_fc.training.mixing import MixedIdentities, MixedSampler
+
+        settings = {"images_per_identity": self.data.images_per_identity, "class_exponent": self.data.class_exponent}
+        make: Callable[[Tensor, int, int], Sampler] = partial(make_sampler, self.data.sampler, **settings)  # type: ignore[arg-type]
+        if isinstance(dataset, MixedIdentities):
+            return MixedSampler(dataset, self.micro_batch, self.seed, make)
+        return make(dataset.labels, self.micro_batch, self.seed)
 
     def check(self) -> None:
         """UserError for values that no run can have."""
@@ -412,6 +410,8 @@ class RunConfig:
                 f"--head.replicas is {self.head.replicas}, but center loss is split over all ranks; "
                 "give --center.weight 0 or --head.replicas 1"
             )
+        if self.data.mix and (self.center.weight or self.head.replicas > 1 or self.train.deepspeed):
+            raise UserError("--data.mix cannot be joined with center loss, --head.replicas or DeepSpeed; leave one of them out")
         self.optimizer.check()
         self.schedule.check()
         self.head_schedule.over(self.schedule).check("head_schedule")

@@ -32,6 +32,7 @@ from PIL import Image
 from partial_fc.training.augment import stream_key
 from partial_fc.training.errors import UserError
 from partial_fc.training.labels import LabelMap, with_enough_images
+from partial_fc.training.mixed_set import MixedSet, check_mix
 from partial_fc.training.samplers import SamplerName, check_settings
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -63,6 +64,8 @@ class DataConfig:
     """Images of an identity in a batch; pk only, 4 if not given."""
     class_exponent: float | None = None
     """Power of a class's number of images that it is drawn by, 0 (all alike) to 1 (as they are); class_aware only, 0.5 if not given."""
+    mix: list[MixedSet] = field(default_factory=list)
+    """Data sets beside this one, each with a share of every batch and a head of its own: [{name, folder, weight}], see docs/samplers.md."""
     workers: int = 0
     """How many processes a rank starts to load images; 0 loads them in the training process."""
     on_error: Literal["skip", "raise"] = "skip"
@@ -75,6 +78,7 @@ class DataConfig:
                 raise UserError(f"--data.{name} is {value}; give at least {least}")
         if self.channels not in (None, 1, 3):
             raise UserError(f"--data.channels is {self.channels}; give 1 (grey) or 3 (colour)")
+        check_mix(self.mix)
         check_settings(self.sampler, self.images_per_identity, self.class_exponent)
 
 

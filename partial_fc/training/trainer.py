@@ -31,6 +31,7 @@ from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.labels import LABELS, LabelMap
 from partial_fc.training.loader import Batch, BatchLoader
+from partial_fc.training.mixing import ExtraHeads, MixedIdentities, mixed
 from partial_fc.training.results import describe_environment, evaluate_sets, raise_together, write_results
 from partial_fc.training.run import CONFIG, RunFolder
 from partial_fc.training.schedules import build_schedules
@@ -64,6 +65,7 @@ class Trainer:
         self.on_main(self.folder.check_run if resume else self.folder.check_free)
         self.data: DataSplits = open_data(config.data, config.seed)
         self.data.check_evaluation()
+        self.main_set, self.data.train = self.data.train, mixed(config, self.data.train)
         if config.train.batch_size < 2 * self.world * config.train.accumulation:
             raise UserError(
                 f"--train.batch_size {config.train.batch_size} leaves fewer than two images for each of {self.world} ranks and "
@@ -85,8 +87,9 @@ class Trainer:
 
     def _build(self, resume: bool) -> None:
         config, device = self.config, self.accelerator.device
-        width, identities = config.backbone.embedding_size, self.data.train.num_identities
-        self.head = config.head.build(width, torch.bincount(self.data.train.labels, minlength=identities), config.seed, device)
+        width, identities = config.backbone.embedding_size, self.main_set.num_identities
+        self.head = config.head.build(width, torch.bincount(self.main_set.labels, minlength=identities), config.seed, device)
+        self.extra = ExtraHeads(config, self.data.train, device) if isinstance(self.data.train, MixedIdentities) else None
         self.center = config.center.build(width, identities, config.seed, device)
         self.head_optimizer = config.optimizer.build_head(self.head)
         torch.manual_seed(config.seed)  # the backbone's initial weights, alike on all ranks; and what they draw until the first epoch
@@ -101,6 +104,9 @@ class Trainer:
         )
         optimizers = (self.engine.optimizer, self.head_optimizer)
         self.schedules = build_schedules(config.schedule, config.head_schedule, optimizers, self.steps_per_epoch, config.train.epochs)
+        if self.extra is not None:
+            self.engine.add_heads(self.extra.heads.values(), self.extra.optimizers.values())
+            self.schedules += self.extra.schedules(self.schedules[1])
 
     def _start_backbone(self, weights: str | None) -> nn.Module:
         """The backbone with the weights that it starts from, on every rank or on none; it is counted, too."""
@@ -132,7 +138,9 @@ class Trainer:
         """Take the run folder, last of all: a mistake in the settings leaves no folder behind."""
         self.folder.claim()
         save_config(self.config, self.folder.path / CONFIG)
-        train = self.data.train
+        train = self.main_set
+        for name, label_map in (self.extra.data.label_maps if self.extra is not None else {}).items():
+            label_map.write(self.folder.path / f"labels_{name}.csv")
         (self.data.label_map or LabelMap.of(train.identity_names, train.labels)).write(self.folder.path / LABELS)
 
     def _loader(self) -> BatchLoader:
@@ -140,7 +148,7 @@ class Trainer:
         return BatchLoader(
             self.data.train,
             batch_size=config.micro_batch,
-            sampler=config.make_sampler(self.data.train.labels),
+            sampler=config.make_sampler(self.data.train),
             rank=self.rank,
             world=self.world,
             seed=config.seed,
@@ -211,6 +219,8 @@ class Trainer:
         self.loader.set_epoch(epoch)
         self.engine.model.train()
         self.head.train()
+        if self.extra is not None:
+            self.extra.train()
         batches = self.together(self.loader.iterate(self.progress.batches))
         while self.progress.taken < micro_batches and (batch := next(batches, None)) is not None:
             self.head.collect_metrics = self._is_logged(self.progress.step + 1)
@@ -231,7 +241,9 @@ class Trainer:
         """(what was minimised, `loss`, and the part of it that is center loss, before its weight; whether a step is due)."""
         with self.engine.autocast():
             embeddings = self.engine.model(batch.images)
-            if self.center is None:
+            if self.extra is not None:
+                losses = self.extra.losses(self.head, gather(embeddings, self.extra.labels(batch.labels, self.head.ignore_index)))
+            elif self.center is None:
                 losses = {"loss": self.head(embeddings, batch.labels)}
             else:
                 everyone = gather(embeddings, batch.labels)
@@ -286,6 +298,8 @@ class Trainer:
             "progress": self.progress,
             "random": RandomState(),
         }
+        if self.extra is not None:
+            named.update(self.extra.named())
         return named if self.center is None else {**named, "center": self.center}
 
     def _save(self) -> None:
