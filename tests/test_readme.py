@@ -42,6 +42,7 @@ PAGES = [
     "protocols.md",
     "faults.md",
     "nonfinite.md",
+    "backbones.md",
 ]
 
 

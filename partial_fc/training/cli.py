@@ -25,7 +25,7 @@ try:
     from partial_fc import DivergenceError, NonFiniteError, PreemptionGuard
     from partial_fc.preemption import SIGNALS
     from partial_fc.training.audit_cli import audit_command
-    from partial_fc.training.backbones import build_backbone
+    from partial_fc.training.backbones_cli import backbones_command
     from partial_fc.training.comms_cli import comms_command
     from partial_fc.training.compare import report_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
@@ -36,6 +36,7 @@ try:
     from partial_fc.training.export_cli import export_command
     from partial_fc.training.glyphs_cli import glyphs_command
     from partial_fc.training.interval import check_metric
+    from partial_fc.training.mixing import mixed
     from partial_fc.training.plan_cli import plan_command
     from partial_fc.training.protocols.tasks import image_shape, open_tasks
     from partial_fc.training.protocols_cli import protocol_command
@@ -63,6 +64,7 @@ commands:
   doctor [CONFIG.yaml] [--head.sample_rate 0.2 ...]  is the run wired right? two steps that leave nothing behind; exit code 1 if not
   data glyphs --fonts DIR ... --out DIR              an identity data set of tens of thousands of characters from installed fonts
   comms [CONFIG.yaml | --num_classes C ...]          what share of a step is communication, measured on the launched ranks
+  backbones [--embedding_size 512]                   the backbones by name, with their parameters and operations
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
   accelerate launch --config_file configs/accelerate/cpu2.yaml -m partial_fc train configs/quickstart.yaml
@@ -88,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         "comms": comms_command,
         "data": data,
         "report": report_command,
+        "backbones": backbones_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -95,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] not in commands:
             raise UserError(f"unknown command {arguments[0]!r}; choose one of: {', '.join(commands)}")
-        if arguments[0] != "plan":
+        if arguments[0] not in ("plan", "backbones"):
             find_ranks()
         return commands[arguments[0]](arguments[1:]) or 0
     except (UserError, NonFiniteError, DivergenceError, UnicodeDecodeError, jsonargparse.ArgumentError, OSError) as error:
@@ -150,11 +153,12 @@ def train(arguments: list[str]) -> None:
         else:
             folder.check_free()
             config.head.check_weights()
+            config.backbone.check_weights()
         data = open_data(config.data, config.seed)
         data.check_evaluation()
         check_metric(config.evaluation, list(data.evaluation), open_tasks(config.evaluation, data.train.image_shape))
-        build_backbone(config.backbone.name, image_shape=data.train.image_shape, embedding_size=config.backbone.embedding_size)
-        if len(data.train) < config.train.batch_size:
+        config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights)
+        if config.make_sampler(mixed(config, data.train)).length < config.train.batch_size:
             raise UserError(f"{len(data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         print(f"settings, data and folder are fine: {len(data.train):,} images of {data.train.num_identities:,} identities")
         return

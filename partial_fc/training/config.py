@@ -17,7 +17,7 @@ import jsonargparse
 import torch
 import torch.distributed as dist
 from accelerate.utils import LoggerType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from partial_fc.centers import CenterLoss
@@ -39,9 +39,12 @@ from partial_fc.margins import (
     SubCenterArcFace,
 )
 from partial_fc.training.augment import AugmentConfig
-from partial_fc.training.data import DataConfig
+from partial_fc.training.backbones import build_backbone
+from partial_fc.training.backbones.weights import load_weights
+from partial_fc.training.data import DataConfig, IdentityDataset
 from partial_fc.training.errors import UserError
 from partial_fc.training.optimizers import OptimizerConfig
+from partial_fc.training.samplers import Sampler, make_sampler
 from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig
 from partial_fc.training.settings_file import use_safe_loader
 
@@ -50,6 +53,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 # what a resumed run may have otherwise than the run that it goes on with: nothing that changes its numbers
 FREE_ON_RESUME = (
     "output.",
+    "backbone.gradient_checkpointing",
     "data.workers",
     "train.checkpoint_every",
     "train.checkpoint_steps",
@@ -82,9 +86,41 @@ class BackboneConfig:
     """The network that makes embeddings."""
 
     name: str = "small"
-    """Its name among partial_fc/training/backbones."""
+    """Its name (`partial-fc backbones` lists them with their sizes), or timm:NAME, or hf:FOLDER of a transformers model."""
     embedding_size: int = 128
     """Width of the embeddings, in numbers."""
+    weights: str | None = None
+    """File of weights to start from: a state dict by torch.save, such as the field's backbone.pth, or safetensors; drawn if not given."""
+    dropout: float = 0.0
+    """Probability (0 to 1) with which a number before the last layer is left out in training."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of blocks alone and compute the blocks again in the backward: less memory, a third more time, the same numbers."""
+    channels_last: bool = False
+    """Give convolutions their images as [n, H, W, C] in memory, which is faster on GPUs with half precision."""
+
+    def check(self) -> None:
+        """UserError for values that no run can have."""
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--backbone.dropout is {self.dropout}; give a probability from 0, and below 1")
+
+    def check_weights(self) -> None:
+        """UserError if weights to start from are not there; a run that is resumed needs them no more."""
+        if self.weights is not None and not Path(self.weights).is_file():
+            raise UserError(f"--backbone.weights: there is no file {self.weights}; give a state dict by torch.save, or safetensors")
+
+    def build(self, image_shape: tuple[int, int, int], weights: str | None = None) -> nn.Module:
+        """The backbone for images of `image_shape` (C, H, W), as these settings say, with the weights of a file if one is given."""
+        backbone = build_backbone(
+            self.name,
+            image_shape=image_shape,
+            embedding_size=self.embedding_size,
+            dropout=self.dropout,
+            gradient_checkpointing=self.gradient_checkpointing,
+            channels_last=self.channels_last,
+        )
+        if weights is not None:
+            load_weights(backbone, weights)
+        return backbone
 
 
 # margin -> (what builds it, the settings of HeadConfig that it takes: name of its argument)
@@ -362,6 +398,21 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
+    @property
+    def micro_batch(self) -> int:
+        """Images of a global micro-batch."""
+        return self.train.batch_size // self.train.accumulation
+
+    def make_sampler(self, dataset: IdentityDataset) -> Sampler:
+        """The order of the training images; UserError if there is none in batches of that size."""
+        from partial_fc.training.mixing import MixedIdentities, MixedSampler
+
+        settings = {"images_per_identity": self.data.images_per_identity, "class_exponent": self.data.class_exponent}
+        make: Callable[[Tensor, int, int], Sampler] = partial(make_sampler, self.data.sampler, **settings)  # type: ignore[arg-type]
+        if isinstance(dataset, MixedIdentities):
+            return MixedSampler(dataset, self.micro_batch, self.seed, make)
+        return make(dataset.labels, self.micro_batch, self.seed)
+
     def check(self) -> None:
         """UserError for values that no run can have."""
         at_least = {
@@ -400,6 +451,7 @@ class RunConfig:
             raise UserError(f"--train.deepspeed {self.train.deepspeed} does not exist; give a JSON file of a DeepSpeed configuration")
         if self.train.mixed_precision == "fp16" and (self.train.cpu or not torch.cuda.is_available()):
             raise UserError("--train.mixed_precision fp16 needs CUDA; use bf16 on a CPU")
+        self.backbone.check()
         self.head.check()
         self.center.check()
         if self.head.replicas > 1 and self.center.weight:
@@ -408,6 +460,8 @@ class RunConfig:
                 "give --center.weight 0 or --head.replicas 1"
             )
         self.evaluation.check()
+        if self.data.mix and (self.center.weight or self.head.replicas > 1 or self.train.deepspeed):
+            raise UserError("--data.mix cannot be joined with center loss, --head.replicas or DeepSpeed; leave one of them out")
         self.optimizer.check()
         self.schedule.check()
         self.head_schedule.over(self.schedule).check("head_schedule")

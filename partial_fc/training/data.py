@@ -32,6 +32,9 @@ from PIL import Image
 
 from partial_fc.training.augment import stream_key
 from partial_fc.training.errors import UserError
+from partial_fc.training.labels import LabelMap, with_enough_images
+from partial_fc.training.mixed_set import MixedSet, check_mix
+from partial_fc.training.samplers import SamplerName, check_settings
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 GlyphSplit = Literal["train", "seen", "new"]
@@ -54,18 +57,30 @@ class DataConfig:
     """Side of the square images, in pixels: those of a folder are resized to it (112 if not given); glyphs have 32."""
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for colour: images of a folder are converted (to 3 if not given); the glyphs have 1."""
+    min_images: int = 1
+    """Fewest images of an identity to train on; those with fewer are left out, and the others numbered anew (labels.csv of the run)."""
+    sampler: SamplerName = "shuffled"
+    """Order of an epoch: all images shuffled; pk, identities x images a batch; class_aware, rare classes more often (docs/samplers.md)."""
+    images_per_identity: int | None = None
+    """Images of an identity in a batch; pk only, 4 if not given."""
+    class_exponent: float | None = None
+    """Power of a class's number of images that it is drawn by, 0 (all alike) to 1 (as they are); class_aware only, 0.5 if not given."""
+    mix: list[MixedSet] = field(default_factory=list)
+    """Data sets beside this one, each with a share of every batch and a head of its own: [{name, folder, weight}], see docs/samplers.md."""
     workers: int = 0
     """How many processes a rank starts to load images; 0 loads them in the training process."""
     on_error: Literal["skip", "raise"] = "skip"
     """What to do about an image that cannot be read: leave it out and report it, or stop."""
 
     def __post_init__(self) -> None:
-        for name, least in (("identities", 1), ("holdout_identities", 0), ("image_size", 1), ("workers", 0)):
+        for name, least in (("identities", 1), ("holdout_identities", 0), ("image_size", 1), ("workers", 0), ("min_images", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--data.{name} is {value}; give at least {least}")
         if self.channels not in (None, 1, 3):
             raise UserError(f"--data.channels is {self.channels}; give 1 (grey) or 3 (colour)")
+        check_mix(self.mix)
+        check_settings(self.sampler, self.images_per_identity, self.class_exponent)
 
 
 class UnreadableImage(Exception):
@@ -264,6 +279,8 @@ class DataSplits:
     train: IdentityDataset
     evaluation: dict[str, IdentityDataset] = field(default_factory=dict)
     """By name: "seen" and "new" for the glyphs; "holdout" for a folder, if identities are held out."""
+    label_map: LabelMap | None = None
+    """What became of each identity; None where every one is trained on as it is."""
 
     def check_evaluation(self) -> None:
         """Raise UserError, before any training, for held-out sets in which there is no pair to accept or none to reject."""
@@ -282,6 +299,7 @@ def open_data(config: DataConfig, seed: int) -> DataSplits:
         if config.holdout_identities:
             raise UserError("the embedded glyphs have their own held-out identities; drop --data.holdout_identities")
         train = GlyphIdentities("train", config.identities)
+        with_enough_images(range(train.num_identities), train.labels, config.min_images)  # all have as many: all or none
         return DataSplits(train, {"seen": GlyphIdentities("seen"), "new": GlyphIdentities("new")})
     from partial_fc.training.packed import is_packed, open_packed
 
@@ -289,6 +307,8 @@ def open_data(config: DataConfig, seed: int) -> DataSplits:
         return open_packed(config)
     folder = FolderIdentities(config.folder, config.image_size or 112, config.channels or 3)
     kept, held = split_identities(folder.num_identities, config.holdout_identities, seed)
-    count = _enough(config.identities, len(kept), f"the data folder {config.folder}, beside those held out")
+    kept = with_enough_images(kept, folder.labels, config.min_images)
+    beside = f"beside those held out{' or with too few images' if config.min_images > 1 else ''}"
+    kept = kept[: _enough(config.identities, len(kept), f"the data folder {config.folder}, {beside}")]
     evaluation: dict[str, IdentityDataset] = {"holdout": folder.select(held)} if held else {}
-    return DataSplits(folder.select(kept[:count]), evaluation)
+    return DataSplits(folder.select(kept), evaluation, LabelMap.of(folder.identity_names, folder.labels, kept))

@@ -36,6 +36,8 @@ def doctor_command(arguments: list[str]) -> int:
         arguments = ["--config", arguments[0], *arguments[1:]]
     parser = doctor_parser()
     config = to_config(parser, arguments)
+    if config.data.mix:
+        raise UserError("doctor looks at one head; leave --data.mix out")
     as_json = parser.parse_args(arguments).json
     from partial_fc.training.trainer import Trainer
 

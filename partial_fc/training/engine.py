@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -162,6 +162,14 @@ class Engine:
         self.optimizer = optimizer(backbone)
         # the head, its optimizer and the schedules stay as they are: nothing of them is to be replicated or averaged
         self.model, self.prepared = accelerator.prepare(backbone, self.optimizer)
+        self._heads, self._head_optimizers = [head], [head_optimizer]
+
+    def add_heads(self, heads: Iterable[PartialFC], optimizers: Iterable[RowOptimizer]) -> None:
+        """Heads beside the first, clipped and stepped with it; UserError for an engine that steps by itself."""
+        if type(self) is not Engine:
+            raise UserError("DeepSpeed takes one head; leave --data.mix out, or train in DDP or FSDP2")
+        self._heads += heads
+        self._head_optimizers += optimizers
 
     @property
     def name(self) -> str:
@@ -188,19 +196,22 @@ class Engine:
         scaler, norm = self.accelerator.scaler, None
         if scaler is not None:
             self.accelerator.unscale_gradients()
-            scaler.unscale_(self.head_optimizer)
-        losses = (self.head, *self.beside)
+            for each in self._head_optimizers:
+                scaler.unscale_(each)
+        losses = (*self._heads, *self.beside)
         if self._train.clip_norm is not None:
             norm = clip_grad_norm_(self.model.parameters(), *losses, max_norm=self._train.clip_norm, scaler=scaler)
         else:
             check_gradients(self.model.parameters(), *losses, scaler=scaler)
-        if scaler is not None:
-            scaler.step(self.head_optimizer)  # before the prepared optimizer, whose step also updates the scale
-        else:
-            self.head_optimizer.step()
+        for each in self._head_optimizers:
+            if scaler is not None:
+                scaler.step(each)  # before the prepared optimizer, whose step also updates the scale
+            else:
+                each.step()
         self.prepared.step()
         self.prepared.zero_grad()
-        self.head_optimizer.zero_grad()
+        for each in self._head_optimizers:
+            each.zero_grad()
         return norm
 
     @property

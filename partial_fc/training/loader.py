@@ -2,7 +2,8 @@
 
 Data's story, for n images and global batches of N:
 
-    order    int64 [n], a permutation keyed by (seed, epoch); the global random state has no part in it
+    order    int64 [n] of a sampler, keyed by (seed, epoch): a permutation, or what samplers.py has besides; the global random state
+             has no part in it
     batch b  order[b*N : (b+1)*N]; with drop_last, a last one shorter than N is left out
     rank r   a contiguous part of it, one sample longer or shorter at most than another's; in the order of ranks they make the batch
     Batch    images float32 [n_local, C, H, W] in [-1, 1], labels and indices int64 [n_local]
@@ -16,15 +17,13 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from partial_fc.training.augment import AugmentConfig, augment, stream_key, to_float
+from partial_fc.training.augment import AugmentConfig, augment, to_float
 from partial_fc.training.data import IdentityDataset, UnreadableImage
 from partial_fc.training.errors import UserError
-
-_ORDER = 1  # keeps the stream of the order apart from those of the augmentation
+from partial_fc.training.samplers import InOrder, Sampler, Shuffled
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Batch:
 
 
 class _Samples(Dataset[Batch]):
-    """What the worker processes of a pass hold: a list of indices becomes a Batch."""
+    """What the worker processes of a pass hold: a list of slots (samplers.py) becomes a Batch."""
 
     def __init__(self, dataset: IdentityDataset, seed: int, epoch: int, config: AugmentConfig | None) -> None:
         self.dataset = dataset
@@ -58,18 +57,19 @@ class _Samples(Dataset[Batch]):
         images: list[torch.Tensor] = []
         readable: list[int] = []
         unreadable: list[str] = []
-        for index in wanted:
+        for slot in wanted:
             try:
-                images.append(self.dataset.load(index))
-                readable.append(index)
+                images.append(self.dataset.load(slot % len(self.dataset)))
+                readable.append(slot)
             except UnreadableImage as error:
                 unreadable.append(str(error))
-        indices = torch.tensor(readable, dtype=torch.int64)
+        slots = torch.tensor(readable, dtype=torch.int64)
+        indices = slots % len(self.dataset)
         stacked = torch.stack(images) if images else torch.empty(0, *self.dataset.image_shape, dtype=torch.uint8)
         if self.config is None:
             floats = to_float(stacked)
         else:
-            floats = augment(stacked, indices, seed=self.seed, epoch=self.epoch, config=self.config)
+            floats = augment(stacked, slots, seed=self.seed, epoch=self.epoch, config=self.config)
         return Batch(floats, self.dataset.labels[indices], indices, unreadable)
 
 
@@ -90,6 +90,7 @@ def _outlive_signals(worker: int) -> None:
 class BatchLoader:
     """Walk over `dataset` in global batches of `batch_size` samples, giving rank `rank` of `world` its part of each.
 
+    `sampler` says in which order, for that batch size; without it images are shuffled, or with `shuffle` False in their order.
     `augment` None leaves images as they are. `on_error` "skip" leaves unreadable images out and names them in
     `Batch.unreadable`; "raise" raises UserError. A data set smaller than one batch (with `drop_last`) raises
     UserError, as does a batch that cannot give each rank a sample.
@@ -105,6 +106,7 @@ class BatchLoader:
         seed: int = 0,
         augment: AugmentConfig | None = None,
         shuffle: bool = True,
+        sampler: Sampler | None = None,
         drop_last: bool = True,
         workers: int = 0,
         on_error: Literal["skip", "raise"] = "skip",
@@ -118,7 +120,7 @@ class BatchLoader:
             raise UserError("the data set has no images")
         if drop_last and batch_size < world:
             raise UserError(f"a batch of {batch_size} cannot be shared by {world} ranks; give at least {world}")
-        if drop_last and count < batch_size:
+        if drop_last and (count if sampler is None else sampler.length) < batch_size:
             raise UserError(f"the data set has {count} images, fewer than one batch of {batch_size}; lower the batch size")
         self.dataset = dataset
         self.batch_size = batch_size
@@ -126,11 +128,12 @@ class BatchLoader:
         self.world = world
         self.seed = seed
         self.augment = augment
-        self.shuffle = shuffle
+        self.sampler = sampler or (Shuffled if shuffle else InOrder)(dataset.labels, batch_size, seed)
         self.workers = workers
         self.on_error = on_error
         self.epoch = 0
-        self._batches = count // batch_size if drop_last else -(-count // batch_size)
+        taken = self.sampler.length
+        self._batches = taken // batch_size if drop_last else -(-taken // batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the augmentation of the passes that begin from now on."""
@@ -151,11 +154,7 @@ class BatchLoader:
 
     def _parts(self, epoch: int, start_batch: int) -> Iterator[list[int]]:
         """This rank's sample indices of each global batch of the epoch, from `start_batch` on."""
-        count = len(self.dataset)
-        if self.shuffle:
-            order = np.random.Generator(np.random.Philox(key=stream_key(self.seed, epoch, _ORDER))).permutation(count)
-        else:
-            order = np.arange(count)
+        order = self.sampler.order(epoch)
         for batch in range(start_batch, self._batches):
             whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield whole[len(whole) * self.rank // self.world : len(whole) * (self.rank + 1) // self.world].tolist()

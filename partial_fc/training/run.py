@@ -1,6 +1,7 @@
 """The run folder: who may use it, what lies in it.
 
 config.yaml          the resolved settings
+labels.csv           which identity has which label, and which are left out
 checkpoints/         step-000000120/ ..., the newest few
 history.jsonl        a line every few steps: step, epoch, loss, target_angle (radians), learning_rate, ...; and one an evaluation
 unreadable.txt       images that could not be read, if any
@@ -155,4 +156,5 @@ def _left_by_claim(path: Path) -> bool:
     """Whether this is what a process that was killed while it took the folder has left: nothing of a run."""
     if path.name == PLOTS:
         return path.is_dir() and not any(path.iterdir())
-    return path.name.startswith(f".{CONFIG}.") and path.name.endswith(".tmp")
+    of_labels = path.name.startswith("labels") and path.suffix == ".csv"
+    return of_labels or (path.name.startswith(f".{CONFIG}.") and path.name.endswith(".tmp"))

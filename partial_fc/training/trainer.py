@@ -14,19 +14,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from partial_fc import DivergenceWatch, PreemptionGuard, RandomState, gather, import_weights, naming_the_missing
 from partial_fc.shards import local_part
-from partial_fc.training.backbones import build_backbone
+from partial_fc.training.backbones.counts import count_backbone
 from partial_fc.training.config import RunConfig, flat, save_config
 from partial_fc.training.data import DataSplits, open_data
 from partial_fc.training.engine import make_accelerator, make_engine
@@ -35,7 +34,9 @@ from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.faults import Faults
 from partial_fc.training.hardest import note_confusions
 from partial_fc.training.interval import check_metric, direction, figures_of, is_due, undisturbed
+from partial_fc.training.labels import LABELS, LabelMap
 from partial_fc.training.loader import Batch, BatchLoader
+from partial_fc.training.mixing import ExtraHeads, MixedIdentities, mixed
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import open_tasks
 from partial_fc.training.ranks import launcher_is_gone
@@ -81,6 +82,7 @@ class Trainer:
         self.data.check_evaluation()
         self.tasks = together(lambda: open_tasks(config.evaluation, self.data.train.image_shape), self.accelerator)
         check_metric(config.evaluation, list(self.data.evaluation), self.tasks)
+        self.main_set, self.data.train = self.data.train, mixed(config, self.data.train)
         if config.train.batch_size < 2 * self.world * config.train.accumulation:
             raise UserError(
                 f"--train.batch_size {config.train.batch_size} leaves fewer than two images for each of {self.world} ranks and "
@@ -91,7 +93,7 @@ class Trainer:
         self.steps_per_epoch = len(self.loader) // config.train.accumulation
         if not self.steps_per_epoch:
             raise UserError(f"{len(self.data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
-        self._build()
+        self._build(resume)
         self.progress, self._since = Progress(), time.monotonic()
         self._stopping, self._saved = False, -1  # whether all ranks have agreed to stop; the step of the newest checkpoint
         self._evaluated: tuple[int, list[Evaluation], list[Result]] | None = None  # the newest evaluation, and after which step it was
@@ -108,17 +110,19 @@ class Trainer:
             self._start()
             self.on_main(self._claim)
 
-    def _build(self) -> None:
+    def _build(self, resume: bool) -> None:
         config, device = self.config, self.accelerator.device
-        width, identities = config.backbone.embedding_size, self.data.train.num_identities
-        counts, policy = torch.bincount(self.data.train.labels, minlength=identities), config.train.policy
+        width, identities = config.backbone.embedding_size, self.main_set.num_identities
+        counts, policy = torch.bincount(self.main_set.labels, minlength=identities), config.train.policy
         self.head = config.head.build(width, counts, config.seed, device, **policy)
+        self.extra = ExtraHeads(config, self.data.train, device) if isinstance(self.data.train, MixedIdentities) else None
         self.center = config.center.build(width, identities, config.seed, device, **policy)
         self.head_optimizer = config.optimizer.build_head(self.head)
         torch.manual_seed(config.seed)  # the backbone's initial weights, alike on all ranks; and what they draw until the first epoch
+        self._first: nn.Module | None = self._start_backbone(None if resume else config.backbone.weights)
         self.engine = make_engine(
             self.accelerator,
-            partial(build_backbone, config.backbone.name, image_shape=self.data.train.image_shape, embedding_size=width),
+            self._backbone,
             lambda backbone: config.optimizer.build(backbone.parameters()),
             self.head,
             self.head_optimizer,
@@ -127,10 +131,31 @@ class Trainer:
         self.engine.beside = [] if self.center is None else [self.center]
         # what DeepSpeed's optimizers hold are shards, under names that do not say so
         whole = [] if self.engine.name.startswith("DeepSpeed") else [self.engine.optimizer]
-        watched = (self.engine.model, self.head, *self.engine.beside, *whole)
+        heads = [] if self.extra is None else self.extra.heads.values()
+        watched = (self.engine.model, self.head, *heads, *self.engine.beside, *whole)
         self.watch = DivergenceWatch(*watched, every=config.train.watch_every) if config.train.watch_every else None
         optimizers = (self.engine.optimizer, self.head_optimizer)
         self.schedules = build_schedules(config.schedule, config.head_schedule, optimizers, self.steps_per_epoch, config.train.epochs)
+        if self.extra is not None:
+            self.engine.add_heads(self.extra.heads.values(), self.extra.optimizers.values())
+            self.schedules += self.extra.schedules(self.schedules[1])
+
+    def _start_backbone(self, weights: str | None) -> nn.Module:
+        """The backbone with the weights that it starts from, on every rank or on none; it is counted, too."""
+        shape, built, message = self.data.train.image_shape, None, None
+        try:
+            built = self.config.backbone.build(shape, weights)
+        except UserError as error:
+            message = str(error)
+        raise_together(message, self.accelerator)
+        assert built is not None
+        self.counts = count_backbone(built, shape)
+        return built
+
+    def _backbone(self) -> nn.Module:
+        """The backbone to train, and then others like it, for weights of their own."""
+        first, self._first = self._first, None
+        return self.config.backbone.build(self.data.train.image_shape) if first is None else first
 
     def _start(self) -> None:
         """Class weights that the settings name."""
@@ -143,13 +168,21 @@ class Trainer:
 
     def _claim(self) -> None:
         """Take the run folder, last of all: a mistake in the settings leaves no folder behind."""
-        self.folder.claim(partial(save_config, self.config))
+        self.folder.claim(self._write_settings)
+
+    def _write_settings(self, path: Path) -> None:
+        """What says what the run is: the labels of its classes, and at `path`, last, its settings."""
+        for name, label_map in (self.extra.data.label_maps if self.extra is not None else {}).items():
+            label_map.write(self.folder.path / f"labels_{name}.csv")
+        (self.data.label_map or LabelMap.of(self.main_set.identity_names, self.main_set.labels)).write(self.folder.path / LABELS)
+        save_config(self.config, path)
 
     def _loader(self) -> BatchLoader:
         config = self.config
         return BatchLoader(
             self.data.train,
-            batch_size=config.train.batch_size // config.train.accumulation,
+            batch_size=config.micro_batch,
+            sampler=config.make_sampler(self.data.train),
             rank=self.rank,
             world=self.world,
             seed=config.seed,
@@ -235,6 +268,7 @@ class Trainer:
         """All epochs that are left; Preempted if a rank was asked to stop."""
         config = self.config
         self.accelerator.init_trackers("tensorboard", config={k: v if v is not None else "none" for k, v in _scalars(config).items()})
+        self.accelerator.print(f"backbone {config.backbone.name}: {self.counts}")
         total = self.steps_per_epoch * config.train.epochs
         taken, count = self.steps_per_epoch * config.train.batch_size, len(self.data.train)
         if taken < count:
@@ -259,6 +293,8 @@ class Trainer:
         self.loader.set_epoch(epoch)
         self.engine.model.train()
         self.head.train()
+        if self.extra is not None:
+            self.extra.train()
         # closed however the epoch ends: a traceback would keep processes that load images waiting for it
         with closing(self.loader.iterate(self.progress.batches)) as own:
             self._steps(self.together(own), epoch, bar)
@@ -286,7 +322,9 @@ class Trainer:
             embeddings = self.engine.model(batch.images)
             self.faults.at("forward", self.progress.step + 1)
             self.faults.when_backward_reaches(embeddings, self.progress.step + 1)
-            if self.center is None:
+            if self.extra is not None:
+                losses = self.extra.losses(self.head, gather(embeddings, self.extra.labels(batch.labels, self.head.ignore_index)))
+            elif self.center is None:
                 losses = {"loss": self.head(embeddings, batch.labels)}
             else:
                 everyone = gather(embeddings, batch.labels)
@@ -374,6 +412,8 @@ class Trainer:
             "progress": self.progress,
             "random": RandomState(),
         }
+        if self.extra is not None:
+            named.update(self.extra.named())
         return named if self.center is None else {**named, "center": self.center}
 
     def _save(self, metric: float | None = None) -> None:
@@ -406,7 +446,7 @@ class Trainer:
         """Verification and identification on every set of identities that were not trained on; then `results` has other protocols'."""
         self.faults.at("evaluation", self.progress.step)
         found = self._measure(pictures=True)[0]
-        note_confusions(self.folder.path, self.head, self.data.train, self.accelerator)
+        note_confusions(self.folder.path, self.head, self.main_set, self.accelerator)
         return found
 
     @property
@@ -420,6 +460,8 @@ class Trainer:
         if not self.main:
             return None
         training = {
+            "backbone_parameters": self.counts.parameters,
+            "backbone_operations_an_image": self.counts.operations,
             "seconds": round(self.progress.seconds, 1),
             "images_per_second": round(self.progress.step * self.config.train.batch_size / max(self.progress.seconds, 1e-9), 1),
             "share_waiting_for_data": round(self.progress.waited / max(self.progress.seconds, 1e-9), 3),
@@ -433,7 +475,8 @@ class Trainer:
         }
         losses = self.config.head.margin if self.center is None else f"{self.config.head.margin} and center loss"
         title = f"{self.config.backbone.name} with {losses} on {self.data.train.num_identities:,} identities"
-        environment = {"engine": self.engine.name, **describe_environment(self.accelerator)}
+        backbone = f"{self.config.backbone.name}, {self.counts}"
+        environment = {"engine": self.engine.name, "backbone": backbone, **describe_environment(self.accelerator)}
         return write_results(
             self.folder, title, evaluations, {"training": training}, self.config, environment, self.folder.history(), self.results
         )

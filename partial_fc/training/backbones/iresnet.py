@@ -8,12 +8,15 @@ Data's story, for faces of 112 x 112 in colour:
 
 A block is bn1, conv1, bn2, prelu, conv2 (with the stride), bn3, added to its input; no activation follows the sum.
 The names of modules and parameters are those that the field's checkpoints use, so their state dicts load as they are.
+At other sizes than 112 the map before `fc` has other sides, and so has `fc`.
 """
 
 import torch
 from torch import nn
 
 from partial_fc.training.backbones import register
+from partial_fc.training.backbones.precision import in_full_precision
+from partial_fc.training.backbones.recompute import run_blocks
 
 _EPS = 1e-5
 _WIDTHS = (64, 128, 256, 512)
@@ -66,6 +69,7 @@ class IResNet(nn.Module):
         self.dropout = nn.Dropout(p=0.0)
         self.fc = nn.Linear(_WIDTHS[-1] * -(-height // 16) * -(-width // 16), embedding_size)
         self.features = nn.BatchNorm1d(embedding_size, eps=_EPS)
+        self._recompute = False
         # The head normalises embeddings, or learns its own scale: a second, free one would only drift.
         nn.init.constant_(self.features.weight, 1.0)
         self.features.weight.requires_grad_(False)
@@ -73,17 +77,29 @@ class IResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.1)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block again in the backward, or keep what is inside of it."""
+        self._recompute = enable
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.prelu(self.bn1(self.conv1(images)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = run_blocks(layer, x, self._recompute)
         x = self.dropout(self.bn2(x).flatten(1))
-        # The last product in float32, also under autocast: half precision costs accuracy just before the normalisation.
-        with torch.autocast(images.device.type, enabled=False):
+        with in_full_precision(images.device):
             out: torch.Tensor = self.features(self.fc(x.to(self.fc.weight.dtype)))
         return out
 
 
-@register("iresnet18")
-def iresnet18(*, image_shape: tuple[int, int, int], embedding_size: int) -> IResNet:
-    """Two blocks a stage: 24,025,600 parameters at (3, 112, 112) and 512 embeddings."""
-    return IResNet((2, 2, 2, 2), image_shape=image_shape, embedding_size=embedding_size)
+def _register(name: str, blocks: tuple[int, int, int, int]) -> None:
+    def build(*, image_shape: tuple[int, int, int], embedding_size: int) -> IResNet:
+        return IResNet(blocks, image_shape=image_shape, embedding_size=embedding_size)
+
+    register(name)(build)
+
+
+_register("iresnet18", (2, 2, 2, 2))
+_register("iresnet34", (3, 4, 6, 3))
+_register("iresnet50", (3, 4, 14, 3))
+_register("iresnet100", (3, 13, 30, 3))
+_register("iresnet200", (6, 26, 60, 6))

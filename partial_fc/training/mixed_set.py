@@ -1,0 +1,35 @@
+"""Settings of a data set that is mixed into a run (mixing.py)."""
+
+import math
+from dataclasses import dataclass
+
+from partial_fc.training.errors import UserError
+
+
+@dataclass
+class MixedSet:
+    """A data set beside the run's own, with a head of its own."""
+
+    name: str
+    """What its head is called; letters, digits and underscores."""
+    folder: str | None = None
+    """Folder with one sub-folder of images an identity; without it, the embedded glyphs."""
+    weight: float = 1.0
+    """Its share of a batch, over that of the run's own data set, which is 1."""
+    identities: int | None = None
+    """How many identities to take; all if not given."""
+    m: float | None = None
+    """The margin of its head; that of --head.m if not given."""
+    scale: float | None = None
+    """The scale of its head; that of --head.scale if not given."""
+
+
+def check_mix(sets: list[MixedSet]) -> None:
+    """UserError for names that are taken or no names, and weights that are none."""
+    names = ["main"]
+    for each in sets:
+        if not each.name.isidentifier() or each.name in names:
+            raise UserError(f"--data.mix has a set named {each.name!r}; give each a name of its own (main is the run's own data set)")
+        if not (math.isfinite(each.weight) and each.weight > 0):
+            raise UserError(f"--data.mix: the weight of {each.name} is {each.weight}; give a number above 0")
+        names.append(each.name)
