@@ -20,7 +20,8 @@ try:
     from partial_fc.training.backbones import build_backbone
     from partial_fc.training.comms_cli import comms_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
-    from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
+    from partial_fc.training.data import IdentityDataset, open_data, open_source
+    from partial_fc.training.data_cli import data_command
     from partial_fc.training.doctor_cli import doctor_command
     from partial_fc.training.errors import UserError
     from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
@@ -43,6 +44,7 @@ commands:
   export CHECKPOINT_OR_RUN FILE.safetensors          class weights as one file
   import SOURCE ... --output CHECKPOINT              class weights of one file, or of files of each rank, as a checkpoint
   doctor [CONFIG.yaml] [--head.sample_rate 0.2 ...]  is the run wired right? two steps that leave nothing behind; exit code 1 if not
+  data inspect|convert SOURCE ...                    what is in a data set, and what is wrong with it; one format into another
   comms [CONFIG.yaml | --num_classes C ...]          what share of a step is communication, measured on the launched ranks
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
@@ -61,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         "export": export_weights_command,
         "import": import_weights_command,
         "plan": plan_command,
+        "data": data_command,
         "doctor": doctor_command,
         "comms": comms_command,
     }
@@ -70,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] not in commands:
             raise UserError(f"unknown command {arguments[0]!r}; choose one of: {', '.join(commands)}")
-        if arguments[0] != "plan":
+        if arguments[0] not in ("plan", "data"):
             find_ranks()
         return commands[arguments[0]](arguments[1:]) or 0
     except (UserError, NonFiniteError, UnicodeDecodeError, jsonargparse.ArgumentError, OSError) as error:
@@ -172,15 +175,13 @@ def evaluate(arguments: list[str]) -> None:
         prog="partial-fc evaluate", description="Verification and identification with the backbone of a run.", exit_on_error=False
     )
     parser.add_argument("run", help="folder of a run")
-    parser.add_argument(
-        "--data", default=None, metavar="FOLDER", help="a folder of identity/image files; without it, the run's held-out sets"
-    )
+    parser.add_argument("--data", default=None, metavar="FOLDER", help="a data set in any format; without it, the run's held-out sets")
     parser.add_argument("--output", default=None, metavar="DIR", help="where to write (RUN/evaluation-NAME if not given); must not exist")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--workers", type=int, default=None, help="processes that load images; chosen by the cores if not given")
     parser.add_argument("--on_error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     asked = parser.parse_args(arguments)
-    if asked.workers < 0:
+    if asked.workers is not None and asked.workers < 0:
         raise UserError(f"--workers is {asked.workers}; give at least 0")
     run = RunFolder(asked.run)
     run.check_run()
@@ -226,7 +227,7 @@ def _sets(config: RunConfig, folder: str | None) -> dict[str, IdentityDataset]:
         trained = open_data(config.data, config.seed).train if config.data.folder is None else None
         size = trained.image_shape[1] if trained else config.data.image_size or 112
         channels = trained.image_shape[0] if trained else config.data.channels or 3
-        return {Path(folder).name: FolderIdentities(folder, size, channels)}
+        return {Path(folder).name: open_source(folder, size, channels)}
     sets = open_data(config.data, config.seed).evaluation
     if not sets:
         raise UserError("this run held no identities out; name a folder of identity/image files with --data")

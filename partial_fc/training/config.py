@@ -50,6 +50,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 FREE_ON_RESUME = (
     "output.",
     "data.workers",
+    "data.prefetch",
     "train.checkpoint_every",
     "train.checkpoint_steps",
     "train.keep_last",

@@ -1,6 +1,7 @@
 """The run folder: who may use it, what lies in it.
 
 config.yaml          the resolved settings
+data.json            what the data were when the run began: counts, digests, files
 checkpoints/         step-000000120/ ..., the newest few
 history.jsonl        a line every few steps: step, epoch, loss, target_angle (radians), learning_rate, ...
 unreadable.txt       images that could not be read, if any
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from partial_fc import Checkpointer
+from partial_fc.training.data import what_changed
 from partial_fc.training.errors import UserError
 
-CONFIG, HISTORY, UNREADABLE, METRICS = "config.yaml", "history.jsonl", "unreadable.txt", "metrics.json"
+CONFIG, HISTORY, UNREADABLE, METRICS, DATA = "config.yaml", "history.jsonl", "unreadable.txt", "metrics.json", "data.json"
 
 
 class RunFolder:
@@ -55,6 +57,22 @@ class RunFolder:
         """UserError unless a run was started here."""
         if not (self.path / CONFIG).is_file():
             raise UserError(f"{self.path} is no run folder (it has no {CONFIG}); give the folder of a run")
+
+    def check_data(self, now: dict[str, dict[str, Any]]) -> None:
+        """Note the data sets' fingerprint, or UserError, saying what has changed, if one is noted that differs."""
+        path = self.path / DATA
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+            return
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); remove it to go on with the data as they are") from error
+        if changed := what_changed(before, now):
+            raise UserError(
+                f"the data have changed since the run began: {changed}; put them back, start a new run, or remove {path} to go on with "
+                "the data as they are"
+            )
 
     def checkpointer(self, *, keep_last: int = 1, asynchronous: bool = False) -> Checkpointer:
         """The checkpoints of the run, to save and load by."""

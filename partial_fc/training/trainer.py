@@ -11,6 +11,7 @@ at the end   embeddings of identities never trained on, verification and identif
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,7 +31,7 @@ from partial_fc.training.data import DataSplits, open_data
 from partial_fc.training.engine import make_accelerator, make_engine
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
-from partial_fc.training.loader import Batch, BatchLoader
+from partial_fc.training.loader import Batch, BatchLoader, choose_workers
 from partial_fc.training.results import describe_environment, evaluate_sets, raise_together, write_results
 from partial_fc.training.run import CONFIG, RunFolder
 from partial_fc.training.schedules import build_schedules
@@ -40,11 +41,12 @@ class Progress:
     """How far a run is; part of its checkpoints.
 
     epoch: epochs that are complete. step: optimizer steps. batches, taken: micro-batches of the epoch that were read, and of them those
-    that were trained on. left_out: micro-batches that were not, in all epochs. seconds: of training.
+    that were trained on. left_out: micro-batches that were not, in all epochs. seconds: of training. waited: those of them that went by
+    waiting for the loader of the first rank.
     """
 
     def __init__(self) -> None:
-        self.epoch, self.step, self.batches, self.taken, self.left_out, self.seconds = 0, 0, 0, 0, 0, 0.0
+        self.epoch, self.step, self.batches, self.taken, self.left_out, self.seconds, self.waited = 0, 0, 0, 0, 0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -75,7 +77,7 @@ class Trainer:
         if not self.steps_per_epoch:
             raise UserError(f"{len(self.data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         self._build()
-        self.progress, self._since = Progress(), time.monotonic()
+        self.progress, self._since, self._logged = Progress(), time.monotonic(), (0.0, time.monotonic())
         self.checkpointer = self.folder.checkpointer(keep_last=config.train.keep_last, asynchronous=config.train.asynchronous_checkpoints)
         if resume:
             self._resume()
@@ -114,9 +116,17 @@ class Trainer:
         """Take the run folder, last of all: a mistake in the settings leaves no folder behind."""
         self.folder.claim()
         save_config(self.config, self.folder.path / CONFIG)
+        self._note_data()
+
+    def _note_data(self) -> None:
+        """Note what the data are, or compare them with what they were when the run began; and samples of them that are damaged."""
+        self.folder.check_data(self.data.fingerprint())
+        self.folder.note_unreadable([name for each in (self.data.train, *self.data.evaluation.values()) for name in each.left_out])
 
     def _loader(self) -> BatchLoader:
-        config = self.config
+        config, cuda = self.config, self.accelerator.device.type == "cuda"
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        chosen = choose_workers(self.data.train, ranks, cuda) if config.data.workers is None else config.data.workers
         return BatchLoader(
             self.data.train,
             batch_size=config.train.batch_size // config.train.accumulation,
@@ -124,7 +134,9 @@ class Trainer:
             world=self.world,
             seed=config.seed,
             augment=config.augment,
-            workers=config.data.workers,
+            workers=chosen,
+            prefetch=config.data.prefetch,
+            pin=cuda,
             on_error=config.data.on_error,
         )
 
@@ -145,10 +157,12 @@ class Trainer:
         fewer than two images (batch statistics need two) is left out by all, and counted."""
         while True:
             batch, message = None, None
+            began = time.monotonic()
             try:
                 batch = next(batches, None)
             except UserError as error:
                 message = str(error)
+            self.progress.waited += time.monotonic() - began
             count = -2 if message else -1 if batch is None else len(batch.labels)
             if self.world > 1:
                 agreed = torch.tensor([count], device=self.accelerator.device)
@@ -175,6 +189,7 @@ class Trainer:
         total = self.steps_per_epoch * config.train.epochs
         bar = tqdm(total=total, initial=self.progress.step, unit="step", desc="training", disable=not self.main, mininterval=0.5)
         self._since = time.monotonic()
+        self._logged = (self.progress.waited, self._since)
         with bar:
             for epoch in range(self.progress.epoch, config.train.epochs):
                 self._epoch(epoch, bar)
@@ -240,11 +255,18 @@ class Trainer:
             "step": step,
             "epoch": step / self.steps_per_epoch,
             "learning_rate": float(self.schedules[0].get_last_lr()[0]),
+            "data_wait": self._data_wait(),
             **dict(zip(measured, values, strict=True)),
         }
         if self.main:
             self.folder.append_history(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+
+    def _data_wait(self) -> float:
+        """The share of the time since the last logged step in which this rank waited for its loader."""
+        (waited, since), now = self._logged, time.monotonic()
+        self._logged = (self.progress.waited, now)
+        return round((self.progress.waited - waited) / max(now - since, 1e-9), 4)
 
     def _margin_state(self) -> dict[str, Tensor]:
         """Single numbers that move with the margin, under its name: curricular_t, adaface_mean, adaface_std, sphereface2_offset."""
@@ -282,6 +304,7 @@ class Trainer:
         except ValueError as error:
             raise UserError(f"cannot resume: {error}") from error
         self.on_main(lambda: self.folder.rewind_history(self.progress.step))
+        self.on_main(self._note_data)
 
     # ------------------------------------------------------------------------------------------------ results
 
@@ -297,6 +320,7 @@ class Trainer:
         training = {
             "seconds": round(self.progress.seconds, 1),
             "images_per_second": round(self.progress.step * self.config.train.batch_size / max(self.progress.seconds, 1e-9), 1),
+            "data_wait": round(self.progress.waited / max(self.progress.seconds, 1e-9), 4),
             "steps": self.progress.step,
             "identities": self.data.train.num_identities,
             "images": len(self.data.train),
