@@ -70,10 +70,10 @@ class ParquetIdentities(EncodedIdentities):
         import pyarrow
 
         if not isinstance(value, pyarrow.StructScalar):
-            return memoryview(value.as_buffer())
+            return memoryview(value.as_buffer()).cast("B")
         found = value["bytes"]
         if found.is_valid:
-            return memoryview(found.as_buffer())
+            return memoryview(found.as_buffer()).cast("B")  # signed bytes as they come, which decoders refuse
         path = value["path"].as_py() if value["path"].is_valid else None
         if path is None:
             raise ValueError("there is no image")
