@@ -19,3 +19,9 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield lambda world: pools.setdefault(world, Ranks(world))
     for pool in pools.values():
         pool.stop(kill=True)  # a process that ends by itself takes its time, up to 10 seconds with threads of gloo
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indices of data sets go to a folder of the session, not to the user's."""
+    monkeypatch.setenv("PARTIAL_FC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

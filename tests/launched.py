@@ -112,3 +112,8 @@ def losses(run: Path) -> list[float]:
 def tell_tale(run: Path) -> list[tuple[float, ...]]:
     """Figures of every step that no two different runs share: loss, norm of the whole gradient, angle to the own class."""
     return [(row["step"], row["loss"], row["grad_norm"], row["target_angle"]) for row in RunFolder(run).history()]
+
+
+def logged(run: Path | str) -> list[dict[str, float]]:
+    """The history of a run without what is of the clock."""
+    return [{key: value for key, value in row.items() if key != "data_wait"} for row in RunFolder(run).history()]

@@ -57,6 +57,15 @@ def test_quick_run_of_agreement() -> None:
     assert all(float(row[5]) > 0 for row in rows if row[0].endswith(("alone", "watch")))
 
 
+def test_quick_run_of_feeding() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "feeding.py"), "--quick"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=170, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stderr
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in run.stdout.splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows[2:]] == ["recordio", "webdataset", "parquet", "list", "folder", "DataLoader"]
+    assert all(float(cell.replace(",", "")) > 0 for row in rows[2:] for cell in row[1:3])
+
+
 def _both(rank: int, world: int) -> dict[str, Any]:
     """Loss and embedding gradient of the head and of the textbook, on the same weights."""
     sys.path.insert(0, str(ROOT / "benchmarks"))

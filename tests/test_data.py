@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from partial_fc.training import data as data_module
 from partial_fc.training.augment import AugmentConfig, augment, to_float
 from partial_fc.training.data import (
     DataConfig,
@@ -22,6 +21,7 @@ from partial_fc.training.data import (
     scan_folder,
     split_identities,
 )
+from partial_fc.training.data import glyphs as glyphs_module
 from partial_fc.training.errors import UserError
 from partial_fc.training.loader import Batch, BatchLoader
 
@@ -114,8 +114,8 @@ def test_fewer_glyph_identities_are_the_first_ones():
 def test_a_damaged_asset_says_to_install_again(tmp_path, monkeypatch):
     broken = tmp_path / "glyphs.npz.xz"
     broken.write_bytes(b"nothing of the kind")
-    monkeypatch.setattr(data_module, "_GLYPHS", broken)
-    data_module._read_glyphs.cache_clear()
+    monkeypatch.setattr(glyphs_module, "_GLYPHS", broken)
+    glyphs_module._read_glyphs.cache_clear()
     with pytest.raises(UserError, match=r"glyphs\.npz\.xz cannot be read .*; install the package again"):
         GlyphIdentities("train")
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import yaml
+from launched import logged
 from torch import Tensor, nn
 
 from partial_fc import ArcFace, PartialFC, load_checkpoint, save_checkpoint
@@ -18,7 +19,6 @@ from partial_fc.training.cli import main, train_parser
 from partial_fc.training.config import RunConfig, to_config
 from partial_fc.training.errors import UserError
 from partial_fc.training.optimizers import Name, OptimizerConfig
-from partial_fc.training.run import RunFolder
 from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig, build_schedules, learning_rate_factor
 from partial_fc.training.trainer import Trainer
 
@@ -264,7 +264,7 @@ def test_a_run_with_ranger_and_two_schedules_goes_on_exactly(tmp_path):
     assert trainer.schedules[0].lr_lambdas[0](7) < trainer.schedules[1].lr_lambdas[0](7) == 1.0
     trainer.train()
     trainer.close()
-    rows = RunFolder(folder).history()
+    rows = logged(folder)
     assert rows[-1]["loss"] < rows[0]["loss"]
     newest = max((folder / "checkpoints").glob("step-*"))
     for path in sorted(newest.rglob("*"), reverse=True):
@@ -273,7 +273,7 @@ def test_a_run_with_ranger_and_two_schedules_goes_on_exactly(tmp_path):
     again = Trainer(to_config(train_parser(), ["--config", str(folder / "config.yaml")]), resume=True)
     again.train()
     again.close()
-    assert RunFolder(folder).history() == rows
+    assert logged(folder) == rows
 
 
 def test_settings_that_were_saved_before_load(tmp_path):

@@ -39,7 +39,7 @@ def audit_parser() -> argparse.ArgumentParser:
         text = f"report pairs of classes of which the {what} have at least this cosine (default: outliers among all classes' nearest)"
         parser.add_argument(name, type=float, default=None, metavar="COSINE", help=text)
     parser.add_argument("--output", default=None, metavar="DIR", help="where to write (default RUN/audit); must not exist")
-    parser.add_argument("--workers", type=int, default=0, help="processes a rank starts to load images (default 0)")
+    parser.add_argument("--workers", type=int, default=None, help="processes a rank starts to load images (default: by the cores)")
     parser.add_argument(
         "--on_error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read (default skip)"
     )
@@ -54,7 +54,7 @@ def audit_command(arguments: list[str], train_parser: jsonargparse.ArgumentParse
         value = getattr(asked, name)
         if value is not None and not -1 <= value <= 1:
             raise UserError(f"--{name} is {value}; it is a cosine, from -1 to 1")
-    if asked.workers < 0:
+    if asked.workers is not None and asked.workers < 0:
         raise UserError(f"--workers is {asked.workers}; give at least 0")
     run = RunFolder(asked.run)
     run.check_run()

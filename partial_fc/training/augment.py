@@ -82,25 +82,33 @@ class AugmentConfig:
         if not 0 < low <= high < math.inf:
             raise UserError(f"augment.scale_min {low} to scale_max {high} is no range; give 0 < scale_min <= scale_max")
 
-
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    """A new float32 tensor in [-1, 1]: from uint8 0..255, or from floating images taken to be in [-1, 1] already."""
-    if images.dtype == torch.uint8:
-        return images.to(torch.float32).div_(127.5).sub_(1.0)
-    return images.to(torch.float32, copy=True)
+    def keeps_pixels(self) -> bool:
+        """Whether images are mirrored at most, so that no pixel is computed of others."""
+        return self.rotation == self.translation == self.shear == 0 and self.scale_min == self.scale_max == 1
 
 
-def augment(images: torch.Tensor, indices: torch.Tensor, *, seed: int, epoch: int, config: AugmentConfig) -> torch.Tensor:
+def to_float(images: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """A new float32 tensor in [-1, 1] (or `out`, of that shape): from uint8 0..255, or from floating images taken to be in [-1, 1]."""
+    floats = torch.empty(images.shape, dtype=torch.float32) if out is None else out
+    floats.copy_(images)
+    return floats.div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else floats
+
+
+def augment(
+    images: torch.Tensor, indices: torch.Tensor, *, seed: int, epoch: int, config: AugmentConfig, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return changed copies of `images` uint8 or float [n, C, H, W] as float32 [n, C, H, W] in [-1, 1].
 
     `indices` int64 [n] are the samples' positions in their data set; with `seed` and `epoch` they alone decide what
-    is drawn. The input is left as it is.
+    is drawn. The input is left as it is. `out` float32 [n, C, H, W], if given, is used, and may be what is returned.
     """
-    out = to_float(images)
-    if not config.enabled or out.numel() == 0:
-        return out
-    uniform, noise = _draw(indices, seed, epoch, out[0].numel())
-    out = _affine(out, uniform, config)
+    if not config.enabled or images.numel() == 0:
+        return to_float(images, out)
+    uniform, noise = _draw(indices, seed, epoch, images[0].numel() if config.noise_std > 0 else 0)
+    if config.keeps_pixels():
+        out = to_float(_flip(images, uniform, config), out)
+    else:
+        out = _affine(to_float(images, out), uniform, config)
     if config.blur_probability > 0 and config.blur_sigma > 0:
         _blur_(out, uniform, config)
     if config.contrast > 0:
@@ -153,6 +161,15 @@ def _normal_quantiles() -> torch.Tensor:
     table: torch.Tensor = torch.special.ndtri((torch.arange(256, dtype=torch.float64) + 0.5) / 256)
     table /= table.square().mean().sqrt()
     return table.to(torch.float32)
+
+
+def _flip(images: torch.Tensor, uniform: FloatArray, config: AugmentConfig) -> torch.Tensor:
+    """The same images, mirrored left to right those that drew it."""
+    chosen = torch.from_numpy(np.flatnonzero(uniform[:, _FLIP] < config.flip_probability))
+    if not len(chosen):
+        return images
+    mirrored = images.index_select(0, chosen).flip(3)  # four times as fast as by images[chosen]
+    return images.index_copy(0, chosen, mirrored)
 
 
 def _affine(images: torch.Tensor, uniform: FloatArray, config: AugmentConfig) -> torch.Tensor:

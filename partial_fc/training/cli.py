@@ -29,12 +29,12 @@ try:
     from partial_fc.training.comms_cli import comms_command
     from partial_fc.training.compare import report_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
-    from partial_fc.training.data import FolderIdentities, IdentityDataset, open_data
+    from partial_fc.training.data import IdentityDataset, open_data, open_source
+    from partial_fc.training.data_cli import data_command
     from partial_fc.training.doctor_cli import doctor_command
     from partial_fc.training.errors import Preempted, UserError
     from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
     from partial_fc.training.export_cli import export_command
-    from partial_fc.training.glyphs_cli import glyphs_command
     from partial_fc.training.interval import check_metric
     from partial_fc.training.mixing import mixed
     from partial_fc.training.plan_cli import plan_command
@@ -62,7 +62,7 @@ commands:
   export CHECKPOINT_OR_RUN FILE.safetensors          class weights as one file
   import SOURCE ... --output CHECKPOINT              class weights of one file, or of files of each rank, as a checkpoint
   doctor [CONFIG.yaml] [--head.sample_rate 0.2 ...]  is the run wired right? two steps that leave nothing behind; exit code 1 if not
-  data glyphs --fonts DIR ... --out DIR              an identity data set of tens of thousands of characters from installed fonts
+  data inspect|convert|glyphs ...                    what is in a data set; one format into another; a large set of characters, made
   comms [CONFIG.yaml | --num_classes C ...]          what share of a step is communication, measured on the launched ranks
   backbones [--embedding_size 512]                   the backbones by name, with their parameters and operations
 
@@ -86,9 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
         "export": export_weights_command,
         "import": import_weights_command,
         "plan": plan_command,
+        "data": data_command,
         "doctor": doctor_command,
         "comms": comms_command,
-        "data": data,
         "report": report_command,
         "backbones": backbones_command,
     }
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] not in commands:
             raise UserError(f"unknown command {arguments[0]!r}; choose one of: {', '.join(commands)}")
-        if arguments[0] not in ("plan", "backbones"):
+        if arguments[0] not in ("plan", "backbones", "data"):
             find_ranks()
         return commands[arguments[0]](arguments[1:]) or 0
     except (UserError, NonFiniteError, DivergenceError, UnicodeDecodeError, jsonargparse.ArgumentError, OSError) as error:
@@ -217,18 +217,16 @@ def evaluate(arguments: list[str]) -> None:
         prog="partial-fc evaluate", description="Verification and identification with the backbone of a run.", exit_on_error=False
     )
     parser.add_argument("run", help="folder of a run")
-    parser.add_argument(
-        "--data", default=None, metavar="FOLDER", help="a folder of identity/image files; without it, the run's held-out sets"
-    )
+    parser.add_argument("--data", default=None, metavar="FOLDER", help="a data set in any format; without it, the run's held-out sets")
     parser.add_argument(
         "--checkpoint", default="newest", metavar="WHICH", help="newest (default), best (by the run's evaluation.best), or a step"
     )
     parser.add_argument("--output", default=None, metavar="DIR", help="where to write (RUN/evaluation-NAME if not given); must not exist")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--workers", type=int, default=None, help="processes that load images; chosen by the cores if not given")
     parser.add_argument("--on_error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     asked = parser.parse_args(arguments)
-    if asked.workers < 0:
+    if asked.workers is not None and asked.workers < 0:
         raise UserError(f"--workers is {asked.workers}; give at least 0")
     run = RunFolder(asked.run)
     run.check_run()
@@ -274,13 +272,6 @@ def evaluate(arguments: list[str]) -> None:
     accelerator.end_training()
 
 
-def data(arguments: list[str]) -> None:
-    """`partial-fc data WHAT`: data sets."""
-    if arguments[:1] != ["glyphs"]:
-        raise UserError("partial-fc data makes data sets; give what: partial-fc data glyphs --fonts DIR ... --out DIR")
-    glyphs_command(arguments[1:])
-
-
 def audit(arguments: list[str]) -> None:
     """`partial-fc audit RUN`: what a trained head says of its data."""
     audit_command(arguments, train_parser())
@@ -289,7 +280,7 @@ def audit(arguments: list[str]) -> None:
 def _sets(config: RunConfig, folder: str | None) -> dict[str, IdentityDataset]:
     if folder is not None:
         channels, size, _ = image_shape(config)
-        return {Path(folder).name: FolderIdentities(folder, size, channels)}
+        return {Path(folder).name: open_source(folder, size, channels)}
     sets = open_data(config.data, config.seed).evaluation
     settings = config.evaluation
     if not (sets or settings.verification or settings.templates or settings.identification or settings.retrieval):

@@ -55,6 +55,7 @@ FREE_ON_RESUME = (
     "output.",
     "backbone.gradient_checkpointing",
     "data.workers",
+    "data.prefetch",
     "train.checkpoint_every",
     "train.checkpoint_steps",
     "train.keep_last",

@@ -36,7 +36,7 @@ from partial_fc.checkpoint import stored_values
 from partial_fc.training.augment import to_float
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig, add_config, to_config
-from partial_fc.training.data import FolderIdentities, IdentityDataset, UnreadableImage, open_data
+from partial_fc.training.data import IdentityDataset, UnreadableImage, open_data, open_source
 from partial_fc.training.errors import UserError
 from partial_fc.training.export_onnx import run_onnx, write_onnx
 from partial_fc.training.export_spec import FORMAT, describe
@@ -246,7 +246,7 @@ def _real_images(config: RunConfig, shape: tuple[int, int, int], data: Sequence[
     """(float32 `[sum(BATCHES), C, H, W]` in [-1, 1], the data sets they are from), spread over the sets; those that can be read."""
     try:
         if data:
-            sets: dict[str, IdentityDataset] = {str(each): FolderIdentities(each, shape[1], shape[0]) for each in data}
+            sets: dict[str, IdentityDataset] = {str(each): open_source(each, shape[1], shape[0]) for each in data}
         else:
             splits = open_data(config.data, config.seed)
             sets = splits.evaluation or {"training": splits.train}

@@ -8,17 +8,22 @@ Data's story, for n images and global batches of N:
     rank r   a contiguous part of it, one sample longer or shorter at most than another's; in the order of ranks they make the batch
     Batch    images float32 [n_local, C, H, W] in [-1, 1], labels and indices int64 [n_local]
 
-All ranks have the same number of batches. Images are loaded, scaled and augmented in the worker processes, if there are any; each pass
-starts its own. An image that cannot be read travels back as a name.
+All ranks have the same number of batches. In the worker processes, if there are any (each pass starts its own), images are decoded each
+into its place of one uint8 [n_local, H, W, C], then scaled and augmented together, into memory that is shared with the trainer. An image
+that cannot be read travels back as a name.
 """
 
+from __future__ import annotations
+
+import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from partial_fc.training.augment import AugmentConfig, augment, to_float
 from partial_fc.training.data import IdentityDataset, UnreadableImage
@@ -39,9 +44,14 @@ class Batch:
     unreadable: list[str]
     """Images that were left out, each as "name (reason)"."""
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        return Batch(self.images.to(device), self.labels.to(device), self.indices.to(device), self.unreadable)
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`; from pinned memory, the copy is not waited for."""
+        images, labels, indices = (each.to(device, non_blocking=each.is_pinned()) for each in (self.images, self.labels, self.indices))
+        return Batch(images, labels, indices, self.unreadable)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in pinned memory; the DataLoader calls it."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.indices.pin_memory(), self.unreadable)
 
 
 class _Samples(Dataset[Batch]):
@@ -54,23 +64,40 @@ class _Samples(Dataset[Batch]):
         self.config = config
 
     def __getitems__(self, wanted: list[int]) -> Batch:
-        images: list[torch.Tensor] = []
+        channels, height, width = self.dataset.image_shape
+        pixels = np.empty((len(wanted), height, width, channels), dtype=np.uint8)
         readable: list[int] = []
         unreadable: list[str] = []
         for slot in wanted:
             try:
-                images.append(self.dataset.load(slot % len(self.dataset)))
+                self.dataset.load_into(slot % len(self.dataset), pixels[len(readable)])
                 readable.append(slot)
             except UnreadableImage as error:
                 unreadable.append(str(error))
         slots = torch.tensor(readable, dtype=torch.int64)
         indices = slots % len(self.dataset)
-        stacked = torch.stack(images) if images else torch.empty(0, *self.dataset.image_shape, dtype=torch.uint8)
+        images = torch.from_numpy(pixels[: len(readable)]).permute(0, 3, 1, 2).contiguous()
+        out = _shared(images.shape) if get_worker_info() is not None else torch.empty(images.shape)
         if self.config is None:
-            floats = to_float(stacked)
+            floats = to_float(images, out=out)
         else:
-            floats = augment(stacked, slots, seed=self.seed, epoch=self.epoch, config=self.config)
+            floats = augment(images, slots, seed=self.seed, epoch=self.epoch, config=self.config, out=out)
         return Batch(floats, self.dataset.labels[indices], indices, unreadable)
+
+
+def _shared(shape: Sequence[int]) -> torch.Tensor:
+    """A float32 tensor in shared memory: what a process sends is copied there otherwise."""
+    storage = torch.UntypedStorage._new_shared(4 * int(np.prod(shape)))
+    return torch.empty(0, dtype=torch.float32).set_(storage).view(tuple(shape))
+
+
+def choose_workers(dataset: IdentityDataset, ranks: int, cuda: bool) -> int:
+    """How many processes a rank should load images with, `ranks` sharing this machine: its share of the cores less one, at most 8 for a
+    GPU, and at most 4 beside training on the CPU itself, where images that are in memory already need none."""
+    if dataset.in_memory and not cuda:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8 if cuda else 4, cores // max(1, ranks) - 1))
 
 
 def _as_it_is(batch: object) -> object:
@@ -93,7 +120,8 @@ class BatchLoader:
     `sampler` says in which order, for that batch size; without it images are shuffled, or with `shuffle` False in their order.
     `augment` None leaves images as they are. `on_error` "skip" leaves unreadable images out and names them in
     `Batch.unreadable`; "raise" raises UserError. A data set smaller than one batch (with `drop_last`) raises
-    UserError, as does a batch that cannot give each rank a sample.
+    UserError, as does a batch that cannot give each rank a sample. `workers` None chooses for one rank on a CPU (`choose_workers`);
+    each loads `prefetch` batches ahead. `pin` puts batches into pinned memory, for a GPU.
     """
 
     def __init__(
@@ -108,7 +136,9 @@ class BatchLoader:
         shuffle: bool = True,
         sampler: Sampler | None = None,
         drop_last: bool = True,
-        workers: int = 0,
+        workers: int | None = 0,
+        prefetch: int = 2,
+        pin: bool = False,
         on_error: Literal["skip", "raise"] = "skip",
     ) -> None:
         if not 0 <= rank < world:
@@ -129,7 +159,9 @@ class BatchLoader:
         self.seed = seed
         self.augment = augment
         self.sampler = sampler or (Shuffled if shuffle else InOrder)(dataset.labels, batch_size, seed)
-        self.workers = workers
+        self.workers = choose_workers(dataset, 1, cuda=False) if workers is None else workers
+        self.prefetch = prefetch
+        self.pin = pin
         self.on_error = on_error
         self.epoch = 0
         taken = self.sampler.length
@@ -168,6 +200,8 @@ class BatchLoader:
             collate_fn=_as_it_is,
             num_workers=self.workers,
             worker_init_fn=_outlive_signals,
+            prefetch_factor=self.prefetch if self.workers else None,
+            pin_memory=self.pin,
             # Its own, because a DataLoader without one draws from the global random state.
             generator=torch.Generator(),
         )

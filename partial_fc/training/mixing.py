@@ -13,7 +13,7 @@ Like every order it is a function of labels, seed and epoch alone.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from partial_fc import GlobalBatch, PartialFC, RowOptimizer
 from partial_fc.training.augment import stream_key
 from partial_fc.training.data import IdentityDataset, open_data
+from partial_fc.training.data.decode import Pixels
 from partial_fc.training.errors import UserError
 from partial_fc.training.labels import LabelMap
 from partial_fc.training.samplers import Integers, Sampler
@@ -49,6 +50,8 @@ class MixedIdentities(IdentityDataset):
         self.labels = torch.cat([each.labels + first for each, first in zip(sets.values(), self.first_label, strict=False)])
         self.identity_names = [n if name == MAIN else f"{name}/{n}" for name, each in sets.items() for n in each.identity_names]
         self._parts = list(sets.values())
+        self.left_out = [name for each in sets.values() for name in each.left_out]
+        self.in_memory = all(each.in_memory for each in sets.values())
         self.label_maps: dict[str, LabelMap] = {}
 
     def _find(self, index: int) -> tuple[IdentityDataset, int]:
@@ -62,6 +65,14 @@ class MixedIdentities(IdentityDataset):
     def load(self, index: int) -> Tensor:
         dataset, own = self._find(index)
         return dataset.load(own)
+
+    def load_into(self, index: int, out: Pixels) -> None:
+        dataset, own = self._find(index)
+        dataset.load_into(own, out)
+
+    def files(self) -> Iterable[tuple[str, int]]:
+        for name, each in self.sets.items():
+            yield from ((f"{name}/{file}", size) for file, size in each.files())
 
 
 def shares(weights: Sequence[float], batch_size: int) -> list[int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from partial_fc.training.data import DataConfig, DataSplits, IdentityDataset, _enough
+from partial_fc.training.data import DataConfig, DataSplits, IdentityDataset, enough
 from partial_fc.training.errors import UserError
 
 INDEX, IMAGES, LABELS, SOURCES = "packed.json", "images.npy", "labels.npy", "sources.npy"
@@ -46,6 +46,8 @@ def open_packed(config: DataConfig) -> DataSplits:
         raise UserError(
             f"the images of {config.folder} have {width} pixels and {channels} channel(s); drop --data.image_size and --data.channels"
         )
+    if config.min_images > 1:
+        raise UserError(f"the packed data set {config.folder} was filtered when it was made; drop --data.min_images")
     if config.holdout_identities:
         raise UserError(f"the packed data set {config.folder} has its own held-out identities; drop --data.holdout_identities")
     held = read_index(config.folder)["held_out"]
@@ -55,6 +57,8 @@ def open_packed(config: DataConfig) -> DataSplits:
 
 class PackedIdentities(IdentityDataset):
     """One split of a packed folder; `identities` keeps the first so many of it, and more than there are raises UserError."""
+
+    in_memory = True
 
     def __init__(self, folder: str | Path, split: PackedSplit = "train", identities: int | None = None) -> None:
         self.folder = Path(folder)
@@ -72,7 +76,7 @@ class PackedIdentities(IdentityDataset):
         if len(shape) != 4 or self._images.dtype != np.uint8 or not len(labels) == len(sources) == shape[0]:
             raise UserError(f"the packed data set {folder} is damaged: {IMAGES}, {LABELS} and {SOURCES} do not match; make it again")
         used = np.unique(labels[mine])
-        count = _enough(identities, len(used), f"the packed data set {folder} ({split})")
+        count = enough(identities, len(used), f"the packed data set {folder} ({split})")
         self._rows = np.flatnonzero(mine & np.isin(labels, used[:count]))
         self.labels = torch.from_numpy(np.searchsorted(used, labels[self._rows]))
         self.identity_names = [index["identities"][each] for each in used[:count].tolist()]
@@ -89,6 +93,9 @@ class PackedIdentities(IdentityDataset):
 
     def name_of(self, index: int) -> str:
         return f"{self.identity_names[int(self.labels[index])]} in {self._source_names[self._sources[index]]}"
+
+    def files(self) -> Iterable[tuple[str, int]]:
+        return [(name, (self.folder / name).stat().st_size) for name in (INDEX, IMAGES, LABELS, SOURCES)]
 
     def load(self, index: int) -> torch.Tensor:
         return torch.from_numpy(np.array(self._images[self._rows[index]]))

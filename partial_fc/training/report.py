@@ -138,8 +138,8 @@ def _throughput(training: Mapping[str, Any] | None, environment: Mapping[str, st
         (f"{training['seconds']:,} s", f"of training, {training['steps']:,} steps"),
         (f"{training['seconds'] / max(training['steps'], 1):.3f} s", "a step"),
     ]
-    if "share_waiting_for_data" in training:
-        cards.append((f"{100 * training['share_waiting_for_data']:.1f} %", "of that waiting for data"))
+    if "data_wait" in training:
+        cards.append((f"{100 * training['data_wait']:.1f} %", "of that waiting for data"))
     return cards + ([(environment["ranks"], "ranks")] if "ranks" in environment else [])
 
 
@@ -256,7 +256,7 @@ def _text(value: Any) -> str:
 
 def figure_cell(key: str, value: Any) -> str:
     """A measured value as text: shares in per cent, by the key's last part or first."""
-    share = key.startswith("tar.") or key.rsplit(".", 1)[-1] in ("accuracy", "accuracy_std", "eer", "rank1", "share_waiting_for_data")
+    share = key.startswith("tar.") or key.rsplit(".", 1)[-1] in ("accuracy", "accuracy_std", "eer", "rank1", "data_wait")
     if isinstance(value, float) and share:
         return f"{100 * value:.2f} %"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _text(value)

@@ -2,6 +2,7 @@
 
 config.yaml          the resolved settings
 labels.csv           which identity has which label, and which are left out
+data.json            what the data were when the run began: counts, digests, files
 checkpoints/         step-000000120/ ..., the newest few
 history.jsonl        a line every few steps: step, epoch, loss, target_angle (radians), learning_rate, ...; and one an evaluation
 unreadable.txt       images that could not be read, if any
@@ -22,10 +23,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from partial_fc import Checkpointer
+from partial_fc.training.data import what_changed
 from partial_fc.training.errors import UserError
 
 CONFIG, HISTORY, UNREADABLE, METRICS = "config.yaml", "history.jsonl", "unreadable.txt", "metrics.json"
-CURVES, PLOTS = "curves.json", "plots"
+CURVES, DATA, PLOTS = "curves.json", "data.json", "plots"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # what file systems without hard links say
 
 
@@ -72,6 +74,22 @@ class RunFolder:
         """UserError unless a run was started here."""
         if not (self.path / CONFIG).is_file():
             raise UserError(f"{self.path} is no run folder (it has no {CONFIG}); give the folder of a run")
+
+    def check_data(self, now: dict[str, dict[str, Any]]) -> None:
+        """Note the data sets' fingerprint, or UserError, saying what has changed, if one is noted that differs."""
+        path = self.path / DATA
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+            return
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); remove it to go on with the data as they are") from error
+        if changed := what_changed(before, now):
+            raise UserError(
+                f"the data have changed since the run began: {changed}; put them back, start a new run, or remove {path} to go on with "
+                "the data as they are"
+            )
 
     def checkpointer(
         self,
@@ -156,5 +174,5 @@ def _left_by_claim(path: Path) -> bool:
     """Whether this is what a process that was killed while it took the folder has left: nothing of a run."""
     if path.name == PLOTS:
         return path.is_dir() and not any(path.iterdir())
-    of_labels = path.name.startswith("labels") and path.suffix == ".csv"
-    return of_labels or (path.name.startswith(f".{CONFIG}.") and path.name.endswith(".tmp"))
+    of_data = path.name == DATA or (path.name.startswith("labels") and path.suffix == ".csv")
+    return of_data or (path.name.startswith(f".{CONFIG}.") and path.name.endswith(".tmp"))

@@ -11,6 +11,7 @@ at the end   embeddings of identities never trained on, verification and identif
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -35,13 +36,13 @@ from partial_fc.training.faults import Faults
 from partial_fc.training.hardest import note_confusions
 from partial_fc.training.interval import check_metric, direction, figures_of, is_due, undisturbed
 from partial_fc.training.labels import LABELS, LabelMap
-from partial_fc.training.loader import Batch, BatchLoader
+from partial_fc.training.loader import Batch, BatchLoader, choose_workers
 from partial_fc.training.mixing import ExtraHeads, MixedIdentities, mixed
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import open_tasks
 from partial_fc.training.ranks import launcher_is_gone
 from partial_fc.training.results import describe_environment, evaluate_sets, raise_together, run_tasks, together, write_results
-from partial_fc.training.run import RunFolder
+from partial_fc.training.run import DATA, RunFolder
 from partial_fc.training.schedules import build_schedules
 
 
@@ -49,8 +50,8 @@ class Progress:
     """How far a run is; part of its checkpoints.
 
     epoch: epochs that are complete. step: optimizer steps. batches, taken: micro-batches of the epoch that were read, and of them those
-    that were trained on. left_out: micro-batches that were not, in all epochs: unreadable, or no whole step. seconds: of training; waited:
-    those of them in which this rank waited for batches. evaluated: the step of the newest evaluation, -1 before one.
+    that were trained on. left_out: micro-batches that were not, in all epochs: unreadable, or no whole step. seconds: of training. waited:
+    those of them that went by waiting for the loader of the first rank. evaluated: the step of the newest evaluation, -1 before one.
     """
 
     def __init__(self) -> None:
@@ -94,7 +95,7 @@ class Trainer:
         if not self.steps_per_epoch:
             raise UserError(f"{len(self.data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         self._build(resume)
-        self.progress, self._since = Progress(), time.monotonic()
+        self.progress, self._since, self._logged = Progress(), time.monotonic(), (0.0, time.monotonic())
         self._stopping, self._saved = False, -1  # whether all ranks have agreed to stop; the step of the newest checkpoint
         self._evaluated: tuple[int, list[Evaluation], list[Result]] | None = None  # the newest evaluation, and after which step it was
         self.checkpointer = self.folder.checkpointer(
@@ -175,10 +176,19 @@ class Trainer:
         for name, label_map in (self.extra.data.label_maps if self.extra is not None else {}).items():
             label_map.write(self.folder.path / f"labels_{name}.csv")
         (self.data.label_map or LabelMap.of(self.main_set.identity_names, self.main_set.labels)).write(self.folder.path / LABELS)
+        (self.folder.path / DATA).unlink(missing_ok=True)  # of a start that was killed
+        self._note_data()
         save_config(self.config, path)
 
+    def _note_data(self) -> None:
+        """Note what the data are, or compare them with what they were when the run began; and samples of them that are damaged."""
+        self.folder.check_data(self.data.fingerprint())
+        self.folder.note_unreadable([name for each in (self.data.train, *self.data.evaluation.values()) for name in each.left_out])
+
     def _loader(self) -> BatchLoader:
-        config = self.config
+        config, cuda = self.config, self.accelerator.device.type == "cuda"
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        chosen = choose_workers(self.data.train, ranks, cuda) if config.data.workers is None else config.data.workers
         return BatchLoader(
             self.data.train,
             batch_size=config.micro_batch,
@@ -187,7 +197,9 @@ class Trainer:
             world=self.world,
             seed=config.seed,
             augment=config.augment,
-            workers=config.data.workers,
+            workers=chosen,
+            prefetch=config.data.prefetch,
+            pin=cuda,
             on_error=config.data.on_error,
         )
 
@@ -209,12 +221,12 @@ class Trainer:
         from the end of a step on."""
         while True:
             self.faults.at("data", self.progress.step + 1)
-            batch, message, asked = None, None, time.monotonic()
+            batch, message, began = None, None, time.monotonic()
             try:
                 batch = next(batches, None)
             except UserError as error:
                 message = str(error)
-            self.progress.waited += time.monotonic() - asked
+            self.progress.waited += time.monotonic() - began
             batch = self.faults.spoil(batch, self.progress.epoch * len(self.loader) + self.progress.batches)
             count, go_on = -2 if message else -1 if batch is None else len(batch.labels), int(not self._asked_to_stop())
             if self.world > 1:
@@ -275,6 +287,7 @@ class Trainer:
             self.accelerator.print(f"an epoch takes {taken:,} of {count:,} images, in whole steps, and leaves out others each time")
         bar = tqdm(total=total, initial=self.progress.step, unit="step", desc="training", disable=not self.main, mininterval=0.5)
         self._since = time.monotonic()
+        self._logged = (self.progress.waited, self._since)
         with bar:
             if self.progress.step and self.progress.evaluated != self.progress.step:  # an evaluation that was due may have been stopped
                 self._evaluate_and_save(False, epochs=None if self.progress.batches else self.progress.epoch)
@@ -359,11 +372,18 @@ class Trainer:
             "epoch": step / self.steps_per_epoch,
             "learning_rate": float(self.schedules[0].get_last_lr()[0]),
             "skipped_steps": self.head.skips,
+            "data_wait": self._data_wait(),
             **dict(zip(measured, values, strict=True)),
         }
         if self.main:
             self.folder.append_history(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+
+    def _data_wait(self) -> float:
+        """The share of the time since the last logged step in which this rank waited for its loader."""
+        (waited, since), now = self._logged, time.monotonic()
+        self._logged = (self.progress.waited, now)
+        return round((self.progress.waited - waited) / max(now - since, 1e-9), 4)
 
     def _margin_state(self) -> dict[str, Tensor]:
         """Single numbers that move with the margin, under its name: curricular_t, adaface_mean, adaface_std, sphereface2_offset."""
@@ -434,6 +454,7 @@ class Trainer:
         except ValueError as error:
             raise UserError(f"cannot resume: {error}") from error
         self.on_main(self._rewind)
+        self.on_main(self._note_data)
 
     def _rewind(self) -> None:
         again = self.folder.rewind_history(self.progress.step)
@@ -464,7 +485,7 @@ class Trainer:
             "backbone_operations_an_image": self.counts.operations,
             "seconds": round(self.progress.seconds, 1),
             "images_per_second": round(self.progress.step * self.config.train.batch_size / max(self.progress.seconds, 1e-9), 1),
-            "share_waiting_for_data": round(self.progress.waited / max(self.progress.seconds, 1e-9), 3),
+            "data_wait": round(self.progress.waited / max(self.progress.seconds, 1e-9), 4),
             "steps": self.progress.step,
             "identities": self.data.train.num_identities,
             "images": len(self.data.train),

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from partial_fc.training.data import FolderIdentities, IdentityDataset, UnreadableImage, _image_files, decode_picture
+from partial_fc.training.data import FolderIdentities, IdentityDataset, UnreadableImage, decode_picture, image_files
 from partial_fc.training.errors import UserError
 
 
@@ -101,7 +101,7 @@ def labelled_images(
         names = [images.identity_names[i] for i in images.labels.tolist()]
     else:
         try:
-            files = _image_files(root)
+            files = image_files(root)
         except OSError as error:
             raise UserError(f"the image folder {root} cannot be read: {error.strerror}") from error
         if not files:

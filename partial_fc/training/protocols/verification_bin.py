@@ -12,7 +12,6 @@ histograms of `evaluation.py`. A FAR of fewer than one pair has no figure; with 
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ class PairImages(IdentityDataset):
         encoded = self._images[index]
         if encoded is None:
             raise UnreadableImage(self.name_of(index), "neither bytes nor an array of bytes")
-        return decode_picture(io.BytesIO(encoded), self.image_shape, self.name_of(index))
+        return decode_picture(bytes(encoded), self.image_shape, self.name_of(index))
 
 
 def read_pair_images(path: str | Path, image_shape: tuple[int, int, int]) -> PairImages:

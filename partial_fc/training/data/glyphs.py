@@ -1,0 +1,67 @@
+"""The embedded glyphs: a small data set that is always there.
+
+16 designs x 1300 characters, 32 x 32, grey; a character is an identity, a design (typeface) a sample
+train  characters    0..999,  designs  0..9     10,000 images
+seen   characters 1000..1299, designs  0..9      3,000 images: new identities
+new    characters 1000..1299, designs 10..15     1,800 images: new identities in designs never trained on
+"""
+
+import functools
+import io
+import lzma
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from partial_fc.training.data.dataset import IdentityDataset, enough
+from partial_fc.training.errors import UserError
+
+GlyphSplit = Literal["train", "seen", "new"]
+
+_GLYPHS = Path(__file__).parents[1] / "assets" / "glyphs1300.npz.xz"
+_TRAIN_DESIGNS = 10
+
+
+class GlyphIdentities(IdentityDataset):
+    """The embedded glyphs (white on black), by character and then by design; see assets/ATTRIBUTION.md.
+
+    `identities` keeps the first so many characters of the split; more than there are raises UserError.
+    """
+
+    in_memory = True
+
+    def __init__(self, split: GlyphSplit = "train", identities: int | None = None) -> None:
+        packed, code_points, num_train = _read_glyphs()
+        if split not in ("train", "seen", "new"):
+            raise ValueError(f"split is {split!r}; it is one of 'train', 'seen', 'new'")
+        designs = range(_TRAIN_DESIGNS, len(packed)) if split == "new" else range(_TRAIN_DESIGNS)
+        characters = range(num_train) if split == "train" else range(num_train, len(code_points))
+        count = enough(identities, len(characters), f"the embedded glyphs ({split})")
+        chosen = packed[designs.start : designs.stop, characters.start : characters.start + count]
+        grey = np.stack([chosen >> 4, chosen & 15], axis=-1).reshape(len(designs), count, 1, 32, 32) * np.uint8(17)
+        self._images = torch.from_numpy(grey.swapaxes(0, 1).reshape(-1, 1, 32, 32))
+        self._designs = designs
+        self.labels = torch.arange(count).repeat_interleave(len(designs))
+        self.identity_names = [f"U+{code:04X}" for code in code_points[characters.start :][:count].tolist()]
+        self.image_shape = (1, 32, 32)
+
+    def name_of(self, index: int) -> str:
+        character, design = divmod(index, len(self._designs))
+        return f"glyph {self.identity_names[character]} design {self._designs[design]}"
+
+    def load(self, index: int) -> torch.Tensor:
+        return self._images[index]
+
+
+@functools.lru_cache(maxsize=1)
+def _read_glyphs() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32], int]:
+    """(packed uint8 [16, 1300, 32, 16], code points uint32 [1300], how many of them are for training)."""
+    try:
+        with np.load(io.BytesIO(lzma.decompress(_GLYPHS.read_bytes())), allow_pickle=False) as arrays:
+            return arrays["packed"], arrays["cps"], int(arrays["ntrain"])
+    except (OSError, lzma.LZMAError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise UserError(f"the embedded glyphs {_GLYPHS} cannot be read ({error}); install the package again") from error

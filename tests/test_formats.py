@@ -1,0 +1,212 @@
+"""Every format is the same data set: the same images, order, batches on any number of ranks, mid-epoch resume; and what is found where."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+
+import data_files
+import numpy as np
+import pytest
+import torch
+from data_files import WRITERS, picture, pixels, samples
+from PIL import Image
+
+from partial_fc.training.augment import AugmentConfig
+from partial_fc.training.data import DataConfig, UnreadableImage, decode, find_format, open_data, open_source, what_changed
+from partial_fc.training.data.decode import decode_into, read_header
+from partial_fc.training.errors import UserError
+from partial_fc.training.loader import BatchLoader, choose_workers
+
+CONTENT = samples(identities=6, images=4)
+
+
+@pytest.fixture(scope="module", params=list(WRITERS))
+def source(request, tmp_path_factory):
+    """(format, what --data.folder is given)."""
+    return request.param, WRITERS[request.param](tmp_path_factory.mktemp("data") / "faces", CONTENT)
+
+
+def test_a_format_is_found_and_gives_images_and_labels(source):
+    kind, path = source
+    assert find_format(path)[0] == kind
+    dataset = open_source(path, 20, 3)
+    assert dataset.labels.tolist() == [label for label, _ in CONTENT]
+    assert len(set(dataset.identity_names)) == dataset.num_identities == 6
+    assert dataset.image_shape == (3, 20, 20)
+    assert list(dataset.left_out) == []
+    assert len({dataset.name_of(index) for index in range(len(dataset))}) == len(CONTENT)
+    for index in (0, 7, 23):
+        assert bytes(dataset.encoded(index)) == CONTENT[index][1]
+        assert torch.equal(dataset.load(index), pixels(CONTENT[index][1], 20))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_format_is_shuffled_and_sharded_and_resumed_as_any_other(source, tmp_path):
+    """Mid-epoch at another world size: two ranks have taken 2 of 4 batches, three ranks take the rest. No format changes a bit of it."""
+    _, path = source
+    augment = AugmentConfig(flip_probability=0.5)
+
+    def parts(dataset, world, start, stop, workers=0):
+        batches = []
+        for rank in range(world):
+            loader = BatchLoader(dataset, batch_size=6, rank=rank, world=world, seed=3, augment=augment, workers=workers)
+            loader.set_epoch(2)
+            batches.append(list(loader.iterate(start))[: stop - start])
+        return [torch.cat([part.images for part in batch]) for batch in zip(*batches, strict=True)]
+
+    dataset = open_source(path, 20, 3)
+    expected = parts(open_source(data_files.folder_of(tmp_path / "reference", CONTENT), 20, 3), 1, 0, 4)
+    found = parts(dataset, 2, 0, 2) + parts(pickle.loads(pickle.dumps(dataset)), 3, 2, 4, workers=1)
+    assert len(found) == len(expected) == 4
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_identities_are_held_out_of_any_format(source):
+    _, path = source
+    splits = open_data(DataConfig(folder=str(path), holdout_identities=2, identities=3, image_size=20), seed=5)
+    holdout = splits.evaluation["holdout"]
+    assert (splits.train.num_identities, holdout.num_identities) == (3, 2)
+    assert not set(splits.train.identity_names) & set(holdout.identity_names)
+    whole = open_source(path, 20, 3)
+    for part in (splits.train, holdout):
+        assert part.labels.unique().tolist() == list(range(part.num_identities))
+        for index in range(len(part)):
+            row = part.row_of(index)
+            assert part.identity_names[int(part.labels[index])] == whole.identity_names[int(whole.labels[row])]
+            assert part.name_of(index) == whole.name_of(row)
+            assert torch.equal(part.load(index), whole.load(row))
+
+
+def test_a_fingerprint_says_what_changed(tmp_path):
+    path = data_files.list_file(tmp_path / "one", CONTENT)
+    config = DataConfig(folder=str(path), holdout_identities=2)
+    before = open_data(config, 0).fingerprint()
+    assert what_changed(before, open_data(config, 0).fingerprint()) is None
+    changed = open_data(config, 0)
+    name = changed.train.name_of(3)
+    (path.parent / name).write_bytes(b"another picture")
+    assert what_changed(before, open_data(config, 0).fingerprint()).startswith(f"{name} of the training set was ")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-1]))
+    assert "images and has" in what_changed(before, open_data(config, 0).fingerprint())
+    assert what_changed(before, {"training": before["training"]}) == "there is no holdout set any more"
+    other = {**before["training"], "labels": "0"}
+    assert what_changed({"training": before["training"]}, {"training": other}) == "images of the training set have other labels"
+
+
+def test_what_is_not_there_is_said_with_what_was_looked_for(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match=r"holds no data that is known; looked for: train\.rec.*\*\.tar.*parquet.*path label.*sub-folders"):
+        find_format(empty)
+    with pytest.raises(UserError, match=r"holds no webdataset data: looked for \*\.tar"):
+        find_format(empty, "webdataset")
+    data_files.shards(tmp_path / "both", CONTENT[:3])
+    data_files.insightface(tmp_path / "both", CONTENT[:3])
+    with pytest.raises(UserError, match=r"holds recordio and webdataset data; say which with --data\.format"):
+        find_format(tmp_path / "both")
+    assert find_format(tmp_path / "both", "webdataset")[0] == "webdataset"
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model\.bin holds no data that is known"):
+        find_format(tmp_path / "model.bin")
+
+
+# -------------------------------------------------------------------------------------------------------------- decoding
+
+
+def variants():
+    rng = np.random.default_rng(1)
+    noise = Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8))
+    for name, image, settings in (
+        ("4:2:0", noise, {"subsampling": 2}),
+        ("4:4:4", noise, {"subsampling": 0, "quality": 95}),
+        ("grey", noise.convert("L"), {}),
+        ("progressive", noise, {"progressive": True}),
+        ("CMYK", noise.convert("CMYK"), {}),
+        ("odd", noise.crop((0, 0, 23, 17)), {}),
+    ):
+        out = io.BytesIO()
+        image.save(out, "JPEG", **settings)
+        yield name, out.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [30, 17])
+def test_both_decoders_give_the_same_pixels(monkeypatch, size, channels):
+    assert decode.simplejpeg is not None
+    for name, data in variants():
+        fast, slow = (np.zeros((size, size, channels), np.uint8) for _ in range(2))
+        decode_into(data, fast)
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "simplejpeg", None)
+            decode_into(data, slow)
+        assert np.array_equal(fast, slow), name
+        assert torch.equal(torch.from_numpy(fast).permute(2, 0, 1), pixels(data, size, channels)), name
+
+
+@pytest.mark.parametrize("turbo", [True, False])
+def test_bombs_and_strange_kinds_are_refused_by_their_header(monkeypatch, turbo):
+    if not turbo:
+        monkeypatch.setattr(decode, "simplejpeg", None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    place = np.zeros((10, 10, 3), np.uint8)
+    for kind in ("JPEG", "PNG"):
+        for action in (lambda data: decode_into(data, place), read_header):
+            with pytest.raises((ValueError, Warning), match="decompression bomb"), warnings.catch_warnings():
+                action(picture(0, kind, size=20))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"
+    with pytest.raises(ValueError, match="cannot identify the"):
+        decode_into(postscript, place)
+
+
+def test_a_jpeg_that_is_cut_short_is_unreadable_with_either_decoder(monkeypatch, tmp_path):
+    content = [(0, picture(0)), (0, picture(1)[:-60])]
+    dataset = open_source(data_files.folder_of(tmp_path / "faces", content), 20, 3)
+    with pytest.raises(UnreadableImage, match="truncated"):
+        dataset.load(1)
+    monkeypatch.setattr(decode, "simplejpeg", None)
+    with pytest.raises(UnreadableImage, match="truncated"):
+        dataset.load(1)
+
+
+# --------------------------------------------------------------------------------------------------------------- feeding
+
+
+def test_mirroring_alone_moves_pixels_and_computes_none():
+    from partial_fc.training.augment import augment, to_float
+
+    config = AugmentConfig(
+        rotation=0, translation=0, scale_min=1, scale_max=1, shear=0, flip_probability=0.5, blur_probability=0, contrast=0, brightness=0,
+        erase_probability=0, noise_std=0,
+    )  # fmt: skip
+    images = torch.randint(0, 256, (40, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    found = augment(images, torch.arange(40), seed=1, epoch=0, config=config)
+    plain = to_float(images)
+    mirrored = [not torch.equal(a, b) for a, b in zip(found, plain, strict=True)]
+    assert 8 < sum(mirrored) < 32
+    assert torch.equal(images, before)
+    for each, (a, b) in zip(mirrored, zip(found, plain, strict=True), strict=True):
+        assert torch.equal(a, b.flip(2) if each else b)
+    general = augment(images, torch.arange(40), seed=1, epoch=0, config=AugmentConfig(**{**vars(config), "translation": 1e-12}))
+    torch.testing.assert_close(general, found, atol=2e-5, rtol=0)
+
+
+def test_workers_are_chosen_by_cores_and_device(monkeypatch, tmp_path):
+    from partial_fc.training import loader
+    from partial_fc.training.data import GlyphIdentities
+
+    faces, glyphs = open_source(data_files.folder_of(tmp_path / "f", CONTENT[:2])), GlyphIdentities(identities=1)
+    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert [choose_workers(faces, ranks, cuda) for ranks, cuda in ((1, True), (4, True), (16, True), (1, False), (8, False))] == [
+        8,
+        3,
+        0,
+        4,
+        1,
+    ]
+    assert (choose_workers(glyphs, 1, False), choose_workers(glyphs, 2, True)) == (0, 7)
+    assert BatchLoader(faces, batch_size=2, workers=None).workers == 4

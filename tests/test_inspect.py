@@ -1,0 +1,91 @@
+"""`partial-fc data inspect`: counts, sizes, what is unreadable, double or missing."""
+
+from __future__ import annotations
+
+import io
+
+import data_files
+import numpy as np
+import pytest
+from data_files import picture, samples
+from PIL import Image
+
+from partial_fc.training.cli import main
+from partial_fc.training.data import open_source
+from partial_fc.training.data.survey import plot_counts, survey
+
+CONTENT = [
+    (0, picture(1)),
+    (0, picture(2)),
+    (0, picture(1)),  # twice within an identity
+    (2, picture(2)),  # and across identities
+    (2, picture(3, "PNG", size=30)),
+    (2, b"no picture"),
+    (3, picture(4)[:-60]),  # cut short: its header is fine
+    (7, picture(5, grey=True)),
+]
+
+
+@pytest.mark.parametrize("kind", ["recordio", "webdataset", "list", "parquet"])
+def test_what_is_wrong_is_counted_and_named(tmp_path, kind):
+    found = survey(open_source(data_files.WRITERS[kind](tmp_path, CONTENT)))
+    assert found.counts.tolist() == [3, 3, 1, 1]
+    assert found.sizes.tolist() == [len(data) for _, data in CONTENT]
+    assert found.pixels == {(20, 20): 5, (30, 30): 1}
+    assert found.kinds == {".jpg": 5, ".png": 1}
+    assert len(found.unreadable) == 2
+    assert "cannot identify" in found.unreadable[0] and "truncated" in found.unreadable[1].lower()
+    assert [len(group) for group in found.duplicates] == [2, 2]
+    assert found.across == 1
+    assert found.gaps == [1, 4, 5, 6]
+    text = found.summary()
+    for words in (
+        "identities            4",
+        "images                8",
+        "5 jpg, 1 png",
+        "20 x 20 (5)",
+        "2 groups, 1 of them across",
+        "4..6",
+    ):
+        assert words in text
+
+
+def test_headers_alone_find_what_headers_show(tmp_path):
+    found = survey(open_source(data_files.list_file(tmp_path / "f", CONTENT)), decode=False)
+    assert len(found.unreadable) == 1
+    assert found.pixels == {(20, 20): 6, (30, 30): 1}
+
+
+def test_samples_without_a_place_are_named_too(tmp_path):
+    path = data_files.list_file(tmp_path / "f", CONTENT[:2])
+    path.write_text(path.read_text() + "lonely\n")
+    assert survey(open_source(path)).unreadable == ["faces.txt line 5 (there is a path or a label, not both)"]
+
+
+def test_folders_have_no_gaps_and_numbers_far_apart_neither(tmp_path):
+    assert survey(open_source(data_files.folder_of(tmp_path / "a", CONTENT[:4]))).gaps == []
+    assert survey(open_source(data_files.list_file(tmp_path / "b", [(7_000_000, picture(1)), (3, picture(2))]))).gaps == []
+
+
+def colours(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).reshape(-1, 3)
+
+
+@pytest.mark.parametrize("largest", [5, 400])
+def test_the_histogram_has_a_bar_for_what_there_is(tmp_path, largest):
+    found = survey(open_source(data_files.list_file(tmp_path / "f", samples(2, 1))))
+    found.counts = np.array([1, 1, 2, 2, 2, 3, largest])
+    plot_counts(tmp_path / "counts.png", found, "faces")
+    blue = (np.abs(colours(tmp_path / "counts.png").astype(int) - [0x3B, 0x6E, 0xA5]).max(1) < 4).sum()
+    assert blue > 5000
+
+
+def test_the_command_prints_and_draws(tmp_path, capsys):
+    source = data_files.insightface(tmp_path / "set", CONTENT).parent
+    assert main(["data", "inspect", str(source), "--plot", str(tmp_path / "counts.png")]) == 0
+    out = capsys.readouterr().out
+    assert "duplicate pictures    2 groups, 1 of them across identities" in out
+    assert "train.rec#1 = train.rec#3" in out
+    with Image.open(io.BytesIO((tmp_path / "counts.png").read_bytes())) as image:
+        assert image.format == "PNG"
