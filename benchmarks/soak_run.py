@@ -143,7 +143,9 @@ class Watch:
         self.step, self.moved = int(step), now
 
     def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        """Without what is of the clock."""
+        rows = [json.loads(line) for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [{key: value for key, value in row.items() if key != "data_wait"} for row in rows]
 
 
 class Disk:

@@ -455,7 +455,7 @@ def test_loading_processes_outlive_signals_to_the_whole_group(tmp_path):
     loader = BatchLoader(FolderIdentities(tmp_path / "images", 16, 3), batch_size=4, workers=2)
     before = set(psutil.Process().children())
     batches = loader.iterate()
-    seen = [next(batches).indices]
+    seen = [next(batches).indices for _ in range(2)]  # both have begun
     workers = set(psutil.Process().children()) - before
     assert len(workers) == 2
     for _ in range(2):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launched import finish, start, succeed
+from launched import finish, logged, start, succeed
 from PIL import Image
 from test_training import image_folder
 
@@ -108,7 +108,7 @@ def trained(arguments: list[str], resume: bool = False) -> Trainer:
 
 def rows(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """(of training, of evaluation)."""
-    history = RunFolder(folder).history()
+    history = logged(folder)
     return [row for row in history if "loss" in row], [row for row in history if "loss" not in row]
 
 
@@ -216,7 +216,7 @@ def test_the_best_checkpoint_is_kept_through_a_resume_and_can_be_evaluated(metri
     (tmp_path / "again/metrics.json").unlink()
     trained(settings(files, tmp_path / "again", **given), resume=True)
     assert RunFolder(tmp_path / "again").checkpointer().steps() == [2, 8]
-    assert RunFolder(tmp_path / "again").history() == RunFolder(folder).history()
+    assert logged(tmp_path / "again") == logged(folder)
     best = json.loads((tmp_path / "again/metrics.json").read_text())["during_training"]["best"]
     assert best == {"metric": metric, "value": values[0], "step": 2}
 

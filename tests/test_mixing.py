@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from launched import logged
 from PIL import Image
 from torch import Tensor
 
@@ -186,7 +187,7 @@ def test_a_mixed_run_goes_on_exactly_and_evaluates_as_any(tmp_path, capsys):
     settings += ["--backbone.embedding_size", "8", "--output.log_every", "1", "--train.checkpoint_steps", "3"]
     run, again = tmp_path / "run", tmp_path / "again"
     assert main(["train", *settings, "--output.folder", str(run)]) == 0
-    rows = RunFolder(run).history()
+    rows = logged(run)
     assert len(rows) == 2 * (200 // 40)
     for row in rows:
         assert row["loss"] == pytest.approx(0.8 * row["loss_main"] + 0.2 * row["loss_other"], rel=1e-4)
@@ -199,7 +200,7 @@ def test_a_mixed_run_goes_on_exactly_and_evaluates_as_any(tmp_path, capsys):
     shutil.rmtree(again / f"checkpoints/step-{steps[-1]:09d}")
     assert main(["train", "--resume", str(again)]) == 0
     assert f"step {steps[-2]}" in capsys.readouterr().out
-    assert RunFolder(again).history() == rows
+    assert logged(again) == rows
     for wrong in (["--center.weight", "0.1"], ["--head.replicas", "2"]):
         with pytest.raises(UserError, match=r"--data\.mix cannot be joined"):
             to_config(train_parser(), [*settings, *wrong])

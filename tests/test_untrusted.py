@@ -277,7 +277,9 @@ def test_bad_safetensors_are_refused_before_anything_is_allocated(tmp_path, case
     length=st.sampled_from([None, None, None, 0, 1, 7, 2**31, 2**64 - 1]),
 )
 def test_any_header_is_read_or_refused_by_name(tmp_path_factory, header, length):
-    path = safetensors(tmp_path_factory.getbasetemp() / "any.safetensors", header, length=length)
+    folder = tmp_path_factory.getbasetemp() / "headers"
+    folder.mkdir(exist_ok=True)
+    path = safetensors(folder / "any.safetensors", header, length=length)
     said = ""
     try:
         for name in read_header(path).tensors:
