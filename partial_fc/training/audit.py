@@ -41,7 +41,6 @@ from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset, UnreadableImage
 from partial_fc.training.errors import UserError
 from partial_fc.training.loader import BatchLoader
-from partial_fc.training.plots import plot_cosines
 from partial_fc.training.results import raise_together
 from partial_fc.training.run import RunFolder
 
@@ -298,6 +297,8 @@ def write_audit(folder: RunFolder, audit: Audit, dataset: IdentityDataset, title
         ("means: to the nearest other class", audit.means.cosine.numpy(), audit.means.threshold),
         ("row to the mean of its own images", audit.to_mean.numpy(), None),
     )
+    from partial_fc.training.plots import plot_cosines
+
     plot_cosines(path / "plots" / "cosines.png", panels)
     return _write_page(path, audit, dataset, title, environment)
 

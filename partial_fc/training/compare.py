@@ -22,7 +22,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
-from partial_fc.training.plots import plot_overlaid, plot_roc
 from partial_fc.training.report import DASH, figure_cell, flatten
 from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder
 
@@ -154,6 +153,7 @@ class _Parser(argparse.ArgumentParser):
 
 def report_command(arguments: list[str]) -> None:
     """`partial-fc report RUN RUN ...`: the page, in one process."""
+
     parser = _Parser(prog="partial-fc report", description="Lay runs side by side on one page.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of evaluations that a run folder holds")
     parser.add_argument("--output", default="comparison.html", metavar="FILE", help="the page to write (default comparison.html)")

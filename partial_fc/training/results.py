@@ -30,7 +30,6 @@ from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
 from partial_fc.training.hardest import note_hardest
 from partial_fc.training.interval import direction, during_training, split_history
 from partial_fc.training.loader import BatchLoader
-from partial_fc.training.plots import plot_histograms, plot_roc, plot_training
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import Task
 from partial_fc.training.report import write_report
@@ -202,6 +201,8 @@ def write_results(
     results: Sequence[Result] = (),
 ) -> Path:
     """metrics.json, curves.json, plots/ and report.html; the path of the last. results: of other protocols."""
+    from partial_fc.training.plots import plot_histograms, plot_roc, plot_training  # matplotlib takes half a second to import
+
     plots = folder.path / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, Any] = {
