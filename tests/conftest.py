@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from runner import Ranks
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: each collection would walk over all of it
 
 
 @pytest.fixture(scope="session")

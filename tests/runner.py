@@ -8,6 +8,7 @@ Every case has a time limit. When a rank fails, its traceback is raised here and
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import socket
@@ -27,6 +28,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="29599")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    gc.freeze()  # what is imported stays: each collection would walk over all of it
     pipe.send((True, "ready"))
     while True:
         try:

@@ -125,6 +125,8 @@ def _differing(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _plots(runs: Sequence[Run]) -> list[dict[str, str]]:
+    from partial_fc.training.plots import plot_overlaid, plot_roc
+
     found = []
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "plot.png"
