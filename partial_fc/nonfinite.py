@@ -169,8 +169,9 @@ def rows_device(head: Watched) -> torch.device:
 def not_finite(tensor: Tensor) -> Tensor:
     """0-d bool: whether anything in it is a NaN or infinity, or its sum overflows. One pass without a temporary."""
     tensor = local_part(tensor.detach())
-    low = tensor.dtype in (torch.float16, torch.bfloat16)
-    return ~tensor.sum(dtype=torch.float32 if low else None).isfinite()
+    if tensor.dtype in (torch.float16, torch.bfloat16) and tensor.numel():  # a sum in float32 would make a float32 copy on a CPU
+        return ~torch.stack(torch.aminmax(tensor)).isfinite().all()
+    return ~tensor.sum().isfinite()
 
 
 def over_ranks(flags: Tensor, ranks: Ranks) -> Tensor:

@@ -8,12 +8,12 @@ which are nearly all of them. The backward takes about twice as many.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
@@ -37,19 +37,15 @@ class Counts:
 def count_backbone(backbone: nn.Module, image_shape: tuple[int, int, int]) -> Counts:
     """Count `backbone`, wherever its weights are, for images of `image_shape` (C, H, W); it is left as it is."""
     parameters = sum(p.numel() for p in backbone.parameters())
-    modes = [(module, module.training) for module in backbone.modules()]
-    shapes = {name: t.detach().to("meta") for name, t in (*backbone.named_parameters(), *backbone.named_buffers())}
-    backbone.eval()
+    shapes: dict[int, torch.Tensor] = {id(p): nn.Parameter(p.detach().to("meta")) for p in backbone.parameters()}
+    shapes |= {id(b): b.detach().to("meta") for b in backbone.buffers()}
     try:
+        shadow = copy.deepcopy(backbone, shapes).eval()  # the module around shapes: no weight is copied
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            functional_call(backbone, shapes, (torch.empty(1, *image_shape, device="meta"),))
-        operations: int | None = int(counter.get_total_flops())
+            shadow(torch.empty(1, *image_shape, device="meta"))
+        return Counts(parameters, int(counter.get_total_flops()))
     except Exception:  # a module's own code may need values, and then raises whatever it likes
-        operations = None
-    finally:
-        for module, training in modes:
-            module.training = training
-    return Counts(parameters, operations)
+        return Counts(parameters, None)
 
 
 def table(names: Iterable[str], image_shape: tuple[int, int, int], embedding_size: int) -> str:
