@@ -303,6 +303,7 @@ def test_two_ranks_give_what_one_gives_and_refuse_alike(files, evaluated, tmp_pa
     assert not (tmp_path / "evil").exists() and not list(Path().rglob("marker-of-a-payload"))
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_is_the_same_with_and_without_evaluation(files, tmp_path):
     succeed([*LAUNCHER, "train", *settings(files, tmp_path / "plain", **{"train.epochs": 2})])
     every = {"evaluation.every_steps": 1, "evaluation.best": "shop/mAP", "train.epochs": 2}

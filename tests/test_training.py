@@ -379,13 +379,23 @@ def test_what_is_measured_is_logged_now_and_then(tmp_path):
     assert measured == [True, False, False, True, False, False, False, True, False]
     rows = history(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 4, 8]
-    assert set(rows[0]) == {"step", "epoch", "learning_rate", "loss", "accuracy", "margin_met", "embedding_norm", "grad_norm"}
+    assert set(rows[0]) == {
+        "step",
+        "epoch",
+        "learning_rate",
+        "skipped_steps",
+        "loss",
+        "accuracy",
+        "margin_met",
+        "embedding_norm",
+        "grad_norm",
+    }
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        ["--head.margin", "adaface", "--head.statistics_momentum", "0.1"],
+        pytest.param(["--head.margin", "adaface", "--head.statistics_momentum", "0.1"], marks=pytest.mark.slow),
         ["--center.weight", "0.01", "--train.accumulation", "2"],
     ],
     ids=["adaface", "center"],
@@ -443,7 +453,10 @@ def test_centers_move_once_a_step_by_all_micro_batches_and_not_when_it_is_skippe
 
 @pytest.mark.parametrize(
     ("settings", "seen"),
-    [([], 18), (["--train.checkpoint_steps", "4", "--train.asynchronous_checkpoints", "true"], 12)],
+    [
+        pytest.param([], 18, marks=pytest.mark.slow),
+        (["--train.checkpoint_steps", "4", "--train.asynchronous_checkpoints", "true"], 12),
+    ],
     ids=["between epochs", "within an epoch"],
 )
 def test_a_killed_run_goes_on_exactly(run, tmp_path, settings, seen):
