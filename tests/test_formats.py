@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import warnings
 
@@ -14,10 +15,12 @@ from data_files import WRITERS, picture, pixels, samples
 from PIL import Image
 
 from partial_fc.training.augment import AugmentConfig
+from partial_fc.training.cli import main
 from partial_fc.training.data import DataConfig, UnreadableImage, decode, find_format, open_data, open_source, what_changed
 from partial_fc.training.data.decode import decode_into, read_header
 from partial_fc.training.errors import UserError
 from partial_fc.training.loader import BatchLoader, choose_workers
+from partial_fc.training.run import RunFolder
 
 CONTENT = samples(identities=6, images=4)
 
@@ -210,3 +213,32 @@ def test_workers_are_chosen_by_cores_and_device(monkeypatch, tmp_path):
     ]
     assert (choose_workers(glyphs, 1, False), choose_workers(glyphs, 2, True)) == (0, 7)
     assert BatchLoader(faces, batch_size=2, workers=None).workers == 4
+
+
+# ------------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_names_what_is_damaged_and_finds_out_if_its_data_change(tmp_path, capsys):
+    """Trained from shards with a sample that has no label; then a shard is replaced, and the run is asked to go on."""
+    content = [(label, picture(10 * label + each)) for label in range(6) for each in range(4)]
+    data_files.shards(tmp_path / "faces", content, each=12)
+    data_files.write_tar(tmp_path / "faces" / "more.tar", [("lonely.jpg", picture(500))])
+    run = ["--data.folder", str(tmp_path / "faces"), "--output.folder", str(tmp_path / "run"), "--data.image_size", "16"]
+    run += ["--data.holdout_identities", "2", "--train.batch_size", "8", "--train.cpu", "true", "--train.epochs", "1"]
+    run += ["--output.log_every", "1"]
+    assert main(["train", *run]) == 0
+    rows = RunFolder(tmp_path / "run").history()
+    assert len(rows) == 2 and all(0 <= row["data_wait"] <= 1 for row in rows)
+    assert RunFolder(tmp_path / "run").unreadable() == {"more.tar/lonely (there is no label: neither .cls nor .json)"}
+    noted = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert (noted["training"]["images"], noted["holdout"]["images"]) == (16, 8)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    with (tmp_path / "faces" / "more.tar").open("ab") as file:
+        file.write(bytes(10240))
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        "the data have changed since the run began: more.tar of the training set was" in last or "more.tar of the holdout set was" in last
+    )
+    assert "remove" in last and "data.json" in last
