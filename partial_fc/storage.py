@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -239,12 +240,23 @@ class _SafeUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
             return PurePosixPath  # where it was written; not used
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         value = getattr(torch, name, None) if module == "torch" else None
         if isinstance(value, torch.dtype):
             return value
         raise pickle.UnpicklingError(
             f"checkpoint metadata asks for {module}.{name}, which no checkpoint needs; the file is not to be trusted"
         )
+
+
+def _memory_format(enum: object, name: object) -> Any:
+    """The one thing that is read by getattr: Python 3.11.0 to 3.11.3 write a member of an enum so."""
+    if enum is _MEM_FORMAT_ENCODING and name in _MEM_FORMAT_ENCODING.__members__:
+        return _MEM_FORMAT_ENCODING[str(name)]
+    raise pickle.UnpicklingError(
+        f"checkpoint metadata asks for {name!r} of {enum!r}, which no checkpoint needs; the file is not to be trusted"
+    )
 
 
 def is_plain_name(name: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from partial_fc import ArcFace, PartialFC, RankFiles, import_weights, load_checkpoint, save_checkpoint
 from partial_fc.checkpoint import stored_tensors, stored_values, stream_tensor
@@ -87,6 +89,44 @@ def test_checkpoint_metadata_runs_nothing(checkpoint, marker, reader):
     with pytest.raises(ValueError, match=r"\.metadata is damaged: .*system, which no checkpoint needs; the file is not to be trusted"):
         READERS[reader](checkpoint)
     assert not marker.exists()
+
+
+class Attribute:
+    """Pickled as `getattr(of, name)`."""
+
+    def __init__(self, of: object, name: str) -> None:
+        self.call = getattr, (of, name)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class ByName(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, _MEM_FORMAT_ENCODING) else NotImplemented
+
+
+def test_a_member_of_an_enum_may_be_pickled_by_its_name(checkpoint):
+    """As Python 3.11.0 to 3.11.3 write the memory formats of checkpoints."""
+
+    expected = PartialFC(D, C)
+    load_checkpoint(checkpoint, head=expected)
+    path, written = data_of(checkpoint) / ".metadata", io.BytesIO()
+    ByName(written).dump(pickle.loads(path.read_bytes()))
+    assert b"getattr" in written.getvalue()
+    path.write_bytes(written.getvalue())
+    change_manifest(checkpoint)
+    head = PartialFC(D, C, init_std=1.0)
+    load_checkpoint(checkpoint, head=head)
+    assert torch.equal(head.weight, expected.weight)
+
+
+@pytest.mark.parametrize(("of", "name"), [(_MEM_FORMAT_ENCODING, "__class__"), (torch.Size, "__init__"), (collections.OrderedDict, "pop")])
+def test_no_other_attribute_is_had_by_metadata(checkpoint, of, name):
+    (data_of(checkpoint) / ".metadata").write_bytes(pickle.dumps(Attribute(of, name)))
+    change_manifest(checkpoint)
+    with pytest.raises(ValueError, match=rf"\.metadata is damaged: .*{name}' of .*, which no checkpoint needs"):
+        load_checkpoint(checkpoint, head=PartialFC(D, C))
 
 
 @pytest.mark.parametrize("name", ["head", "head/weight"])
