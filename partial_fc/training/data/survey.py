@@ -148,6 +148,7 @@ def plot_counts(path: Path, found: Survey, title: str) -> None:
     """Histogram of images an identity, as PNG: logarithmic where the largest identity has ten times the median."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     counts = found.counts
     high, middle = int(counts.max()), float(np.median(counts))
@@ -166,6 +167,7 @@ def plot_counts(path: Path, found: Survey, title: str) -> None:
         axes.set_xscale("log")
     axes.set_xlabel("images an identity")
     axes.set_ylabel("identities")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(f"{title}: {int(counts.sum()):,} images of {len(counts):,} identities", fontsize=10)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
