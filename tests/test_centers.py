@@ -757,6 +757,7 @@ def test_compiled_centers_fall_back_without_an_error():
 # ---------------------------------------------------------------------------------------------------- the example
 
 
+@pytest.mark.slow
 def test_the_example_learns():
     assert len((ROOT / "examples/center_loss.py").read_text().splitlines()) <= 60
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -106,7 +106,7 @@ def close(run: Path, accelerated: list[tuple[float, ...]]) -> None:
     assert [row[1] for row in tell_tale(run)] == pytest.approx([row[1] for row in accelerated], rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow), pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)])
 def test_accelerate_with_another_engine(tiny, accelerated, engine):
     out, file = tiny.parent / engine, tiny.parent / f"{engine}.yaml"
     file.write_text((ROOT / f"configs/accelerate/{engine}.yaml").read_text().replace("num_processes: 8", "num_processes: 2"))

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples/place_names.py"
 
 
+@pytest.mark.slow
 def test_names_of_places_are_learned():
     lines = EXAMPLE.read_text().splitlines()
     assert len(lines) <= 120
