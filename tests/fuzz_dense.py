@@ -554,8 +554,9 @@ class Check:
             squares += float((sums.offset**2).sum())
         if case.clip is not None:
             norm, k = math.sqrt(squares), (mine.numel() + 64) * max(UNIT["float32"] if bounds.u_w > 1e-10 else bounds.u_w, bounds.u)
+            floor = 1e-18 if bounds.u_w > 1e-10 else 0.0  # squares of less underflow in float32
             for f in found:
-                bounds.near(f"{what}: norm", f["norm"], torch.tensor(norm, dtype=torch.float64), norm * k * SAFETY)
+                bounds.near(f"{what}: norm", f["norm"], torch.tensor(norm, dtype=torch.float64), norm * k * SAFETY + floor)
             for grad in (sums.weight, sums.bias, sums.offset):
                 grad *= min(1.0, case.clip / (norm + 1e-6))
 
