@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from common import local
 from oracle import DenseSGD, Loss
 from torch import Tensor, nn
 
@@ -35,10 +36,6 @@ class Result:
     rows: Tensor
     norms: list[float]
     selected: list[Tensor]
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import torch
 import torch.distributed as dist
+from common import local
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -142,10 +143,6 @@ def margin_of(case: Case) -> margins.Margin:
         settings["class_counts"] = class_counts_of(case)
     margin: margins.Margin = getattr(margins, case.margin)(**settings)
     return margin
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def plain(tensor: Tensor | None) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import local, message_of
 from oracle import DenseAdamW, DenseSGD, Loss
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,18 +27,6 @@ ROOT = Path(__file__).parent.parent
 D = 6
 SGD = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01}
 Batch = dict[str, Tensor]
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def message_of(function: Any, *arguments: Any) -> str:
-    try:
-        function(*arguments)
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("nothing was raised")
 
 
 def assert_near(what: str, mine: Tensor, expected: Tensor) -> None:

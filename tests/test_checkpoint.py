@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common import local
 from torch import Tensor, nn
 
 from partial_fc import (
@@ -29,10 +30,6 @@ from partial_fc import (
 from partial_fc.storage import SafeReader
 
 D = 5
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def build(classes: int, optimizer: str) -> tuple[PartialFC, RowOptimizer, nn.Module, torch.optim.Optimizer]:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from common import any_message_of as message_of
+from common import local
 from oracle import DenseAdamW, DenseSGD, Loss
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,20 +44,8 @@ N = 12
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 
 
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
-def message_of(function: Any, *arguments: Any, **options: Any) -> str:
-    try:
-        function(*arguments, **options)
-    except (ValueError, RuntimeError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("nothing was raised")
 
 
 def mesh_of(mesh: bool) -> Any:

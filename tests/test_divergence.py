@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from common import local
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -15,10 +16,6 @@ from partial_fc import AdaFace, ArcFace, DivergenceError, DivergenceWatch, Parti
 from partial_fc.divergence import checksums
 
 D, C = 4, 9
-
-
-def local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Run:

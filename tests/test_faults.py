@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from common import any_message_of as message_of
+from common import local
 from oracle import Loss, psi
 from test_missing import answers, set_timeout, told
 from torch import Tensor, nn
@@ -41,10 +43,6 @@ Message = str
 Fault = Callable[[int, int], Message]
 WORLDS = pytest.mark.parametrize("world", [2, 3])
 TWO = pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])  # in processes of their own, which take long to start
-
-
-def local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def good(rank: int, n: int = 4, classes: int = C) -> tuple[Tensor, Tensor]:
@@ -76,14 +74,6 @@ def equals_dense(head: PartialFC, rank: int, parts: list[tuple[Tensor, Tensor]])
 
 def near(mine: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(mine, expected, rtol=0, atol=1e-10)
-
-
-def message_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> Message:
-    try:
-        function(*arguments, **options)
-    except (ValueError, RuntimeError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("nothing was raised")
 
 
 def bad(head: PartialFC, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], rank: int, world: int) -> Message:

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from common import any_message_of as message_of
+from common import local
 from oracle import Loss
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,20 +27,8 @@ FACTORS = {"plates": 0.5, "faces": 1.0, "glyphs": 2.0}
 ORACLES = {"plates": Loss(name="linear"), "faces": Loss(scale=8.0), "glyphs": Loss(scale=20.0, m2=0.0)}
 
 
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def near(mine: Any, expected: Any) -> None:
     torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
-
-
-def message_of(function: Any, *arguments: Any, **options: Any) -> str:
-    try:
-        function(*arguments, **options)
-    except (ValueError, RuntimeError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("nothing was raised")
 
 
 def build(name: str, group: Any = None) -> PartialFC:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from common import local, message_of
 from runner import RankFailure
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,18 +21,6 @@ import partial_fc
 from partial_fc import ArcFace, NonFiniteError, NormFace, PartialFC, RowOptimizer, Softmax, gather
 
 D = 6
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def message_of(function: Any, *arguments: Any) -> str:
-    try:
-        function(*arguments)
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("nothing was raised")
 
 
 # ---------------------------------------------------------------------------------------------------- errors agree

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from common import local
 from dense import Dense, turned
 from torch import Tensor
 
@@ -44,10 +45,6 @@ class Case:
     class_weights: bool = False
     counts: tuple[int, ...] = (5, 3, 0, 4)
     options: dict[str, Any] = field(default_factory=dict)
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def assert_near(what: str, mine: Tensor, expected: Tensor) -> None:

@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from common import local
 from torch import Tensor, nn
 
 import partial_fc.collectives
 from partial_fc import ArcFace, Margin, PartialFC, RowOptimizer, Softmax, clip_grad_norm_, gather
 
 D = 6
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def batch(step: int, n: int, classes: int, rank: int = 0) -> tuple[Tensor, Tensor]:

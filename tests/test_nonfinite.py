@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from common import local, message_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -29,18 +30,6 @@ from partial_fc.agreement import on_every_rank
 
 D, C, LOCAL = 6, 10, 4
 NAN, INF = float("nan"), float("inf")
-
-
-def local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def message_of(function: Any, *arguments: Any) -> str:
-    try:
-        function(*arguments)
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("nothing was raised")
 
 
 class Loop:

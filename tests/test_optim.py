@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from common import local
 from torch import Tensor, nn
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer, Softmax, clip_grad_norm_
@@ -24,10 +25,6 @@ CLASSES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.Adagrad, {"lr": 0.05, "initial_accumulator_value": 0.1}),
     (torch.optim.NAdam, {"lr": 0.05}),
 ]
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.2])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from common import local
 from oracle import DenseAdamW, DenseSGD, Loss
 from torch import Tensor
 
@@ -63,10 +64,6 @@ def global_batch(case: Case, world: int, step: int) -> tuple[Tensor, Tensor]:
     labels = torch.randint(0, case.classes, (n,), generator=generator)
     labels[torch.randperm(n, generator=generator)[: case.ignored]] = -100
     return x, labels
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def check_case(rank: int, world: int, case: Case) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from common import local
 from oracle import DenseAdamW, DenseSGD
 from torch import Tensor
 
@@ -21,10 +22,6 @@ DENSE: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], Any]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}, lambda: DenseSGD(0.05)),
     "adamw": (torch.optim.AdamW, {"lr": 0.02}, lambda: DenseAdamW(0.02)),
 }
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def dense_loss(x: Tensor, w: Tensor, offset: Tensor, labels: Tensor, margin: SphereFace2) -> Tensor:

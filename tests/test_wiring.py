@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from common import local
 from torch import Tensor, nn
 
 from partial_fc import ArcFace, NormFace, PartialFC, RowOptimizer, Softmax, gather, load_checkpoint, save_checkpoint
 
 D = 6
 SGD = {"lr": 0.1, "momentum": 0.9}
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def batch(n: int = 4, classes: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,31 @@
+"""What many tests look at: the local part of a tensor, and what a call says when it raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor; a plain tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def message_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """The class and the words of the ValueError or RuntimeError that the call raises."""
+    return _message(function, (ValueError, RuntimeError), *arguments, **options)
+
+
+def any_message_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """The same, of a TypeError, too."""
+    return _message(function, (ValueError, RuntimeError, TypeError), *arguments, **options)
+
+
+def _message(function: Callable[..., Any], kinds: tuple[type[Exception], ...], *arguments: Any, **options: Any) -> str:
+    try:
+        function(*arguments, **options)
+    except kinds as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing was raised")
