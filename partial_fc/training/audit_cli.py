@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import jsonargparse
 import torch
@@ -15,10 +14,8 @@ from partial_fc.training.audit import DRIFT, DUPLICATES, UNMOVED, Thresholds, au
 from partial_fc.training.config import RunConfig, to_config
 from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
-from partial_fc.training.results import describe_environment, load_backbone, raise_together
+from partial_fc.training.results import claim_output, describe_environment, load_backbone, together
 from partial_fc.training.run import CONFIG, RunFolder
-
-Result = TypeVar("Result")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,7 +61,7 @@ def audit_command(arguments: list[str], train_parser: jsonargparse.ArgumentParse
         config.data.folder = asked.data
     accelerator = Accelerator(cpu=config.train.cpu or not torch.cuda.is_available(), mixed_precision=config.train.mixed_precision)
     out = RunFolder(asked.output or run.path / "audit")
-    _together(lambda: _claim(out) if accelerator.is_main_process else None, accelerator)
+    claim_output(out, accelerator)
     try:
         _audit(run, out, config, Thresholds(asked.threshold, asked.mean_threshold), accelerator)
     except BaseException:
@@ -75,7 +72,7 @@ def audit_command(arguments: list[str], train_parser: jsonargparse.ArgumentParse
 
 
 def _audit(run: RunFolder, out: RunFolder, config: RunConfig, thresholds: Thresholds, accelerator: Accelerator) -> None:
-    dataset = _together(lambda: open_data(config.data, config.seed).train, accelerator)
+    dataset = together(lambda: open_data(config.data, config.seed).train, accelerator)
     backbone = load_backbone(run, config, dataset.image_shape).to(accelerator.device)
     counts = torch.bincount(dataset.labels, minlength=dataset.num_identities)
     head = config.head.build(config.backbone.embedding_size, counts, config.seed, accelerator.device)
@@ -92,22 +89,3 @@ def _audit(run: RunFolder, out: RunFolder, config: RunConfig, thresholds: Thresh
         title = f"Audit of {run.path.name}: {dataset.num_identities:,} classes"
         report = write_audit(out, audit, dataset, title, {**describe_environment(accelerator), "run": str(run.path)})
         print(f"\nResults are in {out.path} ({DUPLICATES}, {UNMOVED}, {DRIFT}); look at {report}")
-
-
-def _claim(out: RunFolder) -> None:
-    try:
-        out.check_free()
-        out.path.mkdir(parents=True, exist_ok=True)
-    except UserError as error:
-        raise UserError(str(error).split("; choose")[0] + "; choose another --output") from error
-
-
-def _together(action: Callable[[], Result], accelerator: Accelerator) -> Result:
-    """What `action` returns here; the first rank's UserError on every rank."""
-    result, message = None, None
-    try:
-        result = action()
-    except UserError as error:
-        message = str(error)
-    raise_together(message, accelerator)
-    return result  # type: ignore[return-value]

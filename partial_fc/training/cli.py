@@ -237,10 +237,10 @@ def evaluate(arguments: list[str]) -> None:
     from accelerate import Accelerator
 
     from partial_fc.training.results import (
+        claim_output,
         describe_environment,
         evaluate_sets,
         load_backbone,
-        raise_together,
         run_tasks,
         together,
         write_results,
@@ -251,14 +251,7 @@ def evaluate(arguments: list[str]) -> None:
     tasks = [] if asked.data is not None else together(lambda: open_tasks(config.evaluation, shape), accelerator)
     backbone = load_backbone(run, config, shape, asked.checkpoint).to(accelerator.device)
     out = RunFolder(asked.output or run.path / f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}")
-    message = None
-    if accelerator.is_main_process:
-        try:
-            out.check_free()
-            out.path.mkdir(parents=True, exist_ok=True)
-        except UserError as error:
-            message = str(error).replace("--output.folder, or go on with the run in it: --resume " + str(out.path), "--output")
-    raise_together(message, accelerator)
+    claim_output(out, accelerator)
     evaluations = evaluate_sets(backbone, sets, accelerator, config, out)
     results = run_tasks(backbone, tasks, accelerator, config, out)
     accelerator.wait_for_everyone()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +37,7 @@ from partial_fc.training.protocols.tasks import (
     open_verification,
 )
 from partial_fc.training.ranks import check_devices
-from partial_fc.training.results import describe_environment, load_backbone, run_tasks, sharing, together, write_results
+from partial_fc.training.results import claim_output, describe_environment, load_backbone, run_tasks, sharing, together, write_results
 from partial_fc.training.run import CONFIG, RunFolder
 
 WORDS = {
@@ -141,7 +140,7 @@ def protocol_command(command: str, parser: Callable[[], jsonargparse.ArgumentPar
     tasks = together(lambda: open_asked(command, asked, shape), accelerator)
     backbone = together(lambda: load_backbone(run, config, shape, asked.checkpoint), accelerator).to(accelerator.device)
     out = RunFolder(asked.output or run.path / f"{command}-{'-'.join(task.name for task in tasks)}")
-    together(partial(_claim, out) if accelerator.is_main_process else lambda: None, accelerator)
+    claim_output(out, accelerator)
     try:
         results = run_tasks(backbone, tasks, accelerator, config, out)
     except BaseException:
@@ -157,14 +156,6 @@ def protocol_command(command: str, parser: Callable[[], jsonargparse.ArgumentPar
         report = write_results(out, title, [], figures, config, describe_environment(accelerator), [], results)
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()
-
-
-def _claim(out: RunFolder) -> None:
-    try:
-        out.check_free()
-        out.path.mkdir(parents=True, exist_ok=True)
-    except UserError as error:
-        raise UserError(str(error).split("; choose")[0] + "; choose another --output") from error
 
 
 def _tell(results: list[Result], tasks: list[Task], scores: str | None) -> None:
@@ -188,7 +179,8 @@ def _from_file(command: str, asked: argparse.Namespace) -> None:
     rows = together(lambda: read_embeddings(asked.run), accelerator)
     tasks = together(lambda: open_asked(command, asked, ANY_SHAPE), accelerator)
     out = None if asked.output is None else RunFolder(asked.output)
-    together(partial(_claim, out) if out is not None and accelerator.is_main_process else lambda: None, accelerator)
+    if out is not None:
+        claim_output(out, accelerator)
     results, used = [], 0
 
     def embed(dataset: IdentityDataset, name: str, flip: bool) -> tuple[Tensor, Tensor]:

@@ -163,6 +163,24 @@ def together(action: Callable[[], Returned], accelerator: Accelerator) -> Return
     return result  # type: ignore[return-value]
 
 
+def on_main(action: Callable[[], object], accelerator: Accelerator) -> None:
+    """Do something in one process; its UserError is raised in all; every rank must call it."""
+    together(lambda: action() if accelerator.is_main_process else None, accelerator)
+
+
+def claim_output(out: RunFolder, accelerator: Accelerator) -> None:
+    """Make a folder for results; UserError on every rank if it is in use or cannot be made; every rank must call it."""
+
+    def claim() -> None:
+        try:
+            out.check_free()
+            out.path.mkdir(parents=True, exist_ok=True)
+        except UserError as error:
+            raise UserError(str(error).split("; choose")[0] + "; choose another --output") from error
+
+    on_main(claim, accelerator)
+
+
 def raise_together(message: str | None, accelerator: Accelerator, stop: bool = False) -> None:
     """Raise the first rank's message as UserError on every rank, if any rank has one, else Preempted if any is to stop.
 

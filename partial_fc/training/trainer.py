@@ -41,7 +41,7 @@ from partial_fc.training.mixing import ExtraHeads, MixedIdentities, mixed
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import open_tasks
 from partial_fc.training.ranks import launcher_is_gone
-from partial_fc.training.results import describe_environment, evaluate_sets, raise_together, run_tasks, together, write_results
+from partial_fc.training.results import describe_environment, evaluate_sets, on_main, raise_together, run_tasks, together, write_results
 from partial_fc.training.run import DATA, RunFolder
 from partial_fc.training.schedules import build_schedules
 
@@ -143,13 +143,8 @@ class Trainer:
 
     def _start_backbone(self, weights: str | None) -> nn.Module:
         """The backbone with the weights that it starts from, on every rank or on none; it is counted, too."""
-        shape, built, message = self.data.train.image_shape, None, None
-        try:
-            built = self.config.backbone.build(shape, weights)
-        except UserError as error:
-            message = str(error)
-        raise_together(message, self.accelerator)
-        assert built is not None
+        shape = self.data.train.image_shape
+        built = together(lambda: self.config.backbone.build(shape, weights), self.accelerator)
         self.counts = count_backbone(built, shape)
         return built
 
@@ -207,13 +202,7 @@ class Trainer:
 
     def on_main(self, action: Callable[[], Any]) -> None:
         """Do something in one process; its UserError is raised in all."""
-        message = None
-        if self.main:
-            try:
-                action()
-            except UserError as error:
-                message = str(error)
-        raise_together(message, self.accelerator)
+        on_main(action, self.accelerator)
 
     def together(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The micro-batches that all ranks can use. A rank's UserError is raised on all; a micro-batch of which some rank could read
