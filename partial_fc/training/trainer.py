@@ -279,7 +279,8 @@ class Trainer:
         self._logged = (self.progress.waited, self._since)
         with bar:
             if self.progress.step and self.progress.evaluated != self.progress.step:  # an evaluation that was due may have been stopped
-                self._evaluate_and_save(False, epochs=None if self.progress.batches else self.progress.epoch)
+                epochs = None if self.progress.batches else self.progress.epoch
+                self._evaluate_and_save(False, epochs=epochs, last=epochs == config.train.epochs)
             for epoch in range(self.progress.epoch, config.train.epochs):
                 with naming_the_missing(f"a step of epoch {epoch + 1}"):  # in the reductions of the backbone's engine
                     self._epoch(epoch, bar)
