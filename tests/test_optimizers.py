@@ -190,6 +190,8 @@ def test_a_learning_rate_reaches_what_looks_ahead_after_loading():
         ("--schedule.every 2", "--schedule.every is 2.0, which has no effect with --schedule.shape cosine"),
         ("--schedule.shape multistep --schedule.milestones [8,4]", "each later than the one before"),
         ("--schedule.by epoch --schedule.warmup_epochs 0.5", "must be whole epochs"),
+        ("--schedule.warmup_epochs 2 --train.epochs 2", "--schedule.warmup_epochs is 2 of 2, so that the learning rate would rise until"),
+        ("--head_schedule.warmup_epochs 13", "--head_schedule.warmup_epochs is 13 of 12"),
         ("--schedule.final 2", "at most 1"),
         ("--schedule.drop -1", "--schedule.drop is -1.0; give at least 0"),
         ("--head_schedule.shape step", "--head_schedule.shape step needs --head_schedule.every"),
@@ -225,6 +227,15 @@ def test_schedules_by_step():
     assert [step(s) for s in (0, 14, 15, 29, 30)] == [1.0, 1.0, 0.5, 0.5, 0.25]
     multi = learning_rate_factor(ScheduleConfig("multistep", warmup_epochs=1, milestones=[2, 2.5]), 10, 4)
     assert [multi(s) for s in (4, 9, 10, 19, 20, 24, 25)] == pytest.approx([0.5, 1, 1, 1, 0.1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(1, 0.1), (4, 0.025), (20, 0.01)])
+def test_a_short_run_warms_up_for_a_tenth_of_it(epochs, expected):
+    """A run of one epoch would otherwise rise until it ends."""
+    factor = learning_rate_factor(ScheduleConfig(), 100, epochs)
+    assert [factor(s) for s in range(2)] == pytest.approx([expected, 2 * expected])
+    assert factor(min(100, 10 * epochs)) == 1.0
+    assert factor(100 * epochs - 1) < 0.01
 
 
 def test_schedules_by_epoch_stand_still_within_one():

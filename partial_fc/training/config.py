@@ -464,8 +464,8 @@ class RunConfig:
         if self.data.mix and (self.center.weight or self.head.replicas > 1 or self.train.deepspeed):
             raise UserError("--data.mix cannot be joined with center loss, --head.replicas or DeepSpeed; leave one of them out")
         self.optimizer.check()
-        self.schedule.check()
-        self.head_schedule.over(self.schedule).check("head_schedule")
+        self.schedule.check(self.train.epochs)
+        self.head_schedule.over(self.schedule).check(self.train.epochs, "head_schedule")
         try:  # what head and center loss themselves refuse
             replace(self.head, replicas=1).build(2, torch.ones(2), self.seed, torch.device("meta"))
             self.center.build(2, 2, self.seed, torch.device("meta"))

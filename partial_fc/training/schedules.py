@@ -32,8 +32,8 @@ class ScheduleConfig:
     """How it falls after warm-up: to zero (cosine, polynomial), by drops (step, multistep), or constant."""
     power: float = 2.0
     """Exponent of polynomial."""
-    warmup_epochs: float = 1.0
-    """Epochs over which it first rises linearly from zero; fractions count."""
+    warmup_epochs: float | None = None
+    """Epochs over which it first rises linearly from zero; fractions count. If not given, one, and at most a tenth of the run."""
     by: Literal["step", "epoch"] = "step"
     """Whether it moves with every optimizer step, or stands still within an epoch."""
     final: float = 0.0
@@ -45,11 +45,24 @@ class ScheduleConfig:
     milestones: list[float] | None = None
     """Epochs after which it drops, ascending; multistep only, which needs them."""
 
-    def check(self, name: str = "schedule") -> None:
-        """UserError for values that no schedule can have; `name` is what its settings are called after."""
+    def warmup(self, epochs: int) -> float:
+        """Epochs of warm-up in a run of that many; whole ones where it stands still within an epoch."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs
+        chosen = min(1.0, epochs / 10)
+        return chosen if self.by == "step" else round(chosen)
+
+    def check(self, epochs: int, name: str = "schedule") -> None:
+        """UserError for values that no schedule of a run of `epochs` can have; `name` is what its settings are called after."""
         for setting, least in (("power", 0.0), ("warmup_epochs", 0.0), ("final", 0.0), ("drop", 0.0)):
-            if not getattr(self, setting) >= least:
-                raise UserError(f"--{name}.{setting} is {getattr(self, setting)}; give at least {least:g}")
+            value = getattr(self, setting)
+            if value is not None and not value >= least:
+                raise UserError(f"--{name}.{setting} is {value}; give at least {least:g}")
+        if self.warmup(epochs) >= epochs:
+            raise UserError(
+                f"--{name}.warmup_epochs is {self.warmup(epochs):g} of {epochs}, so that the learning rate would rise until the run ends; "
+                "give fewer, or null for what suits the run"
+            )
         if self.final > 1:
             raise UserError(f"--{name}.final is {self.final}; give a share of at most 1")
         for setting, shape in (("every", "step"), ("milestones", "multistep")):
@@ -66,7 +79,7 @@ class ScheduleConfig:
         times = self.milestones or []
         if any(not b > a for a, b in zip([0.0, *times], times, strict=False)):
             raise UserError(f"--{name}.milestones are {times}; give epochs above 0, each later than the one before")
-        whole = [self.warmup_epochs, *([] if self.every is None else [self.every]), *times]
+        whole = [self.warmup(epochs), *([] if self.every is None else [self.every]), *times]
         if self.by == "epoch" and any(each != round(each) for each in whole):
             raise UserError(f"--{name}.by is epoch, so that warmup_epochs, every and milestones must be whole epochs")
 
@@ -103,7 +116,7 @@ class HeadScheduleConfig:
 def learning_rate_factor(config: ScheduleConfig, steps_per_epoch: int, epochs: int) -> Callable[[int], float]:
     """step -> factor of the largest learning rate."""
     per_epoch = steps_per_epoch if config.by == "step" else 1
-    warmup, total = round(config.warmup_epochs * per_epoch), per_epoch * epochs
+    warmup, total = round(config.warmup(epochs) * per_epoch), per_epoch * epochs
     drops = [round(each * per_epoch) for each in config.milestones or []]
     every = max(1, round((config.every or 0) * per_epoch))
 
