@@ -86,6 +86,11 @@ class AugmentConfig:
         """Whether images are mirrored at most, so that no pixel is computed of others."""
         return self.rotation == self.translation == self.shear == 0 and self.scale_min == self.scale_max == 1
 
+    def keeps_values(self) -> bool:
+        """Whether every pixel that is not moved stays as it is."""
+        blurs, erases = self.blur_probability > 0 and self.blur_sigma > 0, self.erase_probability > 0 and self.erase_size > 0
+        return not (blurs or erases or self.contrast > 0 or self.brightness > 0 or self.noise_std > 0)
+
 
 def to_float(images: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """A new float32 tensor in [-1, 1] (or `out`, of that shape): from uint8 0..255, or from floating images taken to be in [-1, 1]."""
@@ -107,6 +112,8 @@ def augment(
     uniform, noise = _draw(indices, seed, epoch, images[0].numel() if config.noise_std > 0 else 0)
     if config.keeps_pixels():
         out = to_float(_flip(images, uniform, config), out)
+        if config.keeps_values():
+            return out
     else:
         out = _affine(to_float(images, out), uniform, config)
     if config.blur_probability > 0 and config.blur_sigma > 0:
@@ -168,8 +175,11 @@ def _flip(images: torch.Tensor, uniform: FloatArray, config: AugmentConfig) -> t
     chosen = torch.from_numpy(np.flatnonzero(uniform[:, _FLIP] < config.flip_probability))
     if not len(chosen):
         return images
-    mirrored = images.index_select(0, chosen).flip(3)  # four times as fast as by images[chosen]
-    return images.index_copy(0, chosen, mirrored)
+    out = images.clone()
+    mirrored = images.index_select(0, chosen).flip(3)
+    for row, image in zip(chosen.tolist(), mirrored, strict=True):  # a quarter of the time of index_copy, which goes byte by byte
+        out[row] = image
+    return out
 
 
 def _affine(images: torch.Tensor, uniform: FloatArray, config: AugmentConfig) -> torch.Tensor:
