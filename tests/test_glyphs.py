@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
@@ -150,6 +151,23 @@ def test_nothing_held_out_is_trained_on(made):
     some = open_data(DataConfig(folder=str(made), identities=5), seed=1).train
     assert some.identity_names == splits.train.identity_names[:5]
     assert set(some.labels.tolist()) == set(range(5))
+
+
+def test_characters_of_few_designs_can_be_left_out(made):
+    whole = open_data(DataConfig(folder=str(made)), seed=0).train
+    counts = torch.bincount(whole.labels)
+    most = int(counts.max())
+    kept = (counts == most).nonzero().flatten().tolist()
+    assert 2 < len(kept) < len(counts)
+    filtered = open_data(DataConfig(folder=str(made), min_images=most, identities=len(kept) - 1), seed=0)
+    data = filtered.train
+    assert data.identity_names == [whole.identity_names[each] for each in kept[:-1]]
+    assert torch.bincount(data.labels).tolist() == [most] * (len(kept) - 1)
+    where = {whole.name_of(index): index for index in range(len(whole))}
+    assert all(torch.equal(data.load(index), whole.load(where[data.name_of(index)])) for index in range(len(data)))
+    assert filtered.label_map is not None and (filtered.label_map.labels >= 0).nonzero().flatten().tolist() == kept[:-1]
+    with pytest.raises(UserError, match=rf"{len(kept) + 1} identities were asked for, but there are {len(kept)} in the packed data set"):
+        open_data(DataConfig(folder=str(made), min_images=most, identities=len(kept) + 1), seed=0)
 
 
 def test_a_picture_is_the_outline_of_its_character(made, fonts):

@@ -26,6 +26,7 @@ import torch
 
 from partial_fc.training.data import DataConfig, DataSplits, IdentityDataset, enough
 from partial_fc.training.errors import UserError
+from partial_fc.training.labels import LabelMap, with_enough_images
 
 INDEX, IMAGES, LABELS, SOURCES = "packed.json", "images.npy", "labels.npy", "sources.npy"
 FORMAT = "partial_fc packed identities, 1"
@@ -40,27 +41,28 @@ def is_packed(folder: str | Path) -> bool:
 def open_packed(config: DataConfig) -> DataSplits:
     """The splits of the packed folder that `config` names; UserError for settings that do not fit it."""
     assert config.folder is not None
-    train = PackedIdentities(config.folder, "train", config.identities)
-    channels, _, width = train.image_shape
+    whole = PackedIdentities(config.folder, "train")
+    channels, _, width = whole.image_shape
     if config.image_size not in (None, width) or config.channels not in (None, channels):
         raise UserError(
             f"the images of {config.folder} have {width} pixels and {channels} channel(s); drop --data.image_size and --data.channels"
         )
-    if config.min_images > 1:
-        raise UserError(f"the packed data set {config.folder} was filtered when it was made; drop --data.min_images")
     if config.holdout_identities:
         raise UserError(f"the packed data set {config.folder} has its own held-out identities; drop --data.holdout_identities")
     held = read_index(config.folder)["held_out"]
     splits: list[PackedSplit] = ["seen", "new"] if held["identities"] and held["sources"] else ["seen"] if held["identities"] else []
-    return DataSplits(train, {split: PackedIdentities(config.folder, split) for split in splits})
+    kept = with_enough_images(range(whole.num_identities), whole.labels, config.min_images)
+    kept = kept[: enough(config.identities, len(kept), f"the packed data set {config.folder} (train)")]
+    evaluation: dict[str, IdentityDataset] = {split: PackedIdentities(config.folder, split) for split in splits}
+    return DataSplits(whole.select(kept), evaluation, LabelMap.of(whole.identity_names, whole.labels, kept))
 
 
 class PackedIdentities(IdentityDataset):
-    """One split of a packed folder; `identities` keeps the first so many of it, and more than there are raises UserError."""
+    """One split of a packed folder."""
 
     in_memory = True
 
-    def __init__(self, folder: str | Path, split: PackedSplit = "train", identities: int | None = None) -> None:
+    def __init__(self, folder: str | Path, split: PackedSplit = "train") -> None:
         self.folder = Path(folder)
         index = read_index(folder)
         arrays = (_open(self.folder, LABELS), _open(self.folder, SOURCES))
@@ -76,10 +78,9 @@ class PackedIdentities(IdentityDataset):
         if len(shape) != 4 or self._images.dtype != np.uint8 or not len(labels) == len(sources) == shape[0]:
             raise UserError(f"the packed data set {folder} is damaged: {IMAGES}, {LABELS} and {SOURCES} do not match; make it again")
         used = np.unique(labels[mine])
-        count = enough(identities, len(used), f"the packed data set {folder} ({split})")
-        self._rows = np.flatnonzero(mine & np.isin(labels, used[:count]))
+        self._rows = np.flatnonzero(mine)
         self.labels = torch.from_numpy(np.searchsorted(used, labels[self._rows]))
-        self.identity_names = [index["identities"][each] for each in used[:count].tolist()]
+        self.identity_names = [index["identities"][each] for each in used.tolist()]
         self.image_shape = (shape[1], shape[2], shape[3])
         self._sources, self._source_names = sources[self._rows], index["sources"]
 
@@ -96,6 +97,12 @@ class PackedIdentities(IdentityDataset):
 
     def files(self) -> Iterable[tuple[str, int]]:
         return [(name, (self.folder / name).stat().st_size) for name in (INDEX, IMAGES, LABELS, SOURCES)]
+
+    def select(self, identities: Sequence[int]) -> PackedIdentities:
+        """The data set of these identities alone, numbered anew in the order given."""
+        other, kept = self._of_identities(identities)
+        other._rows, other._sources = self._rows[kept.numpy()], self._sources[kept.numpy()]
+        return other
 
     def load(self, index: int) -> torch.Tensor:
         return torch.from_numpy(np.array(self._images[self._rows[index]]))

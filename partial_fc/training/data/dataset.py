@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from partial_fc.training.samplers import SamplerName, check_settings
 
 Format = Literal["auto", "folder", "list", "recordio", "webdataset", "parquet"]
 Pixels = npt.NDArray[np.uint8]
+Set = TypeVar("Set", bound="IdentityDataset")
 
 _LISTED = 1000  # a fingerprint names files up to so many, and has one digest of more
 
@@ -134,6 +135,19 @@ class IdentityDataset(ABC):
         """Image `index` into `out` uint8 [H, W, C], a place in a batch; raises UnreadableImage for a damaged file."""
         out[...] = self.load(index).permute(1, 2, 0).numpy()
 
+    def _of_identities(self: Set, identities: Sequence[int]) -> tuple[Set, torch.Tensor]:
+        """(a copy that has these identities alone, numbered anew in the order given; where its images are in this set, int64 [n'])."""
+        chosen = torch.tensor(list(identities), dtype=torch.int64)
+        place = torch.full((self.num_identities,), -1, dtype=torch.int64)
+        place[chosen] = torch.arange(len(chosen))
+        labels = place[self.labels]
+        kept = (labels >= 0).nonzero()[:, 0]
+        kept = kept[labels[kept].argsort(stable=True)]
+        other = copy.copy(self)
+        other.labels = labels[kept]
+        other.identity_names = [self.identity_names[identity] for identity in chosen.tolist()]
+        return other, kept
+
     def files(self) -> Iterable[tuple[str, int]]:
         """(name, bytes) of the files that the set is read from."""
         return ()
@@ -218,15 +232,7 @@ class EncodedIdentities(IdentityDataset):
 
     def select(self, identities: Sequence[int]) -> EncodedIdentities:
         """The data set of these identities alone, numbered anew in the order given; the images of each in the order of the files."""
-        chosen = torch.tensor(list(identities), dtype=torch.int64)
-        place = torch.full((self.num_identities,), -1, dtype=torch.int64)
-        place[chosen] = torch.arange(len(chosen))
-        labels = place[self.labels]
-        kept = (labels >= 0).nonzero()[:, 0]
-        kept = kept[labels[kept].argsort(stable=True)]
-        other = copy.copy(self)
-        other.labels = labels[kept]
-        other.identity_names = [self.identity_names[identity] for identity in chosen.tolist()]
+        other, kept = self._of_identities(identities)
         other._rows = kept if self._rows is None else self._rows[kept]
         return other
 
