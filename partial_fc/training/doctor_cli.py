@@ -49,7 +49,7 @@ def doctor_command(arguments: list[str]) -> int:
         config.output.folder = str(Path(folder) / "run")
         trainer = Unclaimed(config)
         trainer.loader.set_epoch(0)
-        batch = next(trainer.together(trainer.loader.iterate(0)), None)
+        batch = next(trainer.micro_batches.agreed(trainer.loader.iterate(0)), None)
         if batch is None:
             raise UserError("the first epoch has no batch that can be used; see data.folder and data.on_error")
         images, labels = (t[:MOST_IMAGES].to(trainer.accelerator.device) for t in (batch.images, batch.labels))

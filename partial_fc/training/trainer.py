@@ -15,19 +15,16 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from partial_fc import DivergenceWatch, PreemptionGuard, RandomState, gather, import_weights, naming_the_missing
-from partial_fc.shards import local_part
 from partial_fc.training.backbones.counts import count_backbone
-from partial_fc.training.config import RunConfig, flat, save_config
+from partial_fc.training.config import RunConfig, save_config
 from partial_fc.training.data import DataSplits, open_data
 from partial_fc.training.engine import make_accelerator, make_engine
 from partial_fc.training.errors import Preempted, UserError
@@ -37,32 +34,15 @@ from partial_fc.training.hardest import note_confusions
 from partial_fc.training.interval import check_metric, direction, figures_of, is_due, undisturbed
 from partial_fc.training.labels import LABELS, LabelMap
 from partial_fc.training.loader import Batch, BatchLoader, choose_workers
+from partial_fc.training.micro_batches import MicroBatches, Progress
 from partial_fc.training.mixing import ExtraHeads, MixedIdentities, mixed
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import open_tasks
 from partial_fc.training.ranks import launcher_is_gone
-from partial_fc.training.results import describe_environment, evaluate_sets, on_main, raise_together, run_tasks, together, write_results
+from partial_fc.training.results import describe_environment, evaluate_sets, on_main, run_tasks, together, write_results
 from partial_fc.training.run import DATA, RunFolder
 from partial_fc.training.schedules import build_schedules
-
-
-class Progress:
-    """How far a run is; part of its checkpoints.
-
-    epoch: epochs that are complete. step: optimizer steps. batches, taken: micro-batches of the epoch that were read, and of them those
-    that were trained on. left_out: micro-batches that were not, in all epochs: unreadable, or no whole step. seconds: of training. waited:
-    those of them that went by waiting for the loader of the first rank. evaluated: the step of the newest evaluation, -1 before one.
-    """
-
-    def __init__(self) -> None:
-        self.epoch, self.step, self.batches, self.taken, self.left_out, self.seconds, self.waited = 0, 0, 0, 0, 0, 0.0, 0.0
-        self.evaluated = -1
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+from partial_fc.training.step_log import StepLog
 
 
 class Trainer:
@@ -95,8 +75,12 @@ class Trainer:
         if not self.steps_per_epoch:
             raise UserError(f"{len(self.data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         self._build(resume)
-        self.progress, self._since, self._logged = Progress(), time.monotonic(), (0.0, time.monotonic())
-        self._stopping, self._saved = False, -1  # whether all ranks have agreed to stop; the step of the newest checkpoint
+        self.progress, self._since = Progress(), time.monotonic()
+        self._saved = -1  # the step of the newest checkpoint
+        self.micro_batches = MicroBatches(
+            self.loader, config.train.accumulation, self.progress, self.accelerator, self.folder, self.faults, self._asked_to_stop
+        )
+        self.log = StepLog(config, self.folder, self.accelerator, self.progress, self.steps_per_epoch)
         self._evaluated: tuple[int, list[Evaluation], list[Result]] | None = None  # the newest evaluation, and after which step it was
         self.checkpointer = self.folder.checkpointer(
             keep_last=config.train.keep_last,
@@ -204,50 +188,6 @@ class Trainer:
         """Do something in one process; its UserError is raised in all."""
         on_main(action, self.accelerator)
 
-    def together(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The micro-batches that all ranks can use. A rank's UserError is raised on all; a micro-batch of which some rank could read
-        fewer than two images (batch statistics need two) is left out by all, and counted. If a rank was asked to stop there are no more
-        from the end of a step on."""
-        while True:
-            self.faults.at("data", self.progress.step + 1)
-            batch, message, began = None, None, time.monotonic()
-            try:
-                batch = next(batches, None)
-            except UserError as error:
-                message = str(error)
-            self.progress.waited += time.monotonic() - began
-            batch = self.faults.spoil(batch, self.progress.epoch * len(self.loader) + self.progress.batches)
-            count, go_on = -2 if message else -1 if batch is None else len(batch.labels), int(not self._asked_to_stop())
-            if self.world > 1:
-                agreed = torch.tensor([count, go_on], device=self.accelerator.device)
-                with naming_the_missing("the agreement on the next micro-batch"):
-                    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-                count, go_on = agreed.tolist()
-            if count == -2:
-                raise_together(message, self.accelerator)
-            if not go_on and self.progress.taken % self.config.train.accumulation == 0:
-                self._stopping = True
-                return
-            if batch is None or count == -1:
-                return
-            self.folder.note_unreadable(batch.unreadable)
-            self.progress.batches += 1
-            if count >= 2:
-                self.progress.taken += 1
-                yield batch
-            else:
-                self.progress.left_out += 1
-
-    def _step_of(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The micro-batches of the next step; none at the end of an epoch, where those that make no whole step are left out, and counted:
-        their gradients would otherwise wait for the next epoch, and be missing from a checkpoint between the two."""
-        whole = list(islice(batches, self.config.train.accumulation))
-        if len(whole) == self.config.train.accumulation:
-            return whole
-        self.progress.taken -= len(whole)
-        self.progress.left_out += len(whole)
-        return []
-
     def _asked_to_stop(self) -> bool:
         """Whether this rank was: by a signal, or because its launcher has gone."""
         return self.guard.noted is not None or launcher_is_gone()
@@ -268,7 +208,7 @@ class Trainer:
     def train(self) -> None:
         """All epochs that are left; Preempted if a rank was asked to stop."""
         config = self.config
-        self.accelerator.init_trackers("tensorboard", config={k: v if v is not None else "none" for k, v in _scalars(config).items()})
+        self.log.begin()
         self.accelerator.print(f"backbone {config.backbone.name}: {self.counts}")
         total = self.steps_per_epoch * config.train.epochs
         taken, count = self.steps_per_epoch * config.train.batch_size, len(self.data.train)
@@ -276,7 +216,6 @@ class Trainer:
             self.accelerator.print(f"an epoch takes {taken:,} of {count:,} images, in whole steps, and leaves out others each time")
         bar = tqdm(total=total, initial=self.progress.step, unit="step", desc="training", disable=not self.main, mininterval=0.5)
         self._since = time.monotonic()
-        self._logged = (self.progress.waited, self._since)
         with bar:
             if self.progress.step and self.progress.evaluated != self.progress.step:  # an evaluation that was due may have been stopped
                 epochs = None if self.progress.batches else self.progress.epoch
@@ -284,9 +223,9 @@ class Trainer:
             for epoch in range(self.progress.epoch, config.train.epochs):
                 with naming_the_missing(f"a step of epoch {epoch + 1}"):  # in the reductions of the backbone's engine
                     self._epoch(epoch, bar)
-                if self._stopping:
+                if self.micro_batches.stopping:
                     self._leave()
-                self.progress.epoch, self.progress.batches, self.progress.taken = epoch + 1, 0, 0
+                self.progress.end_epoch()
                 last = epoch + 1 == config.train.epochs
                 self._evaluate_and_save(last or (epoch + 1) % config.train.checkpoint_every == 0, epochs=epoch + 1, last=last)
         self.checkpointer.wait()
@@ -300,23 +239,22 @@ class Trainer:
             self.extra.train()
         # closed however the epoch ends: a traceback would keep processes that load images waiting for it
         with closing(self.loader.iterate(self.progress.batches)) as own:
-            self._steps(self.together(own), epoch, bar)
+            self._steps(self.micro_batches.steps(own), epoch, bar)
 
-    def _steps(self, batches: Iterator[Batch], epoch: int, bar: Any) -> None:
-        micro_batches = self.steps_per_epoch * self.config.train.accumulation
-        while self.progress.taken < micro_batches and (whole := self._step_of(batches)):
-            self.head.collect_metrics = self._is_logged(self.progress.step + 1)
+    def _steps(self, steps: Iterator[list[Batch]], epoch: int, bar: Any) -> None:
+        every, accumulation = self.config.train.checkpoint_steps, self.config.train.accumulation
+        for whole in steps:
+            self.head.collect_metrics = self.log.is_due(self.progress.step + 1)
             for batch in whole:
                 with self.engine.accumulate():
                     losses, last = self._forward_backward(batch.to(self.accelerator.device))
                     norm = self._step() if last else None
             self.progress.step += 1
-            self._log(losses, norm)
+            self.log.step(losses, norm, self.head, float(self.schedules[0].get_last_lr()[0]))
             bar.update()
             if self.progress.step % self.config.output.log_every == 0:
                 bar.set_postfix(epoch=epoch + 1, loss=f"{float(losses['loss']):.3f}")
-            every = self.config.train.checkpoint_steps
-            if self.progress.taken < micro_batches:
+            if self.progress.taken < self.steps_per_epoch * accumulation:  # what is due at the end of an epoch is done there
                 self._evaluate_and_save(every is not None and self.progress.step % every == 0)
 
     def _forward_backward(self, batch: Batch) -> tuple[dict[str, Tensor], bool]:
@@ -348,39 +286,6 @@ class Trainer:
             self.watch.step(self.progress.step + 1)
         return norm
 
-    def _is_logged(self, step: int) -> bool:
-        return step == 1 or step % self.config.output.log_every == 0
-
-    def _log(self, losses: dict[str, Tensor], norm: Tensor | None) -> None:
-        step = self.progress.step
-        if not self._is_logged(step):
-            return
-        measured = {**losses, **self.head.metrics, **self._margin_state(), **({} if norm is None else {"grad_norm": norm})}
-        values = torch.stack([value.float() for value in measured.values()]).tolist()  # one wait for the device
-        row = {
-            "step": step,
-            "epoch": step / self.steps_per_epoch,
-            "learning_rate": float(self.schedules[0].get_last_lr()[0]),
-            "skipped_steps": self.head.skips,
-            "data_wait": self._data_wait(),
-            **dict(zip(measured, values, strict=True)),
-        }
-        if self.main:
-            self.folder.append_history(row)
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
-
-    def _data_wait(self) -> float:
-        """The share of the time since the last logged step in which this rank waited for its loader."""
-        (waited, since), now = self._logged, time.monotonic()
-        self._logged = (self.progress.waited, now)
-        return round((self.progress.waited - waited) / max(now - since, 1e-9), 4)
-
-    def _margin_state(self) -> dict[str, Tensor]:
-        """Single numbers that move with the margin, under its name: curricular_t, adaface_mean, adaface_std, sphereface2_offset."""
-        margin = self.head.margin
-        found = {name: local_part(value.detach()) for name, value in (*margin.named_buffers(), *margin.named_parameters())}
-        return {f"{self.config.head.margin}_{name}": value.reshape(()) for name, value in found.items() if value.numel() == 1}
-
     # ------------------------------------------------------------------------------------------------ evaluation and checkpoints
 
     def _evaluate_and_save(self, save: bool, *, epochs: int | None = None, last: bool = False) -> None:
@@ -393,9 +298,7 @@ class Trainer:
                     figures = figures_of(*self._measure(pictures=last))
             except Preempted:
                 self._leave()  # the resumed run evaluates first
-            if self.main:
-                self.folder.append_history({"step": step, "epoch": step / self.steps_per_epoch, **figures})
-            self.accelerator.log(figures, step=step)
+            self.log.figures(figures)
             self._since += time.monotonic() - before  # seconds are of training
             save = save or settings.best is not None
         if settings.best is not None and self._evaluated is not None and self._evaluated[0] == step:
@@ -497,7 +400,3 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.engine.close()
         self.accelerator.end_training()
-
-
-def _scalars(config: RunConfig) -> dict[str, Any]:
-    return {name: value if isinstance(value, int | float | str | bool | None) else str(value) for name, value in flat(config).items()}
