@@ -417,9 +417,17 @@ def test_models_of_transformers_get_the_output_stage(tmp_path):
         torch.testing.assert_close(model(images)[1:2], model(images[1:2]), atol=1e-4, rtol=1e-4)
     with pytest.raises(UserError, match="has no gradient checkpointing"):
         build_backbone(f"hf:{tmp_path / 'resnet'}", image_shape=(1, 32, 32), embedding_size=24, gradient_checkpointing=True)
-    saving = build_backbone(f"hf:{tmp_path / 'vit'}", image_shape=(1, 32, 32), embedding_size=24, gradient_checkpointing=True)
-    saving(images).square().sum().backward()
-    assert all(p.grad is not None for p in saving.parameters() if p.requires_grad)
+    for saving in (False, True):
+        model = build_backbone(f"hf:{tmp_path / 'vit'}", image_shape=(1, 32, 32), embedding_size=24, gradient_checkpointing=saving)
+        attentions = [module for module in model.modules() if type(module).__name__ == "ViTAttention"]
+        computed: list[object] = []
+        for module in attentions:
+            module.register_forward_hook(lambda module, *_, computed=computed: computed.append(module))
+        loss = model(images).square().sum()
+        assert computed == attentions and len(attentions) == 2
+        loss.backward()
+        assert computed == [*attentions, *(reversed(attentions) if saving else ())], "in the backward, the last block first"
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     with pytest.raises(UserError, match=r"'hf:nonsense' is neither a folder .*nothing is fetched"):
         build_backbone("hf:nonsense", image_shape=(1, 32, 32), embedding_size=24)
 
