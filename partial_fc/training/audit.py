@@ -40,8 +40,7 @@ from partial_fc.shards import initial_rows, local_part, shard_bounds
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset, UnreadableImage
 from partial_fc.training.errors import UserError
-from partial_fc.training.loader import BatchLoader
-from partial_fc.training.results import raise_together
+from partial_fc.training.results import once_through, raise_together
 from partial_fc.training.run import RunFolder
 
 NEIGHBOURS = 10  # of each class that are looked at: an identity stored under more names than that is told in several pairs
@@ -205,16 +204,7 @@ def _quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
 
 def _class_means(backbone: nn.Module, dataset: IdentityDataset, accelerator: Accelerator, config: RunConfig) -> tuple[CenterLoss, Tensor]:
     """Mean directions of the classes `[C, D]`, on the ranks as the head's rows are; the readable images of every class `[C]`."""
-    loader = BatchLoader(
-        dataset,
-        batch_size=config.evaluation.batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        shuffle=False,
-        drop_last=False,
-        workers=config.data.workers,
-        on_error=config.data.on_error,
-    )
+    loader = once_through(dataset, accelerator, config)
     images = torch.zeros(dataset.num_identities, dtype=torch.int64, device=accelerator.device)
     problem: list[str] = []
 

@@ -97,6 +97,20 @@ def sharing(accelerator: Accelerator, tile: int) -> dict[str, Any]:
     }
 
 
+def once_through(dataset: IdentityDataset, accelerator: Accelerator, config: RunConfig) -> BatchLoader:
+    """This rank's part of all images, each once, in their order and as they are."""
+    return BatchLoader(
+        dataset,
+        batch_size=config.evaluation.batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        shuffle=False,
+        drop_last=False,
+        workers=config.data.workers,
+        on_error=config.data.on_error,
+    )
+
+
 def embed_images(
     backbone: nn.Module,
     dataset: IdentityDataset,
@@ -112,16 +126,7 @@ def embed_images(
 
     flip: each is the sum of the embeddings of the image and of its mirror image. Unreadable images are noted in the folder, if any.
     """
-    loader = BatchLoader(
-        dataset,
-        batch_size=config.evaluation.batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        shuffle=False,
-        drop_last=False,
-        workers=config.data.workers,
-        on_error=config.data.on_error,
-    )
+    loader = once_through(dataset, accelerator, config)
     device = accelerator.device
     parts: list[Tensor] = [torch.empty(0, config.backbone.embedding_size)]
     indices: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
