@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from forked import finish, fork
 from PIL import Image
-from test_training import finish, launch
 
 from partial_fc import PartialFC
 from partial_fc.shards import local_part
@@ -118,7 +118,7 @@ def test_two_ranks_find_the_same(trained, hardly_trained, tmp_path):
     for run in (trained / "run", hardly_trained):
         one, two = tmp_path / f"{run.name}-one", tmp_path / f"{run.name}-two"
         assert main(["audit", str(run), "--output", str(one)]) == 0
-        code, _, err = finish(launch("audit", str(run), "--output", str(two)))
+        code, _, err = finish(fork("audit", str(run), "--output", str(two)))
         assert code == 0, err[-3000:]
         for name in ("duplicates.csv", "never_updated.csv", "drift.csv"):
             a, b = table(one / name), table(two / name)
@@ -217,7 +217,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(trained, tmp_path, capsys, kin
 @pytest.mark.parametrize("kind", ["other classes", *(pytest.param(k, marks=pytest.mark.slow) for k in ("unreadable", "folder in use"))])
 def test_of_two_ranks_one_speaks_and_both_end(trained, tmp_path, kind):
     arguments, told = mistake(kind, trained, tmp_path)
-    code, _, err = finish(launch("audit", *arguments))
+    code, _, err = finish(fork("audit", *arguments))
     assert code != 0
     lines = [line for line in err.splitlines() if line.startswith("partial-fc: error: ")]
     assert len(lines) == 1 and told in lines[0], err[-3000:]

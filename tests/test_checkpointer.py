@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import resource
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from runner import forking
 from torch import Tensor, nn
 
 import partial_fc.checkpointer
@@ -390,8 +390,7 @@ def save_until(folder: str, kill_at: int, asynchronous: bool, report: Any) -> No
 
 def kill_points(folder: Path, points: Callable[[int], list[int]], asynchronous: bool) -> tuple[int, dict[str, int]]:
     """(how many points there are, what was found after kills at some of them: name of the newest step -> how often)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "partial_fc"])
+    context = forking()
     template = folder / "template"
     Checkpointer(template).save(1, head=head_of(1.0))
     report = context.Queue()
@@ -457,8 +456,7 @@ def save_for_ever(rank: int, world: int, folder: str, store: str) -> None:
 @pytest.mark.timeout(1500)
 def test_ranks_killed_at_random_moments(tmp_path, capsys):
     """Two ranks that save without pause; one of them is killed at a random moment, then the other; the newest is whole each time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "partial_fc"])
+    context = forking()
     folder, generator, steps = tmp_path / "run", random.Random(0), [0]
     for trial in range(60):
         store = str(tmp_path / f"store-{trial}")

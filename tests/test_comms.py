@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from forked import finish, fork
 
 from partial_fc import PartialFC, RowOptimizer, clip_grad_norm_, costs
 from partial_fc import collectives as head_collectives
@@ -191,12 +189,9 @@ def test_the_command_in_one_process(capsys):
 
 
 def test_the_command_of_a_run_on_two_ranks():
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml", "-m", "partial_fc"]
-    command += ["comms", "configs/quickstart.yaml", "--train.accumulation", "2", "--repeats", "2", "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    code, out, err = finish(fork("comms", "configs/quickstart.yaml", "--train.accumulation", "2", "--repeats", "2", "--json"))
+    assert code == 0, out + err
+    found = json.loads(out)
     arguments = found["arguments"]
     assert (arguments["num_classes"], arguments["batch_size"], arguments["embedding_size"]) == (1000, 128, 128)
     assert found["ranks"] == 2 and found["nodes"] == 1 and found["backbone_seconds"] > 0 and found["head_rows"] == 500

@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 import torch
@@ -56,7 +57,7 @@ def alone(tiny: Path) -> list[tuple[float, ...]]:
 def undisturbed(tiny: Path) -> list[tuple[float, ...]]:
     """The history of two ranks that nothing happens to."""
     out = tiny.parent / "undisturbed"
-    succeed(by_hand(tiny, out), **ports())
+    forked.succeed("train", str(tiny), "--output.folder", str(out))
     history = tell_tale(out)
     assert [row[0] for row in history] == list(range(1, STEPS + 1))
     return history
@@ -153,7 +154,7 @@ def test_asked_on_one_rank_all_save(tiny, undisturbed, tmp_path):
     assert err.count("partial-fc: stopped after step 5 (asked on another rank), which is saved") == 1, "rank 0 speaks"
     assert can_be_used(environment["MASTER_PORT"])
     assert RunFolder(out).checkpointer().steps()[-1] == 5
-    assert "resuming after epoch 1, step 5" in succeed(by_hand(tiny, out), **ports())
+    assert "resuming after epoch 1, step 5" in forked.succeed("train", "--resume", str(out))
     assert tell_tale(out) == undisturbed
 
 
@@ -237,7 +238,7 @@ def test_killed_in_backward_and_started_again(tiny, undisturbed, tmp_path):
     out = tmp_path / "run"
     logged, saved = killed(tiny, out, "kill:backward@step=6,rank=1")
     assert (logged, saved) == (5, 4)
-    told = succeed(by_hand(tiny, out), **ports())
+    told = forked.succeed("train", "--resume", str(out))
     assert "resuming after epoch 1, step 4" in told and "1 steps that were logged after it are computed again" in told
     assert tell_tale(out) == undisturbed
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launched import finish, logged, start, succeed
+from forked import finish, fork, succeed
+from launched import logged
 from PIL import Image
 from test_training import image_folder
 
@@ -27,7 +28,6 @@ from partial_fc.training.run import RunFolder
 from partial_fc.training.trainer import Trainer
 
 EVERYTHING = ["verification", "templates", "identification", "retrieval"]
-LAUNCHER = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "partial_fc"]
 
 
 class Evil:
@@ -287,27 +287,24 @@ def test_the_commands_give_what_the_run_gave(files, evaluated, tmp_path, capsys)
     assert not list(evaluated.glob("verify-*")), "a mistake leaves no folder behind"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_two_ranks_give_what_one_gives_and_refuse_alike(files, evaluated, tmp_path):
     """Each command on two ranks; a hostile file is refused by both, in one line, and its payload does not run."""
     alone = {each["name"]: each for each in json.loads((evaluated / "metrics.json").read_text())["protocols"]}
     names = {"verify": "lfw", "retrieve": "shop", "templates": "ijb", "identify": "mega"}
     for command, name in names.items():
-        succeed([*LAUNCHER, *commands(files, evaluated)[command], "--output", str(tmp_path / command), "--tile", "5"])
+        succeed(*commands(files, evaluated)[command], "--output", str(tmp_path / command), "--tile", "5")
         found = json.loads((tmp_path / command / "metrics.json").read_text())["protocols"][0]
         assert found["counts"] == alone[name]["counts"]
         assert found["figures"] == pytest.approx(alone[name]["figures"])
-    code, _, err = finish(start([*LAUNCHER, "verify", str(evaluated), str(files / "evil.bin"), "--output", str(tmp_path / "evil")]))
+    code, _, err = finish(fork("verify", str(evaluated), str(files / "evil.bin"), "--output", str(tmp_path / "evil")))
     assert code != 0 and err.count("partial-fc: error:") == 1 and "posix.system" in err
     assert not (tmp_path / "evil").exists() and not list(Path().rglob("marker-of-a-payload"))
 
 
-@pytest.mark.slow
 def test_a_run_on_two_ranks_is_the_same_with_and_without_evaluation(files, tmp_path):
-    succeed([*LAUNCHER, "train", *settings(files, tmp_path / "plain", **{"train.epochs": 2})])
+    succeed("train", *settings(files, tmp_path / "plain", **{"train.epochs": 2}))
     every = {"evaluation.every_steps": 1, "evaluation.best": "shop/mAP", "train.epochs": 2}
-    out = succeed([*LAUNCHER, "train", *settings(files, tmp_path / "evaluated", **protocols(files), **every)])
+    out = succeed("train", *settings(files, tmp_path / "evaluated", **protocols(files), **every))
     (losses, _), (others, figures) = rows(tmp_path / "plain"), rows(tmp_path / "evaluated")
     assert losses == others and len(losses) == 4
     assert [row["step"] for row in figures] == [1, 2, 3, 4]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from runner import free_port
+from runner import forking, free_port
 from torch import Tensor, nn
 
 import partial_fc.missing
@@ -52,7 +51,7 @@ def set_timeout(seconds: float, group: dist.ProcessGroup | None = None) -> None:
 
 def answers(world: int, function: Callable[..., Any], *arguments: Any, silent: tuple[int, ...] = ()) -> dict[int, Any]:
     """What `function(rank, world, *arguments)` returned on each rank but the silent ones, in processes of their own."""
-    context, port = multiprocessing.get_context("spawn"), free_port()
+    context, port = forking(), free_port()
     pipes, processes = [], []
     try:
         for rank in range(world):
@@ -273,7 +272,7 @@ def test_a_named_error_passes_and_processes_are_known(ranks):
 
 def test_the_state_of_processes_is_seen(tmp_path):
     """Of one that was stopped, one that has ended, and one whose number another process has now."""
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     process = context.Process(target=time.sleep, args=(600,))
     process.start()
     store = dist.FileStore(str(tmp_path / "store"), 1)

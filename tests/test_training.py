@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import yaml
+from forked import finish, fork, succeed
 from PIL import Image
 
 from partial_fc.centers import CenterLoss
@@ -43,36 +43,6 @@ from partial_fc.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data.identities", "60", "--train.batch_size", "64", "--output.log_every", "1"]
-
-
-def launch(*arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
-    command += ["--num_processes", str(ranks), "-m", "partial_fc", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL of the launcher and of its ranks, which have sessions of their own."""
-    launcher = psutil.Process(process.pid)
-    for each in [launcher, *launcher.children(recursive=True)]:
-        each.kill()
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        kill(process)
-        out, err = process.communicate()
-        raise AssertionError(f"no end within {timeout} s:\n{out[-2000:]}\n{err[-4000:]}") from None
-    return process.returncode, out, err
-
-
-def succeed(*arguments: str, ranks: int = 2, timeout: float = 120) -> str:
-    code, out, err = finish(launch(*arguments, ranks=ranks), timeout)
-    assert code == 0, f"exit code {code}\n{out[-2000:]}\n{err[-4000:]}"
-    return out
 
 
 def history(folder: Path) -> list[dict[str, float]]:
@@ -311,7 +281,7 @@ def test_a_traceback_is_shown_when_asked_for(tmp_path, capsys):
 
 
 def test_only_one_rank_speaks(tmp_path):
-    code, _, err = finish(launch(*bad_run(tmp_path, "missing data")[0]))
+    code, _, err = finish(fork(*bad_run(tmp_path, "missing data")[0]))
     assert code != 0
     assert err.count("partial-fc: error:") == 1
 
@@ -462,13 +432,12 @@ def test_centers_move_once_a_step_by_all_micro_batches_and_not_when_it_is_skippe
 def test_a_killed_run_goes_on_exactly(run, tmp_path, settings, seen):
     """SIGKILL of all processes after some checkpoint; the resumed run logs the losses of the undisturbed one."""
     folder = tmp_path / "run"
-    process = launch("train", "configs/quickstart.yaml", "--output.folder", str(folder), *RUN, *settings)
+    process = fork("train", "configs/quickstart.yaml", "--output.folder", str(folder), *RUN, *settings)
     deadline = time.monotonic() + 100
     while not (folder / f"checkpoints/step-{seen:09d}/manifest.json").exists():
         assert process.poll() is None and time.monotonic() < deadline, "no such checkpoint"
         time.sleep(0.02)
-    kill(process)
-    process.communicate()
+    process.kill()
     out = succeed("train", "--resume", str(folder))
     assert re.search(r"resuming after epoch [1-5]", out)
     assert history(folder) == history(run)
@@ -524,7 +493,7 @@ def test_folder_training_skips_or_refuses_unreadable_images(tmp_path):
     metrics = json.loads((tmp_path / "skip/metrics.json").read_text())
     assert metrics["training"]["identities"] == 5 and metrics["evaluations"][0]["identities"] == 3
     assert metrics["training"]["unreadable_images"] == 2
-    code, _, err = finish(launch(*arguments, "--output.folder", str(tmp_path / "refuse"), "--data.on_error", "raise"))
+    code, _, err = finish(fork(*arguments, "--output.folder", str(tmp_path / "refuse"), "--data.on_error", "raise"))
     assert code != 0
     assert err.count("partial-fc: error:") == 1
     assert "0.png" in err

@@ -113,6 +113,26 @@ def test_every_engine_gives_the_losses_of_ddp_and_goes_on_exactly(plain, tmp_pat
         assert "<td>DDP</td>" in (as_ddp / "report.html").read_text()
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_a_mixed_run_is_alike_in_ddp_and_fsdp2_and_goes_on_exactly(tmp_path):
+    mix = ["--data.mix", json.dumps([{"name": "other", "weight": 0.5, "identities": 30, "m": 0.3}]), *RUN]
+    runs = {"ddp": TORCHRUN, "fsdp2": accelerate(tmp_path, **FSDP2)}
+    for name, launcher in runs.items():
+        train(launcher, "configs/quickstart.yaml", "--output.folder", str(tmp_path / name), *mix)
+    steps = len(losses(tmp_path / "ddp"))
+    assert steps == 60 * 10 // 40
+    for key in ("loss", "loss_main", "loss_other", "grad_norm"):
+        found = {name: [row[key] for row in RunFolder(tmp_path / name).history()] for name in runs}
+        assert found["fsdp2"] == pytest.approx(found["ddp"], rel=2e-5), key
+    for name, launcher in runs.items():
+        resumed = tmp_path / f"{name}_resumed"
+        shutil.copytree(tmp_path / name, resumed)
+        shutil.rmtree(resumed / f"checkpoints/step-{steps:09d}")
+        train(launcher, "--resume", str(resumed))
+        assert logged(resumed) == logged(tmp_path / name)
+
+
 def settings_for(config: dict[str, object], **train: object) -> dict[str, object]:
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
     _set_deepspeed(SimpleNamespace(state=state, num_processes=4), TrainConfig(**train))  # type: ignore[arg-type]
