@@ -9,6 +9,7 @@ test_readme.py. When a rank ends badly the others get SIGTERM, and the exit code
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -52,9 +53,10 @@ class Forked:
         for rank in range(ranks):
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
             variables = environment(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in names.items()}, **more)
-            process = context.Process(target=_rank, args=(list(arguments), variables, *map(str, self.paths)), daemon=True)
+            process = context.Process(target=_rank, args=(list(arguments), variables, *map(str, self.paths)))
             process.start()
             self.processes.append(process)
+        atexit.register(self.kill)  # no daemons: those may not start processes that load images
 
     def poll(self) -> int | None:
         """The exit code, None while a rank runs; what an ended rank leaves others waiting for is ended here, too."""
