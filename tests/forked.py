@@ -1,6 +1,7 @@
 """Ranks of the application without the seconds that a start of each takes: forked off one process that has imported everything.
 
     process = fork("train", "configs/quickstart.yaml", ..., ranks=2)        like a launcher started with that command
+    process = fork("examples/ddp.py", "2")                                  the same of a script
     code, out, err = finish(process)
 
 What a rank does is what `torchrun -m partial_fc` lets it do; the launchers themselves are tested in test_launch.py, test_crashes.py and
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -36,10 +38,15 @@ def _rank(arguments: list[str], variables: dict[str, str], out: str, err: str) -
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     import torch
 
-    from partial_fc.training.cli import main
-
     torch.set_num_threads(1)
-    sys.exit(main(arguments))
+    if arguments[0].endswith(".py"):
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).parent))
+        runpy.run_path(arguments[0], run_name="__main__")
+    else:
+        from partial_fc.training.cli import main
+
+        sys.exit(main(arguments))
 
 
 class Forked:
@@ -52,7 +59,10 @@ class Forked:
         self.processes: list[ForkServerProcess] = []
         for rank in range(ranks):
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-            variables = environment(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in names.items()}, **more)
+            torchrun = {"MASTER_ADDR": "127.0.0.1", **{name: str(each) for name, each in names.items()}}
+            if arguments[0].endswith(".py"):  # the application asks by this one whether its launcher still lives
+                torchrun["TORCHELASTIC_RUN_ID"] = "forked"
+            variables = environment(**torchrun, **more)
             process = context.Process(target=_rank, args=(list(arguments), variables, *map(str, self.paths)))
             process.start()
             self.processes.append(process)
@@ -90,7 +100,7 @@ class Forked:
 
 
 def fork(*arguments: str, ranks: int = 2, **more: str) -> Forked:
-    """`partial-fc` with these arguments on so many ranks; `more` variables of the environment."""
+    """`partial-fc`, or a script of the project, with these arguments on so many ranks; `more` variables of the environment."""
     return Forked(arguments, ranks, more)
 
 

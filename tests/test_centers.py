@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from common import local, message_of
+from forked import finish, fork
 from oracle import DenseAdamW, DenseSGD, Loss
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -749,10 +747,8 @@ def test_compiled_centers_fall_back_without_an_error():
 @pytest.mark.slow
 def test_the_example_learns():
     assert len((ROOT / "examples/center_loss.py").read_text().splitlines()) <= 60
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "examples/center_loss.py", "2"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-3000:]
-    (ce, distance), (ce_after, distance_after) = (map(float, re.findall(r" (\d+\.\d+)", line)) for line in result.stdout.splitlines())
-    assert ce_after < min(ce - 0.3, 5.6), result.stdout  # chance is 6.9
-    assert distance_after < 0.8 * distance, result.stdout
+    code, out, err = finish(fork("examples/center_loss.py", "2"))
+    assert code == 0, err[-3000:]
+    (ce, distance), (ce_after, distance_after) = (map(float, re.findall(r" (\d+\.\d+)", line)) for line in out.splitlines())
+    assert ce_after < min(ce - 0.3, 5.6), out  # chance is 6.9
+    assert distance_after < 0.8 * distance, out

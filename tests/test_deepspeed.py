@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engine_reference import ACCUMULATION, CLASSES, CLIP, MARGIN, SCALE, SGD, STEPS, D, dense_run, error, make_backbone, share
+from forked import succeed
 from torch import Tensor
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer, load_checkpoint
@@ -313,9 +313,6 @@ def test_through_accelerate_the_weights_are_the_same(ranks, stage):
 def test_the_examples_learn(example):
     name, stage = example.split()
     assert len((ROOT / "examples" / name).read_text().splitlines()) <= 60
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", f"examples/{name}", stage, "6", "60"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
-    assert result.returncode == 0, result.stderr[-3000:]
-    first, *_, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", result.stdout))
-    assert last < 0.9 * first, result.stdout
+    out = succeed(f"examples/{name}", stage, "6", "60", timeout=150)
+    first, *_, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", out))
+    assert last < 0.9 * first, out

@@ -118,6 +118,7 @@ def test_the_nodes_are_apart(nodes):
         listener.communicate()
 
 
+@pytest.mark.slow
 def test_torchrun_with_a_copy_of_the_classes_on_each_node(nodes, tiny, alone):
     """A rank a node: every one holds all classes, and the gradient of the rows crosses the cable."""
     out = tiny.parent / "torchrun"
