@@ -153,7 +153,7 @@ def test_the_description_names_the_run(run, tmp_path):
     assert str(tmp_path) not in json.dumps(said)
 
 
-@pytest.mark.parametrize(("name", "size"), [("small", 112), ("iresnet18", 32), ("iresnet18", 112)])
+@pytest.mark.parametrize(("name", "size"), [("small", 112), ("iresnet18", 32), pytest.param("iresnet18", 112, marks=pytest.mark.slow)])
 def test_every_backbone_exports(name, size, data, tmp_path):
     run = folder_run(tmp_path / "run", data, "--backbone.name", name, "--data.image_size", str(size))
     made = export_backbone(run)

@@ -124,7 +124,7 @@ def test_a_mixed_run_is_alike_in_ddp_and_fsdp2_and_goes_on_exactly(tmp_path):
     assert steps == 60 * 10 // 40
     for key in ("loss", "loss_main", "loss_other", "grad_norm"):
         found = {name: [row[key] for row in RunFolder(tmp_path / name).history()] for name in runs}
-        assert found["fsdp2"] == pytest.approx(found["ddp"], rel=2e-5), key
+        assert found["fsdp2"] == pytest.approx(found["ddp"], rel=1e-4), key
     for name, launcher in runs.items():
         resumed = tmp_path / f"{name}_resumed"
         shutil.copytree(tmp_path / name, resumed)
