@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
+from runner import forking
 from torch import Tensor
 
 from partial_fc import CurricularFace, ElasticFace, Margin, SubCenterArcFace, check_margin
@@ -48,6 +51,14 @@ class Fails(Margin):
         raise KeyError("the reason")
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that are forked, not started anew."""
+    context = forking()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("margin", [Own(), CurricularFace(16.0), SubCenterArcFace()])
 def test_right_margins_pass(margin, capsys):
     check_margin(margin, worlds=(2,))
@@ -59,6 +70,7 @@ def test_at_all_worlds(capsys):
     assert "on 1, 2, 3 ranks" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("margin", "worlds", "message"),
     [
@@ -74,6 +86,7 @@ def test_mistakes_are_found(margin, worlds, message):
         assert "1 ranks" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_failing_rank_and_a_wrong_argument_say_what():
     with pytest.raises((RuntimeError, KeyError), match="the reason"):
         check_margin(Fails(), worlds=(2,))
