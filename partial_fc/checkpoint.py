@@ -20,7 +20,6 @@ import contextlib
 import io
 import os
 import pickle
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from partial_fc.agreement import on_every_rank, on_first_rank
 from partial_fc.locks import FolderLock
-from partial_fc.manifest import damage, new_data_folder, publish, read_manifest, writing
+from partial_fc.manifest import damage, discard, new_data_folder, publish, read_manifest, writing
 from partial_fc.shards import local_part
 from partial_fc.storage import RowBlocks, RowSource, SafeReader, read, splits_by_rows, stream, write
 
@@ -263,11 +262,9 @@ def write_checkpoint(
         write(data, state, group)
         on_first_rank(lambda: publish(folder, data, {"names": names, **(note or {})}), group)
     except BaseException:
-        # what is there is of no use, and a full disk wants the space; another rank's error has come to rank 0, too
+        # another rank's error has come to rank 0, too
         if not dist.is_initialized() or dist.get_rank(group) == 0:
-            shutil.rmtree(data, ignore_errors=True)
-            with contextlib.suppress(OSError):  # it holds an earlier checkpoint
-                folder.rmdir()
+            discard(folder, data)
         raise
 
 

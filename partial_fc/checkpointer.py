@@ -77,6 +77,7 @@ class Checkpointer:
         self.asynchronous = asynchronous
         self._lock = FolderLock(self.folder)
         self._own: set[int] = set()  # steps that this object wrote or found
+        self._damaged: set[int] = set()  # newer ones than it found, which were passed over: they are in nobody's way
         self._copies: dict[str, Tensor] = {}
         self._writer: _Writer | None = None
         limit = None if timeout is None else datetime.timedelta(seconds=timeout)
@@ -106,6 +107,7 @@ class Checkpointer:
                 problem = error
             if problem is None:
                 self._own.update(s for s in steps if s <= step)
+                self._damaged = {s for s in steps if s > step}
                 return self.path(step)
             log.warning("%s; passed over", problem)
         return None
@@ -188,7 +190,7 @@ class Checkpointer:
         if step < 0:
             raise ValueError(f"step must be at least 0, not {step}")
         self._claim()
-        others = [s for s in self.steps() if s >= step and s not in self._own]
+        others = [s for s in self.steps() if s >= step and s not in self._own | self._damaged]
         if others:
             raise FileExistsError(
                 f"{self.folder} holds a checkpoint of step {others[-1]}, which this run did not write, and step {step} is to be saved; "
@@ -218,8 +220,15 @@ class Checkpointer:
     def _ranked(self, steps: list[int]) -> list[int]:
         """Those of the steps that have a metric, the best one last."""
         sign = 1 if self.best == "max" else -1
-        metrics = [(read_manifest(self.path(s)).get("metric"), s) for s in steps]
+        metrics = [(self._metric(s), s) for s in steps]
         return [s for _, s in sorted((sign * metric, s) for metric, s in metrics if metric is not None)]
+
+    def _metric(self, step: int) -> float | None:
+        try:
+            metric: float | None = read_manifest(self.path(step)).get("metric")
+        except (OSError, ValueError):  # a damaged one is no reason to lose the save that asks
+            return None
+        return metric
 
     # ------------------------------------------------------------------------------------------------ the copy
 

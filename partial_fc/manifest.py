@@ -61,6 +61,21 @@ def publish(folder: Path, data: Path, note: dict[str, Any]) -> None:
             shutil.rmtree(old, ignore_errors=True)  # the new one is in place; a busy old one is no failure
 
 
+def discard(folder: Path, data: Path) -> None:
+    """Remove the data of a save that failed, since a full disk wants the space; but not if they have been published: then a rank was lost
+    between that and the agreement on it, and they are the checkpoint, the only one there may be."""
+    try:
+        published = json.loads((folder / MANIFEST).read_text())["data"] == data.name
+    except FileNotFoundError:
+        published = False
+    except (OSError, ValueError, KeyError, TypeError):
+        published = True  # nobody knows, and nothing is lost by keeping them
+    if not published:
+        shutil.rmtree(data, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds an earlier checkpoint
+            folder.rmdir()
+
+
 def _files(data: Path) -> dict[str, int]:
     """The size of each file of a data folder; OSError if another rank has written where this one does not see it."""
     metadata = SafeReader(data).read_metadata()

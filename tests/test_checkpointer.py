@@ -83,6 +83,50 @@ def test_one_that_is_not_whole_is_passed_over(tmp_path, caplog):
     assert f"{shard} has" in caplog.text and "passed over" in caplog.text
 
 
+def test_one_that_is_not_whole_is_in_nobodys_way(tmp_path):
+    """A run that goes on from an older one comes to the step again; the damaged one counts among neither the newest nor the best."""
+    checkpointer = Checkpointer(tmp_path)
+    for step in (1, 2, 4):
+        checkpointer.save(step, metric=step, head=head_of(step))
+    checkpointer.release()
+    shutil.rmtree(next((tmp_path / "step-000000001").glob("data-*")))
+    for step in (2, 4):
+        shard = next((tmp_path / f"step-{step:09d}").glob("data-*/*.distcp"))
+        if step == 4:
+            shard.unlink()
+    again = Checkpointer(tmp_path, keep_last=2, keep_best=1)
+    assert again.load(head=head_of(0)) == 2
+    again.save(3, metric=0, head=head_of(3))
+    again.save(4, metric=0, head=head_of(40))
+    head = head_of(0)
+    assert Checkpointer(tmp_path).load(head=head) == 4 and values(head) == {40}
+    assert set(again.steps()) >= {2, 3, 4} and again.best_so_far() == again.path(2)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_checkpoint_is_kept_if_a_rank_is_lost_after_it_was_published(tmp_path, monkeypatch, before):
+    """The save fails on the ranks that are left; what it has replaced is gone, so that it must not go, too."""
+    if before:
+        save_checkpoint(tmp_path / "one", head=head_of(1))
+    agree = partial_fc.checkpoint.on_first_rank
+    calls: list[Any] = []
+
+    def lose_a_rank(action: Callable[[], Any], group: Any = None) -> Any:
+        result = agree(action, group)
+        calls.append(result)
+        if result is None and (tmp_path / "one/manifest.json").exists() and len(calls) > 2:
+            raise RuntimeError("a rank was lost")
+        return result
+
+    monkeypatch.setattr(partial_fc.checkpoint, "on_first_rank", lose_a_rank)
+    with pytest.raises(RuntimeError, match="a rank was lost"):
+        save_checkpoint(tmp_path / "one", head=head_of(2))
+    monkeypatch.undo()
+    head = head_of(0)
+    load_checkpoint(tmp_path / "one", head=head)
+    assert values(head) == {2}
+
+
 def test_arguments(tmp_path):
     with pytest.raises(ValueError, match="keep_last must be at least 1"):
         Checkpointer(tmp_path, keep_last=0)
