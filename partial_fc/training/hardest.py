@@ -80,7 +80,7 @@ def _hardest(hardness: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor, ke
 
 def _merged(before: Tensor, tile: Tensor, i: int, j: int, identity: Tensor, kept: int) -> Tensor:
     """The `kept` hardest of those before and of a tile whose corner is (i, j), of each two identities one: float64 [3, at most kept]."""
-    both = torch.cat((before, tile + torch.tensor([[0.0], [i], [j]])), dim=1)
+    both = torch.cat((before, tile + torch.tensor([[0], [i], [j]], dtype=torch.float64)), dim=1)
     both = both[:, both[0].argsort(descending=True, stable=True)]
     one, other = identity.cpu()[both[1:].long()]  # numbered from 0 in rising order
     first = np.unique((one * len(identity) + other).numpy(), return_index=True)[1]
