@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations_with_replacement, islice
 from pathlib import Path
 from typing import Any
@@ -135,12 +135,14 @@ def note_hardest(
     if not accelerator.is_main_process:
         return
     chosen = {"genuine": sorted(genuine), "impostor": sorted(impostor, key=lambda pair: (-pair[0], *pair[1:]))}
-    shown = {
-        kind: [_pictured(dataset, cosine, int(indices[a]), int(indices[b])) for cosine, a, b in spread(pairs, labels)]
-        for kind, pairs in chosen.items()
-    }
+    shown = {kind: [(cosine, int(indices[a]), int(indices[b])) for cosine, a, b in spread(pairs, labels)] for kind, pairs in chosen.items()}
+    note_pairs(folder, name, dataset, shown)
+
+
+def note_pairs(folder: Path, name: str, dataset: IdentityDataset, pairs: Mapping[str, Sequence[Pair]]) -> None:
+    """Add "genuine" and "impostor" pairs of images of a data set to pictures.json; one process calls it."""
     pictures = read_pictures(folder)
-    pictures["sets"][name] = shown
+    pictures["sets"][name] = {kind: [_pictured(dataset, *pair) for pair in of_kind] for kind, of_kind in pairs.items()}
     (folder / PICTURES).write_text(json.dumps(pictures))
 
 

@@ -7,8 +7,8 @@ checkpoints/         step-000000120/ ..., the newest few
 history.jsonl        a line every few steps: step, epoch, loss, target_angle (radians), learning_rate, ...; and one an evaluation
 unreadable.txt       images that could not be read, if any
 tensorboard/         or what other trackers write
-metrics.json         verification and identification
-curves.json          the same with ROC curves and histograms, for `partial-fc report`
+metrics.json         verification, identification, protocols
+curves.json          the same with their curves and histograms, a list, for `partial-fc report`
 pictures.json        the hardest pairs and the nearest classes, as pictures
 plots/  report.html  to look at
 """
@@ -175,10 +175,12 @@ def check_can_be_made(path: Path, what: str) -> None:
         raise UserError(f"{what} cannot be made: {above} is not a folder that can be written to")
 
 
-def check_new_file(path: Path, setting: str, endings: Sequence[str]) -> None:
+def check_new_file(path: Path, setting: str, endings: Sequence[str] = ()) -> None:
     """UserError unless `path`, of a setting, has one of the endings and can be written (over); folders above it may be missing."""
-    if path.suffix not in endings or path.is_dir():
+    if endings and path.suffix not in endings:
         raise UserError(f"{setting} {path}: give the name of a file that ends with {' or '.join(endings)}")
+    if path.is_dir():
+        raise UserError(f"{setting} {path} is a folder; give the name of a file")
     try:
         check_can_be_made(path.absolute().parent, f"{setting} {path}")
     except OSError as error:

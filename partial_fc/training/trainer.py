@@ -321,7 +321,7 @@ class Trainer:
         if self._evaluated is None or self._evaluated[0] != self.progress.step:
             backbone, settings = self.engine.whole_backbone(), (self.accelerator, self.config, self.folder)
             evaluations = evaluate_sets(backbone, self.data.evaluation, *settings, self._asked_to_stop, pictures=pictures)
-            results = run_tasks(backbone, self.tasks, *settings, self._asked_to_stop)
+            results = run_tasks(backbone, self.tasks, *settings, self._asked_to_stop, pictures=pictures)
             self._evaluated, self.progress.evaluated = (self.progress.step, evaluations, results), self.progress.step
         return self._evaluated[1:]
 
