@@ -25,23 +25,40 @@ def cloud() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(9, 6, generator=generator)[labels] + torch.randn(70, 6, generator=generator), labels
 
 
-@pytest.mark.parametrize(("world", "tile", "kept"), [(1, 1000, 20), (1, 16, 20), (3, 16, 20), (2, 7, 3000)])
-def test_hardest_pairs_are_those_of_all_pairs(world, tile, kept):
+@pytest.mark.parametrize(("world", "tile", "kept"), [(1, 1000, 20), (1, 16, 20), (3, 16, 20), (2, 7, 3000), (1, 1000, 3), (3, 16, 3)])
+def test_hardest_pairs_are_those_of_each_two_identities(world, tile, kept):
     embeddings, labels = cloud()
     unit = embeddings.double().numpy()
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     every = [(float(unit[i] @ unit[j]), i, j) for i in range(70) for j in range(i + 1, 70)]
     expected = (
-        sorted(pair for pair in every if labels[pair[1]] == labels[pair[2]]),
-        sorted((pair for pair in every if labels[pair[1]] != labels[pair[2]]), reverse=True),
+        spread(sorted(pair for pair in every if labels[pair[1]] == labels[pair[2]]), labels, kept),
+        spread(sorted((pair for pair in every if labels[pair[1]] != labels[pair[2]]), reverse=True), labels, kept),
     )
     parts = [hardest_pairs(embeddings, labels, tile=tile, rank=rank, world=world, kept=kept) for rank in range(world)]
     for kind, reverse in ((0, False), (1, True)):
-        found = sorted((pair for part in parts for pair in part[kind]), reverse=reverse)[:kept]
-        wanted = expected[kind][:kept]
-        assert len(found) == len(wanted) == min(kept, len(expected[kind]))
+        found = spread(sorted((pair for part in parts for pair in part[kind]), reverse=reverse), labels, kept)
+        wanted = expected[kind]
+        assert len(found) == len(wanted) == min(kept, (9, 36)[kind])
         assert [pair[1:] for pair in found] == [pair[1:] for pair in wanted]
         assert [pair[0] for pair in found] == pytest.approx([pair[0] for pair in wanted], abs=1e-5)
+        assert all(len(part[kind]) == len(spread(part[kind], labels, kept)) for part in parts), "one of each two identities"
+
+
+@pytest.mark.parametrize(("world", "tile"), [(1, 1000), (2, 30)])
+def test_a_person_that_is_stored_twice_takes_one_place(world, tile):
+    """400 pairs of all but equal images, more than are kept, hide no others."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.cat((torch.arange(2).repeat_interleave(20), torch.arange(2, 12).repeat_interleave(2)))
+    centres = torch.randn(12, 8, generator=generator)
+    centres[1] = centres[0]
+    embeddings = centres[labels] + 0.01 * torch.randn(len(labels), 8, generator=generator)
+    parts = [hardest_pairs(embeddings, labels, tile=tile, rank=rank, world=world)[1] for rank in range(world)]
+    found = spread(sorted((pair for part in parts for pair in part), reverse=True), labels)
+    assert len(found) == 12
+    assert [sorted(labels[list(pair[1:])].tolist()) for pair in found].count([0, 1]) == 1
+    alike = torch.ones(40, 3)  # a collapsed backbone: all pairs are equally hard
+    assert [len(each) for each in hardest_pairs(alike, labels[:40], tile=tile)] == [2, 1]
 
 
 def test_a_pair_an_identity_is_shown():

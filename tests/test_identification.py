@@ -91,7 +91,10 @@ def test_figures_are_those_of_loops(signs, tile):
     assert (result.figures["dir@1e-1"], result.figures["dir@1e-2"]) == (pytest.approx(opened[0.1]), opened[0.01])
     assert opened[0.01] is None and 0 < opened[0.1] < closed[1] < closed[20]  # type: ignore[operator]
     assert result.counts == {"mated probes": 90, "other probes": 70, "identities": 40, "distractors": 60}
-    assert result.curve[0] == (1, closed[1]) and len(result.curve) == 100
+    assert result.curves["cmc"][0] == (1, closed[1]) and len(result.curves["cmc"]) == 100
+    fpirs = [fpir for fpir, _ in result.curves["dir"]]
+    assert fpirs == sorted(set(fpirs)) and fpirs[0] > 0 and result.curves["dir"][-1] == (1, closed[1])
+    assert [dir for _, dir in result.curves["dir"]] == pytest.approx(list(by_loops(case, (), tuple(fpirs))[1].values()))
 
 
 def test_without_distractors_and_with_a_threshold_that_holds_what_it_says():
@@ -100,7 +103,7 @@ def test_without_distractors_and_with_a_threshold_that_holds_what_it_says():
     del case["distractors"], case["distractor_labels"]
     alone = identify_embeddings(**case, name="gallery alone")
     assert alone.figures["rank-1"] > with_them.figures["rank-1"]  # type: ignore[operator]
-    assert alone.counts["distractors"] == 0 and len(alone.curve) == 40 and alone.curve[-1] == (40, 1)
+    assert alone.counts["distractors"] == 0 and len(alone.curves["cmc"]) == 40 and alone.curves["cmc"][-1] == (40, 1)
     gallery, probes = (torch.nn.functional.normalize(case[name], dim=1) for name in ("gallery", "probes"))
     mated = torch.isin(case["probe_labels"], case["gallery_labels"])
     top = (probes[~mated] @ gallery.T).amax(1)

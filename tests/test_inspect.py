@@ -89,3 +89,22 @@ def test_the_command_prints_and_draws(tmp_path, capsys):
     assert "train.rec#1 = train.rec#3" in out
     with Image.open(io.BytesIO((tmp_path / "counts.png").read_bytes())) as image:
         assert image.format == "PNG"
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_a_plot_is_made_with_its_folder_and_is_the_same_each_time(tmp_path, ending):
+    source = data_files.insightface(tmp_path / "set", CONTENT).parent
+    for name in "ab":
+        assert main(["data", "inspect", str(source), "--plot", str(tmp_path / name / f"counts.{ending}")]) == 0
+    first, second = ((tmp_path / name / f"counts.{ending}").read_bytes() for name in "ab")
+    assert len(first) > 1000
+    if ending != "svg":  # ids in an SVG are drawn
+        assert first == second
+
+
+def test_a_plot_that_cannot_be_made_is_said_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for plot, message in (("x.jpg", "ends with .png or .svg or .pdf"), ("x", "ends with"), ("file/x.png", "is not a folder")):
+        assert main(["data", "inspect", str(tmp_path / "nothing"), "--plot", str(tmp_path / plot)]) == 2
+        err = capsys.readouterr().err.splitlines()
+        assert len(err) == 1 and message in err[0] and "--plot" in err[0]

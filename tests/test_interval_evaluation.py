@@ -171,6 +171,13 @@ def test_every_protocol_has_its_figures_in_history_metrics_and_report(evaluated)
     page = (evaluated / "report.html").read_text()
     for part in ("lfw", "verification", "mAP", "Evaluation during training", f"at step {best['step']}; its checkpoint is kept"):
         assert part in page, part
+    for part in ("Hardest genuine pairs: lfw", "Hardest impostor pairs: lfw", "rank-1 100.00 %", "accuracy, lfw"):
+        assert part in page, part
+    pairs = json.loads((evaluated / "pictures.json").read_text())["sets"]["lfw"]
+    assert {kind: len(of_kind) for kind, of_kind in pairs.items()} == {"genuine": 10, "impostor": 10}
+    assert all(image["uri"] for of_kind in pairs.values() for pair in of_kind for image in pair["images"])
+    for name in ("roc", "histograms", "dir", "cmc"):
+        assert (evaluated / f"plots/{name}.png").is_file()
     checkpointer = RunFolder(evaluated).checkpointer()
     assert checkpointer.steps() == sorted({best["step"], 8})
     assert checkpointer.best_so_far() == checkpointer.path(best["step"])
@@ -274,7 +281,9 @@ def test_the_commands_give_what_the_run_gave(files, evaluated, tmp_path, capsys)
         first = metrics["protocols"][0]
         assert first["counts"] == last[names[command]]["counts"]
         assert first["figures"] == pytest.approx(last[names[command]]["figures"])
-        assert (tmp_path / command / "report.html").stat().st_size > 1000
+        plots = {"verify": 2, "templates": 2, "identify": 2, "retrieve": 1}[command]
+        pairs = 39 if command == "verify" else 0  # of lfw 20, of damaged all but one
+        assert (tmp_path / command / "report.html").read_text().count("<img ") == plots + 2 * pairs
         out = capsys.readouterr().out
         assert first["name"] in out and "look at" in out
         if command == "verify":
@@ -324,8 +333,14 @@ def test_embeddings_from_elsewhere(ending, files, tmp_path, capsys):
         from safetensors.numpy import save_file
 
         save_file({"rows": rows}, file)
-    assert main(["verify", str(file), str(files / "lfw.bin"), "--output", str(tmp_path / "out")]) == 0
-    found = json.loads((tmp_path / "out/metrics.json").read_text())["protocols"][0]
+    assert main(["verify", str(file), str(files / "lfw.bin")]) == 0
+    out = tmp_path / "rows-verify-lfw"
+    assert f"look at {out / 'report.html'}" in capsys.readouterr().out
+    found = json.loads((out / "metrics.json").read_text())["protocols"][0]
+    page = (out / "report.html").read_text()
+    assert page.count("<img ") == 2 and "lfw</span> (verification)" in page and "Configuration" not in page
+    assert main(["verify", str(file), str(files / "lfw.bin")]) == 2
+    assert "is in use; choose another --output" in capsys.readouterr().err
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     cosines, same = (unit[::2] * unit[1::2]).sum(1), np.arange(20) % 2 == 1
     allowed = np.sort(cosines[~same])[-2]  # one of ten impostors may pass
@@ -335,6 +350,7 @@ def test_embeddings_from_elsewhere(ending, files, tmp_path, capsys):
             np.save(tmp_path / "few.npy", rows[:10])
         assert main(commands(files, tmp_path / "few.npy" if command == "identify" else file)[command]) == 2
         assert expected in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["rows-verify-lfw"], "a mistake leaves no folder behind"
 
 
 def test_mistakes_are_one_line(files, evaluated, tmp_path, capsys):

@@ -107,7 +107,7 @@ def test_report_holds_every_figure(tmp_path: Path, evaluations: list[Evaluation]
         assert f"± {100 * result.accuracy_std:.2f}" in text
     # FAR 1e-4 and 1e-5 of the first set, all but none of the second (252 impostor pairs): a dash each.
     assert len(re.findall("<td>—</td>", page)) == sum(tar is None for e in evaluations for tar in e.tar.values()) == 6
-    for part in ("4321", "head", "margin", "1, 0.5, 0", "groups.0.lr", "2.13.0", "1,234 images/s", "990", "63.6°"):
+    for part in ("4,321", "head", "margin", "1, 0.5, 0", "groups.0.lr", "2.13.0", "1,234 images/s", "990", "63.6°"):
         assert part in text, part
 
 

@@ -496,6 +496,34 @@ def test_folder_training_skips_or_refuses_unreadable_images(tmp_path):
     assert "0.png" in err
 
 
+def test_a_run_that_reads_no_image_fails_and_goes_on_when_they_are_there(tmp_path, capsys):
+    data, away = image_folder(tmp_path / "data", 8, 4), tmp_path / "away"
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{path.relative_to(tmp_path)} {path.parent.name}\n" for path in sorted(data.glob("*/*.png"))))
+    data.rename(away)
+    run = tmp_path / "run"
+    arguments = ["train", *FOLDER_RUN, "--data.folder", str(listed), "--output.folder", str(run)]
+    assert main(arguments) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(err) == 1 and "32 of 32 images of epoch 1 could not be read, the first of them data/id" in err[0]
+    assert f"--resume {run}" in err[0] and not (run / "report.html").exists()
+    away.rename(data)
+    for path in sorted(data.glob("*/*.png"))[:4]:
+        path.write_bytes(b"this is no picture")
+    assert main(["train", "--resume", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("4 of 32 images of epoch 1 could not be read") == 1 and "of epoch 2" not in out
+
+
+def test_ranks_that_read_no_image_fail_alike(tmp_path):
+    data = image_folder(tmp_path / "data", 8, 8, damaged=8)
+    for path in data.glob("*/[1-7].png"):
+        path.write_bytes(b"")
+    code, _, err = finish(fork("train", *FOLDER_RUN, "--data.folder", str(data), "--output.folder", str(tmp_path / "run")))
+    assert code != 0
+    assert err.count("partial-fc: error: 64 of 64 images of epoch 1 could not be read, the first of them ") == 1
+
+
 # ---------------------------------------------------------------------------------------------------- example and results
 
 

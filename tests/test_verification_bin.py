@@ -85,7 +85,7 @@ def test_accuracy_is_that_of_the_published_rule_and_tar_that_of_scikit_learn():
     assert result.figures["eer"] == pytest.approx((false_accepts[crossing] + 1 - true_accepts[crossing]) / 2, abs=0.02)
     assert 0.5 < result.figures["accuracy"] < 1
     assert result.counts == {"pairs": 203, "genuine": int(same.sum()), "impostor": int((~same).sum()), "left out": 0}
-    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["curve"][-1] == [1, 1]
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["curves"]["roc"][-1] == [1, 1]
 
 
 @pytest.mark.parametrize("count", [10, 19, 203])
@@ -110,6 +110,22 @@ def test_of_equally_good_thresholds_the_smallest_is_tested():
     assert result.figures["accuracy"] == pytest.approx((9 + 0.5) / 10)
     assert verify_embeddings(torch.tensor(rows[:36]), torch.tensor(same[:18]), name="x").figures["accuracy"] == 1
     assert verify_embeddings(torch.tensor(rows[:12]), torch.tensor(same[:6]), name="x").figures["accuracy"] is None
+
+
+def test_the_hardest_pairs_are_those_of_sorted_cosines():
+    embeddings, same = torch.randn(60, 8, generator=torch.Generator().manual_seed(2)), torch.arange(30) % 2 == 0
+    readable = torch.ones(60, dtype=torch.bool)
+    readable[5] = False
+    found = verify_embeddings(embeddings, same, name="x", readable=readable).hardest
+    unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
+    every = [(float(unit[2 * i] @ unit[2 * i + 1]), 2 * i, 2 * i + 1) for i in range(30) if i != 2]
+    wanted = {
+        "genuine": sorted(pair for pair in every if same[pair[1] // 2])[:12],
+        "impostor": sorted((pair for pair in every if not same[pair[1] // 2]), reverse=True)[:12],
+    }
+    for kind, pairs in wanted.items():
+        assert [pair[1:] for pair in found[kind]] == [pair[1:] for pair in pairs]
+        assert [pair[0] for pair in found[kind]] == pytest.approx([pair[0] for pair in pairs])
 
 
 def test_shares_of_ranks_add_up_to_one_rank():

@@ -1,9 +1,11 @@
 """Runs side by side: `partial-fc report RUN RUN ...` makes one page of what differs and how they did.
 
 RUN/config.yaml                  ── settings by their dotted names ──>  those in which the runs differ
-RUN/metrics.json                 ── every number, by set ──>            a table, a column a run, the best marked where it is known which is
-RUN/curves.json, history.jsonl   ── overlaid ──>                        ROC of each set, training curves
+RUN/metrics.json                 ── every number, by set ──>            a table a set or protocol's result, a column a run, the best marked
+RUN/curves.json, history.jsonl   ── overlaid ──>                        ROC, CMC and DIR of each set, training, evaluations during it
   -> one HTML file, without script and external resources
+
+A folder of an evaluation has no settings and no history: the rest is laid side by side.
 """
 
 from __future__ import annotations
@@ -22,41 +24,67 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
-from partial_fc.training.report import DASH, figure_cell, flatten
-from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder
+from partial_fc.training.interval import split_history
+from partial_fc.training.protocols.result import Result
+from partial_fc.training.report import DASH, figure_cell, flatten, is_share, leaves
+from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder, check_new_file
 
-HIGHER = ("accuracy", "rank1", "images_per_second")  # of these the largest is the best
-LOWER = ("eer",)
 OVERLAID = {"loss": "loss", "target_angle": "angle to the own class", "accuracy": "accuracy in training", "learning_rate": "learning rate"}
+
+
+PLOTTED = {  # curve of a Result -> what it is
+    "roc": "share of genuine pairs accepted over the share of impostor pairs accepted",
+    "dir": "share of probes found at their own identity, over the share of strangers' probes that find anybody",
+    "cmc": "share of probes or queries of which a right image is among the first k",
+}
 
 
 @dataclass
 class Run:
-    """What a run folder says."""
+    """What a run folder says. tables: figures of each evaluation set and protocol's result; evaluated: rows of evaluations in training."""
 
     name: str
     settings: dict[str, str]
-    evaluations: dict[str, dict[str, Any]]
+    tables: dict[str, dict[str, Any]]
     others: dict[str, Any]
-    curves: list[Evaluation]
+    curves: list[Evaluation | Result]
     history: list[dict[str, float]]
+    evaluated: list[dict[str, float]]
 
 
 def read_run(path: str, name: str) -> Run:
-    """UserError for a folder that is no run, or whose files are damaged. A run that is not finished has no figures."""
+    """UserError for a folder of neither run nor evaluation, or whose files are damaged. A run that is not finished has no figures."""
     folder = RunFolder(path)
-    folder.check_run()
+    if not (folder.path / METRICS).is_file():
+        folder.check_run()
     try:
-        settings = dict(flatten(yaml.safe_load((folder.path / CONFIG).read_text()) or {}))
+        settings = dict(flatten(yaml.safe_load((folder.path / CONFIG).read_text()) or {})) if (folder.path / CONFIG).is_file() else {}
         metrics = json.loads((folder.path / METRICS).read_text()) if (folder.path / METRICS).is_file() else {}
         curves = json.loads((folder.path / CURVES).read_text()) if (folder.path / CURVES).is_file() else []
-        evaluations = {each["name"]: each for each in metrics.get("evaluations", [])}
-        known = {field.name for field in fields(Evaluation)}
-        of_sets = [Evaluation(**{key: value for key, value in each.items() if key in known}) for each in curves]
-        others = {key: value for key, value in metrics.items() if key != "evaluations"}
-        return Run(name, settings, evaluations, others, of_sets, folder.history())
+        tables = {each["name"]: each for each in metrics.get("evaluations", [])}
+        tables |= {f"{each['name']} ({each['protocol']})": _result_table(each) for each in metrics.get("protocols", [])}
+        others = {key: value for key, value in metrics.items() if key not in ("evaluations", "protocols", "during_training")}
+        during = metrics.get("during_training") or {"best": None}
+        if during["best"] is not None:
+            best = during["best"]
+            others["best during training"] = {best["metric"]: best["value"], f"step of {best['metric']}": best["step"]}
+        history, evaluated = split_history(folder.history())
+        return Run(name, settings, tables, others, [_curve(each) for each in curves], history, evaluated or during.get("rows", []))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"the run {path} cannot be read ({type(error).__name__}: {error}); leave it out, or evaluate it again") from error
+
+
+def _result_table(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of one `protocols.Result.to_dict()`."""
+    thresholds = {f"thresholds.{key}": cosine for key, cosine in result["thresholds"].items() if cosine is not None}
+    notes = {"notes": " ".join(result["notes"])} if result["notes"] else {}
+    return {**result["counts"], **result["figures"], **thresholds, **notes}
+
+
+def _curve(found: dict[str, Any]) -> Evaluation | Result:
+    kind = Result if "protocol" in found else Evaluation
+    known = {field.name for field in fields(kind)}
+    return kind(**{key: value for key, value in found.items() if key in known})
 
 
 def run_names(paths: Sequence[str]) -> list[str]:
@@ -85,10 +113,9 @@ def write_comparison(runs: Sequence[Run], path: Path) -> None:
 
 
 def _tables(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """A table an evaluation set, then one of everything else that was measured."""
-    sets = list(dict.fromkeys(name for run in runs for name in run.evaluations))
-    for name in sets:
-        yield {"name": name, "rows": list(_rows([run.evaluations.get(name, {}) for run in runs], skip=("name",)))}
+    """A table an evaluation set and protocol's result, then one of everything else that was measured."""
+    for name in dict.fromkeys(name for run in runs for name in run.tables):
+        yield {"name": name, "rows": list(_rows([run.tables.get(name, {}) for run in runs], skip=("name",)))}
     rows = list(_rows([run.others for run in runs]))
     if rows:
         yield {"name": "everything else", "rows": rows}
@@ -96,51 +123,67 @@ def _tables(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
 
 def _rows(columns: Sequence[Mapping[str, Any]], skip: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """A row a dotted key that any column has: its cells as text, and which of them is the best."""
-    leaves = [dict(_leaves({key: value for key, value in column.items() if key not in skip})) for column in columns]
-    for key in dict.fromkeys(key for column in leaves for key in column):
-        values = [column.get(key) for column in leaves]
+    found = [dict(leaves({key: value for key, value in column.items() if key not in skip})) for column in columns]
+    for key in dict.fromkeys(key for column in found for key in column if key):
+        values = [column.get(key) for column in found]
         numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-        short = key.rsplit(".", 1)[-1]
-        best = None
-        if len(set(numbers)) > 1 and len(numbers) > 1:
-            best = max(numbers) if key.startswith("tar.") or short in HIGHER else min(numbers) if short in LOWER else None
-        cells = [
-            {"text": DASH if value is None else figure_cell(key, value), "best": value is not None and value == best} for value in values
-        ]
-        yield {"key": key, "cells": cells}
+        texts = [DASH if value is None else figure_cell(key, value) for value in values]
+        best = _best(key, numbers) if len(numbers) > 1 else None
+        marked = None if best is None or len(set(texts) - {DASH}) == 1 else figure_cell(key, best)  # equal as far as it is told
+        yield {"key": key, "cells": [{"text": text, "best": text == marked} for text in texts]}
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
+def _best(key: str, numbers: Sequence[float]) -> float | None:
+    """Of figures the largest, of error rates the smallest; None where it is not known which is better."""
+    figure = key.rsplit(".", 1)[-1].rsplit("/", 1)[-1]
+    if figure == "eer":
+        return min(numbers)
+    better = figure == "images_per_second" or (is_share(key) and figure != "data_wait" and not figure.endswith("_std"))
+    return max(numbers) if better else None
 
 
 def _differing(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Settings that not all runs have alike; folders of evaluations, which have none, have dashes."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     rows = [{"key": key, "cells": [run.settings.get(key, DASH) for run in runs]} for key in keys]
-    return [row for row in rows if len(set(row["cells"])) > 1]
+    return [row for row in rows if len({cell for cell, run in zip(row["cells"], runs, strict=True) if run.settings}) > 1]
 
 
 def _plots(runs: Sequence[Run]) -> list[dict[str, str]]:
-    from partial_fc.training.plots import plot_overlaid, plot_roc
+    from partial_fc.training.plots import plot_cmc, plot_dir, plot_overlaid, plot_roc
 
     found = []
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "plot.png"
-        for name in dict.fromkeys(each.name for run in runs for each in run.curves):
-            curves = [replace(each, name=run.name) for run in runs for each in run.curves if each.name == name]
-            plot_roc(picture, curves)
-            found.append(
-                {"caption": f"{name}: share of genuine pairs accepted over the share of impostor pairs accepted.", "uri": _uri(picture)}
-            )
+
+        def add(caption: str) -> None:
+            found.append({"caption": caption, "uri": _uri(picture)})
+
+        for kind, name in dict.fromkeys((type(each), each.name) for run in runs for each in run.curves):
+            of_set = [replace(each, name=run.name) for run in runs for each in run.curves if (type(each), each.name) == (kind, name)]
+            for curve, plot in (("roc", plot_roc), ("dir", plot_dir), ("cmc", plot_cmc)):
+                drawn: list[Any] = [each for each in of_set if curve in (("roc",) if isinstance(each, Evaluation) else each.curves)]
+                if drawn:
+                    plot(picture, drawn)
+                    add(f"{name}: {PLOTTED[curve]}.")
         for key, title in OVERLAID.items():
             rows = {run.name: run.history for run in runs if any(key in row for row in run.history)}
             if rows:
-                plot_overlaid(picture, rows, key, title)
-                found.append({"caption": f"{title}, over optimiser steps.", "uri": _uri(picture)})
+                plot_overlaid(picture, rows, {key: title})
+                add(f"{title}, over optimiser steps.")
+        for name, figures in _evaluated_figures(runs).items():
+            rows = {run.name: run.evaluated for run in runs if any(key in row for row in run.evaluated for key in figures)}
+            plot_overlaid(picture, rows, figures)
+            add(f"{name}, evaluated during training, over optimiser steps.")
+    return found
+
+
+def _evaluated_figures(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    """set -> {"set/figure": "figure"}, of all that was evaluated during training."""
+    found: dict[str, dict[str, str]] = {}
+    for key in dict.fromkeys(key for run in runs for row in run.evaluated for key in row if "/" in key and not key.endswith("_std")):
+        name, figure = key.rsplit("/", 1)
+        found.setdefault(name, {})[key] = figure
     return found
 
 
@@ -162,8 +205,8 @@ def report_command(arguments: list[str]) -> None:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     asked = parser.parse_args(arguments)
     output = Path(asked.output)
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; give a file, such as {output / 'comparison.html'}")
+    check_new_file(output, "--output")
     runs = [read_run(path, name) for path, name in zip(asked.runs, run_names(asked.runs), strict=True)]
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_comparison(runs, output)
     print(f"{len(runs)} runs are on {output}")

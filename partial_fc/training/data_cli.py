@@ -9,9 +9,10 @@ from typing import NoReturn, get_args
 
 from partial_fc.training.data import EncodedIdentities, Format, open_source
 from partial_fc.training.data.convert import FORMATS, PART, convert
-from partial_fc.training.data.survey import plot_counts, survey
+from partial_fc.training.data.survey import PLOT_ENDINGS, plot_counts, survey
 from partial_fc.training.errors import UserError
 from partial_fc.training.glyphs_cli import glyphs_command
+from partial_fc.training.run import check_new_file
 
 USAGE = """usage: partial-fc data COMMAND ...
 
@@ -40,15 +41,21 @@ def data_command(arguments: list[str]) -> int:
 def inspect_command(arguments: list[str]) -> None:
     """`partial-fc data inspect SOURCE`: counts, sizes, what is unreadable, double or missing; a histogram, if asked for."""
     parser = _source_parser("inspect", "What is in a data set, and what is wrong with it; every picture is read.")
-    parser.add_argument("--plot", default=None, metavar="FILE", help="where to draw the histogram of images an identity, as PNG")
+    parser.add_argument(
+        "--plot", default=None, metavar="FILE", help="where to draw the histogram of images an identity: .png, .svg or .pdf"
+    )
     parser.add_argument("--headers", action="store_true", help="read the headers of pictures alone, and decode none: quicker")
     asked = parser.parse_args(arguments)
+    plot = None if asked.plot is None else Path(asked.plot)
+    if plot is not None:
+        check_new_file(plot, "--plot", list(PLOT_ENDINGS))
     dataset = _open(asked)
     found = survey(dataset, decode=not asked.headers)
     print(found.summary())
-    if asked.plot is not None:
-        plot_counts(Path(asked.plot), found, Path(asked.source).name)
-        print(f"\nhistogram of images an identity: {asked.plot}")
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot_counts(plot, found, Path(asked.source).name)
+        print(f"\nhistogram of images an identity: {plot}")
 
 
 def convert_command(arguments: list[str]) -> None:

@@ -133,10 +133,10 @@ class PairHistograms:
         edges = torch.searchsorted(-far, -wanted * (1 + 1e-9)).unique()
         return [(float(far[edge]), float(tar[edge])) for edge in edges.flip(0) if far[edge] > 0]
 
-    def curves(self) -> tuple[list[int], list[int]]:
-        """Genuine and impostor pair counts in `CURVE_BINS` equal bins over [-1, 1]."""
+    def curves(self) -> dict[str, list[int]]:
+        """ "genuine" and "impostor" pair counts in `CURVE_BINS` equal bins over [-1, 1]."""
         genuine, impostor = self.counts.sum(1).view(2, CURVE_BINS, -1).sum(-1).tolist()
-        return genuine, impostor
+        return {"genuine": genuine, "impostor": impostor}
 
 
 @dataclass
@@ -214,7 +214,7 @@ def evaluate_embeddings(
         pairs, hits_probes = PairHistograms(reduce(pairs.counts)), reduce(hits_probes)
     hits, probes = hits_probes.tolist()
     accuracy, deviation = pairs.accuracy() or (None, None)
-    genuine, impostor = pairs.curves()
+    histograms = pairs.curves()
     return Evaluation(
         name=name,
         images=len(labels),
@@ -229,8 +229,8 @@ def evaluate_embeddings(
         rank1=hits / probes,
         probes=probes,
         roc=pairs.roc(),
-        genuine_histogram=genuine,
-        impostor_histogram=impostor,
+        genuine_histogram=histograms["genuine"],
+        impostor_histogram=histograms["impostor"],
     )
 
 

@@ -1,7 +1,7 @@
 """What to look at after a run: the hardest pairs of each evaluation set and the classes that are nearest to each other, as pictures.
 
-    embeddings [n, D] of a set, on every rank ── tiles of all pairs, dealt to the ranks ──>  `KEPT` of the lowest and highest cosines
-      ── one pair an identity (genuine) or two identities (impostor), the `SHOWN` hardest ──>  pictures
+    embeddings [n, D] of a set, on every rank ── tiles of all pairs, dealt to the ranks ──>  the lowest cosine of each identity (genuine)
+      and the highest of each two (impostor), the `KEPT` hardest of them ── of all ranks the `SHOWN` hardest ──>  pictures
     head rows ── nearest_classes ──>  the `SHOWN` nearest two classes ──>  a training image of each
 
 Both go to `pictures.json` in the run folder, images as PNG data URIs, for report.html. Memory: one tile of cosines, and what is kept.
@@ -13,11 +13,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations_with_replacement, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -41,31 +42,53 @@ def hardest_pairs(
 ) -> tuple[list[Pair], list[Pair]]:
     """(genuine pairs of the lowest, impostor pairs of the highest cosine), the hardest first, of this rank's share of all pairs i < j.
 
-    embeddings `[n, D]`, labels `[n]`. The tiles of the upper triangle are dealt round-robin, as for the histograms. At most `kept` of each.
+    embeddings `[n, D]`, labels `[n]`. Of the pairs of one identity, and of those of the same two identities, the hardest alone: two people
+    that are one would otherwise fill the list. The tiles of the upper triangle are dealt round-robin, as for the histograms. At most `kept`
+    of each.
     """
-    unit = F.normalize(embeddings.float(), dim=1)
+    order = labels.argsort(stable=True)  # an identity's images together: a tile has few identities, and those of its rows come first
+    identity = labels[order].unique_consecutive(return_inverse=True)[1]
+    unit = F.normalize(embeddings.float(), dim=1)[order]
     starts = range(0, len(unit), tile)
     genuine = impostor = torch.empty(3, 0, dtype=torch.float64)
     for i, j in islice(combinations_with_replacement(starts, 2), rank, None, world):
+        rows, columns = identity[i : i + tile], identity[j : j + tile]
         cosines = unit[i : i + tile] @ unit[j : j + tile].T
-        same = labels[i : i + tile, None] == labels[None, j : j + tile]
+        same = rows[:, None] == columns
         once = torch.ones_like(same).triu(1) if i == j else torch.ones_like(same)
-        genuine = _hardest(genuine, -cosines, same & once, i, j, kept)
-        impostor = _hardest(impostor, cosines, ~same & once, i, j, kept)
-    return [(-value, a, b) for value, a, b in _listed(genuine)], _listed(impostor)
+        genuine = _merged(genuine, _hardest(-cosines, same & once, rows, columns, kept), i, j, identity, kept)
+        impostor = _merged(impostor, _hardest(cosines, ~same & once, rows, columns, kept), i, j, identity, kept)
+    return [(-value, a, b) for value, a, b in _listed(genuine, order)], _listed(impostor, order)
 
 
-def _hardest(before: Tensor, hardness: Tensor, wanted: Tensor, i: int, j: int, kept: int) -> Tensor:
-    """The `kept` largest of those before and of this tile's, each (hardness, position, position): float64 [3, at most kept]."""
-    flat = hardness.masked_fill(~wanted, -torch.inf).flatten()
-    values, places = flat.topk(min(kept, len(flat)))
-    mine = torch.stack((values.double(), (places // hardness.shape[1] + i).double(), (places % hardness.shape[1] + j).double())).cpu()
-    both = torch.cat((before, mine[:, mine[0] > -torch.inf]), dim=1)
-    return both[:, both[0].argsort(descending=True, stable=True)[:kept]]
+def _hardest(hardness: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor, kept: int) -> Tensor:
+    """Of the `wanted` pairs of a tile, the hardest of each two identities, for the `kept` hardest two: float64 [3, at least as many].
+
+    rows, columns: the identities, in rising order. A column of the answer is (hardness, row, column); of equals it has all.
+    """
+    (row_names, row), (column_names, column) = (each.unique_consecutive(return_inverse=True) for each in (rows, columns))
+    hardness = hardness.masked_fill(~wanted, -torch.inf)
+    best = hardness.new_full((len(row_names), len(columns)), -torch.inf)
+    best.scatter_reduce_(0, row[:, None].expand_as(hardness), hardness, "amax")
+    best = best.new_full((len(row_names), len(column_names)), -torch.inf).scatter_reduce_(1, column.expand_as(best), best, "amax")
+    values, places = best.flatten().topk(min(kept, best.numel()))
+    sought = torch.full_like(best, torch.inf)
+    sought.view(-1)[places] = torch.where(values > -torch.inf, values, torch.inf)
+    found = (hardness == sought[row][:, column]).nonzero()
+    return torch.cat((hardness[found[:, 0], found[:, 1]][None].double(), found.T.double())).cpu()
 
 
-def _listed(found: Tensor) -> list[Pair]:
-    return [(value, int(a), int(b)) for value, a, b in found.T.tolist()]
+def _merged(before: Tensor, tile: Tensor, i: int, j: int, identity: Tensor, kept: int) -> Tensor:
+    """The `kept` hardest of those before and of a tile whose corner is (i, j), of each two identities one: float64 [3, at most kept]."""
+    both = torch.cat((before, tile + torch.tensor([[0], [i], [j]], dtype=torch.float64)), dim=1)
+    both = both[:, both[0].argsort(descending=True, stable=True)]
+    one, other = identity.cpu()[both[1:].long()]  # numbered from 0 in rising order
+    first = np.unique((one * len(identity) + other).numpy(), return_index=True)[1]
+    return both[:, torch.from_numpy(np.sort(first))[:kept]]
+
+
+def _listed(found: Tensor, order: Tensor) -> list[Pair]:
+    return [(value, *sorted(order[[int(a), int(b)]].tolist())) for value, a, b in found.T.tolist()]
 
 
 def spread(pairs: Sequence[Pair], labels: Tensor, shown: int = SHOWN) -> list[Pair]:
@@ -112,12 +135,14 @@ def note_hardest(
     if not accelerator.is_main_process:
         return
     chosen = {"genuine": sorted(genuine), "impostor": sorted(impostor, key=lambda pair: (-pair[0], *pair[1:]))}
-    shown = {
-        kind: [_pictured(dataset, cosine, int(indices[a]), int(indices[b])) for cosine, a, b in spread(pairs, labels)]
-        for kind, pairs in chosen.items()
-    }
+    shown = {kind: [(cosine, int(indices[a]), int(indices[b])) for cosine, a, b in spread(pairs, labels)] for kind, pairs in chosen.items()}
+    note_pairs(folder, name, dataset, shown)
+
+
+def note_pairs(folder: Path, name: str, dataset: IdentityDataset, pairs: Mapping[str, Sequence[Pair]]) -> None:
+    """Add "genuine" and "impostor" pairs of images of a data set to pictures.json; one process calls it."""
     pictures = read_pictures(folder)
-    pictures["sets"][name] = shown
+    pictures["sets"][name] = {kind: [_pictured(dataset, *pair) for pair in of_kind] for kind, of_kind in pairs.items()}
     (folder / PICTURES).write_text(json.dumps(pictures))
 
 

@@ -21,7 +21,7 @@ from partial_fc.training.errors import UserError
 from partial_fc.training.faults import Faults
 from partial_fc.training.loader import Batch, BatchLoader
 from partial_fc.training.results import raise_together
-from partial_fc.training.run import RunFolder
+from partial_fc.training.run import UNREADABLE, RunFolder
 
 _ENDED, _FAILED = -1, -2  # in place of a count of images
 
@@ -68,6 +68,31 @@ class MicroBatches:
         self.loader, self.accumulation, self.progress = loader, accumulation, progress
         self.accelerator, self.folder, self.faults, self.asked_to_stop = accelerator, folder, faults, asked_to_stop
         self.stopping = False
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Count anew what can be read, and what cannot."""
+        self.read, self.unreadable = 0, 0
+        self.first_unreadable: str | None = None
+
+    def check_readable(self) -> str | None:
+        """What to warn of at the end of an epoch, if more than a tenth of its images could not be read; every rank must call it.
+
+        UserError on all if there was no step. Counted is what all ranks have read since `begin_epoch`.
+        """
+        everyone = [(self.read, self.unreadable, self.first_unreadable)] * self.accelerator.num_processes
+        if self.accelerator.num_processes > 1:
+            with naming_the_missing("the count of images that could not be read"):
+                dist.all_gather_object(everyone, everyone[0])
+        unreadable = sum(each[1] for each in everyone)
+        count = unreadable + sum(each[0] for each in everyone)
+        told = f"{unreadable:,} of {count:,} images of epoch {self.progress.epoch + 1} could not be read"
+        told += next((f", the first of them {first}" for _, _, first in everyone if first is not None), "")
+        if not self.progress.taken:
+            raise UserError(
+                f"{told}: no step had two images for every rank; mend paths and files, then go on with --resume {self.folder.path}"
+            )
+        return f"{told}; they are named in {self.folder.path / UNREADABLE}" if unreadable > count / 10 else None
 
     def steps(self, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
         """The micro-batches of each step that is left of an epoch of which `batches` are left. Those that make no whole step are left out:
@@ -103,6 +128,8 @@ class MicroBatches:
             if batch is None or count == _ENDED:
                 return
             self.folder.note_unreadable(batch.unreadable)
+            self.read, self.unreadable = self.read + len(batch.labels), self.unreadable + len(batch.unreadable)
+            self.first_unreadable = self.first_unreadable or next(iter(batch.unreadable), None)
             progress.batches += 1
             if count >= 2:
                 progress.taken += 1

@@ -1,9 +1,11 @@
-"""The pictures of a run, as PNG files: ROC, cosine histograms, training curves; and of an audit.
+"""The pictures of a run, as PNG files: ROC, cosine histograms, CMC and DIR, training curves; and of an audit.
 
-    list[Evaluation] -> plot_roc         TAR over log FAR, one curve per evaluation set
-    list[Evaluation] -> plot_histograms  genuine and impostor cosines, one panel per evaluation set
+    sets of pairs    -> plot_roc         TAR over log FAR, one curve per evaluation set or list of pairs
+    sets of pairs    -> plot_histograms  genuine and impostor cosines, one panel each
+    identification   -> plot_dir         DIR over log FPIR, one curve each
+      and retrieval  -> plot_cmc         the share found among the first k
     audit            -> plot_cosines     cosines of class rows to the nearest class and to the mean of their images
-    histories        -> plot_overlaid    one key of several runs
+    histories        -> plot_overlaid    keys of several runs
     history          -> plot_training    loss, angles, shares, lengths, learning rate (what of `TRAINING_PANELS` there is) over steps
 
 `history` is the list of logged rows, with keys `step`, `epoch`, `loss` and others of `TRAINING_PANELS` (angles in radians, drawn in
@@ -28,14 +30,16 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from partial_fc.training.evaluation import CURVE_BINS, FARS, MIN_FALSE_ACCEPTS, Evaluation
+from partial_fc.training.evaluation import CURVE_BINS, MIN_FALSE_ACCEPTS, Evaluation
+from partial_fc.training.protocols.pairs import LEAST_FALSE_ACCEPTS
+from partial_fc.training.protocols.result import Result
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PALE = ("#56B4E9", "#F0A878")  # under their moving averages, of the first colours
 LINES = ("-", "--", "-.", ":")  # with more evaluation sets than colours, the line style tells them apart
 GENUINE_COLOUR, IMPOSTOR_COLOUR = COLOURS[0], COLOURS[1]
 DPI = 120
-SHOWN_FAR = "1e-3"  # of the threshold and the TAR named in the legends
+SHOWN_FAR, SHOWN_FPIR = "1e-3", "1e-1"  # of the thresholds, TAR and DIR named in the legends
 SMOOTHED_FROM = 60  # points from which a curve is drawn with its moving average
 
 
@@ -75,48 +79,115 @@ TRAINING_PANELS = (
 History = Sequence[dict[str, float]]
 
 
-def plot_roc(path: Path | str, evaluations: Sequence[Evaluation]) -> None:
-    """Draw TAR over FAR (log axis) to `path`, with markers where `Evaluation.tar` has a figure.
+@dataclass(frozen=True)
+class PairSet:
+    """What is drawn of a set of pairs: points (FAR, TAR) and figures by FAR, the histograms in `CURVE_BINS` bins, a threshold.
 
-    A curve starts where ten false accepts are expected, for the same reason as the figures (see `tar_at_far`).
+    least: expected false accepts from which on the curve is drawn, as there are figures (see `tar_at_far`).
     """
+
+    name: str
+    roc: Sequence[tuple[float, float]]
+    tar: dict[str, float | None]
+    threshold: float | None
+    genuine: Sequence[int]
+    impostor: Sequence[int]
+    least: int
+
+    @classmethod
+    def of(cls, found: Evaluation | Result) -> "PairSet":
+        """Of all pairs of a set, or of the pairs that a protocol lists: a Result of verification or templates."""
+        if isinstance(found, Evaluation):
+            histograms = (found.genuine_histogram, found.impostor_histogram)
+            return cls(found.name, found.roc, found.tar, found.thresholds[SHOWN_FAR], *histograms, MIN_FALSE_ACCEPTS)
+        tar = {key.removeprefix("tar@"): share for key, share in found.figures.items() if key.startswith("tar@")}
+        histograms = (found.histograms["genuine"], found.histograms["impostor"])
+        threshold = found.thresholds.get(f"tar@{SHOWN_FAR}")
+        return cls(found.name, found.curves["roc"], tar, threshold, *histograms, LEAST_FALSE_ACCEPTS)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Points (x, share), those of them that are figures, and a figure to name in the legend."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    marked: Sequence[tuple[float, float]]
+    figure: float | None
+
+
+def plot_roc(path: Path | str, sets: Sequence[Evaluation | Result]) -> None:
+    """Draw TAR over FAR (log axis) to `path`, with markers where there is a figure; sets: as of `PairSet.of`.
+
+    A curve starts where ten false accepts are expected (one, of listed pairs), for the same reason as the figures (see `tar_at_far`).
+    """
+    curves = []
+    for each in map(PairSet.of, sets):
+        points = [p for p in each.roc if p[0] * sum(each.impostor) >= each.least - 1e-6]
+        marked = [(float(far), share) for far, share in each.tar.items() if share is not None]
+        curves.append(_Curve(each.name, points or each.roc, marked, each.tar.get(SHOWN_FAR)))
+    with _shares(path, curves, f"TAR @ FAR {SHOWN_FAR}", steps=True) as axes:
+        axes.set(xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)", title="Verification")
+
+
+def plot_dir(path: Path | str, results: Sequence[Result]) -> None:
+    """Draw DIR over FPIR (log axis) to `path`, with markers where there is a figure, of results of open-set identification."""
+    curves = []
+    for each in results:
+        figures = {key.removeprefix("dir@"): share for key, share in each.figures.items() if key.startswith("dir@")}
+        marked = [(float(fpir), share) for fpir, share in figures.items() if share is not None]
+        curves.append(_Curve(each.name, each.curves["dir"], marked, figures.get(SHOWN_FPIR)))
+    with _shares(path, curves, f"DIR @ FPIR {SHOWN_FPIR}", steps=True) as axes:
+        axes.set(xlabel="false positive identification rate (FPIR)", ylabel="detected and identified (DIR)")
+        axes.set_title("Identification, open set")
+
+
+def plot_cmc(path: Path | str, results: Sequence[Result]) -> None:
+    """Draw the share of queries (probes) of which a right image is among the first k, over k (log axis), to `path`."""
+    curves = [_Curve(each.name, each.curves["cmc"], [], each.curves["cmc"][0][1]) for each in results]
+    with _shares(path, curves, "rank-1") as axes:
+        axes.set(xlabel="k", ylabel="found among the first k (CMC)", title="Identification and retrieval")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+@contextmanager
+def _shares(path: Path | str, curves: Sequence[_Curve], legend: str, *, steps: bool = False) -> Iterator[Axes]:
+    """Axes with shares over a log axis, a curve each, named with its figure; they are written to `path` at the end."""
     with _figure(path, 7.2, 4.6) as figure:
         axes = figure.subplots()
+        figure.set_figheight(4.6 + 0.25 * math.ceil(len(curves) / 2))
         lowest = 1.0
-        figure.set_figheight(4.6 + 0.25 * math.ceil(len(evaluations) / 2))
-        for i, evaluation in enumerate(evaluations):
+        for i, curve in enumerate(curves):
             colour, line = COLOURS[i % len(COLOURS)], LINES[i // len(COLOURS) % len(LINES)]
-            points = [p for p in evaluation.roc if p[0] * evaluation.impostor_pairs >= MIN_FALSE_ACCEPTS - 1e-6]
-            far, tar = np.array(points or evaluation.roc).T
-            marked = [(FARS[key], share) for key, share in evaluation.tar.items() if share is not None]
-            lowest = min([lowest, float(tar.min()), *(share for _, share in marked)])
-            shown = evaluation.tar[SHOWN_FAR]
-            figures = "—" if shown is None else f"{100 * shown:.2f} %"
-            label = f"{evaluation.name}: {figures}"
-            axes.semilogx(far, tar, line, color=colour, linewidth=1.8, label=label, drawstyle="steps-post")
-            if marked:
-                axes.plot(*np.array(marked).T, "o", color=colour, markersize=5, clip_on=False, zorder=3)
+            x, share = np.array(curve.points).T
+            lowest = min([lowest, float(share.min()), *(each for _, each in curve.marked)])
+            label = f"{curve.name}: {'—' if curve.figure is None else f'{100 * curve.figure:.2f} %'}"
+            style = {"drawstyle": "steps-post"} if steps else {"marker": "o" if len(curve.points) < 40 else None, "markersize": 3}
+            axes.semilogx(x, share, line, color=colour, linewidth=1.8, label=label, **style)
+            if curve.marked:
+                axes.plot(*np.array(curve.marked).T, "o", color=colour, markersize=5, clip_on=False, zorder=3)
         floor = max(0.0, math.floor(lowest * 10 - 0.5) / 10)
-        margin = 0.02 * (1 - floor)
-        axes.set(ylim=(floor, 1 + margin), xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)")
-        axes.set_title("Verification: all pairs of images")
+        axes.set_ylim(floor, 1 + 0.02 * (1 - floor))
         axes.margins(x=0.02)
-        if evaluations:
-            figure.legend(loc="outside lower center", title=f"TAR @ FAR {SHOWN_FAR}", ncols=2, frameon=False)
+        yield axes
+        if curves:
+            figure.legend(loc="outside lower center", title=legend, ncols=2, frameon=False)
         else:
             _note(axes, "no evaluation")
 
 
-def plot_histograms(path: Path | str, evaluations: Sequence[Evaluation]) -> None:
-    """Draw the densities of genuine and impostor cosines to `path`, one panel per evaluation, over a common axis.
+def plot_histograms(path: Path | str, sets: Sequence[Evaluation | Result]) -> None:
+    """Draw the densities of genuine and impostor cosines to `path`, one panel each, over a common axis; sets: as of `PairSet.of`.
 
     Each density integrates to one over the cosine, so the two are comparable although impostor pairs are far more. The
     dashed line is the threshold at FAR 1e-3, where there is one.
     """
-    rows = max(1, len(evaluations))
+    rows = max(1, len(sets))
     with _figure(path, 7.2, 1.0 + 2.7 * rows) as figure:
         panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-        spans = [_draw_densities(axes, evaluation) for axes, evaluation in zip(panels, evaluations, strict=False)]
+        spans = [_draw_densities(axes, PairSet.of(each)) for axes, each in zip(panels, sets, strict=False)]
         if spans:
             panels[-1].set_xlim(min(low for low, _ in spans), max(high for _, high in spans))
         else:
@@ -124,28 +195,25 @@ def plot_histograms(path: Path | str, evaluations: Sequence[Evaluation]) -> None
         panels[-1].set_xlabel("cosine of a pair")
 
 
-def _draw_densities(axes: Axes, evaluation: Evaluation) -> tuple[float, float]:
+def _draw_densities(axes: Axes, pairs: PairSet) -> tuple[float, float]:
     """Fill one panel; return the range of cosines that holds all but a negligible share of the pairs."""
-    histograms = np.array([evaluation.genuine_histogram, evaluation.impostor_histogram], dtype=float)
+    counts = np.array([pairs.genuine, pairs.impostor], dtype=float)
     # A few genuine pairs over 256 bins are a comb: widen the bins until the occupied ones hold five pairs on average.
-    merged = 1
+    merged, histograms = 1, counts
     while merged < 16 and min(h.sum() / max(1, np.count_nonzero(h)) for h in histograms) < 5:
         merged *= 2
         histograms = histograms.reshape(2, -1, 2).sum(-1)
     width = 2 * merged / CURVE_BINS
     edges = np.linspace(-1, 1, CURVE_BINS // merged + 1)
     shares = histograms / histograms.sum(1, keepdims=True)
-    for share, colour, name in zip(shares, (GENUINE_COLOUR, IMPOSTOR_COLOUR), ("genuine", "impostor"), strict=True):
-        pairs = evaluation.genuine_pairs if name == "genuine" else evaluation.impostor_pairs
-        label = f"{name} ({pairs:,} pairs)"
+    for share, colour, name, count in zip(shares, (GENUINE_COLOUR, IMPOSTOR_COLOUR), ("genuine", "impostor"), counts.sum(1), strict=True):
         axes.stairs(share / width, edges, fill=True, color=colour, alpha=0.35)
-        axes.stairs(share / width, edges, color=colour, linewidth=1.4, label=label)
-    threshold = evaluation.thresholds[SHOWN_FAR]
-    if threshold is not None:
-        label = f"threshold {threshold:.3f} (FAR {SHOWN_FAR})"
-        axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=label)
+        axes.stairs(share / width, edges, color=colour, linewidth=1.4, label=f"{name} ({count:,.0f} pairs)")
+    if pairs.threshold is not None:
+        label = f"threshold {pairs.threshold:.3f} (FAR {SHOWN_FAR})"
+        axes.axvline(pairs.threshold, color="black", linestyle="--", linewidth=1.2, label=label)
     axes.set(ylabel="density", ylim=(0, 1.08 * float((shares / width).max())))
-    axes.set_title(evaluation.name)
+    axes.set_title(pairs.name)
     axes.legend(loc="best", fontsize=8.5, framealpha=0.9)
     held = np.flatnonzero((shares > 1e-4).any(0))
     return max(-1.0, float(edges[held[0]]) - 0.05), min(1.0, float(edges[held[-1] + 1]) + 0.05)
@@ -199,22 +267,37 @@ def _draw_panel(axes: Axes, rows: History, panel: Panel) -> None:
     _draw_epochs(axes, rows)
 
 
-def plot_overlaid(path: Path | str, runs: Mapping[str, History], key: str, title: str) -> None:
-    """Draw one key of several runs' histories (angles in degrees) over the step, a curve a run; a log axis as in `plot_training`."""
-    with _figure(path, 7.2, 4.2) as figure:
-        figure.set_figheight(4.2 + 0.25 * math.ceil(len(runs) / 2))
-        axes = figure.subplots()
-        factor = 180 / math.pi if key.endswith("_angle") else 1.0
-        for i, (name, history) in enumerate(runs.items()):
-            rows = sorted(history, key=lambda row: row["step"])
-            shown = _moving_average(_column(rows, key, factor), max(5, len(rows) // 30) if len(rows) >= SMOOTHED_FROM else 1)
-            line = LINES[i // len(COLOURS) % len(LINES)]
-            axes.plot([row["step"] for row in rows], shown, line, color=COLOURS[i % len(COLOURS)], linewidth=1.6, label=name)
-            if np.isfinite(shown).any() and key != "learning_rate":
-                _spread_out(axes, shown[np.isfinite(shown)], shown)
-        axes.set(xlabel="step", ylabel=f"{title} (°)" if key.endswith("_angle") else title)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+def plot_overlaid(path: Path | str, runs: Mapping[str, History], titles: Mapping[str, str]) -> None:
+    """Draw keys of several runs' histories (angles in degrees) over the step, a panel a key, a curve a run; log axes as in `plot_training`.
+
+    titles: of each key. Rows may lack a key, as of two data sets that are not evaluated at the same steps.
+    """
+    columns = min(2, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    height = 4.2 if len(titles) == 1 else 2.4 * rows
+    with _figure(path, 7.2, height) as figure:
+        figure.set_figheight(height + 0.25 * math.ceil(len(runs) / 2))
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes in panels[len(titles) :]:
+            axes.remove()
+        for axes, (key, title) in zip(panels, titles.items(), strict=False):
+            for i, (name, history) in enumerate(runs.items()):
+                _draw_overlaid(axes, [row for row in history if key in row], key, i, name if axes is panels[0] else None)
+            axes.set(xlabel="step", ylabel=f"{title} (°)" if key.endswith("_angle") else title)
+            axes.xaxis.set_major_locator(MaxNLocator(8 if columns == 1 else 4, integer=True))
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
+
+
+def _draw_overlaid(axes: Axes, history: History, key: str, number: int, label: str | None) -> None:
+    """The curve of run `number`. A point a row where they are few, so that a single one is seen."""
+    rows = sorted(history, key=lambda row: row["step"])
+    values = _column(rows, key, 180 / math.pi if key.endswith("_angle") else 1.0)
+    shown = _moving_average(values, max(5, len(rows) // 30) if len(rows) >= SMOOTHED_FROM else 1)
+    line, colour = LINES[number // len(COLOURS) % len(LINES)], COLOURS[number % len(COLOURS)]
+    marker = "o" if len(rows) < 40 else None
+    axes.plot([row["step"] for row in rows], shown, line, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
+    if np.isfinite(shown).any() and key != "learning_rate":
+        _spread_out(axes, shown[np.isfinite(shown)], shown)
 
 
 def plot_cosines(path: Path | str, panels: Sequence[tuple[str, np.ndarray, float | None]]) -> None:

@@ -84,7 +84,7 @@ def protocol_parser(command: str) -> argparse.ArgumentParser:
     else:
         add("--flip", action="store_true", help="add the embedding of the mirror image")
     add("--checkpoint", default="newest", metavar="WHICH", help="newest (default), best (by the run's evaluation.best), or a step")
-    add("--output", default=None, metavar="DIR", help="where to write metrics.json and report.html (RUN/COMMAND-NAME); must not exist")
+    add("--output", default=None, metavar="DIR", help="new folder for metrics.json, report.html (RUN/COMMAND-NAME, or beside the file)")
     add("--batch_size", type=int, default=512, help="images a forward over all ranks (default 512)")
     add("--tile", type=int, default=2048, help="images a side that are compared at a time (default 2048)")
     add("--workers", type=int, default=0, help="processes a rank starts to load images (default 0)")
@@ -139,16 +139,8 @@ def protocol_command(command: str, parser: Callable[[], jsonargparse.ArgumentPar
     shape = image_shape(config)
     tasks = together(lambda: open_asked(command, asked, shape), accelerator)
     backbone = together(lambda: load_backbone(run, config, shape, asked.checkpoint), accelerator).to(accelerator.device)
-    out = RunFolder(asked.output or run.path / f"{command}-{'-'.join(task.name for task in tasks)}")
-    claim_output(out, accelerator)
-    try:
-        results = run_tasks(backbone, tasks, accelerator, config, out)
-    except BaseException:
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not any(out.path.iterdir()):
-            out.path.rmdir()  # a mistake leaves no folder behind
-        raise
-    accelerator.wait_for_everyone()
+    out = RunFolder(asked.output or run.path / _folder_name(command, tasks))
+    results = _measured(out, lambda: run_tasks(backbone, tasks, accelerator, config, out), accelerator)
     if accelerator.is_main_process:
         _tell(results, tasks, scores)
         title = f"{config.backbone.name} of {run.path.name} on {', '.join(task.name for task in tasks)}"
@@ -156,6 +148,24 @@ def protocol_command(command: str, parser: Callable[[], jsonargparse.ArgumentPar
         report = write_results(out, title, [], figures, config, describe_environment(accelerator), [], results)
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()
+
+
+def _folder_name(command: str, tasks: list[Task]) -> str:
+    return f"{command}-{'-'.join(task.name for task in tasks)}"
+
+
+def _measured(out: RunFolder, measure: Callable[[], list[Result]], accelerator: Accelerator) -> list[Result]:
+    """What `measure` returns, `out` being made for it; a mistake leaves no folder behind."""
+    claim_output(out, accelerator)
+    try:
+        results = measure()
+    except BaseException:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and not any(out.path.iterdir()):
+            out.path.rmdir()
+        raise
+    accelerator.wait_for_everyone()
+    return results
 
 
 def _tell(results: list[Result], tasks: list[Task], scores: str | None) -> None:
@@ -178,10 +188,9 @@ def _from_file(command: str, asked: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rows = together(lambda: read_embeddings(asked.run), accelerator)
     tasks = together(lambda: open_asked(command, asked, ANY_SHAPE), accelerator)
-    out = None if asked.output is None else RunFolder(asked.output)
-    if out is not None:
-        claim_output(out, accelerator)
-    results, used = [], 0
+    file = Path(asked.run)
+    out = RunFolder(asked.output or file.with_name(f"{file.stem}-{_folder_name(command, tasks)}"))
+    used = 0
 
     def embed(dataset: IdentityDataset, name: str, flip: bool) -> tuple[Tensor, Tensor]:
         nonlocal used
@@ -190,15 +199,18 @@ def _from_file(command: str, asked: argparse.Namespace) -> None:
             raise UserError(f"{asked.run} has {len(rows)} rows, and {name} needs those up to {used}; give one for each image in order")
         return rows[used - len(dataset) : used], torch.arange(len(dataset))
 
-    for task in tasks:
-        results.append(task.measure(embed, **sharing(accelerator, asked.tile), device=accelerator.device))
-    if used != len(rows):
-        raise UserError(f"{asked.run} has {len(rows)} rows, and there are {used} images; give one for each image in order")
+    def measure() -> list[Result]:
+        results = [task.measure(embed, **sharing(accelerator, asked.tile), device=accelerator.device) for task in tasks]
+        if used != len(rows):
+            raise UserError(f"{asked.run} has {len(rows)} rows, and there are {used} images; give one for each image in order")
+        return results
+
+    results = _measured(out, measure, accelerator)
     if accelerator.is_main_process:
         _tell(results, tasks, getattr(asked, "scores", None))
-        if out is not None:
-            out.write_metrics({"evaluations": [], "protocols": [each.to_dict(curves=False) for each in results], "run": asked.run})
-            print(f"\nResults are in {out.path}")
+        title = f"{file.name} on {', '.join(task.name for task in tasks)}"
+        report = write_results(out, title, [], {"run": asked.run}, None, describe_environment(accelerator), [], results)
+        print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()
 
 

@@ -2,7 +2,7 @@
 
     metrics, config, environment, history    what the run measured, was told, ran on, and logged
       -> rows of text                        every figure formatted here, so that the template only places it
-    folder/plots/*.png                       roc.png, histograms.png, training.png, those that exist
+    folder/plots/*.png                       those of `PLOTS` that exist
       -> data URIs                           embedded in base64
     folder/pictures.json                     the hardest pairs and the nearest classes (hardest.py), if it is there
       -> folder/report.html                  from report.html.j2: no script, no external resource, escaped throughout
@@ -14,7 +14,8 @@ without their curves), `metrics["during_training"]` what `interval.during_traini
 
 import base64
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,14 @@ DASH = "—"
 PLOTS = {  # file in plots/ -> caption
     "roc.png": "Share of genuine pairs accepted over the share of impostor pairs accepted.",
     "histograms.png": "Cosines of genuine and impostor pairs, each as a density.",
+    "dir.png": "Share of probes found at their own identity, over the share of strangers' probes that find anybody.",
+    "cmc.png": "Share of probes or queries of which a right image is among the first k.",
     "training.png": "Training, over optimiser steps. Angles are without the margin.",
 }
 TABLES = ("evaluations", "protocols", "during_training")  # of metrics, that have tables of their own
 EVALUATION_KEYS = frozenset(field.name for field in fields(Evaluation))
+HEADLINES = ("accuracy", "tar@1e-4", "tar@1e-3", "tar@1e-2", "tar@1e-1", "rank-1", "mAP")  # of a protocol's, the first that there is
+SHARES = re.compile(r"accuracy(_std)?|eer|rank-?\d+|data_wait|(tar|dir|cmc|recall)@.*|mAP(@R)?|R-precision")  # names of figures
 HISTORY_ROWS = 12  # shown of the logged rows, evenly spread, the last always among them
 HISTORY_COLUMNS = {  # key of the row -> heading
     "step": "step",
@@ -74,11 +79,12 @@ def write_report(
         title=title,
         fars=list(FARS),
         evaluations=evaluations,
+        headlines=_headlines(evaluations, metrics.get("protocols", [])),
         protocols=[_protocol_row(result) for result in metrics.get("protocols", [])],
         during=_during_table(metrics.get("during_training")),
         figures=_figures(metrics),
         others=_other_history(history),
-        galleries=_galleries(folder),
+        galleries=_galleries(folder, {result["name"] for result in metrics.get("protocols", [])}),
         throughput=_throughput(metrics.get("training"), environment),
         plots=_embedded_plots(folder / "plots"),
         history=_history_table(history),
@@ -95,8 +101,26 @@ def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     for evaluation in metrics.get("evaluations", []):
         more = {key: value for key, value in evaluation.items() if key not in EVALUATION_KEYS}
-        found += [(f"{evaluation['name']}: {key}", text) for key, text in flatten(more) if more]
-    return found + list(flatten({key: value for key, value in metrics.items() if key not in TABLES}))
+        found += [(f"{evaluation['name']}: {key}", figure_cell(key, value)) for key, value in leaves(more) if more]
+    rest = {key: value for key, value in metrics.items() if key not in TABLES}
+    return found + [(key, figure_cell(key, value)) for key, value in leaves(rest) if rest]
+
+
+def _headlines(evaluations: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(text, what it is): figures of the first evaluation, and one of each protocol's result."""
+    cards = []
+    for first in evaluations[:1]:
+        name = first["name"]
+        cards.append((first["tar"][list(FARS).index("1e-3")], f"TAR @ FAR 1e-3, {name}"))
+        cards += [
+            (first["eer"], f"equal error rate, {name}"),
+            (first["accuracy"], f"accuracy, {name}"),
+            (first["rank1"], f"rank-1, {name}"),
+        ]
+    for result in results:
+        known = [key for key in HEADLINES if result["figures"].get(key) is not None]
+        cards += [(_percent(result["figures"][key]), f"{key}, {result['name']}") for key in known[:1]]
+    return cards
 
 
 def _other_history(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
@@ -107,18 +131,27 @@ def _other_history(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any
         values = [row[key] for row in history if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
         if values:
             shown = (values[0], values[-1], min(values), max(values))
-            found.append({"key": key, "times": f"{len(values):,}", "cells": [f"{value:.4g}" for value in shown]})
+            found.append(
+                {
+                    "key": key,
+                    "times": f"{len(values):,}",
+                    "cells": [_percent(value) if is_share(key) else f"{value:,.4g}" for value in shown],
+                }
+            )
     return found
 
 
-def _galleries(folder: Path) -> list[dict[str, Any]]:
-    """Titles, notes and pairs of pictures: the hardest of each set, and the nearest classes."""
+def _galleries(folder: Path, protocols: Collection[str]) -> list[dict[str, Any]]:
+    """Titles, notes and pairs of pictures: the hardest of each set, and the nearest classes. protocols: sets whose pairs are listed."""
     pictures = read_pictures(folder)
     found = []
     for name, of_set in pictures["sets"].items():
-        note = "Two images of one identity that look least alike to the backbone; the worst pair of each identity."
+        listed = name in protocols
+        note = "Two images of one identity that look least alike to the backbone"
+        note += "." if listed else "; the worst pair of each identity."
         found.append({"title": f"Hardest genuine pairs: {name}", "note": note, "pairs": of_set["genuine"]})
-        note = "Images of two identities that look most alike to the backbone; the worst pair of each two."
+        note = "Images of two identities that look most alike to the backbone"
+        note += "." if listed else "; the worst pair of each two."
         found.append({"title": f"Hardest impostor pairs: {name}", "note": note, "pairs": of_set["impostor"]})
     note = "Classes whose rows of the head are nearest to each other, by an image of each. `partial-fc audit` tells which are stored twice."
     found.append({"title": "Nearest classes", "note": note, "pairs": pictures["confusions"]})
@@ -232,16 +265,21 @@ def _config_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of each leaf of nested mappings and lists; a list of plain values is one leaf."""
+    """(dotted key, text) of each of `leaves`."""
+    return ((key, _text(leaf)) for key, leaf in leaves(value, prefix))
+
+
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of each leaf of nested mappings and lists; a list of plain values is one leaf."""
     if isinstance(value, Mapping) and (value or not prefix):
         children = [(str(key), child) for key, child in value.items()]
     elif isinstance(value, list | tuple) and any(isinstance(child, Mapping | list | tuple) for child in value):
         children = [(str(i), child) for i, child in enumerate(value)]
     else:
-        yield prefix, _text(value)
+        yield prefix, value
         return
     for key, child in children:
-        yield from flatten(child, f"{prefix}.{key}" if prefix else key)
+        yield from leaves(child, f"{prefix}.{key}" if prefix else key)
 
 
 def _text(value: Any) -> str:
@@ -254,12 +292,19 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def is_share(key: str) -> bool:
+    """Whether a measured value is a share, by its dotted key: "tar.1e-3", "training.data_wait", "lfw/accuracy"; no threshold is one."""
+    path = key.split(".")
+    return "thresholds" not in path and (path[0] == "tar" or SHARES.fullmatch(path[-1].rsplit("/", 1)[-1]) is not None)
+
+
 def figure_cell(key: str, value: Any) -> str:
-    """A measured value as text: shares in per cent, by the key's last part or first."""
-    share = key.startswith("tar.") or key.rsplit(".", 1)[-1] in ("accuracy", "accuracy_std", "eer", "rank1", "data_wait")
-    if isinstance(value, float) and share:
-        return f"{100 * value:.2f} %"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+    """A measured value as text: shares in per cent, numbers with commas."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _text(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return _percent(value) if is_share(key) else f"{value:,.6g}"
 
 
 def _percent(share: float | None) -> str:

@@ -27,11 +27,11 @@ from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
-from partial_fc.training.hardest import note_hardest
+from partial_fc.training.hardest import note_hardest, note_pairs
 from partial_fc.training.interval import direction, during_training, split_history
 from partial_fc.training.loader import BatchLoader
 from partial_fc.training.protocols.result import Result
-from partial_fc.training.protocols.tasks import Task
+from partial_fc.training.protocols.tasks import Task, Verification
 from partial_fc.training.report import write_report
 from partial_fc.training.run import RunFolder
 
@@ -75,15 +75,24 @@ def run_tasks(
     tasks: Sequence[Task],
     accelerator: Accelerator,
     config: RunConfig,
-    folder: RunFolder | None,
+    folder: RunFolder,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    *,
+    pictures: bool = True,
 ) -> list[Result]:
-    """Every protocol's figures; every rank must call it. Unreadable images are noted in the folder. asked_to_stop: as of evaluate_sets."""
+    """Every protocol's figures; every rank must call it. Unreadable images are noted in the folder.
+
+    asked_to_stop, pictures: as of evaluate_sets; pictures are of the pairs that verification lists.
+    """
 
     def embed(dataset: IdentityDataset, name: str, flip: bool) -> tuple[Tensor, Tensor]:
         return embed_images(backbone, dataset, name, accelerator, config, folder, flip=flip, asked_to_stop=asked_to_stop)
 
-    return [task.measure(embed, **sharing(accelerator, config.evaluation.tile), device=accelerator.device) for task in tasks]
+    results = [task.measure(embed, **sharing(accelerator, config.evaluation.tile), device=accelerator.device) for task in tasks]
+    for task, result in zip(tasks, results, strict=True):
+        if pictures and isinstance(task, Verification) and accelerator.is_main_process:
+            note_pairs(folder.path, task.name, task.images, result.hardest)
+    return results
 
 
 def sharing(accelerator: Accelerator, tile: int) -> dict[str, Any]:
@@ -218,13 +227,13 @@ def write_results(
     title: str,
     evaluations: list[Evaluation],
     figures: dict[str, Any],
-    config: RunConfig,
+    config: RunConfig | None,
     environment: dict[str, str],
     history: list[dict[str, float]],
     results: Sequence[Result] = (),
 ) -> Path:
-    """metrics.json, curves.json, plots/ and report.html; the path of the last. results: of other protocols."""
-    from partial_fc.training.plots import plot_histograms, plot_roc, plot_training  # matplotlib takes half a second to import
+    """metrics.json, curves.json, plots/ and report.html; the path of the last. results: of other protocols. config: None without a run."""
+    from partial_fc.training.plots import plot_cmc, plot_dir, plot_histograms, plot_roc, plot_training  # matplotlib takes half a second
 
     plots = folder.path / "plots"
     plots.mkdir(parents=True, exist_ok=True)
@@ -234,16 +243,23 @@ def write_results(
     }
     history, evaluated = split_history(history)
     if evaluated:
-        metrics["during_training"] = during_training(evaluated, config.evaluation.best)
+        metrics["during_training"] = during_training(evaluated, None if config is None else config.evaluation.best)
     metrics |= figures
     folder.write_metrics(metrics)
-    folder.write_curves([e.to_dict() for e in evaluations])
-    if evaluations:
-        plot_roc(plots / "roc.png", evaluations)
-        plot_histograms(plots / "histograms.png", evaluations)
+    folder.write_curves([*(each.to_dict() for each in evaluations), *(each.to_dict() for each in results)])
+    pairs: list[Evaluation | Result] = [*evaluations, *(each for each in results if "roc" in each.curves)]
+    if pairs:
+        plot_roc(plots / "roc.png", pairs)
+        plot_histograms(plots / "histograms.png", pairs)
+    for name, plot in (("dir", plot_dir), ("cmc", plot_cmc)):
+        drawn = [each for each in results if name in each.curves]
+        if drawn:
+            plot(plots / f"{name}.png", drawn)
     if history:
         plot_training(plots / "training.png", history)
-    return write_report(folder.path, title=title, metrics=metrics, config=asdict(config), environment=environment, history=history)
+    return write_report(
+        folder.path, title=title, metrics=metrics, config={} if config is None else asdict(config), environment=environment, history=history
+    )
 
 
 def describe_environment(accelerator: Accelerator) -> dict[str, str]:

@@ -7,8 +7,8 @@ checkpoints/         step-000000120/ ..., the newest few
 history.jsonl        a line every few steps: step, epoch, loss, target_angle (radians), learning_rate, ...; and one an evaluation
 unreadable.txt       images that could not be read, if any
 tensorboard/         or what other trackers write
-metrics.json         verification and identification
-curves.json          the same with ROC curves and histograms, for `partial-fc report`
+metrics.json         verification, identification, protocols
+curves.json          the same with their curves and histograms, a list, for `partial-fc report`
 pictures.json        the hardest pairs and the nearest classes, as pictures
 plots/  report.html  to look at
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,11 +41,9 @@ class RunFolder:
         try:
             if self.path.exists() and (not self.path.is_dir() or any(not _left_by_claim(each) for each in self.path.iterdir())):
                 raise UserError(f"{self.path} is in use; choose another --output.folder, or go on with the run in it: --resume {self.path}")
-            above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            check_can_be_made(self.path, f"the run folder {self.path}")
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be used: {error.strerror}") from error
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise UserError(f"the run folder {self.path} cannot be made: {above} is not a folder that can be written to")
 
     def claim(self, save_config: Callable[[Path], None]) -> None:
         """Make the folder for a new run, its settings written by `save_config(path)`; UserError if another run has it.
@@ -168,6 +166,25 @@ class RunFolder:
 
     def write_curves(self, evaluations: list[dict[str, Any]]) -> None:
         (self.path / CURVES).write_text(json.dumps(evaluations) + "\n")
+
+
+def check_can_be_made(path: Path, what: str) -> None:
+    """UserError unless the file or folder `path`, and folders above it that are missing, can be made; OSError of looking for them."""
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{what} cannot be made: {above} is not a folder that can be written to")
+
+
+def check_new_file(path: Path, setting: str, endings: Sequence[str] = ()) -> None:
+    """UserError unless `path`, of a setting, has one of the endings and can be written (over); folders above it may be missing."""
+    if endings and path.suffix not in endings:
+        raise UserError(f"{setting} {path}: give the name of a file that ends with {' or '.join(endings)}")
+    if path.is_dir():
+        raise UserError(f"{setting} {path} is a folder; give the name of a file")
+    try:
+        check_can_be_made(path.absolute().parent, f"{setting} {path}")
+    except OSError as error:
+        raise UserError(f"{setting} {path} cannot be made: {error.strerror}") from error
 
 
 def _left_by_claim(path: Path) -> bool:

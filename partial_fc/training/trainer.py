@@ -40,7 +40,7 @@ from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import open_tasks
 from partial_fc.training.ranks import launcher_is_gone
 from partial_fc.training.results import describe_environment, evaluate_sets, on_main, run_tasks, together, write_results
-from partial_fc.training.run import DATA, RunFolder
+from partial_fc.training.run import DATA, UNREADABLE, RunFolder
 from partial_fc.training.schedules import build_schedules
 from partial_fc.training.step_log import StepLog
 
@@ -151,13 +151,18 @@ class Trainer:
         self.folder.claim(self._write_settings)
 
     def _write_settings(self, path: Path) -> None:
-        """What says what the run is: the labels of its classes, and at `path`, last, its settings."""
+        """What says what the run is: its data, and at `path`, last, its settings."""
+        self._write_data()
+        save_config(self.config, path)
+
+    def _write_data(self) -> None:
+        """The labels of its classes, and what the data are; what a start that was killed has left of either is gone."""
         for name, label_map in (self.extra.data.label_maps if self.extra is not None else {}).items():
             label_map.write(self.folder.path / f"labels_{name}.csv")
         (self.data.label_map or LabelMap.of(self.main_set.identity_names, self.main_set.labels)).write(self.folder.path / LABELS)
-        (self.folder.path / DATA).unlink(missing_ok=True)  # of a start that was killed
+        for name in (DATA, UNREADABLE):
+            (self.folder.path / name).unlink(missing_ok=True)
         self._note_data()
-        save_config(self.config, path)
 
     def _note_data(self) -> None:
         """Note what the data are, or compare them with what they were when the run began; and samples of them that are damaged."""
@@ -233,6 +238,7 @@ class Trainer:
     def _epoch(self, epoch: int, bar: Any) -> None:
         """What is left of an epoch: from the batch on at which a resumed run was saved."""
         self.loader.set_epoch(epoch)
+        self.micro_batches.begin_epoch()
         self.engine.model.train()
         self.head.train()
         if self.extra is not None:
@@ -240,6 +246,10 @@ class Trainer:
         # closed however the epoch ends: a traceback would keep processes that load images waiting for it
         with closing(self.loader.iterate(self.progress.batches)) as own:
             self._steps(self.micro_batches.steps(own), epoch, bar)
+        if not self.micro_batches.stopping and (epoch == 0 or not self.progress.taken):
+            warning = self.micro_batches.check_readable()
+            if warning is not None:
+                self.accelerator.print(warning)
 
     def _steps(self, steps: Iterator[list[Batch]], epoch: int, bar: Any) -> None:
         every, accumulation = self.config.train.checkpoint_steps, self.config.train.accumulation
@@ -311,7 +321,7 @@ class Trainer:
         if self._evaluated is None or self._evaluated[0] != self.progress.step:
             backbone, settings = self.engine.whole_backbone(), (self.accelerator, self.config, self.folder)
             evaluations = evaluate_sets(backbone, self.data.evaluation, *settings, self._asked_to_stop, pictures=pictures)
-            results = run_tasks(backbone, self.tasks, *settings, self._asked_to_stop)
+            results = run_tasks(backbone, self.tasks, *settings, self._asked_to_stop, pictures=pictures)
             self._evaluated, self.progress.evaluated = (self.progress.step, evaluations, results), self.progress.step
         return self._evaluated[1:]
 
@@ -344,6 +354,7 @@ class Trainer:
             self.accelerator.print(f"resuming after epoch {self.progress.epoch}, step {self.progress.step}")
         except FileNotFoundError:
             self.accelerator.print(f"{self.folder.path} has no checkpoint yet: starting from the beginning")
+            self.on_main(self._write_data)  # nothing was trained on what they were
         except ValueError as error:
             raise UserError(f"cannot resume: {error}") from error
         self.on_main(self._rewind)

@@ -17,6 +17,7 @@ DIR, FPIR: Grother and Ngan, NIST Interagency Report 8009. MegaFace: Kemelmacher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,7 @@ from partial_fc.training.protocols.tiling import TIE, Reduce, Together, check_la
 RANKS = (1, 5, 10, 20)
 FPIRS = {"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3}
 CURVE = 100  # k up to which the CMC curve is given
+DIR_POINTS = 500
 
 
 class _Gallery:
@@ -157,7 +159,9 @@ def _figures(
     strangers = torch.where(mated, torch.nan, top)[~mated].sort(descending=True).values
     figures: dict[str, float | None] = {f"rank-{k}": float((found < k).double().mean()) for k in ranks}
     thresholds: dict[str, float | None] = {}
-    curve = [(float(k), float((found < k).double().mean())) for k in range(1, min(CURVE, enrolled + distractors) + 1)]
+    curves = {"cmc": [(float(k), float((found < k).double().mean())) for k in range(1, min(CURVE, enrolled + distractors) + 1)]}
+    if len(strangers):
+        curves["dir"] = _open_set_curve(strangers, own[mated][first].double(), len(found))
     for key, fpir in FPIRS.items():
         allowed = int(fpir * len(strangers) + 1e-6)
         figures[f"dir@{key}"] = thresholds[f"dir@{key}"] = None
@@ -172,4 +176,17 @@ def _figures(
         "identities": enrolled,
         "distractors": distractors,
     }
-    return Result("identification", name, counts, figures, thresholds, curve=curve)
+    return Result("identification", name, counts, figures, thresholds, curves=curves)
+
+
+def _open_set_curve(strangers: Tensor, own: Tensor, mated: int) -> list[tuple[float, float]]:
+    """Points (FPIR, DIR) of rising FPIR > 0, at most `DIR_POINTS`, evenly thinned in log FPIR; the last accepts everything.
+
+    strangers: the highest scores of the other probes, falling; own: those of the mated probes that come first.
+    """
+    scores, count = strangers.double(), len(strangers)
+    allowed = torch.logspace(0, math.log10(count), DIR_POINTS, dtype=torch.float64).round().long().clamp_(1, count).unique()
+    barred = torch.cat((scores, scores.new_tensor([-2.0])))[allowed]  # as of the figures: only what is above it passes
+    passed = torch.searchsorted(-scores, -barred)  # how many of the strangers are above it
+    hits = len(own) - torch.searchsorted(own.sort().values, barred, right=True)
+    return [(p / count, h / mated) for p, h in dict(zip(passed.tolist(), hits.tolist(), strict=True)).items() if p]

@@ -117,3 +117,15 @@ def score_pairs(
         histogram, grid = reduce(histogram), reduce(grid)
         scores = reduce(scores) if keep_scores else scores
     return Scored(PairHistograms(histogram.view(2, FOLDS, BINS)), GridCounts(grid.view(2, FOLDS, -1)), scores if keep_scores else None)
+
+
+def hardest_of(scored: Scored, pairs: Pairs, count: int) -> dict[str, list[tuple[float, int, int]]]:
+    """Of pairs whose scores were kept, "genuine" ones of the lowest cosine and "impostor" ones of the highest: (cosine, row, row)."""
+    assert scored.scores is not None
+    found = {}
+    for kind, sign, chosen in (("genuine", -1, pairs.same), ("impostor", 1, ~pairs.same)):
+        places = chosen.nonzero().flatten()
+        places = places[(sign * scored.scores[places]).argsort(descending=True, stable=True)[:count]]
+        columns = (scored.scores[places].tolist(), pairs.first[places].tolist(), pairs.second[places].tolist())
+        found[kind] = list(zip(*columns, strict=True))
+    return found

@@ -4,7 +4,9 @@ counts       "pairs", "probes", ...: integers, what the figures are of
 figures      "accuracy", "tar@1e-3", "rank-1", "mAP", ...: shares in [0, 1]; None where the data do not allow the figure
 thresholds   the cosines that figures at an operating point were taken at, under the figure's name
 notes        sentences: what was left out, and why
-curve        points to draw, (x, y): FAR and TAR, FPIR and DIR, or k and CMC
+curves       points (x, y) to draw: "roc" FAR and TAR, "dir" FPIR and DIR, "cmc" k and CMC
+histograms   "genuine" and "impostor" pairs in `evaluation.CURVE_BINS` equal bins of the cosine over [-1, 1]
+hardest      "genuine" pairs of the lowest and "impostor" pairs of the highest cosine, the hardest first: (cosine, position, position)
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ class Result:
     figures: dict[str, float | None]
     thresholds: dict[str, float | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    curve: list[tuple[float, float]] = field(default_factory=list)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    histograms: dict[str, list[int]] = field(default_factory=dict)
+    hardest: dict[str, list[tuple[float, int, int]]] = field(default_factory=dict)
 
     def to_dict(self, *, curves: bool = True) -> dict[str, Any]:
-        """The fields as JSON-ready values; without `curve` unless `curves`."""
-        fields = asdict(self) | {"curve": [list(point) for point in self.curve]}
-        return {key: value for key, value in fields.items() if curves or key != "curve"}
+        """The fields as JSON-ready values, but for `hardest`; without `curves` and `histograms` unless `curves`."""
+        fields = asdict(self) | {"curves": {name: [list(point) for point in points] for name, points in self.curves.items()}}
+        left_out = ("hardest",) if curves else ("hardest", "curves", "histograms")
+        return {key: value for key, value in fields.items() if key not in left_out}
 
     def metrics(self) -> dict[str, float]:
         """The figures that there are, as "name/figure"."""

@@ -182,5 +182,5 @@ def _figures(name: str, found: Tensor, ks: Sequence[int], gallery: int, junk: in
         counts={"queries": len(rows), "queries without an answer": len(missing), "gallery": gallery, "junk": junk},
         figures=figures,
         notes=notes,
-        curve=[(float(k), float((first <= k).double().mean())) for k in range(1, min(CURVE, gallery) + 1)],
+        curves={"cmc": [(float(k), float((first <= k).double().mean())) for k in range(1, min(CURVE, gallery) + 1)]},
     )

@@ -206,6 +206,7 @@ def score_templates(
         figures={f"tar@{key}": histograms.tar_at_far(far, LEAST_FALSE_ACCEPTS) for key, far in FARS.items()} | {"eer": histograms.eer()},
         thresholds={f"tar@{key}": histograms.threshold_at_far(far, LEAST_FALSE_ACCEPTS) for key, far in FARS.items()},
         notes=[f"{left_out} pairs with a template of which no image can be read were left out"] if left_out else [],
-        curve=histograms.roc(),
+        curves={"roc": histograms.roc()},
+        histograms=histograms.curves(),
     )
     return result, scores

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from partial_fc.training.data import IdentityDataset, UnreadableImage, decode_picture
 from partial_fc.training.errors import UserError
-from partial_fc.training.protocols.pairs import BLOCK, LEAST_FALSE_ACCEPTS, Pairs, folds_of, score_pairs
+from partial_fc.training.protocols.pairs import BLOCK, LEAST_FALSE_ACCEPTS, Pairs, folds_of, hardest_of, score_pairs
 from partial_fc.training.protocols.pickled import load_pairs
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tiling import Reduce, unit_rows
 
 FARS = {"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3, "1e-4": 1e-4}
+SHOWN = 12  # hardest pairs of either kind that are kept
 
 
 class PairImages(IdentityDataset):
@@ -80,7 +81,7 @@ def verify_embeddings(
     """Figures of the pairs (`embeddings[2i]`, `embeddings[2i + 1]`), `[2P, D]`; `same` bool `[P]`: whether each is of one identity.
 
     readable: bool `[2P]`; a pair of which an image is not is left out and counted, the others stay in their folds. Embeddings need not be
-    normalised. `block` pairs are compared at a time; two calls of `reduce`.
+    normalised. `block` pairs are compared at a time; three calls of `reduce`.
 
     Figures: "accuracy" and "accuracy_std" (None with fewer than ten pairs), "tar@FAR" (None where that share of the impostor pairs is
     less than one), "eer". Raises UserError for shapes that do not match, embeddings that are not finite, or no pair of either kind.
@@ -92,7 +93,7 @@ def verify_embeddings(
     kept = known.view(-1, 2).all(1).nonzero().flatten()
     pairs = Pairs(2 * kept, 2 * kept + 1, same.cpu().bool()[kept], folds_of(len(same))[kept])
     pairs.check(name)
-    found = score_pairs(unit, pairs, block=block, rank=rank, world=world, reduce=reduce)
+    found = score_pairs(unit, pairs, keep_scores=True, block=block, rank=rank, world=world, reduce=reduce)
     histograms, accuracy = found.histograms, found.grid.accuracy() or (None, None)
     genuine, left_out = int(pairs.same.sum()), len(same) - len(kept)
     return Result(
@@ -107,5 +108,7 @@ def verify_embeddings(
         },
         thresholds={f"tar@{key}": histograms.threshold_at_far(far, LEAST_FALSE_ACCEPTS) for key, far in FARS.items()},
         notes=[f"{left_out} pairs with an image that cannot be read were left out"] if left_out else [],
-        curve=histograms.roc(),
+        curves={"roc": histograms.roc()},
+        histograms=histograms.curves(),
+        hardest=hardest_of(found, pairs, SHOWN),
     )
