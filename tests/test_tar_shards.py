@@ -134,6 +134,47 @@ def test_a_shard_that_is_cut_short_ends_there(tmp_path, cut):
         opened(path, on_error="raise")
 
 
+def damaged(path, change):
+    """A shard of ten samples, and what `change(its bytes, offset of the sixth sample's header)` makes of them."""
+    members = [(f"{n}.{kind}", data) for n in range(10) for kind, data in (("jpg", A), ("cls", b"0" if n < 5 else b"1"))]
+    whole = write_tar(path, members).read_bytes()
+    path.write_bytes(bytes(change(bytearray(whole), whole.index(b"5.jpg"))))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data, at: data[: at + 120] + bytes([data[at + 120] ^ 4]) + data[at + 121 :], "the header at byte {at:,} is damaged"),
+        (lambda data, at: data[:at], "cut short: there is no end of the archive at byte {at:,}"),
+        (lambda data, at: data[: at + 200], "cut short: there is no end of the archive at byte {at:,}"),
+        (lambda data, at: data[:at] + bytes(512) + data[at + 512 :], "a block of zeros at byte {at:,} ends the archive, and more follows"),
+    ],
+    ids=["a bit of a header", "between members", "within a header", "a header of zeros"],
+)
+def test_a_shard_that_ends_too_early_is_named_or_refused(tmp_path, change, words):
+    at = len(damaged(tmp_path / "where.tar", lambda data, at: data[:at]).read_bytes())
+    path = damaged(tmp_path / "damaged.tar", change)
+    dataset = opened(path)
+    assert len(dataset) == 5
+    (problem,) = dataset.left_out
+    assert problem.startswith("damaged.tar (") and words.format(at=at) in problem
+    with pytest.raises(UserError, match=r"cannot read damaged\.tar \("):
+        opened(path, on_error="raise")
+
+
+def test_shards_that_are_joined_are_named_and_any_number_of_zeros_ends_one(tmp_path):
+    first, second = (write_tar(tmp_path / f"{n}.tar", [(f"{n}.jpg", A), (f"{n}.cls", b"0")]).read_bytes() for n in range(2))
+    (tmp_path / "joined.tar").write_bytes(first + second)
+    (problem,) = opened(tmp_path / "joined.tar").left_out
+    assert "archives were joined by `cat`" in problem
+    content = first.rstrip(b"\0")
+    whole = -(-len(content) // 512) * 512
+    for zeros in (512, 1024, 50 * 512):
+        (tmp_path / "end.tar").write_bytes(content.ljust(whole, b"\0") + bytes(zeros))
+        assert list(opened(tmp_path / "end.tar", on_error="raise").left_out) == []
+
+
 def test_files_that_are_no_plain_tar_files_are_refused(tmp_path):
     plain = write_tar(tmp_path / "plain.tar", [("0.jpg", A), ("0.cls", b"0")])
     (tmp_path / "packed.tar").write_bytes(gzip.compress(plain.read_bytes()))

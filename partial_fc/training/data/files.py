@@ -26,7 +26,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 LARGEST_PICTURE = 256 * 2**20
 """Bytes that one encoded picture may have."""
 _OPEN_FILES = 128
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def _open(path: str | Path) -> tuple[int, os.stat_result]:
