@@ -117,6 +117,78 @@ def test_what_is_not_there_is_said_with_what_was_looked_for(tmp_path):
         find_format(tmp_path / "model.bin")
 
 
+def write_splits(kind, folder, prefixes):
+    """Four samples under each of the prefixes, in two files; identities 0, 1 of the first, 10, 11 of the second, ..."""
+    for place, prefix in enumerate(prefixes):
+        content = [(10 * place + label, picture(100 * place + 10 * label + each)) for label in range(2) for each in range(2)]
+        if kind == "parquet":
+            for path in (data_files.parquet(folder / f".{place}", content, each=2) / "data").glob("*.parquet"):
+                path.rename(folder / f"{prefix}-0000{int(path.stem[-1])}-of-00002.parquet")
+        else:
+            for path in data_files.shards(folder / f".{place}", content, each=2).glob("*.tar"):
+                path.rename(folder / f"{prefix}-{path.stem[-3:]}.tar")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_files_of_several_splits_are_not_read_as_one_set(tmp_path, kind, capsys):
+    folder = write_splits(kind, tmp_path / "hub", ["train", "test", "validation"])
+    words = r"hub has several splits: test \(2 files\), train \(2 files\), validation \(2 files\); choose one with --data\.split"
+    with pytest.raises(UserError, match=words):
+        open_data(DataConfig(folder=str(folder)), 0)
+    assert open_data(DataConfig(folder=str(folder), split="train"), 0).train.identity_names == ["0", "1"]
+    assert open_source(folder, split="test").identity_names == ["10", "11"]
+    with pytest.raises(UserError, match=r"hub has no split 'training', but test \(2 files\), .*; give another --data\.split"):
+        open_source(folder, split="training")
+    assert main(["data", "inspect", str(folder)]) == 2
+    assert "choose one with --split" in capsys.readouterr().err
+    assert main(["data", "inspect", str(folder), "--split", "validation"]) == 0
+    assert "images                4" in capsys.readouterr().out
+    assert main(["data", "convert", str(folder), str(tmp_path / "out"), "--format", "list", "--split", "train"]) == 0
+    assert len(open_source(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "images"),
+    [
+        (["shard", "part-a"], 8),
+        (["train-a", "train-b"], 8),
+        (["glint-train", "glint-val"], None),
+        (["train", "extra"], None),
+        (["test"], 4),
+    ],
+)
+def test_names_that_say_no_split_are_one_set(tmp_path, prefixes, images):
+    folder = write_splits("webdataset", tmp_path / "shards", prefixes)
+    if images is None:
+        with pytest.raises(UserError, match="has several splits"):
+            open_source(folder)
+    else:
+        assert len(open_source(folder)) == images
+
+
+def test_the_splits_of_a_dataset_dict_are_its_folders(tmp_path):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    parts = {
+        name: datasets.Dataset.from_dict({"image": [{"bytes": picture(label), "path": None}], "label": [label]}, features=features)
+        for label, name in enumerate(("first", "second"))
+    }
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match=r"several splits: first \(1 file\), second \(1 file\)"):
+        open_source(tmp_path / "saved")
+    assert open_source(tmp_path / "saved", split="second").identity_names == ["1"]
+
+
+def test_a_split_is_of_no_use_where_there_are_none(tmp_path):
+    folder = data_files.folder_of(tmp_path / "faces", CONTENT[:2])
+    with pytest.raises(UserError, match=r"holds folder data, which have no splits; drop --data\.split"):
+        open_source(folder, split="train")
+    with pytest.raises(UserError, match=r"the embedded glyphs have no splits to choose; drop --data\.split"):
+        open_data(DataConfig(split="train"), 0)
+
+
 # -------------------------------------------------------------------------------------------------------------- decoding
 
 

@@ -84,6 +84,7 @@ def _source_parser(name: str, description: str) -> _Parser:
     parser.add_argument("--source_format", default="auto", choices=get_args(Format), help="what lies there (default: look)")
     parser.add_argument("--image_column", default=None, metavar="NAME", help="column of Parquet files that has the images")
     parser.add_argument("--label_column", default=None, metavar="NAME", help="column of Parquet files that has the identities")
+    parser.add_argument("--split", default=None, metavar="NAME", help="which split, where files are of several by their names")
     parser.add_argument("--on_error", choices=("skip", "raise"), default="skip", help="what to do about unreadable images (default skip)")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
@@ -97,6 +98,7 @@ def _open(asked: argparse.Namespace) -> EncodedIdentities:
             on_error=asked.on_error,
             image_column=asked.image_column,
             label_column=asked.label_column,
+            split=asked.split,
         )
     except UserError as error:
         text = str(error).replace("; check --data.folder", "").replace("--data.format", "--source_format").replace("--data.", "--")

@@ -49,6 +49,8 @@ def open_packed(config: DataConfig) -> DataSplits:
         )
     if config.holdout_identities:
         raise UserError(f"the packed data set {config.folder} has its own held-out identities; drop --data.holdout_identities")
+    if config.split is not None:
+        raise UserError(f"the packed data set {config.folder} is trained on as it was split when it was made; drop --data.split")
     held = read_index(config.folder)["held_out"]
     splits: list[PackedSplit] = ["seen", "new"] if held["identities"] and held["sources"] else ["seen"] if held["identities"] else []
     kept = with_enough_images(range(whole.num_identities), whole.labels, config.min_images)

@@ -3,7 +3,7 @@
     dataset.py                            what a data set is; settings; fingerprints
     decode.py files.py                    encoded pictures to pixels; bounds, changed files, indices in a cache
     glyphs.py folder.py list_file.py recordio.py tar_shards.py hugging_face.py    the formats
-    open.py                               which format lies there; training set and held-out identities
+    open.py splits.py                     which format lies there, and which split; training set and held-out identities
     convert.py survey.py                  what `partial-fc data` does
 
 `loader.BatchLoader` makes batches of them.

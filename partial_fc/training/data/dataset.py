@@ -49,6 +49,8 @@ class DataConfig:
     """Column of Parquet files that has the images; found by its type if there is one only."""
     label_column: str | None = None
     """Column of Parquet files that has the identities; found by usual names, such as label."""
+    split: str | None = None
+    """Which split to read of Parquet files or tar shards that are of several by their names, such as train-00000 and test-00000."""
     identities: int | None = None
     """How many identities to train on; without it, all of them."""
     holdout_identities: int = 0
