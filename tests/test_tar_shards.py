@@ -94,6 +94,17 @@ def test_samples_that_are_not_whole_are_left_out_and_named_or_refused(tmp_path):
         opened(path, on_error="raise")
 
 
+def test_a_name_that_comes_twice_is_left_out_and_named_or_refused(tmp_path):
+    """Its pictures and labels cannot be told apart; another picture of the sample, under a longer suffix, can."""
+    dup = [("dup.jpg", A), ("dup.cls", b"0"), ("dup.jpg", B), ("dup.cls", b"1")]
+    path = write_tar(tmp_path / "a.tar", [*dup, ("fine.jpg", C), ("fine.side.jpg", B), ("fine.cls", b"1")])
+    dataset = opened(path)
+    assert list(dataset.left_out) == ["a.tar/dup (there are two .jpg of this name, one after the other)"]
+    assert [bytes(dataset.encoded(index)) for index in range(len(dataset))] == [C]
+    with pytest.raises(UserError, match=r"cannot read a\.tar/dup"):
+        opened(path, on_error="raise")
+
+
 def test_members_that_lead_out_or_are_no_files_are_left_out_and_nothing_is_written(tmp_path):
     path = tmp_path / "in" / "hostile.tar"
     path.parent.mkdir()

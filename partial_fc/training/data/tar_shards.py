@@ -167,6 +167,9 @@ def _wrong_end(shard: Path, offset: int) -> str | None:
 
 def _add(archive: tarfile.TarFile, member: tarfile.TarInfo, field: str, fields: dict[str, Any]) -> None:
     """Note the member's part in its sample."""
+    if field in fields.setdefault("seen", set()):
+        fields.setdefault("twice", field)  # of which picture is which label?
+    fields["seen"].add(field)
     if "." + field.rpartition(".")[2] in IMAGE_SUFFIXES:
         fields.setdefault("picture", (member.offset_data, member.size))
     elif field in ("cls", "json"):
@@ -180,6 +183,8 @@ def _add(archive: tarfile.TarFile, member: tarfile.TarInfo, field: str, fields: 
 
 def _whole_sample(shard: Path, key: str, fields: dict[str, Any], problems: list[str]) -> Iterator[Found]:
     try:
+        if "twice" in fields:
+            raise ValueError(f"there are two .{fields['twice']} of this name, one after the other")
         if "picture" not in fields:
             raise ValueError("there is no picture")
         offset, size = fields["picture"]
