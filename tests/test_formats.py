@@ -9,6 +9,7 @@ import warnings
 
 import data_files
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from data_files import WRITERS, picture, pixels, samples
@@ -20,6 +21,7 @@ from partial_fc.training.data import DataConfig, UnreadableImage, decode, find_f
 from partial_fc.training.data.decode import decode_into, read_header
 from partial_fc.training.errors import UserError
 from partial_fc.training.loader import BatchLoader, choose_workers
+from partial_fc.training.packed import write_index
 from partial_fc.training.run import RunFolder
 
 CONTENT = samples(identities=6, images=4)
@@ -314,3 +316,84 @@ def test_a_run_names_what_is_damaged_and_finds_out_if_its_data_change(tmp_path, 
         "the data have changed since the run began: more.tar of the training set was" in last or "more.tar of the holdout set was" in last
     )
     assert "remove" in last and "data.json" in last
+
+
+def write_packed(folder, channels=3, side=16, held_out=([4, 5], [])):
+    """Six identities of four images, each of another source."""
+    folder.mkdir()
+    np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 256, (24, channels, side, side), dtype=np.uint8))
+    np.save(folder / "labels.npy", np.repeat(np.arange(6), 4).astype(np.int32))
+    np.save(folder / "sources.npy", np.tile(np.arange(4), 6).astype(np.int32))
+    held = dict(zip(("identities", "sources"), held_out, strict=True))
+    write_index(folder, [f"id{n}" for n in range(6)], list("abcd"), held, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of one epoch on colour pictures of 16 pixels."""
+    folder = tmp_path_factory.mktemp("trained")
+    data_files.folder_of(folder / "faces", CONTENT)
+    run = ["--data.folder", str(folder / "faces"), "--output.folder", str(folder / "run"), "--data.image_size", "16"]
+    assert main(["train", *run, "--train.batch_size", "8", "--train.cpu", "true", "--train.epochs", "1", "--seed", "1"]) == 0
+    return folder / "run"
+
+
+def test_a_run_is_evaluated_on_any_format_and_what_is_damaged_is_named(trained, tmp_path, capsys):
+    content = [(key, data_files.record(data_files.image_data(label, data))) for key, (label, data) in enumerate(CONTENT)]
+    content += [(key, data_files.record(data_files.image_data(0.5, picture(0)))) for key in range(24, 28)]
+    data_files.write_records(tmp_path / "records", content)
+
+    def evaluate(*arguments):
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        code = main(["evaluate", str(trained), "--output", str(out), *map(str, arguments)])
+        return code, capsys.readouterr().err.strip().splitlines()[-1:], out
+
+    code, _, out = evaluate("--data", tmp_path / "records")
+    assert code == 0
+    assert len((out / "unreadable.txt").read_text().splitlines()) == 4
+    figures = json.loads((out / "metrics.json").read_text())
+    assert (figures["unreadable_images"], figures["evaluations"][0]["images"]) == (4, 24)
+    code, (said,), _ = evaluate("--data", tmp_path / "records", "--on_error", "raise")
+    assert code == 2 and "cannot read train.rec#24" in said and said.endswith("or pass --on_error skip")
+
+    data_files.parquet(tmp_path / "hub", CONTENT)
+    for path in (tmp_path / "hub" / "data").iterdir():
+        table = pyarrow.parquet.read_table(path)
+        pyarrow.parquet.write_table(table.rename_columns(["image", "who"]).replace_schema_metadata(None), path)
+    code, (said,), _ = evaluate("--data", tmp_path / "hub")
+    assert code == 2 and said.endswith("name it with --label_column")
+    assert evaluate("--data", tmp_path / "hub", "--label_column", "who", "--source_format", "parquet")[0] == 0
+    code, (said,), _ = evaluate("--split", "train")
+    assert code == 2 and "--split is about the data set of --data" in said
+
+
+@pytest.mark.parametrize(
+    ("held_out", "names"), [(([4, 5], []), {"seen": 8}), (([4, 5], [0, 1]), {"seen": 4, "new": 4}), (([], []), {"train": 24})]
+)
+def test_a_run_is_evaluated_on_what_a_packed_set_holds_out(trained, tmp_path, held_out, names, capsys):
+    packed = write_packed(tmp_path / "packed", held_out=held_out)
+    out = tmp_path / "out"
+    assert main(["evaluate", str(trained), "--data", str(packed), "--output", str(out)]) == 0
+    figures = json.loads((out / "metrics.json").read_text())["evaluations"]
+    assert {each["name"]: each["images"] for each in figures} == names
+    other = write_packed(tmp_path / "grey", channels=1)
+    assert main(["evaluate", str(trained), "--data", str(other), "--output", str(tmp_path / "no")]) == 2
+    assert "are (1, 16, 16), and those of the run (3, 16, 16)" in capsys.readouterr().err
+
+
+def test_a_packed_set_is_inspected_split_by_split_and_not_converted(tmp_path, capsys):
+    packed = write_packed(tmp_path / "packed", held_out=([4, 5], [3]))
+    images = np.load(packed / "images.npy")
+    images[1] = images[0]
+    np.save(packed / "images.npy", images)
+    assert main(["data", "inspect", str(packed)]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line in ("train", "seen", "new")] == ["train", "seen", "new"]
+    assert "12 raw; 768 bytes" in out and "16 x 16 (12)" in out and "id0 in a = id0 in b" in out
+    assert main(["data", "inspect", str(packed), "--split", "seen"]) == 0
+    assert "images                6" in capsys.readouterr().out
+    assert main(["data", "inspect", str(packed), "--split", "test"]) == 2
+    assert "has no split 'test', but train, seen, new" in capsys.readouterr().err
+    assert main(["data", "convert", str(packed), str(tmp_path / "out"), "--format", "list"]) == 2
+    assert "it cannot be converted" in capsys.readouterr().err

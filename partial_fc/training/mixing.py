@@ -62,6 +62,10 @@ class MixedIdentities(IdentityDataset):
         dataset, own = self._find(index)
         return dataset.name_of(own)
 
+    def content(self, index: int) -> bytes | memoryview:
+        dataset, own = self._find(index)
+        return dataset.content(own)
+
     def load(self, index: int) -> Tensor:
         dataset, own = self._find(index)
         return dataset.load(own)

@@ -137,6 +137,10 @@ class IdentityDataset(ABC):
         """Image `index` into `out` uint8 [H, W, C], a place in a batch; raises UnreadableImage for a damaged file."""
         out[...] = self.load(index).permute(1, 2, 0).numpy()
 
+    def content(self, index: int) -> bytes | memoryview:
+        """Image `index` as it is kept: encoded, or its pixels; raises UnreadableImage if it cannot be had."""
+        return self.load(index).numpy().tobytes()
+
     def _of_identities(self: Set, identities: Sequence[int]) -> tuple[Set, torch.Tensor]:
         """(a copy that has these identities alone, numbered anew in the order given; where its images are in this set, int64 [n'])."""
         chosen = torch.tensor(list(identities), dtype=torch.int64)
@@ -215,6 +219,9 @@ class EncodedIdentities(IdentityDataset):
             return self._encoded(self.row_of(index))
         except (ValueError, OSError) as error:
             raise self._unreadable(index, error) from error
+
+    def content(self, index: int) -> bytes | memoryview:
+        return self.encoded(index)
 
     def load(self, index: int) -> torch.Tensor:
         channels, height, width = self.image_shape
