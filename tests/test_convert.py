@@ -165,6 +165,16 @@ def test_unreadable_pictures_are_left_out_and_named_or_refused(tmp_path, dest):
     assert len(there) == 7
 
 
+def test_what_was_left_out_of_the_source_is_counted_and_named_too(tmp_path, capsys):
+    path = list_file(tmp_path / "source", [*CONTENT, (3, b"no picture")])
+    path.write_text(path.read_text() + "lonely\n")
+    assert main(["data", "convert", str(path), str(tmp_path / "dest"), "--format", "webdataset"]) == 0
+    assert "12 images of 4 identities as webdataset, counts and labels verified; 2 damaged ones" in capsys.readouterr().out
+    first, second = (tmp_path / "dest" / "left_out.txt").read_text().splitlines()
+    assert first == "faces.txt line 16 (there is a path or a label, not both)"
+    assert second.startswith("pictures/a 012.jpg (cannot identify")
+
+
 def test_a_destination_that_is_not_what_was_written_is_found_out(tmp_path, monkeypatch):
     source = open_source(folder_of(tmp_path / "source", CONTENT))
     add = convert_module.ListWriter.add

@@ -66,10 +66,8 @@ def convert_command(arguments: list[str]) -> None:
     if is_packed(asked.source):
         raise UserError(f"{asked.source} is a packed set, which has pixels and no encoded pictures to copy; it cannot be converted")
     source = open_asked(asked.source, asked)
-    for name in source.left_out:
-        print(f"left out: {name}")
     done = convert(source, asked.dest, asked.format, on_error=asked.on_error, part=asked.part)
-    lost = f"; {done['left_out']:,} unreadable ones are left out (named in {asked.dest}/left_out.txt)" if done["left_out"] else ""
+    lost = f"; {done['left_out']:,} damaged ones are left out (named in {asked.dest}/left_out.txt)" if done["left_out"] else ""
     print(
         f"{asked.dest}: {done['images']:,} images of {done['identities']:,} identities as {asked.format}, counts and labels verified{lost}"
     )

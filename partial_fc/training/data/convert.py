@@ -250,8 +250,11 @@ FORMATS = ("recordio", *_SIMPLE)
 
 def convert(source: EncodedIdentities, dest: str | Path, format: str, *, on_error: str = "skip", part: int = PART) -> dict[str, int]:
     """Write `source` to the folder `dest` as `format`, or go on with a conversion of the same that was ended; {"images", "identities",
-    "left_out"}. Raises UserError for a folder that holds something else, for an unreadable picture if `on_error` says so, and if what was
-    written turns out not to be what was read."""
+    "left_out": samples that the source could not open as whole ones, and unreadable pictures}.
+
+    Raises UserError for a folder that holds something else, for an unreadable picture if `on_error` says so, and if what was written turns
+    out not to be what was read.
+    """
     folder = Path(dest)
     what = {"format": format, "source": source.fingerprint()}
     state = _state(folder, what)
@@ -290,9 +293,10 @@ def _convert(source: EncodedIdentities, folder: Path, format: str, on_error: str
     _verify(source, written, labels, writer, folder, format)
     (folder / STATE).unlink()
     (folder / LOCK).unlink(missing_ok=True)
-    if state["left_out"]:
-        _replace(folder / LEFT_OUT, "".join(f"{name}\n" for _, name in state["left_out"]).encode("utf-8", "replace"))
-    return {"images": len(written), "identities": len(np.unique(labels)), "left_out": len(missing)}
+    left_out = [*source.left_out, *(name for _, name in state["left_out"])]
+    if left_out:
+        _replace(folder / LEFT_OUT, "".join(f"{name}\n" for name in left_out).encode("utf-8", "replace"))
+    return {"images": len(written), "identities": len(np.unique(labels)), "left_out": len(left_out)}
 
 
 def _one_part(
