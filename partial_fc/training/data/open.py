@@ -120,7 +120,7 @@ def open_source(
         return ParquetIdentities(paths, image_size, channels, on_error, image_column, label_column)
     if kind == "list":
         return ListIdentities(paths[0], image_size, channels, on_error)
-    return FolderIdentities(paths[0], image_size, channels)
+    return FolderIdentities(paths[0], image_size, channels, on_error)
 
 
 def split_identities(count: int, holdout: int, seed: int) -> tuple[list[int], list[int]]:
