@@ -102,6 +102,35 @@ def test_a_fingerprint_says_what_changed(tmp_path):
     assert what_changed({"training": before["training"]}, {"training": other}) == "images of the training set have other labels"
 
 
+def test_other_pictures_of_the_same_sizes_are_other_data(tmp_path):
+    def grey(value):
+        out = io.BytesIO()
+        Image.new("RGB", (8, 8), (value,) * 3).save(out, "BMP")
+        return out.getvalue()
+
+    def written(values):
+        data_files.folder_of(tmp_path / "faces", [(place // 3, grey(value)) for place, value in enumerate(values)])
+        return open_data(DataConfig(folder=str(tmp_path / "faces")), 0)
+
+    before = written(range(6)).fingerprint()
+    assert what_changed(before, written(range(6)).fingerprint()) is None
+    now = written(range(100, 106)).fingerprint()
+    assert what_changed(before, now) == "pictures of the training set are others than they were"
+    earlier = {"training": {key: value for key, value in before["training"].items() if key != "pictures"}}
+    assert what_changed(earlier, now) is None
+    (tmp_path / "faces" / "id0000" / "00000.jpg").unlink()
+    (tmp_path / "faces" / "id0000" / "00000.jpg").mkdir()
+    assert open_data(DataConfig(folder=str(tmp_path / "faces")), 0).fingerprint()["training"]["pictures"] != now["training"]["pictures"]
+
+
+def test_a_packed_set_that_is_drawn_again_is_other_data(tmp_path):
+    packed = write_packed(tmp_path / "packed", held_out=([4, 5], []))
+    before = open_data(DataConfig(folder=str(packed)), 0).fingerprint()
+    assert what_changed(before, open_data(DataConfig(folder=str(packed)), 0).fingerprint()) is None
+    np.save(packed / "images.npy", 255 - np.load(packed / "images.npy"))
+    assert "pictures of the" in what_changed(before, open_data(DataConfig(folder=str(packed)), 0).fingerprint())
+
+
 def test_what_is_not_there_is_said_with_what_was_looked_for(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -35,6 +35,7 @@ Pixels = npt.NDArray[np.uint8]
 Set = TypeVar("Set", bound="IdentityDataset")
 
 _LISTED = 1000  # a fingerprint names files up to so many, and has one digest of more
+_COMPARED = 100  # of so many pictures, evenly spaced, it has a digest of what is in them
 
 
 @dataclass
@@ -159,7 +160,7 @@ class IdentityDataset(ABC):
         return ()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the set is, to find out later whether it is another: counts, and digests of names, labels and files."""
+        """What the set is, to find out later whether it is another: counts, and digests of names, labels, files and some pictures."""
         names = hashlib.blake2b(digest_size=16)
         for name in self.identity_names:
             names.update(name.encode("utf-8", "surrogateescape") + b"\0")
@@ -180,8 +181,19 @@ class IdentityDataset(ABC):
             "files": count,
             "bytes": total,
             "digest": files.hexdigest(),
+            "pictures": self._digest_of_some(),
             **({"listed": listed} if 0 < count <= _LISTED else {}),
         }
+
+    def _digest_of_some(self) -> str:
+        """Of what is in _COMPARED pictures: others of the same sizes under the same names are other data."""
+        digest = hashlib.blake2b(digest_size=16)
+        for index in np.unique(np.linspace(0, len(self) - 1, _COMPARED).astype(np.int64)).tolist() if len(self) else ():
+            try:
+                digest.update(hashlib.blake2b(self.content(index), digest_size=16).digest())
+            except UnreadableImage:
+                digest.update(b"unreadable")
+        return digest.hexdigest()
 
 
 class EncodedIdentities(IdentityDataset):
@@ -307,8 +319,9 @@ def what_changed(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any
             ("names", "identities of the {} set have other names"),
             ("labels", "images of the {} set have other labels"),
             ("digest", "files of the {} set have other names or sizes"),
+            ("pictures", "pictures of the {} set are others than they were"),
         ):
-            if then[key] != there[key]:
+            if key in then and then[key] != there[key]:  # earlier versions noted no pictures
                 return words.format(name)
     return None
 

@@ -68,21 +68,29 @@ class Files:
         """`length` bytes from `offset` on; ValueError if the file ends before, or is not what it was."""
         if offset < 0 or length < 0 or offset + length > self.sizes[file]:
             raise ValueError(f"bytes {offset} to {offset + length} lie past the end of {self.paths[file].name} ({self.sizes[file]} bytes)")
-        data = os.pread(self._descriptor(file), length, offset)
+        descriptor = self._descriptor(file)
+        data = os.pread(descriptor, length, offset)
         while len(data) < length:  # a file system may give less than was asked for
-            more = os.pread(self._descriptor(file), length - len(data), offset + len(data))
+            more = os.pread(descriptor, length - len(data), offset + len(data))
             if not more:
                 raise ValueError(f"{self.paths[file].name} has become shorter since it was opened")
             data += more
+        self._check(file, os.fstat(descriptor))  # after reading, so that nothing that was written before passes
         return data
+
+    def _check(self, file: int, facts: os.stat_result) -> None:
+        if (facts.st_size, facts.st_mtime_ns) != (self.sizes[file], self.times[file]):
+            raise ValueError(f"{self.paths[file].name} has changed since it was opened")
 
     def _descriptor(self, file: int) -> int:
         descriptor = self._open.get(file)
         if descriptor is None:
             descriptor, facts = _open(self.paths[file])
-            if (facts.st_size, facts.st_mtime_ns) != (self.sizes[file], self.times[file]):
+            try:
+                self._check(file, facts)
+            except ValueError:
                 os.close(descriptor)
-                raise ValueError(f"{self.paths[file].name} has changed since it was opened")
+                raise
             if len(self._open) >= _OPEN_FILES:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[file] = descriptor
