@@ -139,6 +139,19 @@ def damaged(kind):
 DAMAGES = ["magic", "length", "huge", "flag", "unknown flag", "no end", "short", "labels", "half", "nan", "negative", "empty"]
 
 
+@pytest.mark.parametrize("said", [2**24, 2**24 + 8], ids=["rounded down", "rounded up"])
+def test_counts_that_a_float32_has_rounded_lose_no_picture(tmp_path, said):
+    """Keys up to 2**24 + 5 are pictures, those after them identities; record 0 says otherwise."""
+    begin = 2**24 + 6 - len(CONTENT)
+    records = [(0, record(image_data((said, said + 4), b"")))]
+    records += [(begin + each, record(image_data((label, 1.0), data))) for each, (label, data) in enumerate(CONTENT)]
+    records += [(2**24 + 6 + each, record(image_data((begin + 3 * each, begin + 3 * each + 3), b""))) for each in range(4)]
+    write_records(tmp_path, records, 4)
+    dataset = opened(tmp_path, on_error="raise")
+    assert dataset.labels.tolist() == [label for label, _ in CONTENT]
+    assert list(dataset.left_out) == [] and list(dataset.notes) == []
+
+
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_record_is_left_out_and_named_or_refused(tmp_path, kind):
     records, words = damaged(kind)

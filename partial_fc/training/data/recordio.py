@@ -4,7 +4,8 @@
                 flag 0: a whole record. 1, 2, 3: first, middle, last part of one whose data had the magic in it, which joins the parts
     data        flag u32 | label f32 | id u64 | id2 u64 | `flag` labels f32, if flag > 0 | the encoded picture
     record 0    no picture: labels (n + 1, n + 1 + C). Records 1..n are pictures; n + 1 .. n + C are identities, without a picture, with
-                labels (first, last + 1): whose pictures. Without a record 0 of this kind, all records are pictures
+                labels (first, last + 1): whose pictures. Without a record 0 of this kind, all records are pictures. From 2**24 records
+                on a float32 has rounded these numbers: then what has no picture and two labels is an identity
     train.idx   a line `key <tab> byte` a record
     property    classes,height,width
 
@@ -103,7 +104,7 @@ class RecordIdentities(EncodedIdentities):
     def _by_ranges(self) -> tuple[IntArray, IntArray] | None:
         """(keys, labels) of all pictures by the identities' ranges; None where there are no ranges that fit together."""
         first = self._first_record()
-        if first is None or first[1] <= first[0] or first[0] < 2 or first[1] > len(self.keys):
+        if first is None or first[1] <= first[0] or not 2 <= first[0] < _LARGEST_LABEL or first[1] > len(self.keys):
             return None
         end, last = first
         keys, labels, seen, total = [], [], set(), 0
@@ -135,11 +136,14 @@ class RecordIdentities(EncodedIdentities):
     def _scan(self) -> Arrays:
         """Keys and labels of all pictures, of their own headers."""
         first = self._first_record()
-        keys = self.keys if first is None else self.keys[(self.keys >= 1) & (self.keys < first[0])]
+        rounded = first is not None and first[0] >= _LARGEST_LABEL
+        keys = self.keys if first is None else self.keys[(self.keys >= 1) & (rounded | (self.keys < first[0]))]
         good, labels, problems = [], [], []
         for key in tqdm(keys.tolist(), desc=f"labels of {self._rec.name}", unit="", leave=False, mininterval=1, delay=2):
             try:
                 found, picture = unpack(self._record(key))
+                if rounded and not len(picture) and len(found) == 2:
+                    continue  # an identity
                 if not len(picture):
                     raise ValueError("there is no picture in it")
                 labels.append(_whole(found[0]))
