@@ -13,7 +13,6 @@ from partial_fc.training.data.dataset import (
     DataConfig,
     DataSplits,
     EncodedIdentities,
-    Format,
     IdentityDataset,
     UnreadableImage,
     decode_picture,
@@ -28,6 +27,7 @@ from partial_fc.training.data.list_file import ListIdentities
 from partial_fc.training.data.open import find_format, open_data, open_source, split_identities
 from partial_fc.training.data.recordio import RecordIdentities
 from partial_fc.training.data.tar_shards import TarIdentities
+from partial_fc.training.mixed_set import Format
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -27,10 +27,9 @@ from partial_fc.training.data.decode import Fit, decode_into
 from partial_fc.training.data.files import read_whole
 from partial_fc.training.errors import UserError
 from partial_fc.training.labels import LabelMap
-from partial_fc.training.mixed_set import MixedSet, check_mix
+from partial_fc.training.mixed_set import Format, MixedSet, check_mix
 from partial_fc.training.samplers import SamplerName, check_settings
 
-Format = Literal["auto", "folder", "list", "recordio", "webdataset", "parquet"]
 Pixels = npt.NDArray[np.uint8]
 Set = TypeVar("Set", bound="IdentityDataset")
 

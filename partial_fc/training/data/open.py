@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from partial_fc.training.augment import stream_key
-from partial_fc.training.data.dataset import DataConfig, DataSplits, EncodedIdentities, Format, IdentityDataset, enough
+from partial_fc.training.data.dataset import DataConfig, DataSplits, EncodedIdentities, IdentityDataset, enough
 from partial_fc.training.data.folder import FolderIdentities
 from partial_fc.training.data.glyphs import GlyphIdentities
 from partial_fc.training.data.hugging_face import ParquetIdentities
@@ -29,6 +29,7 @@ from partial_fc.training.data.splits import choose_split
 from partial_fc.training.data.tar_shards import TarIdentities
 from partial_fc.training.errors import UserError
 from partial_fc.training.labels import LabelMap, with_enough_images
+from partial_fc.training.mixed_set import Format
 
 LIST_SUFFIXES = (".txt", ".lst", ".list", ".tsv", ".csv")
 _LOOKED_FOR = {
