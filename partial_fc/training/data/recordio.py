@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -176,15 +177,14 @@ class RecordIdentities(EncodedIdentities):
 def read_index(path: Path, size: int) -> tuple[IntArray, IntArray]:
     """(keys, offsets) int64 of an .idx file, by rising key; UserError for lines that are none, double keys, offsets past `size`."""
     try:
-        tokens = path.read_bytes().split()
-        if max(map(len, tokens), default=0) > 20:
-            raise ValueError("a number of more than 64 bits")
-        table = np.array(tokens, dtype=bytes).astype(np.int64)
-    except (ValueError, OverflowError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a file without lines, numpy only warns
+            table = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None, encoding="latin1")
+    except (ValueError, OverflowError, Warning):
         raise UserError(f"{path} is no index: {_bad_line(path)}") from None
-    if not len(table) or len(table) % 2:
+    if table.shape[1] != 2:
         raise UserError(f"{path} is no index: {_bad_line(path)}")
-    keys, offsets = table[0::2], table[1::2]
+    keys, offsets = table.T
     outside = np.flatnonzero((offsets < 0) | (offsets + _HEADER.size > size))
     if len(outside):
         at = int(outside[0])
@@ -205,7 +205,7 @@ def _bad_line(path: Path) -> str:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             parts = line.split()
-            if parts and (len(parts) != 2 or not all(part.isdigit() for part in parts)):
+            if parts and (len(parts) != 2 or not all(part.isdigit() and len(part) <= 18 for part in parts)):
                 return f"line {number} is {line[:60].strip()!r}, and should be a key and an offset"
     return "it is empty"
 
