@@ -96,6 +96,20 @@ def test_a_conversion_that_was_ended_anywhere_goes_on_to_the_same_files(tmp_path
     assert what(open_source(tmp_path / "ended")) == what(source)
 
 
+@pytest.mark.parametrize("dest", ["list", "folder"])
+def test_pictures_are_on_the_disk_before_a_part_is_noted(tmp_path, monkeypatch, dest):
+    """Every time that all is written to the disk: the pictures there are, and what is noted of them."""
+    seen = []
+
+    def sync():
+        pictures = sum(path.suffix == ".jpg" for path in (tmp_path / "dest").rglob("*"))
+        seen.append((pictures, json.loads((tmp_path / "dest" / STATE).read_text())["done"]))
+
+    monkeypatch.setattr(os, "sync", sync)
+    convert(open_source(WRITERS["list"](tmp_path / "source", CONTENT)), tmp_path / "dest", dest, part=5)
+    assert seen == [(5, 0), (10, 5), (12, 10)]
+
+
 def failing_verify(*arguments):
     raise KeyboardInterrupt
 
