@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 import webdataset
 from data_files import pixels, samples, shards, write_tar
+from runner import forking
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from partial_fc.training.data import TarIdentities, UnreadableImage, open_source
+from partial_fc import locks
+from partial_fc.training.data import TarIdentities, UnreadableImage, files, open_source
 from partial_fc.training.errors import UserError
 
 CONTENT = samples(identities=4, images=3)
@@ -217,6 +221,51 @@ def test_files_that_are_no_plain_tar_files_are_refused(tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             opened(tmp_path / f"{name}.tar")
         assert "\n" not in str(caught.value)
+
+
+def index_of(path, looked, builds, go, out):
+    """What a rank does at its start: the index from the cache, or built, once `go` is set. `looked`: it found none. `builds` counts."""
+    os.environ["PARTIAL_FC_CACHE"] = str(path.parent / "cache")
+    kept = files._kept
+
+    def looks(*given):
+        found = kept(*given)
+        looked.set()
+        return found
+
+    def build():
+        with builds.get_lock():
+            builds.value += 1
+        assert go.wait(60)
+        return {"numbers": np.arange(3)}
+
+    files._kept = looks
+    out.put(files.cached("test", [path], build)["numbers"].tolist())
+
+
+def test_of_several_processes_one_builds_an_index_and_the_others_wait_for_it(tmp_path):
+    context = forking()
+    (tmp_path / "data").write_text("data")
+    builds, go, out, looked = context.Value("i", 0), context.Event(), context.Queue(), [context.Event() for _ in range(3)]
+    processes = [context.Process(target=index_of, args=(tmp_path / "data", each, builds, go, out), daemon=True) for each in looked]
+    for process in processes:
+        process.start()
+    for each in looked:
+        assert each.wait(60)  # none has found an index, and one is building it
+    go.set()
+    assert [out.get(timeout=60) for _ in processes] == [[0, 1, 2]] * 3
+    for process in processes:
+        process.join(60)
+    assert builds.value == 1
+
+
+def test_without_locks_every_process_builds_for_itself(tmp_path, monkeypatch):
+    def refuses(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "lockf", refuses)
+    shards(tmp_path / "data", CONTENT)
+    assert len(open_source(tmp_path / "data")) == len(CONTENT)
 
 
 def test_a_cache_folder_that_cannot_be_used_costs_time_alone(tmp_path, monkeypatch):

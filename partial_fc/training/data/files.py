@@ -21,6 +21,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from partial_fc.locks import waiting
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 LARGEST_PICTURE = 256 * 2**20
@@ -144,27 +146,40 @@ def cache_folder() -> Path:
 
 
 def cached(kind: str, paths: Sequence[Path], build: Callable[[], Arrays]) -> Arrays:
-    """What `build()` makes of the files, or made of them before: taken from the cache if all have their sizes and times still. Where the
-    cache folder cannot be written, it is built every time."""
+    """What `build()` makes of the files, or made of them before: taken from the cache if all have their sizes and times still. Of several
+    processes one builds, and the others wait for it. Where the cache folder cannot be written, each builds it every time."""
     facts = [[str(path.absolute()), (found := path.stat()).st_size, found.st_mtime_ns] for path in paths]
     stamp = json.dumps([_CACHE_VERSION, kind, facts]).encode()
     key = hashlib.blake2b(json.dumps([kind, [name for name, *_ in facts]]).encode(), digest_size=16).hexdigest()
     file = cache_folder() / f"{kind}-{key}.npz"
+    if (made := _kept(file, stamp)) is not None:
+        return made
+    with waiting(file.with_suffix(".lock")):
+        if (made := _kept(file, stamp)) is None:
+            made = build()
+            with contextlib.suppress(OSError):
+                _keep(file, stamp, made)
+    return made
+
+
+def _kept(file: Path, stamp: bytes) -> Arrays | None:
+    """What is kept in a file of the cache under that stamp; None if there is none, or not a whole one."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             if arrays["stamp"].tobytes() == stamp:
                 return {name: arrays[name] for name in arrays.files if name != "stamp"}
-    except Exception:  # none there, or not a whole one: it is made anew
+    except Exception:  # whatever a damaged file makes numpy raise: it is made anew
         pass
-    made = build()
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as out:
-                np.savez(out, allow_pickle=False, stamp=np.frombuffer(stamp, dtype=np.uint8), **made)
-            os.replace(temporary, file)  # a reader sees all of it or none
-        except OSError:
-            os.unlink(temporary)
-            raise
-    return made
+    return None
+
+
+def _keep(file: Path, stamp: bytes, made: Arrays) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            np.savez(out, allow_pickle=False, stamp=np.frombuffer(stamp, dtype=np.uint8), **made)
+        os.replace(temporary, file)  # a reader sees all of it or none
+    except OSError:
+        os.unlink(temporary)
+        raise
