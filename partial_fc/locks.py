@@ -1,8 +1,9 @@
-"""One writer a folder: a lock that ends with the process that holds it, however it ends.
+"""Locks that end with the process that holds them, however it ends: one writer a folder (FolderLock), one process after another (waiting).
 
-The lock is one of POSIX on the file `.lock` (`lockf`): unlike `flock` it is not inherited by forked children, so that data loading
-processes which outlive a killed run for a few seconds do not keep its folder from the run that goes on. The file says who holds it; it
-stays behind, and says nothing by being there. Where a file system has no locks, a warning is logged and nothing is locked.
+They are locks of POSIX (`lockf`); a folder's is on the file `.lock` in it. Unlike those of `flock` they are not inherited by forked
+children, so that data loading processes which outlive a killed run for a few seconds do not keep its folder from the run that goes on. The
+file says who holds it; it stays behind, and says nothing by being there. Where a file system has no locks, nothing is locked, and a warning
+is logged for a folder.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import os
 import socket
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +29,23 @@ log = logging.getLogger("partial_fc")
 
 LOCK = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def waiting(path: Path) -> Iterator[None]:
+    """Wait until no other process is here with this file, which is made if need be; hold nothing where that cannot be had: no lock is
+    better than an error, since nothing but time is lost. Of one process, all threads may be here."""
+    file: IO[str] | None = None
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
 
 
 class FolderLock:

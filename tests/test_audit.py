@@ -72,7 +72,7 @@ def test_an_identity_that_is_stored_twice_is_the_first_pair(trained, capsys):
     assert {pairs[0]["identity_a"], pairs[0]["identity_b"]} == {TWICE, OF}
     assert len(pairs) < 6, "few others are beyond the threshold of this run"
     assert f"{len(pairs)} pairs" in said
-    names = sorted(scan_folder(trained / "data"))
+    names = sorted(scan_folder(trained / "data")[0])
     assert [names[int(pairs[0][f"class_{side}"])] for side in "ab"] == [pairs[0]["identity_a"], pairs[0]["identity_b"]]
     assert (pairs[0]["images_a"], pairs[0]["images_b"]) == ("5", "5")
 

@@ -96,6 +96,20 @@ def test_a_conversion_that_was_ended_anywhere_goes_on_to_the_same_files(tmp_path
     assert what(open_source(tmp_path / "ended")) == what(source)
 
 
+@pytest.mark.parametrize("dest", ["list", "folder"])
+def test_pictures_are_on_the_disk_before_a_part_is_noted(tmp_path, monkeypatch, dest):
+    """Every time that all is written to the disk: the pictures there are, and what is noted of them."""
+    seen = []
+
+    def sync():
+        pictures = sum(path.suffix == ".jpg" for path in (tmp_path / "dest").rglob("*"))
+        seen.append((pictures, json.loads((tmp_path / "dest" / STATE).read_text())["done"]))
+
+    monkeypatch.setattr(os, "sync", sync)
+    convert(open_source(WRITERS["list"](tmp_path / "source", CONTENT)), tmp_path / "dest", dest, part=5)
+    assert seen == [(5, 0), (10, 5), (12, 10)]
+
+
 def failing_verify(*arguments):
     raise KeyboardInterrupt
 
@@ -163,6 +177,16 @@ def test_unreadable_pictures_are_left_out_and_named_or_refused(tmp_path, dest):
     there = open_source(tmp_path / "dest", format=dest)
     assert there.identity_names == ["id0000", "id0001", "id0003"]
     assert len(there) == 7
+
+
+def test_what_was_left_out_of_the_source_is_counted_and_named_too(tmp_path, capsys):
+    path = list_file(tmp_path / "source", [*CONTENT, (3, b"no picture")])
+    path.write_text(path.read_text() + "lonely\n")
+    assert main(["data", "convert", str(path), str(tmp_path / "dest"), "--format", "webdataset"]) == 0
+    assert "12 images of 4 identities as webdataset, counts and labels verified; 2 damaged ones" in capsys.readouterr().out
+    first, second = (tmp_path / "dest" / "left_out.txt").read_text().splitlines()
+    assert first == "faces.txt line 16 (there is a path or a label, not both)"
+    assert second.startswith("pictures/a 012.jpg (cannot identify")
 
 
 def test_a_destination_that_is_not_what_was_written_is_found_out(tmp_path, monkeypatch):

@@ -195,14 +195,33 @@ def test_bad_folders_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no sub-folders; put each identity's images"):
         scan_folder(tmp_path / "empty")
+    (tmp_path / "empty" / "nobody").mkdir()
+    with pytest.raises(UserError, match=r"no sub-folder of the data folder .*empty has an image; the first is nobody"):
+        scan_folder(tmp_path / "empty")
+
+
+def test_identities_without_images_are_left_out_and_named_or_refused(tmp_path):
     root = write_folder(tmp_path / "faces")
     (root / "nobody1").mkdir()
-    with pytest.raises(UserError, match=r"the identity 'nobody1' in .* has no image; add images or remove"):
-        scan_folder(root)
     (root / "nobody2").mkdir()
-    (root / "nobody3").mkdir()
-    with pytest.raises(UserError, match=r"the identity 'nobody1' in .* has no image \(and 2 more like it\)"):
-        scan_folder(root)
+    (root / "nobody2" / "notes.txt").write_text("")
+    write_folder(root / "val", identities=2)
+    faces = open_data(DataConfig(folder=str(root)), 0).train
+    assert faces.identity_names == [f"person{n:02d}" for n in range(6)]
+    assert list(faces.left_out) == [
+        "nobody1 (there is no image in it)",
+        "nobody2 (there is no image in it)",
+        f"val (its images lie a level deeper: name {root / 'val'} for them)",
+    ]
+    with pytest.raises(UserError, match=r"cannot read nobody1 \(there is no image in it\), and 2 more like it; mend or remove it, or pass"):
+        open_data(DataConfig(folder=str(root), on_error="raise"), 0)
+
+
+def test_splits_above_the_identities_are_explained(tmp_path):
+    for split in ("train", "val"):
+        write_folder(tmp_path / "faces" / split, identities=2)
+    with pytest.raises(UserError, match=r"faces lie a level deeper; name .*faces/train or .*faces/val$"):
+        open_data(DataConfig(folder=str(tmp_path / "faces")), 0)
 
 
 def test_holding_out_is_drawn_by_the_seed_alone():

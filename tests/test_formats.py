@@ -9,6 +9,7 @@ import warnings
 
 import data_files
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from data_files import WRITERS, picture, pixels, samples
@@ -20,6 +21,7 @@ from partial_fc.training.data import DataConfig, UnreadableImage, decode, find_f
 from partial_fc.training.data.decode import decode_into, read_header
 from partial_fc.training.errors import UserError
 from partial_fc.training.loader import BatchLoader, choose_workers
+from partial_fc.training.packed import write_index
 from partial_fc.training.run import RunFolder
 
 CONTENT = samples(identities=6, images=4)
@@ -100,6 +102,35 @@ def test_a_fingerprint_says_what_changed(tmp_path):
     assert what_changed({"training": before["training"]}, {"training": other}) == "images of the training set have other labels"
 
 
+def test_other_pictures_of_the_same_sizes_are_other_data(tmp_path):
+    def grey(value):
+        out = io.BytesIO()
+        Image.new("RGB", (8, 8), (value,) * 3).save(out, "BMP")
+        return out.getvalue()
+
+    def written(values):
+        data_files.folder_of(tmp_path / "faces", [(place // 3, grey(value)) for place, value in enumerate(values)])
+        return open_data(DataConfig(folder=str(tmp_path / "faces")), 0)
+
+    before = written(range(6)).fingerprint()
+    assert what_changed(before, written(range(6)).fingerprint()) is None
+    now = written(range(100, 106)).fingerprint()
+    assert what_changed(before, now) == "pictures of the training set are others than they were"
+    earlier = {"training": {key: value for key, value in before["training"].items() if key != "pictures"}}
+    assert what_changed(earlier, now) is None
+    (tmp_path / "faces" / "id0000" / "00000.jpg").unlink()
+    (tmp_path / "faces" / "id0000" / "00000.jpg").mkdir()
+    assert open_data(DataConfig(folder=str(tmp_path / "faces")), 0).fingerprint()["training"]["pictures"] != now["training"]["pictures"]
+
+
+def test_a_packed_set_that_is_drawn_again_is_other_data(tmp_path):
+    packed = write_packed(tmp_path / "packed", held_out=([4, 5], []))
+    before = open_data(DataConfig(folder=str(packed)), 0).fingerprint()
+    assert what_changed(before, open_data(DataConfig(folder=str(packed)), 0).fingerprint()) is None
+    np.save(packed / "images.npy", 255 - np.load(packed / "images.npy"))
+    assert "pictures of the" in what_changed(before, open_data(DataConfig(folder=str(packed)), 0).fingerprint())
+
+
 def test_what_is_not_there_is_said_with_what_was_looked_for(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -115,6 +146,78 @@ def test_what_is_not_there_is_said_with_what_was_looked_for(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"model\.bin holds no data that is known"):
         find_format(tmp_path / "model.bin")
+
+
+def write_splits(kind, folder, prefixes):
+    """Four samples under each of the prefixes, in two files; identities 0, 1 of the first, 10, 11 of the second, ..."""
+    for place, prefix in enumerate(prefixes):
+        content = [(10 * place + label, picture(100 * place + 10 * label + each)) for label in range(2) for each in range(2)]
+        if kind == "parquet":
+            for path in (data_files.parquet(folder / f".{place}", content, each=2) / "data").glob("*.parquet"):
+                path.rename(folder / f"{prefix}-0000{int(path.stem[-1])}-of-00002.parquet")
+        else:
+            for path in data_files.shards(folder / f".{place}", content, each=2).glob("*.tar"):
+                path.rename(folder / f"{prefix}-{path.stem[-3:]}.tar")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_files_of_several_splits_are_not_read_as_one_set(tmp_path, kind, capsys):
+    folder = write_splits(kind, tmp_path / "hub", ["train", "test", "validation"])
+    words = r"hub has several splits: test \(2 files\), train \(2 files\), validation \(2 files\); choose one with --data\.split"
+    with pytest.raises(UserError, match=words):
+        open_data(DataConfig(folder=str(folder)), 0)
+    assert open_data(DataConfig(folder=str(folder), split="train"), 0).train.identity_names == ["0", "1"]
+    assert open_source(folder, split="test").identity_names == ["10", "11"]
+    with pytest.raises(UserError, match=r"hub has no split 'training', but test \(2 files\), .*; give another --data\.split"):
+        open_source(folder, split="training")
+    assert main(["data", "inspect", str(folder)]) == 2
+    assert "choose one with --split" in capsys.readouterr().err
+    assert main(["data", "inspect", str(folder), "--split", "validation"]) == 0
+    assert "images                4" in capsys.readouterr().out
+    assert main(["data", "convert", str(folder), str(tmp_path / "out"), "--format", "list", "--split", "train"]) == 0
+    assert len(open_source(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "images"),
+    [
+        (["shard", "part-a"], 8),
+        (["train-a", "train-b"], 8),
+        (["glint-train", "glint-val"], None),
+        (["train", "extra"], None),
+        (["test"], 4),
+    ],
+)
+def test_names_that_say_no_split_are_one_set(tmp_path, prefixes, images):
+    folder = write_splits("webdataset", tmp_path / "shards", prefixes)
+    if images is None:
+        with pytest.raises(UserError, match="has several splits"):
+            open_source(folder)
+    else:
+        assert len(open_source(folder)) == images
+
+
+def test_the_splits_of_a_dataset_dict_are_its_folders(tmp_path):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    parts = {
+        name: datasets.Dataset.from_dict({"image": [{"bytes": picture(label), "path": None}], "label": [label]}, features=features)
+        for label, name in enumerate(("first", "second"))
+    }
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match=r"several splits: first \(1 file\), second \(1 file\)"):
+        open_source(tmp_path / "saved")
+    assert open_source(tmp_path / "saved", split="second").identity_names == ["1"]
+
+
+def test_a_split_is_of_no_use_where_there_are_none(tmp_path):
+    folder = data_files.folder_of(tmp_path / "faces", CONTENT[:2])
+    with pytest.raises(UserError, match=r"holds folder data, which have no splits; drop --data\.split"):
+        open_source(folder, split="train")
+    with pytest.raises(UserError, match=r"the embedded glyphs have no splits to choose; drop --data\.split"):
+        open_data(DataConfig(split="train"), 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- decoding
@@ -242,3 +345,84 @@ def test_a_run_names_what_is_damaged_and_finds_out_if_its_data_change(tmp_path, 
         "the data have changed since the run began: more.tar of the training set was" in last or "more.tar of the holdout set was" in last
     )
     assert "remove" in last and "data.json" in last
+
+
+def write_packed(folder, channels=3, side=16, held_out=([4, 5], [])):
+    """Six identities of four images, each of another source."""
+    folder.mkdir()
+    np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 256, (24, channels, side, side), dtype=np.uint8))
+    np.save(folder / "labels.npy", np.repeat(np.arange(6), 4).astype(np.int32))
+    np.save(folder / "sources.npy", np.tile(np.arange(4), 6).astype(np.int32))
+    held = dict(zip(("identities", "sources"), held_out, strict=True))
+    write_index(folder, [f"id{n}" for n in range(6)], list("abcd"), held, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of one epoch on colour pictures of 16 pixels."""
+    folder = tmp_path_factory.mktemp("trained")
+    data_files.folder_of(folder / "faces", CONTENT)
+    run = ["--data.folder", str(folder / "faces"), "--output.folder", str(folder / "run"), "--data.image_size", "16"]
+    assert main(["train", *run, "--train.batch_size", "8", "--train.cpu", "true", "--train.epochs", "1", "--seed", "1"]) == 0
+    return folder / "run"
+
+
+def test_a_run_is_evaluated_on_any_format_and_what_is_damaged_is_named(trained, tmp_path, capsys):
+    content = [(key, data_files.record(data_files.image_data(label, data))) for key, (label, data) in enumerate(CONTENT)]
+    content += [(key, data_files.record(data_files.image_data(0.5, picture(0)))) for key in range(24, 28)]
+    data_files.write_records(tmp_path / "records", content)
+
+    def evaluate(*arguments):
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        code = main(["evaluate", str(trained), "--output", str(out), *map(str, arguments)])
+        return code, capsys.readouterr().err.strip().splitlines()[-1:], out
+
+    code, _, out = evaluate("--data", tmp_path / "records")
+    assert code == 0
+    assert len((out / "unreadable.txt").read_text().splitlines()) == 4
+    figures = json.loads((out / "metrics.json").read_text())
+    assert (figures["unreadable_images"], figures["evaluations"][0]["images"]) == (4, 24)
+    code, (said,), _ = evaluate("--data", tmp_path / "records", "--on_error", "raise")
+    assert code == 2 and "cannot read train.rec#24" in said and said.endswith("or pass --on_error skip")
+
+    data_files.parquet(tmp_path / "hub", CONTENT)
+    for path in (tmp_path / "hub" / "data").iterdir():
+        table = pyarrow.parquet.read_table(path)
+        pyarrow.parquet.write_table(table.rename_columns(["image", "who"]).replace_schema_metadata(None), path)
+    code, (said,), _ = evaluate("--data", tmp_path / "hub")
+    assert code == 2 and said.endswith("name it with --label_column")
+    assert evaluate("--data", tmp_path / "hub", "--label_column", "who", "--source_format", "parquet")[0] == 0
+    code, (said,), _ = evaluate("--split", "train")
+    assert code == 2 and "--split is about the data set of --data" in said
+
+
+@pytest.mark.parametrize(
+    ("held_out", "names"), [(([4, 5], []), {"seen": 8}), (([4, 5], [0, 1]), {"seen": 4, "new": 4}), (([], []), {"train": 24})]
+)
+def test_a_run_is_evaluated_on_what_a_packed_set_holds_out(trained, tmp_path, held_out, names, capsys):
+    packed = write_packed(tmp_path / "packed", held_out=held_out)
+    out = tmp_path / "out"
+    assert main(["evaluate", str(trained), "--data", str(packed), "--output", str(out)]) == 0
+    figures = json.loads((out / "metrics.json").read_text())["evaluations"]
+    assert {each["name"]: each["images"] for each in figures} == names
+    other = write_packed(tmp_path / "grey", channels=1)
+    assert main(["evaluate", str(trained), "--data", str(other), "--output", str(tmp_path / "no")]) == 2
+    assert "are (1, 16, 16), and those of the run (3, 16, 16)" in capsys.readouterr().err
+
+
+def test_a_packed_set_is_inspected_split_by_split_and_not_converted(tmp_path, capsys):
+    packed = write_packed(tmp_path / "packed", held_out=([4, 5], [3]))
+    images = np.load(packed / "images.npy")
+    images[1] = images[0]
+    np.save(packed / "images.npy", images)
+    assert main(["data", "inspect", str(packed)]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line in ("train", "seen", "new")] == ["train", "seen", "new"]
+    assert "12 raw; 768 bytes" in out and "16 x 16 (12)" in out and "id0 in a = id0 in b" in out
+    assert main(["data", "inspect", str(packed), "--split", "seen"]) == 0
+    assert "images                6" in capsys.readouterr().out
+    assert main(["data", "inspect", str(packed), "--split", "test"]) == 2
+    assert "has no split 'test', but train, seen, new" in capsys.readouterr().err
+    assert main(["data", "convert", str(packed), str(tmp_path / "out"), "--format", "list"]) == 2
+    assert "it cannot be converted" in capsys.readouterr().err

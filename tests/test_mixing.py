@@ -8,6 +8,7 @@ import json
 import shutil
 from functools import partial
 
+import data_files
 import numpy as np
 import pytest
 import torch
@@ -20,11 +21,11 @@ from partial_fc import gather
 from partial_fc.shards import local_part
 from partial_fc.training.cli import main, train_parser
 from partial_fc.training.config import RunConfig, to_config
-from partial_fc.training.data import IdentityDataset
+from partial_fc.training.data import DataConfig, IdentityDataset, open_data
 from partial_fc.training.errors import UserError
 from partial_fc.training.loader import BatchLoader
 from partial_fc.training.mixed_set import MixedSet, check_mix
-from partial_fc.training.mixing import ExtraHeads, MixedIdentities, MixedSampler, shares
+from partial_fc.training.mixing import ExtraHeads, MixedIdentities, MixedSampler, mixed, shares
 from partial_fc.training.run import RunFolder
 from partial_fc.training.samplers import make_sampler
 
@@ -204,3 +205,25 @@ def test_a_mixed_run_goes_on_exactly_and_evaluates_as_any(tmp_path, capsys):
     for wrong in (["--center.weight", "0.1"], ["--head.replicas", "2"]):
         with pytest.raises(UserError, match=r"--data\.mix cannot be joined"):
             to_config(train_parser(), [*settings, *wrong])
+
+
+def test_a_mixed_set_has_a_format_columns_and_a_split_of_its_own(tmp_path):
+    import pyarrow.parquet
+
+    content = data_files.samples(2, 2)
+    data_files.insightface(tmp_path / "records", content)
+    (tmp_path / "records" / "id0").mkdir()  # so that `auto` is not all that works
+    parquet = {"image": [{"bytes": data, "path": None} for _, data in content], "who": [f"n{label}" for label, _ in content]}
+    (tmp_path / "hub").mkdir()
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(pyarrow.table(parquet), tmp_path / "hub" / f"{split}-00000.parquet")
+    config = RunConfig()
+    config.data = DataConfig(folder=str(tmp_path / "records"), format="recordio", image_size=20)
+    config.data.mix = [MixedSet("b", str(tmp_path / "hub"), format="parquet", image_column="image", label_column="who", split="train")]
+    together = mixed(config, open_data(config.data, 0).train)
+    assert isinstance(together, MixedIdentities)
+    assert together.identity_names == ["0", "1", "b/n0", "b/n1"]
+    assert {name: len(each) for name, each in together.sets.items()} == {"main": 4, "b": 4}
+    config.data.mix = [MixedSet("c")]  # the embedded glyphs, grey beside colour
+    with pytest.raises(UserError, match="images of different shapes"):
+        mixed(config, open_data(config.data, 0).train)

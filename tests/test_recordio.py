@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from data_files import MAGIC, image_data, insightface, picture, pixels, record, 
 from partial_fc.training.data import RecordIdentities, UnreadableImage, open_source
 from partial_fc.training.data import recordio as recordio_module
 from partial_fc.training.data.files import Files
-from partial_fc.training.data.recordio import frame, pack, read_record, unpack
+from partial_fc.training.data.recordio import frame, pack, read_index, read_record, unpack
 from partial_fc.training.errors import UserError
 
 CONTENT = samples(identities=4, images=3)
@@ -139,6 +140,19 @@ def damaged(kind):
 DAMAGES = ["magic", "length", "huge", "flag", "unknown flag", "no end", "short", "labels", "half", "nan", "negative", "empty"]
 
 
+@pytest.mark.parametrize("said", [2**24, 2**24 + 8], ids=["rounded down", "rounded up"])
+def test_counts_that_a_float32_has_rounded_lose_no_picture(tmp_path, said):
+    """Keys up to 2**24 + 5 are pictures, those after them identities; record 0 says otherwise."""
+    begin = 2**24 + 6 - len(CONTENT)
+    records = [(0, record(image_data((said, said + 4), b"")))]
+    records += [(begin + each, record(image_data((label, 1.0), data))) for each, (label, data) in enumerate(CONTENT)]
+    records += [(2**24 + 6 + each, record(image_data((begin + 3 * each, begin + 3 * each + 3), b""))) for each in range(4)]
+    write_records(tmp_path, records, 4)
+    dataset = opened(tmp_path, on_error="raise")
+    assert dataset.labels.tolist() == [label for label, _ in CONTENT]
+    assert list(dataset.left_out) == [] and list(dataset.notes) == []
+
+
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_record_is_left_out_and_named_or_refused(tmp_path, kind):
     records, words = damaged(kind)
@@ -171,7 +185,9 @@ def test_a_last_record_that_is_cut_short(tmp_path):
         ("0\t-4\n", "record 0 is at byte -4"),
         ("0\t0\n1\tabc\n", r"train\.idx is no index: line 2 is b'1\\tabc'"),
         ("0\t0\n1\n", "is no index: line 2"),
-        ("0\t0\n1\t" + "9" * 40 + "\n", "is no index"),
+        ("0\t0\n1\t" + "9" * 40 + "\n", "is no index: line 2 is b'1"),
+        ("0\t0\t1\t0\n", "is no index: line 1"),
+        ("\n0\t0.5\n", "is no index: line 2"),
         ("", "is no index: it is empty"),
         ("0\t0\n0\t0\n", "has record 0 twice"),
     ],
@@ -182,6 +198,19 @@ def test_an_index_that_is_none_is_refused(tmp_path, index, message):
     with pytest.raises(UserError, match=message) as caught:
         open_source(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_makes_no_objects(tmp_path):
+    """Two numbers a line are 16 bytes; reading, sorting and comparing them takes a few times that."""
+    path = tmp_path / "many.idx"
+    path.write_text("".join(f"{key}\t{8 * key}\n" for key in range(20_000)))
+    read_index(path, 10**6)
+    tracemalloc.start()
+    keys, offsets = read_index(path, 10**6)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 16 * 20_000
+    assert (int(keys[-1]), int(offsets[-1])) == (19_999, 8 * 19_999)
 
 
 def test_missing_and_damaged_neighbours_are_named(tmp_path):

@@ -167,7 +167,15 @@ def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
     if kind == "identity without images":
         image_folder(tmp_path / "data", 3, 2)
         (tmp_path / "data" / "empty").mkdir()
-        return ["train", *out, "--data.folder", str(tmp_path / "data"), *FOLDER_RUN], "empty"
+        return [
+            "train",
+            *out,
+            "--data.folder",
+            str(tmp_path / "data"),
+            *FOLDER_RUN,
+            "--data.on_error",
+            "raise",
+        ], "cannot read empty (there is no image"
     if kind == "fewer identities than asked":
         return [*train, "--data.identities", "1001"], "1000"
     if kind == "folder in use":

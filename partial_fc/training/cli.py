@@ -29,14 +29,15 @@ try:
     from partial_fc.training.comms_cli import comms_command
     from partial_fc.training.compare import report_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
-    from partial_fc.training.data import IdentityDataset, open_data, open_source
-    from partial_fc.training.data_cli import data_command
+    from partial_fc.training.data import IdentityDataset, open_data
+    from partial_fc.training.data_cli import add_source_options, data_command, open_asked
     from partial_fc.training.doctor_cli import doctor_command
     from partial_fc.training.errors import Preempted, UserError
     from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
     from partial_fc.training.export_cli import export_command
     from partial_fc.training.interval import check_metric
     from partial_fc.training.mixing import mixed
+    from partial_fc.training.packed import is_packed, packed_splits
     from partial_fc.training.plan_cli import plan_command
     from partial_fc.training.protocols.tasks import image_shape, open_tasks
     from partial_fc.training.protocols_cli import protocol_command
@@ -185,7 +186,7 @@ def _finish(trainer: Trainer, evaluations: list[Evaluation]) -> None:
         if left_out:
             print(f"{len(left_out)} images could not be read and were left out; they are named in {trainer.folder.path / 'unreadable.txt'}")
         print(f"\nResults are in {trainer.folder.path}; look at {report}")
-        print(f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER, with a folder of identity/image files of your own")
+        print(f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER, with images of your own in any format of docs/data.md")
     trainer.close()
 
 
@@ -217,7 +218,13 @@ def evaluate(arguments: list[str]) -> None:
         prog="partial-fc evaluate", description="Verification and identification with the backbone of a run.", exit_on_error=False
     )
     parser.add_argument("run", help="folder of a run")
-    parser.add_argument("--data", default=None, metavar="FOLDER", help="a data set in any format; without it, the run's held-out sets")
+    parser.add_argument(
+        "--data",
+        default=None,
+        metavar="FOLDER",
+        help="a data set in any format, or a packed set: the splits it holds out, or --split; without it, the run's held-out sets",
+    )
+    add_source_options(parser)
     parser.add_argument(
         "--checkpoint", default="newest", metavar="WHICH", help="newest (default), best (by the run's evaluation.best), or a step"
     )
@@ -232,7 +239,7 @@ def evaluate(arguments: list[str]) -> None:
     run.check_run()
     config = to_config(train_parser(), ["--config", str(run.path / CONFIG)])
     config.data.workers, config.data.on_error = asked.workers, asked.on_error
-    sets = _sets(config, asked.data)
+    sets = _sets(config, asked)
     check_devices(config.train.cpu)
     from accelerate import Accelerator
 
@@ -252,6 +259,8 @@ def evaluate(arguments: list[str]) -> None:
     backbone = load_backbone(run, config, shape, asked.checkpoint).to(accelerator.device)
     out = RunFolder(asked.output or run.path / f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}")
     claim_output(out, accelerator)
+    if accelerator.is_main_process:
+        out.note_unreadable([name for each in sets.values() for name in each.left_out])
     evaluations = evaluate_sets(backbone, sets, accelerator, config, out)
     results = run_tasks(backbone, tasks, accelerator, config, out)
     accelerator.wait_for_everyone()
@@ -270,15 +279,32 @@ def audit(arguments: list[str]) -> None:
     audit_command(arguments, train_parser())
 
 
-def _sets(config: RunConfig, folder: str | None) -> dict[str, IdentityDataset]:
-    if folder is not None:
-        channels, size, _ = image_shape(config)
-        return {Path(folder).name: open_source(folder, size, channels)}
+def _sets(config: RunConfig, asked: jsonargparse.Namespace) -> dict[str, IdentityDataset]:
+    """What to evaluate on, by name."""
+    if asked.data is not None:
+        return _named_sets(config, asked)
+    for name, default in (("source_format", "auto"), ("image_column", None), ("label_column", None), ("split", None)):
+        if getattr(asked, name) != default:
+            raise UserError(f"--{name} is about the data set of --data; the run's own is opened as it was trained on")
     sets = open_data(config.data, config.seed).evaluation
     settings = config.evaluation
     if not (sets or settings.verification or settings.templates or settings.identification or settings.retrieval):
-        raise UserError("this run held no identities out; name a folder of identity/image files with --data")
+        raise UserError("this run held no identities out; name a data set with --data")
     return sets
+
+
+def _named_sets(config: RunConfig, asked: jsonargparse.Namespace) -> dict[str, IdentityDataset]:
+    """The data set of --data; of a packed one the splits that it holds out, or all of it if it has none."""
+    shape = image_shape(config)
+    if not is_packed(asked.data):
+        return {Path(asked.data).name: open_asked(asked.data, asked, shape[1], shape[0])}
+    sets = packed_splits(asked.data, asked.split)
+    if len(sets) > 1:
+        del sets["train"]
+    for each in sets.values():
+        if each.image_shape != shape:
+            raise UserError(f"the images of {asked.data} are {each.image_shape}, and those of the run {shape} (channels, height, width)")
+    return {**sets}
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from partial_fc.training.data import EncodedIdentities, Format, open_source
+from partial_fc.training.data import EncodedIdentities, Format, IdentityDataset, open_source
 from partial_fc.training.data.convert import FORMATS, PART, convert
 from partial_fc.training.data.survey import PLOT_ENDINGS, plot_counts, survey
 from partial_fc.training.errors import UserError
 from partial_fc.training.glyphs_cli import glyphs_command
+from partial_fc.training.packed import is_packed, packed_splits
 from partial_fc.training.run import check_new_file
 
 USAGE = """usage: partial-fc data COMMAND ...
@@ -40,7 +41,7 @@ def data_command(arguments: list[str]) -> int:
 
 def inspect_command(arguments: list[str]) -> None:
     """`partial-fc data inspect SOURCE`: counts, sizes, what is unreadable, double or missing; a histogram, if asked for."""
-    parser = _source_parser("inspect", "What is in a data set, and what is wrong with it; every picture is read.")
+    parser = _source_parser("inspect", "What is in a data set, and what is wrong with it; every picture is read.", ", or a packed set")
     parser.add_argument(
         "--plot", default=None, metavar="FILE", help="where to draw the histogram of images an identity: .png, .svg or .pdf"
     )
@@ -49,13 +50,15 @@ def inspect_command(arguments: list[str]) -> None:
     plot = None if asked.plot is None else Path(asked.plot)
     if plot is not None:
         check_new_file(plot, "--plot", list(PLOT_ENDINGS))
-    dataset = _open(asked)
-    found = survey(dataset, decode=not asked.headers)
-    print(found.summary())
-    if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        plot_counts(plot, found, Path(asked.source).name)
-        print(f"\nhistogram of images an identity: {plot}")
+    packed = is_packed(asked.source)
+    sets: dict[str, IdentityDataset] = {**packed_splits(asked.source, asked.split)} if packed else {"": open_asked(asked.source, asked)}
+    for name, dataset in sets.items():
+        found = survey(dataset, decode=not asked.headers)
+        print((f"{name}\n" if name else "") + found.summary())
+        if plot is not None and dataset is next(iter(sets.values())):
+            plot.parent.mkdir(parents=True, exist_ok=True)
+            plot_counts(plot, found, Path(asked.source).name)
+            print(f"\nhistogram of images an identity: {plot}")
 
 
 def convert_command(arguments: list[str]) -> None:
@@ -67,11 +70,11 @@ def convert_command(arguments: list[str]) -> None:
     asked = parser.parse_args(arguments)
     if asked.part < 1:
         raise UserError(f"--part is {asked.part}; give at least 1")
-    source = _open(asked)
-    for name in source.left_out:
-        print(f"left out: {name}")
+    if is_packed(asked.source):
+        raise UserError(f"{asked.source} is a packed set, which has pixels and no encoded pictures to copy; it cannot be converted")
+    source = open_asked(asked.source, asked)
     done = convert(source, asked.dest, asked.format, on_error=asked.on_error, part=asked.part)
-    lost = f"; {done['left_out']:,} unreadable ones are left out (named in {asked.dest}/left_out.txt)" if done["left_out"] else ""
+    lost = f"; {done['left_out']:,} damaged ones are left out (named in {asked.dest}/left_out.txt)" if done["left_out"] else ""
     print(
         f"{asked.dest}: {done['images']:,} images of {done['identities']:,} identities as {asked.format}, counts and labels verified{lost}"
     )
@@ -85,25 +88,35 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
 """name -> (a line of help, the command)"""
 
 
-def _source_parser(name: str, description: str) -> _Parser:
+def _source_parser(name: str, description: str, more: str = "") -> _Parser:
     parser = _Parser(prog=f"partial-fc data {name}", description=description, allow_abbrev=False)
-    parser.add_argument("source", help="a folder of identities, a list file, a folder of RecordIO, tar shards or Parquet files")
-    parser.add_argument("--source_format", default="auto", choices=get_args(Format), help="what lies there (default: look)")
-    parser.add_argument("--image_column", default=None, metavar="NAME", help="column of Parquet files that has the images")
-    parser.add_argument("--label_column", default=None, metavar="NAME", help="column of Parquet files that has the identities")
+    parser.add_argument("source", help=f"a folder of identities, a list file, a folder of RecordIO, tar shards or Parquet files{more}")
+    add_source_options(parser)
     parser.add_argument("--on_error", choices=("skip", "raise"), default="skip", help="what to do about unreadable images (default skip)")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 
 
-def _open(asked: argparse.Namespace) -> EncodedIdentities:
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """What `open_asked` looks at, beside --on_error."""
+    parser.add_argument("--source_format", default="auto", choices=get_args(Format), help="what lies there (default: look)")
+    parser.add_argument("--image_column", type=str, default=None, metavar="NAME", help="column of Parquet files that has the images")
+    parser.add_argument("--label_column", type=str, default=None, metavar="NAME", help="column of Parquet files that has the identities")
+    parser.add_argument("--split", type=str, default=None, metavar="NAME", help="which split, where files are of several by their names")
+
+
+def open_asked(folder: str, asked: argparse.Namespace, image_size: int = 112, channels: int = 3) -> EncodedIdentities:
+    """The data set in `folder`, as the command's options say; UserError in the words of these options."""
     try:
         return open_source(
-            asked.source,
+            folder,
+            image_size,
+            channels,
             format=asked.source_format,
             on_error=asked.on_error,
             image_column=asked.image_column,
             label_column=asked.label_column,
+            split=asked.split,
         )
     except UserError as error:
         text = str(error).replace("; check --data.folder", "").replace("--data.format", "--source_format").replace("--data.", "--")

@@ -252,7 +252,8 @@ def _real_images(config: RunConfig, shape: tuple[int, int, int], data: Sequence[
             sets = splits.evaluation or {"training": splits.train}
     except UserError as error:
         hint = "" if data else "; or name a folder of identity/image files to check the export with: --data"
-        raise UserError(str(error).replace("--data.folder", "--data" if data else "data.folder") + hint) from error
+        text = str(error).replace("--data.folder", "--data" if data else "data.folder")
+        raise UserError((text.replace("choose one with --data.split", "name one of its files") if data else text) + hint) from error
     wanted = sum(BATCHES)
     images: list[Tensor] = []
     for some in zip(*(itertools.chain(_readable(each), itertools.repeat(None)) for each in sets.values()), strict=False):

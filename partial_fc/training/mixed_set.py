@@ -1,9 +1,12 @@
-"""Settings of a data set that is mixed into a run (mixing.py)."""
+"""Settings of a data set that is mixed into a run (mixing.py), and the formats that any may have."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from partial_fc.training.errors import UserError
+
+Format = Literal["auto", "folder", "list", "recordio", "webdataset", "parquet"]
 
 
 @dataclass
@@ -13,7 +16,15 @@ class MixedSet:
     name: str
     """What its head is called; letters, digits and underscores."""
     folder: str | None = None
-    """Folder with one sub-folder of images an identity; without it, the embedded glyphs."""
+    """Its images, in any of the formats of docs/data.md; without it, the embedded glyphs."""
+    format: Format = "auto"
+    """What lies in its folder; auto looks."""
+    image_column: str | None = None
+    """Column of its Parquet files that has the images; found by its type if there is one only."""
+    label_column: str | None = None
+    """Column of its Parquet files that has the identities; found by usual names, such as label."""
+    split: str | None = None
+    """Which of its splits to read, where its files are of several by their names."""
     weight: float = 1.0
     """Its share of a batch, over that of the run's own data set, which is 1."""
     identities: int | None = None

@@ -62,6 +62,10 @@ class MixedIdentities(IdentityDataset):
         dataset, own = self._find(index)
         return dataset.name_of(own)
 
+    def content(self, index: int) -> bytes | memoryview:
+        dataset, own = self._find(index)
+        return dataset.content(own)
+
     def load(self, index: int) -> Tensor:
         dataset, own = self._find(index)
         return dataset.load(own)
@@ -188,6 +192,10 @@ def mixed(config: RunConfig, train: IdentityDataset) -> IdentityDataset:
         data = replace(
             config.data,
             folder=asked.folder,
+            format=asked.format,
+            image_column=asked.image_column,
+            label_column=asked.label_column,
+            split=asked.split,
             identities=asked.identities,
             holdout_identities=0,
             image_size=None if glyphs else height,

@@ -31,6 +31,7 @@ from partial_fc.training.labels import LabelMap, with_enough_images
 INDEX, IMAGES, LABELS, SOURCES = "packed.json", "images.npy", "labels.npy", "sources.npy"
 FORMAT = "partial_fc packed identities, 1"
 PackedSplit = Literal["train", "seen", "new"]
+_HELD: tuple[PackedSplit, ...] = ("seen", "new")
 
 
 def is_packed(folder: str | Path) -> bool:
@@ -41,7 +42,8 @@ def is_packed(folder: str | Path) -> bool:
 def open_packed(config: DataConfig) -> DataSplits:
     """The splits of the packed folder that `config` names; UserError for settings that do not fit it."""
     assert config.folder is not None
-    whole = PackedIdentities(config.folder, "train")
+    splits = packed_splits(config.folder)
+    whole = splits.pop("train")
     channels, _, width = whole.image_shape
     if config.image_size not in (None, width) or config.channels not in (None, channels):
         raise UserError(
@@ -49,12 +51,21 @@ def open_packed(config: DataConfig) -> DataSplits:
         )
     if config.holdout_identities:
         raise UserError(f"the packed data set {config.folder} has its own held-out identities; drop --data.holdout_identities")
-    held = read_index(config.folder)["held_out"]
-    splits: list[PackedSplit] = ["seen", "new"] if held["identities"] and held["sources"] else ["seen"] if held["identities"] else []
+    if config.split is not None:
+        raise UserError(f"the packed data set {config.folder} is trained on as it was split when it was made; drop --data.split")
     kept = with_enough_images(range(whole.num_identities), whole.labels, config.min_images)
     kept = kept[: enough(config.identities, len(kept), f"the packed data set {config.folder} (train)")]
-    evaluation: dict[str, IdentityDataset] = {split: PackedIdentities(config.folder, split) for split in splits}
-    return DataSplits(whole.select(kept), evaluation, LabelMap.of(whole.identity_names, whole.labels, kept))
+    return DataSplits(whole.select(kept), {**splits}, LabelMap.of(whole.identity_names, whole.labels, kept))
+
+
+def packed_splits(folder: str | Path, split: str | None = None) -> dict[str, PackedIdentities]:
+    """The splits that the packed folder has, by name: train, and those held out; only `split` if it is given. UserError for one that is
+    not there."""
+    held = read_index(folder)["held_out"]
+    there: list[PackedSplit] = ["train", *_HELD[: bool(held["identities"]) * (1 + bool(held["sources"]))]]
+    if split not in (None, *there):
+        raise UserError(f"{folder} has no split {split!r}, but {', '.join(there)}; give another --split")
+    return {name: PackedIdentities(folder, name) for name in there if split in (None, name)}
 
 
 class PackedIdentities(IdentityDataset):

@@ -150,7 +150,7 @@ class RunFolder:
 
     def note_unreadable(self, names: list[str]) -> None:
         """Add images that could not be read; ranks append to one file, and an epoch meets an image again."""
-        new = [name for name in names if name not in self._noted]
+        new = [name for name in dict.fromkeys(names) if name not in self._noted]
         if new:
             self._noted.update(new)
             with (self.path / UNREADABLE).open("a") as file:

@@ -3,7 +3,7 @@
     dataset.py                            what a data set is; settings; fingerprints
     decode.py files.py                    encoded pictures to pixels; bounds, changed files, indices in a cache
     glyphs.py folder.py list_file.py recordio.py tar_shards.py hugging_face.py    the formats
-    open.py                               which format lies there; training set and held-out identities
+    open.py splits.py                     which format lies there, and which split; training set and held-out identities
     convert.py survey.py                  what `partial-fc data` does
 
 `loader.BatchLoader` makes batches of them.
@@ -13,7 +13,6 @@ from partial_fc.training.data.dataset import (
     DataConfig,
     DataSplits,
     EncodedIdentities,
-    Format,
     IdentityDataset,
     UnreadableImage,
     decode_picture,
@@ -28,6 +27,7 @@ from partial_fc.training.data.list_file import ListIdentities
 from partial_fc.training.data.open import find_format, open_data, open_source, split_identities
 from partial_fc.training.data.recordio import RecordIdentities
 from partial_fc.training.data.tar_shards import TarIdentities
+from partial_fc.training.mixed_set import Format
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -27,14 +27,14 @@ from partial_fc.training.data.decode import Fit, decode_into
 from partial_fc.training.data.files import read_whole
 from partial_fc.training.errors import UserError
 from partial_fc.training.labels import LabelMap
-from partial_fc.training.mixed_set import MixedSet, check_mix
+from partial_fc.training.mixed_set import Format, MixedSet, check_mix
 from partial_fc.training.samplers import SamplerName, check_settings
 
-Format = Literal["auto", "folder", "list", "recordio", "webdataset", "parquet"]
 Pixels = npt.NDArray[np.uint8]
 Set = TypeVar("Set", bound="IdentityDataset")
 
 _LISTED = 1000  # a fingerprint names files up to so many, and has one digest of more
+_COMPARED = 100  # of so many pictures, evenly spaced, it has a digest of what is in them
 
 
 @dataclass
@@ -49,6 +49,8 @@ class DataConfig:
     """Column of Parquet files that has the images; found by its type if there is one only."""
     label_column: str | None = None
     """Column of Parquet files that has the identities; found by usual names, such as label."""
+    split: str | None = None
+    """Which split to read of Parquet files or tar shards that are of several by their names, such as train-00000 and test-00000."""
     identities: int | None = None
     """How many identities to train on; without it, all of them."""
     holdout_identities: int = 0
@@ -135,6 +137,10 @@ class IdentityDataset(ABC):
         """Image `index` into `out` uint8 [H, W, C], a place in a batch; raises UnreadableImage for a damaged file."""
         out[...] = self.load(index).permute(1, 2, 0).numpy()
 
+    def content(self, index: int) -> bytes | memoryview:
+        """Image `index` as it is kept: encoded, or its pixels; raises UnreadableImage if it cannot be had."""
+        return self.load(index).numpy().tobytes()
+
     def _of_identities(self: Set, identities: Sequence[int]) -> tuple[Set, torch.Tensor]:
         """(a copy that has these identities alone, numbered anew in the order given; where its images are in this set, int64 [n'])."""
         chosen = torch.tensor(list(identities), dtype=torch.int64)
@@ -153,7 +159,7 @@ class IdentityDataset(ABC):
         return ()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the set is, to find out later whether it is another: counts, and digests of names, labels and files."""
+        """What the set is, to find out later whether it is another: counts, and digests of names, labels, files and some pictures."""
         names = hashlib.blake2b(digest_size=16)
         for name in self.identity_names:
             names.update(name.encode("utf-8", "surrogateescape") + b"\0")
@@ -174,8 +180,19 @@ class IdentityDataset(ABC):
             "files": count,
             "bytes": total,
             "digest": files.hexdigest(),
+            "pictures": self._digest_of_some(),
             **({"listed": listed} if 0 < count <= _LISTED else {}),
         }
+
+    def _digest_of_some(self) -> str:
+        """Of what is in _COMPARED pictures: others of the same sizes under the same names are other data."""
+        digest = hashlib.blake2b(digest_size=16)
+        for index in np.unique(np.linspace(0, len(self) - 1, _COMPARED).astype(np.int64)).tolist() if len(self) else ():
+            try:
+                digest.update(hashlib.blake2b(self.content(index), digest_size=16).digest())
+            except UnreadableImage:
+                digest.update(b"unreadable")
+        return digest.hexdigest()
 
 
 class EncodedIdentities(IdentityDataset):
@@ -213,6 +230,9 @@ class EncodedIdentities(IdentityDataset):
             return self._encoded(self.row_of(index))
         except (ValueError, OSError) as error:
             raise self._unreadable(index, error) from error
+
+    def content(self, index: int) -> bytes | memoryview:
+        return self.encoded(index)
 
     def load(self, index: int) -> torch.Tensor:
         channels, height, width = self.image_shape
@@ -298,8 +318,9 @@ def what_changed(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any
             ("names", "identities of the {} set have other names"),
             ("labels", "images of the {} set have other labels"),
             ("digest", "files of the {} set have other names or sizes"),
+            ("pictures", "pictures of the {} set are others than they were"),
         ):
-            if then[key] != there[key]:
+            if key in then and then[key] != there[key]:  # earlier versions noted no pictures
                 return words.format(name)
     return None
 

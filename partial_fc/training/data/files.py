@@ -21,12 +21,14 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from partial_fc.locks import waiting
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 LARGEST_PICTURE = 256 * 2**20
 """Bytes that one encoded picture may have."""
 _OPEN_FILES = 128
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def _open(path: str | Path) -> tuple[int, os.stat_result]:
@@ -68,21 +70,29 @@ class Files:
         """`length` bytes from `offset` on; ValueError if the file ends before, or is not what it was."""
         if offset < 0 or length < 0 or offset + length > self.sizes[file]:
             raise ValueError(f"bytes {offset} to {offset + length} lie past the end of {self.paths[file].name} ({self.sizes[file]} bytes)")
-        data = os.pread(self._descriptor(file), length, offset)
+        descriptor = self._descriptor(file)
+        data = os.pread(descriptor, length, offset)
         while len(data) < length:  # a file system may give less than was asked for
-            more = os.pread(self._descriptor(file), length - len(data), offset + len(data))
+            more = os.pread(descriptor, length - len(data), offset + len(data))
             if not more:
                 raise ValueError(f"{self.paths[file].name} has become shorter since it was opened")
             data += more
+        self._check(file, os.fstat(descriptor))  # after reading, so that nothing that was written before passes
         return data
+
+    def _check(self, file: int, facts: os.stat_result) -> None:
+        if (facts.st_size, facts.st_mtime_ns) != (self.sizes[file], self.times[file]):
+            raise ValueError(f"{self.paths[file].name} has changed since it was opened")
 
     def _descriptor(self, file: int) -> int:
         descriptor = self._open.get(file)
         if descriptor is None:
             descriptor, facts = _open(self.paths[file])
-            if (facts.st_size, facts.st_mtime_ns) != (self.sizes[file], self.times[file]):
+            try:
+                self._check(file, facts)
+            except ValueError:
                 os.close(descriptor)
-                raise ValueError(f"{self.paths[file].name} has changed since it was opened")
+                raise
             if len(self._open) >= _OPEN_FILES:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[file] = descriptor
@@ -136,27 +146,40 @@ def cache_folder() -> Path:
 
 
 def cached(kind: str, paths: Sequence[Path], build: Callable[[], Arrays]) -> Arrays:
-    """What `build()` makes of the files, or made of them before: taken from the cache if all have their sizes and times still. Where the
-    cache folder cannot be written, it is built every time."""
+    """What `build()` makes of the files, or made of them before: taken from the cache if all have their sizes and times still. Of several
+    processes one builds, and the others wait for it. Where the cache folder cannot be written, each builds it every time."""
     facts = [[str(path.absolute()), (found := path.stat()).st_size, found.st_mtime_ns] for path in paths]
     stamp = json.dumps([_CACHE_VERSION, kind, facts]).encode()
     key = hashlib.blake2b(json.dumps([kind, [name for name, *_ in facts]]).encode(), digest_size=16).hexdigest()
     file = cache_folder() / f"{kind}-{key}.npz"
+    if (made := _kept(file, stamp)) is not None:
+        return made
+    with waiting(file.with_suffix(".lock")):
+        if (made := _kept(file, stamp)) is None:
+            made = build()
+            with contextlib.suppress(OSError):
+                _keep(file, stamp, made)
+    return made
+
+
+def _kept(file: Path, stamp: bytes) -> Arrays | None:
+    """What is kept in a file of the cache under that stamp; None if there is none, or not a whole one."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             if arrays["stamp"].tobytes() == stamp:
                 return {name: arrays[name] for name in arrays.files if name != "stamp"}
-    except Exception:  # none there, or not a whole one: it is made anew
+    except Exception:  # whatever a damaged file makes numpy raise: it is made anew
         pass
-    made = build()
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as out:
-                np.savez(out, allow_pickle=False, stamp=np.frombuffer(stamp, dtype=np.uint8), **made)
-            os.replace(temporary, file)  # a reader sees all of it or none
-        except OSError:
-            os.unlink(temporary)
-            raise
-    return made
+    return None
+
+
+def _keep(file: Path, stamp: bytes, made: Arrays) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            np.savez(out, allow_pickle=False, stamp=np.frombuffer(stamp, dtype=np.uint8), **made)
+        os.replace(temporary, file)  # a reader sees all of it or none
+    except OSError:
+        os.unlink(temporary)
+        raise

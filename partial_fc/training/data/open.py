@@ -2,7 +2,7 @@
 
     .rec and .idx           RecordIO        recordio.py
     *.tar                   WebDataset      tar_shards.py
-    *.parquet, save_to_disk Hugging Face    hugging_face.py
+    *.parquet, save_to_disk Hugging Face    hugging_face.py     of files that are of several splits, those of one: splits.py
     a text file             a list          list_file.py
     sub-folders of images   a folder        folder.py
     packed.json             a packed set    packed.py, beside this package: what `partial-fc data glyphs` makes
@@ -19,15 +19,17 @@ from pathlib import Path
 import numpy as np
 
 from partial_fc.training.augment import stream_key
-from partial_fc.training.data.dataset import DataConfig, DataSplits, EncodedIdentities, Format, IdentityDataset, enough
+from partial_fc.training.data.dataset import DataConfig, DataSplits, EncodedIdentities, IdentityDataset, enough
 from partial_fc.training.data.folder import FolderIdentities
 from partial_fc.training.data.glyphs import GlyphIdentities
 from partial_fc.training.data.hugging_face import ParquetIdentities
 from partial_fc.training.data.list_file import ListIdentities
 from partial_fc.training.data.recordio import RecordIdentities
+from partial_fc.training.data.splits import choose_split
 from partial_fc.training.data.tar_shards import TarIdentities
 from partial_fc.training.errors import UserError
 from partial_fc.training.labels import LabelMap, with_enough_images
+from partial_fc.training.mixed_set import Format
 
 LIST_SUFFIXES = (".txt", ".lst", ".list", ".tsv", ".csv")
 _LOOKED_FOR = {
@@ -79,6 +81,8 @@ def _candidates(path: Path, name: str) -> list[Path]:
     if name == "parquet":
         if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
             return [path]
+        if (path / "dataset_dict.json").is_file():
+            return sorted(each for each in path.iterdir() if (each / "state.json").is_file())
         return _with_suffix(path, ".parquet") or (_with_suffix(path / "data", ".parquet") if (path / "data").is_dir() else [])
     if name == "list":
         return [path / "list.txt"] if (path / "list.txt").is_file() else []
@@ -101,9 +105,14 @@ def open_source(
     on_error: str = "skip",
     image_column: str | None = None,
     label_column: str | None = None,
+    split: str | None = None,
 ) -> EncodedIdentities:
-    """All images of a data set in any format; UserError for one that cannot be opened."""
+    """All images of a data set in any format, or of one of its splits; UserError for one that cannot be opened, or has several splits."""
     kind, paths = find_format(Path(folder), format)
+    if kind in ("webdataset", "parquet"):
+        paths = choose_split(Path(folder), paths, split)
+    elif split is not None:
+        raise UserError(f"{folder} holds {kind} data, which have no splits; drop --data.split")
     if kind == "recordio":
         return RecordIdentities(paths[0], image_size, channels, on_error)
     if kind == "webdataset":
@@ -112,7 +121,7 @@ def open_source(
         return ParquetIdentities(paths, image_size, channels, on_error, image_column, label_column)
     if kind == "list":
         return ListIdentities(paths[0], image_size, channels, on_error)
-    return FolderIdentities(paths[0], image_size, channels)
+    return FolderIdentities(paths[0], image_size, channels, on_error)
 
 
 def split_identities(count: int, holdout: int, seed: int) -> tuple[list[int], list[int]]:
@@ -132,6 +141,8 @@ def open_data(config: DataConfig, seed: int) -> DataSplits:
             raise UserError("the embedded glyphs are grey, 32 pixels wide; drop --data.image_size and --data.channels")
         if config.holdout_identities:
             raise UserError("the embedded glyphs have their own held-out identities; drop --data.holdout_identities")
+        if config.split is not None:
+            raise UserError("the embedded glyphs have no splits to choose; drop --data.split")
         train = GlyphIdentities("train", config.identities)
         with_enough_images(range(train.num_identities), train.labels, config.min_images)  # all have as many: all or none
         return DataSplits(train, {"seen": GlyphIdentities("seen"), "new": GlyphIdentities("new")})
@@ -147,6 +158,7 @@ def open_data(config: DataConfig, seed: int) -> DataSplits:
         on_error=config.on_error,
         image_column=config.image_column,
         label_column=config.label_column,
+        split=config.split,
     )
     kept, held = split_identities(whole.num_identities, config.holdout_identities, seed)
     kept = with_enough_images(kept, whole.labels, config.min_images)

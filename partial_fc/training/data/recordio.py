@@ -4,7 +4,8 @@
                 flag 0: a whole record. 1, 2, 3: first, middle, last part of one whose data had the magic in it, which joins the parts
     data        flag u32 | label f32 | id u64 | id2 u64 | `flag` labels f32, if flag > 0 | the encoded picture
     record 0    no picture: labels (n + 1, n + 1 + C). Records 1..n are pictures; n + 1 .. n + C are identities, without a picture, with
-                labels (first, last + 1): whose pictures. Without a record 0 of this kind, all records are pictures
+                labels (first, last + 1): whose pictures. Without a record 0 of this kind, all records are pictures. From 2**24 records
+                on a float32 has rounded these numbers: then what has no picture and two labels is an identity
     train.idx   a line `key <tab> byte` a record
     property    classes,height,width
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -103,7 +105,7 @@ class RecordIdentities(EncodedIdentities):
     def _by_ranges(self) -> tuple[IntArray, IntArray] | None:
         """(keys, labels) of all pictures by the identities' ranges; None where there are no ranges that fit together."""
         first = self._first_record()
-        if first is None or first[1] <= first[0] or first[0] < 2 or first[1] > len(self.keys):
+        if first is None or first[1] <= first[0] or not 2 <= first[0] < _LARGEST_LABEL or first[1] > len(self.keys):
             return None
         end, last = first
         keys, labels, seen, total = [], [], set(), 0
@@ -135,11 +137,14 @@ class RecordIdentities(EncodedIdentities):
     def _scan(self) -> Arrays:
         """Keys and labels of all pictures, of their own headers."""
         first = self._first_record()
-        keys = self.keys if first is None else self.keys[(self.keys >= 1) & (self.keys < first[0])]
+        rounded = first is not None and first[0] >= _LARGEST_LABEL
+        keys = self.keys if first is None else self.keys[(self.keys >= 1) & (rounded | (self.keys < first[0]))]
         good, labels, problems = [], [], []
         for key in tqdm(keys.tolist(), desc=f"labels of {self._rec.name}", unit="", leave=False, mininterval=1, delay=2):
             try:
                 found, picture = unpack(self._record(key))
+                if rounded and not len(picture) and len(found) == 2:
+                    continue  # an identity
                 if not len(picture):
                     raise ValueError("there is no picture in it")
                 labels.append(_whole(found[0]))
@@ -172,15 +177,14 @@ class RecordIdentities(EncodedIdentities):
 def read_index(path: Path, size: int) -> tuple[IntArray, IntArray]:
     """(keys, offsets) int64 of an .idx file, by rising key; UserError for lines that are none, double keys, offsets past `size`."""
     try:
-        tokens = path.read_bytes().split()
-        if max(map(len, tokens), default=0) > 20:
-            raise ValueError("a number of more than 64 bits")
-        table = np.array(tokens, dtype=bytes).astype(np.int64)
-    except (ValueError, OverflowError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a file without lines, numpy only warns
+            table = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None, encoding="latin1")
+    except (ValueError, OverflowError, Warning):
         raise UserError(f"{path} is no index: {_bad_line(path)}") from None
-    if not len(table) or len(table) % 2:
+    if table.shape[1] != 2:
         raise UserError(f"{path} is no index: {_bad_line(path)}")
-    keys, offsets = table[0::2], table[1::2]
+    keys, offsets = table.T
     outside = np.flatnonzero((offsets < 0) | (offsets + _HEADER.size > size))
     if len(outside):
         at = int(outside[0])
@@ -201,7 +205,7 @@ def _bad_line(path: Path) -> str:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             parts = line.split()
-            if parts and (len(parts) != 2 or not all(part.isdigit() for part in parts)):
+            if parts and (len(parts) != 2 or not all(part.isdigit() and len(part) <= 18 for part in parts)):
                 return f"line {number} is {line[:60].strip()!r}, and should be a key and an offset"
     return "it is empty"
 

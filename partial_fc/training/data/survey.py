@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from partial_fc.training.data.dataset import EncodedIdentities, UnreadableImage
+from partial_fc.training.data.dataset import EncodedIdentities, IdentityDataset, UnreadableImage
 from partial_fc.training.data.decode import decode_into, read_header
 
 SHOWN = 10
@@ -83,8 +83,9 @@ def _ranges(numbers: Sequence[int]) -> list[str]:
     return [str(low) if low == high else f"{low}..{high}" for low, high in out]
 
 
-def survey(dataset: EncodedIdentities, *, decode: bool = True) -> Survey:
-    """Read all pictures of a data set, and decode them unless `decode` is off: then their headers say whether they are any."""
+def survey(dataset: IdentityDataset, *, decode: bool = True) -> Survey:
+    """Read all pictures of a data set, and decode them unless `decode` is off: then their headers say whether they are any. Images that are
+    kept as pixels are neither."""
     count, (channels, height, width) = len(dataset), dataset.image_shape
     digests = np.zeros((count, 2), dtype=np.uint64)
     sizes, readable = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
@@ -94,15 +95,17 @@ def survey(dataset: EncodedIdentities, *, decode: bool = True) -> Survey:
     scratch = np.empty((height, width, channels), dtype=np.uint8)
     for index in tqdm(range(count), unit="image", desc="reading", mininterval=0.5):
         try:
-            data = dataset.encoded(index)
+            data = dataset.content(index)
             digests[index] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), dtype=np.uint64)
             sizes[index], readable[index] = len(data), True
-            try:
-                suffix, *size = read_header(data)
-                if decode:
-                    decode_into(data, scratch)
-            except Exception as error:  # decoders raise almost anything
-                raise dataset._unreadable(index, error) from error
+            suffix, *size = ".raw", width, height
+            if isinstance(dataset, EncodedIdentities):
+                try:
+                    suffix, *size = read_header(data)
+                    if decode:
+                        decode_into(data, scratch)
+                except Exception as error:  # decoders raise almost anything
+                    raise dataset._unreadable(index, error) from error
             kinds[suffix] += 1
             pixels[size[0], size[1]] += 1
         except UnreadableImage as error:

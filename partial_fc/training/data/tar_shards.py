@@ -6,7 +6,8 @@
 
 The headers of all members, and the labels, are read once; where the pictures lie is kept in the cache until a shard's size or time changes.
 From then on a picture is one read at its place. Nothing is extracted. A member that is no plain file, or whose name is absolute or leads
-upwards, is left out, as is a sample without a picture or a label; a shard that is cut short ends where it is cut.
+upwards, is left out, as is a sample without a picture or a label. A shard ends where it is cut short or a header is damaged; that there is
+no end of the archive, or that something follows it, is named.
 """
 
 from __future__ import annotations
@@ -141,10 +142,34 @@ def _members(archive: tarfile.TarFile, shard: Path, size: int, problems: list[st
             problems.append(f"{shard.name}/{member.name} (the archive is cut short within it)")
         else:
             yield member
+    if wrong := _wrong_end(shard, archive.offset):  # the reader ends at a damaged header as it does at the end of the archive
+        problems.append(f"{shard.name} ({wrong}; what follows is not read)")
+
+
+def _wrong_end(shard: Path, offset: int) -> str | None:
+    """What is wrong with the end of an archive at `offset`, in bytes; None for a block of zeros with nothing but zeros after it. The
+    standard has two blocks; some writers leave one."""
+    with shard.open("rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            return f"it is cut short: there is no end of the archive at byte {offset:,}"
+        if any(block):
+            return f"the header at byte {offset:,} is damaged"
+        while rest := file.read(1 << 20):
+            if rest.count(0) != len(rest):
+                return (
+                    f"a block of zeros at byte {offset:,} ends the archive, and more follows: the header there is damaged, or archives "
+                    "were joined by `cat`, which `tar -A` does properly"
+                )
+    return None
 
 
 def _add(archive: tarfile.TarFile, member: tarfile.TarInfo, field: str, fields: dict[str, Any]) -> None:
     """Note the member's part in its sample."""
+    if field in fields.setdefault("seen", set()):
+        fields.setdefault("twice", field)  # of which picture is which label?
+    fields["seen"].add(field)
     if "." + field.rpartition(".")[2] in IMAGE_SUFFIXES:
         fields.setdefault("picture", (member.offset_data, member.size))
     elif field in ("cls", "json"):
@@ -158,6 +183,8 @@ def _add(archive: tarfile.TarFile, member: tarfile.TarInfo, field: str, fields: 
 
 def _whole_sample(shard: Path, key: str, fields: dict[str, Any], problems: list[str]) -> Iterator[Found]:
     try:
+        if "twice" in fields:
+            raise ValueError(f"there are two .{fields['twice']} of this name, one after the other")
         if "picture" not in fields:
             raise ValueError("there is no picture")
         offset, size = fields["picture"]

@@ -124,9 +124,10 @@ def numbers_of(*lists: Sequence[str]) -> list[Tensor]:
 
 def _folder(root: Path, image_shape: tuple[int, int, int]) -> FolderIdentities:
     try:
-        return FolderIdentities(root, image_shape[1], image_shape[0])
+        return FolderIdentities(root, image_shape[1], image_shape[0], on_error="raise")
     except UserError as error:
-        raise UserError(str(error).replace("data folder", "image folder").replace("; check --data.folder", "")) from error
+        text = str(error).replace("data folder", "image folder").replace("; check --data.folder", "")
+        raise UserError(text.replace(", or pass --data.on_error skip", "")) from error
 
 
 def _match(pattern: str, file: str, what: str) -> str:
