@@ -91,7 +91,8 @@ class BackboneConfig:
     embedding_size: int = 128
     """Width of the embeddings, in numbers."""
     weights: str | None = None
-    """File of weights to start from: a state dict by torch.save, such as the field's backbone.pth, or safetensors; drawn if not given."""
+    """Weights to start from: a state dict by torch.save, such as the field's backbone.pth, safetensors, or a folder of transformers;
+    drawn if not given."""
     dropout: float = 0.0
     """Probability (0 to 1) with which a number before the last layer is left out in training."""
     gradient_checkpointing: bool = False
@@ -106,7 +107,7 @@ class BackboneConfig:
 
     def check_weights(self) -> None:
         """UserError if weights to start from are not there; a run that is resumed needs them no more."""
-        if self.weights is not None and not Path(self.weights).is_file():
+        if self.weights is not None and not Path(self.weights).exists():
             raise UserError(f"--backbone.weights: there is no file {self.weights}; give a state dict by torch.save, or safetensors")
 
     def build(self, image_shape: tuple[int, int, int], weights: str | None = None) -> nn.Module:
