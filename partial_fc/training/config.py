@@ -66,7 +66,7 @@ FREE_ON_RESUME = (
     "train.watch_every",
     "train.deepspeed",
     *(f"evaluation.{name}" for name in ("batch_size", "tile", "verification", "templates", "identification", "retrieval")),
-    *(f"evaluation.{name}" for name in ("label_pattern", "camera_pattern", "every", "every_steps")),
+    *(f"evaluation.{name}" for name in ("align", "label_pattern", "camera_pattern", "every", "every_steps")),
 )
 
 
@@ -355,6 +355,8 @@ class EvaluationConfig:
     """Files of image pairs (`lfw.bin`, `cfp_fp.bin`, ...) to verify, each under its name without the ending."""
     templates: str | None = None
     """Folder of a template protocol (IJB-B, IJB-C): images/, *face_tid_mid.txt, *template_pair_label.txt; null for none."""
+    align: bool = True
+    """Align the faces of `templates` by the points of its *name_5pts_score.txt, if there is one; false if its images are aligned."""
     identification: str | None = None
     """Folder with gallery/ and probes/, and distractors/ if there are any, of identity sub-folders; null for none."""
     retrieval: str | None = None
