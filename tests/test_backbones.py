@@ -1,18 +1,21 @@
 """Backbones: the registry, output shapes, sizes, the names that checkpoints of the field use, weights from files, recomputation."""
 
 import copy
+import io
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from partial_fc.training.backbones import BACKBONES, build_backbone, register
 from partial_fc.training.backbones.counts import count_backbone
+from partial_fc.training.backbones.outside import pooled
 from partial_fc.training.backbones.weights import load_weights, read_weights
 from partial_fc.training.cli import main, train_parser
 from partial_fc.training.config import to_config
@@ -432,18 +435,132 @@ def test_models_of_transformers_get_the_output_stage(tmp_path):
         build_backbone("hf:nonsense", image_shape=(1, 32, 32), embedding_size=24)
 
 
-def test_weights_of_a_model_inside_leave_the_output_stage_alone(tmp_path):
+SAVED = {
+    "ViTForImageClassification": {**VIT, "image_size": 32},
+    "ViTModel": {**VIT, "image_size": 32},
+    "DeiTForImageClassification": {**VIT, "image_size": 32},
+    "BeitForImageClassification": {**VIT, "image_size": 32},
+    "Dinov2Model": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+    "SwinForImageClassification": {
+        "image_size": 32,
+        "patch_size": 2,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [1, 2],
+        "window_size": 4,
+    },
+    "ResNetForImageClassification": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    "ConvNextForImageClassification": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+}
+
+
+def saved_by_transformers(folder: Path, kind: str, **how) -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    name = hf_folder(tmp_path / "vit", "vit", **VIT)
-    target = build_backbone(name, image_shape=(3, 32, 32), embedding_size=24)
-    drawn = copy.deepcopy(target.state_dict())
-    classifier = transformers.ViTForImageClassification(target.trunk.config)
-    state = {**classifier.state_dict(), **{f"vit.{k}": v for k, v in target.trunk.state_dict().items() if k.startswith("pooler")}}
-    torch.save(state, tmp_path / "vit.pth")
-    load_weights(target, tmp_path / "vit.pth")
-    for key, value in target.state_dict().items():
-        inside = f"vit.{key.removeprefix('trunk.')}"
-        assert torch.equal(value, state[inside] if key.startswith("trunk.") else drawn[key]), key
+    torch.manual_seed(3)
+    model = getattr(transformers, kind)(getattr(transformers, re.sub("Model|ForImageClassification", "Config", kind))(**SAVED[kind]))
+    for value in model.state_dict().values():  # also of what begins as zeros or ones, such as norms and biases
+        if value.is_floating_point():
+            value.add_(torch.rand_like(value), alpha=0.1)
+    model.save_pretrained(folder, **how)
+    return model.eval()
+
+
+def feature_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What a classifier's last layer gets; of a model without one, its pooler's features, or the class token if that is a dense layer."""
+    if hasattr(model, "classifier"):
+        got: list[torch.Tensor] = []
+        handle = model.classifier.register_forward_pre_hook(lambda _, given: got.append(given[0]))
+        model(images)
+        handle.remove()
+        return got[0].flatten(1)
+    out = model(images)
+    return out.last_hidden_state[:, 0] if hasattr(getattr(model, "pooler", None), "dense") else out.pooler_output
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_weights_that_transformers_saved_give_its_features(kind, tmp_path, capfd):
+    """The names in its files are those of earlier versions, and classifiers' have no pooler."""
+    model = saved_by_transformers(tmp_path, kind)
+    torch.save({"state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}}, tmp_path / "by_torch.bin")
+    (tmp_path / "model.safetensors").rename(tmp_path / "by_its_names.safetensors")
+    torch.save(load_file(tmp_path / "by_its_names.safetensors"), tmp_path / "pytorch_model.bin")
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = feature_of(model, images)
+    capfd.readouterr()
+    for path in (tmp_path / "by_its_names.safetensors", tmp_path / "by_torch.bin", tmp_path):
+        backbone = build_backbone(f"hf:{tmp_path}", image_shape=(3, 32, 32), embedding_size=24, gradient_checkpointing="ViT" in kind).eval()
+        drawn = {name: value.clone() for name, value in backbone.state_dict().items() if not name.startswith("trunk.")}
+        random = torch.get_rng_state()
+        load_weights(backbone, path)
+        assert torch.equal(random, torch.get_rng_state()), "nothing is drawn"
+        with torch.no_grad():
+            torch.testing.assert_close(pooled(backbone.trunk, images, backbone.class_token), expected, atol=1e-6, rtol=1e-5)
+        assert all(torch.equal(value, backbone.state_dict()[name]) for name, value in drawn.items()), "the output stage stays"
+    assert "LOAD REPORT" not in "".join(capfd.readouterr())
+
+
+def test_weights_of_transformers_in_parts(tmp_path):
+    model = saved_by_transformers(tmp_path, "Dinov2Model", max_shard_size="10KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    backbone = build_backbone(f"hf:{tmp_path}", image_shape=(3, 32, 32), embedding_size=24)
+    load_weights(backbone, tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(backbone.trunk.state_dict()[name], value), name
+    index = tmp_path / "model.safetensors.index.json"
+    for text, words in (
+        ('{"weight_map": {"a": "../x.safetensors"}}', "lie beside it"),
+        ("[]", "no index"),
+        ('{"weight_map": {}}', "beside"),
+    ):
+        index.write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_weights(tmp_path)
+    index.unlink()
+    with pytest.raises(UserError, match=r"has no file of weights \(model\.safetensors, "):
+        read_weights(tmp_path)
+
+
+def test_weights_of_transformers_that_do_not_fit_are_named(tmp_path):
+    saved_by_transformers(tmp_path, "ViTForImageClassification")
+    file = tmp_path / "model.safetensors"
+    target = build_backbone(f"hf:{tmp_path}", image_shape=(3, 64, 64), embedding_size=24)
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(
+        UserError, match=r"embeddings is \[1, 17, 16\], not \[1, 65, 16\]; positions are not interpolated: give --data.image_size"
+    ):
+        load_weights(target, file)
+    state = load_file(file)
+    extra = {name.replace("layer.1.", "layer.2."): value.clone() for name, value in state.items() if ".layer.1." in name}
+    lacking = {name: value for name, value in state.items() if ".layer.1." not in name}
+    for changed, words in ((state | extra, r"has not: layers\.2\..* and 13 more"), (lacking, r"it lacks layers\.1\..* and 13 more")):
+        save_file(changed, file)
+        with pytest.raises(UserError, match=words) as caught:
+            load_weights(build_backbone(f"hf:{tmp_path}", image_shape=(3, 32, 32), embedding_size=24), file)
+        assert "\n" not in str(caught.value) and "classifier" not in str(caught.value)
+    assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
+
+
+def test_a_model_of_transformers_is_trained_in_float32_whatever_it_was_saved_in(tmp_path):
+    pytest.importorskip("transformers")
+    model = build_backbone(hf_folder(tmp_path / "vit", "vit", **VIT, dtype="float16"), image_shape=(3, 32, 32), embedding_size=24)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("classes", [["AutoConfig", "AutoModel"], ["AutoModel"]])
+def test_code_in_a_folder_is_not_run_and_nobody_is_asked(classes, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    marker = tmp_path / "ran"
+    name = hf_folder(tmp_path / "evil", "own" if "AutoConfig" in classes else "encoder-decoder", auto_map={c: f"own.{c}" for c in classes})
+    code = (
+        f"open({str(marker)!r}, 'w')\nfrom transformers import PretrainedConfig\nclass AutoConfig(PretrainedConfig): model_type = 'own'\n"
+    )
+    (tmp_path / "evil/own.py").write_text(code)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(UserError, match=r"needs Python code of its own .*, which is not run") as caught:
+        build_backbone(name, image_shape=(3, 32, 32), embedding_size=24)
+    assert not marker.exists() and "\n" not in str(caught.value) and sys.stdin.read() == "y\n" * 9
 
 
 class TinyTimm(nn.Module):
@@ -469,6 +586,8 @@ def test_models_of_timm_get_the_output_stage_and_count_a_batch_once(monkeypatch)
     asked: list[dict] = []
 
     def create_model(name, *, pretrained, num_classes, in_chans):
+        if name.endswith(".nonsense"):
+            raise RuntimeError("Invalid pretrained tag (nonsense) for tiny.")
         asked.append({"name": name, "pretrained": pretrained, "num_classes": num_classes})
         return TinyTimm(in_chans)
 
@@ -490,6 +609,26 @@ def test_models_of_timm_get_the_output_stage_and_count_a_batch_once(monkeypatch)
         assert torch.equal(mine, theirs)
     with pytest.raises(UserError, match="timm has no model 'tin'; it has tiny, tinier"):
         build_backbone("timm:tin", image_shape=(1, 16, 16), embedding_size=8)
+    build_backbone("timm:tiny.some_in1k", image_shape=(1, 16, 16), embedding_size=8)
+    assert asked[-1] == {"name": "tiny.some_in1k", "pretrained": False, "num_classes": 0}
+    with pytest.raises(UserError, match=r"timm cannot build 'tiny\.nonsense' .*: Invalid pretrained tag"):
+        build_backbone("timm:tiny.nonsense", image_shape=(1, 16, 16), embedding_size=8)
+    with pytest.raises(UserError, match=r"timm has no model 'hf_hub:timm/tiny'; timm\.list_models"):
+        build_backbone("timm:hf_hub:timm/tiny", image_shape=(1, 16, 16), embedding_size=8)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224.augreg_in21k", "mobilenetv3_small_100.lamb_in1k"])
+def test_models_of_timm_itself_train_and_take_its_weights(name, tmp_path):
+    timm = pytest.importorskip("timm")
+    backbone = build_backbone(f"timm:{name}", image_shape=(3, 64, 64), embedding_size=8)
+    backbone(torch.randn(4, 3, 64, 64)).square().sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)
+    model = timm.create_model(name, **({"img_size": 64} if "vit" in name else {})).eval()
+    torch.save(model.state_dict(), tmp_path / "timm.pth")
+    load_weights(backbone.eval(), tmp_path / "timm.pth")
+    images = torch.randn(2, 3, 64, 64)
+    expected = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(pooled(backbone.trunk, images, backbone.class_token), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_models_of_packages_that_are_missing_say_what_to_install(monkeypatch):
@@ -498,6 +637,18 @@ def test_models_of_packages_that_are_missing_say_what_to_install(monkeypatch):
     for name, package in (("timm:resnet18", "timm"), ("hf:vit", "transformers")):
         with pytest.raises(UserError, match=f"needs {package} .*pip install {package}"):
             build_backbone(name, image_shape=(3, 32, 32), embedding_size=8)
+
+
+@pytest.mark.parametrize(("package", "name"), [("timm", "timm:resnet18"), ("transformers", "hf:vit")])
+def test_a_package_that_cannot_be_imported_is_named_in_one_line(package, name, tmp_path, monkeypatch):
+    """As timm beside a torchvision that was built for another torch."""
+    (tmp_path / f"{package}.py").write_text("raise RuntimeError('operator torchvision::nms\\ndoes not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    with pytest.raises(
+        UserError, match=rf"'{name}' needs {package}, which cannot be imported .*: operator torchvision::nms does not exist"
+    ):
+        build_backbone(name, image_shape=(3, 32, 32), embedding_size=8)
 
 
 # ---------------------------------------------------------------------------------------------------- what is told

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import data_files
 import numpy as np
@@ -15,14 +16,19 @@ import torch
 from data_files import WRITERS, picture, pixels, samples
 from PIL import Image
 
+from partial_fc.training import loader
 from partial_fc.training.augment import AugmentConfig
 from partial_fc.training.cli import main
-from partial_fc.training.data import DataConfig, UnreadableImage, decode, find_format, open_data, open_source, what_changed
+from partial_fc.training.config import RunConfig, TrainConfig
+from partial_fc.training.data import DataConfig, GlyphIdentities, UnreadableImage, decode, find_format, open_data, open_source, what_changed
 from partial_fc.training.data.decode import decode_into, read_header
 from partial_fc.training.errors import UserError
 from partial_fc.training.loader import BatchLoader, choose_workers
 from partial_fc.training.packed import write_index
+from partial_fc.training.protocols_cli import protocol_parser
+from partial_fc.training.results import once_through
 from partial_fc.training.run import RunFolder
+from partial_fc.training.trainer import Trainer
 
 CONTENT = samples(identities=6, images=4)
 
@@ -302,9 +308,6 @@ def test_mirroring_alone_moves_pixels_and_computes_none():
 
 
 def test_workers_are_chosen_by_cores_and_device(monkeypatch, tmp_path):
-    from partial_fc.training import loader
-    from partial_fc.training.data import GlyphIdentities
-
     faces, glyphs = open_source(data_files.folder_of(tmp_path / "f", CONTENT[:2])), GlyphIdentities(identities=1)
     monkeypatch.setattr(loader.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert [choose_workers(faces, ranks, cuda) for ranks, cuda in ((1, True), (4, True), (16, True), (1, False), (8, False))] == [
@@ -316,6 +319,30 @@ def test_workers_are_chosen_by_cores_and_device(monkeypatch, tmp_path):
     ]
     assert (choose_workers(glyphs, 1, False), choose_workers(glyphs, 2, True)) == (0, 7)
     assert BatchLoader(faces, batch_size=2, workers=None).workers == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "local", "expected"),
+    [("cuda", 8, "4", (3, True)), ("cuda", 8, None, (1, True)), ("cuda", 1, None, (8, True)), ("cpu", 4, None, (3, False))],
+)
+def test_training_and_evaluation_are_fed_alike(device, ranks, local, expected, monkeypatch, tmp_path):
+    """By the ranks of this machine, for the device, and with the settings' batches ahead."""
+    faces = open_source(data_files.folder_of(tmp_path / "f", CONTENT))
+    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    accelerator = SimpleNamespace(device=torch.device(device), process_index=ranks - 1, num_processes=ranks)
+    config = RunConfig(data=DataConfig(prefetch=5, on_error="raise"), train=TrainConfig(batch_size=8))
+    trainer = SimpleNamespace(config=config, accelerator=accelerator, data=SimpleNamespace(train=faces))
+    for found in (once_through(faces, accelerator, config), Trainer._loader(trainer)):
+        assert (found.workers, found.pin, found.prefetch, found.on_error, found.rank, found.world) == (
+            *expected, 5, "raise", ranks - 1, ranks,
+        )  # fmt: skip
+    config.data.workers = 0
+    assert once_through(faces, accelerator, config).workers == 0
+    for command in ("verify", "templates", "identify", "retrieve"):
+        assert protocol_parser(command).get_default("workers") is None, "by the cores"
 
 
 # ------------------------------------------------------------------------------------------------------------- a whole run

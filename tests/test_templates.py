@@ -12,10 +12,12 @@ from sklearn.metrics import roc_curve
 from sklearn.preprocessing import normalize
 from torch import Tensor
 
+from partial_fc.training.config import EvaluationConfig
 from partial_fc.training.data import UnreadableImage
 from partial_fc.training.errors import UserError
 from partial_fc.training.protocols import pool_templates, read_pairs, read_templates, score_templates
-from partial_fc.training.protocols.images import REFERENCE, AlignedImages
+from partial_fc.training.protocols.images import REFERENCE, AlignedImages, ListedImages
+from partial_fc.training.protocols.tasks import TemplatePairs, open_tasks
 from partial_fc.training.protocols.templates import read_detector_scores, read_points
 
 
@@ -177,6 +179,8 @@ def test_lists_are_read(tmp_path):
         ("pairs", "5 -7\n", "line 1: give two template ids"),
         ("points", "a.jpg 0.1\n", "no line for the image b.jpg (and 1 others)"),
         ("points", "a.jpg good\n", "line 1: give an image name and numbers"),
+        ("points", "a.jpg 1\nb.jpg nan\n", "line 2: 'b.jpg nan' has a number that is not finite"),
+        ("points", "a.jpg 1\nb.jpg 1\nc.jpg -inf 1\n", "line 3: 'c.jpg -inf 1' has a number that is not finite"),
         ("points", "a.jpg\n", "line 1: there are 0 numbers after the image name"),
     ],
 )
@@ -216,3 +220,14 @@ def test_faces_are_aligned_by_their_points(size, tmp_path):
         assert centre == (pytest.approx(a, abs=0.4), pytest.approx(b, abs=0.4))
     with pytest.raises(UnreadableImage, match=r"none\.png \(its points are no face"):
         images.load(1)
+
+
+def test_a_file_of_points_aligns_unless_the_images_are_aligned_already(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "x_face_tid_mid.txt").write_text("a.jpg 5 1\nb.jpg 7 1\n")
+    (tmp_path / "x_template_pair_label.txt").write_text("5 7 0\n5 5 1\n")
+    (tmp_path / "x_name_5pts_score.txt").write_text(f"a.jpg {'3 ' * 10}0.5\nb.jpg {'3 ' * 10}0.25\n")
+    for align, kind in ((True, AlignedImages), (False, ListedImages)):
+        (task,) = open_tasks(EvaluationConfig(templates=str(tmp_path), align=align), (3, 8, 8))
+        assert isinstance(task, TemplatePairs) and type(task.images) is kind
+        assert task.weights is not None and task.weights.tolist() == [0.5, 0.25], "the score weighs either way"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from partial_fc.training.data import UnreadableImage
 from partial_fc.training.errors import UserError
-from partial_fc.training.protocols import PairImages, read_pair_images, verify_embeddings
+from partial_fc.training.protocols import PairImages, pickled, read_pair_images, verify_embeddings
 from partial_fc.training.protocols.pairs import folds_of
 from partial_fc.training.protocols.pickled import load_pairs
 from partial_fc.training.protocols.tasks import Verification
@@ -201,6 +201,26 @@ def python2_arrays(images: list[bytes], same: list[bool]) -> bytes:
     return out + b"e\x86."
 
 
+def python2_text(images: list[bytes], same: list[bool]) -> bytes:
+    """As `pickle.dump` of Python 2 wrote it by default, protocol 0: byte strings as their repr, which is that of Python 3 without the b."""
+    out = b"((lp0\n" + b"".join(b"S" + repr(image)[1:].encode("ascii") + b"\np%d\na" % n for n, image in enumerate(images, 1))
+    return out + b"(lp9\n" + b"".join(b"I01\na" if each else b"I00\na" for each in same) + b"tp10\n."
+
+
+def python2_text_arrays(images: list[bytes], same: list[bool]) -> bytes:
+    """The same of NumPy arrays, and booleans as its scalars."""
+    dtype = b"cnumpy\ndtype\n(S'%s'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb"
+    out = b"((l"
+    for image in images:
+        out += b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I%d\nt" % len(image) + dtype % b"u1"
+        out += b"I00\nS" + repr(image)[1:].encode("ascii") + b"\ntba"
+    out += b"(l"
+    for each in same:
+        out += b"cnumpy.core.multiarray\nscalar\n(" + dtype % b"b1" + (b"S'\\x01'\n" if each else b"S'\\x00'\n") + b"tRa"
+    return out + b"t."
+
+
+QUOTES = b"""it's "quoted", back\\slashed,\ta tab,\n\r\0\xff"""
 ARRAYS = [np.frombuffer(image, dtype=np.uint8) for image in IMAGES]
 FORMS: dict[str, bytes] = {
     **{f"protocol {p}": pickle.dumps((IMAGES, SAME), protocol=p) for p in range(6)},
@@ -213,12 +233,18 @@ FORMS: dict[str, bytes] = {
     "a list of lists": pickle.dumps([IMAGES, SAME], protocol=2),
     "Python 2": python2(IMAGES, SAME),
     "Python 2, arrays": python2_arrays(IMAGES, SAME),
+    "Python 2, protocol 0": python2_text(IMAGES, SAME),
+    "Python 2, protocol 0, arrays": python2_text_arrays(IMAGES, SAME),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_all_forms_that_such_files_have_are_read(form):
     assert load_pairs(FORMS[form]) == (IMAGES, SAME)
+
+
+def test_strings_of_python_2_are_what_they_were():
+    assert load_pairs(python2_text([QUOTES, b"'", b'"', b""], [True, False])) == ([QUOTES, b"'", b'"', b""], [True, False])
 
 
 class Evil:
@@ -275,11 +301,57 @@ def test_an_array_of_a_petabyte_is_a_number_and_no_memory():
     assert images == [None, b"y"] and same == [True]
 
 
+def copies(what: str, element: bytes, times: int) -> bytes:
+    """A list of `times` calls of the function `what` with the one `element`, which is written once."""
+    called = f"c{what}".encode().replace(b".", b"\n") + b"\n"
+    return (
+        b"\x80\x05" + element + b"q\x00" + called + b"q\x010](" + b"h\x01h\x00\x85R" * times + b"e](" + b"\x88" * (times // 2) + b"e\x86."
+    )
+
+
+MANY = 5_000
+AMPLIFIERS = {
+    "lists": ("builtins.list", b"](" + b"\x88" * MANY + b"e"),
+    "lists of tuples": ("builtins.list", b"(" + b"\x88" * MANY + b"t"),
+    "bytes of bytearrays": ("builtins.bytes", b"\x96" + struct.pack("<Q", MANY) + bytes(MANY)),
+    "encoded text": ("_codecs.encode", b"X" + struct.pack("<I", MANY) + b"x" * MANY),
+    "types": ("numpy.dtype", b"X" + struct.pack("<I", MANY) + b"<" + b"x" * (MANY - 1)),
+}
+
+
+@pytest.mark.parametrize("kind", AMPLIFIERS)
+def test_a_short_file_does_not_copy_its_longest_element_many_times(kind, monkeypatch):
+    made: list[Any] = []
+    make = pickled._Maker.__call__
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        made.append(make(self, *arguments))
+        return made[-1]
+
+    monkeypatch.setattr(pickled._Maker, "__call__", counted)
+    data = copies(*AMPLIFIERS[kind], times=100)
+    with pytest.raises(ValueError, match=r"(copies more than the file is long|called with other arguments).*nothing of it was run"):
+        load_pairs(data)
+    assert sum(map(len, made)) <= len(data)
+
+
+def test_one_bytearray_in_many_places_is_copied_once():
+    shared = bytearray(IMAGES[0])
+    images, _ = load_pairs(pickle.dumps(([shared] * 8, SAME), protocol=5))
+    assert images == [IMAGES[0]] * 8 and len({id(image) for image in images}) == 1
+    array = b"cnumpy.core.numeric\n_frombuffer\n(h\x00cnumpy\ndtype\nU\x02u1\x85RK\x02\x85U\x01CtR"  # a record each, of the same bytes
+    images, _ = load_pairs(b"\x80\x05\x96" + struct.pack("<Q", 2) + b"xyq\x000](" + array * 8 + b"e](" + b"\x88" * 4 + b"e\x86.")
+    assert images == [b"xy"] * 8 and len({id(image) for image in images}) == 1
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (FORMS["protocol 4"][:-40], "truncated or no pickle"),
         (FORMS["Python 2"][:1000], "truncated or no pickle"),
+        (FORMS["Python 2, protocol 0"][:1000], "truncated or no pickle"),
+        (b"(S'\\x'\nt.", "truncated or no pickle"),
+        (b"(Sunquoted\nt.", "truncated or no pickle"),
         (b"", "truncated or no pickle"),
         (b"\xff\xd8\xff a picture", "truncated or no pickle"),
         (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f" + b"abc", "truncated or no pickle"),

@@ -66,7 +66,7 @@ FREE_ON_RESUME = (
     "train.watch_every",
     "train.deepspeed",
     *(f"evaluation.{name}" for name in ("batch_size", "tile", "verification", "templates", "identification", "retrieval")),
-    *(f"evaluation.{name}" for name in ("label_pattern", "camera_pattern", "every", "every_steps")),
+    *(f"evaluation.{name}" for name in ("align", "label_pattern", "camera_pattern", "every", "every_steps")),
 )
 
 
@@ -91,7 +91,8 @@ class BackboneConfig:
     embedding_size: int = 128
     """Width of the embeddings, in numbers."""
     weights: str | None = None
-    """File of weights to start from: a state dict by torch.save, such as the field's backbone.pth, or safetensors; drawn if not given."""
+    """Weights to start from: a state dict by torch.save, such as the field's backbone.pth, safetensors, or a folder of transformers;
+    drawn if not given."""
     dropout: float = 0.0
     """Probability (0 to 1) with which a number before the last layer is left out in training."""
     gradient_checkpointing: bool = False
@@ -106,7 +107,7 @@ class BackboneConfig:
 
     def check_weights(self) -> None:
         """UserError if weights to start from are not there; a run that is resumed needs them no more."""
-        if self.weights is not None and not Path(self.weights).is_file():
+        if self.weights is not None and not Path(self.weights).exists():
             raise UserError(f"--backbone.weights: there is no file {self.weights}; give a state dict by torch.save, or safetensors")
 
     def build(self, image_shape: tuple[int, int, int], weights: str | None = None) -> nn.Module:
@@ -354,6 +355,8 @@ class EvaluationConfig:
     """Files of image pairs (`lfw.bin`, `cfp_fp.bin`, ...) to verify, each under its name without the ending."""
     templates: str | None = None
     """Folder of a template protocol (IJB-B, IJB-C): images/, *face_tid_mid.txt, *template_pair_label.txt; null for none."""
+    align: bool = True
+    """Align the faces of `templates` by the points of its *name_5pts_score.txt, if there is one; false if its images are aligned."""
     identification: str | None = None
     """Folder with gallery/ and probes/, and distractors/ if there are any, of identity sub-folders; null for none."""
     retrieval: str | None = None

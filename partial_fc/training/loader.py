@@ -19,14 +19,15 @@ import os
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from partial_fc.training.augment import AugmentConfig, augment, to_float
-from partial_fc.training.data import IdentityDataset, UnreadableImage
+from partial_fc.training.data import DataConfig, IdentityDataset, UnreadableImage
 from partial_fc.training.errors import UserError
 from partial_fc.training.samplers import InOrder, Sampler, Shuffled
 
@@ -214,3 +215,20 @@ class BatchLoader:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(f"a process that loads images ended ({error}); lower --data.workers or free some memory") from error
+
+
+def rank_loader(dataset: IdentityDataset, config: DataConfig, accelerator: Accelerator, *, batch_size: int, **order: Any) -> BatchLoader:
+    """The loader of this rank, fed as the settings and the machine ask for; `order`: further arguments of BatchLoader."""
+    cuda = accelerator.device.type == "cuda"
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))  # on this machine
+    return BatchLoader(
+        dataset,
+        batch_size=batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        workers=choose_workers(dataset, ranks, cuda) if config.workers is None else config.workers,
+        prefetch=config.prefetch,
+        pin=cuda,
+        on_error=config.on_error,
+        **order,
+    )

@@ -87,7 +87,7 @@ def protocol_parser(command: str) -> argparse.ArgumentParser:
     add("--output", default=None, metavar="DIR", help="new folder for metrics.json, report.html (RUN/COMMAND-NAME, or beside the file)")
     add("--batch_size", type=int, default=512, help="images a forward over all ranks (default 512)")
     add("--tile", type=int, default=2048, help="images a side that are compared at a time (default 2048)")
-    add("--workers", type=int, default=0, help="processes a rank starts to load images (default 0)")
+    add("--workers", type=int, default=None, help="processes a rank starts to load images (default: by the cores)")
     add("--on_error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read (default skip)")
     add("--traceback", action="store_true", help="show where an error came from")
     return parser
@@ -121,7 +121,7 @@ def protocol_command(command: str, parser: Callable[[], jsonargparse.ArgumentPar
     """One of the commands; parser: of a run's settings. UserError, the same on every rank, for what cannot be evaluated."""
     asked = protocol_parser(command).parse_args(arguments)
     for name, least in (("workers", 0), ("tile", 1), ("batch_size", 1)):
-        if getattr(asked, name) < least:
+        if getattr(asked, name) is not None and getattr(asked, name) < least:
             raise UserError(f"--{name} is {getattr(asked, name)}; give at least {least}")
     scores = getattr(asked, "scores", None)
     if scores is not None and (Path(scores).suffix not in (".npy", ".txt") or Path(scores).exists()):

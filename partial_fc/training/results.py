@@ -29,7 +29,7 @@ from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
 from partial_fc.training.hardest import note_hardest, note_pairs
 from partial_fc.training.interval import direction, during_training, split_history
-from partial_fc.training.loader import BatchLoader
+from partial_fc.training.loader import BatchLoader, rank_loader
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import Task, Verification
 from partial_fc.training.report import write_report
@@ -108,16 +108,7 @@ def sharing(accelerator: Accelerator, tile: int) -> dict[str, Any]:
 
 def once_through(dataset: IdentityDataset, accelerator: Accelerator, config: RunConfig) -> BatchLoader:
     """This rank's part of all images, each once, in their order and as they are."""
-    return BatchLoader(
-        dataset,
-        batch_size=config.evaluation.batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        shuffle=False,
-        drop_last=False,
-        workers=config.data.workers,
-        on_error=config.data.on_error,
-    )
+    return rank_loader(dataset, config.data, accelerator, batch_size=config.evaluation.batch_size, shuffle=False, drop_last=False)
 
 
 def embed_images(
@@ -151,7 +142,7 @@ def embed_images(
                 if folder is not None:
                     folder.note_unreadable(batch.unreadable)
                 if len(batch.labels):
-                    images = batch.images.to(device)
+                    images = batch.images.to(device, non_blocking=batch.images.is_pinned())
                     with accelerator.autocast():
                         embeddings = backbone(images).float()
                         if flip:

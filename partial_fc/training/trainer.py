@@ -11,7 +11,6 @@ at the end   embeddings of identities never trained on, verification and identif
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -33,7 +32,7 @@ from partial_fc.training.faults import Faults
 from partial_fc.training.hardest import note_confusions
 from partial_fc.training.interval import check_metric, direction, figures_of, is_due, undisturbed
 from partial_fc.training.labels import LABELS, LabelMap
-from partial_fc.training.loader import Batch, BatchLoader, choose_workers
+from partial_fc.training.loader import Batch, BatchLoader, rank_loader
 from partial_fc.training.micro_batches import MicroBatches, Progress
 from partial_fc.training.mixing import ExtraHeads, MixedIdentities, mixed
 from partial_fc.training.protocols.result import Result
@@ -170,21 +169,15 @@ class Trainer:
         self.folder.note_unreadable([name for each in (self.data.train, *self.data.evaluation.values()) for name in each.left_out])
 
     def _loader(self) -> BatchLoader:
-        config, cuda = self.config, self.accelerator.device.type == "cuda"
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        chosen = choose_workers(self.data.train, ranks, cuda) if config.data.workers is None else config.data.workers
-        return BatchLoader(
+        config = self.config
+        return rank_loader(
             self.data.train,
+            config.data,
+            self.accelerator,
             batch_size=config.micro_batch,
             sampler=config.make_sampler(self.data.train),
-            rank=self.rank,
-            world=self.world,
             seed=config.seed,
             augment=config.augment,
-            workers=chosen,
-            prefetch=config.data.prefetch,
-            pin=cuda,
-            on_error=config.data.on_error,
         )
 
     # ------------------------------------------------------------------------------------------------ agreement

@@ -1,14 +1,17 @@
 """Vision models of timm and transformers, by name, with the output stage of face recognition on their features.
 
-    timm:NAME      a model of timm , its weights drawn
-    hf:FOLDER      a folder with a config.json of transformers , its weights drawn
+    timm:NAME      a model of timm, its weights drawn
+    hf:FOLDER      a folder with a config.json of transformers, its weights drawn
     hf:TYPE        a model type of transformers with its default sizes, such as hf:vit or hf:resnet
 
 images [n, C, H, W] -> the model's pooled features [n, F] -> batch norm -> dropout -> linear -> batch norm  [n, D]
 
-Nothing is fetched from the network. Pretrained weights are a file: name it with --backbone.weights.
+Nothing is fetched from the network, and no code of a folder is run. Pretrained weights are a file: name it with --backbone.weights.
 """
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,12 @@ from partial_fc.training.errors import UserError
 
 
 class WithOutputStage(nn.Module):
-    """`trunk`, whose pooled features have `features` numbers, and the output stage of the ArcFace paper (section 3.2.2)."""
+    """`trunk`, whose features (`pooled`) are `features` numbers, and the output stage of the ArcFace paper (section 3.2.2)."""
 
     def __init__(self, trunk: nn.Module, features: int, embedding_size: int) -> None:
         super().__init__()
         self.trunk = trunk
+        self.class_token = has_class_token(trunk)
         self.norm = nn.BatchNorm1d(features)
         self.dropout = nn.Dropout(p=0.0)
         self.fc = nn.Linear(features, embedding_size)
@@ -45,22 +49,29 @@ class WithOutputStage(nn.Module):
             raise UserError(f"{type(self.trunk).__name__} has no gradient checkpointing; leave --backbone.gradient_checkpointing out")
 
     def forward(self, images: Tensor) -> Tensor:
-        x = pooled(self.trunk, images)
+        x = pooled(self.trunk, images, self.class_token)
         with in_full_precision(images.device):
             x = self.dropout(self.norm(x.to(self.fc.weight.dtype)))
             out: Tensor = self.features(self.fc(x))
         return out
 
 
-def pooled(trunk: nn.Module, images: Tensor) -> Tensor:
-    """The model's features `[n, F]`: what it gives itself, its pooler's, or the mean over its tokens or places."""
+def pooled(trunk: nn.Module, images: Tensor, class_token: bool) -> Tensor:
+    """The model's features `[n, F]`: what it gives itself, its pooler's, its class token, or the mean over its tokens or places."""
     out: Any = trunk(images)
     if not isinstance(out, Tensor):
         found = getattr(out, "pooler_output", None)
         out = out.last_hidden_state if found is None else found.flatten(1)
     if out.ndim == 4:  # [n, F, H, W]
         return out.mean((2, 3))
-    return out.mean(1) if out.ndim == 3 else out  # [n, T, F]
+    if out.ndim == 3:  # [n, T, F]
+        return out[:, 0] if class_token else out.mean(1)
+    return out
+
+
+def has_class_token(trunk: nn.Module) -> bool:
+    """Whether the first of the model's tokens stands for the whole image."""
+    return any(name.endswith("cls_token") for name, _ in trunk.named_parameters())
 
 
 def _with_output_stage(trunk: nn.Module, name: str, image_shape: tuple[int, int, int], embedding_size: int) -> WithOutputStage:
@@ -69,43 +80,66 @@ def _with_output_stage(trunk: nn.Module, name: str, image_shape: tuple[int, int,
     parameters = [p for p in trunk.parameters() if p.requires_grad]
     try:
         with torch.enable_grad():
-            features = pooled(trunk.eval(), torch.zeros(1, *image_shape, device=parameters[0].device))
+            features = pooled(trunk.eval(), torch.zeros(1, *image_shape, device=parameters[0].device), has_class_token(trunk))
             gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
     except Exception as error:  # the model's own code
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the model {name!r} cannot take images of shape {image_shape}: {reason}; see --data.image_size") from error
+        raise UserError(f"the model {name!r} cannot take images of shape {image_shape}: {_reason(error)}; see --data.image_size") from error
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:  # of another task, such as a token for masked patches: DDP would wait for its gradient
             parameter.requires_grad_(False)
     return WithOutputStage(trunk.train(training), int(features.shape[1]), embedding_size)
 
 
-def timm_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: int) -> WithOutputStage:
-    """The timm model `name` without its classifier, for `image_shape`."""
+@contextmanager
+def _importing(package: str, name: str) -> Iterator[None]:
+    """UserError for whatever keeps `package` from being imported."""
     try:
-        import timm
+        yield
     except ModuleNotFoundError as error:
-        raise UserError(f"the backbone 'timm:{name}' needs timm ({error.name} is missing): pip install timm") from error
-    if not name or name not in timm.list_models():
-        near = timm.list_models(f"*{name}*")[:5]
+        raise UserError(f"the backbone {name!r} needs {package} ({error.name} is missing): pip install {package}") from error
+    except Exception as error:  # RuntimeError of a torchvision that was built for another torch, OSError of a library
+        raise UserError(
+            f"the backbone {name!r} needs {package}, which cannot be imported beside torch {torch.__version__}: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def timm_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: int) -> WithOutputStage:
+    """The timm model `name` without its classifier, for `image_shape`; of a name with a tag of weights, the model that they are of."""
+    with _importing("timm", f"timm:{name}"):
+        import timm
+    architecture = name.partition(".")[0]
+    if architecture not in timm.list_models():
+        near = timm.list_models(f"*{architecture}*")[:5]
         raise UserError(f"timm has no model {name!r}" + (f"; it has {', '.join(near)}" if near else "; timm.list_models() names them"))
     settings: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": image_shape[0]}
     try:
-        trunk = timm.create_model(name, img_size=image_shape[1:], **settings)
-    except TypeError:  # models without positions have no such argument
-        trunk = timm.create_model(name, **settings)
+        try:
+            trunk = timm.create_model(name, img_size=image_shape[1:], **settings)
+        except TypeError:  # models without positions have no such argument
+            trunk = timm.create_model(name, **settings)
+    except Exception as error:  # a tag that it has not, or the model's own code
+        raise UserError(f"timm cannot build {name!r} for images of shape {image_shape}: {_reason(error)}") from error
     return _with_output_stage(trunk, f"timm:{name}", image_shape, embedding_size)
 
 
 def hf_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: int) -> WithOutputStage:
     """The transformers model that the folder `name` describes, or of the type `name`, for `image_shape`."""
-    try:
+    with _importing("transformers", f"hf:{name}"):
         from transformers import AutoConfig, AutoModel
-    except ModuleNotFoundError as error:
-        raise UserError(f"the backbone 'hf:{name}' needs transformers ({error.name} is missing): pip install transformers") from error
+    own_code = _names_own_code(name)
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True) if Path(name).is_dir() else AutoConfig.for_model(name)
+        config = (
+            AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+            if Path(name).is_dir()
+            else AutoConfig.for_model(name)
+        )
     except (OSError, ValueError, KeyError) as error:
+        if own_code:
+            raise _own_code(name) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
         raise UserError(
             f"'hf:{name}' is neither a folder with a config.json of transformers nor a model type that it knows, such as hf:vit "
@@ -117,10 +151,37 @@ def hf_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: in
     if hasattr(config, "num_channels"):
         config.num_channels = channels
     try:
-        trunk = AutoModel.from_config(config)
+        # float32 whatever its weights were saved in; and attention by transformers itself: a config may name code to download
+        trunk = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32, attn_implementation=None)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"transformers cannot build 'hf:{name}': {' '.join(str(error).split())[:200]}") from error
+        if own_code:
+            raise _own_code(name) from error
+        raise UserError(f"transformers cannot build 'hf:{name}': {_reason(error)}") from error
+    _leave_pooler_out(trunk)
     return _with_output_stage(trunk, f"hf:{name}", image_shape, embedding_size)
+
+
+def _names_own_code(name: str) -> bool:
+    """Whether the folder says that its model is made by Python files beside it."""
+    try:
+        return '"auto_map"' in (Path(name) / "config.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _own_code(name: str) -> UserError:
+    return UserError(f"the model in 'hf:{name}' needs Python code of its own (auto_map in config.json), which is not run; choose another")
+
+
+def _leave_pooler_out(trunk: nn.Module) -> None:
+    """Make it the model that its classifiers hold, as `add_pooling_layer=False` does.
+
+    A dense layer with tanh, as ViT's has it, is trained by few checkpoints and is in none of the classifiers': their feature is the class
+    token. Poolers without one (Swin's mean, BEiT's mean and norm) are those of the classifiers, and stay.
+    """
+    pooler = getattr(trunk, "pooler", None)
+    if hasattr(pooler, "dense") and "add_pooling_layer" in inspect.signature(type(trunk).__init__).parameters:
+        trunk.register_module("pooler", None)
 
 
 PREFIXES["timm:"] = timm_backbone

@@ -268,7 +268,7 @@ def open_tasks(config: EvaluationConfig, shape: Shape) -> list[Task]:
                 listed=files[0],
                 pairs=files[1],
                 detector_scores=detected,
-                points=detected,
+                points=detected if config.align else None,
                 flip=config.flip,
             )
         )

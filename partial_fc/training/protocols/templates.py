@@ -13,6 +13,7 @@ A FAR of less than one impostor pair has no figure (IJB-C has 15.6 million, so t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,8 @@ def _detected(path: str | Path, names: list[str], least: int) -> list[list[float
             found[words[0]] = [float(word) for word in words[1:]]
         except ValueError:
             raise UserError(f"{path}, line {number}: give an image name and numbers, a score last, not {' '.join(words)!r}") from None
+        if not all(map(math.isfinite, found[words[0]])):
+            raise UserError(f"{path}, line {number}: {' '.join(words)!r} has a number that is not finite; mend or remove it")
         if len(words) <= least:
             raise UserError(f"{path}, line {number}: there are {len(words) - 1} numbers after the image name; there must be {least}")
     missing = [name for name in names if name not in found]
