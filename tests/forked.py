@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import os
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -53,8 +54,8 @@ class Forked:
     """Running ranks; `finish` waits for them."""
 
     def __init__(self, arguments: tuple[str, ...], ranks: int, more: dict[str, str]) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        self.paths = [Path(self.folder.name, name) for name in ("out", "err")]
+        self.folder = tempfile.mkdtemp(prefix="forked-")
+        self.paths = [Path(self.folder, name) for name in ("out", "err")]
         context, port = forking(), free_port()
         self.processes: list[ForkServerProcess] = []
         for rank in range(ranks):
@@ -66,7 +67,7 @@ class Forked:
             process = context.Process(target=_rank, args=(list(arguments), variables, *map(str, self.paths)))
             process.start()
             self.processes.append(process)
-        atexit.register(self.kill)  # no daemons: those may not start processes that load images
+        atexit.register(self.close)  # no daemons: those may not start processes that load images
 
     def poll(self) -> int | None:
         """The exit code, None while a rank runs; what an ended rank leaves others waiting for is ended here, too."""
@@ -94,6 +95,11 @@ class Forked:
         for process in self.processes:
             process.join(10)
 
+    def close(self) -> None:
+        """Nothing of it is left."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def output(self) -> tuple[str, str]:
         """What the ranks have written, to standard output and error."""
         return tuple(path.read_text() if path.exists() else "" for path in self.paths)  # type: ignore[return-value]
@@ -114,7 +120,7 @@ def finish(forked: Forked, timeout: float = 120) -> tuple[int, str, str]:
             raise AssertionError(f"no end within {timeout} s:\n{out[-2000:]}\n{err[-4000:]}")
         time.sleep(0.02)
     out, err = forked.output()
-    forked.folder.cleanup()
+    forked.close()
     return code, out, err
 
 
