@@ -198,6 +198,23 @@ def test_a_picture_is_the_outline_of_its_character(made, fonts):
     assert checked == 32
 
 
+def test_a_picture_is_one_character_in_a_family_of_several_faces(tmp_path):
+    """A face that adds characters to another's design has its own idea of which of two alike is the first."""
+    bars = shapes(5)
+    first, alike = FIRST, FIRST + 1
+    bars[alike] = bars[first]
+    folder = tmp_path / "fonts"
+    folder.mkdir()
+    write_font(folder / "one.ttf", "Aa", bars)
+    write_font(folder / "two.ttf", "Aa Copy", {code: bars[code] for code in bars if code != FIRST + 2})
+    for seed, family in ((6, "Bb"), (7, "Cc")):
+        write_font(folder / f"{family}.ttf", family, shapes(seed))
+    make(folder, tmp_path / "set", min_designs=2, holdout_identities=0, holdout_designs=[])
+    data = PackedIdentities(tmp_path / "set", "train")
+    drawn = [(data.name_of(index).split(" in ")[1], data.load(index).numpy().tobytes()) for index in range(len(data))]
+    assert len(drawn) == len(set(drawn)) == 3 * CHARACTERS - 1
+
+
 def test_drawings_beyond_their_em_are_made_to_fit(tmp_path):
     large = {code: [(-700, -700, 1400, 1400), (-900, 0, 1700, 90)] for code in range(FIRST, FIRST + 4)}
     path = write_font(tmp_path / "large.ttf", "Large", large)

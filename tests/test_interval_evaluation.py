@@ -374,6 +374,7 @@ def test_mistakes_are_one_line(files, evaluated, tmp_path, capsys):
     assert "no identity of the probes" in line(*given["identify"][:2], f"--gallery={files / 'train'}", f"--probes={files / 'mega/probes'}")
     other = line(*given["identify"][:4], f"--distractors={files / 'mega/gallery'}")
     assert "identity 'p0', which is among the probes" in other
+    assert "two files of pairs are called 'lfw'" in line("verify", str(evaluated), str(files / "lfw.bin"), str(tmp_path / "lfw.bin"))
     assert "does not match the file name" in line(*given["retrieve"][:-1], "_d(\\d+)")
     assert "is no regular expression" in line(*given["retrieve"][:-1], "(")
     assert "give at least 1" in line(*given["verify"], "--tile", "0")

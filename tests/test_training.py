@@ -461,6 +461,20 @@ def test_a_run_goes_on_at_another_world_size(run, tmp_path, capsys):
     assert rows[-1]["loss"] == pytest.approx(before[-1]["loss"], rel=0.2)
 
 
+def test_a_run_goes_on_where_its_data_have_moved(tmp_path, capsys):
+    data, run = image_folder(tmp_path / "data", 8, 4), tmp_path / "run"
+    settings = ["--data.folder", str(data), "--data.holdout_identities", "3", *FOLDER_RUN]
+    assert main(["train", *settings, "--output.folder", str(run)]) == 0
+    data.rename(tmp_path / "moved")
+    assert main(["train", "--resume", str(run)]) == 2
+    assert f"the data folder {data} does not exist; check --data.folder" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--data.folder", str(image_folder(tmp_path / "other", 8, 5))]) == 2
+    assert "the data have changed since the run began" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--data.folder", str(tmp_path / "moved")]) == 0
+    assert main(["evaluate", str(run), "--output", str(tmp_path / "again")]) == 0, "later commands find them, too"
+    assert json.loads((tmp_path / "again/metrics.json").read_text())["checkpoint"] == "newest (step 2)"
+
+
 def test_a_resume_with_other_settings_is_refused(run, capsys):
     assert main(["train", "--resume", str(run), "--head.scale", "16"]) == 2
     assert "head.scale = 32.0" in capsys.readouterr().err

@@ -35,14 +35,14 @@ try:
     from partial_fc.training.errors import Preempted, UserError
     from partial_fc.training.exchange_cli import export_weights_command, import_weights_command
     from partial_fc.training.export_cli import export_command
-    from partial_fc.training.interval import check_metric
+    from partial_fc.training.interval import check_metric, direction
     from partial_fc.training.mixing import mixed
     from partial_fc.training.packed import is_packed, packed_splits
     from partial_fc.training.plan_cli import plan_command
     from partial_fc.training.protocols.tasks import image_shape, open_tasks
     from partial_fc.training.protocols_cli import protocol_command
     from partial_fc.training.ranks import check_devices, find_ranks, speaks
-    from partial_fc.training.run import CONFIG, RunFolder
+    from partial_fc.training.run import CONFIG, UNREADABLE, RunFolder
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(name=error.name))
 
@@ -184,7 +184,7 @@ def _finish(trainer: Trainer, evaluations: list[Evaluation]) -> None:
             print(text)
         left_out = trainer.folder.unreadable()
         if left_out:
-            print(f"{len(left_out)} images could not be read and were left out; they are named in {trainer.folder.path / 'unreadable.txt'}")
+            print(f"{len(left_out)} images could not be read and were left out; they are named in {trainer.folder.path / UNREADABLE}")
         print(f"\nResults are in {trainer.folder.path}; look at {report}")
         print(f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER, with images of your own in any format of docs/data.md")
     trainer.close()
@@ -256,6 +256,7 @@ def evaluate(arguments: list[str]) -> None:
     accelerator = Accelerator(cpu=config.train.cpu)
     shape = image_shape(config)
     tasks = [] if asked.data is not None else together(lambda: open_tasks(config.evaluation, shape), accelerator)
+    which = together(lambda: run.describe_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator)
     backbone = load_backbone(run, config, shape, asked.checkpoint).to(accelerator.device)
     out = RunFolder(asked.output or run.path / f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}")
     claim_output(out, accelerator)
@@ -267,9 +268,11 @@ def evaluate(arguments: list[str]) -> None:
     if accelerator.is_main_process:
         for text in [each.summary() for each in evaluations] + [each.summary() for each in results]:
             print(text)
-        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path), "checkpoint": asked.checkpoint}
+        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path), "checkpoint": which}
         title = f"{config.backbone.name} of {run.path.name} on {', '.join((*sets, *(task.name for task in tasks)))}"
         report = write_results(out, title, evaluations, figures, config, describe_environment(accelerator), [], results)
+        if out.unreadable():
+            print(f"{len(out.unreadable())} images could not be read and were left out; they are named in {out.path / UNREADABLE}")
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()
 

@@ -54,6 +54,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 FREE_ON_RESUME = (
     "output.",
     "backbone.gradient_checkpointing",
+    "data.folder",  # it may have moved; what lies there is compared (RunFolder.check_data)
     "data.workers",
     "data.prefetch",
     "train.checkpoint_every",
@@ -360,7 +361,7 @@ class EvaluationConfig:
     identification: str | None = None
     """Folder with gallery/ and probes/, and distractors/ if there are any, of identity sub-folders; null for none."""
     retrieval: str | None = None
-    """Folder with query/ and gallery/, of identity sub-folders, or of files that `label_pattern` is for; null for none."""
+    """Folder with query/ and gallery/ or bounding_box_test/: identity sub-folders, or files that `label_pattern` is for; null for none."""
     label_pattern: str | None = None
     """Regular expression that finds the identity in a file's name, for a retrieval folder without sub-folders."""
     camera_pattern: str | None = None

@@ -220,11 +220,13 @@ def _next(freetype: Any, face: Any, code: int, glyph: Any) -> int:
 
 @dataclass
 class Drawn:
-    """What a face has: its code points int64 `[n]`, rising, pictures uint8 `[n, size, size]`; and how many were dropped, by reason."""
+    """What a face has: its code points int64 `[n]`, rising, pictures uint8 `[n, size, size]`; how many were dropped, by reason; and which
+    of them had the picture of another."""
 
     codes: npt.NDArray[np.int64]
     pictures: Pictures
     dropped: Counter[str]
+    repeats: Sequence[int] = ()
 
 
 def draw_face(face: Face, codes: Iterable[int] | None, ranges: Sequence[tuple[int, int]], size: int) -> Drawn:
@@ -270,17 +272,18 @@ def _without_repeats(kept: list[int], pictures: list[Pictures], dropped: Counter
     """A picture that a few characters share stays with the first of them; one that many share is a box."""
     digests = [digest(picture) for picture in pictures]
     times, seen = Counter(digests), set[bytes]()
-    rows = []
+    rows, repeats = [], []
     for row, each in enumerate(digests):
         if times[each] > BOX_REPEATS:
             dropped[f"a picture that more than {BOX_REPEATS} characters of the font share"] += 1
         elif each in seen:
             dropped["the picture of another character of the font"] += 1
+            repeats.append(kept[row])
         else:
             seen.add(each)
             rows.append(row)
     stacked = np.stack([pictures[row] for row in rows]) if rows else np.empty((0, size, size), np.uint8)
-    return Drawn(np.array([kept[row] for row in rows], dtype=np.int64), stacked, dropped)
+    return Drawn(np.array([kept[row] for row in rows], dtype=np.int64), stacked, dropped, repeats)
 
 
 def digest(picture: Pictures) -> bytes:

@@ -275,13 +275,19 @@ def _draw_designs(
         done = work / f"dropped-{number:03d}.json"
         if not done.is_file():
             codes, pictures, dropped = np.empty(0, np.int64), np.empty((0, settings.size, settings.size), np.uint8), Counter[str]()
+            seen, repeats = set[bytes](), set[int]()  # pictures there are, and characters that had one of another
             for face in design.faces:  # a later face adds what the earlier ones lack
                 with opened(face.path, face.index) as handle:
-                    lacking = sorted(set(code_points(handle, ranges)) - set(codes.tolist()))
+                    lacking = sorted(set(code_points(handle, ranges)) - set(codes.tolist()) - repeats)
                 drawn = _drawn(face, lacking, ranges, settings, found) if lacking else None
                 if drawn is not None:
-                    codes, pictures = np.concatenate((codes, drawn.codes)), np.concatenate((pictures, drawn.pictures))
+                    digests = [digest(picture) for picture in drawn.pictures]
+                    new = np.array([each not in seen for each in digests], bool)
+                    codes, pictures = np.concatenate((codes, drawn.codes[new])), np.concatenate((pictures, drawn.pictures[new]))
+                    repeats.update(drawn.repeats, drawn.codes[~new].tolist())
+                    seen.update(digests)
                     dropped += drawn.dropped
+                    dropped["the picture of another character of the font"] += int((~new).sum())
             order = codes.argsort()
             np.save(work / f"codes-{number:03d}.npy", codes[order])
             np.save(work / f"pictures-{number:03d}.npy", pictures[order])

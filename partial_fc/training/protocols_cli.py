@@ -25,6 +25,7 @@ from torch import Tensor
 from partial_fc.training.config import to_config
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import UserError
+from partial_fc.training.interval import direction
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import (
     Shape,
@@ -96,6 +97,10 @@ def protocol_parser(command: str) -> argparse.ArgumentParser:
 def open_asked(command: str, asked: argparse.Namespace, shape: Shape) -> list[Task]:
     """The tasks of a command. UserError for files that cannot be had."""
     if command == "verify":
+        names = [Path(path).stem for path in asked.files]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"two files of pairs are called {twice!r}, and figures go by that name; rename one, or give one at a time")
         return [open_verification(path, shape, not asked.no_flip) for path in asked.files]
     if command == "templates":
         one = open_templates(
@@ -138,13 +143,14 @@ def protocol_command(command: str, parser: Callable[[], jsonargparse.ArgumentPar
     accelerator = Accelerator(cpu=config.train.cpu or not torch.cuda.is_available())
     shape = image_shape(config)
     tasks = together(lambda: open_asked(command, asked, shape), accelerator)
+    which = together(lambda: run.describe_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator)
     backbone = together(lambda: load_backbone(run, config, shape, asked.checkpoint), accelerator).to(accelerator.device)
     out = RunFolder(asked.output or run.path / _folder_name(command, tasks))
     results = _measured(out, lambda: run_tasks(backbone, tasks, accelerator, config, out), accelerator)
     if accelerator.is_main_process:
         _tell(results, tasks, scores)
         title = f"{config.backbone.name} of {run.path.name} on {', '.join(task.name for task in tasks)}"
-        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path), "checkpoint": asked.checkpoint}
+        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path), "checkpoint": which}
         report = write_results(out, title, [], figures, config, describe_environment(accelerator), [], results)
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()

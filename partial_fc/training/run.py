@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from partial_fc import Checkpointer
 from partial_fc.training.data import what_changed
 from partial_fc.training.errors import UserError
@@ -89,6 +91,16 @@ class RunFolder:
                 "the data as they are"
             )
 
+    def note_place(self, data_folder: str | None) -> None:
+        """The data are there now: commands that look at the run later find them."""
+        path = self.path / CONFIG
+        settings = yaml.safe_load(path.read_text())
+        if settings["data"]["folder"] != data_folder:
+            settings["data"]["folder"] = data_folder
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
+            os.replace(temporary, path)
+
     def checkpointer(
         self,
         *,
@@ -121,6 +133,11 @@ class RunFolder:
             have = ", ".join(map(str, steps)) or "none"
             raise UserError(f"there is no checkpoint {which!r} in {self.path}; give newest, best, or one of the steps there are: {have}")
         return checkpointer.path(int(which))
+
+    def describe_checkpoint(self, which: str, best: Literal["max", "min"] = "max") -> str:
+        """What `which` was, for the record: "best (step 8)"."""
+        step = int(self.find_checkpoint(which, best).name.removeprefix("step-"))
+        return f"step {step}" if which.isdigit() else f"{which} (step {step})"
 
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, if there is any."""

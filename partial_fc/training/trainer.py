@@ -350,8 +350,9 @@ class Trainer:
             self.on_main(self._write_data)  # nothing was trained on what they were
         except ValueError as error:
             raise UserError(f"cannot resume: {error}") from error
-        self.on_main(self._rewind)
         self.on_main(self._note_data)
+        self.on_main(lambda: self.folder.note_place(self.config.data.folder))
+        self.on_main(self._rewind)
 
     def _rewind(self) -> None:
         again = self.folder.rewind_history(self.progress.step)

@@ -278,7 +278,8 @@ def open_tasks(config: EvaluationConfig, shape: Shape) -> list[Task]:
         tasks.append(open_identification(root.name, shape, root / "gallery", root / "probes", others if others.is_dir() else None))
     if config.retrieval is not None:
         root = Path(config.retrieval)
-        tasks.append(open_retrieval(root.name, shape, root / "query", root / "gallery", config.label_pattern, config.camera_pattern))
+        gallery = root / "bounding_box_test" if (root / "bounding_box_test").is_dir() else root / "gallery"
+        tasks.append(open_retrieval(root.name, shape, root / "query", gallery, config.label_pattern, config.camera_pattern))
     return tasks
 
 
