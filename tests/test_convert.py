@@ -41,7 +41,7 @@ def test_every_format_becomes_every_other(tmp_path, source, dest):
     assert done == {"images": 12, "identities": 4, "left_out": 0}
     assert find_format(tmp_path / "dest")[0] == dest
     assert what(open_source(tmp_path / "dest")) == what(there)
-    assert not [name for name in files(tmp_path / "dest") if name.startswith(".")]
+    assert [name for name in files(tmp_path / "dest") if name.startswith(".")] == [STATE]
 
 
 def test_images_of_identities_in_any_order_get_ranges_in_recordio(tmp_path):
@@ -145,10 +145,38 @@ def test_folders_of_others_are_left_alone(tmp_path):
         convert(source, tmp_path / "file", "webdataset")
     convert(source, tmp_path / "done", "webdataset")
     before = files(tmp_path / "done")
-    with pytest.raises(UserError, match="is not empty"):
-        convert(source, tmp_path / "done", "webdataset")
+    assert convert(source, tmp_path / "done", "webdataset") == {"images": 12, "identities": 4, "left_out": 0}
+    with pytest.raises(UserError, match="holds a conversion to webdataset that was finished; name another folder"):
+        convert(source, tmp_path / "done", "recordio")
+    (tmp_path / "source" / "id0000" / "00001.jpg").write_bytes(picture(99))
+    with pytest.raises(UserError, match="that was finished of other data"):
+        convert(open_source(tmp_path / "source"), tmp_path / "done", "webdataset")
     assert files(tmp_path / "done") == before
     assert files(foreign) == {"precious": b"data"}
+
+
+@pytest.mark.parametrize("dest", FORMATS)
+def test_half_a_conversion_is_no_data_set(tmp_path, monkeypatch, dest):
+    source = open_source(folder_of(tmp_path / "source", CONTENT))
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "_verify", failing_verify)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "half", dest)
+    with pytest.raises(UserError, match=f"a conversion to {dest} was begun in .*half and is not finished; run the same command again"):
+        open_source(tmp_path / "half")
+    if dest == "list":
+        with pytest.raises(UserError, match="is not finished"):
+            open_source(tmp_path / "half" / "list.txt")
+    convert(source, tmp_path / "half", dest)
+    assert what(open_source(tmp_path / "half")) == what(source)
+
+
+def test_a_finished_conversion_that_lost_images_is_not_taken_for_whole(tmp_path):
+    source = open_source(folder_of(tmp_path / "source", CONTENT))
+    convert(source, tmp_path / "dest", "webdataset", part=5)
+    (tmp_path / "dest" / "shard-000001.tar").unlink()
+    with pytest.raises(UserError, match="holds 7 images, and 12 were converted; remove it"):
+        convert(source, tmp_path / "dest", "webdataset", part=5)
 
 
 def test_a_begun_conversion_of_something_else_is_refused(tmp_path, monkeypatch):
@@ -214,7 +242,7 @@ def test_names_that_no_folder_can_have_are_encoded_and_numbers_keep_their_order(
         lines.append(f"{number}.jpg {name}")
     (tmp_path / "faces.txt").write_text("\n".join(lines))
     convert(open_source(tmp_path / "faces.txt"), tmp_path / "names", "folder")
-    assert sorted(path.name for path in (tmp_path / "names").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "names").iterdir() if path.is_dir()) == [
         "%2E%2E%2Fup", "%2Ehidden", "a%252Fb", "a%2Fb", "plain_name", "ü",
     ]  # fmt: skip
     (tmp_path / "faces.txt").write_text("0.jpg 10\n1.jpg 9\n2.jpg 100\n")
@@ -230,8 +258,10 @@ def test_the_command_says_what_it_did_and_mistakes_in_a_line(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "12 images of 4 identities as webdataset, counts and labels verified" in out
     assert "to webdataset: 100%" in err
+    assert main(["data", "convert", str(source), str(tmp_path / "dest"), "--format", "webdataset"]) == 0
+    assert "dest: already converted: 12 images of 4 identities as webdataset" in capsys.readouterr().out
     for arguments, words in (
-        (["convert", str(source), str(tmp_path / "dest"), "--format", "webdataset"], "is not empty"),
+        (["convert", str(source), str(tmp_path / "dest"), "--format", "list"], "holds a conversion to webdataset that was finished"),
         (["convert", str(source), str(tmp_path / "x"), "--format", "zip"], "invalid choice: 'zip'"),
         (["convert", str(tmp_path / "absent"), str(tmp_path / "x"), "--format", "list"], "absent does not exist"),
         (["convert", str(source), str(tmp_path / "x"), "--format", "list", "--part", "0"], "--part is 0"),

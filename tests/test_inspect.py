@@ -108,3 +108,24 @@ def test_a_plot_that_cannot_be_made_is_said_before_anything_is_read(tmp_path, ca
         assert main(["data", "inspect", str(tmp_path / "nothing"), "--plot", str(tmp_path / plot)]) == 2
         err = capsys.readouterr().err.splitlines()
         assert len(err) == 1 and message in err[0] and "--plot" in err[0]
+
+
+def test_the_format_and_the_split_are_said_first(tmp_path, capsys):
+    for kind, words in (("list", "list (faces.txt)"), ("folder", "folder")):
+        source = data_files.WRITERS[kind](tmp_path / kind, [(0, picture(1)), (0, picture(1)), (2, picture(2))])
+        assert main(["data", "inspect", str(source)]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"format: {words}\n")
+        assert "1 group, 0 of them across" in out
+    shards = data_files.WRITERS["webdataset"](tmp_path / "shards", samples(2, 1))
+    folder = shards if shards.is_dir() else shards.parent
+    for path in folder.glob("*.tar"):
+        path.rename(path.with_name(f"train-{path.name.split('-')[-1]}"))
+    assert main(["data", "inspect", str(folder), "--split", "train"]) == 0
+    assert capsys.readouterr().out.startswith("format: webdataset, split train (train-")
+
+
+def test_a_file_of_pairs_is_sent_to_verify(tmp_path, capsys):
+    (tmp_path / "lfw.bin").write_bytes(b"pairs")
+    assert main(["data", "inspect", str(tmp_path / "lfw.bin")]) == 2
+    assert f"lfw.bin is a file of pairs; partial-fc verify RUN {tmp_path / 'lfw.bin'} measures on it" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from partial_fc.training.errors import UserError
 from partial_fc.training.protocols import Result, retrieve_embeddings
+from partial_fc.training.protocols_cli import open_asked, protocol_parser
 
 Case = dict[str, Tensor]
 
@@ -152,3 +153,11 @@ def test_no_product_is_larger_than_a_tile(monkeypatch):
 def test_bad_input_is_a_user_error(change, message):
     with pytest.raises(UserError, match=message):
         retrieve_embeddings(**{**a_case(False), **change}, name="x")
+
+
+def test_a_flat_folder_without_a_label_is_told_of_the_pattern(tmp_path):
+    (tmp_path / "query").mkdir()
+    (tmp_path / "query" / "0001_c1.jpg").write_bytes(b"")
+    asked = protocol_parser("retrieve").parse_args(["run", "--query", str(tmp_path / "query")])
+    with pytest.raises(UserError, match=r"has no sub-folders; .*, or give --label REGEX, which finds the identity in the file name"):
+        open_asked("retrieve", asked, (3, 112, 112))

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from partial_fc.training.data import EncodedIdentities, Format, IdentityDataset, open_source
-from partial_fc.training.data.convert import FORMATS, PART, convert
+from partial_fc.training.data import EncodedIdentities, Format, IdentityDataset, find_format, open_source
+from partial_fc.training.data.convert import FORMATS, PART, already_converted, convert
+from partial_fc.training.data.splits import choose_split
 from partial_fc.training.data.survey import PLOT_ENDINGS, plot_counts, survey
 from partial_fc.training.errors import UserError
 from partial_fc.training.glyphs_cli import glyphs_command
@@ -52,6 +53,7 @@ def inspect_command(arguments: list[str]) -> None:
         check_new_file(plot, "--plot", list(PLOT_ENDINGS))
     packed = is_packed(asked.source)
     sets: dict[str, IdentityDataset] = {**packed_splits(asked.source, asked.split)} if packed else {"": open_asked(asked.source, asked)}
+    print(f"format: {'packed (packed.json)' if packed else _format_taken(asked)}")
     for name, dataset in sets.items():
         found = survey(dataset, decode=not asked.headers)
         print((f"{name}\n" if name else "") + found.summary())
@@ -73,11 +75,25 @@ def convert_command(arguments: list[str]) -> None:
     if is_packed(asked.source):
         raise UserError(f"{asked.source} is a packed set, which has pixels and no encoded pictures to copy; it cannot be converted")
     source = open_asked(asked.source, asked)
+    already = already_converted(source, asked.dest, asked.format)
     done = convert(source, asked.dest, asked.format, on_error=asked.on_error, part=asked.part)
+    if already:
+        print(f"{asked.dest}: already converted: {done['images']:,} images of {done['identities']:,} identities as {asked.format}")
+        return
     lost = f"; {done['left_out']:,} damaged ones are left out (named in {asked.dest}/left_out.txt)" if done["left_out"] else ""
     print(
         f"{asked.dest}: {done['images']:,} images of {done['identities']:,} identities as {asked.format}, counts and labels verified{lost}"
     )
+
+
+def _format_taken(asked: argparse.Namespace) -> str:
+    """Which format was opened, which split if one was asked for, and the files: `parquet, split test (test-0.parquet and 3 more)`."""
+    kind, paths = find_format(Path(asked.source), asked.source_format)
+    if kind == "folder":
+        return kind
+    if asked.split is not None:
+        paths, kind = choose_split(Path(asked.source), paths, asked.split), f"{kind}, split {asked.split}"
+    return f"{kind} ({paths[0].name}{f' and {len(paths) - 1:,} more' if len(paths) > 1 else ''})"
 
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {

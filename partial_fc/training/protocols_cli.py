@@ -119,7 +119,13 @@ def open_asked(command: str, asked: argparse.Namespace, shape: Shape) -> list[Ta
         return [
             open_identification(asked.name or Path(asked.probes).name, shape, asked.gallery, asked.probes, asked.distractors, asked.flip)
         ]
-    return [open_retrieval(asked.name or Path(asked.query).name, shape, asked.query, asked.gallery, asked.label, asked.camera, asked.flip)]
+    name = asked.name or Path(asked.query).name
+    try:
+        return [open_retrieval(name, shape, asked.query, asked.gallery, asked.label, asked.camera, asked.flip)]
+    except UserError as error:
+        if "has no sub-folders" not in str(error):
+            raise
+        raise UserError(f"{error}, or give --label REGEX, which finds the identity in the file name") from error
 
 
 def protocol_command(command: str, parser: Callable[[], jsonargparse.ArgumentParser], arguments: list[str]) -> None:

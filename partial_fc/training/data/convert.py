@@ -9,6 +9,7 @@
     list        list.txt and images/
     folder      identity/000000000.jpg
 
+At the end the note says that the conversion is finished; until then nothing but its own command opens the destination.
 Formats without names of identities get them beside the data, in identities.json. A part that was begun and not noted is written again.
 """
 
@@ -33,11 +34,11 @@ from partial_fc.locks import LOCK, FolderLock
 from partial_fc.training.data.dataset import EncodedIdentities, UnreadableImage, what_changed
 from partial_fc.training.data.decode import read_header
 from partial_fc.training.data.names import NAMES
-from partial_fc.training.data.open import open_source
+from partial_fc.training.data.open import STATE, open_source
 from partial_fc.training.data.recordio import frame, pack
 from partial_fc.training.errors import UserError
 
-STATE, LEFT_OUT = ".convert.json", "left_out.txt"
+LEFT_OUT = "left_out.txt"
 PART, PART_BYTES = 10_000, 512 * 2**20
 _COMPARED = 100
 _LARGEST_COUNT = 2**24  # whole numbers below it are exact in the float32 labels of a record
@@ -251,7 +252,7 @@ FORMATS = ("recordio", *_SIMPLE)
 
 def convert(source: EncodedIdentities, dest: str | Path, format: str, *, on_error: str = "skip", part: int = PART) -> dict[str, int]:
     """Write `source` to the folder `dest` as `format`, or go on with a conversion of the same that was ended; {"images", "identities",
-    "left_out": samples that the source could not open as whole ones, and unreadable pictures}.
+    "left_out": samples that the source could not open as whole ones, and unreadable pictures}. A finished one is left as it is.
 
     Raises UserError for a folder that holds something else, for an unreadable picture if `on_error` says so, and if what was written turns
     out not to be what was read.
@@ -259,6 +260,8 @@ def convert(source: EncodedIdentities, dest: str | Path, format: str, *, on_erro
     folder = Path(dest)
     what = {"format": format, "source": source.fingerprint()}
     state = _state(folder, what)
+    if state and "finished" in state:
+        return _still_there(folder, state)
     lock = FolderLock(folder)
     try:
         lock.acquire()
@@ -292,12 +295,28 @@ def _convert(source: EncodedIdentities, folder: Path, format: str, on_error: str
     if not len(written):
         raise UserError(f"no image of the source can be read; the first: {state['left_out'][0][1]}")
     _verify(source, written, labels, writer, folder, format)
-    (folder / STATE).unlink()
-    (folder / LOCK).unlink(missing_ok=True)
     left_out = [*source.left_out, *(name for _, name in state["left_out"])]
     if left_out:
         _replace(folder / LEFT_OUT, "".join(f"{name}\n" for name in left_out).encode("utf-8", "replace"))
-    return {"images": len(written), "identities": len(np.unique(labels)), "left_out": len(left_out)}
+    finished = {"images": len(written), "identities": len(np.unique(labels)), "left_out": len(left_out)}
+    _save(folder, {"format": format, "source": state["source"], "finished": finished})
+    (folder / LOCK).unlink(missing_ok=True)
+    return finished
+
+
+def already_converted(source: EncodedIdentities, dest: str | Path, format: str) -> bool:
+    """Whether this very conversion is finished there, so that `convert` has nothing to do; UserError as `convert`."""
+    state = _state(Path(dest), {"format": format, "source": source.fingerprint()})
+    return state is not None and "finished" in state
+
+
+def _still_there(folder: Path, state: dict[str, Any]) -> dict[str, int]:
+    """What a finished conversion counted; UserError if there are not as many images any more."""
+    finished: dict[str, int] = state["finished"]
+    there = len(open_source(folder, format=state["format"]))
+    if there != finished["images"]:
+        raise UserError(f"{folder} holds {there:,} images, and {finished['images']:,} were converted; remove it and convert again")
+    return finished
 
 
 def _one_part(
@@ -359,10 +378,12 @@ def _state(folder: Path, what: dict[str, Any]) -> dict[str, Any] | None:
     except ValueError as error:
         raise UserError(f"{folder / STATE} is damaged ({error}); remove the folder and begin anew") from error
     if state["format"] != what["format"]:
-        raise UserError(f"{folder} holds a conversion to {state['format']} that was begun; go on with that, or name another folder")
+        begun = "finished; name" if "finished" in state else "begun; go on with that, or name"
+        raise UserError(f"{folder} holds a conversion to {state['format']} that was {begun} another folder")
     changed = what_changed({"source": state["source"]}, {"source": what["source"]})
     if changed:
-        raise UserError(f"{folder} holds a conversion that was begun of other data ({changed}); name another folder")
+        stage = "finished" if "finished" in state else "begun"
+        raise UserError(f"{folder} holds a conversion that was {stage} of other data ({changed}); name another folder")
     return state
 
 
@@ -375,7 +396,7 @@ def _verify(
     format: str,
 ) -> None:
     """UserError unless the destination, opened as for training, has the images `written` (places in the source) and their labels."""
-    there = open_source(folder, format=format, on_error="raise")  # type: ignore[arg-type]
+    there = open_source(folder, format=format, on_error="raise", unfinished=True)  # type: ignore[arg-type]
     if len(there) != len(written):
         raise UserError(f"{folder} holds {len(there):,} images, and {len(written):,} were written; remove it and begin anew")
     number = {writer.name(int(label)): int(label) for label in np.unique(labels)}

@@ -13,6 +13,7 @@ sees the same.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from partial_fc.training.errors import UserError
 from partial_fc.training.labels import LabelMap, with_enough_images
 from partial_fc.training.mixed_set import Format
 
+STATE = ".convert.json"
+"""What `convert` notes in its destination: how far it has come, and in the end that it is finished, and with what."""
 LIST_SUFFIXES = (".txt", ".lst", ".list", ".tsv", ".csv")
 _LOOKED_FOR = {
     "recordio": "train.rec, or one *.rec, with its .idx",
@@ -45,6 +48,8 @@ def find_format(path: Path, asked: Format = "auto") -> tuple[str, list[Path]]:
     """(format, the files or the folder to read) of what lies at `path`; UserError, saying what was looked for, if it is not there."""
     if not path.exists():
         raise UserError(f"the data folder {path} does not exist; check --data.folder")
+    if path.suffix.lower() == ".bin" and path.is_file():
+        raise UserError(f"{path} is a file of pairs; partial-fc verify RUN {path} measures on it")
     try:
         found = {name: files for name in _LOOKED_FOR if (files := _candidates(path, name))}
     except OSError as error:
@@ -106,8 +111,12 @@ def open_source(
     image_column: str | None = None,
     label_column: str | None = None,
     split: str | None = None,
+    unfinished: bool = False,
 ) -> EncodedIdentities:
-    """All images of a data set in any format, or of one of its splits; UserError for one that cannot be opened, or has several splits."""
+    """All images of a data set in any format, or of one of its splits; UserError for one that cannot be opened, or has several splits, or
+    is half of one: what a conversion was writing when it was ended, unless `unfinished` ones are wanted."""
+    if not unfinished:
+        _refuse_unfinished(Path(folder))
     kind, paths = find_format(Path(folder), format)
     if kind in ("webdataset", "parquet"):
         paths = choose_split(Path(folder), paths, split)
@@ -122,6 +131,23 @@ def open_source(
     if kind == "list":
         return ListIdentities(paths[0], image_size, channels, on_error)
     return FolderIdentities(paths[0], image_size, channels, on_error)
+
+
+def _refuse_unfinished(path: Path) -> None:
+    """UserError if a conversion was begun in the folder, or in that of the file, and is not finished."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except OSError:
+        return
+    except ValueError:
+        state = None
+    if not isinstance(state, dict):
+        raise UserError(f"{folder / STATE}, the note of a conversion, is damaged; remove {folder} and convert again")
+    if "finished" not in state:
+        raise UserError(
+            f"a conversion to {state.get('format')} was begun in {folder} and is not finished; run the same command again, or remove it"
+        )
 
 
 def split_identities(count: int, holdout: int, seed: int) -> tuple[list[int], list[int]]:

@@ -61,8 +61,9 @@ class Survey:
             lines.append(f"pixels                {common}" + (f" and {len(self.pixels) - 3:,} other sizes" if len(self.pixels) > 3 else ""))
         lines += _listed("unreadable", self.unreadable)
         groups = [" = ".join(group[:4]) + (" = ..." if len(group) > 4 else "") for group in self.duplicates]
-        lines += _listed("duplicate pictures", groups, f"groups, {self.across:,} of them across identities")
-        lines += _listed("label gaps", _ranges(self.gaps), "ranges" if self.gaps else "")
+        lines += _listed("duplicate pictures", groups, f"group{'s' if len(groups) != 1 else ''}, {self.across:,} of them across identities")
+        ranges = _ranges(self.gaps)
+        lines += _listed("label gaps", ranges, "range" if len(ranges) == 1 else "ranges")
         lines += [f"note                  {note}" for note in self.notes]
         return "\n".join(lines)
 
