@@ -128,4 +128,4 @@ def test_the_format_and_the_split_are_said_first(tmp_path, capsys):
 def test_a_file_of_pairs_is_sent_to_verify(tmp_path, capsys):
     (tmp_path / "lfw.bin").write_bytes(b"pairs")
     assert main(["data", "inspect", str(tmp_path / "lfw.bin")]) == 2
-    assert f"lfw.bin is a file of pairs; partial-fc verify RUN {tmp_path / 'lfw.bin'} measures on it" in capsys.readouterr().err
+    assert f"partial-fc verify RUN {tmp_path / 'lfw.bin'} measures on them" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def find_format(path: Path, asked: Format = "auto") -> tuple[str, list[Path]]:
     if not path.exists():
         raise UserError(f"the data folder {path} does not exist; check --data.folder")
     if path.suffix.lower() == ".bin" and path.is_file():
-        raise UserError(f"{path} is a file of pairs; partial-fc verify RUN {path} measures on it")
+        raise UserError(f"{path} holds no data that is known; if it holds pairs of images, partial-fc verify RUN {path} measures on them")
     try:
         found = {name: files for name in _LOOKED_FOR if (files := _candidates(path, name))}
     except OSError as error:
