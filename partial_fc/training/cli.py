@@ -42,7 +42,7 @@ try:
     from partial_fc.training.protocols.tasks import image_shape, open_tasks
     from partial_fc.training.protocols_cli import protocol_command
     from partial_fc.training.ranks import check_devices, find_ranks, speaks
-    from partial_fc.training.run import CONFIG, UNREADABLE, RunFolder
+    from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(name=error.name))
 
@@ -182,9 +182,7 @@ def _finish(trainer: Trainer, evaluations: list[Evaluation]) -> None:
     if report is not None:
         for text in [each.summary() for each in evaluations] + [each.summary() for each in trainer.results]:
             print(text)
-        left_out = trainer.folder.unreadable()
-        if left_out:
-            print(f"{len(left_out)} images could not be read and were left out; they are named in {trainer.folder.path / UNREADABLE}")
+        trainer.folder.tell_unreadable()
         print(f"\nResults are in {trainer.folder.path}; look at {report}")
         print(f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER, with images of your own in any format of docs/data.md")
     trainer.close()
@@ -256,8 +254,8 @@ def evaluate(arguments: list[str]) -> None:
     accelerator = Accelerator(cpu=config.train.cpu)
     shape = image_shape(config)
     tasks = [] if asked.data is not None else together(lambda: open_tasks(config.evaluation, shape), accelerator)
-    which = together(lambda: run.describe_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator)
-    backbone = load_backbone(run, config, shape, asked.checkpoint).to(accelerator.device)
+    checkpoint = together(lambda: run.find_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator)
+    backbone = load_backbone(run, config, shape, checkpoint).to(accelerator.device)
     out = RunFolder(asked.output or run.path / f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}")
     claim_output(out, accelerator)
     if accelerator.is_main_process:
@@ -268,11 +266,11 @@ def evaluate(arguments: list[str]) -> None:
     if accelerator.is_main_process:
         for text in [each.summary() for each in evaluations] + [each.summary() for each in results]:
             print(text)
-        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path), "checkpoint": which}
+        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path)}
+        figures["checkpoint"] = describe_checkpoint(asked.checkpoint, checkpoint)
         title = f"{config.backbone.name} of {run.path.name} on {', '.join((*sets, *(task.name for task in tasks)))}"
         report = write_results(out, title, evaluations, figures, config, describe_environment(accelerator), [], results)
-        if out.unreadable():
-            print(f"{len(out.unreadable())} images could not be read and were left out; they are named in {out.path / UNREADABLE}")
+        out.tell_unreadable()
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()
 

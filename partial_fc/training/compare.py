@@ -26,17 +26,10 @@ from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.interval import split_history
 from partial_fc.training.protocols.result import Result
-from partial_fc.training.report import DASH, figure_cell, flatten, is_share, leaves
+from partial_fc.training.report import DASH, PLOTS, figure_cell, flatten, is_share, leaves
 from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder, check_new_file
 
 OVERLAID = {"loss": "loss", "target_angle": "angle to the own class", "accuracy": "accuracy in training", "learning_rate": "learning rate"}
-
-
-PLOTTED = {  # curve of a Result -> what it is
-    "roc": "share of genuine pairs accepted over the share of impostor pairs accepted",
-    "dir": "share of probes found at their own identity, over the share of strangers' probes that find anybody",
-    "cmc": "share of probes or queries of which a right image is among the first k",
-}
 
 
 @dataclass
@@ -165,7 +158,7 @@ def _plots(runs: Sequence[Run]) -> list[dict[str, str]]:
                 drawn: list[Any] = [each for each in of_set if curve in (("roc",) if isinstance(each, Evaluation) else each.curves)]
                 if drawn:
                     plot(picture, drawn)
-                    add(f"{name}: {PLOTTED[curve]}.")
+                    add(f"{name}: {_lowered(PLOTS[f'{curve}.png'])}")
         for key, title in OVERLAID.items():
             rows = {run.name: run.history for run in runs if any(key in row for row in run.history)}
             if rows:
@@ -176,6 +169,11 @@ def _plots(runs: Sequence[Run]) -> list[dict[str, str]]:
             plot_overlaid(picture, rows, figures)
             add(f"{name}, evaluated during training, over optimiser steps.")
     return found
+
+
+def _lowered(sentence: str) -> str:
+    """To stand after a colon."""
+    return sentence[:1].lower() + sentence[1:]
 
 
 def _evaluated_figures(runs: Sequence[Run]) -> dict[str, dict[str, str]]:

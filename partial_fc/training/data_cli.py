@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from partial_fc.training.data import EncodedIdentities, Format, IdentityDataset, find_format, open_source
-from partial_fc.training.data.convert import FORMATS, PART, already_converted, convert
+from partial_fc.training.data.convert import FORMATS, PART, convert, is_finished
 from partial_fc.training.data.splits import choose_split
 from partial_fc.training.data.survey import PLOT_ENDINGS, plot_counts, survey
 from partial_fc.training.errors import UserError
@@ -75,7 +75,7 @@ def convert_command(arguments: list[str]) -> None:
     if is_packed(asked.source):
         raise UserError(f"{asked.source} is a packed set, which has pixels and no encoded pictures to copy; it cannot be converted")
     source = open_asked(asked.source, asked)
-    already = already_converted(source, asked.dest, asked.format)
+    already = is_finished(asked.dest)
     done = convert(source, asked.dest, asked.format, on_error=asked.on_error, part=asked.part)
     if already:
         print(f"{asked.dest}: already converted: {done['images']:,} images of {done['identities']:,} identities as {asked.format}")

@@ -20,7 +20,7 @@ from partial_fc.training.config import EvaluationConfig
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import FARS, Evaluation
 from partial_fc.training.protocols.result import Result
-from partial_fc.training.protocols.tasks import Task
+from partial_fc.training.protocols.tasks import Task, first_twice
 
 SET_FIGURES = (*(f"tar@{far}" for far in FARS), "eer", "accuracy", "rank1")
 
@@ -33,7 +33,7 @@ def direction(metric: str | None) -> Literal["max", "min"]:
 def check_metric(config: EvaluationConfig, sets: Sequence[str], tasks: Sequence[Task]) -> None:
     """UserError where two data sets have one name, there is nothing to evaluate during training, or `best` is none of the figures."""
     names = [*sets, *(task.name for task in tasks)]
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    twice = first_twice(names)
     if twice is not None:
         raise UserError(f"two sets to evaluate on are called {twice!r}; rename a file or folder of --evaluation")
     if (config.every or config.every_steps) and not names:

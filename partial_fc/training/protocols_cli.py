@@ -31,6 +31,7 @@ from partial_fc.training.protocols.tasks import (
     Shape,
     Task,
     TemplatePairs,
+    first_twice,
     image_shape,
     open_identification,
     open_retrieval,
@@ -39,7 +40,7 @@ from partial_fc.training.protocols.tasks import (
 )
 from partial_fc.training.ranks import check_devices
 from partial_fc.training.results import claim_output, describe_environment, load_backbone, run_tasks, sharing, together, write_results
-from partial_fc.training.run import CONFIG, RunFolder
+from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
 
 WORDS = {
     "verify": "Verification on files of image pairs (lfw.bin, cfp_fp.bin, agedb_30.bin): ten-fold accuracy, TAR at FAR.",
@@ -97,8 +98,7 @@ def protocol_parser(command: str) -> argparse.ArgumentParser:
 def open_asked(command: str, asked: argparse.Namespace, shape: Shape) -> list[Task]:
     """The tasks of a command. UserError for files that cannot be had."""
     if command == "verify":
-        names = [Path(path).stem for path in asked.files]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        twice = first_twice([Path(path).stem for path in asked.files])
         if twice is not None:
             raise UserError(f"two files of pairs are called {twice!r}, and figures go by that name; rename one, or give one at a time")
         return [open_verification(path, shape, not asked.no_flip) for path in asked.files]
@@ -149,14 +149,15 @@ def protocol_command(command: str, parser: Callable[[], jsonargparse.ArgumentPar
     accelerator = Accelerator(cpu=config.train.cpu or not torch.cuda.is_available())
     shape = image_shape(config)
     tasks = together(lambda: open_asked(command, asked, shape), accelerator)
-    which = together(lambda: run.describe_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator)
-    backbone = together(lambda: load_backbone(run, config, shape, asked.checkpoint), accelerator).to(accelerator.device)
+    checkpoint = together(lambda: run.find_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator)
+    backbone = together(lambda: load_backbone(run, config, shape, checkpoint), accelerator).to(accelerator.device)
     out = RunFolder(asked.output or run.path / _folder_name(command, tasks))
     results = _measured(out, lambda: run_tasks(backbone, tasks, accelerator, config, out), accelerator)
     if accelerator.is_main_process:
         _tell(results, tasks, scores)
         title = f"{config.backbone.name} of {run.path.name} on {', '.join(task.name for task in tasks)}"
-        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path), "checkpoint": which}
+        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path)}
+        figures["checkpoint"] = describe_checkpoint(asked.checkpoint, checkpoint)
         report = write_results(out, title, [], figures, config, describe_environment(accelerator), [], results)
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()

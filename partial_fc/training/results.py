@@ -28,7 +28,7 @@ from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
 from partial_fc.training.hardest import note_hardest, note_pairs
-from partial_fc.training.interval import direction, during_training, split_history
+from partial_fc.training.interval import during_training, split_history
 from partial_fc.training.loader import BatchLoader, rank_loader
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import Task, Verification
@@ -117,14 +117,14 @@ def embed_images(
     name: str,
     accelerator: Accelerator,
     config: RunConfig,
-    folder: RunFolder | None,
+    folder: RunFolder,
     *,
     flip: bool = False,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor]:
     """(embeddings `[n, D]`, positions `[n]` in the data set) of all readable images, on every rank, on the CPU, in its order.
 
-    flip: each is the sum of the embeddings of the image and of its mirror image. Unreadable images are noted in the folder, if any.
+    flip: each is the sum of the embeddings of the image and of its mirror image. Unreadable images are noted in the folder.
     """
     loader = once_through(dataset, accelerator, config)
     device = accelerator.device
@@ -139,8 +139,7 @@ def embed_images(
                 bar.update()
                 if asked_to_stop():
                     break
-                if folder is not None:
-                    folder.note_unreadable(batch.unreadable)
+                folder.note_unreadable(batch.unreadable)
                 if len(batch.labels):
                     images = batch.images.to(device, non_blocking=batch.images.is_pinned())
                     with accelerator.autocast():
@@ -265,9 +264,9 @@ def describe_environment(accelerator: Accelerator) -> dict[str, str]:
     }
 
 
-def load_backbone(folder: RunFolder, config: RunConfig, image_shape: tuple[int, int, int], checkpoint_name: str = "newest") -> nn.Module:
-    """The backbone of a run's checkpoint ("newest", "best", a step); UserError if it is not there or does not fit images of that shape."""
-    checkpoint = folder.find_checkpoint(checkpoint_name, direction(config.evaluation.best))
+def load_backbone(folder: RunFolder, config: RunConfig, image_shape: tuple[int, int, int], checkpoint: Path | None = None) -> nn.Module:
+    """The backbone of a run's checkpoint, the newest if none is given; UserError if there is none or it does not fit such images."""
+    checkpoint = checkpoint or folder.find_checkpoint()
     backbone = build_backbone(config.backbone.name, image_shape=image_shape, embedding_size=config.backbone.embedding_size)
     try:
         load_checkpoint(checkpoint, backbone=backbone)

@@ -134,11 +134,6 @@ class RunFolder:
             raise UserError(f"there is no checkpoint {which!r} in {self.path}; give newest, best, or one of the steps there are: {have}")
         return checkpointer.path(int(which))
 
-    def describe_checkpoint(self, which: str, best: Literal["max", "min"] = "max") -> str:
-        """What `which` was, for the record: "best (step 8)"."""
-        step = int(self.find_checkpoint(which, best).name.removeprefix("step-"))
-        return f"step {step}" if which.isdigit() else f"{which} (step {step})"
-
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, if there is any."""
         return self.checkpointer().latest()
@@ -173,6 +168,12 @@ class RunFolder:
             with (self.path / UNREADABLE).open("a") as file:
                 file.writelines(f"{name}\n" for name in new)
 
+    def tell_unreadable(self) -> None:
+        """A line on standard output, if there were any."""
+        found = self.unreadable()
+        if found:
+            print(f"{len(found)} images could not be read and were left out; they are named in {self.path / UNREADABLE}")
+
     def unreadable(self) -> set[str]:
         """All images that could not be read so far."""
         path = self.path / UNREADABLE
@@ -183,6 +184,12 @@ class RunFolder:
 
     def write_curves(self, evaluations: list[dict[str, Any]]) -> None:
         (self.path / CURVES).write_text(json.dumps(evaluations) + "\n")
+
+
+def describe_checkpoint(asked: str, found: Path) -> str:
+    """What `find_checkpoint(asked)` has found, for the record: "best (step 8)"."""
+    step = int(found.name.removeprefix("step-"))
+    return f"step {step}" if asked.isdigit() else f"{asked} (step {step})"
 
 
 def check_can_be_made(path: Path, what: str) -> None:

@@ -304,10 +304,13 @@ def _convert(source: EncodedIdentities, folder: Path, format: str, on_error: str
     return finished
 
 
-def already_converted(source: EncodedIdentities, dest: str | Path, format: str) -> bool:
-    """Whether this very conversion is finished there, so that `convert` has nothing to do; UserError as `convert`."""
-    state = _state(Path(dest), {"format": format, "source": source.fingerprint()})
-    return state is not None and "finished" in state
+def is_finished(dest: str | Path) -> bool:
+    """Whether a conversion is finished there, whichever: `convert` of the same has nothing to do, and of another is refused."""
+    try:
+        state = json.loads((Path(dest) / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of a damaged note `convert` says so
+        return False
+    return isinstance(state, dict) and "finished" in state
 
 
 def _still_there(folder: Path, state: dict[str, Any]) -> dict[str, int]:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -250,6 +250,11 @@ def image_shape(config: RunConfig) -> Shape:
         return open_data(config.data, config.seed).train.image_shape
     size = config.data.image_size or 112
     return (config.data.channels or 3, size, size)
+
+
+def first_twice(names: Sequence[str]) -> str | None:
+    """The first name that is there a second time: figures go by names."""
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
 def open_tasks(config: EvaluationConfig, shape: Shape) -> list[Task]:
