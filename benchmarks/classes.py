@@ -33,10 +33,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer  # noqa: E402
-from partial_fc.training.augment import AugmentConfig  # noqa: E402
 from partial_fc.training.backbones import build_backbone  # noqa: E402
 from partial_fc.training.data import GlyphIdentities  # noqa: E402
-from partial_fc.training.loader import BatchLoader  # noqa: E402
+from partial_fc.training.data.augment import AugmentConfig  # noqa: E402
+from partial_fc.training.data.loader import BatchLoader  # noqa: E402
 
 D = 128
 STARTS = ("fresh", "directions", "raw means")

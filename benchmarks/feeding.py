@@ -34,10 +34,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from ranks import interleaved, over_ranks, ratio, run_ranks  # noqa: E402
 
-from partial_fc.training.augment import AugmentConfig  # noqa: E402
 from partial_fc.training.data import open_source  # noqa: E402
+from partial_fc.training.data.augment import AugmentConfig  # noqa: E402
 from partial_fc.training.data.convert import FORMATS, convert  # noqa: E402
-from partial_fc.training.loader import BatchLoader  # noqa: E402
+from partial_fc.training.data.loader import BatchLoader  # noqa: E402
 
 SIZE, PER_IDENTITY = 112, 8
 MARK = 2.0  # times the DataLoader, at least

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from partial_fc.training.cli import train_parser  # noqa: E402
+from partial_fc.training.cli.main import train_parser  # noqa: E402
 from partial_fc.training.config import check_resumes, to_config  # noqa: E402
 from partial_fc.training.errors import UserError  # noqa: E402
 from partial_fc.training.run import CONFIG, METRICS, RunFolder  # noqa: E402

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from ranks import Times, interleaved, over_ranks, ratio, run_ranks  # noqa: E402
 
 from partial_fc import NormFace, PartialFC  # noqa: E402
-from partial_fc.queries import DEFAULT_TILE_BYTES  # noqa: E402
+from partial_fc.classes.queries import DEFAULT_TILE_BYTES  # noqa: E402
 from partial_fc.shards import local_part  # noqa: E402
 
 K, QUERIES = 10, 1024

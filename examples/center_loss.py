@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_fc import CenterLoss
-from partial_fc.training.augment import AugmentConfig
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.data import GlyphIdentities
-from partial_fc.training.loader import BatchLoader
+from partial_fc.training.data.augment import AugmentConfig
+from partial_fc.training.data.loader import BatchLoader
 
 
 class Classifier(nn.Module):

@@ -7,11 +7,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer, clip_grad_norm_, gather
-from partial_fc.training.augment import AugmentConfig
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.data import GlyphIdentities
+from partial_fc.training.data.augment import AugmentConfig
+from partial_fc.training.data.loader import BatchLoader
 from partial_fc.training.evaluation import evaluate_embeddings
-from partial_fc.training.loader import BatchLoader
 
 
 def main(epochs: int = 4, backend: str = "gloo") -> None:

@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer, clip_grad_norm_
 from partial_fc.engines.ddp import ignore_heads
-from partial_fc.training.augment import AugmentConfig
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.data import GlyphIdentities
-from partial_fc.training.loader import BatchLoader
+from partial_fc.training.data.augment import AugmentConfig
+from partial_fc.training.data.loader import BatchLoader
 
 
 class Recogniser(nn.Module):

@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer
 from partial_fc.engines.deepspeed import DeepSpeedHead, import_deepspeed, save_with_engine
-from partial_fc.training.augment import AugmentConfig
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.data import GlyphIdentities
-from partial_fc.training.loader import BatchLoader
+from partial_fc.training.data.augment import AugmentConfig
+from partial_fc.training.data.loader import BatchLoader
 
 deepspeed = import_deepspeed()
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer, clip_grad_norm_, load_checkpoint, save_checkpoint
-from partial_fc.training.augment import AugmentConfig
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.data import GlyphIdentities
-from partial_fc.training.loader import BatchLoader
+from partial_fc.training.data.augment import AugmentConfig
+from partial_fc.training.data.loader import BatchLoader
 
 
 def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:

@@ -4,17 +4,21 @@ The core imports torch alone. Someone with their own training loop needs nothing
 application built on them.
 """
 
+from partial_fc.batch import GlobalBatch, NonFiniteError, gather
 from partial_fc.centers import CenterLoss
-from partial_fc.check import check_margin
-from partial_fc.checkpoint import load_checkpoint, save_checkpoint
-from partial_fc.checkpointer import Checkpointer
-from partial_fc.collectives import GlobalBatch, NonFiniteError, gather
-from partial_fc.divergence import DivergenceError, DivergenceWatch
-from partial_fc.doctor import Report, doctor
-from partial_fc.exchange import export_weights, import_weights
+from partial_fc.checkpoint.checkpointer import Checkpointer
+from partial_fc.checkpoint.random_state import RandomState
+from partial_fc.checkpoint.save_load import load_checkpoint, save_checkpoint
+from partial_fc.classes.moves import class_mapping
+from partial_fc.classes.queries import Neighbours
+from partial_fc.diagnosis.check_margin import check_margin
+from partial_fc.diagnosis.doctor import Report, doctor
+from partial_fc.distributed.missing import RankMissing, naming_the_missing
 from partial_fc.head import PartialFC
-from partial_fc.joining import JoinedBatches
-from partial_fc.margins import (
+from partial_fc.loop.divergence import DivergenceError, DivergenceWatch
+from partial_fc.loop.joining import JoinedBatches
+from partial_fc.loop.preemption import PreemptionGuard
+from partial_fc.margins.base import (
     AdaFace,
     AdaptiveMargin,
     ArcFace,
@@ -30,15 +34,11 @@ from partial_fc.margins import (
     SphereFace2,
     SubCenterArcFace,
 )
-from partial_fc.migration import RankFiles
-from partial_fc.missing import RankMissing, naming_the_missing
-from partial_fc.moves import class_mapping
-from partial_fc.nonfinite import check_gradients
-from partial_fc.optim import RowOptimizer, clip_grad_norm_
-from partial_fc.plan import Plan, plan
-from partial_fc.preemption import PreemptionGuard
-from partial_fc.queries import Neighbours
-from partial_fc.random_state import RandomState
+from partial_fc.nonfinite.judge import check_gradients
+from partial_fc.optim.row_optimizer import RowOptimizer, clip_grad_norm_
+from partial_fc.planning.plan import Plan, plan
+from partial_fc.weights.rank_files import RankFiles
+from partial_fc.weights.single_file import export_weights, import_weights
 
 __version__ = "0.1.0"
 

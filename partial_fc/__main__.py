@@ -2,7 +2,7 @@
 
 import sys
 
-from partial_fc.training.cli import main
+from partial_fc.training.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,8 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partial_fc.classes import Batches
-from partial_fc.collectives import (
+from partial_fc.batch import (
     GlobalBatch,
     Group,
     all_gather,
@@ -32,8 +31,9 @@ from partial_fc.collectives import (
     on_each_loss,
     start_reduce_scatter,
 )
-from partial_fc.missing import naming_the_missing
-from partial_fc.nonfinite import DEFAULT_MAX_SKIPS, judge
+from partial_fc.classes.change import Batches
+from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.nonfinite.judge import DEFAULT_MAX_SKIPS, judge
 from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, check_choice
 from partial_fc.shards import local_part
 

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partial_fc.classes import Change
-from partial_fc.collectives import GlobalBatch, Group, as_matrix
-from partial_fc.margins import ArcFace, Margin
-from partial_fc.nonfinite import DEFAULT_MAX_SKIPS
+from partial_fc.batch import GlobalBatch, Group, as_matrix
+from partial_fc.classes.change import Change
+from partial_fc.margins.base import ArcFace, Margin
+from partial_fc.nonfinite.judge import DEFAULT_MAX_SKIPS
 from partial_fc.sampling import draw_window, mix, select_rows, window_size
 from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, log
 from partial_fc.shards import local_part
-from partial_fc.softmax import ShardedCrossEntropy
-from partial_fc.tiles import Measured, Step, compute_dtypes, logits_bytes
-from partial_fc.workspace import Workspace
+from partial_fc.softmax.cross_entropy import ShardedCrossEntropy
+from partial_fc.softmax.tiles import Measured, Step, compute_dtypes, logits_bytes
+from partial_fc.softmax.workspace import Workspace
 
 DEFAULT_LOGITS_BUDGET = 1 << 30
 

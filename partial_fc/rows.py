@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from partial_fc.shards import ClassShards, local_part
 
 if TYPE_CHECKING:
-    from partial_fc.optim import RowOptimizer
+    from partial_fc.optim.row_optimizer import RowOptimizer
 
 
 class ShardedRows:

@@ -45,7 +45,7 @@ def _rank(arguments: list[str], variables: dict[str, str], out: str, err: str) -
         sys.path.insert(0, str(Path(arguments[0]).parent))
         runpy.run_path(arguments[0], run_name="__main__")
     else:
-        from partial_fc.training.cli import main
+        from partial_fc.training.cli.main import main
 
         sys.exit(main(arguments))
 

@@ -158,7 +158,7 @@ class Trainer:
 
     def __init__(self, rank: int, case: Case) -> None:
         self.case = case
-        partial_fc.tiles.TILE_BYTES["cpu"] = 1 if case.small_tiles else 4 << 20  # 1: tiles of 64 rows
+        partial_fc.softmax.tiles.TILE_BYTES["cpu"] = 1 if case.small_tiles else 4 << 20  # 1: tiles of 64 rows
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if case.mesh else None
         self.margin, self.drawn = margin_of(case), list[Any]()
         dtype = DTYPES[case.weight_dtype]

@@ -58,7 +58,7 @@ def free_port() -> int:
 def forking() -> ForkServerContext:
     """Processes that begin with all imported that takes seconds: forks of one server, which has done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["partial_fc.training.cli", "partial_fc.training.trainer", "partial_fc.training.plots"])
+    context.set_forkserver_preload(["partial_fc.training.cli.main", "partial_fc.training.trainer", "partial_fc.training.report.plots"])
     return context
 
 

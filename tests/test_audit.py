@@ -19,7 +19,7 @@ from PIL import Image
 from partial_fc import PartialFC
 from partial_fc.shards import local_part
 from partial_fc.training import audit
-from partial_fc.training.cli import main
+from partial_fc.training.cli.main import main
 from partial_fc.training.data import GlyphIdentities, scan_folder
 
 TWICE, OF, BROKEN = "twice", "id020", ("broken_a", "broken_b", "broken_c", "broken_d")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from partial_fc.training.augment import AugmentConfig, augment, stream_key, to_float
 from partial_fc.training.data import GlyphIdentities
+from partial_fc.training.data.augment import AugmentConfig, augment, stream_key, to_float
 from partial_fc.training.errors import UserError
 
 OFF = AugmentConfig(

@@ -17,10 +17,10 @@ from partial_fc.training.backbones import BACKBONES, build_backbone, register
 from partial_fc.training.backbones.counts import count_backbone
 from partial_fc.training.backbones.outside import pooled
 from partial_fc.training.backbones.weights import load_weights, read_weights
-from partial_fc.training.cli import main, train_parser
+from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import to_config
 from partial_fc.training.errors import UserError
-from partial_fc.training.export_onnx import run_onnx, write_onnx
+from partial_fc.training.export.onnx import run_onnx, write_onnx
 from partial_fc.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from partial_fc.training.cli import train_parser
+from partial_fc.training.cli.main import train_parser
 from partial_fc.training.config import MARGINS, save_config, to_config
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from runner import forking
 from torch import Tensor
 
 from partial_fc import CurricularFace, ElasticFace, Margin, SubCenterArcFace, check_margin
-from partial_fc.margins import Positives
+from partial_fc.margins.base import Positives
 
 
 class Own(Margin):

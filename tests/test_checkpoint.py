@@ -27,7 +27,7 @@ from partial_fc import (
     load_checkpoint,
     save_checkpoint,
 )
-from partial_fc.storage import SafeReader
+from partial_fc.checkpoint.layout import SafeReader
 
 D = 5
 
@@ -160,7 +160,7 @@ def test_every_kind_of_state_goes_on_at_any_world_size(ranks, tmp_path, written_
 
 
 def test_saved_alone_loads_on_ranks(ranks, tmp_path, monkeypatch):
-    monkeypatch.setattr("partial_fc.storage.ROW_BLOCK_BYTES", 64)
+    monkeypatch.setattr("partial_fc.checkpoint.layout.ROW_BLOCK_BYTES", 64)
     path = str(tmp_path / "checkpoint")
     expected, weight = save(0, 1, path, 23, "sgd")
     again = ranks(3).run(load, path, 23, "sgd")
@@ -169,13 +169,13 @@ def test_saved_alone_loads_on_ranks(ranks, tmp_path, monkeypatch):
 
 
 def save_in_small_blocks(rank: int, world: int, path: str) -> None:
-    import partial_fc.storage
+    import partial_fc.checkpoint.layout
 
-    before, partial_fc.storage.ROW_BLOCK_BYTES = partial_fc.storage.ROW_BLOCK_BYTES, 2 * D * 8
+    before, partial_fc.checkpoint.layout.ROW_BLOCK_BYTES = partial_fc.checkpoint.layout.ROW_BLOCK_BYTES, 2 * D * 8
     try:
         save_checkpoint(path, head=PartialFC(D, 23, seed=3, dtype=torch.float64))
     finally:
-        partial_fc.storage.ROW_BLOCK_BYTES = before
+        partial_fc.checkpoint.layout.ROW_BLOCK_BYTES = before
 
 
 def test_rows_are_written_in_blocks(ranks, tmp_path):
@@ -196,7 +196,7 @@ def test_a_second_save_replaces_the_first_and_a_torn_one_does_not(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("partial_fc.checkpoint.os.replace", die)
+        patch.setattr("partial_fc.checkpoint.save_load.os.replace", die)
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, head=head)
     other = PartialFC(D, 7, seed=1)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from runner import forking
 from torch import Tensor, nn
 
-import partial_fc.checkpointer
+import partial_fc.checkpoint.checkpointer
 from partial_fc import ArcFace, Checkpointer, CosFace, PartialFC, RandomState, RowOptimizer, load_checkpoint, save_checkpoint
 
 C, D = 23, 5
@@ -108,7 +108,7 @@ def test_a_checkpoint_is_kept_if_a_rank_is_lost_after_it_was_published(tmp_path,
     """The save fails on the ranks that are left; what it has replaced is gone, so that it must not go, too."""
     if before:
         save_checkpoint(tmp_path / "one", head=head_of(1))
-    agree = partial_fc.checkpoint.on_first_rank
+    agree = partial_fc.checkpoint.save_load.on_first_rank
     calls: list[Any] = []
 
     def lose_a_rank(action: Callable[[], Any], group: Any = None) -> Any:
@@ -118,7 +118,7 @@ def test_a_checkpoint_is_kept_if_a_rank_is_lost_after_it_was_published(tmp_path,
             raise RuntimeError("a rank was lost")
         return result
 
-    monkeypatch.setattr(partial_fc.checkpoint, "on_first_rank", lose_a_rank)
+    monkeypatch.setattr(partial_fc.checkpoint.save_load, "on_first_rank", lose_a_rank)
     with pytest.raises(RuntimeError, match="a rank was lost"):
         save_checkpoint(tmp_path / "one", head=head_of(2))
     monkeypatch.undo()
@@ -143,7 +143,7 @@ def test_arguments(tmp_path):
 
 def save_and_change(rank: int, world: int, folder: str) -> tuple[list[float], list[str]]:
     """Save asynchronously, change everything before the first byte is written, and load what was written."""
-    module, go = partial_fc.checkpointer, threading.Event()
+    module, go = partial_fc.checkpoint.checkpointer, threading.Event()
     written = module.write_checkpoint
 
     def later(*arguments: Any, **options: Any) -> None:
@@ -307,7 +307,7 @@ def test_an_asynchronous_error_comes_with_the_next_call(tmp_path, monkeypatch):
         raise OSError("the disk has gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("partial_fc.checkpoint.write", fail)
+        patch.setattr("partial_fc.checkpoint.save_load.write", fail)
         checkpointer.save(2, head=head_of(2))
         with pytest.raises(OSError, match="the disk has gone"):
             checkpointer.save(3, head=head_of(3))

@@ -22,7 +22,7 @@ from oracle import DenseAdamW, DenseSGD, Loss
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-import partial_fc.moves
+import partial_fc.classes.moves
 from partial_fc import (
     AdaptiveMargin,
     ArcFace,
@@ -56,7 +56,7 @@ def mesh_of(mesh: bool) -> Any:
 def small_blocks(rows: int = 2) -> Iterator[None]:
     """Moves of a few rows at a time, in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partial_fc.moves, "BLOCK_BYTES", rows * D * 8)
+        patch.setattr(partial_fc.classes.moves, "BLOCK_BYTES", rows * D * 8)
         yield
 
 
@@ -855,7 +855,7 @@ def largest_allocations(rank: int, world: int) -> int:
             return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partial_fc.moves, "BLOCK_BYTES", 500 * 64 * 4)
+        patch.setattr(partial_fc.classes.moves, "BLOCK_BYTES", 500 * 64 * 4)
         with Watch():
             head.remap(class_mapping(20_000, merge=[(k, k + 10_000) for k in range(5_000)], drop=range(6_000, 7_000)))
             head.expand(300)

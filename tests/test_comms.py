@@ -15,12 +15,12 @@ import torch.distributed as dist
 from forked import finish, fork
 
 from partial_fc import PartialFC, RowOptimizer, clip_grad_norm_, costs
-from partial_fc import collectives as head_collectives
-from partial_fc.comms import BUCKET, Comms, Measured, comms, planned
-from partial_fc.training.cli import main
+from partial_fc import batch as head_collectives
+from partial_fc.planning.measure_comms import BUCKET, Comms, Measured, comms, planned
+from partial_fc.training.cli.main import main
 
 ROOT = Path(__file__).parent.parent
-comms_module = importlib.import_module("partial_fc.comms")
+comms_module = importlib.import_module("partial_fc.planning.measure_comms")
 C, D, P = 50, 6, 1000
 
 
@@ -135,7 +135,7 @@ def test_what_is_late_is_the_bottleneck(ranks, where, expected, only_one):
 
 
 def test_a_step_of_which_a_part_was_measured(monkeypatch):
-    monkeypatch.setattr("partial_fc.comms.MOST_BYTES", 3000 * 4 * D)
+    monkeypatch.setattr("partial_fc.planning.measure_comms.MOST_BYTES", 3000 * 4 * D)
     report = comms(30_000, D, 8, 0.5, repeats=1)
     assert report.head_rows == pytest.approx(15_000, abs=8) and report.measured_rows == pytest.approx(1500, abs=8)
     assert f"scaled from {report.measured_rows:,} of {report.head_rows:,} rows" in str(report)

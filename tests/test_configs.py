@@ -26,9 +26,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from partial_fc import plan
 from partial_fc.shards import local_part
 from partial_fc.training.backbones import build_backbone
-from partial_fc.training.cli import train_parser
+from partial_fc.training.cli.main import train_parser
+from partial_fc.training.cli.plan import byte_count
 from partial_fc.training.config import RunConfig, to_config
-from partial_fc.training.plan_cli import byte_count
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"

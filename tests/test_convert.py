@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from data_files import WRITERS, folder_of, insightface, list_file, picture, samples, shards
 
-from partial_fc.training.cli import main
+from partial_fc.training.cli.main import main
 from partial_fc.training.data import convert as convert_module
 from partial_fc.training.data import find_format, open_source
 from partial_fc.training.data.convert import FORMATS, STATE, convert

@@ -28,10 +28,10 @@ from launched import MPIRUN_OPTIONS, finish, losses, start, succeed, tell_tale, 
 from runner import free_port
 
 from partial_fc import Checkpointer
-from partial_fc.training.cli import main
+from partial_fc.training.cli.main import main
+from partial_fc.training.data.loader import Batch, BatchLoader
 from partial_fc.training.errors import UserError
 from partial_fc.training.faults import VARIABLE, Fault, Faults
-from partial_fc.training.loader import Batch, BatchLoader
 from partial_fc.training.run import RunFolder
 
 pytestmark = pytest.mark.timeout(400)  # several starts of two ranks each, on machines with other work

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from partial_fc.training.augment import AugmentConfig, augment, to_float
 from partial_fc.training.data import (
     DataConfig,
     FolderIdentities,
@@ -22,8 +21,9 @@ from partial_fc.training.data import (
     split_identities,
 )
 from partial_fc.training.data import glyphs as glyphs_module
+from partial_fc.training.data.augment import AugmentConfig, augment, to_float
+from partial_fc.training.data.loader import Batch, BatchLoader
 from partial_fc.training.errors import UserError
-from partial_fc.training.loader import Batch, BatchLoader
 
 
 def write_folder(root, identities=6, images=4, size=10):

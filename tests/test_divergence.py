@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from partial_fc import AdaFace, ArcFace, DivergenceError, DivergenceWatch, PartialFC, RowOptimizer, SphereFace2, collectives
-from partial_fc.divergence import checksums
+from partial_fc.loop.divergence import checksums
 
 D, C = 4, 9
 

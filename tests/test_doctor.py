@@ -36,7 +36,7 @@ def data(rank: int, n: int = 5) -> tuple[Tensor, Tensor]:
 
 def alone(*arguments: Any, **options: Any) -> PartialFC:
     """A head of this process, as if it was built before the process group."""
-    with mock.patch("partial_fc.collectives.dist.is_initialized", return_value=False):
+    with mock.patch("partial_fc.batch.dist.is_initialized", return_value=False):
         return PartialFC(*arguments, **options)
 
 
@@ -397,7 +397,7 @@ def test_nothing_of_a_run_has_moved(ranks, world, kind):
 
 def test_a_run_of_the_application(tmp_path, monkeypatch, capsys):
     """In one process: 0 and nothing is made; 1 with a run that someone has changed; 2 for bad settings."""
-    from partial_fc.training.cli import main
+    from partial_fc.training.cli.main import main
 
     folder = tmp_path / "run"
     folder.mkdir()

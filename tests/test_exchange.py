@@ -35,8 +35,8 @@ from partial_fc import (
     load_checkpoint,
     save_checkpoint,
 )
-from partial_fc.safetensors_file import RowWriter, SafetensorsRows, create, publish, read_header, temporary_name
-from partial_fc.training.cli import main
+from partial_fc.training.cli.main import main
+from partial_fc.weights.safetensors_file import RowWriter, SafetensorsRows, create, publish, read_header, temporary_name
 
 D = 6
 KINDS = ("arc", "softmax", "subcenter", "center", "half")
@@ -93,7 +93,7 @@ def test_any_world_size_reads_what_any_other_wrote(ranks, tmp_path, kind, classe
 
 
 def test_without_a_group_and_in_small_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("partial_fc.storage.ROW_BLOCK_BYTES", 2 * D * 4)
+    monkeypatch.setattr("partial_fc.checkpoint.layout.ROW_BLOCK_BYTES", 2 * D * 4)
     before, after = build("arc", 23, 1), build("arc", 23, 2)
     export_weights(tmp_path / "a.safetensors", before)
     import_weights(tmp_path / "a.safetensors", after)
@@ -254,7 +254,7 @@ def test_files_stay_and_folders_must_be_there(tmp_path):
 
 
 def fail_to_write(rank: int, world: int, path: str, how: str) -> tuple[str, str]:
-    import partial_fc.safetensors_file as module
+    import partial_fc.weights.safetensors_file as module
 
     head = build("arc", 23)
     real = module.RowWriter.write_rows, os.posix_fallocate
@@ -415,7 +415,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_is_as_large_as_the_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr("partial_fc.storage.ROW_BLOCK_BYTES", 4096)
+    monkeypatch.setattr("partial_fc.checkpoint.layout.ROW_BLOCK_BYTES", 4096)
     head, other = build("arc", 20_000, 1), build("arc", 20_000, 2)
     with Largest():  # what is imported and compiled once
         export_weights(tmp_path / "first", small := build("arc", 5))
@@ -434,8 +434,8 @@ def test_nothing_is_as_large_as_the_shard(tmp_path, monkeypatch):
 
 RESIDENT = """
 import resource, sys, torch
-from partial_fc.training.cli import main
-from partial_fc.exchange import import_weights
+from partial_fc.training.cli.main import main
+from partial_fc.weights.single_file import import_weights
 main(["import", sys.argv[1], "--output", sys.argv[1] + "-small-checkpoint"])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert main(["import", sys.argv[2], "--output", sys.argv[2] + "-checkpoint"]) == 0
@@ -568,7 +568,7 @@ RUN = ["--config", "configs/quickstart.yaml", "--data.identities", "60", "--trai
 
 def test_a_run_starts_from_given_weights_and_is_exported(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parent.parent)
-    from partial_fc.training.cli import train_parser
+    from partial_fc.training.cli.main import train_parser
     from partial_fc.training.config import to_config
     from partial_fc.training.trainer import Trainer
 

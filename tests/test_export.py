@@ -21,15 +21,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from partial_fc.training import export
 from partial_fc.training.backbones import BACKBONES, build_backbone
 from partial_fc.training.backbones.small import SmallBackbone
-from partial_fc.training.cli import main, train_parser
+from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import to_config
 from partial_fc.training.data import FolderIdentities
 from partial_fc.training.errors import UserError
-from partial_fc.training.export import BATCHES, TOLERANCE, compare, export_backbone, load_exported_backbone
-from partial_fc.training.export_spec import USAGE
+from partial_fc.training.export import export
+from partial_fc.training.export.export import BATCHES, TOLERANCE, compare, export_backbone, load_exported_backbone
+from partial_fc.training.export.spec import USAGE
 from partial_fc.training.results import embed_images, load_backbone
 from partial_fc.training.run import CONFIG, RunFolder
 
@@ -308,7 +308,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(kind, run, data, tmp_path, cap
         arguments, expected = [str(other), "--output", str(out)], "files to check the export with: --data"
     else:
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr("partial_fc.training.cli.find_ranks", lambda: None)  # which looks for the other rank
+        monkeypatch.setattr("partial_fc.training.cli.main.find_ranks", lambda: None)  # which looks for the other rank
         expected = "the work of one process"
     assert expected in refused(arguments, tmp_path, capsys)
 
@@ -345,7 +345,7 @@ def test_a_run_in_half_precision_is_exported_without_a_gpu(run, tmp_path):
 
 WITH_A_FULL_DISK = """
 import resource, sys
-from partial_fc.training.cli import main
+from partial_fc.training.cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.exit(main(sys.argv[1:]))
 """

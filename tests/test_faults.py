@@ -23,7 +23,7 @@ from oracle import Loss, psi
 from test_missing import answers, set_timeout, told
 from torch import Tensor, nn
 
-import partial_fc.tiles
+import partial_fc.softmax.tiles
 from partial_fc import (
     ArcFace,
     Checkpointer,
@@ -36,7 +36,7 @@ from partial_fc import (
     save_checkpoint,
 )
 from partial_fc.head import DEFAULT_LOGITS_BUDGET
-from partial_fc.tiles import logits_bytes, tile_rows
+from partial_fc.softmax.tiles import logits_bytes, tile_rows
 
 D, C, VALID = 6, 10, "valid are 0 to 9 and ignore_index -100"
 Message = str
@@ -243,15 +243,15 @@ def dies_while_saving(rank: int, world: int, folder: str) -> tuple[str, tuple[in
     dist.barrier()
     set_timeout(3.0)
     if rank == world - 1:
-        import partial_fc.storage
+        import partial_fc.checkpoint.layout
 
-        write = partial_fc.storage._Writer.write_data
+        write = partial_fc.checkpoint.layout._Writer.write_data
 
         def write_and_die(*arguments: Any) -> Any:
             write(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        partial_fc.storage._Writer.write_data = write_and_die  # type: ignore[method-assign]
+        partial_fc.checkpoint.layout._Writer.write_data = write_and_die  # type: ignore[method-assign]
     return told(lambda: checkpointer.save(2, head=head))[:2]
 
 
@@ -345,11 +345,11 @@ def test_theta_plus_m_beyond_pi_and_cosines_of_1(ranks, world):
 
 def tiled(rank: int, world: int) -> str:
     head = build(300, logits_budget=0)
-    partial_fc.tiles.TILE_BYTES["cpu"], usual = 1, partial_fc.tiles.TILE_BYTES["cpu"]  # tiles of 64 rows
+    partial_fc.softmax.tiles.TILE_BYTES["cpu"], usual = 1, partial_fc.softmax.tiles.TILE_BYTES["cpu"]  # tiles of 64 rows
     try:
         equals_dense(head, rank, [good(r, classes=300) for r in range(world)])
     finally:
-        partial_fc.tiles.TILE_BYTES["cpu"] = usual
+        partial_fc.softmax.tiles.TILE_BYTES["cpu"] = usual
     return head.logits_mode
 
 

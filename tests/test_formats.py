@@ -16,16 +16,25 @@ import torch
 from data_files import WRITERS, picture, pixels, samples
 from PIL import Image
 
-from partial_fc.training import loader
-from partial_fc.training.augment import AugmentConfig
-from partial_fc.training.cli import main
+from partial_fc.training.cli.main import main
+from partial_fc.training.cli.protocols import protocol_parser
 from partial_fc.training.config import RunConfig, TrainConfig
-from partial_fc.training.data import DataConfig, GlyphIdentities, UnreadableImage, decode, find_format, open_data, open_source, what_changed
+from partial_fc.training.data import (
+    DataConfig,
+    GlyphIdentities,
+    UnreadableImage,
+    decode,
+    find_format,
+    loader,
+    open_data,
+    open_source,
+    what_changed,
+)
+from partial_fc.training.data.augment import AugmentConfig
 from partial_fc.training.data.decode import decode_into, read_header
+from partial_fc.training.data.loader import BatchLoader, choose_workers
+from partial_fc.training.data.packed import write_index
 from partial_fc.training.errors import UserError
-from partial_fc.training.loader import BatchLoader, choose_workers
-from partial_fc.training.packed import write_index
-from partial_fc.training.protocols_cli import protocol_parser
 from partial_fc.training.results import once_through
 from partial_fc.training.run import RunFolder
 from partial_fc.training.trainer import Trainer
@@ -288,7 +297,7 @@ def test_a_jpeg_that_is_cut_short_is_unreadable_with_either_decoder(monkeypatch,
 
 
 def test_mirroring_alone_moves_pixels_and_computes_none():
-    from partial_fc.training.augment import augment, to_float
+    from partial_fc.training.data.augment import augment, to_float
 
     config = AugmentConfig(
         rotation=0, translation=0, scale_min=1, scale_max=1, shear=0, flip_probability=0.5, blur_probability=0, contrast=0, brightness=0,

@@ -15,15 +15,15 @@ import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
-from partial_fc.training import glyphs as glyphs_module
-from partial_fc.training.cli import main
+from partial_fc.training.cli.glyphs import verify
+from partial_fc.training.cli.main import main
 from partial_fc.training.data import DataConfig, open_data
+from partial_fc.training.data.fonts import draw_set as glyphs_module
+from partial_fc.training.data.fonts.draw_set import GlyphSettings, build
+from partial_fc.training.data.fonts.font_files import SCRIPTS, Face, draw_face, font_files, parse_ranges
+from partial_fc.training.data.loader import BatchLoader
+from partial_fc.training.data.packed import PackedIdentities
 from partial_fc.training.errors import UserError
-from partial_fc.training.glyph_fonts import SCRIPTS, Face, draw_face, font_files, parse_ranges
-from partial_fc.training.glyphs import GlyphSettings, build
-from partial_fc.training.glyphs_cli import verify
-from partial_fc.training.loader import BatchLoader
-from partial_fc.training.packed import PackedIdentities
 
 FIRST = 0xAC00
 CHARACTERS = 40  # of each font here

@@ -16,7 +16,7 @@ from PIL import Image
 
 from partial_fc import ArcFace, PartialFC
 from partial_fc.training.data import GlyphIdentities, IdentityDataset, UnreadableImage
-from partial_fc.training.hardest import hardest_pairs, nearest_class_pairs, note_hardest, read_pictures, spread
+from partial_fc.training.report.hardest import hardest_pairs, nearest_class_pairs, note_hardest, read_pictures, spread
 
 
 def cloud() -> tuple[torch.Tensor, torch.Tensor]:

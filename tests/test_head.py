@@ -439,7 +439,7 @@ def test_low_precision_products_stay_near_float64(dtype, rate):
 
 
 def test_kept_and_tiled_logits_give_the_same_numbers(monkeypatch):
-    monkeypatch.setitem(partial_fc.tiles.TILE_BYTES, "cpu", 1)  # tiles of 64 rows
+    monkeypatch.setitem(partial_fc.softmax.tiles.TILE_BYTES, "cpu", 1)  # tiles of 64 rows
     results = []
     for budget in (0, 1 << 30):
         torch.manual_seed(0)

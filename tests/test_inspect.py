@@ -10,7 +10,7 @@ import pytest
 from data_files import picture, samples
 from PIL import Image
 
-from partial_fc.training.cli import main
+from partial_fc.training.cli.main import main
 from partial_fc.training.data import open_source
 from partial_fc.training.data.survey import plot_counts, survey
 

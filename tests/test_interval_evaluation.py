@@ -20,7 +20,7 @@ from test_training import image_folder
 
 from partial_fc import Checkpointer
 from partial_fc.training import trainer as trainer_module
-from partial_fc.training.cli import main, train_parser
+from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import to_config
 from partial_fc.training.errors import UserError
 from partial_fc.training.interval import check_metric, during_training, undisturbed

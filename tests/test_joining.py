@@ -195,7 +195,7 @@ def test_without_a_group_batches_pass_through():
 
 
 def test_a_place_of_the_labels_or_a_stand_in_of_ones_own():
-    from partial_fc.joining import _ignored
+    from partial_fc.loop.joining import _ignored
 
     images, labels = torch.ones(2), torch.tensor([3, 4])
     left, right = _ignored((labels, images), 0, -1)

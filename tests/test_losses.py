@@ -141,7 +141,7 @@ def test_a_target_without_other_classes(ranks, world):
 
 
 def check_cases(rank: int, world: int, cases: list[Case]) -> None:
-    partial_fc.tiles.TILE_BYTES["cpu"] = 1  # tiles of 64 rows
+    partial_fc.softmax.tiles.TILE_BYTES["cpu"] = 1  # tiles of 64 rows
     for case in cases:
         try:
             check_case(rank, world, case)
@@ -174,7 +174,7 @@ def test_equals_dense_float64(ranks, world, cases):
 
 def soft_labels(rank: int, world: int) -> None:
     """Two labels a sample, some of them twice the same or ignored; rules compare with the mean of the targets, weighted as they are."""
-    partial_fc.tiles.TILE_BYTES["cpu"] = 1
+    partial_fc.softmax.tiles.TILE_BYTES["cpu"] = 1
     for make, rate, budget in itertools.product(
         (margins.ArcFace, margins.SubCenterArcFace, margins.CurricularFace, margins.SphereFace2), (1.0, 0.4), (0, None)
     ):

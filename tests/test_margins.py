@@ -25,7 +25,7 @@ from partial_fc import (
     SphereFace,
     SubCenterArcFace,
 )
-from partial_fc.margins import Positives
+from partial_fc.margins.base import Positives
 
 ANGLES = torch.linspace(0.05, 3.09, 60, dtype=torch.float64)
 

@@ -14,7 +14,7 @@ COUNTS = (5, 3, 0, 4)
 
 
 def measured(rank: int, world: int, margin: Margin, rate: float, budget: int | None, beyond: float | None, low: bool) -> None:
-    partial_fc.tiles.TILE_BYTES["cpu"] = 1  # tiles of 64 rows
+    partial_fc.softmax.tiles.TILE_BYTES["cpu"] = 1  # tiles of 64 rows
     head = PartialFC(
         D, C, margin, rate, init_std=1.0, metrics=True, logits_budget=budget, interclass_filter=beyond,
         dtype=torch.float32 if low else torch.float64,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from partial_fc import ArcFace, PartialFC, RankFiles, RowOptimizer, import_weights, load_checkpoint
-from partial_fc.training.cli import main
+from partial_fc.training.cli.main import main
 
 C, D = 23, 6
 LAYOUTS = ["checkpoint", "softmax_fc", "bare", "bare old"]
@@ -83,7 +83,7 @@ def test_only_one_file_is_held(tmp_path, monkeypatch):
     import gc
     import weakref
 
-    import partial_fc.migration as migration
+    import partial_fc.weights.rank_files as migration
 
     held: list[Any] = []
     most = []

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from runner import forking, free_port
 from torch import Tensor, nn
 
-import partial_fc.missing
+import partial_fc.distributed.missing
 from partial_fc import JoinedBatches, PartialFC, RankMissing, clip_grad_norm_, gather, naming_the_missing, save_checkpoint
-from partial_fc.missing import is_of_a_peer
+from partial_fc.distributed.missing import is_of_a_peer
 
 D, C, VICTIM = 6, 10, 1
 SECONDS = 3.0  # the timeout of the groups, once all ranks are there
@@ -147,7 +147,7 @@ COLLECTIVES: dict[str, Callable[[PartialFC, Any], Callable[[], Any]]] = {
 def every_collective(rank: int, world: int, folder: str) -> list[Any]:
     """One rank fails with an exception of its own before each, and goes on elsewhere; the last one it comes to too late."""
     os.chdir(folder)
-    partial_fc.missing.SETTLE = 0.3
+    partial_fc.distributed.missing.SETTLE = 0.3
     store, prepared = dist.distributed_c10d._get_default_store(), []  # type: ignore[attr-defined]
     groups = [None if make is _saving else dist.new_group(timeout=timedelta(seconds=60)) for make in COLLECTIVES.values()]
     for make, group in zip(COLLECTIVES.values(), groups, strict=True):
@@ -261,8 +261,8 @@ def one_that_is_named_already(rank: int, world: int) -> tuple[bool, list[str]]:
         same = error is inner and error.ranks == (5,)
     PartialFC(D, C)
     dist.barrier()
-    store = partial_fc.missing._default_store()
-    return same, [partial_fc.missing._state_of(r, store) for r in range(world)]
+    store = partial_fc.distributed.missing._default_store()
+    return same, [partial_fc.distributed.missing._state_of(r, store) for r in range(world)]
 
 
 def test_a_named_error_passes_and_processes_are_known(ranks):
@@ -278,18 +278,20 @@ def test_the_state_of_processes_is_seen(tmp_path):
     store = dist.FileStore(str(tmp_path / "store"), 1)
 
     def seen(started: str) -> str:
-        store.set(f"{partial_fc.missing.PROCESS}/7", json.dumps([partial_fc.missing._machine(), process.pid, started]))
-        return partial_fc.missing._state_of(7, store)
+        store.set(
+            f"{partial_fc.distributed.missing.PROCESS}/7", json.dumps([partial_fc.distributed.missing._machine(), process.pid, started])
+        )
+        return partial_fc.distributed.missing._state_of(7, store)
 
     assert process.pid is not None and Path(f"/proc/{process.pid}").exists()
-    started = partial_fc.missing._stat(process.pid)[1]
+    started = partial_fc.distributed.missing._stat(process.pid)[1]
     assert "is there, but elsewhere" in seen(started)
     assert "has ended" in seen("1"), "another process has its number"
     os.kill(process.pid, signal.SIGSTOP)
-    while partial_fc.missing._stat(process.pid)[0] != "T":
+    while partial_fc.distributed.missing._stat(process.pid)[0] != "T":
         time.sleep(0.01)
     assert "is stopped" in seen(started)
     process.kill()
     process.join()
     assert "has ended" in seen(started)
-    assert partial_fc.missing._state_of(8, store) == ""
+    assert partial_fc.distributed.missing._state_of(8, store) == ""

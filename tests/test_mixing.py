@@ -19,15 +19,15 @@ from torch import Tensor
 
 from partial_fc import gather
 from partial_fc.shards import local_part
-from partial_fc.training.cli import main, train_parser
+from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import RunConfig, to_config
 from partial_fc.training.data import DataConfig, IdentityDataset, open_data
+from partial_fc.training.data.loader import BatchLoader
+from partial_fc.training.data.mixed_set import MixedSet, check_mix
+from partial_fc.training.data.samplers import make_sampler
 from partial_fc.training.errors import UserError
-from partial_fc.training.loader import BatchLoader
-from partial_fc.training.mixed_set import MixedSet, check_mix
 from partial_fc.training.mixing import ExtraHeads, MixedIdentities, MixedSampler, mixed, shares
 from partial_fc.training.run import RunFolder
-from partial_fc.training.samplers import make_sampler
 
 
 class Numbers(IdentityDataset):

@@ -10,7 +10,7 @@ import torch
 from common import local
 from torch import Tensor, nn
 
-import partial_fc.collectives
+import partial_fc.batch
 from partial_fc import ArcFace, Margin, PartialFC, RowOptimizer, Softmax, clip_grad_norm_, gather
 
 D = 6
@@ -25,7 +25,7 @@ def batch(step: int, n: int, classes: int, rank: int = 0) -> tuple[Tensor, Tenso
 
 
 def updated_in_backward(rank: int, world: int, margin: Margin, classes: int, budget: int | None, options: dict[str, Any]) -> None:
-    partial_fc.tiles.TILE_BYTES["cpu"] = 1  # tiles of 64 rows
+    partial_fc.softmax.tiles.TILE_BYTES["cpu"] = 1  # tiles of 64 rows
     cls = torch.optim.AdamW if "betas" in options else torch.optim.SGD
     heads = [PartialFC(D, classes, margin, dtype=torch.float64, init_std=1.0, logits_budget=budget) for _ in range(2)]
     optimizers = [RowOptimizer(cls, h, update_in_backward=early, **options) for h, early in zip(heads, (False, True), strict=True)]
@@ -61,7 +61,7 @@ def test_rows_updated_in_backward_end_where_they_would(ranks, world, classes, bu
 def largest_allocation(rank: int, world: int) -> int:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    partial_fc.tiles.TILE_BYTES["cpu"] = 1
+    partial_fc.softmax.tiles.TILE_BYTES["cpu"] = 1
     head = PartialFC(D, 20_000, ArcFace(), logits_budget=0)
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, weight_decay=0.1, update_in_backward=True)
     largest = 0
@@ -167,7 +167,7 @@ def test_stochastic_rounding_is_refused_for_float16():
 
 
 def test_stochastic_rounding_keeps_the_mean_and_the_grid():
-    from partial_fc.optim import _round_at_random
+    from partial_fc.optim.row_optimizer import _round_at_random
 
     values = torch.full((4000, 5), 1.0 + 0.3 * 2**-7)
     rounded = _round_at_random(values, torch.arange(4000), key=7)
@@ -188,7 +188,7 @@ def test_stochastic_rounding_keeps_the_mean_and_the_grid():
 def count_collectives(rank: int, world: int, rate: float, joint: bool) -> dict[str, list[int]]:
     """Collectives of one training step, forward and backward, with the bytes that this rank brings into each."""
     calls: dict[str, list[int]] = {}
-    module: Any = partial_fc.collectives
+    module: Any = partial_fc.batch
     saved = module._all_gather_single, module._reduce_scatter_single
 
     def counted(name: str, function: Any) -> Any:

@@ -26,7 +26,7 @@ from partial_fc import (
     load_checkpoint,
     save_checkpoint,
 )
-from partial_fc.agreement import on_every_rank
+from partial_fc.distributed.agreement import on_every_rank
 
 D, C, LOCAL = 6, 10, 4
 NAN, INF = float("nan"), float("inf")

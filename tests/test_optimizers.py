@@ -15,7 +15,7 @@ from launched import logged
 from torch import Tensor, nn
 
 from partial_fc import ArcFace, PartialFC, load_checkpoint, save_checkpoint
-from partial_fc.training.cli import main, train_parser
+from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import RunConfig, to_config
 from partial_fc.training.errors import UserError
 from partial_fc.training.optimizers import Name, OptimizerConfig

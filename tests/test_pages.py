@@ -11,7 +11,7 @@ import pytest
 import torch
 from browser import Browser, find_browser
 
-from partial_fc.training.cli import main, train_parser
+from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import save_config, to_config
 from partial_fc.training.protocols import identify_embeddings, retrieve_embeddings, score_templates, verify_embeddings
 from partial_fc.training.results import write_results

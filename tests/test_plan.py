@@ -15,12 +15,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from partial_fc import PartialFC, Plan, RowOptimizer, SubCenterArcFace, collectives, costs, optim, plan, tiles
-from partial_fc.collectives import Status
-from partial_fc.costs import OPTIMIZERS, PHASES
-from partial_fc.training.cli import main
+from partial_fc.batch import Status
+from partial_fc.planning.costs import OPTIMIZERS, PHASES
+from partial_fc.softmax.workspace import Workspace
+from partial_fc.training.cli.main import main
+from partial_fc.training.cli.plan import byte_count, plan_command
 from partial_fc.training.errors import UserError
-from partial_fc.training.plan_cli import byte_count, plan_command
-from partial_fc.workspace import Workspace
 
 GPUS: dict[str, Any] = {"num_classes": 29_000_000, "embedding_size": 512, "world_size": 8, "batch_size": 1024}
 

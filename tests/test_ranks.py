@@ -15,7 +15,7 @@ from launched import MPIRUN_OPTIONS, OTHERS, RANK_VARIABLES, ROOT, environment, 
 from runner import free_port
 
 from partial_fc.training import ranks as found
-from partial_fc.training.cli import main, train_parser
+from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import HeadConfig, to_config
 from partial_fc.training.errors import UserError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from partial_fc.training.cli import train_parser
+from partial_fc.training.cli.main import train_parser
 from partial_fc.training.config import to_config
 
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
-from partial_fc.training.plots import DPI, plot_histograms, plot_roc, plot_training
-from partial_fc.training.report import write_report
+from partial_fc.training.report.plots import DPI, plot_histograms, plot_roc, plot_training
+from partial_fc.training.report.report import write_report
 
 HOSTILE = "<script>alert('x')</script>"
 

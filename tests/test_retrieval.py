@@ -8,9 +8,9 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from partial_fc.training.cli.protocols import open_asked, protocol_parser
 from partial_fc.training.errors import UserError
 from partial_fc.training.protocols import Result, retrieve_embeddings
-from partial_fc.training.protocols_cli import open_asked, protocol_parser
 
 Case = dict[str, Tensor]
 

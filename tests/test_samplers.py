@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from partial_fc.training.augment import AugmentConfig
-from partial_fc.training.cli import main, train_parser
+from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import to_config
 from partial_fc.training.data import DataConfig, GlyphIdentities, IdentityDataset, open_data
+from partial_fc.training.data.augment import AugmentConfig
+from partial_fc.training.data.labels import LabelMap
+from partial_fc.training.data.loader import BatchLoader
+from partial_fc.training.data.samplers import ClassAware, IdentityBalanced, Sampler, Shuffled, make_sampler
 from partial_fc.training.errors import UserError
-from partial_fc.training.labels import LabelMap
-from partial_fc.training.loader import BatchLoader
-from partial_fc.training.samplers import ClassAware, IdentityBalanced, Sampler, Shuffled, make_sampler
 
 TAIL = torch.repeat_interleave(torch.arange(40), torch.tensor([1] * 10 + [2] * 10 + [7] * 15 + [60] * 5))  # a long tail, 435 images
 TAIL = TAIL[torch.randperm(len(TAIL), generator=torch.Generator().manual_seed(0))]  # in no order

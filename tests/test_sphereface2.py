@@ -44,7 +44,7 @@ def near(what: str, mine: Tensor, expected: Tensor) -> None:
 
 
 def steps(rank: int, world: int, rate: float, budget: int | None, kind: str, early: bool = False) -> None:
-    partial_fc.tiles.TILE_BYTES["cpu"] = 1
+    partial_fc.softmax.tiles.TILE_BYTES["cpu"] = 1
     margin = SphereFace2(scale=10.0)
     head = PartialFC(D, C, margin, rate, dtype=torch.float64, init_std=1.0, logits_budget=budget)
     cls, options, dense_class = DENSE[kind]

@@ -16,7 +16,7 @@ from data_files import pixels, samples, shards, write_tar
 from runner import forking
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from partial_fc import locks
+from partial_fc.checkpoint import locks
 from partial_fc.training.data import TarIdentities, UnreadableImage, files, open_source
 from partial_fc.training.errors import UserError
 

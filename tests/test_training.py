@@ -18,7 +18,7 @@ from forked import finish, fork, succeed
 from PIL import Image
 
 from partial_fc.centers import CenterLoss
-from partial_fc.margins import (
+from partial_fc.margins.base import (
     AdaFace,
     AdaptiveMargin,
     ArcFace,
@@ -33,7 +33,7 @@ from partial_fc.margins import (
     SphereFace2,
     SubCenterArcFace,
 )
-from partial_fc.training.cli import main, train_parser
+from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import HeadConfig, RunConfig, flat, to_config
 from partial_fc.training.run import RunFolder
 from partial_fc.training.trainer import Trainer

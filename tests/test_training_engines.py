@@ -18,7 +18,7 @@ import pytest
 import yaml
 from launched import logged
 
-from partial_fc.training.cli import main
+from partial_fc.training.cli.main import main
 from partial_fc.training.config import TrainConfig
 from partial_fc.training.engine import _set_deepspeed
 from partial_fc.training.errors import UserError

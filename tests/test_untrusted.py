@@ -21,14 +21,14 @@ from PIL import Image
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from partial_fc import ArcFace, PartialFC, RankFiles, import_weights, load_checkpoint, save_checkpoint
-from partial_fc.checkpoint import stored_tensors, stored_values, stream_tensor
-from partial_fc.safetensors_file import SafetensorsRows, read_header
-from partial_fc.storage import SafeReader
-from partial_fc.training.cli import main
+from partial_fc.checkpoint.layout import SafeReader
+from partial_fc.checkpoint.save_load import stored_tensors, stored_values, stream_tensor
+from partial_fc.training.cli.main import main
 from partial_fc.training.data import DataConfig, FolderIdentities, UnreadableImage, open_data
+from partial_fc.training.data.loader import BatchLoader
 from partial_fc.training.errors import UserError
-from partial_fc.training.loader import BatchLoader
 from partial_fc.training.run import RunFolder
+from partial_fc.weights.safetensors_file import SafetensorsRows, read_header
 
 D, C = 4, 7
 

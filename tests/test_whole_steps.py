@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from partial_fc.training.cli import train_parser
+from partial_fc.training.cli.main import train_parser
 from partial_fc.training.config import RunConfig, to_config
+from partial_fc.training.data.loader import Batch, BatchLoader
 from partial_fc.training.errors import UserError
-from partial_fc.training.loader import Batch, BatchLoader
 from partial_fc.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from partial_fc import checkpoint, optim
 from partial_fc.engines.needs import need
-from partial_fc.optim import RowOptimizer
+from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.sharded import ShardedLoss
 
 need("accelerate", "1.0")

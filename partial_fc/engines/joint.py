@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from partial_fc.nonfinite import check_gradients
-from partial_fc.optim import RowOptimizer
+from partial_fc.nonfinite.judge import check_gradients
+from partial_fc.optim.row_optimizer import RowOptimizer
 
 
 class JointOptimizer(torch.optim.Optimizer):

@@ -28,7 +28,7 @@ from partial_fc.engines.ddp import ignore_heads
 from partial_fc.engines.heads import heads_of, without_heads
 from partial_fc.engines.joint import JointOptimizer
 from partial_fc.engines.needs import need
-from partial_fc.optim import RowOptimizer
+from partial_fc.optim.row_optimizer import RowOptimizer
 
 need("transformers", "5.24")
 

@@ -287,7 +287,7 @@ def write_audit(folder: RunFolder, audit: Audit, dataset: IdentityDataset, title
         ("means: to the nearest other class", audit.means.cosine.numpy(), audit.means.threshold),
         ("row to the mean of its own images", audit.to_mean.numpy(), None),
     )
-    from partial_fc.training.plots import plot_cosines
+    from partial_fc.training.report.plots import plot_cosines
 
     plot_cosines(path / "plots" / "cosines.png", panels)
     return _write_page(path, audit, dataset, title, environment)

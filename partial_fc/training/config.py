@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from partial_fc.centers import CenterLoss
 from partial_fc.head import PartialFC
-from partial_fc.margins import (
+from partial_fc.margins.base import (
     AdaFace,
     AdaptiveMargin,
     ArcFace,
@@ -38,13 +38,13 @@ from partial_fc.margins import (
     SphereFace2,
     SubCenterArcFace,
 )
-from partial_fc.training.augment import AugmentConfig
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.backbones.weights import load_weights
 from partial_fc.training.data import DataConfig, IdentityDataset
+from partial_fc.training.data.augment import AugmentConfig
+from partial_fc.training.data.samplers import Sampler, make_sampler
 from partial_fc.training.errors import UserError
 from partial_fc.training.optimizers import OptimizerConfig
-from partial_fc.training.samplers import Sampler, make_sampler
 from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig
 from partial_fc.training.settings_file import use_safe_loader
 

@@ -33,8 +33,8 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from partial_fc.training.data.loader import Batch
 from partial_fc.training.errors import UserError
-from partial_fc.training.loader import Batch
 
 VARIABLE = "PARTIAL_FC_FAULTS"
 SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "usr1": "SIGUSR1"}

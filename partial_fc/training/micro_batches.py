@@ -17,9 +17,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from partial_fc import naming_the_missing
+from partial_fc.training.data.loader import Batch, BatchLoader
 from partial_fc.training.errors import UserError
 from partial_fc.training.faults import Faults
-from partial_fc.training.loader import Batch, BatchLoader
 from partial_fc.training.results import raise_together
 from partial_fc.training.run import UNREADABLE, RunFolder
 

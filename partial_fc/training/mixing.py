@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from partial_fc import GlobalBatch, PartialFC, RowOptimizer
-from partial_fc.training.augment import stream_key
 from partial_fc.training.data import IdentityDataset, open_data
+from partial_fc.training.data.augment import stream_key
 from partial_fc.training.data.decode import Pixels
+from partial_fc.training.data.labels import LabelMap
+from partial_fc.training.data.samplers import Integers, Sampler
 from partial_fc.training.errors import UserError
-from partial_fc.training.labels import LabelMap
-from partial_fc.training.samplers import Integers, Sampler
 
 if TYPE_CHECKING:
     from partial_fc.training.config import RunConfig

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc.head import PartialFC
-from partial_fc.optim import RowOptimizer
+from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.training.errors import UserError
 
 Name = Literal[

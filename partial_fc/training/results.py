@@ -25,14 +25,14 @@ from partial_fc import gather, load_checkpoint, naming_the_missing
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
+from partial_fc.training.data.loader import BatchLoader, rank_loader
 from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
-from partial_fc.training.hardest import note_hardest, note_pairs
 from partial_fc.training.interval import during_training, split_history
-from partial_fc.training.loader import BatchLoader, rank_loader
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import Task, Verification
-from partial_fc.training.report import write_report
+from partial_fc.training.report.hardest import note_hardest, note_pairs
+from partial_fc.training.report.report import write_report
 from partial_fc.training.run import RunFolder
 
 Returned = TypeVar("Returned")
@@ -223,7 +223,13 @@ def write_results(
     results: Sequence[Result] = (),
 ) -> Path:
     """metrics.json, curves.json, plots/ and report.html; the path of the last. results: of other protocols. config: None without a run."""
-    from partial_fc.training.plots import plot_cmc, plot_dir, plot_histograms, plot_roc, plot_training  # matplotlib takes half a second
+    from partial_fc.training.report.plots import (  # matplotlib takes half a second
+        plot_cmc,
+        plot_dir,
+        plot_histograms,
+        plot_roc,
+        plot_training,
+    )
 
     plots = folder.path / "plots"
     plots.mkdir(parents=True, exist_ok=True)

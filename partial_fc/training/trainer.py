@@ -25,19 +25,19 @@ from partial_fc import DivergenceWatch, PreemptionGuard, RandomState, gather, im
 from partial_fc.training.backbones.counts import count_backbone
 from partial_fc.training.config import RunConfig, save_config
 from partial_fc.training.data import DataSplits, open_data
+from partial_fc.training.data.labels import LABELS, LabelMap
+from partial_fc.training.data.loader import Batch, BatchLoader, rank_loader
 from partial_fc.training.engine import make_accelerator, make_engine
 from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.faults import Faults
-from partial_fc.training.hardest import note_confusions
 from partial_fc.training.interval import check_metric, direction, figures_of, is_due, undisturbed
-from partial_fc.training.labels import LABELS, LabelMap
-from partial_fc.training.loader import Batch, BatchLoader, rank_loader
 from partial_fc.training.micro_batches import MicroBatches, Progress
 from partial_fc.training.mixing import ExtraHeads, MixedIdentities, mixed
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import open_tasks
 from partial_fc.training.ranks import launcher_is_gone
+from partial_fc.training.report.hardest import note_confusions
 from partial_fc.training.results import describe_environment, evaluate_sets, on_main, run_tasks, together, write_results
 from partial_fc.training.run import DATA, UNREADABLE, RunFolder
 from partial_fc.training.schedules import build_schedules

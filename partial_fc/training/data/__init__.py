@@ -24,10 +24,10 @@ from partial_fc.training.data.folder import FolderIdentities, image_files, scan_
 from partial_fc.training.data.glyphs import GlyphIdentities, GlyphSplit
 from partial_fc.training.data.hugging_face import ParquetIdentities
 from partial_fc.training.data.list_file import ListIdentities
+from partial_fc.training.data.mixed_set import Format
 from partial_fc.training.data.open import find_format, open_data, open_source, split_identities
 from partial_fc.training.data.recordio import RecordIdentities
 from partial_fc.training.data.tar_shards import TarIdentities
-from partial_fc.training.mixed_set import Format
 
 __all__ = [
     "IMAGE_SUFFIXES",

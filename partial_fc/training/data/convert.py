@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from partial_fc.locks import LOCK, FolderLock
+from partial_fc.checkpoint.locks import LOCK, FolderLock
 from partial_fc.training.data.dataset import EncodedIdentities, UnreadableImage, what_changed
 from partial_fc.training.data.decode import read_header
 from partial_fc.training.data.names import NAMES

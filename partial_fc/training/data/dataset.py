@@ -25,10 +25,10 @@ import torch
 
 from partial_fc.training.data.decode import Fit, decode_into
 from partial_fc.training.data.files import read_whole
+from partial_fc.training.data.labels import LabelMap
+from partial_fc.training.data.mixed_set import Format, MixedSet, check_mix
+from partial_fc.training.data.samplers import SamplerName, check_settings
 from partial_fc.training.errors import UserError
-from partial_fc.training.labels import LabelMap
-from partial_fc.training.mixed_set import Format, MixedSet, check_mix
-from partial_fc.training.samplers import SamplerName, check_settings
 
 Pixels = npt.NDArray[np.uint8]
 Set = TypeVar("Set", bound="IdentityDataset")

@@ -21,7 +21,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from partial_fc.locks import waiting
+from partial_fc.checkpoint.locks import waiting
 
 Arrays = dict[str, npt.NDArray[Any]]
 

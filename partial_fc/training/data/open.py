@@ -19,18 +19,18 @@ from pathlib import Path
 
 import numpy as np
 
-from partial_fc.training.augment import stream_key
+from partial_fc.training.data.augment import stream_key
 from partial_fc.training.data.dataset import DataConfig, DataSplits, EncodedIdentities, IdentityDataset, enough
 from partial_fc.training.data.folder import FolderIdentities
 from partial_fc.training.data.glyphs import GlyphIdentities
 from partial_fc.training.data.hugging_face import ParquetIdentities
+from partial_fc.training.data.labels import LabelMap, with_enough_images
 from partial_fc.training.data.list_file import ListIdentities
+from partial_fc.training.data.mixed_set import Format
 from partial_fc.training.data.recordio import RecordIdentities
 from partial_fc.training.data.splits import choose_split
 from partial_fc.training.data.tar_shards import TarIdentities
 from partial_fc.training.errors import UserError
-from partial_fc.training.labels import LabelMap, with_enough_images
-from partial_fc.training.mixed_set import Format
 
 STATE = ".convert.json"
 """What `convert` notes in its destination: how far it has come, and in the end that it is finished, and with what."""
@@ -172,7 +172,7 @@ def open_data(config: DataConfig, seed: int) -> DataSplits:
         train = GlyphIdentities("train", config.identities)
         with_enough_images(range(train.num_identities), train.labels, config.min_images)  # all have as many: all or none
         return DataSplits(train, {"seen": GlyphIdentities("seen"), "new": GlyphIdentities("new")})
-    from partial_fc.training.packed import is_packed, open_packed
+    from partial_fc.training.data.packed import is_packed, open_packed
 
     if is_packed(config.folder):
         return open_packed(config)

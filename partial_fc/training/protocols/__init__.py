@@ -1,4 +1,4 @@
-"""Evaluation protocols of the field, each a function on embeddings; `partial_fc.training.protocols_cli` has the commands.
+"""Evaluation protocols of the field, each a function on embeddings; `partial_fc.training.cli.protocols` has the commands.
 
     verify_embeddings      pairs of images, same or not: LFW, CFP-FP, AgeDB            ten-fold accuracy, TAR at FAR
     score_templates        templates of images and video frames: IJB-B, IJB-C          TAR at FAR from 1e-6, scores of every pair

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from partial_fc.training.data import IdentityDataset, open_data
+from partial_fc.training.data.packed import is_packed
 from partial_fc.training.errors import UserError
-from partial_fc.training.packed import is_packed
 from partial_fc.training.protocols import identification, retrieval, templates, verification_bin
 from partial_fc.training.protocols.images import AlignedImages, Labelled, ListedImages, labelled_images, numbers_of
 from partial_fc.training.protocols.result import Result

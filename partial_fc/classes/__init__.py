@@ -1,0 +1,1 @@
+"""Class rows between steps: classes that come and go, rows from class means, nearest classes."""

@@ -1,0 +1,1 @@
+"""Is it wired right? `doctor` and `check_margin`."""

@@ -1,0 +1,1 @@
+"""Ranks: who they are, what they tell each other, who is missing."""

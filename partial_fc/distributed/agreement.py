@@ -1,0 +1,85 @@
+"""Errors that all ranks agree on: what one rank finds wrong outside the step (files, arguments) is raised on every rank alike.
+
+    on_every_rank(action)    each rank does it; if any failed, the first failed rank's error is raised on all
+    on_first_rank(action)    rank 0 does it; its result, or its error, is everybody's
+    check_same(what, value)  ValueError on every rank if ranks were given different things
+
+All are collectives of objects that only the ranks themselves made. Without a process group they are plain calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from partial_fc.distributed.missing import naming_the_missing
+
+Result = TypeVar("Result")
+AGREEMENT = "an agreement of all ranks"  # on files or arguments, in a `RankMissing`
+Failure = tuple[type[Exception], str]  # never the exception itself: some cannot be pickled, and their traceback holds tensors
+
+
+def on_every_rank(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """The result of `action` on this rank; the first failed rank's OSError or ValueError on all, with its name if not all failed."""
+    result, error = None, None
+    try:
+        result = action()
+    except (OSError, ValueError) as caught:
+        error = caught
+    if dist.is_initialized():
+        failures: list[Failure | None] = [None] * dist.get_world_size(group)
+        with naming_the_missing(AGREEMENT, group):
+            dist.all_gather_object(failures, _failure(error), group=group)
+        first = next(((rank, failure) for rank, failure in enumerate(failures) if failure is not None), None)
+        if first is not None:
+            rank, (kind, text) = first
+            raise kind(text if None not in failures else f"rank {_global_rank(rank, group)}: {text}") from error
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def on_first_rank(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """The result of `action` on the first rank of the group, or its OSError or ValueError, on every rank."""
+    if not dist.is_initialized():
+        return action()
+    shared: list[Result | Failure | None] = [None, None]
+    error = None
+    if dist.get_rank(group) == 0:
+        try:
+            shared[0] = action()
+        except (OSError, ValueError) as caught:
+            error, shared[1] = caught, _failure(caught)
+    with naming_the_missing(AGREEMENT, group):
+        dist.broadcast_object_list(shared, group=group, group_src=0)
+    if shared[1] is not None:
+        kind, text = shared[1]  # type: ignore[misc]
+        raise kind(text) from error
+    return shared[0]  # type: ignore[return-value]
+
+
+def check_same(what: str, value: object, group: dist.ProcessGroup | None = None) -> None:
+    """ValueError on every rank unless all were given an equal `value`, which must be small and of plain types."""
+    if not dist.is_initialized():
+        return
+    values: list[object] = [None] * dist.get_world_size(group)
+    with naming_the_missing(f"the comparison of {what}", group):
+        dist.all_gather_object(values, value, group=group)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            first, here = _global_rank(0, group), _global_rank(rank, group)
+            raise ValueError(f"ranks disagree: {what} is {values[0]!r} on rank {first} and {other!r} on rank {here}")
+
+
+def _failure(error: OSError | ValueError | None) -> Failure | None:
+    """What can be raised again: the plainest class that callers tell apart, and the words."""
+    if error is None:
+        return None
+    kinds = (FileNotFoundError, FileExistsError, BlockingIOError, PermissionError, OSError, ValueError)
+    return next(kind for kind in kinds if isinstance(error, kind)), str(error)
+
+
+def _global_rank(rank: int, group: dist.ProcessGroup | None) -> int:
+    return rank if group is None else dist.get_global_rank(group, rank)

@@ -1,0 +1,37 @@
+"""Margins: what happens to the cosine between an embedding and the center of its own class, and to the others."""
+
+from partial_fc.margins.base import (
+    AdaFace,
+    AdaptiveMargin,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    NormFace,
+    Positives,
+    Softmax,
+    SphereFace,
+    SphereFace2,
+    SubCenterArcFace,
+)
+
+__all__ = [
+    "AdaFace",
+    "AdaptiveMargin",
+    "ArcFace",
+    "CombinedMargin",
+    "CosFace",
+    "CurricularFace",
+    "ElasticFace",
+    "MagFace",
+    "Margin",
+    "NormFace",
+    "Positives",
+    "Softmax",
+    "SphereFace",
+    "SphereFace2",
+    "SubCenterArcFace",
+]

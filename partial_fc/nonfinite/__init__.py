@@ -1,0 +1,1 @@
+"""NaN and infinities: who looks, how ranks agree, what is left out."""

@@ -1,0 +1,5 @@
+"""Optimizers that touch only the rows that have a gradient, and one gradient norm over replicated and sharded parameters."""
+
+from partial_fc.optim.row_optimizer import HasRows, RowOptimizer, clip_grad_norm_
+
+__all__ = ["HasRows", "RowOptimizer", "clip_grad_norm_"]

@@ -1,0 +1,1 @@
+"""The command line, `partial-fc`: one file a command."""

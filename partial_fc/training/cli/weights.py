@@ -1,0 +1,288 @@
+"""The commands `partial-fc export` and `partial-fc import`: class weights to and from single files, without a process group.
+
+    export   newest checkpoint of a run ── stored blocks, one at a time ──> FILE.safetensors
+    import   FILE.safetensors, or a file of each rank ── row blocks ──> a checkpoint that any number of ranks loads
+
+Memory is that of one block, whatever the matrix. What a checkpoint holds beside the matrix (the margin's state, the step) is that of a
+head that was just built: the head's own classes say it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from partial_fc.centers import CenterLoss
+from partial_fc.checkpoint.layout import RowSource
+from partial_fc.checkpoint.manifest import MANIFEST
+from partial_fc.checkpoint.save_load import save_checkpoint, stored_tensors, stored_values, stream_tensor
+from partial_fc.head import PartialFC
+from partial_fc.margins.base import NormFace
+from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.training.config import MARGIN_SETTINGS, HeadConfig
+from partial_fc.training.errors import UserError
+from partial_fc.training.run import RunFolder
+from partial_fc.weights.rank_files import RankFiles
+from partial_fc.weights.safetensors_file import RowWriter, SafetensorsRows, check_free, create, publish, read_header, temporary_name
+from partial_fc.weights.single_file import SUFFIX, describe
+
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "momentum_buffer": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "exp_avg": (torch.optim.AdamW, {"lr": 1e-3}),
+}
+
+
+def export_weights_command(arguments: list[str]) -> None:
+    """`partial-fc export`: class weights or centers of a checkpoint as one safetensors file."""
+    parser = jsonargparse.ArgumentParser(
+        prog="partial-fc export", description="Class weights or centers of a checkpoint as one safetensors file.", exit_on_error=False
+    )
+    parser.add_argument("source", metavar="CHECKPOINT_OR_RUN", help="a checkpoint, or the folder of a run, whose newest one is taken")
+    parser.add_argument("file", metavar="FILE.safetensors", help="where to write")
+    parser.add_argument("--name", default=None, help="of the head or center loss in the checkpoint (head if there is one of that name)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    asked = parser.parse_args(arguments)
+    path = Path(asked.file)
+    if path.suffix != SUFFIX:
+        raise UserError(f"{path} is to be a safetensors file; give it a name that ends in {SUFFIX}")
+    try:
+        check_free(path, asked.overwrite)
+        checkpoint = _checkpoint(Path(asked.source))
+        stored = stored_tensors(checkpoint)
+        name = _name(checkpoint, stored, asked.name)
+        keys = {kind: f"{name}/{kind}" for kind in ("weight", "centers", "bias") if f"{name}/{kind}" in stored}
+        _export(checkpoint, path, asked.overwrite, name, {tensor: (key, *stored[key]) for tensor, key in keys.items()})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except FileExistsError as error:
+        raise UserError(f"{error}: --overwrite") from error
+    print(f"{path}: {', '.join(f'{tensor} {list(stored[key][0])}' for tensor, key in keys.items())} of {checkpoint}")
+
+
+def _checkpoint(source: Path) -> Path:
+    """The checkpoint that is meant: the folder itself, or the newest one of a run."""
+    if (source / MANIFEST).exists():
+        return source
+    if not source.is_dir():
+        raise UserError(f"there is no folder {source}; give a checkpoint or the folder of a run")
+    run = RunFolder(source)
+    with contextlib.suppress(UserError):
+        run.check_run()
+        newest = run.newest_checkpoint()
+        if newest is None:
+            raise FileNotFoundError(f"the run {source} has no checkpoint yet")
+        return newest
+    raise UserError(f"{source} is neither a checkpoint (it has no {MANIFEST}) nor the folder of a run")
+
+
+def _name(checkpoint: Path, stored: dict[str, Any], asked: str | None) -> str:
+    names = sorted({key.split("/")[0] for key in stored if key.count("/") == 1 and key.endswith(("/weight", "/centers"))})
+    if asked is None and "head" in names:
+        return "head"
+    if asked is None and len(names) == 1:
+        return names[0]
+    if asked not in names:
+        there = ", ".join(names) or "none"
+        wanted = "no head" if asked is None else f"no class weights or centers of the name {asked}"
+        raise UserError(f"{checkpoint} has {wanted}; it has {there}: choose with --name")
+    return str(asked)
+
+
+def _export(checkpoint: Path, path: Path, overwrite: bool, name: str, tensors: dict[str, tuple[str, torch.Size, torch.dtype]]) -> None:
+    kind = "center" if "centers" in tensors else "head"
+    extra = stored_values(checkpoint, name).get("_extra_state")
+    margin = extra.get("margin") if isinstance(extra, dict) else None
+    _, shape, _ = next(iter(tensors.values()))
+    metadata = describe(kind, shape[0], shape[-1], margin)
+    temporary = temporary_name(path)
+    try:
+        create(temporary, {tensor: (shape, dtype) for tensor, (_, shape, dtype) in tensors.items()}, metadata)
+        with RowWriter(temporary) as writer, _bar("exporting", sum(shape[0] for _, shape, _ in tensors.values())) as bar:
+            for tensor, (key, _, _) in tensors.items():
+                stream_tensor(checkpoint, key, _Taken(writer, tensor, bar))
+        publish(temporary, path, overwrite)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class _Taken:
+    """Writes the blocks of one tensor as they come."""
+
+    def __init__(self, writer: RowWriter, tensor: str, bar: Any) -> None:
+        self._writer, self._tensor, self._bar = writer, tensor, bar
+
+    def __call__(self, first: int, rows: Tensor) -> None:
+        self._writer.write_rows(self._tensor, first, rows)
+        self._bar.update(len(rows))
+
+
+def _bar(doing: str, rows: int) -> Any:
+    return tqdm(total=rows, unit="row", unit_scale=True, desc=doing, mininterval=0.5)
+
+
+# ---------------------------------------------------------------------------------------------------- import
+
+
+def import_weights_command(arguments: list[str]) -> None:
+    """`partial-fc import`: a checkpoint made of class weights from elsewhere."""
+    parser = jsonargparse.ArgumentParser(
+        prog="partial-fc import",
+        description="A checkpoint, for any number of ranks, of class weights from a safetensors file or from files of each rank.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="FILE.safetensors, or a folder of files of each rank, or these files in order of the ranks",
+    )
+    parser.add_argument("--output", required=True, metavar="CHECKPOINT", help="folder to write the checkpoint into; it must not hold one")
+    parser.add_argument("--key", default=None, help="name of the tensor in the file or files, where it is not the usual one")
+    parser.add_argument("--name", default=None, help="under which the checkpoint has them: head (or center) if not given")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    skipped = {f.name for f in fields(HeadConfig)} - {"margin", *MARGIN_SETTINGS}
+    parser.add_class_arguments(HeadConfig, skip=skipped)
+    asked = parser.parse_args(arguments)
+    config = HeadConfig(**{f.name: asked[f.name] for f in fields(HeadConfig) if f.name not in skipped})
+    try:
+        config.check()
+        output = Path(asked.output)
+        if (output / MANIFEST).exists():
+            raise UserError(f"{output} holds a checkpoint already; choose another --output")
+        sources, kind, margin = _sources([Path(p) for p in asked.sources], asked.key)
+        if kind == "head" and margin is not None and not any(a.startswith("--margin") for a in arguments):
+            built = config.build_margin(torch.ones(sources["weight"].shape[0])).describe()
+            if margin != built:
+                raise UserError(
+                    f"{asked.sources[0]} is of a head with {margin}; say which margin the checkpoint is for: --margin, --scale, --m"
+                )
+        name = asked.name or kind
+        if not name.isidentifier():
+            raise UserError(f"--name {name} must be a word of letters, digits and _, as load_checkpoint(path, {name}=...) names it")
+        _import(output, name, sources, kind, config)
+    except UserError as error:
+        raise UserError(str(error).replace("--head.", "--")) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _sources(paths: list[Path], key: str | None) -> tuple[dict[str, RowSource], str, str | None]:
+    """(tensor of the head or center loss -> where its rows are, "head" or "center", the margin that the file tells of)."""
+    if paths[0].suffix != SUFFIX:
+        return {"weight": RankFiles(paths[0] if len(paths) == 1 and paths[0].is_dir() else paths, key=key)}, "head", None
+    if len(paths) > 1:
+        raise UserError(f"{len(paths)} files, the first of them {paths[0]}; one safetensors file holds all rows: give one")
+    header = read_header(paths[0])
+    kind = "center" if key is None and "centers" in header.tensors and "weight" not in header.tensors else "head"
+    main = "centers" if kind == "center" else "weight"
+    sources: dict[str, RowSource] = {main: SafetensorsRows(paths[0], key or main)}
+    if kind == "head" and key is None and "bias" in header.tensors:
+        sources["bias"] = SafetensorsRows(paths[0], "bias")
+    return sources, kind, header.metadata.get("margin")
+
+
+def _import(output: Path, name: str, sources: dict[str, RowSource], kind: str, config: HeadConfig) -> None:
+    main = next(iter(sources.values()))
+    state = _center_state(main) if kind == "center" else _head_state(sources, config)
+    optimizer = _optimizer_state(main) if isinstance(main, RankFiles) and main.state else None
+    whole = [value for value in (*state.values(), *(optimizer["state"][0].values() if optimizer else ())) if isinstance(value, _Shown)]
+    with _bar("importing", sum(source.shape[0] for source in whole)) as bar:
+        for source in whole:
+            source.bar = bar
+        things = {name: _State(state), **({f"{name}_optimizer": _State(optimizer)} if optimizer else {})}
+        save_checkpoint(output, **things)
+    files = f" from {len(main)} files" if isinstance(main, RankFiles) else ""
+    print(f"{output}: {name}, {main.shape[0]:,} classes of width {main.shape[-1]}{files}")
+    if optimizer:
+        options = {k: v for k, v in optimizer["param_groups"][0].items() if k in ("lr", "momentum", "betas", "weight_decay")}
+        print(f"and {name}_optimizer with {', '.join(k for k in optimizer['state'][0])}; loading it also sets {options}")
+
+
+def _head_state(sources: dict[str, RowSource], config: HeadConfig) -> dict[str, Any]:
+    """The state dict of a head that was just built, with rows from elsewhere."""
+    weight = sources["weight"]
+    classes, width = weight.shape[0], weight.shape[-1]
+    margin = config.build_margin(torch.ones(classes))
+    head = PartialFC(width, classes, config.build_margin(torch.ones(classes)), device="meta", dtype=weight.dtype)
+    state = dict(head.state_dict())
+    margin.prepare(classes, classes)
+    for key, parameter in margin.named_parameters():
+        parameter.data = parameter.data.to(state[f"margin.{key}"].dtype)
+    margin.reset()
+    start = {f"margin.{key}": value for key, value in margin.state_dict().items()}
+    if state["weight"].shape != weight.shape:
+        raise UserError(
+            f"the weight is {list(weight.shape)}, a head with --margin {config.margin} has {list(state['weight'].shape)}; "
+            "--margin subcenter --centers K is for K rows a class, every other margin for one"
+        )
+    if "bias" in sources and "bias" not in state:
+        raise UserError(f"the file has a bias, and a head with --margin {config.margin} has none; give --margin softmax, or --key weight")
+    for key, value in state.items():
+        if key in sources:
+            state[key] = _Shown(sources[key])
+        elif key == "bias":
+            state[key] = torch.zeros(value.shape, dtype=value.dtype)
+        elif key in start:
+            state[key] = start[key].detach()
+    return state
+
+
+def _center_state(centers: RowSource) -> dict[str, Any]:
+    loss = CenterLoss(centers.shape[-1], centers.shape[0], device="meta", dtype=centers.dtype)
+    return {key: _Shown(centers) if key == "centers" else value for key, value in loss.state_dict().items()}
+
+
+def _optimizer_state(files: RankFiles) -> dict[str, Any]:
+    """The state dict of the `RowOptimizer` that keeps what the files hold of each row, with their options where they tell them."""
+    cls, options = next(OPTIMIZERS[key] for key in files.state)
+    accepted = inspect.signature(cls).parameters
+    plain = {k: v for k, v in files.options.items() if k in accepted and isinstance(v, bool | int | float | tuple | list)}
+    optimizer = RowOptimizer(cls, PartialFC(1, 1, NormFace()), **{**options, **plain})
+    state = optimizer.state_dict()
+    state["state"] = {0: {key: _Shown(rows) for key, rows in files.state.items()}}
+    if "exp_avg" in files.state:
+        if files.step is None:
+            raise ValueError(f"{files} hold exp_avg, but not how many steps it is of; take the state_optimizer out to import weights alone")
+        state["state"][0]["step"] = torch.tensor(files.step)
+    return state
+
+
+class _Shown:
+    """A `RowSource` that moves a progress bar."""
+
+    def __init__(self, source: RowSource) -> None:
+        self.shape, self.dtype, self._source = torch.Size(source.shape), source.dtype, source
+        self.bar: Any = None
+
+    def rows(self, a: int, b: int) -> Tensor:
+        rows = self._source.rows(a, b)
+        if self.bar is not None:
+            self.bar.update(b - a)
+        return rows
+
+
+class _State:
+    def __init__(self, state: dict[str, Any] | None) -> None:
+        self._state = state or {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError("only written")

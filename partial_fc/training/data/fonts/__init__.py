@@ -1,0 +1,1 @@
+"""The large glyph set, drawn from the machine's fonts."""

@@ -1,0 +1,88 @@
+"""What preprocessing.json says: the way from an image file to the input of an exported backbone, and what to do with its output.
+
+file ── decode ──> grey or RGB, 8 bits ── resize ──> [H, W, C] ── x / 127.5 - 1, transpose ──> images float32 [n, C, H, W] in [-1, 1]
+embeddings float32 [n, D] ── over their length ──> their dot products are cosines
+
+It describes what data.py and augment.to_float do; a test follows it with Pillow and numpy alone and compares.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from partial_fc.training.config import RunConfig
+from partial_fc.training.export.onnx import INPUT, OPSET, OUTPUT
+
+FORMAT = 1
+
+USAGE = {
+    "onnx": """\
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+folder = Path("exported")  # what export-backbone wrote
+spec = json.loads((folder / "preprocessing.json").read_text())
+session = onnxruntime.InferenceSession(folder / "backbone.onnx", providers=["CPUExecutionProvider"])
+
+
+def prepare(path):
+    image = Image.open(path)
+    if image.mode.startswith("I"):  # 16 bits of grey: their high byte
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    image = image.convert(spec["pillow_mode"]).resize((spec["width"], spec["height"]), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, dtype=np.float32).reshape(spec["height"], spec["width"], spec["channels"])
+    return pixels.transpose(2, 0, 1) / np.float32(spec["divide_by"]) - np.float32(spec["then_subtract"])
+
+
+def embed(paths):
+    embeddings = session.run(["embeddings"], {"images": np.stack([prepare(path) for path in paths])})[0]
+    return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).clip(1e-12)  # their dot products are cosines
+""",
+    "safetensors": """\
+import torch
+from partial_fc.training.export.export import load_exported_backbone
+
+backbone = load_exported_backbone("exported")
+with torch.no_grad():
+    embeddings = torch.nn.functional.normalize(backbone(images))  # images [n, C, H, W], prepared as the keys here say
+""",
+}
+
+
+def describe(
+    config: RunConfig, shape: tuple[int, int, int], identity: dict[str, Any], differences: dict[str, dict[int, float]]
+) -> dict[str, Any]:
+    """preprocessing.json: everything between an image file and a comparison of embeddings, in the order in which it is done."""
+    channels, height, width = shape
+    grey = channels == 1
+    return {
+        "format": FORMAT,
+        "architecture": config.backbone.name,
+        "decoding": "the first frame; EXIF's orientation is not applied; of 16 bits of grey, clipped to 0..65535, the high byte",
+        "channels": channels,
+        "color_order": "grey" if grey else "RGB",
+        "pillow_mode": "L" if grey else "RGB",
+        "alpha": "dropped",
+        "height": height,
+        "width": width,
+        "resize": "to width x height, whatever the shape was, Pillow's Image.resize with BILINEAR (a triangle, widened where it shrinks)",
+        "crop": "none; cut and align images as those of the training were",
+        "divide_by": 127.5,
+        "then_subtract": 1.0,
+        "value_range": [-1.0, 1.0],
+        "layout": "NCHW",
+        "trained_on": "the embedded glyphs: white strokes on black" if config.data.folder is None else "images of a folder",
+        "input": {"name": INPUT, "dtype": "float32", "shape": ["n", *shape]},
+        "output": {"name": OUTPUT, "dtype": "float32", "shape": ["n", config.backbone.embedding_size]},
+        "embedding_size": config.backbone.embedding_size,
+        "output_is_normalised": False,
+        "normalise": "divide each embedding by its Euclidean length; two images are compared by the cosine, their dot product then",
+        "opset": OPSET if "onnx" in differences else None,
+        "largest_difference_from_torch": {each: {str(n): v for n, v in found.items()} for each, found in differences.items()},
+        "run": identity,
+        "usage": {each: USAGE[each].splitlines() for each in differences},
+    }
