@@ -33,9 +33,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from ranks import interleaved, over_ranks, ratio, run_ranks  # noqa: E402
 
 from partial_fc import DivergenceWatch, PartialFC, RowOptimizer, clip_grad_norm_  # noqa: E402
-from partial_fc.batch import _inspect, _LabelSet  # noqa: E402
-from partial_fc.nonfinite.judge import not_finite  # noqa: E402
+from partial_fc.batch_status import _inspect, _LabelSet  # noqa: E402
 from partial_fc.nonfinite.judge import over_ranks as agree  # noqa: E402
+from partial_fc.nonfinite.words import not_finite  # noqa: E402
 
 INSPECTIONS = 100
 MARK = 1.0  # per cent of a step, at most

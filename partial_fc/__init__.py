@@ -4,7 +4,7 @@ The core imports torch alone. Someone with their own training loop needs nothing
 application built on them.
 """
 
-from partial_fc.batch import GlobalBatch, NonFiniteError, gather
+from partial_fc.batch import GlobalBatch, gather
 from partial_fc.centers import CenterLoss
 from partial_fc.checkpoint.checkpointer import Checkpointer
 from partial_fc.checkpoint.random_state import RandomState
@@ -14,28 +14,17 @@ from partial_fc.classes.queries import Neighbours
 from partial_fc.diagnosis.check_margin import check_margin
 from partial_fc.diagnosis.doctor import Report, doctor
 from partial_fc.distributed.missing import RankMissing, naming_the_missing
+from partial_fc.errors import NonFiniteError
 from partial_fc.head import PartialFC
 from partial_fc.loop.divergence import DivergenceError, DivergenceWatch
 from partial_fc.loop.joining import JoinedBatches
 from partial_fc.loop.preemption import PreemptionGuard
-from partial_fc.margins.base import (
-    AdaFace,
-    AdaptiveMargin,
-    ArcFace,
-    CombinedMargin,
-    CosFace,
-    CurricularFace,
-    ElasticFace,
-    MagFace,
-    Margin,
-    NormFace,
-    Softmax,
-    SphereFace,
-    SphereFace2,
-    SubCenterArcFace,
-)
+from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
+from partial_fc.margins.base import Margin
+from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
 from partial_fc.nonfinite.judge import check_gradients
-from partial_fc.optim.row_optimizer import RowOptimizer, clip_grad_norm_
+from partial_fc.optim.clipping import clip_grad_norm_
+from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.planning.plan import Plan, plan
 from partial_fc.weights.rank_files import RankFiles
 from partial_fc.weights.single_file import export_weights, import_weights

@@ -22,18 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partial_fc.batch import (
-    GlobalBatch,
-    Group,
-    all_gather,
-    all_gather_mesh,
-    as_matrix,
-    on_each_loss,
-    start_reduce_scatter,
-)
+from partial_fc.batch import GlobalBatch, on_each_loss
+from partial_fc.batch_status import as_matrix
 from partial_fc.classes.change import Batches
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.nonfinite.judge import DEFAULT_MAX_SKIPS, judge
+from partial_fc.distributed.ranks import Group, all_gather, all_gather_mesh, start_reduce_scatter
+from partial_fc.nonfinite.judge import judge
+from partial_fc.nonfinite.step_record import DEFAULT_MAX_SKIPS
 from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, check_choice
 from partial_fc.shards import local_part
 

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partial_fc.batch import GlobalBatch, Group, as_matrix
+from partial_fc.batch import GlobalBatch
+from partial_fc.batch_status import as_matrix
 from partial_fc.classes.change import Change
-from partial_fc.margins.base import ArcFace, Margin
-from partial_fc.nonfinite.judge import DEFAULT_MAX_SKIPS
+from partial_fc.distributed.ranks import Group
+from partial_fc.margins.base import Margin
+from partial_fc.margins.fixed import ArcFace
+from partial_fc.nonfinite.step_record import DEFAULT_MAX_SKIPS
 from partial_fc.sampling import draw_window, mix, select_rows, window_size
 from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, log
 from partial_fc.shards import local_part

@@ -17,11 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from partial_fc.batch import NO_LABEL, GlobalBatch, Group, NonFiniteError, Ranks, all_gather_mesh, as_matrix, exchange, joining
+from partial_fc.batch import GlobalBatch, exchange, joining
+from partial_fc.batch_status import NO_LABEL, as_matrix
 from partial_fc.classes import change as classes
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES, Neighbours, nearest_classes, topk
+from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh
+from partial_fc.errors import NonFiniteError
 from partial_fc.margins.base import Margin
-from partial_fc.nonfinite.judge import StepRecord
+from partial_fc.nonfinite.step_record import StepRecord
 from partial_fc.rows import ShardedRows
 from partial_fc.shards import ClassShards, initial_rows, local_part
 from partial_fc.wrapping import DDP, FSDP2, refuse
@@ -369,7 +372,7 @@ class ShardedLoss(nn.Module):
 
         Args:
             k: 1 to C.
-            tile_bytes: what the cosines that exist at a time may take on a rank; no other temporary is larger (`partial_fc.classes.queries`).
+            tile_bytes: what the cosines that exist at a time may take on a rank; no other temporary is larger (`classes.queries`).
             progress: show a tqdm bar on the first rank.
 
         Raises ValueError, the same on every rank, for embeddings of another width, kind or device than the head's, NonFiniteError where

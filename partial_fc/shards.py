@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from partial_fc.batch import Ranks
+from partial_fc.distributed.ranks import Ranks
 from partial_fc.sampling import mix
 
 INIT_BLOCK = 1024  # rows drawn by one generator; part of the format of a seed, so never to be changed

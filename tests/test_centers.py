@@ -18,7 +18,7 @@ from oracle import DenseAdamW, DenseSGD, Loss
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-import partial_fc.batch
+import partial_fc.distributed.ranks
 from partial_fc import ArcFace, CenterLoss, PartialFC, RowOptimizer, gather, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -291,7 +291,7 @@ def test_a_head_and_centers_share_one_gather(ranks):
 def count_collectives(rank: int, world: int, update: str, joint: bool) -> dict[str, list[int]]:
     """Collectives of one training step, forward, backward and step(), with the bytes that this rank brings into each."""
     calls: dict[str, list[int]] = {"others": []}
-    module: Any = partial_fc.batch
+    module: Any = partial_fc.distributed.ranks
     saved = module._all_gather_single, module._reduce_scatter_single
     head, center = PartialFC(D, 1000), CenterLoss(D, 1000, update=update)  # type: ignore[arg-type]
     optimizer = RowOptimizer(torch.optim.SGD, center, lr=0.1) if update == "gradient" else center
@@ -326,7 +326,7 @@ def count_collectives(rank: int, world: int, update: str, joint: bool) -> dict[s
 def test_centers_cost_a_head_one_number_over_the_network(ranks, update, joint):
     for calls in ranks(2).run(count_collectives, update, joint):
         status, payload, *statistics = calls["all_gather"]
-        assert (status, payload) == (len(dataclasses.fields(partial_fc.batch.Status)) * 8, 8 * D * 4 + 8 * 8)
+        assert (status, payload) == (len(dataclasses.fields(partial_fc.batch_status.Status)) * 8, 8 * D * 4 + 8 * 8)
         assert statistics == ([4 * 16 * 4, 4] if joint else [4])
         assert calls["reduce_scatter"] == [16 * D * 4]
         assert calls["others"] == [1], "two flags, since nobody has judged the step before"

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from forked import finish, fork
 
-from partial_fc import PartialFC, RowOptimizer, clip_grad_norm_, costs
-from partial_fc import batch as head_collectives
+from partial_fc import PartialFC, RowOptimizer, clip_grad_norm_
+from partial_fc.distributed import ranks as head_collectives
+from partial_fc.planning import costs
 from partial_fc.planning.measure_comms import BUCKET, Comms, Measured, comms, planned
 from partial_fc.training.cli.main import main
 

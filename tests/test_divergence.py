@@ -12,7 +12,8 @@ from common import local
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from partial_fc import AdaFace, ArcFace, DivergenceError, DivergenceWatch, PartialFC, RowOptimizer, SphereFace2, collectives
+from partial_fc import AdaFace, ArcFace, DivergenceError, DivergenceWatch, PartialFC, RowOptimizer, SphereFace2
+from partial_fc.distributed import ranks as collectives
 from partial_fc.loop.divergence import checksums
 
 D, C = 4, 9

@@ -36,7 +36,7 @@ def data(rank: int, n: int = 5) -> tuple[Tensor, Tensor]:
 
 def alone(*arguments: Any, **options: Any) -> PartialFC:
     """A head of this process, as if it was built before the process group."""
-    with mock.patch("partial_fc.batch.dist.is_initialized", return_value=False):
+    with mock.patch("partial_fc.distributed.ranks.dist.is_initialized", return_value=False):
         return PartialFC(*arguments, **options)
 
 

@@ -16,9 +16,9 @@ from oracle import Loss
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-import partial_fc.batch
+import partial_fc.distributed.ranks
 from partial_fc import ArcFace, CenterLoss, GlobalBatch, NonFiniteError, NormFace, PartialFC, Softmax, gather
-from partial_fc.batch import Status, _inspect, _LabelSet
+from partial_fc.batch_status import Status, _inspect, _LabelSet
 
 D = 6
 IGNORED = {"plates": 255, "faces": -100, "glyphs": -1}
@@ -254,7 +254,7 @@ def test_replicas_of_shards_equal_one_set_of_shards(ranks):
 def counted() -> Iterator[list[tuple[str, int]]]:
     """(name, bytes that this rank brings) of every collective."""
     calls: list[tuple[str, int]] = []
-    module: Any = partial_fc.batch
+    module: Any = partial_fc.distributed.ranks
     saved = {name: getattr(module, name) for name in ("_all_gather_single", "_reduce_scatter_single")}
 
     def wrapped(name: str) -> Any:

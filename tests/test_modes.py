@@ -10,7 +10,7 @@ import torch
 from common import local
 from torch import Tensor, nn
 
-import partial_fc.batch
+import partial_fc.distributed.ranks
 from partial_fc import ArcFace, Margin, PartialFC, RowOptimizer, Softmax, clip_grad_norm_, gather
 
 D = 6
@@ -188,7 +188,7 @@ def test_stochastic_rounding_keeps_the_mean_and_the_grid():
 def count_collectives(rank: int, world: int, rate: float, joint: bool) -> dict[str, list[int]]:
     """Collectives of one training step, forward and backward, with the bytes that this rank brings into each."""
     calls: dict[str, list[int]] = {}
-    module: Any = partial_fc.batch
+    module: Any = partial_fc.distributed.ranks
     saved = module._all_gather_single, module._reduce_scatter_single
 
     def counted(name: str, function: Any) -> Any:

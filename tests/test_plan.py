@@ -14,9 +14,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from partial_fc import PartialFC, Plan, RowOptimizer, SubCenterArcFace, collectives, costs, optim, plan, tiles
-from partial_fc.batch import Status
+from partial_fc import PartialFC, Plan, RowOptimizer, SubCenterArcFace, plan
+from partial_fc.batch_status import Status
+from partial_fc.distributed import ranks as collectives
+from partial_fc.optim import row_optimizer as optim
+from partial_fc.planning import costs
 from partial_fc.planning.costs import OPTIMIZERS, PHASES
+from partial_fc.softmax import tiles
 from partial_fc.softmax.workspace import Workspace
 from partial_fc.training.cli.main import main
 from partial_fc.training.cli.plan import byte_count, plan_command

@@ -20,6 +20,7 @@ from partial_fc.training.data.labels import LabelMap
 from partial_fc.training.data.loader import BatchLoader
 from partial_fc.training.data.samplers import ClassAware, IdentityBalanced, Sampler, Shuffled, make_sampler
 from partial_fc.training.errors import UserError
+from partial_fc.training.mixing import sampler_of
 
 TAIL = torch.repeat_interleave(torch.arange(40), torch.tensor([1] * 10 + [2] * 10 + [7] * 15 + [60] * 5))  # a long tail, 435 images
 TAIL = TAIL[torch.randperm(len(TAIL), generator=torch.Generator().manual_seed(0))]  # in no order
@@ -244,7 +245,7 @@ def test_a_run_uses_the_sampler_and_saves_its_labels(people, tmp_path):
     assert labels == {"a": "", "b": "0", "c": "", "d": "1", "e": "2", "f, g": "3"}
     assert json.loads((tmp_path / "run/metrics.json").read_text())["training"]["steps"] == 4, "2 epochs of 4 identities, 2 a batch"
     glyphs = to_config(train_parser(), ["--data.sampler", "class_aware", "--data.class_exponent", "0", "--train.accumulation", "2"])
-    sampler = glyphs.make_sampler(GlyphIdentities("train", identities=9))
+    sampler = sampler_of(glyphs, GlyphIdentities("train", identities=9))
     assert isinstance(sampler, ClassAware) and (sampler.exponent, sampler.batch_size) == (0.0, 128)
 
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from partial_fc.batch import tell
 from partial_fc.classes import class_means as means
 from partial_fc.classes.class_means import Batches, NewRows, row_blocks, row_shape, rows_of_new_means, weight_rows
 from partial_fc.classes.moves import Mapped, Moves, move_rows, moves_of, new_ids
+from partial_fc.distributed.ranks import tell
 from partial_fc.margins.base import Margin
 from partial_fc.optim.row_optimizer import MASTER, RowOptimizer, rows_of_state
 from partial_fc.sampling import mix

@@ -17,8 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from partial_fc.batch import all_gather_mesh, exchange
+from partial_fc.batch import exchange
 from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import all_gather_mesh
 from partial_fc.optim.row_optimizer import MASTER
 from partial_fc.sampling import mix
 from partial_fc.shards import INIT_BLOCK, ClassShards, initial_rows, local_part

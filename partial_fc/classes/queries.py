@@ -28,8 +28,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.batch import DTYPES, NonFiniteError, Ranks, _embeddings_problem, _exchange_payload, all_gather, all_gather_mesh, tell
+from partial_fc.batch import _exchange_payload
+from partial_fc.batch_status import DTYPES, _embeddings_problem
 from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, tell
+from partial_fc.errors import NonFiniteError
 from partial_fc.shards import local_part, shard_bounds
 
 if TYPE_CHECKING:

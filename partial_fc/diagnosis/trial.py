@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from partial_fc.batch import Ranks
 from partial_fc.diagnosis.undo import Undo
 from partial_fc.diagnosis.wiring import DEEPSPEED, Check, Wiring, bare
 from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import Ranks
 from partial_fc.optim.row_optimizer import HALF, RowOptimizer
 from partial_fc.sampling import mix
 from partial_fc.shards import local_part

@@ -28,8 +28,10 @@ import torch
 from torch import Tensor
 
 from partial_fc import checkpoint
-from partial_fc.nonfinite.judge import Watched, decide
-from partial_fc.optim.row_optimizer import RowOptimizer, clip_grad_norm_, gradient_norms
+from partial_fc.nonfinite.judge import decide
+from partial_fc.nonfinite.step_record import Watched
+from partial_fc.optim.clipping import clip_grad_norm_, gradient_norms
+from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.shards import local_part
 
 OLDEST = (0, 19)  # before it an engine went on with a norm that is not finite

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from partial_fc.batch import Ranks
+from partial_fc.distributed.ranks import Ranks
 from partial_fc.shards import ClassShards
 
 

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.batch import Group, Ranks, all_gather_mesh, tell
 from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh, tell
 
 Batch = TypeVar("Batch")
 

@@ -16,137 +16,21 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.batch import GlobalBatch, NonFiniteError, Ranks, as_matrix, tell
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.rows import ShardedRows
+from partial_fc.distributed.ranks import Ranks
+from partial_fc.errors import NonFiniteError
+from partial_fc.nonfinite.step_record import Watched
+from partial_fc.nonfinite.words import explain, not_finite, rows_device
 from partial_fc.shards import local_part
 
 log = logging.getLogger("partial_fc")
-
-DEFAULT_MAX_SKIPS = 20
-BLOCK_BYTES = 8 << 20
-MOST = 64  # backwards of a step whose losses are kept apart
-SEPARATOR = "\x1f"  # between the findings of one rank
-
-
-@dataclass
-class _Backward:
-    """A forward whose backward has run in this step: losses [N] of the replica's batch, or the reduced loss; d objective / d loss."""
-
-    losses: Tensor
-    grad: Tensor
-    batch: GlobalBatch
-
-
-class StepRecord:
-    """What one head or center loss knows of the step that is being made, or that was made last.
-
-    A step is the backwards since gradients were last cleared, stepped with or judged; a bad forward whose backward never runs is left
-    out alone. skips: steps left out in all; in_a_row: without a good one in between; last: why, in words.
-    """
-
-    def __init__(self, max_skips: int | None) -> None:
-        self.max_skips = max_skips
-        self.skips, self.in_a_row, self.last = 0, 0, ""
-        self.bad_forward = False  # the last training forward
-        self.bad_step = False  # a forward whose backward has run, or what was judged
-        self.over = True  # whether the next forward or backward begins a new step
-        self.judged = True  # whether all there is was looked at
-        self.counted = False  # the bad step is in `skips`
-        self.looked = False  # any step was judged yet
-        self.backwards: list[_Backward] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "backwards": []}  # a copy's gradients are others, and groups cannot be copied
-
-    @property
-    def skipped(self) -> bool:
-        return self.bad_forward or self.bad_step
-
-    def begin(self, over: bool) -> bool:
-        """A training forward begins; whether it follows a step that was left out. over: there are no gradients that it could add to."""
-        over = over or self.over
-        left_out = over and self.bad_step
-        if over and not self.skipped:
-            self.in_a_row = 0
-        if over:
-            self._anew()
-        self.bad_forward = False
-        self.counted = self.counted and self.bad_step
-        return left_out
-
-    def _anew(self) -> None:
-        self.bad_step, self.over, self.backwards = False, False, []
-
-    def note(self, losses: Tensor, batch: GlobalBatch) -> Callable[[Tensor], None]:
-        """A hook of the loss: its backward makes the forward a part of the step."""
-
-        named = replace(batch, embeddings=batch.embeddings.new_empty(0))  # labels and places alone outlive the backward
-
-        def backward(grad: Tensor) -> None:
-            self._part()
-            if len(self.backwards) == MOST:  # of so many the first is not told apart any more
-                first, second = self.backwards[0], self.backwards.pop(1)
-                first.losses, first.grad = first.losses.sum() + second.losses.sum(), first.grad.sum() + second.grad.sum()
-            self.backwards.append(_Backward(losses, grad, named))
-
-        return backward
-
-    def note_bad(self) -> Callable[[Tensor], None]:
-        """The same of a forward that is left out."""
-
-        def backward(grad: Tensor) -> None:
-            self._part()
-            self.bad_step = True
-
-        return backward
-
-    def _part(self) -> None:
-        if self.over:  # gradients were cleared between forward and backward
-            self._anew()
-        self.judged = False
-
-    def end(self) -> None:
-        """Gradients were cleared or used."""
-        self.over = True
-
-    def leave_out(self, why: str) -> None:
-        """Count the step as skipped, once. NonFiniteError if there were too many in a row."""
-        self.last = why
-        if self.counted:
-            return
-        self.counted = True
-        self.skips, self.in_a_row = self.skips + 1, self.in_a_row + 1
-        if self.max_skips is not None and self.in_a_row > self.max_skips:
-            raise NonFiniteError(
-                f"{self.in_a_row} steps in a row were not finite, and max_skips is {self.max_skips}; the last: {why}. "
-                "Lower the learning rate, or go on from a checkpoint before"
-            )
-
-    def conclude(self) -> None:
-        self.judged, self.over, self.looked, self.backwards = True, True, True, []
-
-
-class Watched(Protocol):
-    """A `PartialFC` or `CenterLoss`."""
-
-    on_nonfinite: Any
-    _record: StepRecord
-    _rows: ShardedRows
-
-    @property
-    def skipped(self) -> bool: ...
-
-    @property
-    def _watches(self) -> bool: ...
 
 
 def local_flags(heads: Sequence[Watched], bad_gradient: Iterable[Tensor]) -> Tensor:
@@ -160,18 +44,6 @@ def local_flags(heads: Sequence[Watched], bad_gradient: Iterable[Tensor]) -> Ten
     for found in (list(bad_gradient), [~loss.isfinite() for loss in losses]):
         flags.append(torch.stack([each.to(device) for each in found]).any() if found else torch.zeros((), dtype=torch.bool, device=device))
     return torch.stack(flags).double()
-
-
-def rows_device(head: Watched) -> torch.device:
-    return local_part(next(iter(head._rows.parameters.values()))).device
-
-
-def not_finite(tensor: Tensor) -> Tensor:
-    """0-d bool: whether anything in it is a NaN or infinity, or its sum overflows. One pass without a temporary."""
-    tensor = local_part(tensor.detach())
-    if tensor.dtype in (torch.float16, torch.bfloat16) and tensor.numel():  # a sum in float32 would make a float32 copy on a CPU
-        return ~torch.stack(torch.aminmax(tensor)).isfinite().all()
-    return ~tensor.sum().isfinite()
 
 
 def over_ranks(flags: Tensor, ranks: Ranks) -> Tensor:
@@ -268,74 +140,6 @@ def _tell_scaler(scaler: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- in words
-
-
-def explain(heads: Sequence[Watched], parameters: Sequence[Tensor]) -> str:
-    """What is not finite, the same text on every rank: of each kind the first that a rank found. Two collectives a head."""
-    said: list[str] = []
-    for i, head in enumerate(heads):
-        ranks = head._rows.shards.ranks
-        mine = [_bad_weight(head), _bad_loss(head), _bad_row(head), _bad_parameter(parameters) if i == 0 else ""]
-        table = [text.split(SEPARATOR) for text in tell(SEPARATOR.join(mine), ranks, rows_device(head))]
-        for kind in range(len(mine)):
-            flat = next((flat for flat, texts in enumerate(table) if texts[kind]), None)
-            if flat is not None:
-                said.append(f"{ranks.name(flat)}: {table[flat][kind]}")
-    return "; ".join(said) or "the norm of the gradient overflows"
-
-
-def _bad_weight(head: Watched) -> str:
-    named = ((name, local_part(p.detach())) for name, p in head._rows.parameters.items())
-    return _first_row(named, head._rows.shards.lo, None, "{name} of class {row} holds a NaN or infinity")
-
-
-def _bad_row(head: Watched) -> str:
-    rows = head._rows
-    named = [(n, local_part(c.grad)) for n, c in zip(rows.parameters, rows.carriers, strict=False) if c.grad is not None]
-    text = _first_row(named, rows.shards.lo, rows.rows if rows.sampled else None, "the gradient of {name} of class {row} is not finite")
-    shared = [name for name, p in rows.shared.items() if p.grad is not None and bool(not_finite(p.grad))]
-    return text or (f"the gradient of {shared[0]} is not finite" if shared else "")
-
-
-def _first_row(named: Iterable[tuple[str, Tensor]], lo: int, ids: Tensor | None, text: str) -> str:
-    for name, tensor in named:
-        for start, block in _blocks(tensor):
-            bad = (~block.reshape(len(block), -1).isfinite().all(1)).nonzero()
-            if len(bad):
-                row = start + int(bad[0])
-                return text.format(name=name, row=lo + (row if ids is None else int(ids[row])))
-    return ""
-
-
-def _bad_loss(head: Watched) -> str:
-    """Said by the rank whose sample it is."""
-    for backward in head._record.backwards:
-        losses, batch = backward.losses.detach(), backward.batch
-        if losses.ndim and len(losses) == len(batch.labels):
-            losses = losses[batch.local]
-            bad = (~losses.isfinite()).nonzero()
-            if len(bad):
-                at = int(bad[0])
-                labels = as_matrix(batch.labels)[batch.local][at].tolist()
-                return f"the loss of embeddings[{at}] (label {', '.join(map(str, labels))}) is {losses[at].item()}"
-        elif not bool(losses.isfinite().all()):
-            return "the loss is not finite"
-    if any(bool(not_finite(backward.grad)) for backward in head._record.backwards):
-        return "what the loss is multiplied with is not finite"
-    return ""
-
-
-def _bad_parameter(parameters: Sequence[Tensor]) -> str:
-    for i, parameter in enumerate(parameters):
-        if parameter.grad is not None and bool(not_finite(parameter.grad)):
-            return f"the gradient of parameter {i} {list(parameter.shape)} of those given is not finite"
-    return ""
-
-
-def _blocks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-    size = max(1, BLOCK_BYTES // max(1, tensor[:1].nbytes)) if len(tensor) else 1
-    for start in range(0, len(tensor), size):
-        yield start, tensor[start : start + size]
 
 
 # ---------------------------------------------------------------------------------------------------- the public function

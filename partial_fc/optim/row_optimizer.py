@@ -15,26 +15,22 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
-from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.nonfinite import judge as nonfinite
-from partial_fc.nonfinite.judge import StepRecord
+from partial_fc.nonfinite.step_record import StepRecord
+from partial_fc.optim.optimizer_class import _check_rows_apart, _construct, _fused_moves, _initial_state, _is_row_state, _trial
 from partial_fc.rows import ShardedRows
 from partial_fc.sampling import keyed_below, mix
 from partial_fc.shards import local_part
 
 BLOCK_BYTES = 8 << 20
 HALF = (torch.bfloat16, torch.float16)
-NORM = "the norm of gradients over ranks"  # in a `RankMissing`
 MASTER, COUNT = "master_weight", "rounding_step"  # state of this module's own, beside that of the wrapped class
 
 LowPrecision = Literal["master", "stochastic"]
@@ -325,47 +321,6 @@ def _round_at_random(values: Tensor, ids: Tensor, key: int) -> Tensor:
     return torch.where(flat.isfinite(), rounded.view(torch.float32), flat).view(values.shape)
 
 
-def _construct(cls: type[torch.optim.Optimizer], parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
-    """The class on stand-ins of the parameters, with its fused kernel where it has one and the caller did not choose."""
-    stand_ins = [nn.Parameter(local_part(p.detach())[:0]) for p in parameters]
-    if "fused" in inspect.signature(cls).parameters and not {"fused", "foreach", "differentiable"} & set(options):
-        try:
-            return cls(stand_ins, **{**options, "fused": True})
-        except RuntimeError:  # no fused kernel for this device or dtype
-            pass
-    return cls(stand_ins, **options)
-
-
-@lru_cache
-def _fused_moves(cls: type[torch.optim.Optimizer], dtype: torch.dtype) -> bool:
-    """Whether the class's fused kernel moves half precision on the CPU: that of SGD leaves whole vectors where they are in torch 2.13."""
-    parameter = nn.Parameter(torch.ones(64, dtype=dtype, device="cpu"))
-    parameter.grad = torch.ones_like(parameter)
-    cls([parameter], lr=0.5, fused=True).step()  # type: ignore[call-arg]
-    return bool((parameter < 1).all())
-
-
-def _trial(
-    cls: type[torch.optim.Optimizer], options: dict[str, Any], start: Tensor, steps: int, split: bool = False
-) -> tuple[Tensor, dict[str, Any]]:
-    """(the parameter, its state) after some steps of a small problem; `split`: every row a parameter of its own."""
-    generator = torch.Generator("cpu").manual_seed(1)
-    parameters = [nn.Parameter(r.clone()) for r in (start.split(1) if split else [start])]
-    optimizer = cls(parameters, **options)
-    for _ in range(steps):
-        grad = torch.randn(start.shape, generator=generator, dtype=start.dtype, device="cpu") if start.any() else torch.zeros_like(start)
-        for parameter, rows in zip(parameters, grad.split(1) if split else [grad], strict=True):
-            parameter.grad = rows.clone()
-        optimizer.step()
-    return torch.cat([p.detach() for p in parameters]), optimizer.state[parameters[0]]
-
-
-def _initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> dict[str, float]:
-    """What row state holds for a row that never had a gradient: the state after a step of zero from zero."""
-    parameter, state = _trial(cls, options, torch.zeros(1, 2, dtype=torch.float64, device="cpu"), steps=1)
-    return {k: float(v.reshape(-1)[0]) for k, v in state.items() if _is_row_state(v, parameter)}
-
-
 def rows_of_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, float]:
     """Which state of a sharded parameter has a row for each of its rows, and what it holds for a row that never had a gradient.
 
@@ -394,25 +349,6 @@ def rows_of_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
     return {key: math.nan if key == MASTER else fill.get(key, 0.0) for key in sorted(by_row)}
 
 
-def _check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
-    """Raise unless the class moves a row alike whether or not it has neighbours; found by trying it."""
-    start = torch.randn(4, 3, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            together = _trial(cls, options, start, steps=2)[0]
-            apart = _trial(cls, options, start, steps=2, split=True)[0]
-    except (RuntimeError, AssertionError, TypeError) as error:
-        if isinstance(error, TypeError) and "unexpected keyword" in str(error):
-            raise
-        raise ValueError(f"{cls.__name__} cannot update rows one block at a time: {error}") from error
-    if not torch.allclose(together, apart, rtol=1e-9, atol=1e-12):
-        raise ValueError(
-            f"{cls.__name__} moves a row by what other rows hold (norms or factors of the whole matrix), but those are on other ranks "
-            "or not selected; use a class that treats elements apart for the head (SGD, Adam, AdamW, RMSprop, Adagrad), "
-            "and this one for the backbone"
-        )
-
-
 def _blocks(count: int, weight: Tensor) -> Iterator[tuple[int, int]]:
     """Row blocks of bounded size; one empty block where there are no rows, so that scalar state moves on as on other ranks."""
     size = max(1, BLOCK_BYTES // max(1, weight[:1].nbytes if len(weight) else 1))
@@ -436,99 +372,3 @@ def _of_rows(value: Any, index: Tensor | None, a: int, b: int) -> Any:
     if isinstance(value, Tensor) and value.ndim:
         return _take(local_part(value), index, a, b)
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _is_row_state(value: Any, block: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape == block.shape
-
-
-@torch.no_grad()
-def clip_grad_norm_(
-    parameters: Iterable[Tensor] | Tensor, *heads: HasRows, max_norm: float, norm_type: float = 2.0, scaler: Any = None
-) -> Tensor:
-    """Clip the gradients of replicated parameters and sharded heads by their one global norm, and return that norm (before clipping).
-
-    It also judges the step, as `check_gradients` does: if a loss, or the norm, is not finite on any rank, NonFiniteError is raised on all,
-    or `head.skipped` becomes True on all and the gradients are forgotten. With a GradScaler, call it after unscale_().
-
-    Args:
-        parameters: of the backbone, replicated (counted once) or FSDP2's DTensors (summed over their shards); any that belong to `heads`
-            are left out.
-        heads: every `PartialFC` and `CenterLoss` of the step; their shards' norms are summed over the ranks, with one small collective a
-            head (and one more on a 2-D mesh), which also carries what is not finite.
-        scaler: the GradScaler, if there is one, so that its optimizers skip a step together.
-
-    One wait for the device, and none if every head has on_nonfinite="log" or looks no more (validate).
-    """
-    plain, judged = nonfinite.others(parameters, heads), any(head._watches for head in heads)
-    norms, flags = gradient_norms(plain, heads, norm_type, judged)
-    if not norms:
-        return torch.tensor(0.0)
-    device = norms[0].device
-    total = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
-    if flags is not None:
-        flags[0] += (~total.isfinite()).to(flags)
-        if not nonfinite.decide(heads, flags, plain, scaler):
-            return total
-    factor = (max_norm / (total + 1e-6)).clamp_(max=1.0)
-    shared = [p for head in heads for p in head._rows.shared.values()]
-    carriers = [c for head in heads for c in head._rows.carriers]
-    for parameter in [*plain, *shared, *carriers]:
-        if parameter.grad is not None:
-            local_part(parameter.grad).mul_(factor.to(parameter.grad.device))
-    return total
-
-
-@torch.no_grad()
-def gradient_norms(
-    parameters: Iterable[Tensor] | Tensor, heads: Sequence[HasRows], norm_type: float, judged: bool
-) -> tuple[list[Tensor], Tensor | None]:
-    """(norms of all gradients, of each head's shards over the ranks; agreed flags of what is not finite, if `judged`).
-
-    Flags (gradient, loss) are 0 where nothing was found; the heads' own norms are not among them, since all ranks have those.
-    """
-    sharded = [head._rows for head in heads]
-    for rows in sharded:
-        if rows.live_optimizer is not None and rows.live_optimizer.update_in_backward:
-            raise RuntimeError("update_in_backward cannot be joined with clipping: rows moved before the norm was known")
-    plain = [*nonfinite.others(parameters, heads), *(p for rows in sharded for p in rows.shared.values())]
-    norms = [_norm(p.grad, norm_type) for p in plain if p.grad is not None]
-    flags = nonfinite.local_flags(heads, [~norm.isfinite() for norm in norms]) if judged else None
-    for rows in sharded:
-        local = [local_part(c.grad) for c in rows.carriers if c.grad is not None]
-        norm, flags = _norm_over_ranks(local, rows, norm_type, flags)
-        norms.append(norm)
-    return norms, flags
-
-
-def _norm(grad: Tensor, norm_type: float) -> Tensor:
-    """The norm of one gradient over all its shards, float64; half precision is summed in float32."""
-    low = grad.dtype in HALF
-    norm = torch.linalg.vector_norm(grad, norm_type, dtype=torch.float32 if low else None)
-    if isinstance(norm, DTensor):
-        with naming_the_missing(NORM):
-            norm = norm.full_tensor()
-    return norm.double()
-
-
-def _norm_over_ranks(grads: list[Tensor], rows: ShardedRows, norm_type: float, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(norm of all shards; the flags of any rank of the head), by one collective, and one more between replicas if there are flags."""
-    ranks, device = rows.shards.ranks, local_part(next(iter(rows.parameters.values()))).device
-    parts = [_norm(g, norm_type) for g in grads if g.numel()]
-    norm = torch.linalg.vector_norm(torch.stack(parts), norm_type) if parts else torch.zeros((), dtype=torch.float64, device=device)
-    if ranks.group is None:
-        return norm, flags
-    largest = math.isinf(norm_type)
-    own = norm if largest else norm.pow(norm_type)
-    if flags is not None:  # a maximum may lose a NaN, which flags do not
-        flags = torch.stack((flags[0] + (~own.isfinite()).to(flags), flags[1])).to(device)
-    numbers = own[None] if flags is None else torch.cat((own[None], flags))
-    with naming_the_missing(NORM, ranks.group):
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=ranks.group)
-    if flags is not None and ranks.replica_group is not None:
-        flags = numbers[1:].contiguous()
-        with naming_the_missing(NORM, ranks.replica_group):
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.replica_group)
-    elif flags is not None:
-        flags = numbers[1:]
-    return numbers[0] if largest else numbers[0].pow(1 / norm_type), flags

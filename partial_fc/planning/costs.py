@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from partial_fc.batch import Status
+from partial_fc.batch_status import Status
 from partial_fc.head import DEFAULT_LOGITS_BUDGET
-from partial_fc.optim.row_optimizer import BLOCK_BYTES, HALF, LowPrecision, _check_rows_apart, _initial_state
+from partial_fc.optim.optimizer_class import _check_rows_apart, _initial_state
+from partial_fc.optim.row_optimizer import BLOCK_BYTES, HALF, LowPrecision
 from partial_fc.sampling import window_size
 from partial_fc.shards import INIT_BLOCK, shard_bounds
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes, tile_rows

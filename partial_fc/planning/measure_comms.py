@@ -26,7 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.batch import NO_LABEL, Ranks, Status, _exchange_payload, all_gather, all_gather_mesh, start_reduce_scatter
+from partial_fc.batch import _exchange_payload
+from partial_fc.batch_status import NO_LABEL, Status
+from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, start_reduce_scatter
 from partial_fc.head import PartialFC
 from partial_fc.planning.costs import Collective, Sizes, collectives, sizes
 from partial_fc.planning.plan import size

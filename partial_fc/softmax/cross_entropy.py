@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from partial_fc.batch import all_gather, on_each_loss, start_reduce_scatter
+from partial_fc.batch import on_each_loss
 from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import all_gather, start_reduce_scatter
 from partial_fc.margins.base import Positives
 from partial_fc.softmax.tiles import (
     Measured,

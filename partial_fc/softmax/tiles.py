@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partial_fc.batch import GlobalBatch, Ranks
+from partial_fc.batch import GlobalBatch
+from partial_fc.distributed.ranks import Ranks
 from partial_fc.margins.base import Margin
 from partial_fc.softmax.workspace import Workspace
 

@@ -22,27 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from partial_fc.centers import CenterLoss
 from partial_fc.head import PartialFC
-from partial_fc.margins.base import (
-    AdaFace,
-    AdaptiveMargin,
-    ArcFace,
-    CombinedMargin,
-    CosFace,
-    CurricularFace,
-    ElasticFace,
-    MagFace,
-    Margin,
-    NormFace,
-    Softmax,
-    SphereFace,
-    SphereFace2,
-    SubCenterArcFace,
-)
+from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
+from partial_fc.margins.base import Margin
+from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.backbones.weights import load_weights
-from partial_fc.training.data import DataConfig, IdentityDataset
+from partial_fc.training.data import DataConfig
 from partial_fc.training.data.augment import AugmentConfig
-from partial_fc.training.data.samplers import Sampler, make_sampler
 from partial_fc.training.errors import UserError
 from partial_fc.training.optimizers import OptimizerConfig
 from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig
@@ -407,16 +393,6 @@ class RunConfig:
     def micro_batch(self) -> int:
         """Images of a global micro-batch."""
         return self.train.batch_size // self.train.accumulation
-
-    def make_sampler(self, dataset: IdentityDataset) -> Sampler:
-        """The order of the training images; UserError if there is none in batches of that size."""
-        from partial_fc.training.mixing import MixedIdentities, MixedSampler
-
-        settings = {"images_per_identity": self.data.images_per_identity, "class_exponent": self.data.class_exponent}
-        make: Callable[[Tensor, int, int], Sampler] = partial(make_sampler, self.data.sampler, **settings)  # type: ignore[arg-type]
-        if isinstance(dataset, MixedIdentities):
-            return MixedSampler(dataset, self.micro_batch, self.seed, make)
-        return make(dataset.labels, self.micro_batch, self.seed)
 
     def check(self) -> None:
         """UserError for values that no run can have."""

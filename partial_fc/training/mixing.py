@@ -15,7 +15,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,15 +24,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from partial_fc import GlobalBatch, PartialFC, RowOptimizer
+from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset, open_data
 from partial_fc.training.data.augment import stream_key
 from partial_fc.training.data.decode import Pixels
 from partial_fc.training.data.labels import LabelMap
-from partial_fc.training.data.samplers import Integers, Sampler
+from partial_fc.training.data.samplers import Integers, Sampler, make_sampler
 from partial_fc.training.errors import UserError
-
-if TYPE_CHECKING:
-    from partial_fc.training.config import RunConfig
 
 MAIN = "main"
 
@@ -208,3 +207,12 @@ def mixed(config: RunConfig, train: IdentityDataset) -> IdentityDataset:
     together = MixedIdentities(sets, [1.0, *(asked.weight for asked in config.data.mix)])
     together.label_maps = maps
     return together
+
+
+def sampler_of(config: RunConfig, dataset: IdentityDataset) -> Sampler:
+    """The order of the training images; UserError if there is none in batches of the size that `config` says."""
+    settings = {"images_per_identity": config.data.images_per_identity, "class_exponent": config.data.class_exponent}
+    make: Callable[[Tensor, int, int], Sampler] = partial(make_sampler, config.data.sampler, **settings)  # type: ignore[arg-type]
+    if isinstance(dataset, MixedIdentities):
+        return MixedSampler(dataset, config.micro_batch, config.seed, make)
+    return make(dataset.labels, config.micro_batch, config.seed)

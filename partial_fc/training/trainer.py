@@ -33,7 +33,7 @@ from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.faults import Faults
 from partial_fc.training.interval import check_metric, direction, figures_of, is_due, undisturbed
 from partial_fc.training.micro_batches import MicroBatches, Progress
-from partial_fc.training.mixing import ExtraHeads, MixedIdentities, mixed
+from partial_fc.training.mixing import ExtraHeads, MixedIdentities, mixed, sampler_of
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import open_tasks
 from partial_fc.training.ranks import launcher_is_gone
@@ -175,7 +175,7 @@ class Trainer:
             config.data,
             self.accelerator,
             batch_size=config.micro_batch,
-            sampler=config.make_sampler(self.data.train),
+            sampler=sampler_of(config, self.data.train),
             seed=config.seed,
             augment=config.augment,
         )

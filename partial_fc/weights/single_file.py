@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.batch import Ranks, all_gather_mesh
 from partial_fc.centers import CenterLoss
 from partial_fc.checkpoint.layout import RowSource, SafeReader, block_rows, read
 from partial_fc.checkpoint.manifest import MANIFEST, read_manifest
 from partial_fc.checkpoint.save_load import stored_tensors
 from partial_fc.distributed.agreement import on_every_rank
+from partial_fc.distributed.ranks import Ranks, all_gather_mesh
 from partial_fc.head import PartialFC
 from partial_fc.optim.row_optimizer import MASTER, RowOptimizer
 from partial_fc.sharded import log

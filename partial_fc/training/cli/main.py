@@ -38,7 +38,7 @@ try:
     from partial_fc.training.data.packed import is_packed, packed_splits
     from partial_fc.training.errors import Preempted, UserError
     from partial_fc.training.interval import check_metric, direction
-    from partial_fc.training.mixing import mixed
+    from partial_fc.training.mixing import mixed, sampler_of
     from partial_fc.training.protocols.tasks import image_shape, open_tasks
     from partial_fc.training.ranks import check_devices, find_ranks, speaks
     from partial_fc.training.report.compare import report_command
@@ -159,7 +159,7 @@ def train(arguments: list[str]) -> None:
         data.check_evaluation()
         check_metric(config.evaluation, list(data.evaluation), open_tasks(config.evaluation, data.train.image_shape))
         config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights)
-        if config.make_sampler(mixed(config, data.train)).length < config.train.batch_size:
+        if sampler_of(config, mixed(config, data.train)).length < config.train.batch_size:
             raise UserError(f"{len(data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
         print(f"settings, data and folder are fine: {len(data.train):,} images of {data.train.num_identities:,} identities")
         return

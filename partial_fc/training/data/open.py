@@ -5,7 +5,7 @@
     *.parquet, save_to_disk Hugging Face    hugging_face.py     of files that are of several splits, those of one: splits.py
     a text file             a list          list_file.py
     sub-folders of images   a folder        folder.py
-    packed.json             a packed set    packed.py, beside this package: what `partial-fc data glyphs` makes
+    packed.json             a packed set    packed.py: what `partial-fc data glyphs` makes
 
 `open_data` turns a DataConfig into the training set and the sets to evaluate on. Their order depends on names and seed alone, so every rank
 sees the same.
@@ -27,6 +27,7 @@ from partial_fc.training.data.hugging_face import ParquetIdentities
 from partial_fc.training.data.labels import LabelMap, with_enough_images
 from partial_fc.training.data.list_file import ListIdentities
 from partial_fc.training.data.mixed_set import Format
+from partial_fc.training.data.packed import is_packed, open_packed
 from partial_fc.training.data.recordio import RecordIdentities
 from partial_fc.training.data.splits import choose_split
 from partial_fc.training.data.tar_shards import TarIdentities
@@ -172,7 +173,6 @@ def open_data(config: DataConfig, seed: int) -> DataSplits:
         train = GlyphIdentities("train", config.identities)
         with_enough_images(range(train.num_identities), train.labels, config.min_images)  # all have as many: all or none
         return DataSplits(train, {"seen": GlyphIdentities("seen"), "new": GlyphIdentities("new")})
-    from partial_fc.training.data.packed import is_packed, open_packed
 
     if is_packed(config.folder):
         return open_packed(config)

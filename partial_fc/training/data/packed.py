@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from partial_fc.training.data import DataConfig, DataSplits, IdentityDataset, enough
+from partial_fc.training.data.dataset import DataConfig, DataSplits, IdentityDataset, enough
 from partial_fc.training.data.labels import LabelMap, with_enough_images
 from partial_fc.training.errors import UserError
 
