@@ -41,7 +41,9 @@ INSPECTIONS = 100
 MARK = 1.0  # per cent of a step, at most
 
 
-def step_of(head: PartialFC, optimizer: RowOptimizer, validate: str, clipped: bool, x: Tensor, labels: Tensor) -> Callable[[], None]:
+def step_of(
+    head: PartialFC, optimizer: RowOptimizer, validate: str, clipped: bool, x: Tensor, labels: Tensor
+) -> Callable[[], None]:
     """A step of the head, which serves all of them in turn, so that memory is one head's."""
 
     def step() -> None:
@@ -56,7 +58,9 @@ def step_of(head: PartialFC, optimizer: RowOptimizer, validate: str, clipped: bo
     return step
 
 
-def times(classes: int, width: int, samples: int, watched: int, repetitions: int) -> dict[str, list[tuple[float, float]]]:
+def times(
+    classes: int, width: int, samples: int, watched: int, repetitions: int
+) -> dict[str, list[tuple[float, float]]]:
     """On one rank: seconds of every thing."""
     world, rank = dist.get_world_size(), dist.get_rank()
     head = PartialFC(width, classes)
@@ -122,10 +126,14 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for title, of, over, times_each, less, mark in lines:
             shares = [
-                100 * (ratio(getattr(found[of], kind), getattr(found[over], kind)) / times_each - float(less)) for kind in ("wall", "cpu")
+                100 * (ratio(getattr(found[of], kind), getattr(found[over], kind)) / times_each - float(less))
+                for kind in ("wall", "cpu")
             ]
             cells = [title, f"{asked.num_classes:,}", str(asked.width), str(asked.samples), str(world)]
-            cells += [f"{share:.2f}" for share in shares] + [f"{1e3 * found[over].seconds:.1f}", "" if mark is None else str(mark)]
+            cells += [f"{share:.2f}" for share in shares] + [
+                f"{1e3 * found[over].seconds:.1f}",
+                "" if mark is None else str(mark),
+            ]
             print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -117,7 +117,9 @@ def ours(work: Work, group: dist.ProcessGroup | None = None) -> tuple[Trained, P
         with torch.autocast("cpu", torch.bfloat16, enabled=work.bf16):
             return head(x, labels)
 
-    return trained(loss, *batch(work, dist.get_world_size(group), dist.get_rank(group)), optimizer, head.parameters), head
+    return trained(
+        loss, *batch(work, dist.get_world_size(group), dist.get_rank(group)), optimizer, head.parameters
+    ), head
 
 
 def floor(N: int, S: int, D: int, dtype: torch.dtype = torch.float32) -> Callable[[], None]:

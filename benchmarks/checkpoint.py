@@ -46,7 +46,9 @@ def build(classes: int, width: int, sample_rate: float = 1.0) -> tuple[PartialFC
 
 
 def shard_bytes(head: PartialFC, optimizer: RowOptimizer) -> int:
-    return local_bytes([head.weight, *(v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))])
+    return local_bytes(
+        [head.weight, *(v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))]
+    )
 
 
 def tensors_of(head: PartialFC, optimizer: RowOptimizer) -> dict[str, torch.Tensor]:
@@ -168,14 +170,32 @@ def measure(folder: Path, classes: int, width: int, repetitions: int) -> tuple[l
         shard, peak = max(found, key=lambda pair: pair[1])
         title = "two asynchronous saves" if what == "async save" else what
         limit = None if what == "async save" else 0.1
-        rows.append(row(f"memory of {title}, over the shard", peak / shard, "×", limit, f"{peak / MIB:.1f} MiB of {shard / MIB:.0f}"))
+        rows.append(
+            row(
+                f"memory of {title}, over the shard",
+                peak / shard,
+                "×",
+                limit,
+                f"{peak / MIB:.1f} MiB of {shard / MIB:.0f}",
+            )
+        )
     shutil.rmtree(folder / "memory")
     stepped = run_ranks(2, steps, str(folder / "steps"), classes, width, repetitions)
     raw["steps"] = {name: slowest(stepped, name) for name in stepped[0]}
     medians = {name: statistics.median(values) for name, values in raw["steps"].items()}
     note = ", ".join(f"{name} {value:.2f} s" for name, value in medians.items())
-    rows.append(row("a step while a save is under way, over a step", medians["step during save"] / medians["step"], "×", None, note))
-    rows.append(row("the call of an asynchronous save, over a step", medians["call of save"] / medians["step"], "×", None))
+    rows.append(
+        row(
+            "a step while a save is under way, over a step",
+            medians["step during save"] / medians["step"],
+            "×",
+            None,
+            note,
+        )
+    )
+    rows.append(
+        row("the call of an asynchronous save, over a step", medians["call of save"] / medians["step"], "×", None)
+    )
     shutil.rmtree(folder / "steps")
     return rows, raw
 

@@ -128,7 +128,12 @@ def measure(work: Work, seed: int) -> dict[str, Any]:
         for look in work.looks:
             losses += model.train(data, work, seed + 100, look - len(losses), skip=len(losses))
             accuracies.append(model.accuracy(data, work.before))
-        found[start] = {"losses": losses, "accuracies": accuracies, "length_before": lengths[0], "length_new": lengths[1]}
+        found[start] = {
+            "losses": losses,
+            "accuracies": accuracies,
+            "length_before": lengths[0],
+            "length_new": lengths[1],
+        }
     return found
 
 

@@ -94,7 +94,9 @@ def walk(batches: Iterable[Any], count: int) -> Callable[[], None]:
     return run
 
 
-def feeding_times(folder: str, formats: list[str], batch_size: int, workers: int, repetitions: int) -> dict[str, list[tuple[float, float]]]:
+def feeding_times(
+    folder: str, formats: list[str], batch_size: int, workers: int, repetitions: int
+) -> dict[str, list[tuple[float, float]]]:
     """(wall, cpu) seconds of every pass, by format; in one process."""
     pictures = Pillow(Path(folder) / "folder")
     loader: DataLoader[Any] = DataLoader(pictures, batch_size=batch_size, shuffle=True, num_workers=workers)

@@ -71,10 +71,26 @@ def run(rate: float, asked: argparse.Namespace, images: int) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     epochs, rest = divmod(asked.steps, images // asked.batch_size)
     if rest:
-        raise SystemExit(f"--steps {asked.steps} is no whole number of epochs; give a multiple of {images // asked.batch_size}")
+        raise SystemExit(
+            f"--steps {asked.steps} is no whole number of epochs; give a multiple of {images // asked.batch_size}"
+        )
     command = [*LAUNCH, "train", str(ROOT / "configs/quickstart.yaml"), "--data.folder", str(asked.data)]
-    command += ["--data.identities", str(asked.identities), "--head.sample_rate", str(rate), "--train.epochs", str(epochs)]
-    command += ["--train.batch_size", str(asked.batch_size), "--optimizer.lr", str(asked.lr), "--output.folder", str(folder)]
+    command += [
+        "--data.identities",
+        str(asked.identities),
+        "--head.sample_rate",
+        str(rate),
+        "--train.epochs",
+        str(epochs),
+    ]
+    command += [
+        "--train.batch_size",
+        str(asked.batch_size),
+        "--optimizer.lr",
+        str(asked.lr),
+        "--output.folder",
+        str(folder),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr)
     try:
         peak = peak_private_memory(process)
@@ -92,7 +108,9 @@ def run(rate: float, asked: argparse.Namespace, images: int) -> dict[str, Any]:
         "steps": metrics["training"]["steps"],
         "seconds_per_step": metrics["training"]["seconds"] / metrics["training"]["steps"],
         "peak_private_mib": peak,
-        "sets": {e["name"]: {**{far: e["tar"][far] for far in FARS}, "rank1": e["rank1"]} for e in metrics["evaluations"]},
+        "sets": {
+            e["name"]: {**{far: e["tar"][far] for far in FARS}, "rank1": e["rank1"]} for e in metrics["evaluations"]
+        },
     }
     kept.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
@@ -100,11 +118,17 @@ def run(rate: float, asked: argparse.Namespace, images: int) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     sets = list(rows[0]["sets"])
-    names = [f"{each}, {'rank-1' if figure == 'rank1' else f'TAR @ FAR {figure}'}" for each in sets for figure in (*FARS, "rank1")]
+    names = [
+        f"{each}, {'rank-1' if figure == 'rank1' else f'TAR @ FAR {figure}'}"
+        for each in sets
+        for figure in (*FARS, "rank1")
+    ]
     lines = [f"| r | {' | '.join(names)} | seconds a step | peak memory of a rank |", "|---" * (len(names) + 3) + "|"]
     for row in rows:
         cells = [_share(row["sets"][each][figure]) for each in sets for figure in (*FARS, "rank1")]
-        lines.append(f"| {row['rate']:g} | {' | '.join(cells)} | {row['seconds_per_step']:.3f} | {row['peak_private_mib']:,.0f} MiB |")
+        lines.append(
+            f"| {row['rate']:g} | {' | '.join(cells)} | {row['seconds_per_step']:.3f} | {row['peak_private_mib']:,.0f} MiB |"
+        )
     first = rows[0]
     budget = f"{first['identities']:,} identities, {first['images']:,} images, {first['steps']:,} steps of {first['settings'][2]}, 2 ranks."
     return "\n".join(lines) + f"\n\n{budget}\n"
@@ -126,7 +150,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             values = [row["sets"].get(each, {}).get(key) for row in rows]
             if None not in values:
                 accuracy.plot(rates, values, f"o{line}", color=color, label=f"{each}: {name}")
-    accuracy.set(xlabel="sample rate r", ylabel="share", title="on identities never trained on", xscale="log", xticks=rates)
+    accuracy.set(
+        xlabel="sample rate r", ylabel="share", title="on identities never trained on", xscale="log", xticks=rates
+    )
     accuracy.set_xticklabels([f"{rate:g}" for rate in rates])
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     places = range(len(rows))

@@ -49,7 +49,9 @@ def measure(quick: bool) -> dict[str, dict[str, Any]]:
     """Sweep name -> what against, sizes, seconds a step, slopes, raw times."""
     share = 100 if quick else 1
     small = {"D": 32, "repetitions": 3} if quick else {}
-    per_class, per_sample, per_rank = (replace(w, N=min(w.N, 64), **small) if quick else w for w in (PER_CLASS, PER_SAMPLE, PER_RANK))
+    per_class, per_sample, per_rank = (
+        replace(w, N=min(w.N, 64), **small) if quick else w for w in (PER_CLASS, PER_SAMPLE, PER_RANK)
+    )
     classes = [c // share for c in CLASSES]
     samples = [n // 8 for n in SAMPLES] if quick else list(SAMPLES)
     by_class = over_ranks(run_ranks(2, sweep, [(c, replace(per_class, C=c)) for c in classes]))

@@ -67,7 +67,10 @@ class Bench:
         return self._memory(work)
 
     def peers(self) -> list[Row]:
-        exact, sampled = self.size(Work(512, 100_000, 512, 1.0, repetitions=5)), self.size(Work(512, 200_000, 512, 0.1, repetitions=15))
+        exact, sampled = (
+            self.size(Work(512, 100_000, 512, 1.0, repetitions=5)),
+            self.size(Work(512, 200_000, 512, 0.1, repetitions=15)),
+        )
         return self._peers(exact, list(peers.BUILDERS)) + self._peers(sampled, list(peers.SAMPLING))
 
     def growth(self) -> list[Row]:
@@ -83,7 +86,10 @@ class Bench:
         answers = run_ranks(2, time_steps, works, self.with_profile)
         times = over_ranks([answer["times"] for answer in answers])
         first, rows = works["ours"], []
-        for name, other, bound in (("ours", "floor", limit), *(("ours", other, limit_of_others) for other in works if other != "ours")):
+        for name, other, bound in (
+            ("ours", "floor", limit),
+            *(("ours", other, limit_of_others) for other in works if other != "ours"),
+        ):
             a, b = times[name], times[other]
             note = (
                 f"{a.seconds * 1e3:.1f} ms to {b.seconds * 1e3:.1f}; of processor time {ratio(a.cpu, b.cpu):.2f}, "
@@ -129,7 +135,19 @@ class Bench:
             )
             figures = {"peer": name, "workload": str(work), "seconds": took.seconds, "held_mib": held, "step_mib": step}
             value = ratio(took.wall, reference.wall)
-            rows.append(_row(f"{work}: {name}", "× ours", value, None, note, **figures, wall=took.wall, cpu=took.cpu, raw=used[name]))
+            rows.append(
+                _row(
+                    f"{work}: {name}",
+                    "× ours",
+                    value,
+                    None,
+                    note,
+                    **figures,
+                    wall=took.wall,
+                    cpu=took.cpu,
+                    raw=used[name],
+                )
+            )
         return rows
 
 
@@ -145,7 +163,9 @@ def machine() -> dict[str, Any]:
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     packages = ("torch", "numpy", "pytorch-metric-learning")
     versions = {name: metadata.version(name) for name in packages if any(metadata.distributions(name=name))}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     return {
         "cpu": cpu,
         "processors": len(os.sched_getaffinity(0)),
@@ -160,8 +180,12 @@ def machine() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--quick", action="store_true", help="sizes at which everything runs in a moment and figures say nothing")
-    parser.add_argument("--profile", action="store_true", help="print the five largest operations of every case that misses its mark")
+    parser.add_argument(
+        "--quick", action="store_true", help="sizes at which everything runs in a moment and figures say nothing"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="print the five largest operations of every case that misses its mark"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)

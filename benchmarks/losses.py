@@ -93,7 +93,9 @@ class Run:
         """UserError if the folder holds a run with other settings."""
         saved = self.folder.path / CONFIG
         if saved.exists():
-            now, before = (to_config(train_parser(), ["--config", *c]) for c in ([QUICKSTART, *self.arguments], [str(saved)]))
+            now, before = (
+                to_config(train_parser(), ["--config", *c]) for c in ([QUICKSTART, *self.arguments], [str(saved)])
+            )
             check_resumes(now, before, str(self.folder.path))
 
     def start(self) -> None:
@@ -150,7 +152,9 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
                 values = _values(row, split, far)
                 axes.plot(values, [place] * len(values), "o", color=color, markersize=4, alpha=0.45, markeredgewidth=0)
                 label = f"{split}: a dot a seed, a diamond for their mean" if not place else None
-                axes.plot(statistics.mean(values), place, "D", color=color, markersize=6, markeredgecolor="white", label=label)
+                axes.plot(
+                    statistics.mean(values), place, "D", color=color, markersize=6, markeredgecolor="white", label=label
+                )
         axes.set_xlabel(f"TAR @ FAR {far}")
         axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -176,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--only", nargs="+", choices=tuple(LOSSES), default=list(LOSSES), metavar="NAME", help=", ".join(LOSSES))
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(LOSSES), default=list(LOSSES), metavar="NAME", help=", ".join(LOSSES)
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/losses"))
     asked = parser.parse_args(arguments)
     out = asked.out.absolute()
@@ -190,7 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{len(runs) - len(left)} of {len(runs)} runs are finished in {out}", file=sys.stderr)
     began = time.monotonic()
     for done, run in enumerate(left):
-        minutes = f", about {(time.monotonic() - began) / done * (len(left) - done) / 60:.0f} minutes left" if done else ""
+        minutes = (
+            f", about {(time.monotonic() - began) / done * (len(left) - done) / 60:.0f} minutes left" if done else ""
+        )
         print(f"== {done + 1} of {len(left)}: {LOSSES[run.name].title}, seed {run.seed}{minutes}", file=sys.stderr)
         run.start()
         write(asked.seeds, asked.epochs, out)

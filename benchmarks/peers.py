@@ -84,7 +84,9 @@ class ShardedSoftmax(torch.autograd.Function):
 class TextbookPartialFC(nn.Module):
     """ArcFace over class rows that are split over ranks, with sampled negatives; the number of classes is divisible by the ranks."""
 
-    def __init__(self, embedding_size: int, num_classes: int, sample_rate: float, scale: float = 64.0, margin: float = 0.5) -> None:
+    def __init__(
+        self, embedding_size: int, num_classes: int, sample_rate: float, scale: float = 64.0, margin: float = 0.5
+    ) -> None:
         super().__init__()
         self.scale, self.margin = scale, margin
         self.local = num_classes // dist.get_world_size()

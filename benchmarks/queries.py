@@ -83,7 +83,10 @@ def nearest_times(classes: int, width: int, repetitions: int) -> dict[str, list[
     blocks = spans(len(rows), math.isqrt(DEFAULT_TILE_BYTES // 4))
     whole = [(a, b) for _ in range(world) for b in blocks for a in blocks]
     once = [(a, b) for a, b in whole if b.start >= a.start]
-    things = {"product": walk(rows, rows, once if world == 1 else whole, False), "ours": lambda: head.nearest_classes(K)}
+    things = {
+        "product": walk(rows, rows, once if world == 1 else whole, False),
+        "ours": lambda: head.nearest_classes(K),
+    }
     if world == 1:
         things["all products"] = walk(rows, rows, whole, False)
     things["torch.topk"] = walk(rows, rows, whole, True)
@@ -112,21 +115,34 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--classes", type=int, default=200_000, help="of topk (D = 512)")
     parser.add_argument("--nearest_classes", type=int, default=100_000, help="of nearest_classes")
-    parser.add_argument("--nearest_width", type=int, default=128, help="D of nearest_classes; 512 takes four times as long")
+    parser.add_argument(
+        "--nearest_width", type=int, default=128, help="D of nearest_classes; 512 takes four times as long"
+    )
     parser.add_argument("--repetitions", type=int, default=3, help="of nearest_classes; topk has three times as many")
     parser.add_argument("--only", choices=("topk", "nearest_classes"), default=None)
     asked = parser.parse_args(arguments)
     width, queries = 512, QUERIES
     if asked.quick:
-        asked.classes, asked.nearest_classes, asked.nearest_width, asked.repetitions, width, queries = 3000, 1500, 16, 1, 16, 32
+        asked.classes, asked.nearest_classes, asked.nearest_width, asked.repetitions, width, queries = (
+            3000,
+            1500,
+            16,
+            1,
+            16,
+            32,
+        )
     lines = [HEADING]
     for world in asked.worlds:
         if asked.only != "nearest_classes":
             times = over_ranks(run_ranks(world, topk_times, asked.classes, width, queries, 3 * asked.repetitions))
             lines.append(line(f"topk, {queries:,} embeddings, k = {K}", asked.classes, width, world, times))
         if asked.only != "topk":
-            taken = run_ranks(world, nearest_times, asked.nearest_classes, asked.nearest_width, asked.repetitions, timeout=7200)
-            lines.append(line(f"nearest_classes, k = {K}", asked.nearest_classes, asked.nearest_width, world, over_ranks(taken)))
+            taken = run_ranks(
+                world, nearest_times, asked.nearest_classes, asked.nearest_width, asked.repetitions, timeout=7200
+            )
+            lines.append(
+                line(f"nearest_classes, k = {K}", asked.nearest_classes, asked.nearest_width, world, over_ranks(taken))
+            )
     print("\n".join(lines))
 
 

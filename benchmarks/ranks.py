@@ -31,13 +31,17 @@ import torch.distributed as dist
 PRELOADED = ["torch", "torch._dynamo", "torch.distributed.tensor.parallel", "torch.nn.parallel", "partial_fc"]
 
 
-def _serve(rank: int, world: int, store: str, pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _serve(
+    rank: int, world: int, store: str, pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=300))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=300)
+        )
         result = function(*arguments)
         dist.barrier()
         dist.destroy_process_group()
@@ -64,7 +68,9 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
         for rank in range(world):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world, os.path.join(folder, "store"), there, function, arguments), daemon=True
+                target=_serve,
+                args=(rank, world, os.path.join(folder, "store"), there, function, arguments),
+                daemon=True,
             )
             process.start()
             there.close()
@@ -109,7 +115,9 @@ class Times:
         return statistics.median(self.wall)
 
 
-def interleaved(things: Mapping[str, Callable[[], Any]], repetitions: int, warm_up: int = 2) -> dict[str, list[tuple[float, float]]]:
+def interleaved(
+    things: Mapping[str, Callable[[], Any]], repetitions: int, warm_up: int = 2
+) -> dict[str, list[tuple[float, float]]]:
     """(wall, cpu) seconds of every repetition of every thing on this rank; the ranks meet at a barrier before each."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in things}
     for i in range(-warm_up, repetitions):
@@ -130,7 +138,9 @@ def over_ranks(taken: list[dict[str, list[tuple[float, float]]]]) -> dict[str, T
     times = {}
     for name in taken[0]:
         each = list(zip(*(rank[name] for rank in taken), strict=True))
-        times[name] = Times([max(wall for wall, _ in ranks) for ranks in each], [sum(cpu for _, cpu in ranks) for ranks in each])
+        times[name] = Times(
+            [max(wall for wall, _ in ranks) for ranks in each], [sum(cpu for _, cpu in ranks) for ranks in each]
+        )
     return times
 
 
@@ -146,7 +156,12 @@ def profile(thing: Callable[[], Any], steps: int = 3, memory: bool = False) -> l
         for _ in range(steps):
             thing()
     rows = [
-        {"op": e.key, "ms": e.self_cpu_time_total / 1e3 / steps, "calls": e.count / steps, "bytes": e.self_cpu_memory_usage / steps}
+        {
+            "op": e.key,
+            "ms": e.self_cpu_time_total / 1e3 / steps,
+            "calls": e.count / steps,
+            "bytes": e.self_cpu_memory_usage / steps,
+        }
         for e in profiler.key_averages()
     ]
     return sorted(rows, key=lambda row: -row["bytes" if memory else "ms"])[:12]

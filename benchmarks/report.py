@@ -38,11 +38,19 @@ def profiles(rows: Sequence[Row], count: int = 5) -> str:
     """The largest operations of the cases that miss their mark, by their own time (memory cases: by what they allocate)."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows if missed(row)):
-        for name, operations in next((row["profiles"] for row in rows if row["case"] == case and row.get("profiles")), {}).items():
-            lines += [f"{case}, {name}:", "", "| operation | ms a step | calls a step | MiB allocated a step |", "|---|---|---|---|"]
-            lines += [f"| {op['op']} | {op['ms']:.2f} | {op['calls']:.0f} | {op['bytes'] / 2**20:.1f} |" for op in operations[:count]] + [
-                ""
+        for name, operations in next(
+            (row["profiles"] for row in rows if row["case"] == case and row.get("profiles")), {}
+        ).items():
+            lines += [
+                f"{case}, {name}:",
+                "",
+                "| operation | ms a step | calls a step | MiB allocated a step |",
+                "|---|---|---|---|",
             ]
+            lines += [
+                f"| {op['op']} | {op['ms']:.2f} | {op['calls']:.0f} | {op['bytes'] / 2**20:.1f} |"
+                for op in operations[:count]
+            ] + [""]
     return "\n".join(lines)
 
 
@@ -60,7 +68,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     if marks:
         _marks(figure.add_subplot(grid[0, 0]), marks)
     for i, workload in enumerate(workloads):
-        _peers(figure.add_subplot(grid[0, i + bool(marks)]), workload, [row for row in rows if row.get("workload") == workload])
+        _peers(
+            figure.add_subplot(grid[0, i + bool(marks)]),
+            workload,
+            [row for row in rows if row.get("workload") == workload],
+        )
     for i, row in enumerate(sweeps):
         _sweep(figure.add_subplot(grid[lines - 1, i]), row)
     figure.savefig(path, dpi=110)
@@ -75,7 +87,9 @@ def _marks(axes: Axes, rows: Sequence[Row]) -> None:
         axes.text(max(share, 1), place, f"  {cell(row)} of {row['limit']:g}", va="center", fontsize=8)
     axes.axvline(1, color=MARK, linewidth=1.5)
     axes.set_xlim(0, 1.35 * max(1, *shares))
-    names = [row["case"] if "/ floor" in row["title"] or row["unit"] == "MiB" else f"{row['case']}, by C" for row in rows]
+    names = [
+        row["case"] if "/ floor" in row["title"] or row["unit"] == "MiB" else f"{row['case']}, by C" for row in rows
+    ]
     axes.set_yticks(places, [name.replace("_", " ") for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("share of what is allowed (line)")
@@ -91,10 +105,16 @@ def _peers(axes: Axes, workload: str, rows: Sequence[Row]) -> None:
     axes.barh(places, step, left=held, color=colors, height=0.6, label="more in a step")
     for place, row in zip(places, rows, strict=True):
         axes.text(
-            row["held_mib"] + row["step_mib"], place, f" {row['seconds'] * 1e3:.0f} ms ({row['value']:.1f} ×)", va="center", fontsize=8
+            row["held_mib"] + row["step_mib"],
+            place,
+            f" {row['seconds'] * 1e3:.0f} ms ({row['value']:.1f} ×)",
+            va="center",
+            fontsize=8,
         )
     axes.set_xlim(0, 1.35 * max(a + b for a, b in zip(held, step, strict=True)))
-    axes.set_yticks(places, [row["peer"].replace(" (", "\n(").replace(" ArcFaceLoss", "\nArcFaceLoss") for row in rows], fontsize=7)
+    axes.set_yticks(
+        places, [row["peer"].replace(" (", "\n(").replace(" ArcFaceLoss", "\nArcFaceLoss") for row in rows], fontsize=7
+    )
     axes.invert_yaxis()
     axes.set_xlabel("MiB a rank: weights and state (light), more in a step (dark)")
     axes.set_title(f"Time of a step and memory, {workload}", fontsize=10)

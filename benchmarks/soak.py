@@ -36,10 +36,16 @@ from soak_run import Disk, Launch, Watch, free_port, send
 
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")
 IN_PHASE = [f"killed in {phase}" for phase in PHASES]
-ASKED = {"asked, launcher SIGTERM": signal.SIGTERM, "asked, rank SIGTERM": signal.SIGTERM, "asked, rank SIGUSR1": signal.SIGUSR1}
+ASKED = {
+    "asked, launcher SIGTERM": signal.SIGTERM,
+    "asked, rank SIGTERM": signal.SIGTERM,
+    "asked, rank SIGUSR1": signal.SIGUSR1,
+}
 STOPS = {"killed": signal.SIGKILL, "killed at start": signal.SIGKILL, "slow": signal.SIGSTOP, "hung": signal.SIGSTOP}
 TIMEOUT, PATIENCE = 20, 30  # seconds: of the process group; of torchrun, between SIGTERM and SIGKILL
-MAY_TAKE = TIMEOUT + PATIENCE + 120  # from a fault to the next new step; the last is for starting, on a machine with other work
+MAY_TAKE = (
+    TIMEOUT + PATIENCE + 120
+)  # from a fault to the next new step; the last is for starting, on a machine with other work
 CHECKPOINT_STEPS = 10
 
 
@@ -57,7 +63,9 @@ class Soak:
         self.starts, self._told = 0, 0.0
         self._decks: dict[str, list[str]] = {"sent": [], "in phase": []}
         asked_ways = [self.random.choice(list(ASKED))] if self.quick else list(ASKED)
-        self.sent_kinds = ["killed", "slow", "hung", "full disk", *asked_ways] + ([] if self.quick else ["killed at start"])
+        self.sent_kinds = ["killed", "slow", "hung", "full disk", *asked_ways] + (
+            [] if self.quick else ["killed at start"]
+        )
         self.wanted = {*self.sent_kinds, *([] if self.quick else IN_PHASE)}  # what is to happen at least once
         self.armed_kinds = list(IN_PHASE)
         if not disk.real:
@@ -74,7 +82,9 @@ class Soak:
         numbers = sorted(chosen.sample(range(batches), max(2, batches // 30)))
         whole = {n: i % 2 == 0 for i, n in enumerate(numbers)}
         self.results.spoilt = (sum(whole.values()), len(numbers) - sum(whole.values()))
-        return ";".join(f"unreadable:data@batch={n},rank={chosen.randrange(2)}" + ("" if whole[n] else ",images=3") for n in numbers)
+        return ";".join(
+            f"unreadable:data@batch={n},rank={chosen.randrange(2)}" + ("" if whole[n] else ",images=3") for n in numbers
+        )
 
     def _launch(self, script: str, folder: Path, log: Path, *more: str, faults: str = "") -> Launch:
         small = ["--data.identities", "60", "--train.batch_size", "64"] if self.quick else []
@@ -129,12 +139,18 @@ class Soak:
     def over(self) -> bool:
         """Whether there are to be no more faults: the time is up, and all that can happen has happened."""
         happened = {fault.kind for fault in self.results.faults}
-        return time.monotonic() - self.began > 60 * self.minutes and happened >= self.wanted and bool(happened & set(IN_PHASE))
+        return (
+            time.monotonic() - self.began > 60 * self.minutes
+            and happened >= self.wanted
+            and bool(happened & set(IN_PHASE))
+        )
 
     def compare(self, watch: Watch, reference: Watch) -> None:
         mine, theirs = watch.rows(), reference.rows()
         if mine != theirs:
-            where = next((a["step"] for a, b in zip(mine, theirs, strict=False) if a != b), min(len(mine), len(theirs)) + 1)
+            where = next(
+                (a["step"] for a, b in zip(mine, theirs, strict=False) if a != b), min(len(mine), len(theirs)) + 1
+            )
             self.problem(f"{watch.folder.name} differs from the undisturbed run from step {where} on")
         figures = [json.loads((each.folder / "metrics.json").read_text()) for each in (watch, reference)]
         if figures[0]["evaluations"] != figures[1]["evaluations"]:
@@ -150,9 +166,16 @@ class Soak:
         """One start of a launcher until it ends; whether the run is complete."""
         self.starts += 1
         script = ("launch/torchrun.sh", "launch/torchrun_elastic.sh")[self.starts % 2]
-        variety = ["--data.workers", self.random.choice("01"), "--train.asynchronous_checkpoints", self.random.choice(["true", "false"])]
+        variety = [
+            "--data.workers",
+            self.random.choice("01"),
+            "--train.asynchronous_checkpoints",
+            self.random.choice(["true", "false"]),
+        ]
         faults = self.arm(rounds, watch.step, last)
-        launch = self._launch(script, watch.folder, self.out / f"round-{rounds}.log", "--start_or_resume", *variety, faults=faults)
+        launch = self._launch(
+            script, watch.folder, self.out / f"round-{rounds}.log", "--start_or_resume", *variety, faults=faults
+        )
         restarts, lost, since, due = 0, 0, time.monotonic(), None
         if self.armed is None and self.open is None and not self.over() and self.next_of("sent") == "killed at start":
             due = since + self.random.uniform(1, 8)
@@ -222,7 +245,9 @@ class Soak:
     def restarted(self, what: str, watch: Watch, launch: Launch) -> None:
         self.results.restarts += 1
         if self.open is None or self.open.kind == "slow":
-            self.problem(f"{what} at step {watch.step}, without a fault that explains it (open: {self.open or 'none'})", launch)
+            self.problem(
+                f"{what} at step {watch.step}, without a fault that explains it (open: {self.open or 'none'})", launch
+            )
             return
         self.open.restarts += 1
         self.open.saved |= launch.asked
@@ -310,8 +335,12 @@ class Soak:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train under a fault injector; compare with a run that nothing disturbed.")
-    parser.add_argument("--minutes", type=float, default=60, help="how long; below 10, at a size that says nothing of the metric")
+    parser = argparse.ArgumentParser(
+        description="Train under a fault injector; compare with a run that nothing disturbed."
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="how long; below 10, at a size that says nothing of the metric"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--epochs", type=int, default=None, help="of the run (one a minute, at least 12, if not given)")
     parser.add_argument("--out", default="runs/soak", help="where the report goes; must not exist")

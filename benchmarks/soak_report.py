@@ -56,20 +56,33 @@ class Results:
 
 def table(faults: list[Fault]) -> str:
     """A row a kind, and their sum."""
-    heads = ("fault", "injected", "survived", "restarts", "steps lost, most of one", "seconds to the next new step: median, most")
+    heads = (
+        "fault",
+        "injected",
+        "survived",
+        "restarts",
+        "steps lost, most of one",
+        "seconds to the next new step: median, most",
+    )
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for kind in [*sorted({fault.kind for fault in faults}), "all"]:
         these = [fault for fault in faults if kind in (fault.kind, "all")]
         seconds = sorted(fault.seconds for fault in these if fault.seconds is not None)
         times = f"{seconds[len(seconds) // 2]:.0f}, {seconds[-1]:.0f}" if seconds else "–"
         lost = f"{sum(fault.lost for fault in these)}, {max((fault.lost for fault in these), default=0)}"
-        lines.append(f"| {kind} | {len(these)} | {len(seconds)} | {sum(fault.restarts for fault in these)} | {lost} | {times} |")
+        lines.append(
+            f"| {kind} | {len(these)} | {len(seconds)} | {sum(fault.restarts for fault in these)} | {lost} | {times} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def metrics(results: Results, undisturbed: list[dict[str, Any]]) -> str:
     """TAR at FAR 1e-3 of each set of identities, undisturbed and in each round."""
-    lines = ["| TAR @ FAR 1e-3 | undisturbed | " + " | ".join(f"round {i + 1}" for i in range(len(results.evaluations))) + " |"]
+    lines = [
+        "| TAR @ FAR 1e-3 | undisturbed | "
+        + " | ".join(f"round {i + 1}" for i in range(len(results.evaluations)))
+        + " |"
+    ]
     lines.append("|---" * (2 + len(results.evaluations)) + "|")
     for i, each in enumerate(undisturbed):
         figures = [each["tar"]["1e-3"], *(evaluation[i]["tar"]["1e-3"] for evaluation in results.evaluations)]
@@ -117,18 +130,36 @@ def plot(results: Results, reference: Watch, began: float, path: Path) -> None:
     figure = Figure(figsize=(11, 8), layout="constrained")
     above, below = figure.subplots(2, 1)
     for watch in results.rounds:
-        above.plot([(when - began) / 60 for when, _, _ in watch.seen], [step for _, step, _ in watch.seen], color="#9aa5b1", linewidth=1)
+        above.plot(
+            [(when - began) / 60 for when, _, _ in watch.seen],
+            [step for _, step, _ in watch.seen],
+            color="#9aa5b1",
+            linewidth=1,
+        )
     for name, colour in COLOURS.items():
         these = [fault for fault in results.faults if fault.kind.startswith(name)]
         label = f"{name}: {len(these)}"
-        above.scatter([fault.when / 60 for fault in these], [fault.at for fault in these], color=colour, s=22, label=label, zorder=3)
+        above.scatter(
+            [fault.when / 60 for fault in these],
+            [fault.at for fault in these],
+            color=colour,
+            s=22,
+            label=label,
+            zorder=3,
+        )
     above.set(xlabel="minutes since the soak began", ylabel="step", title="Steps of the disturbed runs, and the faults")
     above.legend(loc="lower right", fontsize=8)
     seen = [(step, loss) for watch in results.rounds for _, step, loss in watch.seen]
     label = "disturbed runs, steps computed again included"
     below.scatter([step for step, _ in seen], [loss for _, loss in seen], color="#c0392b", s=9, label=label)
     rows = reference.rows()
-    below.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#1f6f8b", linewidth=0.8, label="undisturbed run")
+    below.plot(
+        [row["step"] for row in rows],
+        [row["loss"] for row in rows],
+        color="#1f6f8b",
+        linewidth=0.8,
+        label="undisturbed run",
+    )
     below.set(xlabel="step", ylabel="loss", title="Loss")
     below.legend(fontsize=8)
     figure.savefig(path, dpi=110)

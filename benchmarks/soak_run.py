@@ -123,7 +123,9 @@ class Watch:
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "history.jsonl"
         self.step, self.moved = 0, time.monotonic()
-        self.seen: list[tuple[float, int, float]] = []  # when, step, loss of every row, also of those that were computed again
+        self.seen: list[
+            tuple[float, int, float]
+        ] = []  # when, step, loss of every row, also of those that were computed again
         self._size = 0
 
     def look(self) -> None:

@@ -23,7 +23,9 @@ def main(stage: int = 2, epochs: int = 2, identities: int = 1000, micro_batches:
     import_deepspeed()
     plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=micro_batches, gradient_clipping=5.0)
     backend = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
-    accelerator = Accelerator(gradient_accumulation_steps=micro_batches, deepspeed_plugin=plugin, kwargs_handlers=[backend])
+    accelerator = Accelerator(
+        gradient_accumulation_steps=micro_batches, deepspeed_plugin=plugin, kwargs_handlers=[backend]
+    )
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     data = GlyphIdentities("train", identities)
     loader = BatchLoader(data, batch_size=256 // micro_batches, rank=rank, world=world, augment=AugmentConfig())
@@ -41,7 +43,9 @@ def main(stage: int = 2, epochs: int = 2, identities: int = 1000, micro_batches:
             with accelerator.accumulate(model):
                 loss = head(model(batch.images.to(device)), batch.labels.to(device))
                 accelerator.backward(loss)  # at the end of accumulation also the step of backbone and head
-        accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.3f}, gradient norm {beside.norm:.2f}, angle {head.target_angle:.2f}")
+        accelerator.print(
+            f"epoch {epoch + 1}: loss {loss.item():.3f}, gradient norm {beside.norm:.2f}, angle {head.target_angle:.2f}"
+        )
     accelerator.end_training()
 
 

@@ -47,7 +47,10 @@ def main(epochs: int = 4) -> None:
             optimizer.step()
             center.step()
         if rank == 0:
-            print(f"epoch {epoch + 1}: cross-entropy {ce.item():.3f}, ½ distance² to centers {distance.item():.3f}", flush=True)
+            print(
+                f"epoch {epoch + 1}: cross-entropy {ce.item():.3f}, ½ distance² to centers {distance.item():.3f}",
+                flush=True,
+            )
     dist.barrier()
     dist.destroy_process_group()
 

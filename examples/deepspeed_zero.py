@@ -34,7 +34,9 @@ def main(stage: int = 2, epochs: int = 2, identities: int = 1000, micro_batches:
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,  # DeepSpeed's word for any optimizer of torch's
     }
-    engine, *_ = deepspeed.initialize(model=backbone, optimizer=torch.optim.SGD(backbone.parameters(), **SGD), config=config)
+    engine, *_ = deepspeed.initialize(
+        model=backbone, optimizer=torch.optim.SGD(backbone.parameters(), **SGD), config=config
+    )
     head = PartialFC(128, data.num_identities, ArcFace(scale=32.0), sample_rate=0.5, device=device)
     head_optimizer = RowOptimizer(torch.optim.SGD, head, **SGD)
     beside = DeepSpeedHead(engine, head_optimizer, joint_clipping=True)  # engine.step() is the head's step, too
@@ -46,7 +48,10 @@ def main(stage: int = 2, epochs: int = 2, identities: int = 1000, micro_batches:
             engine.backward(loss)
             engine.step()
         if rank == 0:
-            print(f"epoch {epoch + 1}: loss {loss.item():.3f}, gradient norm {beside.norm:.2f}, angle {head.target_angle:.2f}", flush=True)
+            print(
+                f"epoch {epoch + 1}: loss {loss.item():.3f}, gradient norm {beside.norm:.2f}, angle {head.target_angle:.2f}",
+                flush=True,
+            )
 
     folder = [tempfile.mkdtemp() if rank == 0 else ""]
     dist.broadcast_object_list(folder)

@@ -28,7 +28,12 @@ def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
     head = PartialFC(128, data.num_identities, ArcFace(scale=32.0), sample_rate=0.5)
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=5e-3)
     head_optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, weight_decay=5e-4)
-    everything: dict[str, Any] = {"backbone": backbone, "optimizer": optimizer, "head": head, "head_optimizer": head_optimizer}
+    everything: dict[str, Any] = {
+        "backbone": backbone,
+        "optimizer": optimizer,
+        "head": head,
+        "head_optimizer": head_optimizer,
+    }
     if os.path.isfile(f"{folder}/manifest.json"):
         load_checkpoint(folder, **everything)  # whatever number of ranks wrote it
 

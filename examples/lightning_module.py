@@ -33,7 +33,9 @@ class Recogniser(pl.LightningModule):
         rows = RowOptimizer(torch.optim.SGD, self.head, lr=0.1, momentum=0.9, weight_decay=5e-4)
         return JointOptimizer(torch.optim.AdamW(self.backbone.parameters(), lr=5e-3), rows)
 
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
         clip_grad_norm_(self.backbone.parameters(), self.head, max_norm=gradient_clip_val)
 
 

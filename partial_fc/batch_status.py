@@ -142,7 +142,11 @@ def _problem_of(embeddings: Tensor, given: _LabelSet, device: torch.device | Non
 def _embeddings_problem(embeddings: Tensor) -> str:
     if embeddings.ndim != 2:
         return f"embeddings must be [N, D], but have {embeddings.ndim} dimensions"
-    return "" if embeddings.dtype in DTYPES else f"embeddings must be float32, float64, bfloat16 or float16, not {embeddings.dtype}"
+    return (
+        ""
+        if embeddings.dtype in DTYPES
+        else f"embeddings must be float32, float64, bfloat16 or float16, not {embeddings.dtype}"
+    )
 
 
 def _labels_problem(embeddings: Tensor, labels: Any) -> str:
@@ -152,7 +156,11 @@ def _labels_problem(embeddings: Tensor, labels: Any) -> str:
         return f"labels must be [N] or [N, L] with L at least 1, but are {list(labels.shape)}"
     if len(labels) != len(embeddings):
         return f"labels are for {len(labels)} samples, embeddings for {len(embeddings)}"
-    return "" if labels.device == embeddings.device else f"labels are on {labels.device}, embeddings on {embeddings.device}"
+    return (
+        ""
+        if labels.device == embeddings.device
+        else f"labels are on {labels.device}, embeddings on {embeddings.device}"
+    )
 
 
 def _weights_problem(embeddings: Tensor, given: _LabelSet) -> str:
@@ -193,7 +201,10 @@ def _inspect(embeddings: Tensor, sets: list[_LabelSet], problem: str, wants_grad
     if not inspect or not samples:
         return torch.tensor([row + NO_FINDINGS for row in counts])
     bad = (embeddings * 0).sum(1) != 0  # NaN where anything is not finite; a tenth of the time of isfinite().all(1)
-    found = [torch.cat((_extremes(s.labels.reshape(-1)), _nonfinite(bad, as_matrix(s.labels)[:, 0]), _bad_weight(s))) for s in sets]
+    found = [
+        torch.cat((_extremes(s.labels.reshape(-1)), _nonfinite(bad, as_matrix(s.labels)[:, 0]), _bad_weight(s)))
+        for s in sets
+    ]
     return torch.cat((torch.tensor(counts).to(embeddings.device), torch.stack(found)), 1)
 
 

@@ -141,7 +141,9 @@ class CenterLoss(ShardedLoss):
         "gradient", NonFiniteError as `check_gradients` does if that was not called.
         """
         if self.update == "gradient":
-            raise RuntimeError('update="gradient": centers are moved by the step() of a RowOptimizer(torch.optim.SGD, center, ...)')
+            raise RuntimeError(
+                'update="gradient": centers are moved by the step() of a RowOptimizer(torch.optim.SGD, center, ...)'
+            )
         if self._watches and not self._record.judged and not self.skipped:
             judge([self], [])
         pending, self._pending = self._pending, None
@@ -210,10 +212,15 @@ class CenterLoss(ShardedLoss):
     def _check_wiring(self) -> None:
         super()._check_wiring()
         if self.update == "paper" and self._rows.live_optimizer is not None:
-            raise RuntimeError('a RowOptimizer moves centers of update="gradient"; those of update="paper" are moved by center.step()')
+            raise RuntimeError(
+                'a RowOptimizer moves centers of update="gradient"; those of update="paper" are moved by center.step()'
+            )
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "a digest of alpha, update and init_std": (self.alpha, self.update, self._init_std)}
+        return {
+            **super()._settings(),
+            "a digest of alpha, update and init_std": (self.alpha, self.update, self._init_std),
+        }
 
     # ------------------------------------------------------------------------------------------------ parameters and state
 
@@ -230,7 +237,9 @@ class CenterLoss(ShardedLoss):
         Raises ValueError if the head is another's.
         """
         if head.weight.shape != self.centers.shape:
-            raise ValueError(f"the head's weight is {list(head.weight.shape)}, the centers are {list(self.centers.shape)}")
+            raise ValueError(
+                f"the head's weight is {list(head.weight.shape)}, the centers are {list(self.centers.shape)}"
+            )
         if not head._shards.ranks.same_as(self._shards.ranks):
             raise ValueError("the head is split over another group than the centers")
         local_part(self.centers.detach()).copy_(local_part(head.weight.detach()))

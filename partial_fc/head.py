@@ -118,9 +118,13 @@ class PartialFC(ShardedLoss):
             raise TypeError(f"margin must be an instance such as ArcFace(scale=64.0), not {margin!r}")
         trained = ["offset"] if self.margin.binary else []
         if [name for name, _ in self.margin.named_parameters()] != trained:
-            raise ValueError(f"{type(self.margin).__name__} has parameters; a margin may have buffers, but nothing would train parameters")
+            raise ValueError(
+                f"{type(self.margin).__name__} has parameters; a margin may have buffers, but nothing would train parameters"
+            )
         if self.margin.binary and label_smoothing:
-            raise ValueError(f"label_smoothing must be 0 with {type(self.margin).__name__}, whose classes are not one distribution")
+            raise ValueError(
+                f"label_smoothing must be 0 with {type(self.margin).__name__}, whose classes are not one distribution"
+            )
         self._sample_rate, self._step = sample_rate, 0
         self.margin.prepare(num_classes, self._drawn_of(num_classes))
         self.margin.to(self._device)
@@ -128,10 +132,14 @@ class PartialFC(ShardedLoss):
             wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
             setattr(self.margin, name, nn.Parameter(self._shards.wrap_shared(local_part(parameter.detach()).to(wide))))
         if interclass_filter is not None and not (self.margin.normalize and -1 < interclass_filter <= 1):
-            raise ValueError(f"interclass_filter is a cosine in (-1, 1], for margins that normalise, not {interclass_filter}")
+            raise ValueError(
+                f"interclass_filter is a cosine in (-1, 1], for margins that normalise, not {interclass_filter}"
+            )
         self.label_smoothing, self.interclass_filter, self.collect_metrics = label_smoothing, interclass_filter, metrics
         self.class_weights: Tensor | None
-        self.register_buffer("class_weights", _class_weights(class_weights, num_classes, self._device), persistent=False)
+        self.register_buffer(
+            "class_weights", _class_weights(class_weights, num_classes, self._device), persistent=False
+        )
         self.logits_budget = DEFAULT_LOGITS_BUDGET if logits_budget is None else logits_budget
         self._workspace = Workspace()
         self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
@@ -252,7 +260,9 @@ class PartialFC(ShardedLoss):
         self._report_mode(step.kept, logits)
         return step
 
-    def _worth(self, labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _worth(
+        self, labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         worth = super()._worth(labels, label_weights, sample_weights, dtype)
         if self.class_weights is None:
             return worth
@@ -268,7 +278,9 @@ class PartialFC(ShardedLoss):
             return None
         kind = local_part(self.weight).device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-            raise RuntimeError("update_in_backward cannot be joined with float16, which needs a GradScaler; use bfloat16")
+            raise RuntimeError(
+                "update_in_backward cannot be joined with float16, which needs a GradScaler; use bfloat16"
+            )
         return optimizer.in_backward
 
     def _report_mode(self, kept: bool, size: int) -> None:
@@ -302,7 +314,12 @@ class PartialFC(ShardedLoss):
     def get_extra_state(self) -> dict[str, Any]:
         """The numbers of training forwards and of changes of the classes, which say what is drawn next; the margin that weights are for;
         how many steps were skipped."""
-        return {"step": self._step, "class_changes": self._class_changes, "margin": self.margin.describe(), "skips": self.skips}
+        return {
+            "step": self._step,
+            "class_changes": self._class_changes,
+            "margin": self.margin.describe(),
+            "skips": self.skips,
+        }
 
     def set_extra_state(self, state: Any) -> None:
         state = state if isinstance(state, dict) else {"step": state}  # a 0-d tensor, before classes could change
@@ -338,7 +355,10 @@ class PartialFC(ShardedLoss):
             if margin is change.margin:
                 return
             # the start that depends on the number of classes is another now, the state is not
-            state = {name: local_part(t.detach()).clone() for name, t in (*margin.named_buffers(), *margin.named_parameters())}
+            state = {
+                name: local_part(t.detach()).clone()
+                for name, t in (*margin.named_buffers(), *margin.named_parameters())
+            }
             margin.prepare(change.num_classes, self._drawn_of(change.num_classes))
             for name, tensor in (*margin.named_buffers(), *margin.named_parameters()):
                 local_part(tensor.detach()).copy_(state[name])
@@ -367,15 +387,21 @@ class PartialFC(ShardedLoss):
         margin, name, number = self.margin, type(self.margin).__name__, change.num_classes
         if not margin.by_class:
             if change.margin is not None:
-                raise ValueError(f"margin is for margins that hold a number for each class (AdaptiveMargin); this head's {name} stays")
+                raise ValueError(
+                    f"margin is for margins that hold a number for each class (AdaptiveMargin); this head's {name} stays"
+                )
             trial = margin.frozen()
             trial.prepare(number, self._drawn_of(number))
             for (buffer, before), after in zip(margin.named_buffers(), trial.buffers(), strict=True):
                 if before.shape != after.shape:
-                    raise ValueError(f"{name}.{buffer} changes its shape with the number of classes: {name} must say by_class = True")
+                    raise ValueError(
+                        f"{name}.{buffer} changes its shape with the number of classes: {name} must say by_class = True"
+                    )
             return margin
         if change.margin is None:
-            raise ValueError(f"{name} holds a number for each class: give margin={name}(...) for the {number} classes that there will be")
+            raise ValueError(
+                f"{name} holds a number for each class: give margin={name}(...) for the {number} classes that there will be"
+            )
         if type(change.margin) is not type(margin) or change.margin.centers != margin.centers:
             raise ValueError(f"margin must be a {name} with as many centers as before, not {change.margin!r}")
         change.margin.prepare(number, self._drawn_of(number))
@@ -398,8 +424,12 @@ def _class_weights(weights: Tensor | None, num_classes: int, device: torch.devic
         return None
     weights = torch.as_tensor(weights)
     if weights.shape != (num_classes,):
-        raise ValueError(f"class_weights must be one number for each of {num_classes} classes, not {list(weights.shape)}")
+        raise ValueError(
+            f"class_weights must be one number for each of {num_classes} classes, not {list(weights.shape)}"
+        )
     bad = (~weights.double().isfinite() | (weights < 0)).nonzero()
     if len(bad):
-        raise ValueError(f"class_weights[{int(bad[0])}] is {weights[int(bad[0])].item()}; a weight is a number of at least 0")
+        raise ValueError(
+            f"class_weights[{int(bad[0])}] is {weights[int(bad[0])].item()}; a weight is a number of at least 0"
+        )
     return weights.to(device, torch.promote_types(weights.dtype, torch.float32))

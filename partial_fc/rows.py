@@ -77,7 +77,8 @@ class ShardedRows:
         if self.rows is not None and len(before) == len(values):
             if self.stepped:
                 warnings.warn(
-                    "row gradients of the last step are still there and add up; call zero_grad() of the RowOptimizer", stacklevel=2
+                    "row gradients of the last step are still there and add up; call zero_grad() of the RowOptimizer",
+                    stacklevel=2,
                 )
                 self.stepped = False
             union = torch.unique(torch.cat((self.rows, rows)))

@@ -72,7 +72,9 @@ class ShardedLoss(nn.Module):
         self.embedding_size, self.num_classes, self.seed, self._init_std = embedding_size, num_classes, seed, init_std
         self.ignore_index, self.reduction, self.scale_embedding_grad = ignore_index, reduction, scale_embedding_grad
         if max_skips is not None and max_skips < 0:
-            raise ValueError(f"max_skips is how many steps in a row may be skipped, at least 0, or None for any number, not {max_skips}")
+            raise ValueError(
+                f"max_skips is how many steps in a row may be skipped, at least 0, or None for any number, not {max_skips}"
+            )
         self.validate, self.on_nonfinite = validate, on_nonfinite
         self._record = StepRecord(max_skips)
         self._seen_batch = False
@@ -89,7 +91,9 @@ class ShardedLoss(nn.Module):
         """Fill it with the initial rows that `seed` and `init_std` say; nothing on the meta device."""
         local = local_part(parameter.detach())
         if local.device.type != "meta":
-            local.copy_(initial_rows(self._shards.lo, self._shards.hi, local.shape[1:], std=self._init_std, seed=self.seed))
+            local.copy_(
+                initial_rows(self._shards.lo, self._shards.hi, local.shape[1:], std=self._init_std, seed=self.seed)
+            )
 
     def extra_repr(self) -> str:
         s = self._shards
@@ -136,7 +140,9 @@ class ShardedLoss(nn.Module):
         refuse(DDP, self, prefix)
         return super().named_modules(memo, prefix, remove_duplicate)
 
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         """As of any module; RuntimeError if FSDP2 asks, which would wrap the rows."""
         if not recurse:
             refuse(FSDP2, self, prefix)
@@ -300,7 +306,9 @@ class ShardedLoss(nn.Module):
 
     def _exchange(self, embeddings: Tensor, labels: Tensor | None) -> GlobalBatch:
         if labels is None and self._shards.ranks.group is None:  # else the other ranks are to hear of it
-            raise TypeError(f"{type(self).__name__}(embeddings, labels) needs labels; only a GlobalBatch brings its own")
+            raise TypeError(
+                f"{type(self).__name__}(embeddings, labels) needs labels; only a GlobalBatch brings its own"
+            )
         inspect = self.validate == "always" or (self.validate == "first" and not self._seen_batch)
         self._seen_batch = True
         device = local_part(next(iter(self._rows.parameters.values()))).device
@@ -309,7 +317,9 @@ class ShardedLoss(nn.Module):
     def _anchor(self) -> Tensor:
         """A scalar through which backward reaches the loss although the weights are detached and embeddings may be."""
         parameters = list(self._rows.parameters.values())
-        return torch.zeros((), device=local_part(parameters[0]).device, requires_grad=any(p.requires_grad for p in parameters))
+        return torch.zeros(
+            (), device=local_part(parameters[0]).device, requires_grad=any(p.requires_grad for p in parameters)
+        )
 
     def _zero_loss(self, x: Tensor, batch: GlobalBatch, rows_of_all: bool) -> Tensor:
         """The loss of a skipped step. rows_of_all: the parameters themselves have a gradient, else their rows do."""
@@ -350,7 +360,9 @@ class ShardedLoss(nn.Module):
         total = everywhere.sum()
         return weights / torch.where(total > 0, total, 1.0)
 
-    def _worth(self, labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _worth(
+        self, labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """`[n]`: 1 or a sample's weight, 0 where it is ignored."""
         worth = (as_matrix(labels) != self.ignore_index).any(1).to(dtype)
         return worth if sample_weights is None else worth * sample_weights.to(dtype)
@@ -362,7 +374,9 @@ class ShardedLoss(nn.Module):
     # ------------------------------------------------------------------------------------------------ questions
 
     @torch._disable_dynamo
-    def topk(self, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False) -> Neighbours:
+    def topk(
+        self, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
+    ) -> Neighbours:
         """The k classes nearest to each of this rank's embeddings `[N_local, D]`: ids `[N_local, k]`, cosines `[N_local, k]`, descending.
 
         The cosine to a class is that of its row, without bias, scale or margin, whatever the loss (of `Softmax` too); with several
@@ -409,7 +423,10 @@ class ShardedLoss(nn.Module):
                     f"another tensor was put in the place of this {type(self).__name__}'s {key}, which its optimizer does not know: "
                     "keep it out of fully_shard, and copy values into it (torch.no_grad(), or load_state_dict without assign=True)"
                 )
-        if not (self.training and torch.is_grad_enabled() and self._rows.sampled) or self._rows.live_optimizer is not None:
+        if (
+            not (self.training and torch.is_grad_enabled() and self._rows.sampled)
+            or self._rows.live_optimizer is not None
+        ):
             return
         if self._rows.rows is not None or self._rows.lost > 1:
             name = type(self).__name__
@@ -449,7 +466,15 @@ class ShardedLoss(nn.Module):
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same on all ranks, by the name that a message gives it."""
-        names = ("label_smoothing", "reduction", "ignore_index", "on_nonfinite", "validate", "max_skips", "scale_embedding_grad")
+        names = (
+            "label_smoothing",
+            "reduction",
+            "ignore_index",
+            "on_nonfinite",
+            "validate",
+            "max_skips",
+            "scale_embedding_grad",
+        )
         settings = [getattr(self, name, None) for name in names], [p.dtype for p in self._rows.parameters.values()]
         return {
             "num_classes": self.num_classes,
@@ -482,7 +507,9 @@ class _ZeroLoss(torch.autograd.Function):
     def forward(ctx, embeddings, samples, sink, *parameters):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(embeddings, *parameters)
         ctx.sink = sink
-        return embeddings.new_zeros(() if samples is None else (samples,), dtype=torch.promote_types(embeddings.dtype, torch.float32))
+        return embeddings.new_zeros(
+            () if samples is None else (samples,), dtype=torch.promote_types(embeddings.dtype, torch.float32)
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -490,7 +517,10 @@ class _ZeroLoss(torch.autograd.Function):
         embeddings, *parameters = ctx.saved_tensors
         nothing = torch.zeros_like(embeddings)
         if ctx.sink is None:
-            zeros = (torch.zeros_like(p) if needed else None for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True))
+            zeros = (
+                torch.zeros_like(p) if needed else None
+                for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True)
+            )
             return nothing, None, None, *zeros
         no_rows = torch.empty(0, dtype=torch.int64, device=embeddings.device)
         ctx.sink(no_rows, [torch.empty_like(p[:0]) for p in parameters])

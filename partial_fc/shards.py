@@ -110,7 +110,9 @@ def initial_rows(lo: int, hi: int, row_shape: tuple[int, ...], *, std: float, se
     for block in range(lo // INIT_BLOCK, -(-hi // INIT_BLOCK)):
         start = block * INIT_BLOCK
         generator = torch.Generator(cpu).manual_seed(mix(seed, block))
-        rows = torch.empty(INIT_BLOCK, *row_shape, device=cpu, dtype=torch.float32).normal_(0.0, std, generator=generator)
+        rows = torch.empty(INIT_BLOCK, *row_shape, device=cpu, dtype=torch.float32).normal_(
+            0.0, std, generator=generator
+        )
         a, b = max(lo, start), min(hi, start + INIT_BLOCK)
         out[a - lo : b - lo] = rows[a - start : b - start]
     return out

@@ -249,7 +249,9 @@ class Checkpointer:
 
 def _only_ours(path: Path) -> bool:
     """Whether a folder holds nothing but what a half-written checkpoint consists of."""
-    return all(re.fullmatch(rf"data-\d{{4,}}|{re.escape(MANIFEST)}\.tmp|\.lock", entry.name) for entry in path.iterdir())
+    return all(
+        re.fullmatch(rf"data-\d{{4,}}|{re.escape(MANIFEST)}\.tmp|\.lock", entry.name) for entry in path.iterdir()
+    )
 
 
 class _Writer:

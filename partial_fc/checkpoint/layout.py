@@ -36,7 +36,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
@@ -74,7 +81,9 @@ class RowBlocks:
     take(a, b) gives rows a to b, counted from `first`. It is called when they are written, block after block.
     """
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, first: int, count: int, take: Callable[[int, int], Tensor]) -> None:
+    def __init__(
+        self, shape: torch.Size, dtype: torch.dtype, first: int, count: int, take: Callable[[int, int], Tensor]
+    ) -> None:
         self.shape, self.dtype, self.first, self.count, self.take = shape, dtype, first, count, take
         self._rows = block_rows(shape[1:], dtype, count)
 
@@ -91,7 +100,9 @@ class RowBlocks:
 
     def _chunk(self, a: int) -> ChunkStorageMetadata:
         rows = min(self._rows, self.count - a)
-        return ChunkStorageMetadata(torch.Size([self.first + a, *[0] * (len(self.shape) - 1)]), torch.Size([rows, *self.shape[1:]]))
+        return ChunkStorageMetadata(
+            torch.Size([self.first + a, *[0] * (len(self.shape) - 1)]), torch.Size([rows, *self.shape[1:]])
+        )
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         properties = TensorProperties(dtype=self.dtype)
@@ -159,7 +170,12 @@ def read(state: dict[str, Any], reader: SafeReader, *, alone: bool = False) -> N
 
     Raises OSError, the same on every rank, naming the rank that failed.
     """
-    _read(state, reader, _SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False), dist.is_initialized() and not alone)
+    _read(
+        state,
+        reader,
+        _SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        dist.is_initialized() and not alone,
+    )
 
 
 def stream(reader: SafeReader, name: str, take: Callable[[int, Tensor], None]) -> None:
@@ -201,9 +217,16 @@ class _StreamPlanner(DefaultLoadPlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._take = take
 
-    def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
         # the base would first put tensors in the place of what is none
-        self.state_dict, self.original_state_dict, self.metadata, self.is_coordinator = state_dict, state_dict, metadata, is_coordinator
+        self.state_dict, self.original_state_dict, self.metadata, self.is_coordinator = (
+            state_dict,
+            state_dict,
+            metadata,
+            is_coordinator,
+        )
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         assert self.metadata is not None
@@ -290,7 +313,9 @@ class SafeReader(FileSystemReader):
         try:
             for index, info in metadata.storage_data.items():  # type: ignore[union-attr]
                 if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[info.relative_path]:
-                    raise ValueError(f"{index.fqn} is at {info.offset} to {info.offset + info.length} of {info.relative_path}")
+                    raise ValueError(
+                        f"{index.fqn} is at {info.offset} to {info.offset + info.length} of {info.relative_path}"
+                    )
             for name, stored in metadata.state_dict_metadata.items():
                 if isinstance(stored, TensorStorageMetadata):
                     _check_chunks(name, stored, metadata)
@@ -304,11 +329,22 @@ class SafeReader(FileSystemReader):
             assert isinstance(metadata.state_dict_metadata, dict), "it holds no table of tensors"
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete") from None
-        except (pickle.UnpicklingError, EOFError, IndexError, ArithmeticError, LookupError, TypeError, ValueError, *_RARE) as error:
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            IndexError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            *_RARE,
+        ) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         for file in files:
             if not is_plain_name(file):
-                raise ValueError(f"{path} names {file!r}, which is no file beside it; the checkpoint is not to be trusted")
+                raise ValueError(
+                    f"{path} names {file!r}, which is no file beside it; the checkpoint is not to be trusted"
+                )
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
@@ -319,11 +355,15 @@ def _check_chunks(name: str, stored: TensorStorageMetadata, metadata: Metadata) 
     """ValueError unless the chunks of a tensor make up its shape, and each has the bytes for its share."""
     count, each = 0, stored.properties.dtype.itemsize
     for chunk in stored.chunks:
-        inside = all(min(a, n) >= 0 and a + n <= size for a, n, size in zip(chunk.offsets, chunk.sizes, stored.size, strict=True))
+        inside = all(
+            min(a, n) >= 0 and a + n <= size for a, n, size in zip(chunk.offsets, chunk.sizes, stored.size, strict=True)
+        )
         length = metadata.storage_data[MetadataIndex(name, chunk.offsets)].length  # type: ignore[index]
         numbers = math.prod(chunk.sizes)
         if not inside or numbers * each > length:
-            raise ValueError(f"{name} {list(stored.size)} has a piece {list(chunk.sizes)} at {list(chunk.offsets)} in {length} bytes")
+            raise ValueError(
+                f"{name} {list(stored.size)} has a piece {list(chunk.sizes)} at {list(chunk.offsets)} in {length} bytes"
+            )
         count += numbers
     if count != math.prod(stored.size):
         raise ValueError(f"{name} is {list(stored.size)}, its pieces hold {count} numbers")

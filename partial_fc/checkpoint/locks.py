@@ -87,7 +87,11 @@ class _Held:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in UNSUPPORTED:
-                log.warning("%s is on a file system without locks (%s): nothing keeps two runs from writing into it", folder, error)
+                log.warning(
+                    "%s is on a file system without locks (%s): nothing keeps two runs from writing into it",
+                    folder,
+                    error,
+                )
                 return
             holder = self._holder()
             self.file.close()
@@ -95,7 +99,11 @@ class _Held:
                 f"{folder} is being written by another run{holder}; wait until it has ended, stop it, or choose another folder"
             ) from None
         self.file.truncate(0)
-        here = {"process": os.getpid(), "host": socket.gethostname(), "since": datetime.datetime.now().isoformat(" ", "seconds")}
+        here = {
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.datetime.now().isoformat(" ", "seconds"),
+        }
         json.dump(here, self.file)
         self.file.flush()
 

@@ -41,7 +41,9 @@ def writing(folder: Path) -> Iterator[None]:
 def new_data_folder(folder: Path) -> str:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"data-{max((int(p.name[5:]) for p in folder.glob('data-*') if OWN.fullmatch(p.name)), default=0) + 1:04d}"
+        name = (
+            f"data-{max((int(p.name[5:]) for p in folder.glob('data-*') if OWN.fullmatch(p.name)), default=0) + 1:04d}"
+        )
         (folder / name).mkdir()
         return name
 
@@ -106,7 +108,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {folder} has format {manifest.get('format')}, this version reads {FORMAT}")
     if not isinstance(data, str) or not OWN.fullmatch(data) or not (folder / data).is_dir():
         raise ValueError(f"{folder / MANIFEST} names {data!r}, which is no folder beside it")
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not isinstance(manifest.get("files", {}), dict):
+    if (
+        not isinstance(names, list)
+        or not all(isinstance(n, str) for n in names)
+        or not isinstance(manifest.get("files", {}), dict)
+    ):
         raise ValueError(f"{folder / MANIFEST} is damaged: its names or files are of another kind")
     return dict(manifest)
 
@@ -115,10 +121,14 @@ def damage(folder: Path, manifest: dict[str, Any]) -> OSError | ValueError | Non
     """What is wrong with the files that a manifest names, judged by their sizes; nothing is read."""
     for name, size in manifest.get("files", {}).items():
         if not is_plain_name(name):
-            return ValueError(f"{folder / MANIFEST} names {name!r}, which is no file of its data; the checkpoint is not to be trusted")
+            return ValueError(
+                f"{folder / MANIFEST} names {name!r}, which is no file of its data; the checkpoint is not to be trusted"
+            )
         path = folder / manifest["data"] / name
         if not path.is_file():
-            return FileNotFoundError(f"checkpoint {folder} is not whole: {path} is missing; load another, or copy it again")
+            return FileNotFoundError(
+                f"checkpoint {folder} is not whole: {path} is missing; load another, or copy it again"
+            )
         found = path.stat().st_size
         if found != size:
             return ValueError(

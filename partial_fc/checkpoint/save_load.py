@@ -168,7 +168,9 @@ def _to_write(key: str, tensor: Tensor | RowSource, copy: Copy | None) -> RowBlo
     if isinstance(tensor, DTensor):
         local = copy(key, local_part(tensor.detach()))
         mesh = tensor.device_mesh
-        return DTensor.from_local(local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+        return DTensor.from_local(
+            local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
     return copy(key, tensor.detach())
 
 
@@ -195,7 +197,9 @@ def _as_loaded(skeleton: Any, name: str) -> Any:
     try:
         return torch.load(buffer, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise TypeError(f"the state of {name} holds what is neither a tensor nor a plain value: {str(error).splitlines()[0]}") from error
+        raise TypeError(
+            f"the state of {name} holds what is neither a tensor nor a plain value: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _restore(skeleton: Any, tensors: dict[str, Tensor]) -> Any:

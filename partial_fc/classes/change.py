@@ -92,7 +92,9 @@ def init_from_embeddings(loss: ShardedLoss, batches: Batches) -> None:
 
 
 @torch.no_grad()
-def remap(loss: ShardedLoss, mapping: Mapped, merge: str, weights: Any, optimizers: Optimizers, margin: Margin | None) -> None:
+def remap(
+    loss: ShardedLoss, mapping: Mapped, merge: str, weights: Any, optimizers: Optimizers, margin: Margin | None
+) -> None:
     """What `ShardedLoss.remap` does."""
     _check_reachable(loss)
 
@@ -129,12 +131,16 @@ def _prepare(loss: ShardedLoss, change: Change, optimizers: Optimizers) -> tuple
         raise RuntimeError(f"{pending}; they are of the classes as they were before")
     for name, parameter in loss._rows.parameters.items():
         if parameter._use_count() > 2:  # type: ignore[attr-defined]  # itself, and the place where gradients are collected
-            raise RuntimeError(f"{name} is still held by the graph of a loss: call backward() on it or delete it before classes change")
+            raise RuntimeError(
+                f"{name} is still held by the graph of a loss: call backward() on it or delete it before classes change"
+            )
     held = []
     for optimizer in _optimizers_of(loss, optimizers):
         held.append((optimizer, {name: rows_of_state(optimizer, p) for name, p in loss._rows.parameters.items()}))
     take_tables = loss._change_tables(change)
-    states = [[type(optimizer).__name__, {name: list(rows) for name, rows in fills.items()}] for optimizer, fills in held]
+    states = [
+        [type(optimizer).__name__, {name: list(rows) for name, rows in fills.items()}] for optimizer, fills in held
+    ]
     weights = change.class_weights
     facts = {
         "margin": None if change.margin is None else _digest_of_margin(change.margin),
@@ -157,7 +163,9 @@ def _optimizers_of(loss: ShardedLoss, given: Optimizers) -> list[torch.optim.Opt
         else:
             fits = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
         if not fits:
-            raise ValueError(f"optimizers: a {type(optimizer).__name__} that does not hold the parameters of this {type(loss).__name__}")
+            raise ValueError(
+                f"optimizers: a {type(optimizer).__name__} that does not hold the parameters of this {type(loss).__name__}"
+            )
         if not any(optimizer is other for other in found):
             found.append(optimizer)
     return found
@@ -180,7 +188,9 @@ def _rebuild(loss: ShardedLoss, plan: _Plan, rows: NewRows | None) -> None:
     parameters = loss._rows.parameters
     for k, (name, parameter) in enumerate(parameters.items()):
         new: NewRows | float = rows if rows is not None and k == 0 else 0.0  # a bias begins at 0
-        changed = nn.Parameter(after.wrap(moved(local_part(parameter.detach()), new)), requires_grad=parameter.requires_grad)
+        changed = nn.Parameter(
+            after.wrap(moved(local_part(parameter.detach()), new)), requires_grad=parameter.requires_grad
+        )
         torch.utils.swap_tensors(parameter, changed)
         del changed
         for optimizer, fills in plan.optimizers:
@@ -224,20 +234,26 @@ def _fresh_rows(loss: ShardedLoss) -> NewRows:
 def _check_reachable(loss: ShardedLoss) -> None:
     loss._check_group()
     if weight_rows(loss).device.type == "meta":
-        raise RuntimeError(f"this {type(loss).__name__} is on the meta device and has no rows; call to_empty and reset_parameters first")
+        raise RuntimeError(
+            f"this {type(loss).__name__} is on the meta device and has no rows; call to_empty and reset_parameters first"
+        )
 
 
 def _check_init(init: Any, shape: tuple[int, ...]) -> None:
     if isinstance(init, Tensor):
         if init.shape != shape or not init.is_floating_point():
-            raise ValueError(f"init as a tensor must be floating-point vectors {list(shape)}, not {list(init.shape)} {init.dtype}")
+            raise ValueError(
+                f"init as a tensor must be floating-point vectors {list(shape)}, not {list(init.shape)} {init.dtype}"
+            )
         bad = (~init.detach().isfinite()).reshape(len(init), -1).any(1).nonzero()
         if len(bad):
             raise ValueError(f"init[{int(bad[0])}] holds a NaN or infinity")
     elif isinstance(init, str) and init != "fresh":
         raise ValueError(f'init must be "fresh", a tensor of vectors or batches of (embeddings, labels), not {init!r}')
     elif not isinstance(init, Iterable):
-        raise TypeError(f'init must be "fresh", a tensor of vectors or batches of (embeddings, labels), not {type(init).__name__}')
+        raise TypeError(
+            f'init must be "fresh", a tensor of vectors or batches of (embeddings, labels), not {type(init).__name__}'
+        )
 
 
 def _on_all(loss: ShardedLoss, prepare: Callable[[], tuple[Result, dict[str, Any]]]) -> Result:

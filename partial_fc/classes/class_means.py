@@ -124,7 +124,9 @@ def _around(loss: ShardedLoss, means: Tensor, first: int, lengths: Tensor | None
     shape = row_shape(loss)
     rows = means[:, None]
     if len(shape) > 1:
-        drawn = initial_rows(first, first + len(means), shape, std=1.0, seed=mix(loss.seed, APART, loss._class_changes)).to(means)
+        drawn = initial_rows(
+            first, first + len(means), shape, std=1.0, seed=mix(loss.seed, APART, loss._class_changes)
+        ).to(means)
         apart = F.normalize(drawn, dim=-1) * (SPREAD * _lengths(means)[:, None, None])
         apart[:, 0] = 0
         rows = rows + apart

@@ -123,15 +123,21 @@ def new_ids(mapping: Mapped, num_classes: int) -> Tensor:
         missing = next((i for i in range(num_classes) if i not in mapping), None)
         if missing is not None or len(mapping) != num_classes:
             what = f"{missing} is missing" if missing is not None else f"it has {len(mapping)} entries"
-            raise ValueError(f"mapping as a dict must name every old class, 0 to {num_classes - 1}, and no other: {what}")
+            raise ValueError(
+                f"mapping as a dict must name every old class, 0 to {num_classes - 1}, and no other: {what}"
+            )
         mapping = [mapping[i] for i in range(num_classes)]
     ids = torch.as_tensor(mapping)
     if ids.shape != (num_classes,) or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise ValueError(f"mapping must be a whole number for each of {num_classes} classes, not {list(ids.shape)} {ids.dtype}")
+        raise ValueError(
+            f"mapping must be a whole number for each of {num_classes} classes, not {list(ids.shape)} {ids.dtype}"
+        )
     ids = ids.detach().cpu().long()
     bad = (ids < -1).nonzero()
     if len(bad):
-        raise ValueError(f"mapping[{int(bad[0])}] is {int(ids[bad[0]])}; a new id is at least 0, or -1 for a class that is dropped")
+        raise ValueError(
+            f"mapping[{int(bad[0])}] is {int(ids[bad[0]])}; a new id is at least 0, or -1 for a class that is dropped"
+        )
     distinct = ids[ids >= 0].unique()
     if not len(distinct):
         raise ValueError(f"mapping drops all {num_classes} classes; at least one must stay")
@@ -152,10 +158,14 @@ def moves_of(mapping: Tensor, merge: str, weights: Any) -> Moves:
             raise ValueError('weights are for merge="mean"; "first" takes the lowest old id alone')
         weights = torch.as_tensor(weights).detach().cpu()
         if weights.shape != mapping.shape:
-            raise ValueError(f"weights must be one number for each of {len(mapping)} classes, not {list(weights.shape)}")
+            raise ValueError(
+                f"weights must be one number for each of {len(mapping)} classes, not {list(weights.shape)}"
+            )
         bad = (~weights.double().isfinite() | (weights < 0)).nonzero()
         if len(bad):
-            raise ValueError(f"weights[{int(bad[0])}] is {weights[int(bad[0])].item()}; a weight is a number of at least 0")
+            raise ValueError(
+                f"weights[{int(bad[0])}] is {weights[int(bad[0])].item()}; a weight is a number of at least 0"
+            )
     moves = Moves.of(mapping, weights)
     if moves.share is not None and bool((empty := moves.share.isnan()).any()):
         at = moves.new[empty][0]
@@ -244,10 +254,14 @@ class _Arrivals:
         starts = torch.searchsorted(group, torch.arange(count))
         turn = torch.arange(len(merged)) - starts[group]
         shares = moves.share[a + merged].to(device, sums.dtype).view(-1, *[1] * (rows.ndim - 1))
-        for k in range(int(turn.max()) + 1):  # the k-th row of each class: no two of one class at a time, so the order is the list's
+        for k in range(
+            int(turn.max()) + 1
+        ):  # the k-th row of each class: no two of one class at a time, so the order is the list's
             now = (turn == k).nonzero()[:, 0]
             here = merged[now].to(device)
-            sums.index_add_(0, group[now].to(device), rows.index_select(0, here).to(sums.dtype) * shares[now.to(device)])
+            sums.index_add_(
+                0, group[now].to(device), rows.index_select(0, here).to(sums.dtype) * shares[now.to(device)]
+            )
         done = count if bool(moves.last[a + merged[-1]]) else count - 1
         self.out.index_copy_(0, places[merged[starts[:done]].to(device)], sums[:done].to(self.out.dtype))
         self.unfinished = None if done == count else sums[done:]

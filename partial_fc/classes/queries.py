@@ -55,11 +55,15 @@ class Neighbours(NamedTuple):
     cosines: Tensor
 
 
-def topk(head: ShardedLoss, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False) -> Neighbours:
+def topk(
+    head: ShardedLoss, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
+) -> Neighbours:
     """The k classes nearest to each embedding; `ShardedLoss.topk` says how to ask."""
     rows = _ClassRows(head, embeddings.dtype if isinstance(embeddings, Tensor) else None)
     ranks, world = rows.ranks, rows.ranks.world
-    counts = _agree(head, k, head.num_classes, tile_bytes, embeddings)[ranks.replica * world : (ranks.replica + 1) * world]
+    counts = _agree(head, k, head.num_classes, tile_bytes, embeddings)[
+        ranks.replica * world : (ranks.replica + 1) * world
+    ]
     kept = min(k, -(-head.num_classes // world))  # candidates of a rank: k, or all classes of the largest shard
     each = max(1, min(QUERIES, tile_bytes // (8 * world * kept)) // world)  # queries of a rank in a round
     elements = tile_bytes // rows.dtype.itemsize
@@ -67,7 +71,10 @@ def topk(head: ShardedLoss, embeddings: Tensor, k: int, *, tile_bytes: int = DEF
     tiles, rounds = -(-len(rows.weight) // step), -(-max(counts) // each)
     answers = [Neighbours(embeddings.new_empty(0, k, dtype=torch.int64), embeddings.new_empty(0, k, dtype=rows.dtype))]
     with _bar(rounds * tiles, "topk", progress, ranks) as advance, _exact_products(rows.weight.device):
-        buffer, unit_buffer = rows.buffer(each * world * step * rows.centers), rows.buffer(step * rows.centers * rows.width)
+        buffer, unit_buffer = (
+            rows.buffer(each * world * step * rows.centers),
+            rows.buffer(step * rows.centers * rows.width),
+        )
         for start in range(0, max(counts), each):
             now = tuple(max(0, min(count - start, each)) for count in counts)
             mine = embeddings.detach()[start : start + each].to(rows.dtype)
@@ -83,7 +90,9 @@ def topk(head: ShardedLoss, embeddings: Tensor, k: int, *, tile_bytes: int = DEF
     return Neighbours(torch.cat([a.ids for a in answers]), torch.cat([a.cosines for a in answers]).clamp_(-1, 1))
 
 
-def nearest_classes(head: ShardedLoss, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False) -> Neighbours:
+def nearest_classes(
+    head: ShardedLoss, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
+) -> Neighbours:
     """The k classes nearest to each class of this rank's shard; `ShardedLoss.nearest_classes` says how to ask."""
     rows = _ClassRows(head, None)
     _agree(head, k, head.num_classes - 1, tile_bytes, None)
@@ -104,7 +113,10 @@ def nearest_classes(head: ShardedLoss, k: int, *, tile_bytes: int = DEFAULT_TILE
 
 def _walk_triangle(rows: _ClassRows, best: _Best, step: int, advance: Callable[[], object]) -> None:
     """All classes on this rank: each pair of blocks once. Block j sees blocks 0, 1, ... in this order, by column and then by row."""
-    tile, first_unit, second_unit = rows.buffer((step * rows.centers) ** 2), *(rows.buffer(step * rows.centers * rows.width) for _ in "ij")
+    tile, first_unit, second_unit = (
+        rows.buffer((step * rows.centers) ** 2),
+        *(rows.buffer(step * rows.centers * rows.width) for _ in "ij"),
+    )
     spans = _spans(0, len(rows.weight), step)
     for i, (a, b) in enumerate(spans):
         unit = rows.unit(rows.weight[a:b], first_unit, a)
@@ -119,7 +131,9 @@ def _walk_triangle(rows: _ClassRows, best: _Best, step: int, advance: Callable[[
             advance()
 
 
-def _walk_received(rows: _ClassRows, best: _Best, step: int, schedule: list[tuple[int, int, int]], advance: Callable[[], object]) -> None:
+def _walk_received(
+    rows: _ClassRows, best: _Best, step: int, schedule: list[tuple[int, int, int]], advance: Callable[[], object]
+) -> None:
     """Every rank's classes, in the order of their ids; while one tile is worked on, the next one travels."""
     tile, unit_buffer, other_buffer = (
         rows.buffer((step * rows.centers) ** 2),
@@ -155,7 +169,9 @@ class _ClassRows:
 
     def fitting(self, classes: int, elements: int) -> int:
         """At most `classes` a tile and so few that their unit rows have `elements` numbers; whole groups if there are any."""
-        classes = max(1, min(classes, elements // (self.centers * self.width), -(-self.num_classes // self.ranks.world)))
+        classes = max(
+            1, min(classes, elements // (self.centers * self.width), -(-self.num_classes // self.ranks.world))
+        )
         return classes if classes < GROUP else classes // GROUP * GROUP
 
     def shard(self, owner: int) -> tuple[int, int]:
@@ -195,7 +211,9 @@ class _ClassRows:
         """The same NonFiniteError on every rank if any has met a row whose length is no number."""
         worst = int(all_gather_mesh(self._nonfinite, self.ranks).min())
         if worst != NOBODY:
-            raise NonFiniteError(f"the row of class {worst} has no finite length (a NaN, infinity or overflow): the head has diverged")
+            raise NonFiniteError(
+                f"the row of class {worst} has no finite length (a NaN, infinity or overflow): the head has diverged"
+            )
 
 
 class _Best:
@@ -204,7 +222,10 @@ class _Best:
     def __init__(self, rows: int, k: int, like: Tensor, elements: int) -> None:
         self.values = like.new_full((rows, k), -torch.inf)
         self.ids = torch.full_like(self.values, -1, dtype=torch.int64)
-        self.k, self.room = k, elements // 8  # numbers that selection may work on at a time: several tensors of 8 bytes each
+        self.k, self.room = (
+            k,
+            elements // 8,
+        )  # numbers that selection may work on at a time: several tensors of 8 bytes each
 
     def update(self, rows: slice, tile: Tensor, first: int, *, by_column: bool = False) -> None:
         """Take in `tile [rows, m]` (`[m, rows]` if by_column): cosines to the m classes from `first` on, all beyond those seen so far."""

@@ -49,7 +49,9 @@ class _Found:
     state: dict[str, Tensor]
 
 
-def check_margin(margin: Margin, *, worlds: Sequence[int] = (1, 2, 3), tolerance: float = 1e-8, timeout: float = 120.0) -> None:
+def check_margin(
+    margin: Margin, *, worlds: Sequence[int] = (1, 2, 3), tolerance: float = 1e-8, timeout: float = 120.0
+) -> None:
     """Compare `margin` in a sharded head with a dense reference and print what was compared.
 
     worlds: numbers of ranks; more than one rank means processes, to which the margin is sent by pickle.
@@ -70,7 +72,9 @@ def check_margin(margin: Margin, *, worlds: Sequence[int] = (1, 2, 3), tolerance
     if differences:
         raise AssertionError(f"{type(margin).__name__} is not what its formula says:\n  " + "\n  ".join(differences))
     ranks = ", ".join(str(world) for world in worlds)
-    print(f"{type(margin).__name__}: loss, gradients and state equal the dense reference in {STEPS} steps on {ranks} ranks")
+    print(
+        f"{type(margin).__name__}: loss, gradients and state equal the dense reference in {STEPS} steps on {ranks} ranks"
+    )
 
 
 def _inputs(margin: Margin) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +108,9 @@ def _dense_loss(margin: Margin, x: Tensor, labels: Tensor, w: Tensor, step: int)
         cosines = x @ w.T
     place = labels.clamp(min=0)[:, None]
     cosine = cosines.gather(1, place)[:, 0]
-    target = margin.target(cosine, Positives(torch.where(exists, labels, -1), torch.arange(len(x)), norm, exists, mix(0, step)))
+    target = margin.target(
+        cosine, Positives(torch.where(exists, labels, -1), torch.arange(len(x)), norm, exists, mix(0, step))
+    )
     others = margin.negative(cosines, target.detach()[:, None])
     logits = others.scatter(1, place, target[:, None]) * margin.scale
     if margin.binary:
@@ -132,7 +138,9 @@ def _run(margin: Margin, world: int, timeout: float) -> list[_Found]:
         pipes, processes = [], []
         for rank in range(world):
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_serve, args=(sent, rank, world, os.path.join(folder, "store"), there, timeout), daemon=True)
+            process = context.Process(
+                target=_serve, args=(sent, rank, world, os.path.join(folder, "store"), there, timeout), daemon=True
+            )
             process.start()
             there.close()
             pipes.append(here)
@@ -159,7 +167,9 @@ def _collect(pipes: list[Connection], timeout: float) -> list[list[_Found]]:
     while len(answers) < len(pipes):
         ready = wait([p for rank, p in enumerate(pipes) if rank not in answers], timeout)
         if not ready:
-            raise RuntimeError(f"no answer within {timeout:g} s from ranks {sorted(set(range(len(pipes))) - set(answers))}")
+            raise RuntimeError(
+                f"no answer within {timeout:g} s from ranks {sorted(set(range(len(pipes))) - set(answers))}"
+            )
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
@@ -213,7 +223,10 @@ def _differences(mine: _Found, expected: _Found, tolerance: float) -> list[str]:
     texts = []
     if not abs(float(mine.loss - expected.loss)) <= tolerance:
         texts.append(f"the loss is {float(mine.loss):.10g}, dense {float(expected.loss):.10g}")
-    named = [("the gradient of embeddings", mine.embeddings, expected.embeddings), ("the gradient of class", mine.weight, expected.weight)]
+    named = [
+        ("the gradient of embeddings", mine.embeddings, expected.embeddings),
+        ("the gradient of class", mine.weight, expected.weight),
+    ]
     named += [(f"buffer {name}", value, expected.state[name]) for name, value in mine.state.items()]
     for what, a, b in named:
         off = (a - b).abs().nan_to_num(nan=float("inf"))

@@ -135,7 +135,11 @@ def _labels(wiring: Wiring, batch: tuple[Any, Tensor] | None) -> Check:
         return Check(name, False, f"labels are {what}, not int64 [N]", "one class id a sample: labels.long()")
     bad = labels[(labels != head.ignore_index) & ((labels < 0) | (labels >= head.num_classes))]
     if len(bad):
-        mend = "labels count from 0; num_classes is the largest label of all data and one" if int(bad[0]) >= head.num_classes else ""
+        mend = (
+            "labels count from 0; num_classes is the largest label of all data and one"
+            if int(bad[0]) >= head.num_classes
+            else ""
+        )
         return Check(name, False, f"label {int(bad[0])} is not among 0 to {head.num_classes - 1}", mend)
     return Check(name, True, f"all are among 0 to {head.num_classes - 1}")
 
@@ -151,5 +155,7 @@ def _settings(wiring: Wiring) -> Check:
         for key, value in everyone[0].items():
             if other[key] != value:
                 words = f"ranks disagree: {key} is {value} on rank 0 and {other[key]} on rank {rank}"
-                return Check("settings", False, words, "build the same head and backbone, with the same seed, on every rank")
+                return Check(
+                    "settings", False, words, "build the same head and backbone, with the same seed, on every rank"
+                )
     return Check("settings", True, f"all ranks built the same head, seed {head.seed}")

@@ -114,7 +114,9 @@ class Trial:
         if self.batch is None:
             generator = torch.Generator("cpu").manual_seed(mix(7, self.rank) % 2**62)
             x = torch.randn(SAMPLES, self.head.embedding_size, generator=generator, device="cpu", dtype=torch.float32)
-            return x.to(self.device, self.head.weight.dtype if self.head.weight.dtype not in HALF else torch.float32).requires_grad_()
+            return x.to(
+                self.device, self.head.weight.dtype if self.head.weight.dtype not in HALF else torch.float32
+            ).requires_grad_()
         return self.embed(model, self.batch[0])
 
     def _loss(self, model: nn.Module) -> Tensor:
@@ -126,7 +128,9 @@ class Trial:
             finally:
                 hook.remove()
         self.embeddings = self._embed(model)
-        labels = torch.arange(SAMPLES, device=self.device) % self.head.num_classes if self.batch is None else self.batch[1]
+        labels = (
+            torch.arange(SAMPLES, device=self.device) % self.head.num_classes if self.batch is None else self.batch[1]
+        )
         return self.head(self.embeddings, labels).sum()
 
     def _note(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -145,7 +149,10 @@ class Trial:
             problem = f"the forward raises {type(error).__name__}: {error}", "see that one step of the loop runs"
         x: Any = self.embeddings
         if problem is None and not isinstance(x, Tensor):
-            problem = f"the model gives {type(x).__name__}, not a tensor of embeddings", "say how to get them: doctor(..., embed=...)"
+            problem = (
+                f"the model gives {type(x).__name__}, not a tensor of embeddings",
+                "say how to get them: doctor(..., embed=...)",
+            )
         if problem is None and (x.ndim != 2 or x.shape[1] != width):
             mend = "give PartialFC the width of the backbone's output as embedding_size"
             problem = f"embeddings are {list(x.shape)}, the head takes [N, {width}]", mend
@@ -190,18 +197,28 @@ class Trial:
     def _gradients(self, runs: bool) -> list[Check]:
         head, checks = self.head, []
         row_grad = head.row_grad
-        grads = [row_grad[1]] if row_grad is not None else [local_part(p.grad) for p in head.parameters() if p.grad is not None]
+        grads = (
+            [row_grad[1]]
+            if row_grad is not None
+            else [local_part(p.grad) for p in head.parameters() if p.grad is not None]
+        )
         some = any(gather_objects(any(bool(g.any()) for g in grads)))
         frozen = not any(p.requires_grad for p in head.parameters())
         if some or frozen:
-            checks.append(Check("head gradient", True, "the head is frozen" if frozen else "the loss reaches the head's rows"))
+            checks.append(
+                Check("head gradient", True, "the head is frozen" if frozen else "the loss reaches the head's rows")
+            )
         else:
             mend = "head(embeddings, labels) must be part of the loss that backward begins at"
             checks.append(Check("head gradient", False, "the loss reaches no row of the head", mend))
         name = "backbone gradient"
         without = [n for n, p in self.backbone.items() if p.grad is None or not bool(local_part(p.grad).any())]
         if not runs or not self.backbone:
-            words = "the backbone has nothing to train" if not self.backbone else "not checked: give batch=(inputs, labels) or input_shape="
+            words = (
+                "the backbone has nothing to train"
+                if not self.backbone
+                else "not checked: give batch=(inputs, labels) or input_shape="
+            )
             checks.append(Check(name, None if self.backbone else True, words))
         elif len(without) == len(self.backbone):
             mend = "embeddings must come out of the model with their graph: no detach(), no_grad() or eval-only path"
@@ -216,22 +233,39 @@ class Trial:
         if reference is None or not self.backbone:
             reason = "under FSDP2 gradients are in shards" if runs and self.backbone else "the backbone was not run"
             return Check(name, None, f"not checked: {reason}")
-        mine = [torch.zeros_like(r) if p.grad is None else p.grad.double() for p, r in zip(self.backbone.values(), reference, strict=True)]
+        mine = [
+            torch.zeros_like(r) if p.grad is None else p.grad.double()
+            for p, r in zip(self.backbone.values(), reference, strict=True)
+        ]
         size = sum(float(r.square().sum()) for r in reference)
         if not size:
             return Check(name, None, "not checked: the gradient is zero")
         ratio = sum(float((g * r).sum()) for g, r in zip(mine, reference, strict=True)) / size
         off = sum(float((g - r).square().sum()) for g, r in zip(mine, reference, strict=True)) ** 0.5 / size**0.5
-        scaled = sum(float((g - ratio * r).square().sum()) for g, r in zip(mine, reference, strict=True)) ** 0.5 / size**0.5
+        scaled = (
+            sum(float((g - ratio * r).square().sum()) for g, r in zip(mine, reference, strict=True)) ** 0.5 / size**0.5
+        )
         everyone = gather_objects((ratio, off, scaled))
-        low = any(p.dtype in HALF for p in self.backbone.values()) or self.embeddings is None or self.embeddings.dtype in HALF
+        low = (
+            any(p.dtype in HALF for p in self.backbone.values())
+            or self.embeddings is None
+            or self.embeddings.dtype in HALF
+        )
         tolerance = HALF_TOLERANCE if low else TOLERANCE
         world = self.head._shards.ranks.total
         if all(each[1] <= tolerance for each in everyone):
             off = max(each[1] for each in everyone)
-            return Check(name, True, f"the backbone's gradient is that of one process with the global batch, to {max(off, 1e-16):.0e}")
+            return Check(
+                name,
+                True,
+                f"the backbone's gradient is that of one process with the global batch, to {max(off, 1e-16):.0e}",
+            )
         if any(each[2] > tolerance * max(1.0, abs(each[0])) for each in everyone):
-            words = "the backbone's gradients differ between ranks: nothing averages them" if world > 1 else f"off by {off:.2g}, relative"
+            words = (
+                "the backbone's gradients differ between ranks: nothing averages them"
+                if world > 1
+                else f"off by {off:.2g}, relative"
+            )
             return Check(name, False, words, "wrap the backbone in DistributedDataParallel (or accelerator.prepare it)")
         words = f"the backbone's gradient is {ratio:.4g} times that of one process with the global batch"
         mend = f"gradients are averaged over ranks, so the head must scale them by {world}: build it with scale_embedding_grad=True"
@@ -251,7 +285,12 @@ class Trial:
             for key, here, there in zip(plain, everyone[0], digests, strict=True):
                 if here != there:
                     words = f"{when} the backbone's {key} is not the same on rank 0 and rank {rank}"
-                    return Check(name, False, words, "let DDP wrap it after it is loaded, and change it by averaged gradients alone")
+                    return Check(
+                        name,
+                        False,
+                        words,
+                        "let DDP wrap it after it is loaded, and change it by averaged gradients alone",
+                    )
         return Check(name, True, "all ranks hold the same backbone" if len(everyone) > 1 else "there is one backbone")
 
     def _steps(self, runs: bool) -> Check:
@@ -264,8 +303,16 @@ class Trial:
         still = [
             what
             for what, moves, trains in (
-                ("the head", head or self._wrong("head optimizer", "head gradient"), any(p.requires_grad for p in self.head.parameters())),
-                ("the backbone", backbone or self._wrong("backbone optimizer", "backbone gradient"), runs and bool(self.backbone)),
+                (
+                    "the head",
+                    head or self._wrong("head optimizer", "head gradient"),
+                    any(p.requires_grad for p in self.head.parameters()),
+                ),
+                (
+                    "the backbone",
+                    backbone or self._wrong("backbone optimizer", "backbone gradient"),
+                    runs and bool(self.backbone),
+                ),
             )
             if trains and not moves
         ]
@@ -275,7 +322,9 @@ class Trial:
         after = self._replicas(name, "after two steps")
         if after.ok is False and not self._wrong("replicas"):
             return after
-        return Check(name, True, "two steps moved " + ("head and backbone, the same way on all ranks" if runs else "the head"))
+        return Check(
+            name, True, "two steps moved " + ("head and backbone, the same way on all ranks" if runs else "the head")
+        )
 
     def _found_inf(self, runs: bool) -> Check:
         """An infinity on the last rank alone, once in its embeddings' gradient and once in its rows': all ranks must hear of it."""
@@ -287,7 +336,12 @@ class Trial:
         for where in ("backbone", "head") if runs and self.backbone else ("head",):
             self._start()
             loss = self.scaler.scale(self._loss(self.wiring.model))
-            if where == "backbone" and self.rank == last and self.embeddings is not None and self.embeddings.requires_grad:
+            if (
+                where == "backbone"
+                and self.rank == last
+                and self.embeddings is not None
+                and self.embeddings.requires_grad
+            ):
                 self.embeddings.register_hook(lambda grad: grad * float("inf"))
             loss.backward()
             if where == "head":
@@ -308,7 +362,12 @@ class Trial:
                 return Check(name, False, f"the scaler cannot unscale the {where}'s optimizer: {texts[0]}", alone)
             missed = [rank for rank, (found, _) in enumerate(everyone) if not all(found)]
             if missed:
-                return Check(name, False, f"an infinity in the {where}'s gradient on one rank is not noticed on rank {missed[0]}", mend)
+                return Check(
+                    name,
+                    False,
+                    f"an infinity in the {where}'s gradient on one rank is not noticed on rank {missed[0]}",
+                    mend,
+                )
         return Check(name, True, "an infinity on one rank is noticed on all")
 
     def _holds(self, optimizer: torch.optim.Optimizer, where: str) -> bool:

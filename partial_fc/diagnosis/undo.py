@@ -29,7 +29,9 @@ class Undo:
     Takes CPU memory of the size of this rank's weights, gradients and optimizer state.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer], wrappers: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer], wrappers: Iterable[nn.Module]
+    ) -> None:
         engines = {id(each) for each in wrappers}
         self.modules = list({id(m): m for root in modules for m in root.modules()}.values())
         self.optimizers = [inside for each in optimizers for inside in chain(each)]
@@ -39,7 +41,9 @@ class Undo:
     def __enter__(self) -> Undo:
         self.random = _state()
         self.training = [(m, m.training) for m in self.modules]
-        tensors = {id(t): t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+        tensors = {
+            id(t): t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
+        }
         self.tensors = [(t, _copy(t)) for t in tensors.values()]
         self.grads = [(t, t.grad, _copy(t.grad)) for t in tensors.values() if t.is_leaf and t.grad is not None]
         self.leaves = [t for t in tensors.values() if t.is_leaf]
@@ -47,12 +51,18 @@ class Undo:
         rows, records = [head._rows for head in self.heads], [head._record for head in self.heads]
         self.attributes = [(thing, dict(vars(thing))) for thing in (*self.own, *rows, *records, *self.optimizers)]
         self.carriers = [(r, list(r.trainable), [(c, c.grad) for c in r.trainable]) for r in rows]
-        self.groups = [(g, {k: copy.deepcopy(v) for k, v in g.items() if k != "params"}) for o in self.optimizers for g in o.param_groups]
+        self.groups = [
+            (g, {k: copy.deepcopy(v) for k, v in g.items() if k != "params"})
+            for o in self.optimizers
+            for g in o.param_groups
+        ]
         self.states = [(o, {p: _copied(values) for p, values in o.state.items()}) for o in self.optimizers]
         self.clear()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with torch.no_grad():
             self.clear()
             for thing, before in self.attributes:
@@ -92,7 +102,9 @@ class Undo:
         """Draws and margins of the heads as they were at the beginning; weights and optimizers stay where they are."""
         buffers = {id(b) for head in self.heads for b in head.buffers()}
         for head in self.heads:
-            before, record = (next(before for thing, before in self.attributes if thing is each) for each in (head, head._record))
+            before, record = (
+                next(before for thing, before in self.attributes if thing is each) for each in (head, head._record)
+            )
             vars(head).update({name: before[name] for name in ("_step",) if name in before})
             vars(head._record).update(record)
         with torch.no_grad():
@@ -103,7 +115,9 @@ class Undo:
     def moved(self, parameters: Iterable[Tensor]) -> bool:
         """Whether any of these parameters is not as it was, on this rank."""
         wanted = {id(p) for p in parameters}
-        return any(id(t) in wanted and not torch.equal(local_part(t.detach()).cpu(), value) for t, value in self.tensors)
+        return any(
+            id(t) in wanted and not torch.equal(local_part(t.detach()).cpu(), value) for t, value in self.tensors
+        )
 
 
 def chain(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:

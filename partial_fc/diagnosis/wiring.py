@@ -36,7 +36,13 @@ class Check:
 DDP, FSDP2, FSDP1 = "DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel"
 DEEPSPEED, COMPILED, PARALLEL = "DeepSpeedEngine", "OptimizedModule", "DataParallel"
 INSIDE = {DDP: "module", FSDP1: "module", DEEPSPEED: "module", COMPILED: "_orig_mod", PARALLEL: "module"}
-FOREIGN = {DDP: "DistributedDataParallel", FSDP1: "FSDP", FSDP2: "FSDP2", DEEPSPEED: "a DeepSpeed engine", PARALLEL: "DataParallel"}
+FOREIGN = {
+    DDP: "DistributedDataParallel",
+    FSDP1: "FSDP",
+    FSDP2: "FSDP2",
+    DEEPSPEED: "a DeepSpeed engine",
+    PARALLEL: "DataParallel",
+}
 OUTSIDE = "leave the head outside: wrap or prepare the backbone alone, and call head(model(x), labels)"
 
 
@@ -58,7 +64,9 @@ class Wiring:
     layers: list[nn.Module] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: nn.Module, head: nn.Module, optimizers: Sequence[torch.optim.Optimizer], accelerator: Any) -> Wiring:
+    def of(
+        cls, model: nn.Module, head: nn.Module, optimizers: Sequence[torch.optim.Optimizer], accelerator: Any
+    ) -> Wiring:
         found = [m for m in head.modules() if isinstance(m, PartialFC)]
         if len(found) != 1:
             raise TypeError(f"head must be a PartialFC, not {type(head).__name__} with {len(found)} of them inside")
@@ -130,15 +138,24 @@ class Wiring:
                 "give both the same group: PartialFC(..., group=...) and DistributedDataParallel(..., process_group=...)",
             )
         ranks = "1 rank" if len(head) == 1 else f"{len(head)} ranks"
-        return Check(name, True, f"head and backbone are over the same {ranks}" if model else f"the head is over {ranks}")
+        return Check(
+            name, True, f"head and backbone are over the same {ranks}" if model else f"the head is over {ranks}"
+        )
 
     def _wrapping(self) -> Check:
         name, inside = "wrapping", self._wrapped_by()
         if inside:
             return Check(
-                name, False, f"the head is in {inside}, which broadcasts, averages or splits its rows as if they were copies", OUTSIDE
+                name,
+                False,
+                f"the head is in {inside}, which broadcasts, averages or splits its rows as if they were copies",
+                OUTSIDE,
             )
-        where = "inside the model, and left out by its engine" if self.inside and self.engine else "outside of every wrapper"
+        where = (
+            "inside the model, and left out by its engine"
+            if self.inside and self.engine
+            else "outside of every wrapper"
+        )
         return Check(name, True, f"the head is {where}")
 
     def _wrapped_by(self) -> str:
@@ -172,7 +189,10 @@ class Wiring:
         if others:
             there = str(min(others, key=str))
             return Check(
-                "device", False, f"the head is on {head}, the backbone on {there}", f'head.to("{there}"), or PartialFC(..., device=...)'
+                "device",
+                False,
+                f"the head is on {head}, the backbone on {there}",
+                f'head.to("{there}"), or PartialFC(..., device=...)',
             )
         return Check("device", True, f"head and backbone are on {head}" if self.backbone else f"the head is on {head}")
 
@@ -194,12 +214,18 @@ class Wiring:
             return Check(name, True, "the head is frozen")
         if (by_rows and holders) or len(by_rows) > 1 or any(len(each) > 1 for each in plain.values()):
             count = len(by_rows) + len(holders)
-            words = f"the head's parameters are in {count} optimizers ({_names([*by_rows, *holders])}), which all move them"
-            return Check(name, False, words, f"keep them in one: {right}, and leave head.parameters() out of the others")
+            words = (
+                f"the head's parameters are in {count} optimizers ({_names([*by_rows, *holders])}), which all move them"
+            )
+            return Check(
+                name, False, words, f"keep them in one: {right}, and leave head.parameters() out of the others"
+            )
         if by_rows:
             return Check(name, True, f"a RowOptimizer ({type(bare(by_rows[0])._inner).__name__}) moves the head's rows")  # type: ignore[attr-defined]
         if holders and sampled:
-            words = f"the sampled head's parameters are in {_names(holders)}, which never sees the gradients of its rows"
+            words = (
+                f"the sampled head's parameters are in {_names(holders)}, which never sees the gradients of its rows"
+            )
             return Check(name, False, words, f"use {right} instead")
         missing = [n for n, each in plain.items() if not each]
         if missing:
@@ -215,11 +241,18 @@ class Wiring:
             return Check(name, True, "the backbone has nothing to train")
         if self.engine == DEEPSPEED:
             return Check(name, None, "not checked: the engine's optimizer holds parts of its own")
-        held = {n: [o for o in self.optimizers if any(p is q for q in _parameters(o))] for n, p in self.backbone.items()}
+        held = {
+            n: [o for o in self.optimizers if any(p is q for q in _parameters(o))] for n, p in self.backbone.items()
+        }
         missing, twice = [n for n, each in held.items() if not each], [n for n, each in held.items() if len(each) > 1]
         if missing:
             words = f"{len(missing)} of {len(held)} parameters are in no optimizer: {_listed(missing)}"
-            return Check(name, False, words, "give the optimizer model.parameters(), after the last move, wrap or change of the model")
+            return Check(
+                name,
+                False,
+                words,
+                "give the optimizer model.parameters(), after the last move, wrap or change of the model",
+            )
         if twice:
             words = f"{len(twice)} of {len(held)} parameters are in two optimizers: {_listed(twice)}"
             return Check(name, False, words, "keep each parameter in one optimizer")
@@ -229,7 +262,11 @@ class Wiring:
 def bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """What Accelerate's wrapper steps, another optimizer as it is."""
     inside = getattr(optimizer, "optimizer", None)
-    return bare(inside) if type(optimizer).__name__ == "AcceleratedOptimizer" and isinstance(inside, torch.optim.Optimizer) else optimizer
+    return (
+        bare(inside)
+        if type(optimizer).__name__ == "AcceleratedOptimizer" and isinstance(inside, torch.optim.Optimizer)
+        else optimizer
+    )
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -18,7 +18,9 @@ from partial_fc.distributed.missing import naming_the_missing
 
 Result = TypeVar("Result")
 AGREEMENT = "an agreement of all ranks"  # on files or arguments, in a `RankMissing`
-Failure = tuple[type[Exception], str]  # never the exception itself: some cannot be pickled, and their traceback holds tensors
+Failure = tuple[
+    type[Exception], str
+]  # never the exception itself: some cannot be pickled, and their traceback holds tensors
 
 
 def on_every_rank(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:

@@ -70,7 +70,9 @@ class naming_the_missing:  # noqa: N801, used as a function
     def __enter__(self) -> None:
         self._start = time.monotonic()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None or isinstance(error, RankMissing) or not is_of_a_peer(error) or not dist.is_initialized():
             return
         raise _judged(str(error), self._what, self._group, time.monotonic() - self._start) from error
@@ -96,7 +98,9 @@ def introduce() -> None:
         return
     _known = weakref.ref(world)
     try:
-        _default_store().set(f"{PROCESS}/{dist.get_rank()}", json.dumps([_machine(), os.getpid(), _stat(os.getpid())[1]]))
+        _default_store().set(
+            f"{PROCESS}/{dist.get_rank()}", json.dumps([_machine(), os.getpid(), _stat(os.getpid())[1]])
+        )
     except (RuntimeError, OSError, NotImplementedError):
         return  # a store that cannot be written to; the message has one fact less
 
@@ -202,7 +206,9 @@ def _own_connection(store: Any) -> Any:
     """The same store by a connection of its own, so that nobody waits for this one's lock."""
     host = _tcp(store)
     if host is not None:
-        socket.create_connection((host.host, host.port), SILENCE).close()  # else the store would try for its whole timeout
+        socket.create_connection(
+            (host.host, host.port), SILENCE
+        ).close()  # else the store would try for its whole timeout
     if hasattr(store, "clone"):  # from torch 2.7 on
         store = store.clone()
         store.set_timeout(timedelta(seconds=SILENCE))
@@ -225,7 +231,11 @@ def _judged(text: str, what: str, group: dist.ProcessGroup | None, seconds: floa
     if inquiry.answered.is_set():
         inquiry.join(GRACE + 2 * SETTLE + SILENCE)
     waited = _WAITED.search(text)
-    how = f"waited {int(waited[1]) / 1000:g} s, the timeout" if waited else f"the connection ended after {seconds:.1f} s, before a timeout"
+    how = (
+        f"waited {int(waited[1]) / 1000:g} s, the timeout"
+        if waited
+        else f"the connection ended after {seconds:.1f} s, before a timeout"
+    )
     if inquiry.late:
         late = "after the others had given it up: it was stopped, or slower than the timeout"
         return RankMissing(f"rank {inquiry.rank}, this one, came to {what} {late}. {END}", inquiry.missing)
@@ -234,7 +244,9 @@ def _judged(text: str, what: str, group: dist.ProcessGroup | None, seconds: floa
         seen = "".join(f"; rank {rank}: {state}" for rank, state in inquiry.seen.items() if state)
         return RankMissing(f"{names} did not come to {what} ({how}{seen}). {CAUSES} {END}", sorted(inquiry.missing))
     if inquiry.failure is None and inquiry.answered.is_set() and not inquiry.is_alive():
-        return RankMissing(f"all ranks came to {what}, but the connection between them failed ({how}): look at the network. {END}")
+        return RankMissing(
+            f"all ranks came to {what}, but the connection between them failed ({how}): look at the network. {END}"
+        )
     return _of_the_store(inquiry, what, how)
 
 
@@ -244,7 +256,9 @@ def _of_the_store(inquiry: _Inquiry, what: str, how: str) -> RankMissing:
     if store is None or inquiry.rank == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         unknown = f"which one is not known, as the store{'' if store is None else f' at {store.host}:{store.port}'} does not answer"
         return RankMissing(f"a rank did not come to {what} ({how}; {unknown}). {CAUSES} {END}")
-    gone = f"the store that it hosts at {store.host}:{store.port} {'has gone' if inquiry.failure else 'does not answer'}"
+    gone = (
+        f"the store that it hosts at {store.host}:{store.port} {'has gone' if inquiry.failure else 'does not answer'}"
+    )
     return RankMissing(f"rank 0 did not come to {what} ({how}; {gone}). {CAUSES} {END}", (0,))
 
 

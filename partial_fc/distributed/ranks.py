@@ -47,7 +47,9 @@ class Ranks:
         introduce()
         if isinstance(group, DeviceMesh):
             if group.ndim not in (1, 2):
-                raise ValueError(f"group is a {group.ndim}-D mesh; a head takes a 1-D (shard) or 2-D (replicate, shard) one")
+                raise ValueError(
+                    f"group is a {group.ndim}-D mesh; a head takes a 1-D (shard) or 2-D (replicate, shard) one"
+                )
             shard = group.get_group(group.ndim - 1)
             replicate = group.get_group(0) if group.ndim == 2 else None
             return cls(*_place(shard), *(_place(replicate) if replicate else (0, 1)), shard, replicate, group)

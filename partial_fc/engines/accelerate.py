@@ -53,8 +53,13 @@ class HeadOptimizer(AcceleratedOptimizer):
             super().step(closure)
             return
         # as the base does, but for scaler.update(): that is the prepared optimizer's, once a step
-        if self.optimizer in _unscaled and self.scaler._per_optimizer_states[id(self.optimizer)]["stage"].name == "READY":
-            raise RuntimeError("under a GradScaler the head's optimizer steps before the prepared one, which forgets what was unscaled")
+        if (
+            self.optimizer in _unscaled
+            and self.scaler._per_optimizer_states[id(self.optimizer)]["stage"].name == "READY"
+        ):
+            raise RuntimeError(
+                "under a GradScaler the head's optimizer steps before the prepared one, which forgets what was unscaled"
+            )
         _unscaled.discard(self.optimizer)
         self.optimizer.step = self._optimizer_patched_step_method
         self.scaler.step(self.optimizer)
@@ -73,7 +78,9 @@ def prepare_heads(accelerator: Accelerator, *things: Any) -> Any:
     `accelerator.prepare`, or with DeepSpeed, whose engine steps by its own rules (partial_fc.engines.deepspeed).
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("with DeepSpeed the engine decides when to step: use partial_fc.engines.deepspeed instead of prepare_heads")
+        raise ValueError(
+            "with DeepSpeed the engine decides when to step: use partial_fc.engines.deepspeed instead of prepare_heads"
+        )
     _check_not_prepared(accelerator)
     optimizers: dict[int, HeadOptimizer] = {}
     for thing in things:
@@ -85,7 +92,9 @@ def prepare_heads(accelerator: Accelerator, *things: Any) -> Any:
             prepared.append(optimizers[id(thing)])
         elif isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
             own = [optimizers[id(thing.optimizer)]] if id(thing.optimizer) in optimizers else list(optimizers.values())
-            prepared.append(AcceleratedScheduler(thing, own, accelerator.step_scheduler_with_optimizer, accelerator.split_batches))
+            prepared.append(
+                AcceleratedScheduler(thing, own, accelerator.step_scheduler_with_optimizer, accelerator.split_batches)
+            )
         else:
             raise TypeError(
                 f"prepare_heads takes RowOptimizers and their learning-rate schedulers, not {type(thing).__name__}; "
@@ -95,7 +104,11 @@ def prepare_heads(accelerator: Accelerator, *things: Any) -> Any:
 
 
 def clip_grad_norm_(
-    accelerator: Accelerator, parameters: Iterable[Tensor], *heads: optim.HasRows, max_norm: float, norm_type: float = 2.0
+    accelerator: Accelerator,
+    parameters: Iterable[Tensor],
+    *heads: optim.HasRows,
+    max_norm: float,
+    norm_type: float = 2.0,
 ) -> Tensor | None:
     """`partial_fc.clip_grad_norm_` at the end of an accumulation, of gradients without their loss scale; None in between.
 
@@ -143,7 +156,9 @@ def _unwrapped(thing: Any) -> Any:
 def _check_not_prepared(accelerator: Accelerator) -> None:
     for model in accelerator._models:
         if isinstance(accelerator.unwrap_model(model), ShardedLoss):
-            raise ValueError("a head was given to accelerator.prepare, which is for what all ranks hold alike; leave it as it is")
+            raise ValueError(
+                "a head was given to accelerator.prepare, which is for what all ranks hold alike; leave it as it is"
+            )
     for optimizer in accelerator._optimizers:
         if isinstance(_unwrapped(optimizer), RowOptimizer):
             raise ValueError(

@@ -69,7 +69,9 @@ def check_version(version: str) -> None:
     """RuntimeError for a version of DeepSpeed that is too old."""
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        raise RuntimeError(f"DeepSpeed {version} is too old: heads beside an engine need {oldest} or newer; {INSTALL} --upgrade")
+        raise RuntimeError(
+            f"DeepSpeed {version} is too old: heads beside an engine need {oldest} or newer; {INSTALL} --upgrade"
+        )
 
 
 class DeepSpeedHead:
@@ -103,7 +105,9 @@ class DeepSpeedHead:
         self.norm: Tensor | None = None
         self._scaled_norm = torch.zeros(())  # of the heads' gradient, in the engine's loss scale
         self._flags: Tensor | None = None  # of the heads, agreed: gradient, loss
-        self._by_engine = False  # whether the loss went through engine.backward, which divides it by the accumulation steps
+        self._by_engine = (
+            False  # whether the loss went through engine.backward, which divides it by the accumulation steps
+        )
         _check_engine(engine, joint_clipping)
         self._check_heads()
         self._plain = not self._join_norm()
@@ -114,7 +118,9 @@ class DeepSpeedHead:
         within = {id(p) for p in self.engine.module.parameters()}
         for optimizer in self.optimizers:
             if optimizer.update_in_backward:
-                raise ValueError("update_in_backward cannot be joined with DeepSpeed: rows would move before the engine may skip the step")
+                raise ValueError(
+                    "update_in_backward cannot be joined with DeepSpeed: rows would move before the engine may skip the step"
+                )
             if any(id(p) in within for p in optimizer._sharded.everything):
                 raise ValueError("a head is within the DeepSpeed engine; give deepspeed.initialize the backbone alone")
 
@@ -178,7 +184,11 @@ class DeepSpeedHead:
     def _heads_norm(self) -> Tensor:
         """The norm of the heads' gradient; infinite on all ranks if a head is to leave the step out, or a loss is not finite."""
         norms, flags = gradient_norms([], self.heads, 2.0, any(head._watches for head in self.heads))
-        norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms])) if norms else torch.zeros(())
+        norm = (
+            torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
+            if norms
+            else torch.zeros(())
+        )
         if any(head.skipped for head in self.heads):
             norm = torch.full_like(norm, torch.inf)
         self._flags = flags
@@ -224,7 +234,9 @@ class DeepSpeedHead:
     def _step_plain(self, heads_norm: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The step of an engine without a norm of its own: it has averaged the gradients, and a torch optimizer steps by them."""
         engine, backbone = self.engine, list(self.engine.module.parameters())
-        if self.joint_clipping:  # after it the backbone's own norm is within the limit, so that the engine's clipping changes nothing
+        if (
+            self.joint_clipping
+        ):  # after it the backbone's own norm is within the limit, so that the engine's clipping changes nothing
             norms = [*gradient_norms(backbone, [], 2.0, False)[0], heads_norm]
             self.norm = norm = torch.linalg.vector_norm(torch.stack([each.to(heads_norm) for each in norms]))
             factor = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
@@ -262,12 +274,18 @@ def _check_engine(engine: Any, joint_clipping: bool) -> None:
     """ValueError for an engine that heads cannot be stepped with."""
     optimizer, stage = getattr(engine, "optimizer", None), engine.zero_optimization_stage()
     if not hasattr(optimizer, "step"):
-        raise ValueError("the DeepSpeed engine has no optimizer; give deepspeed.initialize one, or name one in its configuration")
+        raise ValueError(
+            "the DeepSpeed engine has no optimizer; give deepspeed.initialize one, or name one in its configuration"
+        )
     if stage == 0 and engine.fp16_enabled():
-        raise ValueError("fp16 with ZeRO-0 gives wrong gradients in DeepSpeed; use ZeRO-1 (its states are split, nothing else changes)")
+        raise ValueError(
+            "fp16 with ZeRO-0 gives wrong gradients in DeepSpeed; use ZeRO-1 (its states are split, nothing else changes)"
+        )
     # also where an engine with it was made in this process before, which DeepSpeed remembers for all that follow
     if any(getattr(holder, name, None) for holder in (engine, optimizer) for name in AUTOCAST_SCALERS):
-        raise ValueError("torch_autocast in float16 scales the loss out of reach of the heads; use bfloat16, or fp16.enabled")
+        raise ValueError(
+            "torch_autocast in float16 scales the loss out of reach of the heads; use bfloat16, or fp16.enabled"
+        )
     if not engine.managed_gradient_accumulation():
         raise ValueError('"managed_gradient_accumulation": false leaves no boundary to step the heads at; leave it out')
     if not getattr(optimizer, "compute_grad_norm", True):
@@ -306,5 +324,7 @@ def load_with_engine(engine: Any, folder: str | os.PathLike[str], tag: str | Non
     """
     path, _ = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
-        raise FileNotFoundError(f"no checkpoint of a DeepSpeed engine in {folder}" + ("" if tag is None else f" with the tag {tag}"))
+        raise FileNotFoundError(
+            f"no checkpoint of a DeepSpeed engine in {folder}" + ("" if tag is None else f" with the tag {tag}")
+        )
     checkpoint.load_checkpoint(Path(path).parent / HEADS, **named)

@@ -92,7 +92,9 @@ class HeadStrategy(DDPStrategy):
 
     def _head_optimizers(self) -> dict[str, Any]:
         joint = [optimizer for optimizer in self.optimizers if isinstance(optimizer, JointOptimizer)]
-        return {f"optimizer.{i}.{k}": head for i, optimizer in enumerate(joint) for k, head in enumerate(optimizer.heads)}
+        return {
+            f"optimizer.{i}.{k}": head for i, optimizer in enumerate(joint) for k, head in enumerate(optimizer.heads)
+        }
 
 
 def _save(folder: str, named: dict[str, Any]) -> None:

@@ -21,7 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # what Open MPI, and MPICH and those like it, tell the processes that they start
+SIZES = (
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+)  # what Open MPI, and MPICH and those like it, tell the processes that they start
 MISSING = (
     "mpi4py is needed under mpirun: pip install 'partial_fc[mpi]'; it must find the library of the MPI whose mpirun this is "
     "(to build it for that one: pip install --no-binary mpi4py mpi4py)"
@@ -79,9 +82,7 @@ def contradiction(found: Mapping[str, int], given: Mapping[str, str], source: st
     """What is wrong where a variable of `given` is not what `source` found; None if they agree."""
     for name, value in found.items():
         if name in given and given[name] != str(value):
-            return (
-                f"{name} is set to {given[name]}, and {source} says {value} (rank {found['RANK']} of {found['WORLD_SIZE']}); unset {name}"
-            )
+            return f"{name} is set to {given[name]}, and {source} says {value} (rank {found['RANK']} of {found['WORLD_SIZE']}); unset {name}"
     return None
 
 

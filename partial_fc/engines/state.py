@@ -45,7 +45,10 @@ def OptimizerState(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:  
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the weights and buffers of the plain module, whole on every rank: for evaluation, or export."""
     state = BackboneState(model).state_dict()
-    return {name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone() for name, value in state.items()}
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        for name, value in state.items()
+    }
 
 
 def _zero(model: nn.Module) -> Any:
@@ -56,10 +59,14 @@ def _zero(model: nn.Module) -> Any:
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() > 0:
         if getattr(optimizer, "swap_optimizer", False):
-            raise ValueError("optimizer state on NVMe cannot be saved in a form for all engines; use engine.save_checkpoint")
+            raise ValueError(
+                "optimizer state on NVMe cannot be saved in a form for all engines; use engine.save_checkpoint"
+            )
         return optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError("half precision with ZeRO-0 keeps its float32 weights to itself; use ZeRO-1 or engine.save_checkpoint")
+        raise ValueError(
+            "half precision with ZeRO-0 keeps its float32 weights to itself; use ZeRO-1 or engine.save_checkpoint"
+        )
     return None
 
 
@@ -134,14 +141,18 @@ def _set_piece(parameter: nn.Parameter, full: Tensor, key: str | None = None) ->
     if not parameter.requires_grad:
         return
     if not hasattr(parameter, "ds_id"):
-        utils.safe_set_full_fp32_param(parameter, full) if key is None else utils.safe_set_full_optimizer_state(parameter, full, key)
+        utils.safe_set_full_fp32_param(parameter, full) if key is None else utils.safe_set_full_optimizer_state(
+            parameter, full, key
+        )
         return
     # pieces of ZeRO-3 are of one size, the last ones filled up, which DeepSpeed's setter of whole tensors does not know
     sharded: Any = parameter
     size, rank = sharded.ds_tensor.numel(), dist.get_rank(sharded.ds_process_group)
     part = full.flatten()[rank * size : (rank + 1) * size]
     piece = torch.cat((part, part.new_zeros(size - len(part))))
-    utils.safe_set_local_fp32_param(parameter, piece) if key is None else utils.safe_set_local_optimizer_state(parameter, piece, key)
+    utils.safe_set_local_fp32_param(parameter, piece) if key is None else utils.safe_set_local_optimizer_state(
+        parameter, piece, key
+    )
 
 
 class _ZeroOptimizer:
@@ -170,7 +181,9 @@ class _ZeroOptimizer:
         of_element = state_of_a_step(self._optimizer)
         state = {
             i: {
-                k: v.clone() if v.ndim == 0 else self._rows.empty(getattr(p, "ds_shape", p.shape), torch.float32, self._device)
+                k: v.clone()
+                if v.ndim == 0
+                else self._rows.empty(getattr(p, "ds_shape", p.shape), torch.float32, self._device)
                 for k, v in of_element.items()
             }
             for i, p in self._parameters()
@@ -217,7 +230,9 @@ class _ZeroOptimizer:
 
     def _loss_scaler(self) -> dict[str, Any]:
         scaler = getattr(self._zero, "loss_scaler", None)
-        return {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)} if scaler is not None else {}
+        return (
+            {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)} if scaler is not None else {}
+        )
 
 
 def _flat_pieces(zero: Any) -> list[Tensor]:

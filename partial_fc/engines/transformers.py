@@ -62,7 +62,9 @@ class HeadTrainer(Trainer):
     def __init__(self, model: nn.Module, args: Any, *, head_optimizers: Sequence[RowOptimizer], **options: Any) -> None:
         heads = heads_of(model)
         if not heads:
-            raise ValueError(f"there is no PartialFC or CenterLoss in this {type(model).__name__}; transformers.Trainer trains it as it is")
+            raise ValueError(
+                f"there is no PartialFC or CenterLoss in this {type(model).__name__}; transformers.Trainer trains it as it is"
+            )
         if args.fp16:
             raise ValueError("fp16 is not supported with heads in a Trainer; use bf16=True")
         if args.deepspeed or args.fsdp:
@@ -70,7 +72,9 @@ class HeadTrainer(Trainer):
         trained = {id(optimizer._head) for optimizer in head_optimizers}
         for name, head in heads.items():
             if id(head) not in trained and any(p.requires_grad for p in head.parameters()):
-                raise ValueError(f"head_optimizers has no RowOptimizer for {name or 'the model'}, so it would never train")
+                raise ValueError(
+                    f"head_optimizers has no RowOptimizer for {name or 'the model'}, so it would never train"
+                )
         ignore_heads(model)
         self._module, self.head_optimizers = model, list(head_optimizers)
         self._heads: dict[str, Any] = {name or "model": head for name, head in heads.items()}
@@ -95,7 +99,9 @@ class HeadTrainer(Trainer):
     def _norm(self, max_norm: float) -> Tensor:
         heads = self._heads.values()
         theirs = {id(p) for head in heads for p in head.parameters()}
-        return optim.clip_grad_norm_([p for p in self._module.parameters() if id(p) not in theirs], *heads, max_norm=max_norm)
+        return optim.clip_grad_norm_(
+            [p for p in self._module.parameters() if id(p) not in theirs], *heads, max_norm=max_norm
+        )
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

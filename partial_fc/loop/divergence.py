@@ -145,7 +145,9 @@ class DivergenceWatch:
 
     def _report(self, sums: _Sums, kind: int, shards: list[int]) -> None:
         """Name what differs at that step: the ranks tell each other all its checksums."""
-        mine = dict(zip(sums.names[kind], sums.sums[kind].tolist(), strict=True)) | (sums.numbers if kind == ALL else {})
+        mine = dict(zip(sums.names[kind], sums.sums[kind].tolist(), strict=True)) | (
+            sums.numbers if kind == ALL else {}
+        )
         everyone: list[dict[str, int]] = [{}] * len(shards)
         with naming_the_missing("the comparison of checksums", self.group):
             dist.all_gather_object(everyone, mine, group=self.group)
@@ -165,7 +167,13 @@ class DivergenceWatch:
         return next((head._shards.ranks.rank for head in self._heads()), 0)
 
     def _heads(self) -> Iterator[ShardedLoss]:
-        return (m for thing in self.things if isinstance(thing, nn.Module) for m in thing.modules() if isinstance(m, ShardedLoss))
+        return (
+            m
+            for thing in self.things
+            if isinstance(thing, nn.Module)
+            for m in thing.modules()
+            if isinstance(m, ShardedLoss)
+        )
 
     def _everything(self) -> Iterator[tuple[int, str, Tensor | int]]:
         """(who should hold the same, name, value) in an order that all ranks have."""
@@ -176,8 +184,13 @@ class DivergenceWatch:
                 prefix = "" if i == 0 else f"{type(thing).__name__}."
                 for name, module in thing.named_modules():
                     if isinstance(module, ShardedLoss):
-                        yield from _of_head(module, f"{prefix}{name}." if name else prefix or f"{type(thing).__name__}.")
-                plain: list[Iterable[tuple[str, Tensor]]] = [thing.named_parameters(), thing.named_buffers() if self.buffers else ()]
+                        yield from _of_head(
+                            module, f"{prefix}{name}." if name else prefix or f"{type(thing).__name__}."
+                        )
+                plain: list[Iterable[tuple[str, Tensor]]] = [
+                    thing.named_parameters(),
+                    thing.named_buffers() if self.buffers else (),
+                ]
                 for named in plain:
                     for name, tensor in named:
                         if id(tensor) not in of_heads and _is_whole(tensor):
@@ -220,7 +233,9 @@ def _of_head(head: ShardedLoss, prefix: str) -> Iterator[tuple[int, str, Tensor 
         yield SHARD, f"{prefix}{name}", rows if selected is None else rows.index_select(0, selected)
 
 
-def _of_optimizer(optimizer: torch.optim.Optimizer, known: dict[int, str], of_heads: set[int]) -> Iterator[tuple[int, str, Tensor | int]]:
+def _of_optimizer(
+    optimizer: torch.optim.Optimizer, known: dict[int, str], of_heads: set[int]
+) -> Iterator[tuple[int, str, Tensor | int]]:
     for group in optimizer.param_groups:
         for i, parameter in enumerate(group["params"]):
             if id(parameter) in of_heads or not _is_whole(parameter):

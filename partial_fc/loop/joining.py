@@ -81,12 +81,22 @@ class JoinedBatches(Generic[Batch]):
             try:
                 batch = None if over else next(iterator, None)
                 if batch is not None and last is None:
-                    self._make(batch)  # whether the labels are found must be known on all ranks before one needs a stand-in
+                    self._make(
+                        batch
+                    )  # whether the labels are found must be known on all ranks before one needs a stand-in
                 if batch is None and not over and last is not None:
                     last = self._make(last)
             except Exception as error:
                 failure = error
-            state = FAILED if failure is not None else HAS if batch is not None else ENDED if last is not None else NEVER_HAD
+            state = (
+                FAILED
+                if failure is not None
+                else HAS
+                if batch is not None
+                else ENDED
+                if last is not None
+                else NEVER_HAD
+            )
             everyone = all_gather_mesh(torch.tensor([state], device=device), ranks, WHO).flatten().tolist()
             if FAILED in everyone:
                 told = tell("" if failure is None else f"{type(failure).__name__}: {failure}", ranks, device)
@@ -106,7 +116,11 @@ class JoinedBatches(Generic[Batch]):
 def device_of(ranks: Ranks) -> torch.device:
     """Where tensors must be for the group's collectives: the CPU, or the current GPU under NCCL."""
     assert ranks.group is not None
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(ranks.group) == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend(ranks.group) == "nccl"
+        else torch.device("cpu")
+    )
 
 
 def _from_rank(batch: Any, flat: int, ranks: Ranks, device: torch.device) -> Any:
@@ -116,7 +130,11 @@ def _from_rank(batch: Any, flat: int, ranks: Ranks, device: torch.device) -> Any
     if own:
         torch.save(batch, buffer)
     length = _from(torch.tensor([len(buffer.getvalue())], device=device), flat, ranks)
-    mine = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8) if own else torch.empty(int(length), dtype=torch.uint8)
+    mine = (
+        torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        if own
+        else torch.empty(int(length), dtype=torch.uint8)
+    )
     received = _from(mine.to(device), flat, ranks)
     if own:
         return batch
@@ -157,7 +175,9 @@ def _ignored(batch: Any, where: int | str | None, ignore_index: int | Mapping[st
         changed[where] = _filled(batch[where], ignore_index)
         return changed
     if not isinstance(where, str) or not hasattr(batch, where):
-        raise TypeError(f"a batch of type {type(batch).__name__} has no {where!r}; say where its labels are, or give stand_in")
+        raise TypeError(
+            f"a batch of type {type(batch).__name__} has no {where!r}; say where its labels are, or give stand_in"
+        )
     value = _filled(getattr(batch, where), ignore_index)
     if dataclasses.is_dataclass(batch):
         return dataclasses.replace(batch, **{where: value})  # type: ignore[type-var]
@@ -172,7 +192,9 @@ def _filled(labels: Any, ignore_index: int | Mapping[str, int]) -> Any:
         return {name: _filled(value, each[name]) for name, value in labels.items()}
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"the labels of a batch must be an integer tensor, not {kind}; say where they are (labels=), or give stand_in")
+        raise TypeError(
+            f"the labels of a batch must be an integer tensor, not {kind}; say where they are (labels=), or give stand_in"
+        )
     if isinstance(ignore_index, Mapping):
         raise TypeError("ignore_index is a dict, but the labels of a batch are not")
     return torch.full_like(labels, ignore_index)

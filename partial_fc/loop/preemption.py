@@ -21,7 +21,9 @@ import torch.distributed as dist
 
 from partial_fc.distributed.missing import naming_the_missing
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows has no SIGUSR1
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)  # Windows has no SIGUSR1
 
 
 class PreemptionGuard:
@@ -60,7 +62,9 @@ class PreemptionGuard:
             self._before[each] = signal.signal(each, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         while self._before:
             each, handler = self._before.popitem()
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
@@ -77,7 +81,9 @@ class PreemptionGuard:
             return self.noted is not None
         # a number on the CPU where the group takes it, else on this rank's GPU
         on_cpu = "cpu:" in dist.get_backend_config(self._group)
-        noted = torch.tensor([int(self.noted is not None)], device="cpu" if on_cpu else torch.accelerator.current_accelerator())
+        noted = torch.tensor(
+            [int(self.noted is not None)], device="cpu" if on_cpu else torch.accelerator.current_accelerator()
+        )
         with naming_the_missing("the question whether to stop", self._group):
             dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
         return bool(noted)

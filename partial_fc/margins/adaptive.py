@@ -74,7 +74,9 @@ class AdaFace(Margin):
         self.std.fill_(100.0)
 
     def target(self, cosine: Tensor, positives: Positives) -> Tensor:
-        norm = positives.norm.detach().clamp(1e-3, 100.0)  # the paper's code, so that one outlier does not move the statistics
+        norm = positives.norm.detach().clamp(
+            1e-3, 100.0
+        )  # the paper's code, so that one outlier does not move the statistics
         if self.training:
             mean, count = positives.mean(norm), positives.count()
             variance = positives.mean((norm - mean) ** 2) * count / (count - 1)
@@ -187,7 +189,11 @@ class AdaptiveMargin(Margin):
         bad = (~counts.double().isfinite() | (counts < 0)).nonzero()
         if len(bad):
             raise ValueError(f"class_counts[{int(bad[0])}] is {counts[int(bad[0])].item()}; a count is at least 0")
-        _check("0 <= smallest <= largest < pi must hold, in radians", (smallest, largest), 0 <= smallest <= largest < math.pi)
+        _check(
+            "0 <= smallest <= largest < pi must hold, in radians",
+            (smallest, largest),
+            0 <= smallest <= largest < math.pi,
+        )
         _check("exponent must be a positive number", exponent, 0 < exponent < math.inf)
         self.largest, self.smallest, self.exponent = largest, smallest, exponent
         weights = counts.double().clamp(min=1) ** -exponent
@@ -204,7 +210,11 @@ class AdaptiveMargin(Margin):
         return angular(cosine, 1.0, self.margins[positives.label.clamp(min=0)].to(cosine.dtype))
 
     def prepare(self, num_classes: int, selected: int) -> None:
-        _check(f"class_counts must hold {num_classes} numbers, one a class", f"{len(self.margins)}", len(self.margins) == num_classes)
+        _check(
+            f"class_counts must hold {num_classes} numbers, one a class",
+            f"{len(self.margins)}",
+            len(self.margins) == num_classes,
+        )
 
 
 class SphereFace2(Margin):
@@ -247,7 +257,11 @@ class SphereFace2(Margin):
             local_part(self.offset).fill_(self._start)
 
     def _similarity(self, cosine: Tensor) -> Tensor:
-        return 2 * ((cosine.clamp(-1, 1) + 1) / 2) ** self.t - 1 + local_part(self.offset.detach()).to(cosine.dtype) / self.scale
+        return (
+            2 * ((cosine.clamp(-1, 1) + 1) / 2) ** self.t
+            - 1
+            + local_part(self.offset.detach()).to(cosine.dtype) / self.scale
+        )
 
     def target(self, cosine: Tensor, positives: Positives | None = None) -> Tensor:
         return self._similarity(cosine) - self.margin

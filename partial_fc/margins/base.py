@@ -141,7 +141,9 @@ class Margin(nn.Module):
     def describe(self) -> str:
         """Its name and settings, "ArcFace(scale=64.0, m1=1.0, m2=0.5, ...)": what must be the same on all ranks and in a checkpoint."""
         plain = (bool, int, float, str, tuple)
-        settings = {k: v for k, v in vars(self).items() if isinstance(v, plain) and not k.startswith("_") and k != "training"}
+        settings = {
+            k: v for k, v in vars(self).items() if isinstance(v, plain) and not k.startswith("_") and k != "training"
+        }
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
 
     def frozen(self) -> Margin:
@@ -149,7 +151,8 @@ class Margin(nn.Module):
         other = copy.copy(self)
         other._buffers = {name: None if b is None else b.clone() for name, b in self._buffers.items()}
         other._parameters = {
-            name: None if p is None else nn.Parameter(local_part(p.detach()).clone()) for name, p in self._parameters.items()
+            name: None if p is None else nn.Parameter(local_part(p.detach()).clone())
+            for name, p in self._parameters.items()
         }
         return other
 

@@ -21,7 +21,9 @@ class CombinedMargin(Margin):
     1 for the derivative of the target logit by the cosine, as many published implementations do.
     """
 
-    def __init__(self, scale: float = 64.0, m1: float = 1.0, m2: float = 0.5, m3: float = 0.0, gradient: Gradient = "exact") -> None:
+    def __init__(
+        self, scale: float = 64.0, m1: float = 1.0, m2: float = 0.5, m3: float = 0.0, gradient: Gradient = "exact"
+    ) -> None:
         super().__init__(scale)
         if not (math.isfinite(m1) and m1 >= 1):
             raise ValueError(f"m1 multiplies the target angle and must be at least 1, not {m1}")
@@ -97,7 +99,13 @@ class SubCenterArcFace(ArcFace):
     The head's weight is `[C, K, D]`; a sample's gradient goes to the nearest center of each class. centers: K >= 1.
     """
 
-    def __init__(self, scale: float = 64.0, margin: float = 0.5, centers: int = 3, gradient: Gradient = "exact") -> None:
+    def __init__(
+        self, scale: float = 64.0, margin: float = 0.5, centers: int = 3, gradient: Gradient = "exact"
+    ) -> None:
         super().__init__(scale, margin, gradient)
-        _check("centers, the rows a class has, must be a whole number of at least 1", centers, isinstance(centers, int) and centers >= 1)
+        _check(
+            "centers, the rows a class has, must be a whole number of at least 1",
+            centers,
+            isinstance(centers, int) and centers >= 1,
+        )
         self.centers = centers

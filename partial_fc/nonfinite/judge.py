@@ -42,7 +42,11 @@ def local_flags(heads: Sequence[Watched], bad_gradient: Iterable[Tensor]) -> Ten
     losses = [backward.losses.detach().sum() for head in heads for backward in head._record.backwards]
     flags = []
     for found in (list(bad_gradient), [~loss.isfinite() for loss in losses]):
-        flags.append(torch.stack([each.to(device) for each in found]).any() if found else torch.zeros((), dtype=torch.bool, device=device))
+        flags.append(
+            torch.stack([each.to(device) for each in found]).any()
+            if found
+            else torch.zeros((), dtype=torch.bool, device=device)
+        )
     return torch.stack(flags).double()
 
 
@@ -58,7 +62,9 @@ def over_ranks(flags: Tensor, ranks: Ranks) -> Tensor:
 def judge(heads: Sequence[Watched], parameters: Sequence[Tensor], scaler: Any = None) -> bool:
     """Look at losses and gradients, agree, and decide: whether the step may be taken. parameters: of the backbone."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    grads += [p.grad for head in heads for p in (*head._rows.carriers, *head._rows.shared.values()) if p.grad is not None]
+    grads += [
+        p.grad for head in heads for p in (*head._rows.carriers, *head._rows.shared.values()) if p.grad is not None
+    ]
     return decide(heads, over_all(local_flags(heads, [not_finite(grad) for grad in grads]), heads), parameters, scaler)
 
 
@@ -165,7 +171,9 @@ def check_gradients(parameters: Iterable[Tensor] | Tensor, *heads: Watched, scal
     ValueError without a head.
     """
     if not heads:
-        raise ValueError("check_gradients needs the heads of the step, whose ranks agree: check_gradients(parameters, head)")
+        raise ValueError(
+            "check_gradients needs the heads of the step, whose ranks agree: check_gradients(parameters, head)"
+        )
     if not any(head._watches for head in heads):
         return not any(head.skipped for head in heads)
     return judge(heads, others(parameters, heads), scaler)

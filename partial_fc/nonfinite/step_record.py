@@ -76,7 +76,10 @@ class StepRecord:
             self._part()
             if len(self.backwards) == MOST:  # of so many the first is not told apart any more
                 first, second = self.backwards[0], self.backwards.pop(1)
-                first.losses, first.grad = first.losses.sum() + second.losses.sum(), first.grad.sum() + second.grad.sum()
+                first.losses, first.grad = (
+                    first.losses.sum() + second.losses.sum(),
+                    first.grad.sum() + second.grad.sum(),
+                )
             self.backwards.append(_Backward(losses, grad, named))
 
         return backward

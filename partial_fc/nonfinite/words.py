@@ -25,7 +25,9 @@ def rows_device(head: Watched) -> torch.device:
 def not_finite(tensor: Tensor) -> Tensor:
     """0-d bool: whether anything in it is a NaN or infinity, or its sum overflows. One pass without a temporary."""
     tensor = local_part(tensor.detach())
-    if tensor.dtype in (torch.float16, torch.bfloat16) and tensor.numel():  # a sum in float32 would make a float32 copy on a CPU
+    if (
+        tensor.dtype in (torch.float16, torch.bfloat16) and tensor.numel()
+    ):  # a sum in float32 would make a float32 copy on a CPU
         return ~torch.stack(torch.aminmax(tensor)).isfinite().all()
     return ~tensor.sum().isfinite()
 
@@ -51,8 +53,15 @@ def _bad_weight(head: Watched) -> str:
 
 def _bad_row(head: Watched) -> str:
     rows = head._rows
-    named = [(n, local_part(c.grad)) for n, c in zip(rows.parameters, rows.carriers, strict=False) if c.grad is not None]
-    text = _first_row(named, rows.shards.lo, rows.rows if rows.sampled else None, "the gradient of {name} of class {row} is not finite")
+    named = [
+        (n, local_part(c.grad)) for n, c in zip(rows.parameters, rows.carriers, strict=False) if c.grad is not None
+    ]
+    text = _first_row(
+        named,
+        rows.shards.lo,
+        rows.rows if rows.sampled else None,
+        "the gradient of {name} of class {row} is not finite",
+    )
     shared = [name for name, p in rows.shared.items() if p.grad is not None and bool(not_finite(p.grad))]
     return text or (f"the gradient of {shared[0]} is not finite" if shared else "")
 

@@ -68,7 +68,9 @@ def gradient_norms(
     sharded = [head._rows for head in heads]
     for rows in sharded:
         if rows.live_optimizer is not None and rows.live_optimizer.update_in_backward:
-            raise RuntimeError("update_in_backward cannot be joined with clipping: rows moved before the norm was known")
+            raise RuntimeError(
+                "update_in_backward cannot be joined with clipping: rows moved before the norm was known"
+            )
     plain = [*nonfinite.others(parameters, heads), *(p for rows in sharded for p in rows.shared.values())]
     norms = [_norm(p.grad, norm_type) for p in plain if p.grad is not None]
     flags = nonfinite.local_flags(heads, [~norm.isfinite() for norm in norms]) if judged else None
@@ -89,11 +91,17 @@ def _norm(grad: Tensor, norm_type: float) -> Tensor:
     return norm.double()
 
 
-def _norm_over_ranks(grads: list[Tensor], rows: ShardedRows, norm_type: float, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _norm_over_ranks(
+    grads: list[Tensor], rows: ShardedRows, norm_type: float, flags: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """(norm of all shards; the flags of any rank of the head), by one collective, and one more between replicas if there are flags."""
     ranks, device = rows.shards.ranks, local_part(next(iter(rows.parameters.values()))).device
     parts = [_norm(g, norm_type) for g in grads if g.numel()]
-    norm = torch.linalg.vector_norm(torch.stack(parts), norm_type) if parts else torch.zeros((), dtype=torch.float64, device=device)
+    norm = (
+        torch.linalg.vector_norm(torch.stack(parts), norm_type)
+        if parts
+        else torch.zeros((), dtype=torch.float64, device=device)
+    )
     if ranks.group is None:
         return norm, flags
     largest = math.isinf(norm_type)

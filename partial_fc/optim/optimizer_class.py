@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from partial_fc.shards import local_part
 
 
-def _construct(cls: type[torch.optim.Optimizer], parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
+def _construct(
+    cls: type[torch.optim.Optimizer], parameters: list[nn.Parameter], options: dict[str, Any]
+) -> torch.optim.Optimizer:
     """The class on stand-ins of the parameters, with its fused kernel where it has one and the caller did not choose."""
     stand_ins = [nn.Parameter(local_part(p.detach())[:0]) for p in parameters]
     if "fused" in inspect.signature(cls).parameters and not {"fused", "foreach", "differentiable"} & set(options):
@@ -40,7 +42,11 @@ def _trial(
     parameters = [nn.Parameter(r.clone()) for r in (start.split(1) if split else [start])]
     optimizer = cls(parameters, **options)
     for _ in range(steps):
-        grad = torch.randn(start.shape, generator=generator, dtype=start.dtype, device="cpu") if start.any() else torch.zeros_like(start)
+        grad = (
+            torch.randn(start.shape, generator=generator, dtype=start.dtype, device="cpu")
+            if start.any()
+            else torch.zeros_like(start)
+        )
         for parameter, rows in zip(parameters, grad.split(1) if split else [grad], strict=True):
             parameter.grad = rows.clone()
         optimizer.step()

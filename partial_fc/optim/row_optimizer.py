@@ -24,7 +24,14 @@ from torch.profiler import record_function
 
 from partial_fc.nonfinite import judge as nonfinite
 from partial_fc.nonfinite.step_record import StepRecord
-from partial_fc.optim.optimizer_class import _check_rows_apart, _construct, _fused_moves, _initial_state, _is_row_state, _trial
+from partial_fc.optim.optimizer_class import (
+    _check_rows_apart,
+    _construct,
+    _fused_moves,
+    _initial_state,
+    _is_row_state,
+    _trial,
+)
 from partial_fc.rows import ShardedRows
 from partial_fc.sampling import keyed_below, mix
 from partial_fc.shards import local_part
@@ -77,11 +84,15 @@ class RowOptimizer(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
-            raise TypeError(f"optimizer_class must be a torch.optim.Optimizer class such as torch.optim.SGD, not {optimizer_class!r}")
+            raise TypeError(
+                f"optimizer_class must be a torch.optim.Optimizer class such as torch.optim.SGD, not {optimizer_class!r}"
+            )
         if not isinstance(getattr(head, "_rows", None), ShardedRows):
             raise TypeError(f"a RowOptimizer trains a PartialFC, not {type(head).__name__}")
         if update_in_backward and head._rows.sampled:
-            raise ValueError("update_in_backward is for sample_rate=1.0; a sampled head has no gradient of the whole weight to save")
+            raise ValueError(
+                "update_in_backward is for sample_rate=1.0; a sampled head has no gradient of the whole weight to save"
+            )
         if low_precision not in (None, "master", "stochastic"):
             raise ValueError(f'low_precision must be None, "master" or "stochastic", not {low_precision!r}')
         if low_precision == "stochastic" and any(p.dtype == torch.float16 for p in head._rows.parameters.values()):
@@ -120,7 +131,9 @@ class RowOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self.update_in_backward:
             if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-                raise RuntimeError("update_in_backward cannot be joined with a GradScaler: rows moved before their gradient was unscaled")
+                raise RuntimeError(
+                    "update_in_backward cannot be joined with a GradScaler: rows moved before their gradient was unscaled"
+                )
             self._applied = False
         head, sharded = self._head, self._sharded
         if head._watches and not head._record.judged and not head.skipped:
@@ -132,7 +145,11 @@ class RowOptimizer(torch.optim.Optimizer):
             for parameter in sharded.shared.values():
                 if parameter.grad is not None:
                     _OneStep(self, parameter).update(None, 0, len(parameter), local_part(parameter.grad))
-            grads = [] if self.update_in_backward else [local_part(c.grad) if c.grad is not None else None for c in sharded.carriers]
+            grads = (
+                []
+                if self.update_in_backward
+                else [local_part(c.grad) if c.grad is not None else None for c in sharded.carriers]
+            )
             if any(g is not None for g in grads):
                 sharded.stepped = True
                 one_step = self._start_step()
@@ -181,7 +198,11 @@ class RowOptimizer(torch.optim.Optimizer):
     def _wrap(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
         """State of a parameter, split as it is."""
         shards = self._sharded.shards
-        return shards.wrap_shared(local) if any(parameter is p for p in self._sharded.shared.values()) else shards.wrap(local)
+        return (
+            shards.wrap_shared(local)
+            if any(parameter is p for p in self._sharded.shared.values())
+            else shards.wrap(local)
+        )
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -199,7 +220,10 @@ class RowOptimizer(torch.optim.Optimizer):
         for i, parameter in enumerate(self._sharded.everything):
             if i not in template["state"]:
                 trial = _trial(
-                    type(self._inner), self._options(), torch.zeros(1, 1, dtype=self._state_dtype(parameter), device="cpu"), steps=1
+                    type(self._inner),
+                    self._options(),
+                    torch.zeros(1, 1, dtype=self._state_dtype(parameter), device="cpu"),
+                    steps=1,
                 )
                 template["state"][i] = {
                     key: self._allocate(parameter, value.dtype, key) if _is_row_state(value, trial[0]) else value
@@ -212,13 +236,17 @@ class RowOptimizer(torch.optim.Optimizer):
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state dict is that of another class of optimizer; tensors in it are not looked at."""
         options = {**self._options(), **state["param_groups"][0]}
-        accepted = {k: v for k, v in options.items() if k in self._options() and k not in ("fused", "foreach", "capturable")}
+        accepted = {
+            k: v for k, v in options.items() if k in self._options() and k not in ("fused", "foreach", "capturable")
+        }
         mine = {MASTER, COUNT, *_trial(type(self._inner), accepted, torch.zeros(1, 1, device="cpu"), steps=1)[1]}
         for of_parameter in state["state"].values():
             unknown = sorted(set(of_parameter) - mine)
             if unknown:
                 name = type(self._inner).__name__
-                raise ValueError(f"it is the state of another optimizer: it has {', '.join(unknown)}, which {name} as built here has not")
+                raise ValueError(
+                    f"it is the state of another optimizer: it has {', '.join(unknown)}, which {name} as built here has not"
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take options and state; the row state must be of this class and of this head's shape, else ValueError."""
@@ -228,7 +256,9 @@ class RowOptimizer(torch.optim.Optimizer):
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.ndim and value.shape != parameters[int(i)].shape:
                     expected = list(parameters[int(i)].shape)
-                    raise ValueError(f"optimizer state {key} is {list(value.shape)}, the head's parameter is {expected}")
+                    raise ValueError(
+                        f"optimizer state {key} is {list(value.shape)}, the head's parameter is {expected}"
+                    )
         self.param_groups[0].update({k: v for k, v in state_dict["param_groups"][0].items() if k != "params"})
         self.state.clear()
         for i, state in state_dict["state"].items():

@@ -187,9 +187,17 @@ def items(z: Sizes) -> tuple[Item, ...]:
     return (
         Item("weights", "C_local·D", dict.fromkeys(PHASES, shard * z.w)),
         Item("initial rows", "C_local·D, float32", {"build": (shard + 2 * INIT_BLOCK * z.D) * 4 if z.cpu else 0}),
-        Item("optimizer state", f"{z.states + bool(master)}·C_local·D", dict.fromkeys(step, shard * (z.states * z.q + master))),
+        Item(
+            "optimizer state",
+            f"{z.states + bool(master)}·C_local·D",
+            dict.fromkeys(step, shard * (z.states * z.q + master)),
+        ),
         _gradient(z),
-        Item("kept logits", "N·S", dict.fromkeys(step if z.cpu else ("forward", "combine", "backward"), z.logits if z.kept else 0)),
+        Item(
+            "kept logits",
+            "N·S",
+            dict.fromkeys(step if z.cpu else ("forward", "combine", "backward"), z.logits if z.kept else 0),
+        ),
         Item("logits of a tile", "N·T", logits),
         Item("rows of a tile", "T·D, several", tiles),
         Item("embeddings and their gradient", "N·D, several", _embeddings(z)),
@@ -241,7 +249,9 @@ def _tile_backward(z: Sizes) -> int:
     directions, made = _directions(z)
     rows, samples = z.T * z.D, z.N * z.D
     narrow = 0 if z.bounded else z.N * z.T * z.p
-    own = 0 if z.p == z.s == z.w and not z.held else rows * z.s  # the gradient, where the product cannot be written to its place
+    own = (
+        0 if z.p == z.s == z.w and not z.held else rows * z.s
+    )  # the gradient, where the product cannot be written to its place
     product = rows * z.p * z.low + own
     if not z.bounded:  # float16 is scaled back after it is widened
         product = 2 * rows * z.s
@@ -304,7 +314,9 @@ def _block(z: Sizes, elements: int) -> int:
     rows = (4 if z.wide == "master" else z.w) * (z.window > 0)
     rows += 4 * (z.wide == "stochastic") + 4 * bool(z.wide)  # widened, and their gradient
     storing = {None: 0, "master": z.w, "stochastic": ROUNDING_TEMPORARIES}[z.wide]
-    return elements * (rows + state + max(working, storing))  # without sampling a block has state of its own in the first step only
+    return elements * (
+        rows + state + max(working, storing)
+    )  # without sampling a block has state of its own in the first step only
 
 
 # ---------------------------------------------------------------------------------------------------- work and network
@@ -330,7 +342,9 @@ def traffic(z: Sizes) -> dict[str, int]:
     # forward: product w, exponential r w, sum r; backward: r in two products, and in tiled mode product and exponential again
     logits = z.N * z.S * z.p * (6 if z.kept else 9)
     if not z.bounded:
-        logits += z.N * z.S * (3 * z.s + 2 * z.p) * (1 if z.kept else 2)  # widened, its maximum taken off, lowered again
+        logits += (
+            z.N * z.S * (3 * z.s + 2 * z.p) * (1 if z.kept else 2)
+        )  # widened, its maximum taken off, lowered again
     directions = 2 * z.w * (z.window > 0) + z.w + z.s + 2 * z.s * (z.w != z.s)  # picked out, widened, divided
     used = z.p + (z.s + z.p) * z.low  # by a product; lowered for it
     class_rows = rows * (z.w + (1 + _remade(z)) * directions + (2 if z.kept else 3) * used)  # first of all measured

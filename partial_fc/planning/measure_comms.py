@@ -95,7 +95,11 @@ class Comms:
     @property
     def bottleneck(self) -> str:
         """What takes the largest part of a step: the name of a collective, "head" or "backbone"."""
-        parts = {"head": self.head_seconds, "backbone": self.backbone_seconds, **{c.name: c.seconds for c in self.collectives}}
+        parts = {
+            "head": self.head_seconds,
+            "backbone": self.backbone_seconds,
+            **{c.name: c.seconds for c in self.collectives},
+        }
         return max(parts, key=parts.__getitem__)
 
     @property
@@ -116,14 +120,14 @@ class Comms:
         if self.nodes > 1:
             across = [self._across()] if kind[0] in ("payload", "statistics", "embedding gradient") else []
             hints = [INTERFACE, *across, *hints]
-        return (
-            f"the {kind[1][:-1]} of the {kind[0]} takes {found.seconds / self.step:.0%} of the step: {speed} {where}; {'; or '.join(hints)}"
-        )
+        return f"the {kind[1][:-1]} of the {kind[0]} takes {found.seconds / self.step:.0%} of the step: {speed} {where}; {'; or '.join(hints)}"
 
     def _across(self) -> str:
         """Whether replicas of the head on each node would send less: class gradients instead of embeddings and their gradients."""
         now = sum(c.sent for c in self.collectives if c.name.startswith(("payload", "embedding gradient")))
-        then = 2 * self.head_rows * (self.nodes - 1) * self.arguments["embedding_size"] * 4  # an all-reduce of nodes times the rows
+        then = (
+            2 * self.head_rows * (self.nodes - 1) * self.arguments["embedding_size"] * 4
+        )  # an all-reduce of nodes times the rows
         instead = f"{_size(then)} of class gradients between nodes instead of {_size(now)} of embeddings"
         if then >= now:
             return f"leave the head sharded over all nodes, as replicas of it would send more ({instead})"
@@ -139,7 +143,13 @@ class Comms:
         for one, measured in zip(own["collectives"], self.collectives, strict=True):
             one.update(gigabytes_per_second=measured.rate, share=measured.seconds / self.step)
         shares = {"head": self.head_seconds / self.step, "backbone": self.backbone_seconds / self.step}
-        return {**own, "step_seconds": self.step, "shares": shares, "bottleneck": self.bottleneck, "advice": self.advice}
+        return {
+            **own,
+            "step_seconds": self.step,
+            "shares": shares,
+            "bottleneck": self.bottleneck,
+            "advice": self.advice,
+        }
 
     def __str__(self) -> str:
         a = self.arguments
@@ -152,8 +162,15 @@ class Comms:
         for c in self.collectives:
             numbers = f"{c.seconds * 1e3:>11.3f}{c.latency * 1e3:>10.3f}{c.rate:>9.3g}{c.seconds / self.step:>8.1%}"
             lines.append(f"  {c.name:36}{_size(c.own):>12}{_size(c.sent):>12}{numbers}")
-        rows = "" if self.measured_rows == self.head_rows else f", scaled from {self.measured_rows:,} of {self.head_rows:,} rows"
-        work = {f"head, forward and backward{rows}": self.head_seconds, "backbone, forward and backward": self.backbone_seconds}
+        rows = (
+            ""
+            if self.measured_rows == self.head_rows
+            else f", scaled from {self.measured_rows:,} of {self.head_rows:,} rows"
+        )
+        work = {
+            f"head, forward and backward{rows}": self.head_seconds,
+            "backbone, forward and backward": self.backbone_seconds,
+        }
         for name, seconds in work.items():
             if seconds:
                 lines.append(f"  {name:60}{seconds * 1e3:>13.3f}{seconds / self.step:>27.1%}")
@@ -183,7 +200,11 @@ def comms(
 
     Raises ValueError for bad arguments.
     """
-    for name, value, least in (("num_classes", num_classes, 1), ("embedding_size", embedding_size, 1), ("batch_size", batch_size, 1)):
+    for name, value, least in (
+        ("num_classes", num_classes, 1),
+        ("embedding_size", embedding_size, 1),
+        ("batch_size", batch_size, 1),
+    ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
     if backbone_parameters < 0 or repeats < 1 or not 0 < sample_rate <= 1:
@@ -196,7 +217,9 @@ def comms(
     for one in planned(z, backbone_parameters):
         kind = one.name.split(" (", 1)[0]
         actual, smallest = _calls(kind, z, one, ranks, device)
-        measured.append(Measured(one.name, one.own, one.sent, one.received, watch.median(actual), watch.median(smallest)))
+        measured.append(
+            Measured(one.name, one.own, one.sent, one.received, watch.median(actual), watch.median(smallest))
+        )
     seconds, rows = _head_seconds(z, sample_rate, ranks, device, watch)
     arguments = {
         "num_classes": num_classes,
@@ -207,7 +230,16 @@ def comms(
     }
     backend = dist.get_backend() if ranks.group is not None else "no process group"
     return Comms(
-        arguments, ranks.world, _nodes(), backend, device.type, tuple(measured), seconds, z.S, rows, watch.slowest(backbone_seconds)
+        arguments,
+        ranks.world,
+        _nodes(),
+        backend,
+        device.type,
+        tuple(measured),
+        seconds,
+        z.S,
+        rows,
+        watch.slowest(backbone_seconds),
     )
 
 
@@ -227,7 +259,9 @@ def _all_reduce(name: str, own: int, world: int) -> Collective:
     return Collective(f"{name} (all-reduce)", own, moved, moved)
 
 
-def _calls(kind: str, z: Sizes, one: Collective, ranks: Ranks, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+def _calls(
+    kind: str, z: Sizes, one: Collective, ranks: Ranks, device: torch.device
+) -> tuple[Callable[[], object], Callable[[], object]]:
     """(the collective as the head calls it, the same with the smallest message)."""
     world, n = ranks.world, z.N_local
     tiny = torch.zeros(1, device=device)
@@ -244,14 +278,18 @@ def _calls(kind: str, z: Sizes, one: Collective, ranks: Ranks, device: torch.dev
     if kind == "embedding gradient":
         grad, least = torch.zeros(n * world, z.D, device=device), torch.zeros(world, 1, device=device)
         ones = (1,) * world
-        return lambda: start_reduce_scatter(grad, ranks, (n,) * world)(), lambda: start_reduce_scatter(least, ranks, ones)()
+        return lambda: start_reduce_scatter(grad, ranks, (n,) * world)(), lambda: start_reduce_scatter(
+            least, ranks, ones
+        )()
     if kind == "clip norm":
         norm = torch.zeros(3, dtype=torch.float64, device=device)
         call = lambda: dist.all_reduce(norm, group=ranks.group)  # noqa: E731
         return call, call
     assert kind == "backbone gradient"
     buckets = [torch.zeros(count // 4, device=device) for count in _buckets(one.own)]
-    return lambda: [dist.all_reduce(bucket, group=ranks.group) for bucket in buckets], lambda: dist.all_reduce(tiny, group=ranks.group)
+    return lambda: [dist.all_reduce(bucket, group=ranks.group) for bucket in buckets], lambda: dist.all_reduce(
+        tiny, group=ranks.group
+    )
 
 
 def _buckets(total: int) -> list[int]:
@@ -306,7 +344,9 @@ def _head_seconds(z: Sizes, sample_rate: float, ranks: Ranks, device: torch.devi
     return seconds * z.S / rows, rows
 
 
-def _time_head(z: Sizes, classes: int, rate: float, group: Any, world: int, device: torch.device, watch: _Watch) -> float:
+def _time_head(
+    z: Sizes, classes: int, rate: float, group: Any, world: int, device: torch.device, watch: _Watch
+) -> float:
     generator = torch.Generator("cpu").manual_seed(0)
     labels = torch.randint(0, classes * world, (z.N,), generator=generator, device="cpu")
     labels = torch.where(labels < classes, labels, -100).to(device)

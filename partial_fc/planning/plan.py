@@ -21,7 +21,17 @@ import torch
 from partial_fc.batch_status import DTYPES
 from partial_fc.head import DEFAULT_LOGITS_BUDGET
 from partial_fc.optim.row_optimizer import HALF, LowPrecision
-from partial_fc.planning.costs import OPTIMIZERS, PHASES, Collective, Item, collectives, items, operations, sizes, traffic
+from partial_fc.planning.costs import (
+    OPTIMIZERS,
+    PHASES,
+    Collective,
+    Item,
+    collectives,
+    items,
+    operations,
+    sizes,
+    traffic,
+)
 
 MAX_WORLD = 1 << 20  # no more ranks than this are advised
 ADVISED_DIGITS = 4  # of an advised sampling rate, rounded down
@@ -194,13 +204,19 @@ class _Advice:
         """Whether it may be joined with what was asked for, and is no part of it."""
         asked = self.asked
         if "update_in_backward" in changes:
-            return asked["sample_rate"] == 1 and asked["autocast"] is not torch.float16 and not asked["update_in_backward"]
+            return (
+                asked["sample_rate"] == 1 and asked["autocast"] is not torch.float16 and not asked["update_in_backward"]
+            )
         return asked["optimizer"] != "sgd" if "optimizer" in changes else asked["dtype"] not in HALF
 
     def fewer_samples(self) -> Change | None:
         world = self.asked["world_size"]
         samples = _largest(self.asked["batch_size"] // world, lambda n: self.fits(batch_size=n * world)) * world
-        return self.change(f"a global batch of {samples:,}", batch_size=samples) if 0 < samples < self.asked["batch_size"] else None
+        return (
+            self.change(f"a global batch of {samples:,}", batch_size=samples)
+            if 0 < samples < self.asked["batch_size"]
+            else None
+        )
 
     def more_ranks(self) -> Change | None:
         most = min(self.asked["num_classes"], MAX_WORLD)
@@ -237,19 +253,31 @@ def _check(a: dict[str, Any], memory: int | None) -> None:
     for name, value, least in (("memory", memory, 1), ("logits_budget", a["logits_budget"], 0)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise ValueError(f"{name} must be a number of bytes of at least {least}, or None, not {value!r}")
-    if isinstance(a["sample_rate"], bool) or not isinstance(a["sample_rate"], (int, float)) or not 0 < a["sample_rate"] <= 1:
+    if (
+        isinstance(a["sample_rate"], bool)
+        or not isinstance(a["sample_rate"], (int, float))
+        or not 0 < a["sample_rate"] <= 1
+    ):
         raise ValueError(f"sample_rate is a share of the classes in (0, 1], not {a['sample_rate']!r}")
     _check_choices(a)
     if a["update_in_backward"] and a["sample_rate"] < 1:
         raise ValueError(f"update_in_backward is for sample_rate=1.0, not {a['sample_rate']!r}")
     if a["update_in_backward"] and a["autocast"] is torch.float16:
-        raise ValueError("update_in_backward cannot be joined with autocast float16, which needs a GradScaler; allowed is bfloat16 or None")
+        raise ValueError(
+            "update_in_backward cannot be joined with autocast float16, which needs a GradScaler; allowed is bfloat16 or None"
+        )
 
 
 def _check_choices(a: dict[str, Any]) -> None:
     named = a["optimizer"]
-    if not (named in OPTIMIZERS if isinstance(named, str) else isinstance(named, type) and issubclass(named, torch.optim.Optimizer)):
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, or a torch.optim.Optimizer class, not {named!r}")
+    if not (
+        named in OPTIMIZERS
+        if isinstance(named, str)
+        else isinstance(named, type) and issubclass(named, torch.optim.Optimizer)
+    ):
+        raise ValueError(
+            f"optimizer must be one of {', '.join(OPTIMIZERS)}, or a torch.optim.Optimizer class, not {named!r}"
+        )
     if a["dtype"] not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(_name, DTYPES))}, not {_name(a['dtype'])}")
     if a["autocast"] not in (None, *HALF):
@@ -272,7 +300,9 @@ def _name(value: Any) -> str:
 
 def size(count: int) -> str:
     """Bytes for reading: GiB, MiB or KiB."""
-    unit, digits = next(((unit, digits) for unit, digits in (("GiB", 30), ("MiB", 20)) if count >= 1 << digits), ("KiB", 10))
+    unit, digits = next(
+        ((unit, digits) for unit, digits in (("GiB", 30), ("MiB", 20)) if count >= 1 << digits), ("KiB", 10)
+    )
     return f"{count / (1 << digits):.2f} {unit}"
 
 
@@ -281,7 +311,9 @@ def _head_lines(made: Plan) -> list[str]:
     ranks = "1 rank" if a["world_size"] == 1 else f"{a['world_size']:,} ranks"
     budget = DEFAULT_LOGITS_BUDGET if a["logits_budget"] is None else a["logits_budget"]
     words = [f"{_name(a['dtype'])} weights", f"{_name(a['autocast'] or a['dtype'])} products", _name(a["optimizer"])]
-    words += ["updated in backward"] * a["update_in_backward"] + [f"low precision: {a['low_precision']}"] * bool(a["low_precision"])
+    words += ["updated in backward"] * a["update_in_backward"] + [f"low precision: {a['low_precision']}"] * bool(
+        a["low_precision"]
+    )
     return [
         f"C = {a['num_classes']:,} classes, D = {a['embedding_size']:,}, N = {a['batch_size']:,} samples, {ranks}, "
         f"r = {a['sample_rate']:g}",
@@ -296,7 +328,9 @@ def _memory_lines(made: Plan) -> list[str]:
     for item in made.items:
         if item.largest:
             now = item.bytes.get(made.peak_phase, 0)
-            lines.append(f"  {item.name:32}{size(item.largest):>12}  {size(now) if now else '-':>12}  {item.formula}".rstrip())
+            lines.append(
+                f"  {item.name:32}{size(item.largest):>12}  {size(now) if now else '-':>12}  {item.formula}".rstrip()
+            )
     return [*lines, f"  {'peak, in ' + made.peak_phase:32}{'':>12}  {size(made.peak):>12}"]
 
 

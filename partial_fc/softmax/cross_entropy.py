@@ -91,7 +91,9 @@ class ShardedCrossEntropy(torch.autograd.Function):
 
 
 class _Forward:
-    def __init__(self, step: Step, weight: Tensor, bias: Tensor | None, stats: torch.dtype, product: torch.dtype) -> None:
+    def __init__(
+        self, step: Step, weight: Tensor, bias: Tensor | None, stats: torch.dtype, product: torch.dtype
+    ) -> None:
         self.step, self.stats, self.product = step, stats, product
         self.rows = Rows(weight, bias, step, stats)
         X = step.batch.embeddings
@@ -159,7 +161,9 @@ class _Forward:
         targets, centers = self.targets, self.step.margin.centers
         raw = self.x.new_zeros(len(targets.sample))
         if self.rows.count and centers == 1:
-            raw = torch.linalg.vecdot(self.x[targets.sample], self.rows.at(targets.row)[0]) + self.rows.bias_at(targets.row)
+            raw = torch.linalg.vecdot(self.x[targets.sample], self.rows.at(targets.row)[0]) + self.rows.bias_at(
+                targets.row
+            )
         elif self.rows.count:
             positions = targets.first[:, None] + torch.arange(centers, device=raw.device)
             directions = self.rows.at(positions.reshape(-1))[0].view(len(raw), centers, self.D)
@@ -189,7 +193,11 @@ class _Forward:
             )
             z = margin.target(cosine, positives) * margin.scale
             nothing = torch.zeros_like(raw)
-            grads = torch.autograd.grad(z.sum(), (cosine, norm), allow_unused=True) if needs_grad and z.requires_grad else (None, None)
+            grads = (
+                torch.autograd.grad(z.sum(), (cosine, norm), allow_unused=True)
+                if needs_grad and z.requires_grad
+                else (None, None)
+            )
         on_cosine, on_norm = (nothing if g is None else torch.where(targets.own, g, 0.0) for g in grads)
         z = z.detach()
         return z if margin.has_rule else torch.where(targets.own, z, 0.0), on_cosine, on_norm
@@ -226,7 +234,9 @@ class _Forward:
         found = dict(zip(parts, everyone.split([len(p) for p in parts.values()], dim=1), strict=True))
         targets_z = found["z"].sum(0).view_as(step.targets)
         hardest = found["hardest"].amax(0) if "hardest" in found else None
-        step.measured = Measured(found["raw"].sum(0).view_as(step.targets), targets_z, targets.exists, self.norms, hardest)
+        step.measured = Measured(
+            found["raw"].sum(0).view_as(step.targets), targets_z, targets.exists, self.norms, hardest
+        )
         return found
 
     def _binary(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -245,7 +255,9 @@ class _Forward:
         m, s = found["maximum"], found["total"]
         # in logarithms: where there is no class but the target, the exponential of its logit may be too small for float32
         lse = torch.cat((s.log() + m, torch.where(exists, targets_z, -torch.inf).t())).logsumexp(0)
-        lse = torch.where(lse == -torch.inf, 0.0, lse)  # an ignored sample may have no class at all, behind a filter; NaN stays
+        lse = torch.where(
+            lse == -torch.inf, 0.0, lse
+        )  # an ignored sample may have no class at all, behind a filter; NaN stays
         losses = (1 - smoothing) * (step.target_weights * (lse[:, None] - targets_z)).sum(1)
         if smoothing:
             step.selected = found["count"].sum(0).clamp_(min=1)
@@ -276,7 +288,9 @@ class _Sums:
         self.maximum = x.new_full((self.N, 1), 0.0 if step.bounded else torch.finfo(self.stats).min)
         self.total = x.new_zeros(self.N, 1)
         name = "logits" if step.rows is None else "selected logits"
-        self.kept = step.workspace.take(name, (self.N * rows.count,), forward.product, x.device) if keep else x.new_empty(0)
+        self.kept = (
+            step.workspace.take(name, (self.N * rows.count,), forward.product, x.device) if keep else x.new_empty(0)
+        )
         self.maxima = x.new_empty(-(-rows.count // forward.tile) if keep else 0, self.N, 1)
         # exponentials that no maximum is taken off may be made in the products' dtype at once; their sum is in that of the statistics
         work = forward.product if step.bounded and not step.ruled else self.stats
@@ -284,7 +298,9 @@ class _Sums:
         self.scratch = None if in_place else x.new_empty(self.N * min(forward.tile, max(rows.count, 1)), dtype=work)
         self.scaled = (x if step.ruled else x * step.margin.scale).to(forward.product)
         self.row_sum = x.new_zeros(self.D + 1 if step.label_smoothing and not step.ruled else 0)
-        self.logit_sum, self.count = (x.new_zeros(self.N if step.label_smoothing and step.ruled else 0) for _ in range(2))
+        self.logit_sum, self.count = (
+            x.new_zeros(self.N if step.label_smoothing and step.ruled else 0) for _ in range(2)
+        )
         self.active = x.new_zeros(self.N if step.margin.binary else 0)
         self.hardest = x.new_full((self.N,), torch.finfo(self.stats).min) if step.metrics else None
 
@@ -355,7 +371,18 @@ class _Backward:
         self.embedding_dtype, self.anchored, self.needs = ctx.embedding_dtype, ctx.anchored, ctx.needs_input_grad
         self.offset_dtype = ctx.offset_dtype
         self.weight, self.bias = weight, bias
-        self.x, self.x_inverse, self.lse, z, on_cosine, on_norm, on_penalty, self.kept, self.tile_maxima, self.row_sum = saved
+        (
+            self.x,
+            self.x_inverse,
+            self.lse,
+            z,
+            on_cosine,
+            on_norm,
+            on_penalty,
+            self.kept,
+            self.tile_maxima,
+            self.row_sum,
+        ) = saved
         self.N, self.D = self.x.shape
         step, smoothing = self.step, self.step.label_smoothing
         if self.rows.count:  # before any row is updated
@@ -398,7 +425,9 @@ class _Backward:
     def run(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
         want_x, want_w = self.needs[0], self.anchored or self.needs[1] or self.needs[2]
         # the sum of embedding gradients over ranks travels while the class gradients are computed
-        overlap = want_x and want_w and self.step.scatter and self.kept.numel() > 0 and self.step.ranks.group is not None
+        overlap = (
+            want_x and want_w and self.step.scatter and self.kept.numel() > 0 and self.step.ranks.group is not None
+        )
         overlap = overlap and self.step.start_update is None
         with record_function("partial_fc::backward_tiles"):
             dx, dw = self._tiles(want_x, want_w and not overlap)
@@ -435,7 +464,9 @@ class _Backward:
         dw = rows.gradient_memory(length) if want_w else None
         db = self.x.new_empty(length, dtype=self.stats) if want_w and self.bias is not None else None
         size = 0 if self.kept.numel() else N * min(self.tile, max(rows.count, 1))
-        self.scratch = self.x.new_empty(size, dtype=self.product if self.step.bounded and not self.step.ruled else self.stats)
+        self.scratch = self.x.new_empty(
+            size, dtype=self.product if self.step.bounded and not self.step.ruled else self.stats
+        )
         self.scaled = (self.x if self.step.ruled else self.x * self.step.margin.scale).to(self.product)
         previous, weighted = None, self.x
         for t, (a, b) in enumerate(rows.tiles(self.tile)):
@@ -451,7 +482,9 @@ class _Backward:
             at = slice(a, b) if update is None else slice(0, b - a)
             self._row_grad(dw[at], e, weighted, w, a, b)
             if db is not None:
-                db[at] = torch.mv(e.t().to(self.stats), factor[:, 0]) + (self.uniform.sum() if self.same_for_all else 0.0)
+                db[at] = torch.mv(e.t().to(self.stats), factor[:, 0]) + (
+                    self.uniform.sum() if self.same_for_all else 0.0
+                )
             if update is not None:
                 centers = self.step.margin.centers
                 update(a // centers, b // centers, self._complete(dw[at], None if db is None else db[at], a))
@@ -470,7 +503,9 @@ class _Backward:
         """(e `[N, T]`, factor `[N, 1]`) of tile t: d loss / d logit = e · factor, where the logit is no target."""
         if self.kept.numel():
             e = self.kept[self.N * a : self.N * b].view(self.N, b - a)
-            return e, self.from_zero if self.step.bounded else self.on_lse[:, None] * (self.tile_maxima[t] - self.lse[:, None]).exp_()
+            return e, self.from_zero if self.step.bounded else self.on_lse[:, None] * (
+                self.tile_maxima[t] - self.lse[:, None]
+            ).exp_()
         logits = self.scratch[: self.N * (b - a)].view(self.N, b - a)
         logits = tile_logits(self.scaled, w, self.rows.tile_bias(a, b), logits)
         if self.step.ruled:

@@ -47,14 +47,18 @@ class Step:
     needs_grad: bool  # False under no_grad and in inference mode
     on_row_grad: Callable[[Tensor, list[Tensor]], None]
     workspace: Workspace
-    start_update: Callable[[], Callable[[int, int, list[Tensor]], None]] | None  # rows are updated inside backward, tile by tile
+    start_update: (
+        Callable[[], Callable[[int, int, list[Tensor]], None]] | None
+    )  # rows are updated inside backward, tile by tile
     first_sample: int  # place of this replica's first sample among all of the mesh
     draw: int  # key of what a margin draws in this step: seed and number of training forwards
     metrics: bool = False
     bounded: bool = False  # out: exponentials are of the logits themselves, no maximum taken off
     measured: Measured | None = None  # out
     losses: Tensor | None = None  # out: [N], what the reduced loss of this replica is the sum of
-    selected: Tensor | None = None  # out, with label smoothing: how many classes take part on all ranks together, or [N] for each sample
+    selected: Tensor | None = (
+        None  # out, with label smoothing: how many classes take part on all ranks together, or [N] for each sample
+    )
     rule: Margin | None = None  # out: the margin as it was in forward, where it has a rule for other classes
     aim: Tensor | None = None  # out: what that rule compares them with [N, 1]: target logits before scaling
 
@@ -100,7 +104,11 @@ class Measured:
         marks = torch.tensor([0.1, 0.5, 0.9], dtype=angles.dtype, device=angles.device)
         spread = torch.quantile(angles, marks) if len(angles) else torch.full_like(marks, torch.nan)
         percentiles = dict(zip(("target_angle_p10", "target_angle_p50", "target_angle_p90"), spread, strict=True))
-        return found | {"target_angle": angles.mean(), **percentiles, "hardest_angle": torch.acos(hardest.clamp(-1, 1)).mean()}
+        return found | {
+            "target_angle": angles.mean(),
+            **percentiles,
+            "hardest_angle": torch.acos(hardest.clamp(-1, 1)).mean(),
+        }
 
 
 def tile_rows(samples: int, width: int, device_type: str) -> int:
@@ -193,7 +201,9 @@ class Targets:
     """The targets of all samples, as the rank sees them: `P = N · L` of them, in the order of the samples."""
 
     sample: Tensor  # [P] which sample
-    first: Tensor  # [P] position of the class's first center among the selected rows; 0 where another rank owns the class
+    first: (
+        Tensor  # [P] position of the class's first center among the selected rows; 0 where another rank owns the class
+    )
     row: Tensor  # [P] position of the center that is nearest to the sample
     own: Tensor  # [P] whether this rank owns it
     exists: Tensor  # [N, L]
@@ -208,13 +218,21 @@ class Targets:
         if step.rows is not None and selected:
             local = torch.searchsorted(step.rows, local)
         first = torch.where(own, local, 0) * step.margin.centers
-        sample = torch.arange(n, device=flat.device).repeat_interleave(each) if each > 1 else torch.arange(n, device=flat.device)
+        sample = (
+            torch.arange(n, device=flat.device).repeat_interleave(each)
+            if each > 1
+            else torch.arange(n, device=flat.device)
+        )
         return cls(sample, first, first, own, step.targets >= 0)
 
 
 def centers_of(classes: Tensor, centers: int) -> Tensor:
     """Rows `[n · K]` of the K centers of each class `[n]`."""
-    return classes if centers == 1 else (classes[:, None] * centers + torch.arange(centers, device=classes.device)).reshape(-1)
+    return (
+        classes
+        if centers == 1
+        else (classes[:, None] * centers + torch.arange(centers, device=classes.device)).reshape(-1)
+    )
 
 
 def compute_dtypes(embeddings: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -278,7 +296,9 @@ def ruled_logits(step: Step, cosines: Tensor, targets: Targets, a: int) -> tuple
     if margin.centers > 1 and logits.numel():
         by_class = cosines.view(len(cosines), -1, margin.centers)
         nearest = by_class.argmax(2, keepdim=True)
-        logits.view_as(by_class).masked_fill_(torch.ones_like(by_class, dtype=torch.bool).scatter_(2, nearest, False), -torch.inf)
+        logits.view_as(by_class).masked_fill_(
+            torch.ones_like(by_class, dtype=torch.bool).scatter_(2, nearest, False), -torch.inf
+        )
     leave_out(logits, targets, len(cosines), a, margin.centers)
     return logits, slope
 
@@ -287,5 +307,9 @@ def low_precision_product(e: Tensor, weighted: Tensor, dtype: torch.dtype) -> Te
     """`eᵀ weighted` with both in `dtype`. float16 has little range: the second is brought to a largest value of 1 and back."""
     if dtype is not torch.float16:
         return torch.mm(e.t(), weighted.to(dtype))
-    largest = weighted.abs().amax().clamp_(min=torch.finfo(weighted.dtype).tiny) if weighted.numel() else weighted.new_ones(())
+    largest = (
+        weighted.abs().amax().clamp_(min=torch.finfo(weighted.dtype).tiny)
+        if weighted.numel()
+        else weighted.new_ones(())
+    )
     return torch.mm(e.t(), (weighted / largest).to(dtype)).to(weighted.dtype) * largest

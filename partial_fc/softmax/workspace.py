@@ -35,7 +35,12 @@ class Workspace:
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.dtype != dtype or not size <= buffer.numel() <= SLACK**2 * size or _holders(buffer) > 1:
+        if (
+            buffer is None
+            or buffer.dtype != dtype
+            or not size <= buffer.numel() <= SLACK**2 * size
+            or _holders(buffer) > 1
+        ):
             # drop the old one first: two at a time would be a higher peak than without this class
             self._buffers.pop(name, None)
             buffer = None

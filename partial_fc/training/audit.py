@@ -43,7 +43,9 @@ from partial_fc.training.errors import UserError
 from partial_fc.training.results import once_through, raise_together
 from partial_fc.training.run import RunFolder
 
-NEIGHBOURS = 10  # of each class that are looked at: an identity stored under more names than that is told in several pairs
+NEIGHBOURS = (
+    10  # of each class that are looked at: an identity stored under more names than that is told in several pairs
+)
 BLOCK = 1024  # rows that are compared at a time
 SHOWN_PAIRS, SHOWN_CLASSES, SHOWN_IMAGES = 20, 12, 4  # on the page
 LIMIT = 1 - 1e-12  # of cosines whose artanh is taken
@@ -114,7 +116,9 @@ class Audit:
         known = self.to_mean[~self.to_mean.isnan()]
         if len(known):
             low, middle = _quantiles(known, (0.01, 0.5))
-            lines.append(f"row to mean of its images     cosine {middle:.3f} in the middle, {low:.3f} at the lowest 1 %")
+            lines.append(
+                f"row to mean of its images     cosine {middle:.3f} in the middle, {low:.3f} at the lowest 1 %"
+            )
         return "\n".join(lines)
 
 
@@ -156,14 +160,19 @@ def audit_head(
     row_cosine, row_class, mean_cosine, mean_class, to_mean, moved = together.embeddings.cpu().unbind(1)
     audit = Audit(
         Nearest(row_cosine, row_class.long(), _outer_fence(row_cosine) if thresholds.rows is None else thresholds.rows),
-        Nearest(mean_cosine, mean_class.long(), _outer_fence(mean_cosine) if thresholds.means is None else thresholds.means),
+        Nearest(
+            mean_cosine, mean_class.long(), _outer_fence(mean_cosine) if thresholds.means is None else thresholds.means
+        ),
         [],
         to_mean,
         images.cpu(),
         moved > 0,
     )
     by_row, by_mean = _near(of_rows, lo, audit.rows), _near(of_means, lo, audit.means)
-    pairs = [Pair(a, b, by_row.get((a, b), math.nan), by_mean.get((a, b), math.nan)) for a, b in by_row.keys() | by_mean.keys()]
+    pairs = [
+        Pair(a, b, by_row.get((a, b), math.nan), by_mean.get((a, b), math.nan))
+        for a, b in by_row.keys() | by_mean.keys()
+    ]
     audit.pairs = sorted(pairs, key=lambda pair: (-audit.beyond(pair), pair.a, pair.b))
     audit.pairs = audit.pairs[: max(SHOWN_PAIRS, len(audit.duplicates))]
     return audit
@@ -172,7 +181,9 @@ def audit_head(
 def _near(found: Neighbours, lo: int, nearest: Nearest) -> dict[tuple[int, int], float]:
     """Pairs of every rank with their cosine: those beyond the threshold, or beyond what is needed to have some to show."""
     some = nearest.cosine[~nearest.cosine.isnan()]
-    least = min([nearest.threshold, *some.topk(min(2 * SHOWN_PAIRS, len(some))).values[-1:].tolist()])  # a pair may be the nearest of both
+    least = min(
+        [nearest.threshold, *some.topk(min(2 * SHOWN_PAIRS, len(some))).values[-1:].tolist()]
+    )  # a pair may be the nearest of both
     row, place = (found.cosines >= least).nonzero(as_tuple=True)
     everyone = gather(torch.stack((found.ids[row, place].double(), found.cosines[row, place].double()), 1), row + lo)
     pairs: dict[tuple[int, int], float] = {}
@@ -202,7 +213,9 @@ def _quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
     return [float(ordered[round(share * (len(values) - 1))]) for share in shares]
 
 
-def _class_means(backbone: nn.Module, dataset: IdentityDataset, accelerator: Accelerator, config: RunConfig) -> tuple[CenterLoss, Tensor]:
+def _class_means(
+    backbone: nn.Module, dataset: IdentityDataset, accelerator: Accelerator, config: RunConfig
+) -> tuple[CenterLoss, Tensor]:
     """Mean directions of the classes `[C, D]`, on the ranks as the head's rows are; the readable images of every class `[C]`."""
     loader = once_through(dataset, accelerator, config)
     images = torch.zeros(dataset.num_identities, dtype=torch.int64, device=accelerator.device)
@@ -221,7 +234,9 @@ def _class_means(backbone: nn.Module, dataset: IdentityDataset, accelerator: Acc
         except UserError as error:  # the other ranks go on with their images; then all hear of it
             problem.append(str(error))
 
-    centers = CenterLoss(config.backbone.embedding_size, dataset.num_identities, init_std=0.0, device=accelerator.device)
+    centers = CenterLoss(
+        config.backbone.embedding_size, dataset.num_identities, init_std=0.0, device=accelerator.device
+    )
     backbone.eval()
     with torch.no_grad():
         centers.init_from_embeddings(embedded())
@@ -253,20 +268,30 @@ def _moved(rows: Tensor, lo: int, *, std: float, seed: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- the folder
 
 
-def write_audit(folder: RunFolder, audit: Audit, dataset: IdentityDataset, title: str, environment: dict[str, str]) -> Path:
+def write_audit(
+    folder: RunFolder, audit: Audit, dataset: IdentityDataset, title: str, environment: dict[str, str]
+) -> Path:
     """audit.json, the CSV files, plots/ and report.html in `folder`, by one process; the path of the last."""
     names, path = dataset.identity_names, folder.path
     (path / "plots").mkdir(parents=True, exist_ok=True)
     _write_csv(
         path / DUPLICATES,
         ("row_cosine", "mean_cosine", "class_a", "identity_a", "images_a", "class_b", "identity_b", "images_b"),
-        ((*_pair_cells(p), *_class_cells(p.a, audit, names), *_class_cells(p.b, audit, names)) for p in audit.duplicates),
+        (
+            (*_pair_cells(p), *_class_cells(p.a, audit, names), *_class_cells(p.b, audit, names))
+            for p in audit.duplicates
+        ),
     )
-    _write_csv(path / UNMOVED, ("class", "identity", "images"), (_class_cells(c, audit, names) for c in audit.never_updated))
+    _write_csv(
+        path / UNMOVED, ("class", "identity", "images"), (_class_cells(c, audit, names) for c in audit.never_updated)
+    )
     _write_csv(
         path / DRIFT,
         ("cosine", "class", "identity", "images", "nearest_class", "nearest_identity", "nearest_cosine"),
-        ((f"{audit.to_mean[c]:.6f}", *_class_cells(c, audit, names), *_nearest_cells(c, audit, names)) for c in audit.drifted),
+        (
+            (f"{audit.to_mean[c]:.6f}", *_class_cells(c, audit, names), *_nearest_cells(c, audit, names))
+            for c in audit.drifted
+        ),
     )
     without = int((audit.images == 0).sum())
     figures = {
@@ -329,7 +354,11 @@ def _write_page(folder: Path, audit: Audit, dataset: IdentityDataset, title: str
         return {"class": c, "name": names[c], "images": int(audit.images[c]), "examples": examples.of(c)}
 
     template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     ).get_template("audit.html.j2")
     cosines = base64.b64encode((folder / "plots" / "cosines.png").read_bytes()).decode("ascii")
     page = template.render(

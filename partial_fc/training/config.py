@@ -52,7 +52,10 @@ FREE_ON_RESUME = (
     "train.max_skips",
     "train.watch_every",
     "train.deepspeed",
-    *(f"evaluation.{name}" for name in ("batch_size", "tile", "verification", "templates", "identification", "retrieval")),
+    *(
+        f"evaluation.{name}"
+        for name in ("batch_size", "tile", "verification", "templates", "identification", "retrieval")
+    ),
     *(f"evaluation.{name}" for name in ("align", "label_pattern", "camera_pattern", "every", "every_steps")),
 )
 
@@ -95,7 +98,9 @@ class BackboneConfig:
     def check_weights(self) -> None:
         """UserError if weights to start from are not there; a run that is resumed needs them no more."""
         if self.weights is not None and not Path(self.weights).exists():
-            raise UserError(f"--backbone.weights: there is no file {self.weights}; give a state dict by torch.save, or safetensors")
+            raise UserError(
+                f"--backbone.weights: there is no file {self.weights}; give a state dict by torch.save, or safetensors"
+            )
 
     def build(self, image_shape: tuple[int, int, int], weights: str | None = None) -> nn.Module:
         """The backbone for images of `image_shape` (C, H, W), as these settings say, with the weights of a file if one is given."""
@@ -127,8 +132,14 @@ MARGINS: dict[str, tuple[Callable[..., Margin], dict[str, str]]] = {
         MagFace,
         {"scale": "scale", "l_a": "l_a", "u_a": "u_a", "l_m": "l_m", "u_m": "u_m", "lambda_g": "penalty_weight"},
     ),
-    "elastic_arc": (partial(ElasticFace, kind="arc"), {"scale": "scale", "m": "margin", "sigma": "deviation", "plus": "plus"}),
-    "elastic_cos": (partial(ElasticFace, kind="cos"), {"scale": "scale", "m": "margin", "sigma": "deviation", "plus": "plus"}),
+    "elastic_arc": (
+        partial(ElasticFace, kind="arc"),
+        {"scale": "scale", "m": "margin", "sigma": "deviation", "plus": "plus"},
+    ),
+    "elastic_cos": (
+        partial(ElasticFace, kind="cos"),
+        {"scale": "scale", "m": "margin", "sigma": "deviation", "plus": "plus"},
+    ),
     "adaptive": (AdaptiveMargin, {"scale": "scale", "l_m": "smallest", "u_m": "largest"}),
     "sphereface2": (SphereFace2, {"scale": "scale", "m": "margin", "t": "t", "balance": "balance"}),
 }
@@ -225,7 +236,9 @@ class HeadConfig:
     def check_weights(self) -> None:
         """UserError if class weights to start from are not there; a run that is resumed needs them no more."""
         if self.weights is not None and not Path(self.weights).exists():
-            raise UserError(f"--head.weights: there is no {self.weights}; give a safetensors file, a checkpoint or a folder of rank files")
+            raise UserError(
+                f"--head.weights: there is no {self.weights}; give a safetensors file, a checkpoint or a folder of rank files"
+            )
 
     def build_margin(self, class_counts: Tensor) -> Margin:
         """The margin that these settings name, the paper's values where they name none; ValueError for values out of range.
@@ -250,7 +263,9 @@ class HeadConfig:
             )
         return init_device_mesh(device.type, (self.replicas, shard), mesh_dim_names=("replicate", "shard"))
 
-    def build(self, embedding_size: int, class_counts: Tensor, seed: int, device: torch.device, **policy: Any) -> PartialFC:
+    def build(
+        self, embedding_size: int, class_counts: Tensor, seed: int, device: torch.device, **policy: Any
+    ) -> PartialFC:
         """The head of len(class_counts) classes; ValueError for values out of range. policy: `TrainConfig.policy`."""
         return PartialFC(
             embedding_size,
@@ -282,11 +297,19 @@ class CenterConfig:
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise UserError(f"--center.weight is {self.weight}; give a number of at least 0")
         if not self.weight and self.alpha != CenterConfig.alpha:
-            raise UserError(f"--center.alpha is {self.alpha}, which has no effect while --center.weight is 0; leave it out")
+            raise UserError(
+                f"--center.alpha is {self.alpha}, which has no effect while --center.weight is 0; leave it out"
+            )
 
-    def build(self, embedding_size: int, num_classes: int, seed: int, device: torch.device, **policy: Any) -> CenterLoss | None:
+    def build(
+        self, embedding_size: int, num_classes: int, seed: int, device: torch.device, **policy: Any
+    ) -> CenterLoss | None:
         """The loss, or None where its weight is 0; ValueError for values out of range. policy: `TrainConfig.policy`."""
-        return CenterLoss(embedding_size, num_classes, alpha=self.alpha, seed=seed, device=device, **policy) if self.weight else None
+        return (
+            CenterLoss(embedding_size, num_classes, alpha=self.alpha, seed=seed, device=device, **policy)
+            if self.weight
+            else None
+        )
 
 
 @dataclass
@@ -368,7 +391,9 @@ class EvaluationConfig:
             if value is not None and value < 1:
                 raise UserError(f"--evaluation.{name} is {value}; give at least 1, or null for none")
         if self.best is not None and self.every is None and self.every_steps is None:
-            raise UserError(f"--evaluation.best {self.best} needs evaluations during training; give --evaluation.every as well")
+            raise UserError(
+                f"--evaluation.best {self.best} needs evaluations during training; give --evaluation.every as well"
+            )
 
 
 @dataclass
@@ -418,18 +443,24 @@ class RunConfig:
         if self.train.max_skips is not None and self.train.max_skips < 0:
             raise UserError(f"--train.max_skips is {self.train.max_skips}; give at least 0, or null for any number")
         if self.train.checkpoint_steps is not None and self.train.checkpoint_steps < 1:
-            raise UserError(f"--train.checkpoint_steps is {self.train.checkpoint_steps}; give at least 1, or null for none")
+            raise UserError(
+                f"--train.checkpoint_steps is {self.train.checkpoint_steps}; give at least 1, or null for none"
+            )
         if self.seed >= 2**62:
             raise UserError(f"--seed is {self.seed}; give a number below 2**62")
         if self.train.clip_norm is not None and not self.train.clip_norm > 0:
-            raise UserError(f"--train.clip_norm is {self.train.clip_norm}; give a norm above 0, or null for no clipping")
+            raise UserError(
+                f"--train.clip_norm is {self.train.clip_norm}; give a norm above 0, or null for no clipping"
+            )
         if self.train.batch_size % self.train.accumulation:
             raise UserError(
                 f"--train.batch_size {self.train.batch_size} is no multiple of --train.accumulation {self.train.accumulation}; "
                 "micro-batches must be of one size"
             )
         if self.train.deepspeed is not None and not Path(self.train.deepspeed).is_file():
-            raise UserError(f"--train.deepspeed {self.train.deepspeed} does not exist; give a JSON file of a DeepSpeed configuration")
+            raise UserError(
+                f"--train.deepspeed {self.train.deepspeed} does not exist; give a JSON file of a DeepSpeed configuration"
+            )
         if self.train.mixed_precision == "fp16" and (self.train.cpu or not torch.cuda.is_available()):
             raise UserError("--train.mixed_precision fp16 needs CUDA; use bf16 on a CPU")
         self.backbone.check()
@@ -442,7 +473,9 @@ class RunConfig:
             )
         self.evaluation.check()
         if self.data.mix and (self.center.weight or self.head.replicas > 1 or self.train.deepspeed):
-            raise UserError("--data.mix cannot be joined with center loss, --head.replicas or DeepSpeed; leave one of them out")
+            raise UserError(
+                "--data.mix cannot be joined with center loss, --head.replicas or DeepSpeed; leave one of them out"
+            )
         self.optimizer.check()
         self.schedule.check(self.train.epochs)
         self.head_schedule.over(self.schedule).check(self.train.epochs, "head_schedule")

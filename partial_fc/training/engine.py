@@ -22,7 +22,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate import (
+    Accelerator,
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from accelerate.state import PartialState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
@@ -72,7 +78,9 @@ def _check_deepspeed(train: TrainConfig) -> None:
     if "LOCAL_RANK" not in os.environ:
         raise UserError("DeepSpeed needs its processes started: use accelerate launch, torchrun or deepspeed")
     if train.cpu and torch.cuda.is_available():
-        raise UserError("--train.cpu cannot make DeepSpeed leave the GPUs alone; hide them with CUDA_VISIBLE_DEVICES= in the environment")
+        raise UserError(
+            "--train.cpu cannot make DeepSpeed leave the GPUs alone; hide them with CUDA_VISIBLE_DEVICES= in the environment"
+        )
     if train.mixed_precision == "fp16":
         raise UserError("--train.mixed_precision fp16 is not for DeepSpeed here; use bf16")
     try:
@@ -87,7 +95,9 @@ def _set_deepspeed(accelerator: Accelerator, train: TrainConfig) -> None:
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     for name in ("optimizer", "scheduler"):
         if name in settings:
-            raise UserError(f"DeepSpeed's configuration names a {name}, and so do the run's settings; take it out of the former")
+            raise UserError(
+                f"DeepSpeed's configuration names a {name}, and so do the run's settings; take it out of the former"
+            )
     micro_batch = train.batch_size // train.accumulation // accelerator.num_processes
     settings.update(
         train_micro_batch_size_per_gpu=micro_batch,
@@ -117,12 +127,17 @@ def _set_fsdp(accelerator: Accelerator, train: TrainConfig) -> None:
         if train.mixed_precision != "no":
             plugin.set_mixed_precision(train.mixed_precision)
         accelerator.state.fsdp_plugin = plugin
-        for state in (accelerator.state, PartialState()):  # what each later look at the first takes over from the second
+        for state in (
+            accelerator.state,
+            PartialState(),
+        ):  # what each later look at the first takes over from the second
             state.distributed_type = DistributedType.FSDP
     # every rank has built the module; and Accelerate's loading from rank 0 fails where a module has buffers
     accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     if not accelerator.is_fsdp2:
-        raise UserError("FSDP 1 flattens parameters beyond the checkpoints' reach; set fsdp_version: 2 in Accelerate's configuration")
+        raise UserError(
+            "FSDP 1 flattens parameters beyond the checkpoints' reach; set fsdp_version: 2 in Accelerate's configuration"
+        )
 
 
 def make_engine(
@@ -156,8 +171,16 @@ class Engine:
         head_optimizer: RowOptimizer,
         train: TrainConfig,
     ) -> None:
-        self.accelerator, self.head, self.head_optimizer, self._build, self._train = accelerator, head, head_optimizer, build, train
-        self.beside: list[CenterLoss] = []  # losses that have no optimizer, but leave out the steps that the others leave out
+        self.accelerator, self.head, self.head_optimizer, self._build, self._train = (
+            accelerator,
+            head,
+            head_optimizer,
+            build,
+            train,
+        )
+        self.beside: list[
+            CenterLoss
+        ] = []  # losses that have no optimizer, but leave out the steps that the others leave out
         backbone = build().to(accelerator.device)
         self.optimizer = optimizer(backbone)
         # the head, its optimizer and the schedules stay as they are: nothing of them is to be replicated or averaged

@@ -310,13 +310,17 @@ def _prepare(embeddings: Tensor, labels: Tensor, tile: int) -> tuple[Tensor, Ten
     if tile < 1:
         raise UserError(f"the evaluation tile is {tile}: give at least 1 image a side (2048 is usual)")
     if len(labels) < 2:
-        raise UserError(f"{len(labels)} image(s) make no pair: evaluate on at least two identities, one with two images")
+        raise UserError(
+            f"{len(labels)} image(s) make no pair: evaluate on at least two identities, one with two images"
+        )
     check_finite(embeddings)
     names, identities = labels.to(embeddings.device).unique(return_inverse=True)
     if len(names) == 1:
         raise UserError("all images are of one identity: add images of others, or there is no impostor pair to reject")
     if len(names) == len(labels):
-        raise UserError("no identity has two images: there is no genuine pair to accept; add images or check the labels")
+        raise UserError(
+            "no identity has two images: there is no genuine pair to accept; add images or check the labels"
+        )
     return F.normalize(embeddings.detach().float(), dim=1), identities
 
 

@@ -37,7 +37,9 @@ def check_metric(config: EvaluationConfig, sets: Sequence[str], tasks: Sequence[
     if twice is not None:
         raise UserError(f"two sets to evaluate on are called {twice!r}; rename a file or folder of --evaluation")
     if (config.every or config.every_steps) and not names:
-        raise UserError("--evaluation.every is given, but there is nothing to evaluate on; hold identities out, or name files of pairs")
+        raise UserError(
+            "--evaluation.every is given, but there is nothing to evaluate on; hold identities out, or name files of pairs"
+        )
     if config.best is None:
         return
     known = [f"{name}/{figure}" for name in sets for figure in SET_FIGURES]
@@ -59,7 +61,12 @@ def figures_of(evaluations: Sequence[Evaluation], results: Sequence[Result]) -> 
     """All figures there are, as "set/figure"."""
     figures: dict[str, float] = {}
     for each in evaluations:
-        values = {**{f"tar@{far}": tar for far, tar in each.tar.items()}, "eer": each.eer, "accuracy": each.accuracy, "rank1": each.rank1}
+        values = {
+            **{f"tar@{far}": tar for far, tar in each.tar.items()},
+            "eer": each.eer,
+            "accuracy": each.accuracy,
+            "rank1": each.rank1,
+        }
         figures |= {f"{each.name}/{key}": value for key, value in values.items() if value is not None}
     for result in results:
         figures |= result.metrics()

@@ -35,7 +35,15 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self.epoch, self.step, self.batches, self.taken, self.left_out, self.seconds, self.waited = 0, 0, 0, 0, 0, 0.0, 0.0
+        self.epoch, self.step, self.batches, self.taken, self.left_out, self.seconds, self.waited = (
+            0,
+            0,
+            0,
+            0,
+            0,
+            0.0,
+            0.0,
+        )
         self.evaluated = -1
 
     def end_epoch(self) -> None:

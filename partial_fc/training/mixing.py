@@ -41,13 +41,19 @@ class MixedIdentities(IdentityDataset):
     def __init__(self, sets: dict[str, IdentityDataset], weights: Sequence[float]) -> None:
         shapes = {name: each.image_shape for name, each in sets.items()}
         if len(set(shapes.values())) != 1:
-            raise UserError(f"the data sets have images of different shapes: {shapes}; give --data.image_size and --data.channels")
+            raise UserError(
+                f"the data sets have images of different shapes: {shapes}; give --data.image_size and --data.channels"
+            )
         self.sets, self.weights = sets, list(weights)
         self.image_shape = next(iter(shapes.values()))
         self.first_image = np.cumsum([0, *(len(each) for each in sets.values())]).tolist()
         self.first_label = np.cumsum([0, *(each.num_identities for each in sets.values())]).tolist()
-        self.labels = torch.cat([each.labels + first for each, first in zip(sets.values(), self.first_label, strict=False)])
-        self.identity_names = [n if name == MAIN else f"{name}/{n}" for name, each in sets.items() for n in each.identity_names]
+        self.labels = torch.cat(
+            [each.labels + first for each, first in zip(sets.values(), self.first_label, strict=False)]
+        )
+        self.identity_names = [
+            n if name == MAIN else f"{name}/{n}" for name, each in sets.items() for n in each.identity_names
+        ]
         self._parts = list(sets.values())
         self.left_out = [name for each in sets.values() for name in each.left_out]
         self.in_memory = all(each.in_memory for each in sets.values())
@@ -85,14 +91,18 @@ def shares(weights: Sequence[float], batch_size: int) -> list[int]:
     rest = batch_size - int(counts.sum())
     counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
     if counts.min() < 1:
-        raise UserError(f"a batch of {batch_size} has no sample for a data set of weight {weights[int(counts.argmin())]}; raise either")
+        raise UserError(
+            f"a batch of {batch_size} has no sample for a data set of weight {weights[int(counts.argmin())]}; raise either"
+        )
     return [int(count) for count in counts]
 
 
 class MixedSampler(Sampler):
     """Batches of `data` with `shares` of each set, whose own orders `make(labels, batch size, seed)` gives."""
 
-    def __init__(self, data: MixedIdentities, batch_size: int, seed: int, make: Callable[[Tensor, int, int], Sampler]) -> None:
+    def __init__(
+        self, data: MixedIdentities, batch_size: int, seed: int, make: Callable[[Tensor, int, int], Sampler]
+    ) -> None:
         super().__init__(data.labels, batch_size, seed)
         self.counts = shares(data.weights, batch_size)
         self.first_image = data.first_image
@@ -103,7 +113,9 @@ class MixedSampler(Sampler):
         self.batches = [sampler.length // count for sampler, count in zip(self.samplers, self.counts, strict=True)]
         for name, count, batches in zip(data.sets, self.counts, self.batches, strict=True):
             if not batches:
-                raise UserError(f"the data set {name} has fewer images than the {count} of it in a batch; lower its weight")
+                raise UserError(
+                    f"the data set {name} has fewer images than the {count} of it in a batch; lower its weight"
+                )
         places = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])
         self._interleaved = np.argsort(places, kind="stable")
 
@@ -135,7 +147,9 @@ class ExtraHeads:
 
     def __init__(self, config: RunConfig, data: MixedIdentities, device: torch.device) -> None:
         self.data = data
-        self.share = dict(zip(data.sets, (n / config.micro_batch for n in shares(data.weights, config.micro_batch)), strict=True))
+        self.share = dict(
+            zip(data.sets, (n / config.micro_batch for n in shares(data.weights, config.micro_batch)), strict=True)
+        )
         self.heads: dict[str, PartialFC] = {}
         self.optimizers: dict[str, RowOptimizer] = {}
         self._schedules: dict[str, LambdaLR] = {}
@@ -146,7 +160,11 @@ class ExtraHeads:
             settings.scale = config.head.scale if asked.scale is None else asked.scale
             settings.check()
             head = settings.build(
-                config.backbone.embedding_size, counts, stream_key(config.seed, place) >> 2, device, **config.train.policy
+                config.backbone.embedding_size,
+                counts,
+                stream_key(config.seed, place) >> 2,
+                device,
+                **config.train.policy,
             )
             self.heads[asked.name], self.optimizers[asked.name] = head, config.optimizer.build_head(head)
 

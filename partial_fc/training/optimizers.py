@@ -79,7 +79,11 @@ class OptimizerConfig:
 
     def check(self) -> None:
         """UserError for values that no run can have, or a package that is not there."""
-        takes = {"trust_coefficient": ("lars",), "lookahead_steps": tuple(LOOKING_AHEAD), "lookahead_alpha": tuple(LOOKING_AHEAD)}
+        takes = {
+            "trust_coefficient": ("lars",),
+            "lookahead_steps": tuple(LOOKING_AHEAD),
+            "lookahead_alpha": tuple(LOOKING_AHEAD),
+        }
         for setting, names in takes.items():
             value = getattr(self, setting)
             if value is not None and self.name not in names:
@@ -88,7 +92,9 @@ class OptimizerConfig:
                     f"(it is for {', '.join(names)}); leave it out, or give null if a file sets it"
                 )
         if self.name == "lars" and not self.weight_decay:
-            raise UserError("--optimizer.name lars scales no step without weight decay; give --optimizer.weight_decay above 0")
+            raise UserError(
+                "--optimizer.name lars scales no step without weight decay; give --optimizer.weight_decay above 0"
+            )
         if self.trust_coefficient is not None and not self.trust_coefficient > 0:
             raise UserError(f"--optimizer.trust_coefficient is {self.trust_coefficient}; give a number above 0")
         if self.lookahead_steps is not None and self.lookahead_steps < 1:

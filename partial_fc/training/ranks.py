@@ -113,7 +113,9 @@ def _launcher() -> str | None:
     # only within a step: a batch script has SLURM_PROCID too, and is one process
     step = "SLURM_STEP_ID" in e and "SLURM_PROCID" in e
     size = e.get("OMPI_COMM_WORLD_SIZE", e.get("PMI_SIZE"))
-    if size is not None and not (step and "OMPI_COMM_WORLD_SIZE" not in e and size == _slurm("NTASKS")):  # srun --mpi=pmi2 sets PMI_SIZE
+    if size is not None and not (
+        step and "OMPI_COMM_WORLD_SIZE" not in e and size == _slurm("NTASKS")
+    ):  # srun --mpi=pmi2 sets PMI_SIZE
         return "mpirun" if size != "1" else None
     return "srun" if step and _slurm("NTASKS") != "1" else None
 
@@ -156,9 +158,11 @@ def _from_slurm() -> str | None:
 
 def _slurm(name: str) -> str | None:
     """A variable of the step, or else of the job."""
-    step = {"NTASKS": "SLURM_STEP_NUM_TASKS", "NODELIST": "SLURM_STEP_NODELIST", "TASKS_PER_NODE": "SLURM_STEP_TASKS_PER_NODE"}.get(
-        name, ""
-    )
+    step = {
+        "NTASKS": "SLURM_STEP_NUM_TASKS",
+        "NODELIST": "SLURM_STEP_NODELIST",
+        "TASKS_PER_NODE": "SLURM_STEP_TASKS_PER_NODE",
+    }.get(name, "")
     job = {"NODELIST": "SLURM_JOB_NODELIST"}.get(name, f"SLURM_{name}")
     return os.environ.get(step, os.environ.get(job))
 
@@ -180,7 +184,9 @@ def _first_host() -> str:
     if hosts and not re.search(r"[\[,]", hosts):
         return hosts
     try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", *([hosts] if hosts else [])], capture_output=True, text=True, check=True)
+        shown = subprocess.run(
+            ["scontrol", "show", "hostnames", *([hosts] if hosts else [])], capture_output=True, text=True, check=True
+        )
         return shown.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise UserError(
@@ -201,10 +207,14 @@ def _given() -> dict[str, int]:
 
 def _check_range(given: Mapping[str, int]) -> None:
     if "RANK" in given and "WORLD_SIZE" not in given:
-        raise UserError(f"RANK is {given['RANK']}, but WORLD_SIZE is not set; start with a launcher (docs/launching.md), or unset RANK")
+        raise UserError(
+            f"RANK is {given['RANK']}, but WORLD_SIZE is not set; start with a launcher (docs/launching.md), or unset RANK"
+        )
     for part, whole in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_RANK", "WORLD_SIZE")):
         if part in given and whole in given and given[part] >= given[whole]:
-            raise UserError(f"{part} is {given[part]}, but {whole} is {given[whole]}; ranks count from 0, so {part} must be below {whole}")
+            raise UserError(
+                f"{part} is {given[part]}, but {whole} is {given[whole]}; ranks count from 0, so {part} must be below {whole}"
+            )
     if given.get("LOCAL_WORLD_SIZE", 1) > given.get("WORLD_SIZE", 1 << 62):
         raise UserError(
             f"LOCAL_WORLD_SIZE is {given['LOCAL_WORLD_SIZE']}, but WORLD_SIZE is {given['WORLD_SIZE']}; a node has no more than all ranks"
@@ -219,10 +229,19 @@ def _exchange(what: str, value: dict[str, object]) -> list[dict[str, int]]:
         if not _stores:
             _stores.append(next(iter(dist.rendezvous("env://", rank, world, timeout=WAIT)))[0])
         return _through(
-            _stores[0], f"partial_fc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}", json.dumps(value), rank, world
+            _stores[0],
+            f"partial_fc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}",
+            json.dumps(value),
+            rank,
+            world,
         )
-    except (RuntimeError, ValueError) as error:  # what stores raise; also for a port that is taken and a host that is not known
-        raise UserError(f"rank {rank} of {world} cannot reach the others through {where} (MASTER_ADDR, MASTER_PORT): {error}") from error
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # what stores raise; also for a port that is taken and a host that is not known
+        raise UserError(
+            f"rank {rank} of {world} cannot reach the others through {where} (MASTER_ADDR, MASTER_PORT): {error}"
+        ) from error
 
 
 def _through(store: dist.Store, key: str, value: str, rank: int, world: int) -> list[dict[str, int]]:

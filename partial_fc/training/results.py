@@ -55,7 +55,9 @@ def evaluate_sets(
     """
     results = []
     for name, dataset in sets.items():
-        embeddings, indices = embed_images(backbone, dataset, name, accelerator, config, folder, asked_to_stop=asked_to_stop)
+        embeddings, indices = embed_images(
+            backbone, dataset, name, accelerator, config, folder, asked_to_stop=asked_to_stop
+        )
         labels = dataset.labels[indices]
         results.append(
             evaluate_embeddings(
@@ -86,9 +88,13 @@ def run_tasks(
     """
 
     def embed(dataset: IdentityDataset, name: str, flip: bool) -> tuple[Tensor, Tensor]:
-        return embed_images(backbone, dataset, name, accelerator, config, folder, flip=flip, asked_to_stop=asked_to_stop)
+        return embed_images(
+            backbone, dataset, name, accelerator, config, folder, flip=flip, asked_to_stop=asked_to_stop
+        )
 
-    results = [task.measure(embed, **sharing(accelerator, config.evaluation.tile), device=accelerator.device) for task in tasks]
+    results = [
+        task.measure(embed, **sharing(accelerator, config.evaluation.tile), device=accelerator.device) for task in tasks
+    ]
     for task, result in zip(tasks, results, strict=True):
         if pictures and isinstance(task, Verification) and accelerator.is_main_process:
             note_pairs(folder.path, task.name, task.images, result.hardest)
@@ -108,7 +114,9 @@ def sharing(accelerator: Accelerator, tile: int) -> dict[str, Any]:
 
 def once_through(dataset: IdentityDataset, accelerator: Accelerator, config: RunConfig) -> BatchLoader:
     """This rank's part of all images, each once, in their order and as they are."""
-    return rank_loader(dataset, config.data, accelerator, batch_size=config.evaluation.batch_size, shuffle=False, drop_last=False)
+    return rank_loader(
+        dataset, config.data, accelerator, batch_size=config.evaluation.batch_size, shuffle=False, drop_last=False
+    )
 
 
 def embed_images(
@@ -133,7 +141,13 @@ def embed_images(
     message = None
     backbone.eval()
     try:
-        bar = tqdm(total=len(loader), desc=f"embedding {name}", unit="batch", disable=not accelerator.is_main_process, mininterval=0.5)
+        bar = tqdm(
+            total=len(loader),
+            desc=f"embedding {name}",
+            unit="batch",
+            disable=not accelerator.is_main_process,
+            mininterval=0.5,
+        )
         with torch.no_grad(), closing(loader.iterate()) as batches, bar:
             for batch in batches:
                 bar.update()
@@ -254,7 +268,12 @@ def write_results(
     if history:
         plot_training(plots / "training.png", history)
     return write_report(
-        folder.path, title=title, metrics=metrics, config={} if config is None else asdict(config), environment=environment, history=history
+        folder.path,
+        title=title,
+        metrics=metrics,
+        config={} if config is None else asdict(config),
+        environment=environment,
+        history=history,
     )
 
 
@@ -266,16 +285,24 @@ def describe_environment(accelerator: Accelerator) -> dict[str, str]:
         "accelerate": accelerate.__version__,
         "python": platform.python_version(),
         "threads a rank": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(accelerator.device)
+        if accelerator.device.type == "cuda"
+        else platform.machine(),
     }
 
 
-def load_backbone(folder: RunFolder, config: RunConfig, image_shape: tuple[int, int, int], checkpoint: Path | None = None) -> nn.Module:
+def load_backbone(
+    folder: RunFolder, config: RunConfig, image_shape: tuple[int, int, int], checkpoint: Path | None = None
+) -> nn.Module:
     """The backbone of a run's checkpoint, the newest if none is given; UserError if there is none or it does not fit such images."""
     checkpoint = checkpoint or folder.find_checkpoint()
-    backbone = build_backbone(config.backbone.name, image_shape=image_shape, embedding_size=config.backbone.embedding_size)
+    backbone = build_backbone(
+        config.backbone.name, image_shape=image_shape, embedding_size=config.backbone.embedding_size
+    )
     try:
         load_checkpoint(checkpoint, backbone=backbone)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"cannot load the backbone of {folder.path} for images of shape {image_shape}: {error}") from error
+        raise UserError(
+            f"cannot load the backbone of {folder.path} for images of shape {image_shape}: {error}"
+        ) from error
     return backbone

@@ -41,8 +41,12 @@ class RunFolder:
     def check_free(self) -> None:
         """UserError unless a new run may be started here; changes nothing."""
         try:
-            if self.path.exists() and (not self.path.is_dir() or any(not _left_by_claim(each) for each in self.path.iterdir())):
-                raise UserError(f"{self.path} is in use; choose another --output.folder, or go on with the run in it: --resume {self.path}")
+            if self.path.exists() and (
+                not self.path.is_dir() or any(not _left_by_claim(each) for each in self.path.iterdir())
+            ):
+                raise UserError(
+                    f"{self.path} is in use; choose another --output.folder, or go on with the run in it: --resume {self.path}"
+                )
             check_can_be_made(self.path, f"the run folder {self.path}")
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be used: {error.strerror}") from error
@@ -66,7 +70,9 @@ class RunFolder:
                     file.write(temporary.read_text())
             temporary.unlink()
         except FileExistsError:
-            raise UserError(f"{self.path} is in use by another run that started now; choose another --output.folder") from None
+            raise UserError(
+                f"{self.path} is in use by another run that started now; choose another --output.folder"
+            ) from None
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be made: {error.strerror}") from error
 
@@ -112,7 +118,12 @@ class RunFolder:
     ) -> Checkpointer:
         """The checkpoints of the run, to save and load by. timeout: seconds, of an asynchronous save."""
         return Checkpointer(
-            self.path / "checkpoints", keep_last=keep_last, keep_best=keep_best, asynchronous=asynchronous, best=best, timeout=timeout
+            self.path / "checkpoints",
+            keep_last=keep_last,
+            keep_best=keep_best,
+            asynchronous=asynchronous,
+            best=best,
+            timeout=timeout,
         )
 
     def find_checkpoint(self, which: str = "newest", best: Literal["max", "min"] = "max") -> Path:
@@ -126,12 +137,16 @@ class RunFolder:
         if which == "best":
             found = checkpointer.best_so_far()
             if found is None:
-                raise UserError(f"{self.path} has no checkpoint with a figure; train with --evaluation.every and --evaluation.best")
+                raise UserError(
+                    f"{self.path} has no checkpoint with a figure; train with --evaluation.every and --evaluation.best"
+                )
             return found
         steps = checkpointer.steps()
         if not which.isascii() or not which.isdigit() or int(which) not in steps:
             have = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"there is no checkpoint {which!r} in {self.path}; give newest, best, or one of the steps there are: {have}")
+            raise UserError(
+                f"there is no checkpoint {which!r} in {self.path}; give newest, best, or one of the steps there are: {have}"
+            )
         return checkpointer.path(int(which))
 
     def newest_checkpoint(self) -> Path | None:
@@ -172,7 +187,9 @@ class RunFolder:
         """A line on standard output, if there were any."""
         found = self.unreadable()
         if found:
-            print(f"{len(found)} images could not be read and were left out; they are named in {self.path / UNREADABLE}")
+            print(
+                f"{len(found)} images could not be read and were left out; they are named in {self.path / UNREADABLE}"
+            )
 
     def unreadable(self) -> set[str]:
         """All images that could not be read so far."""

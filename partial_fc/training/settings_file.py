@@ -41,6 +41,8 @@ def _refuse_names_of_code(found: Any) -> None:
     if isinstance(found, dict):
         for key in found:
             if key in OF_CLASSES:
-                raise NamesCodeError(f"{key} names code to be imported, which settings do not need; the file is not to be trusted")
+                raise NamesCodeError(
+                    f"{key} names code to be imported, which settings do not need; the file is not to be trusted"
+                )
     for each in found.values() if isinstance(found, dict) else found if isinstance(found, list) else ():
         _refuse_names_of_code(each)

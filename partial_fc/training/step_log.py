@@ -23,14 +23,18 @@ from partial_fc.training.run import RunFolder
 class StepLog:
     """The log of the run of `config`; `progress` says which step it is. Every rank logs, the first one writes."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, accelerator: Accelerator, progress: Progress, steps_per_epoch: int) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, accelerator: Accelerator, progress: Progress, steps_per_epoch: int
+    ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.progress, self.steps_per_epoch = progress, steps_per_epoch
         self._waited, self._since = 0.0, time.monotonic()
 
     def begin(self) -> None:
         """Open the trackers, and count time from now on."""
-        self.accelerator.init_trackers("tensorboard", config={k: v if v is not None else "none" for k, v in _scalars(self.config).items()})
+        self.accelerator.init_trackers(
+            "tensorboard", config={k: v if v is not None else "none" for k, v in _scalars(self.config).items()}
+        )
         self._waited, self._since = self.progress.waited, time.monotonic()
 
     def is_due(self, step: int) -> bool:
@@ -40,7 +44,12 @@ class StepLog:
         """The newest step, if it is due: what was minimised, the norm of the gradient (None: not clipped), what the head has measured."""
         if not self.is_due(self.progress.step):
             return
-        measured = {**losses, **head.metrics, **self._margin_state(head), **({} if norm is None else {"grad_norm": norm})}
+        measured = {
+            **losses,
+            **head.metrics,
+            **self._margin_state(head),
+            **({} if norm is None else {"grad_norm": norm}),
+        }
         values = torch.stack([value.float() for value in measured.values()]).tolist()  # one wait for the device
         self._write(
             {
@@ -69,9 +78,19 @@ class StepLog:
 
     def _margin_state(self, head: PartialFC) -> dict[str, Tensor]:
         """Single numbers that move with the margin, under its name: curricular_t, adaface_mean, adaface_std, sphereface2_offset."""
-        found = {n: local_part(value.detach()) for n, value in (*head.margin.named_buffers(), *head.margin.named_parameters())}
-        return {f"{self.config.head.margin}_{name}": value.reshape(()) for name, value in found.items() if value.numel() == 1}
+        found = {
+            n: local_part(value.detach())
+            for n, value in (*head.margin.named_buffers(), *head.margin.named_parameters())
+        }
+        return {
+            f"{self.config.head.margin}_{name}": value.reshape(())
+            for name, value in found.items()
+            if value.numel() == 1
+        }
 
 
 def _scalars(config: RunConfig) -> dict[str, Any]:
-    return {name: value if isinstance(value, int | float | str | bool | None) else str(value) for name, value in flat(config).items()}
+    return {
+        name: value if isinstance(value, int | float | str | bool | None) else str(value)
+        for name, value in flat(config).items()
+    }

@@ -72,15 +72,25 @@ class Trainer:
         self.loader = self._loader()
         self.steps_per_epoch = len(self.loader) // config.train.accumulation
         if not self.steps_per_epoch:
-            raise UserError(f"{len(self.data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
+            raise UserError(
+                f"{len(self.data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size"
+            )
         self._build(resume)
         self.progress, self._since = Progress(), time.monotonic()
         self._saved = -1  # the step of the newest checkpoint
         self.micro_batches = MicroBatches(
-            self.loader, config.train.accumulation, self.progress, self.accelerator, self.folder, self.faults, self._asked_to_stop
+            self.loader,
+            config.train.accumulation,
+            self.progress,
+            self.accelerator,
+            self.folder,
+            self.faults,
+            self._asked_to_stop,
         )
         self.log = StepLog(config, self.folder, self.accelerator, self.progress, self.steps_per_epoch)
-        self._evaluated: tuple[int, list[Evaluation], list[Result]] | None = None  # the newest evaluation, and after which step it was
+        self._evaluated: tuple[int, list[Evaluation], list[Result]] | None = (
+            None  # the newest evaluation, and after which step it was
+        )
         self.checkpointer = self.folder.checkpointer(
             keep_last=config.train.keep_last,
             keep_best=int(config.evaluation.best is not None),
@@ -99,10 +109,14 @@ class Trainer:
         width, identities = config.backbone.embedding_size, self.main_set.num_identities
         counts, policy = torch.bincount(self.main_set.labels, minlength=identities), config.train.policy
         self.head = config.head.build(width, counts, config.seed, device, **policy)
-        self.extra = ExtraHeads(config, self.data.train, device) if isinstance(self.data.train, MixedIdentities) else None
+        self.extra = (
+            ExtraHeads(config, self.data.train, device) if isinstance(self.data.train, MixedIdentities) else None
+        )
         self.center = config.center.build(width, identities, config.seed, device, **policy)
         self.head_optimizer = config.optimizer.build_head(self.head)
-        torch.manual_seed(config.seed)  # the backbone's initial weights, alike on all ranks; and what they draw until the first epoch
+        torch.manual_seed(
+            config.seed
+        )  # the backbone's initial weights, alike on all ranks; and what they draw until the first epoch
         self._first: nn.Module | None = self._start_backbone(None if resume else config.backbone.weights)
         self.engine = make_engine(
             self.accelerator,
@@ -119,7 +133,9 @@ class Trainer:
         watched = (self.engine.model, self.head, *heads, *self.engine.beside, *whole)
         self.watch = DivergenceWatch(*watched, every=config.train.watch_every) if config.train.watch_every else None
         optimizers = (self.engine.optimizer, self.head_optimizer)
-        self.schedules = build_schedules(config.schedule, config.head_schedule, optimizers, self.steps_per_epoch, config.train.epochs)
+        self.schedules = build_schedules(
+            config.schedule, config.head_schedule, optimizers, self.steps_per_epoch, config.train.epochs
+        )
         if self.extra is not None:
             self.engine.add_heads(self.extra.heads.values(), self.extra.optimizers.values())
             self.schedules += self.extra.schedules(self.schedules[1])
@@ -158,7 +174,9 @@ class Trainer:
         """The labels of its classes, and what the data are; what a start that was killed has left of either is gone."""
         for name, label_map in (self.extra.data.label_maps if self.extra is not None else {}).items():
             label_map.write(self.folder.path / f"labels_{name}.csv")
-        (self.data.label_map or LabelMap.of(self.main_set.identity_names, self.main_set.labels)).write(self.folder.path / LABELS)
+        (self.data.label_map or LabelMap.of(self.main_set.identity_names, self.main_set.labels)).write(
+            self.folder.path / LABELS
+        )
         for name in (DATA, UNREADABLE):
             (self.folder.path / name).unlink(missing_ok=True)
         self._note_data()
@@ -166,7 +184,9 @@ class Trainer:
     def _note_data(self) -> None:
         """Note what the data are, or compare them with what they were when the run began; and samples of them that are damaged."""
         self.folder.check_data(self.data.fingerprint())
-        self.folder.note_unreadable([name for each in (self.data.train, *self.data.evaluation.values()) for name in each.left_out])
+        self.folder.note_unreadable(
+            [name for each in (self.data.train, *self.data.evaluation.values()) for name in each.left_out]
+        )
 
     def _loader(self) -> BatchLoader:
         config = self.config
@@ -195,7 +215,13 @@ class Trainer:
         if self._saved != self.progress.step:
             self._save()
         self.checkpointer.wait()
-        why = self.guard.noted.name if self.guard.noted else "its launcher has gone" if launcher_is_gone() else "asked on another rank"
+        why = (
+            self.guard.noted.name
+            if self.guard.noted
+            else "its launcher has gone"
+            if launcher_is_gone()
+            else "asked on another rank"
+        )
         raise Preempted(
             f"stopped after step {self.progress.step} ({why}), which is saved; --resume {self.folder.path}, or the same command with "
             "--start_or_resume, goes on"
@@ -211,11 +237,22 @@ class Trainer:
         total = self.steps_per_epoch * config.train.epochs
         taken, count = self.steps_per_epoch * config.train.batch_size, len(self.data.train)
         if taken < count:
-            self.accelerator.print(f"an epoch takes {taken:,} of {count:,} images, in whole steps, and leaves out others each time")
-        bar = tqdm(total=total, initial=self.progress.step, unit="step", desc="training", disable=not self.main, mininterval=0.5)
+            self.accelerator.print(
+                f"an epoch takes {taken:,} of {count:,} images, in whole steps, and leaves out others each time"
+            )
+        bar = tqdm(
+            total=total,
+            initial=self.progress.step,
+            unit="step",
+            desc="training",
+            disable=not self.main,
+            mininterval=0.5,
+        )
         self._since = time.monotonic()
         with bar:
-            if self.progress.step and self.progress.evaluated != self.progress.step:  # an evaluation that was due may have been stopped
+            if (
+                self.progress.step and self.progress.evaluated != self.progress.step
+            ):  # an evaluation that was due may have been stopped
                 epochs = None if self.progress.batches else self.progress.epoch
                 self._evaluate_and_save(False, epochs=epochs, last=epochs == config.train.epochs)
             for epoch in range(self.progress.epoch, config.train.epochs):
@@ -225,7 +262,9 @@ class Trainer:
                     self._leave()
                 self.progress.end_epoch()
                 last = epoch + 1 == config.train.epochs
-                self._evaluate_and_save(last or (epoch + 1) % config.train.checkpoint_every == 0, epochs=epoch + 1, last=last)
+                self._evaluate_and_save(
+                    last or (epoch + 1) % config.train.checkpoint_every == 0, epochs=epoch + 1, last=last
+                )
         self.checkpointer.wait()
 
     def _epoch(self, epoch: int, bar: Any) -> None:
@@ -257,7 +296,9 @@ class Trainer:
             bar.update()
             if self.progress.step % self.config.output.log_every == 0:
                 bar.set_postfix(epoch=epoch + 1, loss=f"{float(losses['loss']):.3f}")
-            if self.progress.taken < self.steps_per_epoch * accumulation:  # what is due at the end of an epoch is done there
+            if (
+                self.progress.taken < self.steps_per_epoch * accumulation
+            ):  # what is due at the end of an epoch is done there
                 self._evaluate_and_save(every is not None and self.progress.step % every == 0)
 
     def _forward_backward(self, batch: Batch) -> tuple[dict[str, Tensor], bool]:
@@ -267,7 +308,9 @@ class Trainer:
             self.faults.at("forward", self.progress.step + 1)
             self.faults.when_backward_reaches(embeddings, self.progress.step + 1)
             if self.extra is not None:
-                losses = self.extra.losses(self.head, gather(embeddings, self.extra.labels(batch.labels, self.head.ignore_index)))
+                losses = self.extra.losses(
+                    self.head, gather(embeddings, self.extra.labels(batch.labels, self.head.ignore_index))
+                )
             elif self.center is None:
                 losses = {"loss": self.head(embeddings, batch.labels)}
             else:
@@ -313,7 +356,9 @@ class Trainer:
         """All figures of the backbone as it is now; computed once a step."""
         if self._evaluated is None or self._evaluated[0] != self.progress.step:
             backbone, settings = self.engine.whole_backbone(), (self.accelerator, self.config, self.folder)
-            evaluations = evaluate_sets(backbone, self.data.evaluation, *settings, self._asked_to_stop, pictures=pictures)
+            evaluations = evaluate_sets(
+                backbone, self.data.evaluation, *settings, self._asked_to_stop, pictures=pictures
+            )
             results = run_tasks(backbone, self.tasks, *settings, self._asked_to_stop, pictures=pictures)
             self._evaluated, self.progress.evaluated = (self.progress.step, evaluations, results), self.progress.step
         return self._evaluated[1:]
@@ -382,7 +427,9 @@ class Trainer:
             "backbone_parameters": self.counts.parameters,
             "backbone_operations_an_image": self.counts.operations,
             "seconds": round(self.progress.seconds, 1),
-            "images_per_second": round(self.progress.step * self.config.train.batch_size / max(self.progress.seconds, 1e-9), 1),
+            "images_per_second": round(
+                self.progress.step * self.config.train.batch_size / max(self.progress.seconds, 1e-9), 1
+            ),
             "data_wait": round(self.progress.waited / max(self.progress.seconds, 1e-9), 4),
             "steps": self.progress.step,
             "identities": self.data.train.num_identities,
@@ -397,7 +444,14 @@ class Trainer:
         backbone = f"{self.config.backbone.name}, {self.counts}"
         environment = {"engine": self.engine.name, "backbone": backbone, **describe_environment(self.accelerator)}
         return write_results(
-            self.folder, title, evaluations, {"training": training}, self.config, environment, self.folder.history(), self.results
+            self.folder,
+            title,
+            evaluations,
+            {"training": training},
+            self.config,
+            environment,
+            self.folder.history(),
+            self.results,
         )
 
     def close(self) -> None:

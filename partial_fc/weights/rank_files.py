@@ -57,7 +57,9 @@ class RankFiles:
     def __init__(self, paths: Paths, *, key: str | None = None) -> None:
         self._key = key
         self._where = str(paths) if isinstance(paths, str | os.PathLike) else f"{len(paths)} files"
-        self._paths = _in_folder(Path(paths)) if isinstance(paths, str | os.PathLike) else _in_order([Path(p) for p in paths])
+        self._paths = (
+            _in_folder(Path(paths)) if isinstance(paths, str | os.PathLike) else _in_order([Path(p) for p in paths])
+        )
         self._open: tuple[Path, Any] | None = None  # the file that was read last
         found = [self._look(path) for path in self._paths]
         first = found[0]
@@ -109,7 +111,9 @@ class RankFiles:
         content = self._content(path)
         weight = content if isinstance(content, Tensor) and self._key is None else _find(path, content, self._key)
         if not weight.is_floating_point() or weight.ndim < 2 or weight.layout != torch.strided:
-            raise ValueError(f"{path}: the weight is {list(weight.shape)} of {_short(weight.dtype)}, no matrix of floating-point rows")
+            raise ValueError(
+                f"{path}: the weight is {list(weight.shape)} of {_short(weight.dtype)}, no matrix of floating-point rows"
+            )
         return weight.detach()
 
     def _look(self, path: Path) -> _Found:
@@ -118,7 +122,9 @@ class RankFiles:
         whole = {name for name, state in shapes.items() if state.shape == weight.shape}
         optimizer = _optimizer_state(self._content(path))
         step = optimizer[0].get("step")
-        step = float(step) if isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1) else None
+        step = (
+            float(step) if isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1) else None
+        )
         return _Found(weight.shape, weight.dtype, whole, set(shapes) - whole, step, optimizer[1])
 
     def _state(self, path: Path, name: str) -> Tensor | None:
@@ -174,9 +180,22 @@ class _Found:
     """What one file holds; nothing of it is kept open."""
 
     def __init__(
-        self, shape: torch.Size, dtype: torch.dtype, whole: set[str], partial: set[str], step: float | None, options: dict[str, Any]
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        whole: set[str],
+        partial: set[str],
+        step: float | None,
+        options: dict[str, Any],
     ) -> None:
-        self.shape, self.dtype, self.whole, self.partial, self.step, self.options = shape, dtype, whole, partial, step, options
+        self.shape, self.dtype, self.whole, self.partial, self.step, self.options = (
+            shape,
+            dtype,
+            whole,
+            partial,
+            step,
+            options,
+        )
 
 
 def described(shape: Sequence[int]) -> str:
@@ -228,8 +247,12 @@ def _in_order(paths: list[Path]) -> list[Path]:
         if rank in ranks[:i]:
             raise ValueError(f"{path} is a second file of rank {rank}; list each rank's file once")
         if i not in ranks:
-            raise FileNotFoundError(f"the file of rank {i} is missing: {path} is of rank {rank}; every rank from 0 on must have one")
-        raise ValueError(f"the files are out of order: {path} is of rank {rank} and stands where rank {i} belongs; list them by rank")
+            raise FileNotFoundError(
+                f"the file of rank {i} is missing: {path} is of rank {rank}; every rank from 0 on must have one"
+            )
+        raise ValueError(
+            f"the files are out of order: {path} is of rank {rank} and stands where rank {i} belongs; list them by rank"
+        )
     return paths
 
 
@@ -245,7 +268,12 @@ def _look_at_split(where: str, counts: list[int]) -> None:
     chunk = -(-total // world)
     chunks = [max(0, min(chunk, total - rank * chunk)) for rank in range(world)]
     if counts not in (even, chunks):
-        log.warning("the files in %s hold %s rows, which is no usual split of %d classes; are they of one run?", where, counts, total)
+        log.warning(
+            "the files in %s hold %s rows, which is no usual split of %d classes; are they of one run?",
+            where,
+            counts,
+            total,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- what is in a file
@@ -270,7 +298,16 @@ def _load(path: Path) -> Any:
                 "If it is your own, load it in the program that wrote it and save the weight tensor alone"
             ) from error
         raise ValueError(f"{path} is no file of torch.save, or damaged") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, UnicodeDecodeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        UnicodeDecodeError,
+    ) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is truncated, or no file of torch.save ({first_line}); copy it again") from error
     except OSError as error:
@@ -290,10 +327,14 @@ def _find(path: Path, content: Any, key: str | None) -> Tensor:
     for part in (key or "weight").split("/"):
         if not isinstance(place, dict) or part not in place:
             keys = ", ".join(list(map(str, place))[:12]) if isinstance(place, dict) else f"a {type(place).__name__}"
-            raise ValueError(f"{path} has no {key or 'weight'}; it holds {keys or 'nothing'}: name the tensor of class weights with key=")
+            raise ValueError(
+                f"{path} has no {key or 'weight'}; it holds {keys or 'nothing'}: name the tensor of class weights with key="
+            )
         place = place[part]
     if not isinstance(place, Tensor):
-        raise ValueError(f"{path}: {key or 'weight'} is a {type(place).__name__}, no tensor; name that of the class weights with key=")
+        raise ValueError(
+            f"{path}: {key or 'weight'} is a {type(place).__name__}, no tensor; name that of the class weights with key="
+        )
     return place
 
 

@@ -10,7 +10,7 @@
 
 The `safetensors` library is not used: it cannot write a tensor in parts, so that one process would have to hold the matrix `[C, D]`, and
 it reads by mapping the whole file, so that resident memory grows to the size of what was read. The files are the library's own format,
-and each reads what the other wrote (tests/test_exchange.py).
+and each reads what the other wrote (tests/weights/test_exchange.py).
 
 Nothing in a file is believed: lengths, shapes and offsets are checked against each other and against the size of the file.
 """
@@ -74,7 +74,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         with path.open("rb", buffering=0) as file:
             length = int.from_bytes(_exactly(file, 8), "little") if size >= 8 else 0
             if size < 8 or not 2 <= length <= min(LARGEST_HEADER, size - 8):
-                raise ValueError(f"{path} is no safetensors file, or truncated: its first 8 bytes must be the length of a header within it")
+                raise ValueError(
+                    f"{path} is no safetensors file, or truncated: its first 8 bytes must be the length of a header within it"
+                )
             header = json.loads(_exactly(file, length).decode(), object_pairs_hook=_no_name_twice)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
@@ -193,7 +195,9 @@ def create(path: Path, tensors: Mapping[str, tuple[Shape, torch.dtype]], metadat
     end = 0
     for name, (shape, dtype) in ordered:
         if dtype not in NAMES:
-            raise ValueError(f"{name} is {dtype}, which these files are not written in; cast it to one of {', '.join(NAMES.values())}")
+            raise ValueError(
+                f"{name} is {dtype}, which these files are not written in; cast it to one of {', '.join(NAMES.values())}"
+            )
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -232,7 +236,9 @@ class RowWriter:
     def write_rows(self, name: str, first: int, rows: Tensor) -> None:
         """Write rows first, first + 1, ...: `[n, ...]` of any device, in the dtype of the file. A copy of them is made: give a block."""
         entry = self._tensors[name]
-        assert entry.dtype == rows.dtype and entry.shape[1:] == rows.shape[1:] and 0 <= first <= entry.shape[0] - len(rows)
+        assert (
+            entry.dtype == rows.dtype and entry.shape[1:] == rows.shape[1:] and 0 <= first <= entry.shape[0] - len(rows)
+        )
         if not rows.numel():
             return
         buffer = bytearray(rows.nbytes)

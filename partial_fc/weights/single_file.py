@@ -33,7 +33,15 @@ from partial_fc.optim.row_optimizer import MASTER, RowOptimizer
 from partial_fc.sharded import log
 from partial_fc.shards import local_part
 from partial_fc.weights.rank_files import RankFiles, described
-from partial_fc.weights.safetensors_file import RowWriter, SafetensorsRows, check_free, create, publish, read_header, temporary_name
+from partial_fc.weights.safetensors_file import (
+    RowWriter,
+    SafetensorsRows,
+    check_free,
+    create,
+    publish,
+    read_header,
+    temporary_name,
+)
 
 SUFFIX = ".safetensors"
 
@@ -73,7 +81,9 @@ def export_weights(path: str | os.PathLike[str], rows_of: ClassRows, *, overwrit
         if ranks.replica:
             return
         if not temporary.exists():
-            raise OSError(f"{temporary.parent} does not show what the first rank has made there; export to a folder that all ranks share")
+            raise OSError(
+                f"{temporary.parent} does not show what the first rank has made there; export to a folder that all ranks share"
+            )
         with RowWriter(temporary) as writer:
             for name, parameter in parameters.items():
                 local = local_part(parameter.detach())
@@ -83,7 +93,12 @@ def export_weights(path: str | os.PathLike[str], rows_of: ClassRows, *, overwrit
     try:
         _together(ranks, lambda: _saying(f"{path} cannot be written", prepare))
         _together(ranks, lambda: _saying(f"{path} cannot be written", write))
-        _together(ranks, lambda: _saying(f"{path} cannot be written", lambda: publish(temporary, path, overwrite) if first else None))
+        _together(
+            ranks,
+            lambda: _saying(
+                f"{path} cannot be written", lambda: publish(temporary, path, overwrite) if first else None
+            ),
+        )
     finally:
         if first:
             with contextlib.suppress(OSError):
@@ -96,7 +111,9 @@ def describe(kind: str, num_classes: int, embedding_size: int, margin: str | Non
     return {"format": "pt", **sizes, **({} if margin is None else {"margin": margin})}
 
 
-def import_weights(source: Source, rows_of: ClassRows, *, key: str | None = None, optimizer: RowOptimizer | None = None) -> None:
+def import_weights(
+    source: Source, rows_of: ClassRows, *, key: str | None = None, optimizer: RowOptimizer | None = None
+) -> None:
     """Fill class weights or centers from a file or other source; every rank of the head must call it, and reads its own rows.
 
     source: a safetensors file; a checkpoint of this project; a folder of files of each rank (`RankFiles`), or one such file; or anything
@@ -165,7 +182,9 @@ def _open(source: Source, rows_of: ClassRows, key: str | None) -> dict[str, RowS
             )
         wanted["bias"] = "bias"
     elif key is None and isinstance(rows_of, PartialFC) and "bias" in tensors:
-        raise ValueError(f"{path} has a bias, and the head has none: build it with Softmax(), or leave the bias out: key={main!r}")
+        raise ValueError(
+            f"{path} has a bias, and the head has none: build it with Softmax(), or leave the bias out: key={main!r}"
+        )
     sources: dict[str, RowSource] = {}
     for name, stored_key in wanted.items():
         if stored_key not in tensors:
@@ -231,13 +250,19 @@ def _check_state(found: dict[str, RowSource] | SafeReader, optimizer: RowOptimiz
     """ValueError unless the source holds what the optimizer keeps of each row."""
     source = next(iter(found.values())) if isinstance(found, dict) else found
     if not isinstance(source, RankFiles):
-        raise ValueError("optimizer= is for files of each rank, which may hold momentum; of other sources only class weights are taken")
+        raise ValueError(
+            "optimizer= is for files of each rank, which may hold momentum; of other sources only class weights are taken"
+        )
     if not source.state:
-        raise ValueError(f"{source} hold no state of an optimizer for all rows; leave optimizer= out, and it starts anew")
+        raise ValueError(
+            f"{source} hold no state of an optimizer for all rows; leave optimizer= out, and it starts anew"
+        )
     wanted = set(optimizer._fill)
     if wanted != set(source.state):
         mine = ", ".join(sorted(wanted)) or "nothing"
-        raise ValueError(f"{source} hold {', '.join(source.state)} of each row, the optimizer as built here keeps {mine}")
+        raise ValueError(
+            f"{source} hold {', '.join(source.state)} of each row, the optimizer as built here keeps {mine}"
+        )
 
 
 def _fill_state(source: RankFiles, rows_of: ClassRows, optimizer: RowOptimizer) -> None:
@@ -266,11 +291,15 @@ def _together(ranks: Ranks, action: Callable[[], Result]) -> Result:
 def _agree(path: Path, overwrite: bool, rows_of: ClassRows) -> int:
     """A number that all ranks share and no other call; ValueError on every rank if they name different files."""
     ranks, device = rows_of._shards.ranks, local_part(next(iter(rows_of._rows.parameters.values()))).device
-    mine = torch.tensor([secrets.randbits(48), zlib.crc32(os.fsencode(path)), overwrite], dtype=torch.int64, device=device)
+    mine = torch.tensor(
+        [secrets.randbits(48), zlib.crc32(os.fsencode(path)), overwrite], dtype=torch.int64, device=device
+    )
     table = all_gather_mesh(mine, ranks).tolist()
     for flat, (_, *asked) in enumerate(table):
         if asked != table[0][1:]:
-            raise ValueError(f"ranks disagree: {ranks.name(0)} and {ranks.name(flat)} were given another path, or overwrite, to export to")
+            raise ValueError(
+                f"ranks disagree: {ranks.name(0)} and {ranks.name(flat)} were given another path, or overwrite, to export to"
+            )
     return int(table[0][0])
 
 

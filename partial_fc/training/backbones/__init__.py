@@ -95,7 +95,9 @@ def _set(backbone: nn.Module, name: str, dropout: float, gradient_checkpointing:
     if gradient_checkpointing:
         enable = getattr(backbone, "set_grad_checkpointing", None)
         if enable is None:
-            raise UserError(f"the backbone {name!r} has no gradient checkpointing; leave --backbone.gradient_checkpointing out")
+            raise UserError(
+                f"the backbone {name!r} has no gradient checkpointing; leave --backbone.gradient_checkpointing out"
+            )
         enable(True)
         keep_statistics(backbone)
     if channels_last:

@@ -55,7 +55,9 @@ def table(names: Iterable[str], image_shape: tuple[int, int, int], embedding_siz
     lines = [f"{'name':<16}{'parameters':>12}{'GFLOP an image':>17}"]
     for name in names:
         with torch.device("meta"):
-            counts = count_backbone(build_backbone(name, image_shape=image_shape, embedding_size=embedding_size), image_shape)
+            counts = count_backbone(
+                build_backbone(name, image_shape=image_shape, embedding_size=embedding_size), image_shape
+            )
         assert counts.operations is not None, "the backbones here run on shapes"
         lines.append(f"{name:<16}{counts.parameters / 1e6:>10.2f} M{counts.operations / 1e9:>17.2f}")
     return "\n".join(lines)

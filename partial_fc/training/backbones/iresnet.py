@@ -54,7 +54,9 @@ class IResNet(nn.Module):
     one image size.
     """
 
-    def __init__(self, blocks: tuple[int, int, int, int], *, image_shape: tuple[int, int, int], embedding_size: int) -> None:
+    def __init__(
+        self, blocks: tuple[int, int, int, int], *, image_shape: tuple[int, int, int], embedding_size: int
+    ) -> None:
         super().__init__()
         channels, height, width = image_shape
         self.conv1 = _conv(channels, _WIDTHS[0], 3)

@@ -36,7 +36,13 @@ class _Layers(nn.Module):
 
 
 def _convolution(
-    inputs: int, outputs: int, kernel: int | tuple[int, int] = 1, stride: int = 1, padding: int = 0, groups: int = 1, active: bool = True
+    inputs: int,
+    outputs: int,
+    kernel: int | tuple[int, int] = 1,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    active: bool = True,
 ) -> _Layers:
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
     return _Layers(convolution, nn.BatchNorm2d(outputs), *([nn.PReLU(outputs)] if active else []))
@@ -69,7 +75,9 @@ class MobileFaceNet(nn.Module):
     serves one image size.
     """
 
-    def __init__(self, blocks: Sequence[int], scale: int, *, image_shape: tuple[int, int, int], embedding_size: int) -> None:
+    def __init__(
+        self, blocks: Sequence[int], scale: int, *, image_shape: tuple[int, int, int], embedding_size: int
+    ) -> None:
         super().__init__()
         channels, height, width = image_shape
         narrow, wide = 64 * scale, 128 * scale

@@ -43,10 +43,14 @@ class WithOutputStage(nn.Module):
             self.trunk.set_grad_checkpointing(enable)  # type: ignore[operator]
         elif getattr(self.trunk, "supports_gradient_checkpointing", False):
             # its name since transformers 5; the former one, with the same first argument, before that
-            switch = getattr(self.trunk, "activation_checkpointing_enable", None) or self.trunk.gradient_checkpointing_enable
+            switch = (
+                getattr(self.trunk, "activation_checkpointing_enable", None) or self.trunk.gradient_checkpointing_enable
+            )
             switch({"use_reentrant": False})  # type: ignore[operator]
         else:
-            raise UserError(f"{type(self.trunk).__name__} has no gradient checkpointing; leave --backbone.gradient_checkpointing out")
+            raise UserError(
+                f"{type(self.trunk).__name__} has no gradient checkpointing; leave --backbone.gradient_checkpointing out"
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         x = pooled(self.trunk, images, self.class_token)
@@ -74,16 +78,22 @@ def has_class_token(trunk: nn.Module) -> bool:
     return any(name.endswith("cls_token") for name, _ in trunk.named_parameters())
 
 
-def _with_output_stage(trunk: nn.Module, name: str, image_shape: tuple[int, int, int], embedding_size: int) -> WithOutputStage:
+def _with_output_stage(
+    trunk: nn.Module, name: str, image_shape: tuple[int, int, int], embedding_size: int
+) -> WithOutputStage:
     """The whole backbone; the number of features, and what takes part in them, is found with one image."""
     training = trunk.training
     parameters = [p for p in trunk.parameters() if p.requires_grad]
     try:
         with torch.enable_grad():
-            features = pooled(trunk.eval(), torch.zeros(1, *image_shape, device=parameters[0].device), has_class_token(trunk))
+            features = pooled(
+                trunk.eval(), torch.zeros(1, *image_shape, device=parameters[0].device), has_class_token(trunk)
+            )
             gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
     except Exception as error:  # the model's own code
-        raise UserError(f"the model {name!r} cannot take images of shape {image_shape}: {_reason(error)}; see --data.image_size") from error
+        raise UserError(
+            f"the model {name!r} cannot take images of shape {image_shape}: {_reason(error)}; see --data.image_size"
+        ) from error
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:  # of another task, such as a token for masked patches: DDP would wait for its gradient
             parameter.requires_grad_(False)
@@ -96,7 +106,9 @@ def _importing(package: str, name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UserError(f"the backbone {name!r} needs {package} ({error.name} is missing): pip install {package}") from error
+        raise UserError(
+            f"the backbone {name!r} needs {package} ({error.name} is missing): pip install {package}"
+        ) from error
     except Exception as error:  # RuntimeError of a torchvision that was built for another torch, OSError of a library
         raise UserError(
             f"the backbone {name!r} needs {package}, which cannot be imported beside torch {torch.__version__}: {_reason(error)}"
@@ -114,7 +126,10 @@ def timm_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: 
     architecture = name.partition(".")[0]
     if architecture not in timm.list_models():
         near = timm.list_models(f"*{architecture}*")[:5]
-        raise UserError(f"timm has no model {name!r}" + (f"; it has {', '.join(near)}" if near else "; timm.list_models() names them"))
+        raise UserError(
+            f"timm has no model {name!r}"
+            + (f"; it has {', '.join(near)}" if near else "; timm.list_models() names them")
+        )
     settings: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": image_shape[0]}
     try:
         try:
@@ -170,7 +185,9 @@ def _names_own_code(name: str) -> bool:
 
 
 def _own_code(name: str) -> UserError:
-    return UserError(f"the model in 'hf:{name}' needs Python code of its own (auto_map in config.json), which is not run; choose another")
+    return UserError(
+        f"the model in 'hf:{name}' needs Python code of its own (auto_map in config.json), which is not run; choose another"
+    )
 
 
 def _leave_pooler_out(trunk: nn.Module) -> None:

@@ -36,7 +36,9 @@ def keep_statistics(module: nn.Module) -> None:
     for each in module.modules():
         if isinstance(each, _BatchNorm):
             each.register_forward_pre_hook(_before)
-            each.register_forward_hook(_after, always_call=True)  # a recomputation ends by an exception as soon as it can
+            each.register_forward_hook(
+                _after, always_call=True
+            )  # a recomputation ends by an exception as soon as it can
 
 
 def _before(norm: nn.Module, inputs: Any) -> None:

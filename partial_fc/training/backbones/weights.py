@@ -40,10 +40,18 @@ def load_weights(backbone: nn.Module, path: str | Path) -> None:
     own = target.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unknown = [name for name in state if name not in own]
-    shapes = [f"{n} is {list(state[n].shape)}, not {list(own[n].shape)}" for n in own if n in state and state[n].shape != own[n].shape]
+    shapes = [
+        f"{n} is {list(state[n].shape)}, not {list(own[n].shape)}"
+        for n in own
+        if n in state and state[n].shape != own[n].shape
+    ]
     problems = [
         f"{what} {_some(names)}"
-        for what, names in (("it lacks", missing), ("it has names that the backbone has not:", unknown), ("shapes differ:", shapes))
+        for what, names in (
+            ("it lacks", missing),
+            ("it has names that the backbone has not:", unknown),
+            ("shapes differ:", shapes),
+        )
         if names
     ]
     if problems:
@@ -69,7 +77,9 @@ def _files_of(folder: Path) -> list[Path]:
     """The files of weights in a folder of transformers; UserError if there are none, or if its index names files elsewhere."""
     found = next((folder / name for name in _IN_FOLDERS if (folder / name).is_file()), None)
     if found is None:
-        raise UserError(f"the folder {folder} has no file of weights ({', '.join(_IN_FOLDERS)}); name the file with --backbone.weights")
+        raise UserError(
+            f"the folder {folder} has no file of weights ({', '.join(_IN_FOLDERS)}); name the file with --backbone.weights"
+        )
     if found.suffix != ".json":
         return [found]
     try:
@@ -99,8 +109,14 @@ def _read(path: Path) -> dict[str, Tensor]:
         if inner is None:
             break
         content = inner
-    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"the weights {path} are no state dict (names and tensors), nor wrap one as {', '.join(_WRAPPERS)}")
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(value, Tensor) for value in content.values())
+    ):
+        raise UserError(
+            f"the weights {path} are no state dict (names and tensors), nor wrap one as {', '.join(_WRAPPERS)}"
+        )
     return dict(content)
 
 
@@ -109,7 +125,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ModuleNotFoundError as error:
-        raise UserError(f"reading {path} needs the package safetensors, which is missing: pip install 'partial_fc[export]'") from error
+        raise UserError(
+            f"reading {path} needs the package safetensors, which is missing: pip install 'partial_fc[export]'"
+        ) from error
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -145,7 +163,9 @@ def _converted(trunk: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         with _silent_transformers():
             loaded, found = type(trunk).from_pretrained(None, config=trunk.config, state_dict=dict(state), **how)  # type: ignore[attr-defined]
     except Exception as error:  # of tensors that it cannot split or join as their names ask for
-        raise UserError(f"the weights do not become a {type(trunk).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(
+            f"the weights do not become a {type(trunk).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
     fitting = {name: value for name, value in loaded.state_dict().items() if name not in found["missing_keys"]}
     fitting |= {name: torch.empty(shape, device="meta") for name, shape, _ in sorted(found["mismatched_keys"])}
     parts = {name for name, _ in trunk.named_children()}

@@ -31,14 +31,26 @@ def audit_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("run", help="folder of a run; its newest checkpoint is taken")
-    parser.add_argument("--data", default=None, metavar="FOLDER", help="the folder trained on, if it is elsewhere now (default: the run's)")
+    parser.add_argument(
+        "--data",
+        default=None,
+        metavar="FOLDER",
+        help="the folder trained on, if it is elsewhere now (default: the run's)",
+    )
     for name, what in (("--threshold", "rows of the head"), ("--mean_threshold", "means of their images' embeddings")):
         text = f"report pairs of classes of which the {what} have at least this cosine (default: outliers among all classes' nearest)"
         parser.add_argument(name, type=float, default=None, metavar="COSINE", help=text)
-    parser.add_argument("--output", default=None, metavar="DIR", help="where to write (default RUN/audit); must not exist")
-    parser.add_argument("--workers", type=int, default=None, help="processes a rank starts to load images (default: by the cores)")
     parser.add_argument(
-        "--on_error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read (default skip)"
+        "--output", default=None, metavar="DIR", help="where to write (default RUN/audit); must not exist"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=None, help="processes a rank starts to load images (default: by the cores)"
+    )
+    parser.add_argument(
+        "--on_error",
+        choices=("skip", "raise"),
+        default="skip",
+        help="what to do about an image that cannot be read (default skip)",
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
@@ -59,7 +71,9 @@ def audit_command(arguments: list[str], train_parser: jsonargparse.ArgumentParse
     config.data.workers, config.data.on_error = asked.workers, asked.on_error
     if asked.data is not None:
         config.data.folder = asked.data
-    accelerator = Accelerator(cpu=config.train.cpu or not torch.cuda.is_available(), mixed_precision=config.train.mixed_precision)
+    accelerator = Accelerator(
+        cpu=config.train.cpu or not torch.cuda.is_available(), mixed_precision=config.train.mixed_precision
+    )
     out = RunFolder(asked.output or run.path / "audit")
     claim_output(out, accelerator)
     try:
@@ -81,7 +95,9 @@ def _audit(run: RunFolder, out: RunFolder, config: RunConfig, thresholds: Thresh
     try:
         load_checkpoint(newest, head=head)
     except ValueError as error:
-        raise UserError(f"the head of {run.path} is not of the {dataset.num_identities:,} classes of the data: {error}") from error
+        raise UserError(
+            f"the head of {run.path} is not of the {dataset.num_identities:,} classes of the data: {error}"
+        ) from error
     audit = audit_head(head, backbone, dataset, accelerator, config, thresholds)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -33,11 +33,25 @@ def comms_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--num_classes", type=int, required=True, metavar="C", help="classes over all ranks")
-    parser.add_argument("--batch_size", type=int, required=True, metavar="N", help="samples of the global batch, over all ranks")
-    parser.add_argument("--embedding_size", type=int, default=512, metavar="D", help="width of the embeddings (default 512)")
-    parser.add_argument("--sample_rate", type=float, default=1.0, metavar="r", help="share of the classes drawn for a step (default 1.0)")
     parser.add_argument(
-        "--backbone_parameters", type=int, default=0, metavar="P", help="numbers of the backbone's gradient (default: none)"
+        "--batch_size", type=int, required=True, metavar="N", help="samples of the global batch, over all ranks"
+    )
+    parser.add_argument(
+        "--embedding_size", type=int, default=512, metavar="D", help="width of the embeddings (default 512)"
+    )
+    parser.add_argument(
+        "--sample_rate",
+        type=float,
+        default=1.0,
+        metavar="r",
+        help="share of the classes drawn for a step (default 1.0)",
+    )
+    parser.add_argument(
+        "--backbone_parameters",
+        type=int,
+        default=0,
+        metavar="P",
+        help="numbers of the backbone's gradient (default: none)",
     )
     parser.add_argument("--cpu", action="store_true", help="measure on the CPU though there is another device")
     _add_common(parser)
@@ -45,14 +59,18 @@ def comms_parser() -> argparse.ArgumentParser:
 
 
 def config_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(prog="partial-fc comms", description="The collectives of a run, measured.", exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        prog="partial-fc comms", description="The collectives of a run, measured.", exit_on_error=False
+    )
     add_config(parser)
     _add_common(parser)
     return parser
 
 
 def _add_common(parser: Any) -> None:
-    parser.add_argument("--repeats", type=int, default=7, help="calls of each collective; the median counts (default 7)")
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="calls of each collective; the median counts (default 7)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
 
@@ -96,7 +114,9 @@ def _of_run(config: RunConfig, device: torch.device) -> dict[str, Any]:
     from accelerate import PartialState
 
     data = open_data(config.data, config.seed).train
-    backbone = build_backbone(config.backbone.name, image_shape=data.image_shape, embedding_size=config.backbone.embedding_size)
+    backbone = build_backbone(
+        config.backbone.name, image_shape=data.image_shape, embedding_size=config.backbone.embedding_size
+    )
     batch = config.train.batch_size // config.train.accumulation
     here = -(-batch // PartialState().num_processes)
     return {

@@ -42,17 +42,26 @@ def data_command(arguments: list[str]) -> int:
 
 def inspect_command(arguments: list[str]) -> None:
     """`partial-fc data inspect SOURCE`: counts, sizes, what is unreadable, double or missing; a histogram, if asked for."""
-    parser = _source_parser("inspect", "What is in a data set, and what is wrong with it; every picture is read.", ", or a packed set")
-    parser.add_argument(
-        "--plot", default=None, metavar="FILE", help="where to draw the histogram of images an identity: .png, .svg or .pdf"
+    parser = _source_parser(
+        "inspect", "What is in a data set, and what is wrong with it; every picture is read.", ", or a packed set"
     )
-    parser.add_argument("--headers", action="store_true", help="read the headers of pictures alone, and decode none: quicker")
+    parser.add_argument(
+        "--plot",
+        default=None,
+        metavar="FILE",
+        help="where to draw the histogram of images an identity: .png, .svg or .pdf",
+    )
+    parser.add_argument(
+        "--headers", action="store_true", help="read the headers of pictures alone, and decode none: quicker"
+    )
     asked = parser.parse_args(arguments)
     plot = None if asked.plot is None else Path(asked.plot)
     if plot is not None:
         check_new_file(plot, "--plot", list(PLOT_ENDINGS))
     packed = is_packed(asked.source)
-    sets: dict[str, IdentityDataset] = {**packed_splits(asked.source, asked.split)} if packed else {"": open_asked(asked.source, asked)}
+    sets: dict[str, IdentityDataset] = (
+        {**packed_splits(asked.source, asked.split)} if packed else {"": open_asked(asked.source, asked)}
+    )
     print(f"format: {'packed (packed.json)' if packed else _format_taken(asked)}")
     for name, dataset in sets.items():
         found = survey(dataset, decode=not asked.headers)
@@ -65,22 +74,34 @@ def inspect_command(arguments: list[str]) -> None:
 
 def convert_command(arguments: list[str]) -> None:
     """`partial-fc data convert SOURCE DEST --format FORMAT`: copied, not encoded again; goes on with a conversion that was ended."""
-    parser = _source_parser("convert", "Copy a data set into another format. The same command goes on with a conversion that was ended.")
+    parser = _source_parser(
+        "convert", "Copy a data set into another format. The same command goes on with a conversion that was ended."
+    )
     parser.add_argument("dest", help="folder to make; it must be new, empty, or hold the same conversion, begun")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
-    parser.add_argument("--part", type=int, default=PART, metavar="N", help=f"images of a shard, and between two notes (default {PART})")
+    parser.add_argument(
+        "--part", type=int, default=PART, metavar="N", help=f"images of a shard, and between two notes (default {PART})"
+    )
     asked = parser.parse_args(arguments)
     if asked.part < 1:
         raise UserError(f"--part is {asked.part}; give at least 1")
     if is_packed(asked.source):
-        raise UserError(f"{asked.source} is a packed set, which has pixels and no encoded pictures to copy; it cannot be converted")
+        raise UserError(
+            f"{asked.source} is a packed set, which has pixels and no encoded pictures to copy; it cannot be converted"
+        )
     source = open_asked(asked.source, asked)
     already = is_finished(asked.dest)
     done = convert(source, asked.dest, asked.format, on_error=asked.on_error, part=asked.part)
     if already:
-        print(f"{asked.dest}: already converted: {done['images']:,} images of {done['identities']:,} identities as {asked.format}")
+        print(
+            f"{asked.dest}: already converted: {done['images']:,} images of {done['identities']:,} identities as {asked.format}"
+        )
         return
-    lost = f"; {done['left_out']:,} damaged ones are left out (named in {asked.dest}/left_out.txt)" if done["left_out"] else ""
+    lost = (
+        f"; {done['left_out']:,} damaged ones are left out (named in {asked.dest}/left_out.txt)"
+        if done["left_out"]
+        else ""
+    )
     print(
         f"{asked.dest}: {done['images']:,} images of {done['identities']:,} identities as {asked.format}, counts and labels verified{lost}"
     )
@@ -106,19 +127,34 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
 
 def _source_parser(name: str, description: str, more: str = "") -> _Parser:
     parser = _Parser(prog=f"partial-fc data {name}", description=description, allow_abbrev=False)
-    parser.add_argument("source", help=f"a folder of identities, a list file, a folder of RecordIO, tar shards or Parquet files{more}")
+    parser.add_argument(
+        "source", help=f"a folder of identities, a list file, a folder of RecordIO, tar shards or Parquet files{more}"
+    )
     add_source_options(parser)
-    parser.add_argument("--on_error", choices=("skip", "raise"), default="skip", help="what to do about unreadable images (default skip)")
+    parser.add_argument(
+        "--on_error",
+        choices=("skip", "raise"),
+        default="skip",
+        help="what to do about unreadable images (default skip)",
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """What `open_asked` looks at, beside --on_error."""
-    parser.add_argument("--source_format", default="auto", choices=get_args(Format), help="what lies there (default: look)")
-    parser.add_argument("--image_column", type=str, default=None, metavar="NAME", help="column of Parquet files that has the images")
-    parser.add_argument("--label_column", type=str, default=None, metavar="NAME", help="column of Parquet files that has the identities")
-    parser.add_argument("--split", type=str, default=None, metavar="NAME", help="which split, where files are of several by their names")
+    parser.add_argument(
+        "--source_format", default="auto", choices=get_args(Format), help="what lies there (default: look)"
+    )
+    parser.add_argument(
+        "--image_column", type=str, default=None, metavar="NAME", help="column of Parquet files that has the images"
+    )
+    parser.add_argument(
+        "--label_column", type=str, default=None, metavar="NAME", help="column of Parquet files that has the identities"
+    )
+    parser.add_argument(
+        "--split", type=str, default=None, metavar="NAME", help="which split, where files are of several by their names"
+    )
 
 
 def open_asked(folder: str, asked: argparse.Namespace, image_size: int = 112, channels: int = 3) -> EncodedIdentities:
@@ -135,5 +171,10 @@ def open_asked(folder: str, asked: argparse.Namespace, image_size: int = 112, ch
             split=asked.split,
         )
     except UserError as error:
-        text = str(error).replace("; check --data.folder", "").replace("--data.format", "--source_format").replace("--data.", "--")
+        text = (
+            str(error)
+            .replace("; check --data.folder", "")
+            .replace("--data.format", "--source_format")
+            .replace("--data.", "--")
+        )
         raise UserError(text) from error

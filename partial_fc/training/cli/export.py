@@ -26,8 +26,12 @@ def export_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", default=None, metavar="DIR", help="folder to make (RUN/exported if not given); must not exist")
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS), metavar="FORMAT", help="safetensors, onnx, or both (the default)")
+    parser.add_argument(
+        "--output", default=None, metavar="DIR", help="folder to make (RUN/exported if not given); must not exist"
+    )
+    parser.add_argument(
+        "--formats", nargs="+", default=list(FORMATS), metavar="FORMAT", help="safetensors, onnx, or both (the default)"
+    )
     parser.add_argument(
         "--data",
         action="append",
@@ -50,7 +54,9 @@ def export_command(arguments: list[str]) -> None:
 
 def told(export: Export) -> str:
     """What was written and how it compares, in lines."""
-    lines = [f"compared with the backbone in torch on {export.checked_on} (largest difference, over the largest coordinate):"]
+    lines = [
+        f"compared with the backbone in torch on {export.checked_on} (largest difference, over the largest coordinate):"
+    ]
     for name, found in export.differences.items():
         figures = ", ".join(f"{found[n]:.1e} in a batch of {n}" for n in BATCHES)
         lines.append(f"  {FORMATS[name]}: {figures}; allowed is {TOLERANCE:.0e}")

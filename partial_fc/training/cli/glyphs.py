@@ -27,14 +27,28 @@ def glyphs_parser() -> argparse.ArgumentParser:
         "Stopped, it goes on when started again.",
         allow_abbrev=False,
     )
-    parser.add_argument("--fonts", nargs="+", required=True, metavar="DIR", help="folders with font files, looked through to their depths")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the data set to make; train on it with --data.folder DIR")
     parser.add_argument(
-        "--scripts", default="han,hangul", help=f"of {', '.join(SCRIPTS)} and ranges such as 1F00-1FFF (default han,hangul)"
+        "--fonts",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="folders with font files, looked through to their depths",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="the data set to make; train on it with --data.folder DIR"
+    )
+    parser.add_argument(
+        "--scripts",
+        default="han,hangul",
+        help=f"of {', '.join(SCRIPTS)} and ranges such as 1F00-1FFF (default han,hangul)",
     )
     parser.add_argument("--size", type=int, default=32, help="side of the pictures, in pixels (default 32)")
-    parser.add_argument("--min_designs", type=int, default=4, help="designs a character must have to be an identity (default 4)")
-    parser.add_argument("--holdout_identities", type=int, default=0, help="characters never trained on, drawn by the seed (default 0)")
+    parser.add_argument(
+        "--min_designs", type=int, default=4, help="designs a character must have to be an identity (default 4)"
+    )
+    parser.add_argument(
+        "--holdout_identities", type=int, default=0, help="characters never trained on, drawn by the seed (default 0)"
+    )
     parser.add_argument(
         "--holdout_designs",
         nargs="+",
@@ -44,7 +58,10 @@ def glyphs_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is held out (default 0)")
     parser.add_argument(
-        "--on_error", choices=("skip", "raise"), default="skip", help="what to do about a font that FreeType refuses (default skip)"
+        "--on_error",
+        choices=("skip", "raise"),
+        default="skip",
+        help="what to do about a font that FreeType refuses (default skip)",
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
@@ -62,7 +79,9 @@ def glyphs_command(arguments: list[str]) -> None:
     build(settings, lambda line: tqdm.write(line), progress)
     for line in verify(Path(settings.out)):
         print(line)
-    print(f"Next: partial-fc train configs/quickstart.yaml --data.folder {settings.out} --head.sample_rate 0.1 --output.folder runs/glyphs")
+    print(
+        f"Next: partial-fc train configs/quickstart.yaml --data.folder {settings.out} --head.sample_rate 0.1 --output.folder runs/glyphs"
+    )
 
 
 def verify(out: Path) -> list[str]:
@@ -78,16 +97,24 @@ def verify(out: Path) -> list[str]:
         for start in range(0, len(images), 8192)
     )
     if blank or (np.diff(labels.astype(np.int64) * len(index["sources"]) + sources) <= 0).any():
-        raise UserError(f"{out} is wrong: {blank} blank pictures, or an identity with two pictures of a design; make it again")
+        raise UserError(
+            f"{out} is wrong: {blank} blank pictures, or an identity with two pictures of a design; make it again"
+        )
     trained = set(sets["train"].identity_names)
     if any(trained & set(data.identity_names) for split, data in sets.items() if split != "train"):
         raise UserError(f"{out} is wrong: a held-out identity is trained on; make it again")
     if sum(len(data) for data in sets.values()) != len(images):
         raise UserError(f"{out} is wrong: some pictures are in no set; make it again")
     designs = np.bincount(labels)
-    lines = [f"{out}: {len(index['identities']):,} identities, {len(images):,} pictures of {images.shape[-1]} x {images.shape[-2]}"]
-    lines += [f"  {split:<6}{data.num_identities:>9,} identities {len(data):>10,} pictures" for split, data in sets.items()]
-    lines.append("  designs an identity: " + ", ".join(f"{int((designs >= k).sum()):,} with at least {k}" for k in (4, 6, 8, 12)))
+    lines = [
+        f"{out}: {len(index['identities']):,} identities, {len(images):,} pictures of {images.shape[-1]} x {images.shape[-2]}"
+    ]
+    lines += [
+        f"  {split:<6}{data.num_identities:>9,} identities {len(data):>10,} pictures" for split, data in sets.items()
+    ]
+    lines.append(
+        "  designs an identity: " + ", ".join(f"{int((designs >= k).sum()):,} with at least {k}" for k in (4, 6, 8, 12))
+    )
     for script, ranges in SCRIPTS.items():
         codes = np.array([int(name[2:], 16) for name in index["identities"]])
         count = sum(int(((codes >= first) & (codes <= last)).sum()) for first, last in ranges)

@@ -81,7 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": train,
         "evaluate": evaluate,
-        **{name: partial(protocol_command, name, train_parser) for name in ("verify", "templates", "identify", "retrieve")},
+        **{
+            name: partial(protocol_command, name, train_parser)
+            for name in ("verify", "templates", "identify", "retrieve")
+        },
         "audit": audit,
         "export-backbone": export_command,
         "export": export_weights_command,
@@ -102,7 +105,14 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] not in ("plan", "backbones", "data"):
             find_ranks()
         return commands[arguments[0]](arguments[1:]) or 0
-    except (UserError, NonFiniteError, DivergenceError, UnicodeDecodeError, jsonargparse.ArgumentError, OSError) as error:
+    except (
+        UserError,
+        NonFiniteError,
+        DivergenceError,
+        UnicodeDecodeError,
+        jsonargparse.ArgumentError,
+        OSError,
+    ) as error:
         if "--traceback" in arguments:
             traceback.print_exc()
         elif speaks():
@@ -125,18 +135,27 @@ def _one_line(error: Exception) -> str:
 
 def train_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
-        prog="partial-fc train", description="Train a recogniser with a sharded head; see configs/ for runs.", exit_on_error=False
+        prog="partial-fc train",
+        description="Train a recogniser with a sharded head; see configs/ for runs.",
+        exit_on_error=False,
     )
     add_config(parser)
     parser.add_argument(
-        "--resume", nargs="?", const="", default=None, metavar="RUN", help="go on with the run in RUN, or in --output.folder"
+        "--resume",
+        nargs="?",
+        const="",
+        default=None,
+        metavar="RUN",
+        help="go on with the run in RUN, or in --output.folder",
     )
     parser.add_argument(
         "--start_or_resume",
         action="store_true",
         help="start the run, or go on with it if --output.folder has it: for launchers that restart",
     )
-    parser.add_argument("--check", action="store_true", help="look for mistakes in settings, data and folders, then stop")
+    parser.add_argument(
+        "--check", action="store_true", help="look for mistakes in settings, data and folders, then stop"
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 
@@ -160,8 +179,12 @@ def train(arguments: list[str]) -> None:
         check_metric(config.evaluation, list(data.evaluation), open_tasks(config.evaluation, data.train.image_shape))
         config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights)
         if sampler_of(config, mixed(config, data.train)).length < config.train.batch_size:
-            raise UserError(f"{len(data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size")
-        print(f"settings, data and folder are fine: {len(data.train):,} images of {data.train.num_identities:,} identities")
+            raise UserError(
+                f"{len(data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size"
+            )
+        print(
+            f"settings, data and folder are fine: {len(data.train):,} images of {data.train.num_identities:,} identities"
+        )
         return
     check_devices(config.train.cpu)
     from partial_fc.training.trainer import Trainer
@@ -184,7 +207,9 @@ def _finish(trainer: Trainer, evaluations: list[Evaluation]) -> None:
             print(text)
         trainer.folder.tell_unreadable()
         print(f"\nResults are in {trainer.folder.path}; look at {report}")
-        print(f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER, with images of your own in any format of docs/data.md")
+        print(
+            f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER, with images of your own in any format of docs/data.md"
+        )
     trainer.close()
 
 
@@ -213,7 +238,9 @@ def _resolve(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> tuple
 def evaluate(arguments: list[str]) -> None:
     """`partial-fc evaluate RUN`: figures, plots and a report of a trained backbone."""
     parser = jsonargparse.ArgumentParser(
-        prog="partial-fc evaluate", description="Verification and identification with the backbone of a run.", exit_on_error=False
+        prog="partial-fc evaluate",
+        description="Verification and identification with the backbone of a run.",
+        exit_on_error=False,
     )
     parser.add_argument("run", help="folder of a run")
     parser.add_argument(
@@ -224,11 +251,23 @@ def evaluate(arguments: list[str]) -> None:
     )
     add_source_options(parser)
     parser.add_argument(
-        "--checkpoint", default="newest", metavar="WHICH", help="newest (default), best (by the run's evaluation.best), or a step"
+        "--checkpoint",
+        default="newest",
+        metavar="WHICH",
+        help="newest (default), best (by the run's evaluation.best), or a step",
     )
-    parser.add_argument("--output", default=None, metavar="DIR", help="where to write (RUN/evaluation-NAME if not given); must not exist")
-    parser.add_argument("--workers", type=int, default=None, help="processes that load images; chosen by the cores if not given")
-    parser.add_argument("--on_error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read")
+    parser.add_argument(
+        "--output",
+        default=None,
+        metavar="DIR",
+        help="where to write (RUN/evaluation-NAME if not given); must not exist",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=None, help="processes that load images; chosen by the cores if not given"
+    )
+    parser.add_argument(
+        "--on_error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read"
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     asked = parser.parse_args(arguments)
     if asked.workers is not None and asked.workers < 0:
@@ -304,7 +343,9 @@ def _named_sets(config: RunConfig, asked: jsonargparse.Namespace) -> dict[str, I
         del sets["train"]
     for each in sets.values():
         if each.image_shape != shape:
-            raise UserError(f"the images of {asked.data} are {each.image_shape}, and those of the run {shape} (channels, height, width)")
+            raise UserError(
+                f"the images of {asked.data} are {each.image_shape}, and those of the run {shape} (channels, height, width)"
+            )
     return {**sets}
 
 

@@ -39,7 +39,15 @@ from partial_fc.training.protocols.tasks import (
     open_verification,
 )
 from partial_fc.training.ranks import check_devices
-from partial_fc.training.results import claim_output, describe_environment, load_backbone, run_tasks, sharing, together, write_results
+from partial_fc.training.results import (
+    claim_output,
+    describe_environment,
+    load_backbone,
+    run_tasks,
+    sharing,
+    together,
+    write_results,
+)
 from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
 
 WORDS = {
@@ -58,39 +66,102 @@ class _Parser(argparse.ArgumentParser):
 
 def protocol_parser(command: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"partial-fc {command}", description=WORDS[command], allow_abbrev=False)
-    parser.add_argument("run", help="folder of a run; or a file of embeddings (.npy, .safetensors), a row for each image in order")
+    parser.add_argument(
+        "run", help="folder of a run; or a file of embeddings (.npy, .safetensors), a row for each image in order"
+    )
     add = parser.add_argument
     if command == "verify":
         add("files", nargs="+", metavar="PAIRS.bin", help="pickled pairs; nothing in them is run")
     elif command == "templates":
         add("--images", required=True, metavar="DIR", help="folder of the images: aligned, unless --points is given")
-        add("--templates", required=True, metavar="FILE", help="lines: image name, template id, media id (face_tid_mid.txt)")
-        add("--pairs", required=True, metavar="FILE", help="lines: template id, template id, 1 or 0 (template_pair_label.txt)")
-        add("--detector_scores", default=None, metavar="FILE", help="lines: image name ... score, which each image is weighed with")
-        add("--points", default=None, metavar="FILE", help="lines: image name, x and y of five points, score: align the faces by them")
-        add("--normalize_images", action="store_true", help="bring each image's embedding to unit length before pooling")
+        add(
+            "--templates",
+            required=True,
+            metavar="FILE",
+            help="lines: image name, template id, media id (face_tid_mid.txt)",
+        )
+        add(
+            "--pairs",
+            required=True,
+            metavar="FILE",
+            help="lines: template id, template id, 1 or 0 (template_pair_label.txt)",
+        )
+        add(
+            "--detector_scores",
+            default=None,
+            metavar="FILE",
+            help="lines: image name ... score, which each image is weighed with",
+        )
+        add(
+            "--points",
+            default=None,
+            metavar="FILE",
+            help="lines: image name, x and y of five points, score: align the faces by them",
+        )
+        add(
+            "--normalize_images", action="store_true", help="bring each image's embedding to unit length before pooling"
+        )
         add("--scores", default=None, metavar="OUT", help="write the score of each pair, .npy or .txt; must not exist")
     elif command == "identify":
         add("--gallery", required=True, metavar="DIR", help="identity/image files of the enrolled")
-        add("--probes", required=True, metavar="DIR", help="identity/image files to search; identities are matched by folder name")
-        add("--distractors", default=None, metavar="DIR", help="folder/image files enrolled too, each an identity of its own")
+        add(
+            "--probes",
+            required=True,
+            metavar="DIR",
+            help="identity/image files to search; identities are matched by folder name",
+        )
+        add(
+            "--distractors",
+            default=None,
+            metavar="DIR",
+            help="folder/image files enrolled too, each an identity of its own",
+        )
     else:
         add("--query", required=True, metavar="DIR", help="identity/image files to search; or files, with --label")
         add("--gallery", default=None, metavar="DIR", help="what to search in (the other queries if not given)")
-        add("--label", default=None, metavar="REGEX", help="finds the identity in the names of files that lie in no sub-folders")
-        add("--camera", default=None, metavar="REGEX", help="finds the camera; images of one's identity and camera are passed over")
+        add(
+            "--label",
+            default=None,
+            metavar="REGEX",
+            help="finds the identity in the names of files that lie in no sub-folders",
+        )
+        add(
+            "--camera",
+            default=None,
+            metavar="REGEX",
+            help="finds the camera; images of one's identity and camera are passed over",
+        )
     if command != "verify":
-        add("--name", default=None, help="what to call the data set (the name of the file of pairs, or of the folder of probes or queries)")
+        add(
+            "--name",
+            default=None,
+            help="what to call the data set (the name of the file of pairs, or of the folder of probes or queries)",
+        )
     if command in ("verify", "templates"):
         add("--no_flip", action="store_true", help="embed the image alone, not it and its mirror image")
     else:
         add("--flip", action="store_true", help="add the embedding of the mirror image")
-    add("--checkpoint", default="newest", metavar="WHICH", help="newest (default), best (by the run's evaluation.best), or a step")
-    add("--output", default=None, metavar="DIR", help="new folder for metrics.json, report.html (RUN/COMMAND-NAME, or beside the file)")
+    add(
+        "--checkpoint",
+        default="newest",
+        metavar="WHICH",
+        help="newest (default), best (by the run's evaluation.best), or a step",
+    )
+    add(
+        "--output",
+        default=None,
+        metavar="DIR",
+        help="new folder for metrics.json, report.html (RUN/COMMAND-NAME, or beside the file)",
+    )
     add("--batch_size", type=int, default=512, help="images a forward over all ranks (default 512)")
     add("--tile", type=int, default=2048, help="images a side that are compared at a time (default 2048)")
     add("--workers", type=int, default=None, help="processes a rank starts to load images (default: by the cores)")
-    add("--on_error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read (default skip)")
+    add(
+        "--on_error",
+        choices=("skip", "raise"),
+        default="skip",
+        help="what to do about an image that cannot be read (default skip)",
+    )
     add("--traceback", action="store_true", help="show where an error came from")
     return parser
 
@@ -100,7 +171,9 @@ def open_asked(command: str, asked: argparse.Namespace, shape: Shape) -> list[Ta
     if command == "verify":
         twice = first_twice([Path(path).stem for path in asked.files])
         if twice is not None:
-            raise UserError(f"two files of pairs are called {twice!r}, and figures go by that name; rename one, or give one at a time")
+            raise UserError(
+                f"two files of pairs are called {twice!r}, and figures go by that name; rename one, or give one at a time"
+            )
         return [open_verification(path, shape, not asked.no_flip) for path in asked.files]
     if command == "templates":
         one = open_templates(
@@ -117,7 +190,9 @@ def open_asked(command: str, asked: argparse.Namespace, shape: Shape) -> list[Ta
         return [one]
     if command == "identify":
         return [
-            open_identification(asked.name or Path(asked.probes).name, shape, asked.gallery, asked.probes, asked.distractors, asked.flip)
+            open_identification(
+                asked.name or Path(asked.probes).name, shape, asked.gallery, asked.probes, asked.distractors, asked.flip
+            )
         ]
     name = asked.name or Path(asked.query).name
     try:
@@ -209,13 +284,17 @@ def _from_file(command: str, asked: argparse.Namespace) -> None:
         nonlocal used
         used += len(dataset)
         if used > len(rows):
-            raise UserError(f"{asked.run} has {len(rows)} rows, and {name} needs those up to {used}; give one for each image in order")
+            raise UserError(
+                f"{asked.run} has {len(rows)} rows, and {name} needs those up to {used}; give one for each image in order"
+            )
         return rows[used - len(dataset) : used], torch.arange(len(dataset))
 
     def measure() -> list[Result]:
         results = [task.measure(embed, **sharing(accelerator, asked.tile), device=accelerator.device) for task in tasks]
         if used != len(rows):
-            raise UserError(f"{asked.run} has {len(rows)} rows, and there are {used} images; give one for each image in order")
+            raise UserError(
+                f"{asked.run} has {len(rows)} rows, and there are {used} images; give one for each image in order"
+            )
         return results
 
     results = _measured(out, measure, accelerator)
@@ -243,7 +322,9 @@ def read_embeddings(path: str | Path) -> Tensor:
                 raise UserError(f"{path} holds {len(found)} tensors; give one, a row for each image")
             rows = found[0].float()
     except ModuleNotFoundError as error:
-        raise UserError("reading a .safetensors file needs the package safetensors: pip install 'partial_fc[export]'") from error
+        raise UserError(
+            "reading a .safetensors file needs the package safetensors: pip install 'partial_fc[export]'"
+        ) from error
     except UserError:
         raise
     except Exception as error:  # a damaged file makes readers raise almost anything

@@ -31,7 +31,15 @@ from partial_fc.training.config import MARGIN_SETTINGS, HeadConfig
 from partial_fc.training.errors import UserError
 from partial_fc.training.run import RunFolder
 from partial_fc.weights.rank_files import RankFiles
-from partial_fc.weights.safetensors_file import RowWriter, SafetensorsRows, check_free, create, publish, read_header, temporary_name
+from partial_fc.weights.safetensors_file import (
+    RowWriter,
+    SafetensorsRows,
+    check_free,
+    create,
+    publish,
+    read_header,
+    temporary_name,
+)
 from partial_fc.weights.single_file import SUFFIX, describe
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -43,11 +51,17 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 def export_weights_command(arguments: list[str]) -> None:
     """`partial-fc export`: class weights or centers of a checkpoint as one safetensors file."""
     parser = jsonargparse.ArgumentParser(
-        prog="partial-fc export", description="Class weights or centers of a checkpoint as one safetensors file.", exit_on_error=False
+        prog="partial-fc export",
+        description="Class weights or centers of a checkpoint as one safetensors file.",
+        exit_on_error=False,
     )
-    parser.add_argument("source", metavar="CHECKPOINT_OR_RUN", help="a checkpoint, or the folder of a run, whose newest one is taken")
+    parser.add_argument(
+        "source", metavar="CHECKPOINT_OR_RUN", help="a checkpoint, or the folder of a run, whose newest one is taken"
+    )
     parser.add_argument("file", metavar="FILE.safetensors", help="where to write")
-    parser.add_argument("--name", default=None, help="of the head or center loss in the checkpoint (head if there is one of that name)")
+    parser.add_argument(
+        "--name", default=None, help="of the head or center loss in the checkpoint (head if there is one of that name)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     asked = parser.parse_args(arguments)
@@ -85,7 +99,9 @@ def _checkpoint(source: Path) -> Path:
 
 
 def _name(checkpoint: Path, stored: dict[str, Any], asked: str | None) -> str:
-    names = sorted({key.split("/")[0] for key in stored if key.count("/") == 1 and key.endswith(("/weight", "/centers"))})
+    names = sorted(
+        {key.split("/")[0] for key in stored if key.count("/") == 1 and key.endswith(("/weight", "/centers"))}
+    )
     if asked is None and "head" in names:
         return "head"
     if asked is None and len(names) == 1:
@@ -97,7 +113,9 @@ def _name(checkpoint: Path, stored: dict[str, Any], asked: str | None) -> str:
     return str(asked)
 
 
-def _export(checkpoint: Path, path: Path, overwrite: bool, name: str, tensors: dict[str, tuple[str, torch.Size, torch.dtype]]) -> None:
+def _export(
+    checkpoint: Path, path: Path, overwrite: bool, name: str, tensors: dict[str, tuple[str, torch.Size, torch.dtype]]
+) -> None:
     kind = "center" if "centers" in tensors else "head"
     extra = stored_values(checkpoint, name).get("_extra_state")
     margin = extra.get("margin") if isinstance(extra, dict) else None
@@ -106,7 +124,10 @@ def _export(checkpoint: Path, path: Path, overwrite: bool, name: str, tensors: d
     temporary = temporary_name(path)
     try:
         create(temporary, {tensor: (shape, dtype) for tensor, (_, shape, dtype) in tensors.items()}, metadata)
-        with RowWriter(temporary) as writer, _bar("exporting", sum(shape[0] for _, shape, _ in tensors.values())) as bar:
+        with (
+            RowWriter(temporary) as writer,
+            _bar("exporting", sum(shape[0] for _, shape, _ in tensors.values())) as bar,
+        ):
             for tensor, (key, _, _) in tensors.items():
                 stream_tensor(checkpoint, key, _Taken(writer, tensor, bar))
         publish(temporary, path, overwrite)
@@ -152,9 +173,18 @@ def import_weights_command(arguments: list[str]) -> None:
         metavar="SOURCE",
         help="FILE.safetensors, or a folder of files of each rank, or these files in order of the ranks",
     )
-    parser.add_argument("--output", required=True, metavar="CHECKPOINT", help="folder to write the checkpoint into; it must not hold one")
-    parser.add_argument("--key", default=None, help="name of the tensor in the file or files, where it is not the usual one")
-    parser.add_argument("--name", default=None, help="under which the checkpoint has them: head (or center) if not given")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="CHECKPOINT",
+        help="folder to write the checkpoint into; it must not hold one",
+    )
+    parser.add_argument(
+        "--key", default=None, help="name of the tensor in the file or files, where it is not the usual one"
+    )
+    parser.add_argument(
+        "--name", default=None, help="under which the checkpoint has them: head (or center) if not given"
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     skipped = {f.name for f in fields(HeadConfig)} - {"margin", *MARGIN_SETTINGS}
     parser.add_class_arguments(HeadConfig, skip=skipped)
@@ -174,7 +204,9 @@ def import_weights_command(arguments: list[str]) -> None:
                 )
         name = asked.name or kind
         if not name.isidentifier():
-            raise UserError(f"--name {name} must be a word of letters, digits and _, as load_checkpoint(path, {name}=...) names it")
+            raise UserError(
+                f"--name {name} must be a word of letters, digits and _, as load_checkpoint(path, {name}=...) names it"
+            )
         _import(output, name, sources, kind, config)
     except UserError as error:
         raise UserError(str(error).replace("--head.", "--")) from error
@@ -185,9 +217,15 @@ def import_weights_command(arguments: list[str]) -> None:
 def _sources(paths: list[Path], key: str | None) -> tuple[dict[str, RowSource], str, str | None]:
     """(tensor of the head or center loss -> where its rows are, "head" or "center", the margin that the file tells of)."""
     if paths[0].suffix != SUFFIX:
-        return {"weight": RankFiles(paths[0] if len(paths) == 1 and paths[0].is_dir() else paths, key=key)}, "head", None
+        return (
+            {"weight": RankFiles(paths[0] if len(paths) == 1 and paths[0].is_dir() else paths, key=key)},
+            "head",
+            None,
+        )
     if len(paths) > 1:
-        raise UserError(f"{len(paths)} files, the first of them {paths[0]}; one safetensors file holds all rows: give one")
+        raise UserError(
+            f"{len(paths)} files, the first of them {paths[0]}; one safetensors file holds all rows: give one"
+        )
     header = read_header(paths[0])
     kind = "center" if key is None and "centers" in header.tensors and "weight" not in header.tensors else "head"
     main = "centers" if kind == "center" else "weight"
@@ -201,7 +239,11 @@ def _import(output: Path, name: str, sources: dict[str, RowSource], kind: str, c
     main = next(iter(sources.values()))
     state = _center_state(main) if kind == "center" else _head_state(sources, config)
     optimizer = _optimizer_state(main) if isinstance(main, RankFiles) and main.state else None
-    whole = [value for value in (*state.values(), *(optimizer["state"][0].values() if optimizer else ())) if isinstance(value, _Shown)]
+    whole = [
+        value
+        for value in (*state.values(), *(optimizer["state"][0].values() if optimizer else ()))
+        if isinstance(value, _Shown)
+    ]
     with _bar("importing", sum(source.shape[0] for source in whole)) as bar:
         for source in whole:
             source.bar = bar
@@ -210,8 +252,12 @@ def _import(output: Path, name: str, sources: dict[str, RowSource], kind: str, c
     files = f" from {len(main)} files" if isinstance(main, RankFiles) else ""
     print(f"{output}: {name}, {main.shape[0]:,} classes of width {main.shape[-1]}{files}")
     if optimizer:
-        options = {k: v for k, v in optimizer["param_groups"][0].items() if k in ("lr", "momentum", "betas", "weight_decay")}
-        print(f"and {name}_optimizer with {', '.join(k for k in optimizer['state'][0])}; loading it also sets {options}")
+        options = {
+            k: v for k, v in optimizer["param_groups"][0].items() if k in ("lr", "momentum", "betas", "weight_decay")
+        }
+        print(
+            f"and {name}_optimizer with {', '.join(k for k in optimizer['state'][0])}; loading it also sets {options}"
+        )
 
 
 def _head_state(sources: dict[str, RowSource], config: HeadConfig) -> dict[str, Any]:
@@ -232,7 +278,9 @@ def _head_state(sources: dict[str, RowSource], config: HeadConfig) -> dict[str, 
             "--margin subcenter --centers K is for K rows a class, every other margin for one"
         )
     if "bias" in sources and "bias" not in state:
-        raise UserError(f"the file has a bias, and a head with --margin {config.margin} has none; give --margin softmax, or --key weight")
+        raise UserError(
+            f"the file has a bias, and a head with --margin {config.margin} has none; give --margin softmax, or --key weight"
+        )
     for key, value in state.items():
         if key in sources:
             state[key] = _Shown(sources[key])
@@ -252,13 +300,17 @@ def _optimizer_state(files: RankFiles) -> dict[str, Any]:
     """The state dict of the `RowOptimizer` that keeps what the files hold of each row, with their options where they tell them."""
     cls, options = next(OPTIMIZERS[key] for key in files.state)
     accepted = inspect.signature(cls).parameters
-    plain = {k: v for k, v in files.options.items() if k in accepted and isinstance(v, bool | int | float | tuple | list)}
+    plain = {
+        k: v for k, v in files.options.items() if k in accepted and isinstance(v, bool | int | float | tuple | list)
+    }
     optimizer = RowOptimizer(cls, PartialFC(1, 1, NormFace()), **{**options, **plain})
     state = optimizer.state_dict()
     state["state"] = {0: {key: _Shown(rows) for key, rows in files.state.items()}}
     if "exp_avg" in files.state:
         if files.step is None:
-            raise ValueError(f"{files} hold exp_avg, but not how many steps it is of; take the state_optimizer out to import weights alone")
+            raise ValueError(
+                f"{files} hold exp_avg, but not how many steps it is of; take the state_optimizer out to import weights alone"
+            )
         state["state"][0]["step"] = torch.tensor(files.step)
     return state
 

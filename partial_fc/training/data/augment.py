@@ -88,7 +88,10 @@ class AugmentConfig:
 
     def keeps_values(self) -> bool:
         """Whether every pixel that is not moved stays as it is."""
-        blurs, erases = self.blur_probability > 0 and self.blur_sigma > 0, self.erase_probability > 0 and self.erase_size > 0
+        blurs, erases = (
+            self.blur_probability > 0 and self.blur_sigma > 0,
+            self.erase_probability > 0 and self.erase_size > 0,
+        )
         return not (blurs or erases or self.contrast > 0 or self.brightness > 0 or self.noise_std > 0)
 
 
@@ -100,7 +103,13 @@ def to_float(images: torch.Tensor, out: torch.Tensor | None = None) -> torch.Ten
 
 
 def augment(
-    images: torch.Tensor, indices: torch.Tensor, *, seed: int, epoch: int, config: AugmentConfig, out: torch.Tensor | None = None
+    images: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    config: AugmentConfig,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return changed copies of `images` uint8 or float [n, C, H, W] as float32 [n, C, H, W] in [-1, 1].
 
@@ -177,7 +186,9 @@ def _flip(images: torch.Tensor, uniform: FloatArray, config: AugmentConfig) -> t
         return images
     out = images.clone()
     mirrored = images.index_select(0, chosen).flip(3)
-    for row, image in zip(chosen.tolist(), mirrored, strict=True):  # a quarter of the time of index_copy, which goes byte by byte
+    for row, image in zip(
+        chosen.tolist(), mirrored, strict=True
+    ):  # a quarter of the time of index_copy, which goes byte by byte
         out[row] = image
     return out
 

@@ -137,7 +137,9 @@ class ParquetWriter(Writer):
         try:
             import datasets
         except ImportError as error:
-            raise UserError(f"Parquet files need the package `datasets` ({error}): pip install 'partial_fc[data]'") from error
+            raise UserError(
+                f"Parquet files need the package `datasets` ({error}): pip install 'partial_fc[data]'"
+            ) from error
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
         table = datasets.Dataset.from_dict({"image": self._images, "label": self._labels}, features=features)
         shown = datasets.utils.logging.is_progress_bar_enabled()
@@ -158,7 +160,9 @@ class RecordWriter(Writer):
     def __init__(self, folder: Path, names: list[str], size: tuple[int, int], total: int) -> None:
         super().__init__(folder, names, size)
         if len(names) >= _LARGEST_COUNT:
-            raise UserError(f"{len(names):,} identities are more than RecordIO's labels can tell apart ({_LARGEST_COUNT - 1:,})")
+            raise UserError(
+                f"{len(names):,} identities are more than RecordIO's labels can tell apart ({_LARGEST_COUNT - 1:,})"
+            )
         self._ranges = total + len(names) + 1 < _LARGEST_COUNT
 
     def order(self, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -250,7 +254,9 @@ _SIMPLE: dict[str, Callable[[Path, list[str], tuple[int, int]], Writer]] = {
 FORMATS = ("recordio", *_SIMPLE)
 
 
-def convert(source: EncodedIdentities, dest: str | Path, format: str, *, on_error: str = "skip", part: int = PART) -> dict[str, int]:
+def convert(
+    source: EncodedIdentities, dest: str | Path, format: str, *, on_error: str = "skip", part: int = PART
+) -> dict[str, int]:
     """Write `source` to the folder `dest` as `format`, or go on with a conversion of the same that was ended; {"images", "identities",
     "left_out": samples that the source could not open as whole ones, and unreadable pictures}. A finished one is left as it is.
 
@@ -268,15 +274,26 @@ def convert(source: EncodedIdentities, dest: str | Path, format: str, *, on_erro
     except OSError as error:
         raise UserError(f"{folder} cannot be written to: {error}") from error
     try:
-        return _convert(source, folder, format, on_error, part, state or {**what, "done": 0, "part": 0, "left_out": [], "writer": {}})
+        return _convert(
+            source,
+            folder,
+            format,
+            on_error,
+            part,
+            state or {**what, "done": 0, "part": 0, "left_out": [], "writer": {}},
+        )
     finally:
         lock.release()
 
 
-def _convert(source: EncodedIdentities, folder: Path, format: str, on_error: str, part: int, state: dict[str, Any]) -> dict[str, int]:
+def _convert(
+    source: EncodedIdentities, folder: Path, format: str, on_error: str, part: int, state: dict[str, Any]
+) -> dict[str, int]:
     size = _first_size(source)
     names = source.identity_names
-    writer = RecordWriter(folder, names, size, len(source)) if format == "recordio" else _SIMPLE[format](folder, names, size)
+    writer = (
+        RecordWriter(folder, names, size, len(source)) if format == "recordio" else _SIMPLE[format](folder, names, size)
+    )
     writer.noted = state["writer"]
     order = writer.order(source.labels.numpy())
     _save(folder, state)
@@ -318,12 +335,20 @@ def _still_there(folder: Path, state: dict[str, Any]) -> dict[str, int]:
     finished: dict[str, int] = state["finished"]
     there = len(open_source(folder, format=state["format"]))
     if there != finished["images"]:
-        raise UserError(f"{folder} holds {there:,} images, and {finished['images']:,} were converted; remove it and convert again")
+        raise UserError(
+            f"{folder} holds {there:,} images, and {finished['images']:,} were converted; remove it and convert again"
+        )
     return finished
 
 
 def _one_part(
-    source: EncodedIdentities, order: npt.NDArray[np.int64], writer: Writer, state: dict[str, Any], part: int, on_error: str, bar: Any
+    source: EncodedIdentities,
+    order: npt.NDArray[np.int64],
+    writer: Writer,
+    state: dict[str, Any],
+    part: int,
+    on_error: str,
+    bar: Any,
 ) -> None:
     writer.begin(state["part"])
     taken, size = 0, 0
@@ -401,7 +426,9 @@ def _verify(
     """UserError unless the destination, opened as for training, has the images `written` (places in the source) and their labels."""
     there = open_source(folder, format=format, on_error="raise", unfinished=True)  # type: ignore[arg-type]
     if len(there) != len(written):
-        raise UserError(f"{folder} holds {len(there):,} images, and {len(written):,} were written; remove it and begin anew")
+        raise UserError(
+            f"{folder} holds {len(there):,} images, and {len(written):,} were written; remove it and begin anew"
+        )
     number = {writer.name(int(label)): int(label) for label in np.unique(labels)}
     ids = np.array([number.get(name, -1) for name in there.identity_names], dtype=np.int64)[there.labels.numpy()]
     if format == "folder":
@@ -409,15 +436,25 @@ def _verify(
         written, labels = written[order], labels[order]
     wrong = np.flatnonzero(ids != labels)
     if len(wrong):
-        raise UserError(f"{folder}: {there.name_of(int(wrong[0]))} has another label than was written; remove it and begin anew")
+        raise UserError(
+            f"{folder}: {there.name_of(int(wrong[0]))} has another label than was written; remove it and begin anew"
+        )
     for place in np.unique(np.linspace(0, len(written) - 1, _COMPARED).astype(np.int64)).tolist():
         if bytes(there.encoded(place)) != bytes(source.encoded(int(written[place]))):
-            raise UserError(f"{folder}: {there.name_of(place)} has other bytes than {source.name_of(int(written[place]))}; begin anew")
+            raise UserError(
+                f"{folder}: {there.name_of(place)} has other bytes than {source.name_of(int(written[place]))}; begin anew"
+            )
 
 
 def _as_folder(name: str) -> str:
     """A name as a folder's: others than plain ones are percent-encoded, no two alike."""
-    plain = name and name[0] != "." and not set(name) & set('/\\%\0<>:"|?*\n\r') and name == name.strip() and len(name.encode()) < 200
+    plain = (
+        name
+        and name[0] != "."
+        and not set(name) & set('/\\%\0<>:"|?*\n\r')
+        and name == name.strip()
+        and len(name.encode()) < 200
+    )
     return name if plain else urllib.parse.quote(name, safe="").replace(".", "%2E") or "%"
 
 

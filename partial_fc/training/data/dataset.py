@@ -77,7 +77,14 @@ class DataConfig:
     """What to do about an image that cannot be read: leave it out and report it, or stop."""
 
     def __post_init__(self) -> None:
-        at_least = {"identities": 1, "holdout_identities": 0, "image_size": 1, "min_images": 1, "workers": 0, "prefetch": 1}
+        at_least = {
+            "identities": 1,
+            "holdout_identities": 0,
+            "image_size": 1,
+            "min_images": 1,
+            "workers": 0,
+            "prefetch": 1,
+        }
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -204,7 +211,9 @@ class EncodedIdentities(IdentityDataset):
 
     def __init__(self, labels: torch.Tensor, identity_names: list[str], image_size: int, channels: int) -> None:
         if image_size < 1 or channels not in (1, 3):
-            raise UserError(f"images of {image_size} pixels in {channels} channels; give at least 1 pixel, and 1 or 3 channels")
+            raise UserError(
+                f"images of {image_size} pixels in {channels} channels; give at least 1 pixel, and 1 or 3 channels"
+            )
         self.labels = labels
         self.identity_names = identity_names
         self.image_shape = (channels, image_size, image_size)
@@ -257,7 +266,9 @@ class EncodedIdentities(IdentityDataset):
         return other
 
 
-def decode_picture(source: str | Path | bytes, image_shape: tuple[int, int, int], name: str, fit: Fit | None = None) -> torch.Tensor:
+def decode_picture(
+    source: str | Path | bytes, image_shape: tuple[int, int, int], name: str, fit: Fit | None = None
+) -> torch.Tensor:
     """An encoded picture, or a file of one, as uint8 [C, H, W] of that shape, resized (bilinear) or by `fit`; UnreadableImage, as `name`,
     for a bad one."""
     channels, height, width = image_shape
@@ -289,9 +300,13 @@ class DataSplits:
         """Raise UserError, before any training, for held-out sets in which there is no pair to accept or none to reject."""
         for name, dataset in self.evaluation.items():
             if dataset.num_identities < 2:
-                raise UserError(f"the {name} set has one identity, so no pair to reject; give --data.holdout_identities at least 2")
+                raise UserError(
+                    f"the {name} set has one identity, so no pair to reject; give --data.holdout_identities at least 2"
+                )
             if int(torch.bincount(dataset.labels).max()) < 2:
-                raise UserError(f"no identity of the {name} set has two images, so there is no pair to accept; hold out others, or none")
+                raise UserError(
+                    f"no identity of the {name} set has two images, so there is no pair to accept; hold out others, or none"
+                )
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """Of every set, by name."""
@@ -312,7 +327,9 @@ def what_changed(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any
         old, new = then.get("listed", {}), there.get("listed", {})
         for file in sorted(old.keys() | new.keys()):
             if old.get(file) != new.get(file):
-                sizes = [f"{size:,} bytes" if size is not None else "not there" for size in (old.get(file), new.get(file))]
+                sizes = [
+                    f"{size:,} bytes" if size is not None else "not there" for size in (old.get(file), new.get(file))
+                ]
                 return f"{file} of the {name} set was {sizes[0]} and is {sizes[1]}"
         for key, words in (
             ("names", "identities of the {} set have other names"),
@@ -332,7 +349,9 @@ def enough(asked: int | None, available: int, where: str) -> int:
     if asked < 1:
         raise UserError(f"{asked} identities were asked for; give at least 1")
     if asked > available:
-        raise UserError(f"{asked} identities were asked for, but there are {available} in {where}; lower --data.identities")
+        raise UserError(
+            f"{asked} identities were asked for, but there are {available} in {where}; lower --data.identities"
+        )
     return asked
 
 

@@ -24,7 +24,16 @@ except ImportError:  # Pillow alone does
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
-_SUFFIX = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "BMP": ".bmp", "WEBP": ".webp", "GIF": ".gif", "TIFF": ".tif", "PPM": ".ppm"}
+_SUFFIX = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "BMP": ".bmp",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "TIFF": ".tif",
+    "PPM": ".ppm",
+}
 _TURBO = {"YCbCr", "RGB", "Gray"}  # color spaces that libjpeg-turbo converts as Pillow does
 
 Data = bytes | memoryview
@@ -58,7 +67,9 @@ def read_header(data: Data) -> tuple[str, int, int]:
 
 def open_picture(data: Data) -> Image.Image:
     """A picture of one of FORMATS, its header read; ValueError for what is none, and for one of too many pixels."""
-    with warnings.catch_warnings():  # Pillow only warns of pictures large enough to fill the memory; they are refused here
+    with (
+        warnings.catch_warnings()
+    ):  # Pillow only warns of pictures large enough to fill the memory; they are refused here
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             return Image.open(io.BytesIO(data), formats=FORMATS)

@@ -69,7 +69,9 @@ class Files:
     def read(self, file: int, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` on; ValueError if the file ends before, or is not what it was."""
         if offset < 0 or length < 0 or offset + length > self.sizes[file]:
-            raise ValueError(f"bytes {offset} to {offset + length} lie past the end of {self.paths[file].name} ({self.sizes[file]} bytes)")
+            raise ValueError(
+                f"bytes {offset} to {offset + length} lie past the end of {self.paths[file].name} ({self.sizes[file]} bytes)"
+            )
         descriptor = self._descriptor(file)
         data = os.pread(descriptor, length, offset)
         while len(data) < length:  # a file system may give less than was asked for

@@ -66,9 +66,13 @@ def scan_folder(root: str | Path) -> tuple[dict[str, list[str]], list[str]]:
     except OSError as error:
         raise UserError(f"the data folder {root} cannot be read: {error}") from error
     if not files:
-        raise UserError(f"the data folder {root} has no sub-folders; put each identity's images into a sub-folder of its own")
+        raise UserError(
+            f"the data folder {root} has no sub-folders; put each identity's images into a sub-folder of its own"
+        )
     if deeper and len(empty) == len(files):
-        raise UserError(f"images of the data folder {root} lie a level deeper; name {' or '.join(str(root / name) for name in deeper[:4])}")
+        raise UserError(
+            f"images of the data folder {root} lie a level deeper; name {' or '.join(str(root / name) for name in deeper[:4])}"
+        )
     if len(empty) == len(files):
         raise UserError(f"no sub-folder of the data folder {root} has an image; the first is {empty[0]}")
     why = {name: f"its images lie a level deeper: name {root / name} for them" for name in deeper}

@@ -82,7 +82,9 @@ class ParquetIdentities(EncodedIdentities):
         return read_whole(os.path.join(self._root, path))
 
     def files(self) -> Iterable[tuple[str, int]]:
-        found = sorted(each for path in self.paths for each in (path.iterdir() if path.is_dir() else (path,)) if each.is_file())
+        found = sorted(
+            each for path in self.paths for each in (path.iterdir() if path.is_dir() else (path,)) if each.is_file()
+        )
         for path in found:
             yield path.name, path.stat().st_size
 
@@ -91,7 +93,9 @@ def _load(paths: list[Path]) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"Parquet files need the package `datasets` ({error}): pip install 'partial_fc[data]'") from error
+        raise UserError(
+            f"Parquet files need the package `datasets` ({error}): pip install 'partial_fc[data]'"
+        ) from error
     quiet = datasets.utils.logging
     level, shows = quiet.get_verbosity(), datasets.utils.logging.is_progress_bar_enabled()
     quiet.set_verbosity_error()
@@ -101,9 +105,13 @@ def _load(paths: list[Path]) -> Any:
         if paths[0].is_dir():
             table = datasets.load_from_disk(str(paths[0]))
         else:
-            table = datasets.Dataset.from_parquet([str(path) for path in paths], cache_dir=str(cache_folder() / "datasets"))
+            table = datasets.Dataset.from_parquet(
+                [str(path) for path in paths], cache_dir=str(cache_folder() / "datasets")
+            )
     except Exception as error:  # of many kinds, of several libraries
-        raise UserError(f"{paths[0].parent if len(paths) > 1 else paths[0]} cannot be read: {_first_line(error)}") from error
+        raise UserError(
+            f"{paths[0].parent if len(paths) > 1 else paths[0]} cannot be read: {_first_line(error)}"
+        ) from error
     finally:
         quiet.set_verbosity(level)
         if shows:
@@ -128,10 +136,14 @@ def _columns(features: Any, image: str | None, label: str | None, where: Path) -
 
     for wanted, option in ((image, "image_column"), (label, "label_column")):
         if wanted is not None and wanted not in features:
-            raise UserError(f"{where} has no column {wanted!r}, but {', '.join(features)}; give another --data.{option}")
+            raise UserError(
+                f"{where} has no column {wanted!r}, but {', '.join(features)}; give another --data.{option}"
+            )
     if image is None:
         found = [name for name, feature in features.items() if holds_images(feature)]
-        found = found or [name for name in ("image", "img", "jpg") if str(getattr(features.get(name), "dtype", "")).endswith("binary")]
+        found = found or [
+            name for name in ("image", "img", "jpg") if str(getattr(features.get(name), "dtype", "")).endswith("binary")
+        ]
         if len(found) != 1:
             raise UserError(
                 f"{where} has {len(found) or 'no'} columns of images among {', '.join(features)}; name it with --data.image_column"

@@ -53,7 +53,9 @@ class LabelMap:
             lines = csv.writer(file)
             lines.writerow(("label", "identity", "source_label", "images"))
             rows = zip(self.labels.tolist(), self.names, self.images.tolist(), strict=True)
-            lines.writerows(("" if label < 0 else label, name, source, images) for source, (label, name, images) in enumerate(rows))
+            lines.writerows(
+                ("" if label < 0 else label, name, source, images) for source, (label, name, images) in enumerate(rows)
+            )
 
 
 def with_enough_images(identities: Sequence[int], image_labels: Tensor, least: int) -> list[int]:
@@ -63,6 +65,8 @@ def with_enough_images(identities: Sequence[int], image_labels: Tensor, least: i
     asked = torch.tensor(identities)
     counts = torch.bincount(image_labels, minlength=int(asked.max()) + 1)[asked]
     if int(counts.max()) < least:
-        raise UserError(f"no identity has {least} images (the largest has {int(counts.max())}); lower --data.min_images")
+        raise UserError(
+            f"no identity has {least} images (the largest has {int(counts.max())}); lower --data.min_images"
+        )
     kept: list[int] = asked[counts >= least].tolist()
     return kept

@@ -28,7 +28,9 @@ from partial_fc.training.errors import UserError
 
 _LOOKED_FOR = 100  # of so many paths, one at least must be there
 _TABLES = (".csv", ".tsv")
-_LABEL_WORDS = frozenset(("label", "labels", "identity", "identity_id", "id", "class", "class_id", "person", "person_id", "target"))
+_LABEL_WORDS = frozenset(
+    ("label", "labels", "identity", "identity_id", "id", "class", "class_id", "person", "person_id", "target")
+)
 
 Parse = Callable[[list[str]], tuple[str, str]]
 """The (path, label) of a line's columns; ValueError, saying what is wrong, if there are none."""
@@ -67,7 +69,9 @@ class ListIdentities(EncodedIdentities):
         except OSError as error:
             raise UserError(f"the list {path} cannot be read: {error.strerror}") from error
         except csv.Error as error:
-            raise UserError(f"the list {path} is no CSV file ({error}); mend it, or give it the suffix .txt if it has no commas") from error
+            raise UserError(
+                f"the list {path} is no CSV file ({error}); mend it, or give it the suffix .txt if it has no commas"
+            ) from error
         refuse(problems, on_error)
         if not names:
             said = f"; the first problem: {problems[0]}" if problems else ""
@@ -139,7 +143,9 @@ def _form_of(path: Path) -> str:
 
 def _two(columns: list[str]) -> tuple[str, str]:
     if len(columns) != 2:
-        raise ValueError(f"it has {len(columns)} column{'s' if len(columns) > 1 else ''}, and should have a path and a label")
+        raise ValueError(
+            f"it has {len(columns)} column{'s' if len(columns) > 1 else ''}, and should have a path and a label"
+        )
     return columns[0], columns[1]
 
 

@@ -47,7 +47,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; from pinned memory, the copy is not waited for."""
-        images, labels, indices = (each.to(device, non_blocking=each.is_pinned()) for each in (self.images, self.labels, self.indices))
+        images, labels, indices = (
+            each.to(device, non_blocking=each.is_pinned()) for each in (self.images, self.labels, self.indices)
+        )
         return Batch(images, labels, indices, self.unreadable)
 
     def pin_memory(self) -> Batch:
@@ -152,7 +154,9 @@ class BatchLoader:
         if drop_last and batch_size < world:
             raise UserError(f"a batch of {batch_size} cannot be shared by {world} ranks; give at least {world}")
         if drop_last and (count if sampler is None else sampler.length) < batch_size:
-            raise UserError(f"the data set has {count} images, fewer than one batch of {batch_size}; lower the batch size")
+            raise UserError(
+                f"the data set has {count} images, fewer than one batch of {batch_size}; lower the batch size"
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.rank = rank
@@ -209,15 +213,21 @@ class BatchLoader:
         try:
             for batch in loader:
                 if batch.unreadable and self.on_error == "raise":
-                    raise UserError(f"cannot read the image {batch.unreadable[0]}; mend or remove it, or pass --data.on_error skip")
+                    raise UserError(
+                        f"cannot read the image {batch.unreadable[0]}; mend or remove it, or pass --data.on_error skip"
+                    )
                 yield batch
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            raise UserError(f"a process that loads images ended ({error}); lower --data.workers or free some memory") from error
+            raise UserError(
+                f"a process that loads images ended ({error}); lower --data.workers or free some memory"
+            ) from error
 
 
-def rank_loader(dataset: IdentityDataset, config: DataConfig, accelerator: Accelerator, *, batch_size: int, **order: Any) -> BatchLoader:
+def rank_loader(
+    dataset: IdentityDataset, config: DataConfig, accelerator: Accelerator, *, batch_size: int, **order: Any
+) -> BatchLoader:
     """The loader of this rank, fed as the settings and the machine ask for; `order`: further arguments of BatchLoader."""
     cuda = accelerator.device.type == "cuda"
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))  # on this machine

@@ -40,7 +40,9 @@ def check_mix(sets: list[MixedSet]) -> None:
     names = ["main"]
     for each in sets:
         if not each.name.isidentifier() or each.name in names:
-            raise UserError(f"--data.mix has a set named {each.name!r}; give each a name of its own (main is the run's own data set)")
+            raise UserError(
+                f"--data.mix has a set named {each.name!r}; give each a name of its own (main is the run's own data set)"
+            )
         if not (math.isfinite(each.weight) and each.weight > 0):
             raise UserError(f"--data.mix: the weight of {each.name} is {each.weight}; give a number above 0")
         names.append(each.name)

@@ -50,7 +50,9 @@ def find_format(path: Path, asked: Format = "auto") -> tuple[str, list[Path]]:
     if not path.exists():
         raise UserError(f"the data folder {path} does not exist; check --data.folder")
     if path.suffix.lower() == ".bin" and path.is_file():
-        raise UserError(f"{path} holds no data that is known; if it holds pairs of images, partial-fc verify RUN {path} measures on them")
+        raise UserError(
+            f"{path} holds no data that is known; if it holds pairs of images, partial-fc verify RUN {path} measures on them"
+        )
     try:
         found = {name: files for name in _LOOKED_FOR if (files := _candidates(path, name))}
     except OSError as error:
@@ -74,13 +76,20 @@ def find_format(path: Path, asked: Format = "auto") -> tuple[str, list[Path]]:
 def _candidates(path: Path, name: str) -> list[Path]:
     """What there is to read of that format."""
     if path.is_file():
-        suffixes = {"recordio": (".rec",), "webdataset": (".tar",), "parquet": (".parquet",), "list": LIST_SUFFIXES}.get(name, ())
+        suffixes = {
+            "recordio": (".rec",),
+            "webdataset": (".tar",),
+            "parquet": (".parquet",),
+            "list": LIST_SUFFIXES,
+        }.get(name, ())
         return [path] if path.suffix.lower() in suffixes else []
     if name == "recordio":
         whole = path / "train.rec"
         several = [whole] if whole.is_file() else _with_suffix(path, ".rec")
         if len(several) > 1:
-            raise UserError(f"{path} has {len(several)} .rec files ({several[0].name}, {several[1].name}, ...); name one of them")
+            raise UserError(
+                f"{path} has {len(several)} .rec files ({several[0].name}, {several[1].name}, ...); name one of them"
+            )
         return several
     if name == "webdataset":
         return _with_suffix(path, ".tar")
@@ -89,7 +98,9 @@ def _candidates(path: Path, name: str) -> list[Path]:
             return [path]
         if (path / "dataset_dict.json").is_file():
             return sorted(each for each in path.iterdir() if (each / "state.json").is_file())
-        return _with_suffix(path, ".parquet") or (_with_suffix(path / "data", ".parquet") if (path / "data").is_dir() else [])
+        return _with_suffix(path, ".parquet") or (
+            _with_suffix(path / "data", ".parquet") if (path / "data").is_dir() else []
+        )
     if name == "list":
         return [path / "list.txt"] if (path / "list.txt").is_file() else []
     if name == "folder":
@@ -99,7 +110,11 @@ def _candidates(path: Path, name: str) -> list[Path]:
 
 
 def _with_suffix(folder: Path, suffix: str) -> list[Path]:
-    return sorted(each for each in folder.iterdir() if each.suffix.lower() == suffix and not each.name.startswith(".") and each.is_file())
+    return sorted(
+        each
+        for each in folder.iterdir()
+        if each.suffix.lower() == suffix and not each.name.startswith(".") and each.is_file()
+    )
 
 
 def open_source(
@@ -171,7 +186,9 @@ def open_data(config: DataConfig, seed: int) -> DataSplits:
         if config.split is not None:
             raise UserError("the embedded glyphs have no splits to choose; drop --data.split")
         train = GlyphIdentities("train", config.identities)
-        with_enough_images(range(train.num_identities), train.labels, config.min_images)  # all have as many: all or none
+        with_enough_images(
+            range(train.num_identities), train.labels, config.min_images
+        )  # all have as many: all or none
         return DataSplits(train, {"seen": GlyphIdentities("seen"), "new": GlyphIdentities("new")})
 
     if is_packed(config.folder):

@@ -50,9 +50,13 @@ def open_packed(config: DataConfig) -> DataSplits:
             f"the images of {config.folder} have {width} pixels and {channels} channel(s); drop --data.image_size and --data.channels"
         )
     if config.holdout_identities:
-        raise UserError(f"the packed data set {config.folder} has its own held-out identities; drop --data.holdout_identities")
+        raise UserError(
+            f"the packed data set {config.folder} has its own held-out identities; drop --data.holdout_identities"
+        )
     if config.split is not None:
-        raise UserError(f"the packed data set {config.folder} is trained on as it was split when it was made; drop --data.split")
+        raise UserError(
+            f"the packed data set {config.folder} is trained on as it was split when it was made; drop --data.split"
+        )
     kept = with_enough_images(range(whole.num_identities), whole.labels, config.min_images)
     kept = kept[: enough(config.identities, len(kept), f"the packed data set {config.folder} (train)")]
     return DataSplits(whole.select(kept), {**splits}, LabelMap.of(whole.identity_names, whole.labels, kept))
@@ -87,7 +91,9 @@ class PackedIdentities(IdentityDataset):
             raise UserError(f"the packed data set {folder} is damaged ({error}); make it again") from error
         shape = self._images.shape
         if len(shape) != 4 or self._images.dtype != np.uint8 or not len(labels) == len(sources) == shape[0]:
-            raise UserError(f"the packed data set {folder} is damaged: {IMAGES}, {LABELS} and {SOURCES} do not match; make it again")
+            raise UserError(
+                f"the packed data set {folder} is damaged: {IMAGES}, {LABELS} and {SOURCES} do not match; make it again"
+            )
         used = np.unique(labels[mine])
         self._rows = np.flatnonzero(mine)
         self.labels = torch.from_numpy(np.searchsorted(used, labels[self._rows]))
@@ -125,8 +131,12 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
-            raise UserError(f"{path} has the format {index['format']!r}; this version reads {FORMAT!r}: make the data set again")
-        fine = all(isinstance(index[key], list) for key in ("identities", "sources")) and isinstance(index["held_out"], dict)
+            raise UserError(
+                f"{path} has the format {index['format']!r}; this version reads {FORMAT!r}: make the data set again"
+            )
+        fine = all(isinstance(index[key], list) for key in ("identities", "sources")) and isinstance(
+            index["held_out"], dict
+        )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); make the data set again") from error
     if not fine:
@@ -135,13 +145,23 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
 
 def write_index(
-    folder: Path, identities: Sequence[str], sources: Sequence[str], held_out: Mapping[str, Sequence[int]], about: Mapping[str, Any]
+    folder: Path,
+    identities: Sequence[str],
+    sources: Sequence[str],
+    held_out: Mapping[str, Sequence[int]],
+    about: Mapping[str, Any],
 ) -> None:
     """Write packed.json, last of all files and at once: a folder that has it is complete.
 
     held_out: numbers of `identities` and of `sources`.
     """
-    index = {"format": FORMAT, "about": dict(about), "sources": list(sources), "held_out": dict(held_out), "identities": list(identities)}
+    index = {
+        "format": FORMAT,
+        "about": dict(about),
+        "sources": list(sources),
+        "held_out": dict(held_out),
+        "identities": list(identities),
+    }
     partly = folder / (INDEX + ".partly")
     partly.write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
     os.replace(partly, folder / INDEX)

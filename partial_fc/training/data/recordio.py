@@ -63,7 +63,9 @@ class RecordIdentities(EncodedIdentities):
             problems = list(Strings(made["problems"], made["problem_ends"]))
             refuse(problems, on_error)
             if not len(keys):
-                raise UserError(f"{rec} has no picture with a label" + (f"; the first problem: {problems[0]}" if problems else ""))
+                raise UserError(
+                    f"{rec} has no picture with a label" + (f"; the first problem: {problems[0]}" if problems else "")
+                )
             self.left_out = problems
         else:
             keys, labels = where
@@ -100,7 +102,9 @@ class RecordIdentities(EncodedIdentities):
                 return None
             return _whole(labels[0], _MOST_RECORDS), _whole(labels[1], _MOST_RECORDS)
         except ValueError as error:
-            raise UserError(f"{self._rec}: record 0, which says what the others are, cannot be read ({error})") from error
+            raise UserError(
+                f"{self._rec}: record 0, which says what the others are, cannot be read ({error})"
+            ) from error
 
     def _by_ranges(self) -> tuple[IntArray, IntArray] | None:
         """(keys, labels) of all pictures by the identities' ranges; None where there are no ranges that fit together."""
@@ -140,7 +144,9 @@ class RecordIdentities(EncodedIdentities):
         rounded = first is not None and first[0] >= _LARGEST_LABEL
         keys = self.keys if first is None else self.keys[(self.keys >= 1) & (rounded | (self.keys < first[0]))]
         good, labels, problems = [], [], []
-        for key in tqdm(keys.tolist(), desc=f"labels of {self._rec.name}", unit="", leave=False, mininterval=1, delay=2):
+        for key in tqdm(
+            keys.tolist(), desc=f"labels of {self._rec.name}", unit="", leave=False, mininterval=1, delay=2
+        ):
             try:
                 found, picture = unpack(self._record(key))
                 if rounded and not len(picture) and len(found) == 2:
@@ -221,17 +227,23 @@ def read_record(files: Files, offset: int, file: int = 0) -> bytes:
         block = files.read(file, offset, min(_FIRST_READ, size - offset))
         magic, packed = _HEADER.unpack_from(block)
         if magic != MAGIC:
-            raise ValueError(f"there is no record at byte {offset:,}: its magic number is {magic:#010x}, not {MAGIC:#010x}")
+            raise ValueError(
+                f"there is no record at byte {offset:,}: its magic number is {magic:#010x}, not {MAGIC:#010x}"
+            )
         flag, length = packed >> 29, packed & (1 << 29) - 1
         begin = offset + _HEADER.size
         if length > LARGEST_PICTURE:
-            raise ValueError(f"the record says that it has {length:,} bytes, more than a picture may have ({LARGEST_PICTURE:,})")
+            raise ValueError(
+                f"the record says that it has {length:,} bytes, more than a picture may have ({LARGEST_PICTURE:,})"
+            )
         if begin + length > size:
             raise ValueError(
                 f"the record is cut short: {length:,} bytes from byte {begin:,} on go past the end of the file ({size:,} bytes)"
             )
         if flag not in ((2, 3) if parts else (0, 1)):
-            raise ValueError(f"the part at byte {offset:,} has flag {flag}, which cannot {'follow' if parts else 'begin a record'}")
+            raise ValueError(
+                f"the part at byte {offset:,} has flag {flag}, which cannot {'follow' if parts else 'begin a record'}"
+            )
         end = _HEADER.size + length
         parts.append(block[_HEADER.size : end] if end <= len(block) else files.read(file, begin, length))
         if flag in (0, 3):

@@ -118,7 +118,9 @@ class ClassAware(Sampler):
         self.exponent = exponent
         self._counts = np.bincount(self.labels)
         share = np.where(self._counts > 0, np.power(np.maximum(self._counts, 1).astype(np.float64), exponent), 0.0)
-        self._until = share.cumsum() * (len(self.labels) / share.sum())  # images expected of this class and those before it
+        self._until = share.cumsum() * (
+            len(self.labels) / share.sum()
+        )  # images expected of this class and those before it
         self._until[-1] = len(self.labels)
         self._first = self._counts.cumsum() - self._counts
 
@@ -152,7 +154,9 @@ def make_sampler(
 ) -> Sampler:
     """The sampler that the settings name, with its own setting or the default; UserError for values that it cannot take."""
     if name == "pk":
-        return IdentityBalanced(labels, batch_size, seed, IMAGES_PER_IDENTITY if images_per_identity is None else images_per_identity)
+        return IdentityBalanced(
+            labels, batch_size, seed, IMAGES_PER_IDENTITY if images_per_identity is None else images_per_identity
+        )
     if name == "class_aware":
         return ClassAware(labels, batch_size, seed, CLASS_EXPONENT if class_exponent is None else class_exponent)
     return Shuffled(labels, batch_size, seed)
@@ -160,7 +164,10 @@ def make_sampler(
 
 def check_settings(name: str, images_per_identity: int | None, class_exponent: float | None) -> None:
     """UserError for a setting that is out of range, or that the sampler does not take."""
-    for setting, value, wanted in (("images_per_identity", images_per_identity, "pk"), ("class_exponent", class_exponent, "class_aware")):
+    for setting, value, wanted in (
+        ("images_per_identity", images_per_identity, "pk"),
+        ("class_exponent", class_exponent, "class_aware"),
+    ):
         if value is not None and name != wanted:
             raise UserError(
                 f"--data.{setting} is {value}, which has no effect with --data.sampler {name} (it is for {wanted}); leave it out"
@@ -168,4 +175,6 @@ def check_settings(name: str, images_per_identity: int | None, class_exponent: f
     if images_per_identity is not None and images_per_identity < 1:
         raise UserError(f"--data.images_per_identity is {images_per_identity}; give at least 1")
     if class_exponent is not None and not 0 <= class_exponent <= 1:
-        raise UserError(f"--data.class_exponent is {class_exponent}; give 0 (every class alike) to 1 (as the images are)")
+        raise UserError(
+            f"--data.class_exponent is {class_exponent}; give 0 (every class alike) to 1 (as the images are)"
+        )

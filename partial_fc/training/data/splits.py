@@ -16,7 +16,9 @@ from pathlib import Path
 from partial_fc.training.errors import UserError
 
 _NAMES = frozenset(("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"))
-_NUMBER = re.compile(r"([-_.]?\d+)?(-of-\d+)?(-[0-9a-f]{16})?$")  # as Hugging Face writes it, with a digest at the end or without
+_NUMBER = re.compile(
+    r"([-_.]?\d+)?(-of-\d+)?(-[0-9a-f]{16})?$"
+)  # as Hugging Face writes it, with a digest at the end or without
 
 
 def choose_split(where: Path, paths: Sequence[Path], wanted: str | None) -> list[Path]:

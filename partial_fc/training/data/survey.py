@@ -56,12 +56,23 @@ class Survey:
         ]
         if len(self.sizes):
             kinds = ", ".join(f"{count:,} {kind[1:]}" for kind, count in self.kinds.most_common())
-            lines.append(f"pictures              {kinds}; {self.sizes.mean():,.0f} bytes on average, {self.sizes.max():,} at most")
-            common = ", ".join(f"{width} x {height} ({count:,})" for (width, height), count in self.pixels.most_common(3))
-            lines.append(f"pixels                {common}" + (f" and {len(self.pixels) - 3:,} other sizes" if len(self.pixels) > 3 else ""))
+            lines.append(
+                f"pictures              {kinds}; {self.sizes.mean():,.0f} bytes on average, {self.sizes.max():,} at most"
+            )
+            common = ", ".join(
+                f"{width} x {height} ({count:,})" for (width, height), count in self.pixels.most_common(3)
+            )
+            lines.append(
+                f"pixels                {common}"
+                + (f" and {len(self.pixels) - 3:,} other sizes" if len(self.pixels) > 3 else "")
+            )
         lines += _listed("unreadable", self.unreadable)
         groups = [" = ".join(group[:4]) + (" = ..." if len(group) > 4 else "") for group in self.duplicates]
-        lines += _listed("duplicate pictures", groups, f"group{'s' if len(groups) != 1 else ''}, {self.across:,} of them across identities")
+        lines += _listed(
+            "duplicate pictures",
+            groups,
+            f"group{'s' if len(groups) != 1 else ''}, {self.across:,} of them across identities",
+        )
         ranges = _ranges(self.gaps)
         lines += _listed("label gaps", ranges, "range" if len(ranges) == 1 else "ranges")
         lines += [f"note                  {note}" for note in self.notes]
@@ -70,7 +81,11 @@ class Survey:
 
 def _listed(what: str, found: Sequence[str], unit: str = "") -> list[str]:
     more = [f"  ... and {len(found) - SHOWN:,} more"] if len(found) > SHOWN else []
-    return [f"{what:<21} {len(found):,} {unit if found else ''}".rstrip(), *(f"  {each}" for each in found[:SHOWN]), *more]
+    return [
+        f"{what:<21} {len(found):,} {unit if found else ''}".rstrip(),
+        *(f"  {each}" for each in found[:SHOWN]),
+        *more,
+    ]
 
 
 def _ranges(numbers: Sequence[int]) -> list[str]:

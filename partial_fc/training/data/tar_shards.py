@@ -49,9 +49,13 @@ class TarIdentities(EncodedIdentities):
         refuse(problems, on_error)
         if not len(made["shard"]):
             said = f"; the first problem: {problems[0]}" if problems else ""
-            raise UserError(f"the {len(self.shards)} tar files of {self.shards[0].parent} have no sample with a picture and a label{said}")
+            raise UserError(
+                f"the {len(self.shards)} tar files of {self.shards[0].parent} have no sample with a picture and a label{said}"
+            )
         whole = "labels" in made
-        labels, names = number_labels(made["labels"] if whole else list(Strings(made["label_data"], made["label_ends"])))
+        labels, names = number_labels(
+            made["labels"] if whole else list(Strings(made["label_data"], made["label_ends"]))
+        )
         super().__init__(labels, names, image_size, channels)
         self.raw_labels = names if whole else ()
         if whole and int(made["labels"].min()) >= 0:
@@ -74,12 +78,16 @@ class TarIdentities(EncodedIdentities):
         samples: list[tuple[int, Found]] = []
         problems: list[str] = []
         whole: bool | None = None
-        for number, shard in enumerate(tqdm(self.shards, desc="indexing", unit="shard", leave=False, mininterval=1, delay=2)):
+        for number, shard in enumerate(
+            tqdm(self.shards, desc="indexing", unit="shard", leave=False, mininterval=1, delay=2)
+        ):
             for key, offset, size, label in _samples(shard, problems):
                 if whole is None:
                     whole = isinstance(label, int)
                 if whole is not isinstance(label, int):
-                    problems.append(f"{shard.name}/{key} (the label {label!r} is {'no' if whole else 'a'} whole number, unlike the first)")
+                    problems.append(
+                        f"{shard.name}/{key} (the label {label!r} is {'no' if whole else 'a'} whole number, unlike the first)"
+                    )
                 else:
                     samples.append((number, (key, offset, size, label)))
         said, keys = Strings.of(problems), Strings.of(key for _, (key, *_) in samples)
@@ -118,7 +126,12 @@ def _samples(shard: Path, problems: list[str]) -> Iterator[Found]:
         if key is None:
             with shard.open("rb") as file:
                 packed = file.read(6)
-            if packed[:2] == b"\x1f\x8b" or packed[:3] == b"BZh" or packed == b"\xfd7zXZ\x00" or packed[:4] == b"\x28\xb5\x2f\xfd":
+            if (
+                packed[:2] == b"\x1f\x8b"
+                or packed[:3] == b"BZh"
+                or packed == b"\xfd7zXZ\x00"
+                or packed[:4] == b"\x28\xb5\x2f\xfd"
+            ):
                 raise UserError(
                     f"{shard} is compressed, so that no picture can be read by itself; unpack it to a plain tar file"
                 ) from error
@@ -142,7 +155,9 @@ def _members(archive: tarfile.TarFile, shard: Path, size: int, problems: list[st
             problems.append(f"{shard.name}/{member.name} (the archive is cut short within it)")
         else:
             yield member
-    if wrong := _wrong_end(shard, archive.offset):  # the reader ends at a damaged header as it does at the end of the archive
+    if wrong := _wrong_end(
+        shard, archive.offset
+    ):  # the reader ends at a damaged header as it does at the end of the archive
         problems.append(f"{shard.name} ({wrong}; what follows is not read)")
 
 
@@ -210,6 +225,10 @@ def _label(fields: dict[str, Any]) -> int | str:
         label = json.loads(raw)["label"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError("its .json has no `label`") from None
-    if isinstance(label, bool) or not isinstance(label, int | str) or (isinstance(label, int) and not -(2**63) <= label < 2**63):
+    if (
+        isinstance(label, bool)
+        or not isinstance(label, int | str)
+        or (isinstance(label, int) and not -(2**63) <= label < 2**63)
+    ):
         raise ValueError(f"the label {str(label)[:40]!r} is no whole number and no string")
     return label

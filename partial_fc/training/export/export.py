@@ -46,7 +46,9 @@ SAFETENSORS, ONNX, PREPROCESSING = "backbone.safetensors", "backbone.onnx", "pre
 FORMATS = {"safetensors": SAFETENSORS, "onnx": ONNX}
 NEEDS = {"safetensors": ("safetensors.torch",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 BATCHES = (1, 3, 8)
-TOLERANCE = 1e-4  # of the largest coordinate: other orders of summation differ by 1e-7 to 1e-5, another function by far more
+TOLERANCE = (
+    1e-4  # of the largest coordinate: other orders of summation differ by 1e-7 to 1e-5, another function by far more
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ def load_exported_backbone(folder: str | Path) -> nn.Module:
         raise UserError(f"{path} has format {said.get('partial_fc_format')}, this version reads {FORMAT}")
     try:
         channels, height, width = json.loads(said["image_shape"])
-        backbone = build_backbone(said["architecture"], image_shape=(channels, height, width), embedding_size=int(said["embedding_size"]))
+        backbone = build_backbone(
+            said["architecture"], image_shape=(channels, height, width), embedding_size=int(said["embedding_size"])
+        )
         backbone.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not fit its own description: {error}") from error
@@ -145,7 +149,11 @@ def load_exported_backbone(folder: str | Path) -> nn.Module:
 def _known(formats: Sequence[str]) -> list[str]:
     unknown = [each for each in formats if each not in FORMATS]
     if unknown or not formats:
-        raise UserError(f"unknown format {unknown[0]!r}; choose among {', '.join(FORMATS)}" if unknown else "no format to write was named")
+        raise UserError(
+            f"unknown format {unknown[0]!r}; choose among {', '.join(FORMATS)}"
+            if unknown
+            else "no format to write was named"
+        )
     return [each for each in FORMATS if each in formats]
 
 
@@ -154,7 +162,9 @@ def _check_installed(formats: Sequence[str]) -> None:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            raise UserError(f"exporting needs the package {error.name}, which is missing: pip install 'partial_fc[export]'") from error
+            raise UserError(
+                f"exporting needs the package {error.name}, which is missing: pip install 'partial_fc[export]'"
+            ) from error
 
 
 def _config(folder: RunFolder) -> RunConfig:
@@ -195,14 +205,18 @@ def _load(folder: RunFolder, config: RunConfig, shape: tuple[int, int, int]) -> 
 # ---------------------------------------------------------------------------------------------------- the files and their check
 
 
-def _write_safetensors(backbone: nn.Module, config: RunConfig, shape: tuple[int, int, int], identity: dict[str, Any], path: Path) -> None:
+def _write_safetensors(
+    backbone: nn.Module, config: RunConfig, shape: tuple[int, int, int], identity: dict[str, Any], path: Path
+) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     state = backbone.state_dict()
     other = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if other:
-        raise UserError(f"the backbone {config.backbone.name!r} has a state that is no tensor, {other[0]}; safetensors holds tensors alone")
+        raise UserError(
+            f"the backbone {config.backbone.name!r} has a state that is no tensor, {other[0]}; safetensors holds tensors alone"
+        )
     metadata = {
         "format": "pt",
         "partial_fc_format": str(FORMAT),
@@ -231,7 +245,9 @@ def compare(found: Sequence[Tensor], truth: Sequence[Tensor], file: str) -> dict
     differences = {}
     for here, there in zip(found, truth, strict=True):
         if here.shape != there.shape:
-            raise UserError(f"{file} gives {list(here.shape)} where the backbone gives {list(there.shape)}; it is not exported")
+            raise UserError(
+                f"{file} gives {list(here.shape)} where the backbone gives {list(there.shape)}; it is not exported"
+            )
         scale = float(there.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
         differences[len(there)] = float((here.double() - there.double()).abs().max()) / scale
         if not differences[len(there)] < TOLERANCE:
@@ -253,10 +269,14 @@ def _real_images(config: RunConfig, shape: tuple[int, int, int], data: Sequence[
     except UserError as error:
         hint = "" if data else "; or name a folder of identity/image files to check the export with: --data"
         text = str(error).replace("--data.folder", "--data" if data else "data.folder")
-        raise UserError((text.replace("choose one with --data.split", "name one of its files") if data else text) + hint) from error
+        raise UserError(
+            (text.replace("choose one with --data.split", "name one of its files") if data else text) + hint
+        ) from error
     wanted = sum(BATCHES)
     images: list[Tensor] = []
-    for some in zip(*(itertools.chain(_readable(each), itertools.repeat(None)) for each in sets.values()), strict=False):
+    for some in zip(
+        *(itertools.chain(_readable(each), itertools.repeat(None)) for each in sets.values()), strict=False
+    ):
         if len(images) >= wanted or all(image is None for image in some):
             break
         images += [image for image in some if image is not None]

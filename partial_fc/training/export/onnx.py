@@ -49,7 +49,9 @@ def write_onnx(backbone: nn.Module, image_shape: tuple[int, int, int], path: Pat
     except OSError:
         raise
     except Exception as error:  # the exporter runs the backbone's own code, and wraps whatever comes out of it
-        raise UserError(f"the backbone {name!r} cannot be expressed in ONNX (opset {OPSET}): {_cause(error)}") from error
+        raise UserError(
+            f"the backbone {name!r} cannot be expressed in ONNX (opset {OPSET}): {_cause(error)}"
+        ) from error
 
 
 def run_onnx(path: Path, images: Tensor, sizes: tuple[int, ...], name: str) -> list[Tensor]:
@@ -63,12 +65,16 @@ def run_onnx(path: Path, images: Tensor, sizes: tuple[int, ...], name: str) -> l
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         takes = session.get_inputs()[0].shape[0]
         if isinstance(takes, int):
-            raise UserError(f"the backbone {name!r} would be exported for batches of {takes} alone: its code fixes the number of images")
+            raise UserError(
+                f"the backbone {name!r} would be exported for batches of {takes} alone: its code fixes the number of images"
+            )
         return [torch.from_numpy(session.run([OUTPUT], {INPUT: part.numpy()})[0]) for part in images.split(list(sizes))]
     except UserError:
         raise
     except Exception as error:  # onnxruntime's errors have no class in common
-        raise UserError(f"onnxruntime cannot run the exported backbone {name!r} on batches of {sizes}: {_cause(error)}") from error
+        raise UserError(
+            f"onnxruntime cannot run the exported backbone {name!r} on batches of {sizes}: {_cause(error)}"
+        ) from error
 
 
 def _cause(error: BaseException) -> str:
@@ -87,8 +93,14 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.filterwarnings(
+                "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
+            )
             yield
     finally:
         logging.disable(before)

@@ -75,14 +75,18 @@ def describe(
         "then_subtract": 1.0,
         "value_range": [-1.0, 1.0],
         "layout": "NCHW",
-        "trained_on": "the embedded glyphs: white strokes on black" if config.data.folder is None else "images of a folder",
+        "trained_on": "the embedded glyphs: white strokes on black"
+        if config.data.folder is None
+        else "images of a folder",
         "input": {"name": INPUT, "dtype": "float32", "shape": ["n", *shape]},
         "output": {"name": OUTPUT, "dtype": "float32", "shape": ["n", config.backbone.embedding_size]},
         "embedding_size": config.backbone.embedding_size,
         "output_is_normalised": False,
         "normalise": "divide each embedding by its Euclidean length; two images are compared by the cosine, their dot product then",
         "opset": OPSET if "onnx" in differences else None,
-        "largest_difference_from_torch": {each: {str(n): v for n, v in found.items()} for each, found in differences.items()},
+        "largest_difference_from_torch": {
+            each: {str(n): v for n, v in found.items()} for each, found in differences.items()
+        },
         "run": identity,
         "usage": {each: USAGE[each].splitlines() for each in differences},
     }

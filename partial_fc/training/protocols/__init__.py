@@ -17,7 +17,13 @@ filled in by one rank and 0 on the others, so that their sum is exact.
 from partial_fc.training.protocols.identification import identify_embeddings
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.retrieval import retrieve_embeddings
-from partial_fc.training.protocols.templates import Templates, pool_templates, read_pairs, read_templates, score_templates
+from partial_fc.training.protocols.templates import (
+    Templates,
+    pool_templates,
+    read_pairs,
+    read_templates,
+    score_templates,
+)
 from partial_fc.training.protocols.verification_bin import PairImages, read_pair_images, verify_embeddings
 
 __all__ = [

@@ -26,7 +26,16 @@ from torch import Tensor
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import cosine_tile
 from partial_fc.training.protocols.result import Result
-from partial_fc.training.protocols.tiling import TIE, Reduce, Together, check_labels, check_tile, dealt, groups, unit_rows
+from partial_fc.training.protocols.tiling import (
+    TIE,
+    Reduce,
+    Together,
+    check_labels,
+    check_tile,
+    dealt,
+    groups,
+    unit_rows,
+)
 
 RANKS = (1, 5, 10, 20)
 FPIRS = {"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3}
@@ -61,7 +70,9 @@ class _Gallery:
         for start in range(first, last, tile):
             stop = min(start + tile, last)
             identity = (self.identities[start:stop] - lo).to(block.device)
-            best.scatter_reduce_(1, identity.expand(len(block), -1), cosine_tile(block, self.rows(start, stop).to(block.device)), "amax")
+            best.scatter_reduce_(
+                1, identity.expand(len(block), -1), cosine_tile(block, self.rows(start, stop).to(block.device)), "amax"
+            )
         return best
 
 
@@ -93,23 +104,34 @@ def identify_embeddings(
     """
     check_tile(tile)
     wide, enrolled = gallery.shape[-1], len(gallery_labels.unique())
-    labels, wanted = check_labels(gallery_labels, len(gallery), "gallery"), check_labels(probe_labels, len(probes), "probe")
+    labels, wanted = (
+        check_labels(gallery_labels, len(gallery), "gallery"),
+        check_labels(probe_labels, len(probes), "probe"),
+    )
     others = gallery[:0] if distractors is None else distractors
     _check_distractors(others, distractor_labels, labels, wanted, name)
     enrolment = _Gallery(
-        unit_rows(gallery, "gallery"), labels.cpu(), unit_rows(others, "distractor", wide) if len(others) else gallery[:0].float()
+        unit_rows(gallery, "gallery"),
+        labels.cpu(),
+        unit_rows(others, "distractor", wide) if len(others) else gallery[:0].float(),
     )
     unit, wanted = unit_rows(probes, "probe", wide), wanted.cpu()
-    own_identity = torch.searchsorted(enrolment.names, wanted).clamp_(max=enrolled - 1) if enrolled else torch.zeros_like(wanted)
+    own_identity = (
+        torch.searchsorted(enrolment.names, wanted).clamp_(max=enrolled - 1) if enrolled else torch.zeros_like(wanted)
+    )
     mated = enrolment.names[own_identity] == wanted if enrolled else torch.zeros_like(wanted, dtype=torch.bool)
     if not bool(mated.any()):
-        raise UserError(f"{name}: no probe is of an identity in the gallery, so there is nothing to find; check the labels of both")
+        raise UserError(
+            f"{name}: no probe is of an identity in the gallery, so there is nothing to find; check the labels of both"
+        )
     own, better, top = (Together(len(unit), dtype=kind) for kind in (torch.float32, torch.int64, torch.float32))
     for rows in dealt(len(unit), tile, rank, world, "probes", progress):
         own[rows], better[rows], top[rows] = _search(
             unit[rows].to(device or unit.device), torch.where(mated[rows], own_identity[rows], -1), enrolment, tile
         )
-    return _figures(name, mated, own.everyone(reduce), better.everyone(reduce), top.everyone(reduce), ranks, enrolled, len(others))
+    return _figures(
+        name, mated, own.everyone(reduce), better.everyone(reduce), top.everyone(reduce), ranks, enrolled, len(others)
+    )
 
 
 def _check_distractors(others: Tensor, given: Tensor | None, labels: Tensor, wanted: Tensor, name: str) -> None:
@@ -153,13 +175,24 @@ def _own_scores(block: Tensor, identity: Tensor, enrolment: _Gallery, tile: int)
 
 
 def _figures(
-    name: str, mated: Tensor, own: Tensor, better: Tensor, top: Tensor, ranks: Sequence[int], enrolled: int, distractors: int
+    name: str,
+    mated: Tensor,
+    own: Tensor,
+    better: Tensor,
+    top: Tensor,
+    ranks: Sequence[int],
+    enrolled: int,
+    distractors: int,
 ) -> Result:
     found, first = better[mated], (better[mated] == 0)
     strangers = torch.where(mated, torch.nan, top)[~mated].sort(descending=True).values
     figures: dict[str, float | None] = {f"rank-{k}": float((found < k).double().mean()) for k in ranks}
     thresholds: dict[str, float | None] = {}
-    curves = {"cmc": [(float(k), float((found < k).double().mean())) for k in range(1, min(CURVE, enrolled + distractors) + 1)]}
+    curves = {
+        "cmc": [
+            (float(k), float((found < k).double().mean())) for k in range(1, min(CURVE, enrolled + distractors) + 1)
+        ]
+    }
     if len(strangers):
         curves["dir"] = _open_set_curve(strangers, own[mated][first].double(), len(found))
     for key, fpir in FPIRS.items():
@@ -185,7 +218,9 @@ def _open_set_curve(strangers: Tensor, own: Tensor, mated: int) -> list[tuple[fl
     strangers: the highest scores of the other probes, falling; own: those of the mated probes that come first.
     """
     scores, count = strangers.double(), len(strangers)
-    allowed = torch.logspace(0, math.log10(count), DIR_POINTS, dtype=torch.float64).round().long().clamp_(1, count).unique()
+    allowed = (
+        torch.logspace(0, math.log10(count), DIR_POINTS, dtype=torch.float64).round().long().clamp_(1, count).unique()
+    )
     barred = torch.cat((scores, scores.new_tensor([-2.0])))[allowed]  # as of the figures: only what is above it passes
     passed = torch.searchsorted(-scores, -barred)  # how many of the strangers are above it
     hits = len(own) - torch.searchsorted(own.sort().values, barred, right=True)

@@ -27,7 +27,12 @@ class ListedImages(IdentityDataset):
     """The images `root`/name for each of `names`, of the identities `labels` `[n]` with `identity_names`."""
 
     def __init__(
-        self, root: str | Path, names: Sequence[str], labels: Tensor, identity_names: list[str], image_shape: tuple[int, int, int]
+        self,
+        root: str | Path,
+        names: Sequence[str],
+        labels: Tensor,
+        identity_names: list[str],
+        image_shape: tuple[int, int, int],
     ) -> None:
         self.root, self.names, self.labels, self.identity_names = Path(root), names, labels, identity_names
         self.image_shape = image_shape
@@ -40,13 +45,17 @@ class ListedImages(IdentityDataset):
 
 
 # eyes, tip of the nose, corners of the mouth in a face of 112 x 112 pixels, x and y: what the field trains on (Deng et al. 2019)
-REFERENCE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
+REFERENCE = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
 
 
 class AlignedImages(ListedImages):
     """`ListedImages` of faces that are not aligned, with the five `points` `[n, 5, 2]` of each, in pixels of its own (x, y)."""
 
-    def __init__(self, root: str | Path, names: Sequence[str], points: npt.NDArray[np.float64], image_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, root: str | Path, names: Sequence[str], points: npt.NDArray[np.float64], image_shape: tuple[int, int, int]
+    ) -> None:
         super().__init__(root, names, torch.arange(len(names)), list(names), image_shape)
         self.points = points
 
@@ -105,7 +114,9 @@ def labelled_images(
         except OSError as error:
             raise UserError(f"the image folder {root} cannot be read: {error.strerror}") from error
         if not files:
-            raise UserError(f"the image folder {root} has no image; with a label pattern its files lie in it, without sub-folders")
+            raise UserError(
+                f"the image folder {root} has no image; with a label pattern its files lie in it, without sub-folders"
+            )
         names = [_match(label, file, "label") for file in files]
         unique = sorted(set(names))
         numbers = {name: i for i, name in enumerate(unique)}

@@ -39,7 +39,9 @@ class Pairs:
         genuine = int(self.same.sum())
         for count, kind in ((genuine, "of one identity"), (len(self.same) - genuine, "of two identities")):
             if not count:
-                raise UserError(f"{name} has no pair {kind}, so there is nothing to tell apart; check its labels and images")
+                raise UserError(
+                    f"{name} has no pair {kind}, so there is nothing to tell apart; check its labels and images"
+                )
 
 
 def folds_of(count: int) -> Tensor:
@@ -116,7 +118,11 @@ def score_pairs(
     if reduce is not None:
         histogram, grid = reduce(histogram), reduce(grid)
         scores = reduce(scores) if keep_scores else scores
-    return Scored(PairHistograms(histogram.view(2, FOLDS, BINS)), GridCounts(grid.view(2, FOLDS, -1)), scores if keep_scores else None)
+    return Scored(
+        PairHistograms(histogram.view(2, FOLDS, BINS)),
+        GridCounts(grid.view(2, FOLDS, -1)),
+        scores if keep_scores else None,
+    )
 
 
 def hardest_of(scored: Scored, pairs: Pairs, count: int) -> dict[str, list[tuple[float, int, int]]]:

@@ -148,7 +148,12 @@ def _permitted(limit: _Limit) -> dict[tuple[str, str], Any]:
     """What stands for each name that a pickle may ask for."""
     makers: dict[tuple[str, str], Callable[..., Any]] = {("_codecs", "encode"): _encode, ("numpy", "dtype"): _Dtype}
     for module in ("builtins", "__builtin__"):
-        makers |= {(module, "bytes"): _bytes, (module, "bytearray"): _bytes, (module, "list"): _list, (module, "bool"): _bool}
+        makers |= {
+            (module, "bytes"): _bytes,
+            (module, "bytearray"): _bytes,
+            (module, "list"): _list,
+            (module, "bool"): _bool,
+        }
     for module in ("numpy.core", "numpy._core"):
         makers |= {
             (f"{module}.multiarray", "_reconstruct"): _reconstruct,
@@ -178,17 +183,23 @@ def load_pairs(data: bytes) -> tuple[list[bytes | None], list[bool]]:
     except Refused as error:
         raise ValueError(f"is refused: {error}; nothing of it was run") from error
     except Exception as error:  # a damaged program stumbles anywhere: EOFError, IndexError, KeyError, MemoryError ...
-        raise ValueError(f"is truncated or no pickle ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise ValueError(
+            f"is truncated or no pickle ({' '.join(str(error).split()) or type(error).__name__})"
+        ) from error
     if not isinstance(found, tuple | list) or len(found) != 2:
         raise ValueError("holds something else than (images, same): a pair of lists")
     images, same = _elements(found[0], "images"), _elements(found[1], "booleans")
     if len(images) != 2 * len(same):
-        raise ValueError(f"has {len(images)} images and {len(same)} booleans; there must be two images for each boolean")
+        raise ValueError(
+            f"has {len(images)} images and {len(same)} booleans; there must be two images for each boolean"
+        )
     booleans = [_boolean(value) for value in same]
     if None in booleans:
         raise ValueError(f"has something else than a boolean at position {booleans.index(None)} of the second list")
     encoded = [_encoded(value) for value in images]
-    once = {id(value): None if value is None else bytes(value) for value in encoded}  # many elements may be one bytearray
+    once = {
+        id(value): None if value is None else bytes(value) for value in encoded
+    }  # many elements may be one bytearray
     return [once[id(value)] for value in encoded], [value is True for value in booleans]
 
 
@@ -232,7 +243,12 @@ def _elements(value: Any, what: str) -> list[Any]:
 
 
 def _boolean(value: Any) -> bool | None:
-    if isinstance(value, _Array) and isinstance(value.dtype, _Dtype) and value.dtype.code in BOOLEANS and value.raw in (b"\0", b"\1"):
+    if (
+        isinstance(value, _Array)
+        and isinstance(value.dtype, _Dtype)
+        and value.dtype.code in BOOLEANS
+        and value.raw in (b"\0", b"\1")
+    ):
         return bool(value.raw == b"\1")
     return bool(value) if isinstance(value, int) and value in (0, 1) else None
 
@@ -240,6 +256,8 @@ def _boolean(value: Any) -> bool | None:
 def _encoded(value: Any) -> bytes | bytearray | None:
     """The bytes of one image: bytes, or an array of them as `cv2.imencode` gives."""
     if isinstance(value, _Array) and isinstance(value.dtype, _Dtype) and value.dtype.code in BYTE_ARRAYS:
-        sizes = value.shape if isinstance(value.shape, tuple) and all(isinstance(n, int) for n in value.shape) else (-1,)
+        sizes = (
+            value.shape if isinstance(value.shape, tuple) and all(isinstance(n, int) for n in value.shape) else (-1,)
+        )
         value = value.raw if isinstance(value.raw, bytes | bytearray) and math.prod(sizes) == len(value.raw) else None
     return value if isinstance(value, bytes | bytearray) else None

@@ -35,7 +35,9 @@ class Result:
 
     def to_dict(self, *, curves: bool = True) -> dict[str, Any]:
         """The fields as JSON-ready values, but for `hardest`; without `curves` and `histograms` unless `curves`."""
-        fields = asdict(self) | {"curves": {name: [list(point) for point in points] for name, points in self.curves.items()}}
+        fields = asdict(self) | {
+            "curves": {name: [list(point) for point in points] for name, points in self.curves.items()}
+        }
         left_out = ("hardest",) if curves else ("hardest", "curves", "histograms")
         return {key: value for key, value in fields.items() if key not in left_out}
 
@@ -45,7 +47,9 @@ class Result:
 
     def summary(self) -> str:
         """A text table for the terminal; "—" where a figure is None."""
-        head = f"{self.name} ({self.protocol}): " + ", ".join(f"{count:,} {what}" for what, count in self.counts.items())
+        head = f"{self.name} ({self.protocol}): " + ", ".join(
+            f"{count:,} {what}" for what, count in self.counts.items()
+        )
         rows = []
         for key, value in self.figures.items():
             if key.endswith("_std"):

@@ -84,7 +84,11 @@ def retrieve_embeddings(
     labels = check_labels(query_labels, len(queries), "query").cpu()
     cameras = None if query_cameras is None else check_labels(query_cameras, len(queries), "query camera").cpu()
     others = None if gallery_cameras is None else check_labels(gallery_cameras, len(gallery), "gallery camera").cpu()
-    known = _Set(unit_rows(gallery, "gallery", unit.shape[1]), check_labels(gallery_labels, len(gallery), "gallery").cpu(), others)
+    known = _Set(
+        unit_rows(gallery, "gallery", unit.shape[1]),
+        check_labels(gallery_labels, len(gallery), "gallery").cpu(),
+        others,
+    )
     found = Together(len(unit), 5 + len(ks), dtype=torch.float64)
     for rows in dealt(len(unit), tile, rank, world, "queries", progress):
         for part, own in _blocks(rows, labels, cameras, known, itself, tile):
@@ -125,7 +129,9 @@ def _measure(block: Tensor, labels: Tensor, own: list[Tensor], known: _Set, ks: 
         scores = cosine_tile(block, known.unit[start : start + tile].to(block.device))
         same = labels[:, None] == known.labels[start : start + tile].to(block.device)
         scores.masked_fill_(same, -torch.inf)  # relevant, or passed over
-        above = torch.searchsorted(relevant, scores.add_(TIE), right=True)  # how many relevant images score as low or lower
+        above = torch.searchsorted(
+            relevant, scores.add_(TIE), right=True
+        )  # how many relevant images score as low or lower
         passing.scatter_add_(1, above, torch.ones_like(above))
     # the i-th lowest relevant image is passed by the irrelevant ones that are at or above more than i of them
     ahead = passing.flip(1).cumsum(1).flip(1)[:, 1:]
@@ -153,7 +159,9 @@ def _relevant_scores(block: Tensor, own: list[Tensor], count: Tensor, known: _Se
     places = pad_sequence(own, batch_first=True, padding_value=-1)
     scores = block.new_full(places.shape, torch.inf)
     first, last = (int(each) for each in (places[places >= 0].min(), places.max() + 1)) if int(count.sum()) else (0, 0)
-    for start in range(first, last, tile):  # the same products as those of other images, and as few of them as the labels span
+    for start in range(
+        first, last, tile
+    ):  # the same products as those of other images, and as few of them as the labels span
         here = ((places >= start) & (places < min(start + tile, last))).nonzero()
         if len(here):
             queries = here[:, 0].unique()
@@ -175,7 +183,9 @@ def _figures(name: str, found: Tensor, ks: Sequence[int], gallery: int, junk: in
     figures |= {f"recall@{k}": float(rows[:, 5 + i].mean()) for i, k in enumerate(ks)}
     figures |= {"R-precision": float(rows[:, 3].mean()), "mAP@R": float(rows[:, 4].mean())}
     more = f" and {len(missing) - 10} others" if len(missing) > 10 else ""
-    notes = [f"no relevant image for the queries {', '.join(map(str, missing[:10]))}{more}: left out"] if missing else []
+    notes = (
+        [f"no relevant image for the queries {', '.join(map(str, missing[:10]))}{more}: left out"] if missing else []
+    )
     return Result(
         protocol="retrieval",
         name=name,

@@ -66,7 +66,9 @@ class Verification(Task):
         embeddings = found.new_zeros(len(self.images), found.shape[1])
         embeddings[positions] = found
         how = _without_tiles(how)
-        return verification_bin.verify_embeddings(embeddings, self.images.same, name=self.name, readable=readable, **how)
+        return verification_bin.verify_embeddings(
+            embeddings, self.images.same, name=self.name, readable=readable, **how
+        )
 
 
 @dataclass
@@ -149,9 +151,15 @@ class Retrieval(Task):
     def measure(self, embed: Embed, **how: Any) -> Result:
         sets = [self.queries] if self.gallery is None else [self.queries, self.gallery]
         # an identity "-1" is junk by Market-1501's convention, whatever number the others get
-        labels = [_junk_below_zero(numbers, each.names) for numbers, each in zip(numbers_of(*(s.names for s in sets)), sets, strict=True)]
+        labels = [
+            _junk_below_zero(numbers, each.names)
+            for numbers, each in zip(numbers_of(*(s.names for s in sets)), sets, strict=True)
+        ]
         cameras = None if self.queries.cameras is None else numbers_of(*(each.cameras or [] for each in sets))
-        found = [embed(each.images, f"{self.name} {what}", self.flip) for each, what in zip(sets, ("queries", "gallery"), strict=False)]
+        found = [
+            embed(each.images, f"{self.name} {what}", self.flip)
+            for each, what in zip(sets, ("queries", "gallery"), strict=False)
+        ]
         (queries, at), (gallery, there) = found[0], found[-1] if self.gallery else (None, None)
         return retrieval.retrieve_embeddings(
             queries,
@@ -215,7 +223,12 @@ def open_templates(
 
 
 def open_identification(
-    name: str, shape: Shape, gallery: str | Path, probes: str | Path, distractors: str | Path | None = None, flip: bool = False
+    name: str,
+    shape: Shape,
+    gallery: str | Path,
+    probes: str | Path,
+    distractors: str | Path | None = None,
+    flip: bool = False,
 ) -> Identification:
     """UserError for folders that have no images, or a distractor's identity that is in the others."""
     one, two = labelled_images(gallery, shape), labelled_images(probes, shape)
@@ -223,9 +236,13 @@ def open_identification(
     for other, what in ((two, "probes"), (one, "gallery")):
         both = sorted(set(three.names) & set(other.names)) if three else []
         if both:
-            raise UserError(f"the distractors in {distractors} have the identity {both[0]!r}, which is among the {what}; remove it")
+            raise UserError(
+                f"the distractors in {distractors} have the identity {both[0]!r}, which is among the {what}; remove it"
+            )
     if not set(one.names) & set(two.names):
-        raise UserError(f"no identity of the probes in {probes} is in the gallery {gallery}; their folders must have the same names")
+        raise UserError(
+            f"no identity of the probes in {probes} is in the gallery {gallery}; their folders must have the same names"
+        )
     return Identification(name, one, two, three, flip)
 
 
@@ -280,11 +297,17 @@ def open_tasks(config: EvaluationConfig, shape: Shape) -> list[Task]:
     if config.identification is not None:
         root = Path(config.identification)
         others = root / "distractors"
-        tasks.append(open_identification(root.name, shape, root / "gallery", root / "probes", others if others.is_dir() else None))
+        tasks.append(
+            open_identification(
+                root.name, shape, root / "gallery", root / "probes", others if others.is_dir() else None
+            )
+        )
     if config.retrieval is not None:
         root = Path(config.retrieval)
         gallery = root / "bounding_box_test" if (root / "bounding_box_test").is_dir() else root / "gallery"
-        tasks.append(open_retrieval(root.name, shape, root / "query", gallery, config.label_pattern, config.camera_pattern))
+        tasks.append(
+            open_retrieval(root.name, shape, root / "query", gallery, config.label_pattern, config.camera_pattern)
+        )
     return tasks
 
 

@@ -47,7 +47,9 @@ def read_templates(path: str | Path) -> Templates:
     names, templates, media = [], [], []
     for number, words in _lines(path, "templates"):
         if len(words) != 3 or not all(map(_is_integer, words[1:])):
-            raise UserError(f"{path}, line {number}: give an image name, a template id and a media id, not {' '.join(words)!r}")
+            raise UserError(
+                f"{path}, line {number}: give an image name, a template id and a media id, not {' '.join(words)!r}"
+            )
         names.append(words[0])
         templates.append(int(words[1]))
         media.append(int(words[2]))
@@ -107,14 +109,22 @@ def _detected(path: str | Path, names: list[str], least: int) -> list[list[float
         try:
             found[words[0]] = [float(word) for word in words[1:]]
         except ValueError:
-            raise UserError(f"{path}, line {number}: give an image name and numbers, a score last, not {' '.join(words)!r}") from None
+            raise UserError(
+                f"{path}, line {number}: give an image name and numbers, a score last, not {' '.join(words)!r}"
+            ) from None
         if not all(map(math.isfinite, found[words[0]])):
-            raise UserError(f"{path}, line {number}: {' '.join(words)!r} has a number that is not finite; mend or remove it")
+            raise UserError(
+                f"{path}, line {number}: {' '.join(words)!r} has a number that is not finite; mend or remove it"
+            )
         if len(words) <= least:
-            raise UserError(f"{path}, line {number}: there are {len(words) - 1} numbers after the image name; there must be {least}")
+            raise UserError(
+                f"{path}, line {number}: there are {len(words) - 1} numbers after the image name; there must be {least}"
+            )
     missing = [name for name in names if name not in found]
     if missing:
-        raise UserError(f"{path} has no line for the image {missing[0]} (and {len(missing) - 1} others); every image needs one")
+        raise UserError(
+            f"{path} has no line for the image {missing[0]} (and {len(missing) - 1} others); every image needs one"
+        )
     return [found[name] for name in names]
 
 
@@ -129,7 +139,9 @@ def _lines(path: str | Path, what: str) -> Iterator[tuple[int, list[str]]]:
                     some = True
                     yield number, words
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the {what} {path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from error
+        raise UserError(
+            f"the {what} {path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}"
+        ) from error
     if not some:
         raise UserError(f"the {what} {path} are empty")
 
@@ -139,7 +151,12 @@ def _is_integer(word: str) -> bool:
 
 
 def pool_templates(
-    embeddings: Tensor, templates: Tensor, media: Tensor, *, weights: Tensor | None = None, normalize_images: bool = False
+    embeddings: Tensor,
+    templates: Tensor,
+    media: Tensor,
+    *,
+    weights: Tensor | None = None,
+    normalize_images: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(template ids `[T]`, rising; their embeddings `[T, D]` at unit length) from `embeddings` `[n, D]` of images.
 
@@ -153,7 +170,9 @@ def pool_templates(
     templates, media = check_labels(templates, count, "template"), check_labels(media, count, "media")
     if weights is not None and weights.shape != (count,):
         raise UserError(f"{list(weights.shape)} weights for {count} images; give one for each")
-    both, medium_of = torch.stack((templates, media), 1).unique(dim=0, return_inverse=True)  # [M, 2], sorted by template
+    both, medium_of = torch.stack((templates, media), 1).unique(
+        dim=0, return_inverse=True
+    )  # [M, 2], sorted by template
     sizes = torch.bincount(medium_of, minlength=len(both))
     summed = torch.zeros(len(both), embeddings.shape[1], device=embeddings.device)
     for start in range(0, count, CHUNK):
@@ -162,7 +181,9 @@ def pool_templates(
         summed.index_add_(0, medium_of[part].to(summed.device), rows)
     summed /= sizes[:, None].to(summed)
     ids, template_of = both[:, 0].unique(return_inverse=True)
-    pooled = torch.zeros(len(ids), embeddings.shape[1], device=embeddings.device).index_add_(0, template_of.to(summed.device), summed)
+    pooled = torch.zeros(len(ids), embeddings.shape[1], device=embeddings.device).index_add_(
+        0, template_of.to(summed.device), summed
+    )
     return ids, F.normalize(pooled, dim=1)
 
 
@@ -206,7 +227,8 @@ def score_templates(
         protocol="templates",
         name=name,
         counts={"templates": len(ids), "genuine": genuine, "impostor": len(kept) - genuine, "left out": left_out},
-        figures={f"tar@{key}": histograms.tar_at_far(far, LEAST_FALSE_ACCEPTS) for key, far in FARS.items()} | {"eer": histograms.eer()},
+        figures={f"tar@{key}": histograms.tar_at_far(far, LEAST_FALSE_ACCEPTS) for key, far in FARS.items()}
+        | {"eer": histograms.eer()},
         thresholds={f"tar@{key}": histograms.threshold_at_far(far, LEAST_FALSE_ACCEPTS) for key, far in FARS.items()},
         notes=[f"{left_out} pairs with a template of which no image can be read were left out"] if left_out else [],
         curves={"roc": histograms.roc()},

@@ -34,7 +34,9 @@ def unit_rows(embeddings: Tensor, what: str, width: int | None = None, dtype: to
 def check_labels(labels: Tensor, count: int, what: str) -> Tensor:
     """The labels as int64; UserError unless there is one integer for each of `count` embeddings."""
     if labels.shape != (count,) or labels.is_floating_point():
-        raise UserError(f"the {what} labels are {list(labels.shape)} {labels.dtype}; give one integer for each of the {count} embeddings")
+        raise UserError(
+            f"the {what} labels are {list(labels.shape)} {labels.dtype}; give one integer for each of the {count} embeddings"
+        )
     return labels.long()
 
 

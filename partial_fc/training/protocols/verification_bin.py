@@ -31,7 +31,9 @@ SHOWN = 12  # hardest pairs of either kind that are kept
 class PairImages(IdentityDataset):
     """The 2P images of a `.bin` file, in its order; `same` bool `[P]` says which pairs are of one identity."""
 
-    def __init__(self, name: str, images: list[bytes | None], same: list[bool], image_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, name: str, images: list[bytes | None], same: list[bool], image_shape: tuple[int, int, int]
+    ) -> None:
         self.name, self._images, self.image_shape = name, images, image_shape
         self.same = torch.tensor(same, dtype=torch.bool)
         self.labels = torch.arange(len(same)).repeat_interleave(2)
@@ -87,7 +89,9 @@ def verify_embeddings(
     less than one), "eer". Raises UserError for shapes that do not match, embeddings that are not finite, or no pair of either kind.
     """
     if same.ndim != 1 or len(embeddings) != 2 * len(same):
-        raise UserError(f"{name}: {len(embeddings)} embeddings and {len(same)} booleans; there must be two embeddings for each")
+        raise UserError(
+            f"{name}: {len(embeddings)} embeddings and {len(same)} booleans; there must be two embeddings for each"
+        )
     known = torch.ones(len(embeddings), dtype=torch.bool) if readable is None else readable.cpu()
     unit = unit_rows(torch.where(known[:, None].to(embeddings.device), embeddings, 0.0), name, dtype=torch.float64)
     kept = known.view(-1, 2).all(1).nonzero().flatten()

@@ -29,7 +29,12 @@ from partial_fc.training.protocols.result import Result
 from partial_fc.training.report.report import DASH, PLOTS, figure_cell, flatten, is_share, leaves
 from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder, check_new_file
 
-OVERLAID = {"loss": "loss", "target_angle": "angle to the own class", "accuracy": "accuracy in training", "learning_rate": "learning rate"}
+OVERLAID = {
+    "loss": "loss",
+    "target_angle": "angle to the own class",
+    "accuracy": "accuracy in training",
+    "learning_rate": "learning rate",
+}
 
 
 @dataclass
@@ -51,20 +56,36 @@ def read_run(path: str, name: str) -> Run:
     if not (folder.path / METRICS).is_file():
         folder.check_run()
     try:
-        settings = dict(flatten(yaml.safe_load((folder.path / CONFIG).read_text()) or {})) if (folder.path / CONFIG).is_file() else {}
+        settings = (
+            dict(flatten(yaml.safe_load((folder.path / CONFIG).read_text()) or {}))
+            if (folder.path / CONFIG).is_file()
+            else {}
+        )
         metrics = json.loads((folder.path / METRICS).read_text()) if (folder.path / METRICS).is_file() else {}
         curves = json.loads((folder.path / CURVES).read_text()) if (folder.path / CURVES).is_file() else []
         tables = {each["name"]: each for each in metrics.get("evaluations", [])}
         tables |= {f"{each['name']} ({each['protocol']})": _result_table(each) for each in metrics.get("protocols", [])}
-        others = {key: value for key, value in metrics.items() if key not in ("evaluations", "protocols", "during_training")}
+        others = {
+            key: value for key, value in metrics.items() if key not in ("evaluations", "protocols", "during_training")
+        }
         during = metrics.get("during_training") or {"best": None}
         if during["best"] is not None:
             best = during["best"]
             others["best during training"] = {best["metric"]: best["value"], f"step of {best['metric']}": best["step"]}
         history, evaluated = split_history(folder.history())
-        return Run(name, settings, tables, others, [_curve(each) for each in curves], history, evaluated or during.get("rows", []))
+        return Run(
+            name,
+            settings,
+            tables,
+            others,
+            [_curve(each) for each in curves],
+            history,
+            evaluated or during.get("rows", []),
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"the run {path} cannot be read ({type(error).__name__}: {error}); leave it out, or evaluate it again") from error
+        raise UserError(
+            f"the run {path} cannot be read ({type(error).__name__}: {error}); leave it out, or evaluate it again"
+        ) from error
 
 
 def _result_table(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +114,11 @@ def run_names(paths: Sequence[str]) -> list[str]:
 def write_comparison(runs: Sequence[Run], path: Path) -> None:
     """The page."""
     template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     ).get_template("compare.html.j2")
     page = template.render(
         title=f"{len(runs)} runs side by side" if len(runs) > 1 else runs[0].name,
@@ -122,7 +147,9 @@ def _rows(columns: Sequence[Mapping[str, Any]], skip: Sequence[str] = ()) -> Ite
         numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
         texts = [DASH if value is None else figure_cell(key, value) for value in values]
         best = _best(key, numbers) if len(numbers) > 1 else None
-        marked = None if best is None or len(set(texts) - {DASH}) == 1 else figure_cell(key, best)  # equal as far as it is told
+        marked = (
+            None if best is None or len(set(texts) - {DASH}) == 1 else figure_cell(key, best)
+        )  # equal as far as it is told
         yield {"key": key, "cells": [{"text": text, "best": text == marked} for text in texts]}
 
 
@@ -139,7 +166,9 @@ def _differing(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Settings that not all runs have alike; folders of evaluations, which have none, have dashes."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     rows = [{"key": key, "cells": [run.settings.get(key, DASH) for run in runs]} for key in keys]
-    return [row for row in rows if len({cell for cell, run in zip(row["cells"], runs, strict=True) if run.settings}) > 1]
+    return [
+        row for row in rows if len({cell for cell, run in zip(row["cells"], runs, strict=True) if run.settings}) > 1
+    ]
 
 
 def _plots(runs: Sequence[Run]) -> list[dict[str, str]]:
@@ -153,9 +182,16 @@ def _plots(runs: Sequence[Run]) -> list[dict[str, str]]:
             found.append({"caption": caption, "uri": _uri(picture)})
 
         for kind, name in dict.fromkeys((type(each), each.name) for run in runs for each in run.curves):
-            of_set = [replace(each, name=run.name) for run in runs for each in run.curves if (type(each), each.name) == (kind, name)]
+            of_set = [
+                replace(each, name=run.name)
+                for run in runs
+                for each in run.curves
+                if (type(each), each.name) == (kind, name)
+            ]
             for curve, plot in (("roc", plot_roc), ("dir", plot_dir), ("cmc", plot_cmc)):
-                drawn: list[Any] = [each for each in of_set if curve in (("roc",) if isinstance(each, Evaluation) else each.curves)]
+                drawn: list[Any] = [
+                    each for each in of_set if curve in (("roc",) if isinstance(each, Evaluation) else each.curves)
+                ]
                 if drawn:
                     plot(picture, drawn)
                     add(f"{name}: {_lowered(PLOTS[f'{curve}.png'])}")
@@ -165,7 +201,9 @@ def _plots(runs: Sequence[Run]) -> list[dict[str, str]]:
                 plot_overlaid(picture, rows, {key: title})
                 add(f"{title}, over optimiser steps.")
         for name, figures in _evaluated_figures(runs).items():
-            rows = {run.name: run.evaluated for run in runs if any(key in row for row in run.evaluated for key in figures)}
+            rows = {
+                run.name: run.evaluated for run in runs if any(key in row for row in run.evaluated for key in figures)
+            }
             plot_overlaid(picture, rows, figures)
             add(f"{name}, evaluated during training, over optimiser steps.")
     return found
@@ -179,7 +217,9 @@ def _lowered(sentence: str) -> str:
 def _evaluated_figures(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
     """set -> {"set/figure": "figure"}, of all that was evaluated during training."""
     found: dict[str, dict[str, str]] = {}
-    for key in dict.fromkeys(key for run in runs for row in run.evaluated for key in row if "/" in key and not key.endswith("_std")):
+    for key in dict.fromkeys(
+        key for run in runs for row in run.evaluated for key in row if "/" in key and not key.endswith("_std")
+    ):
         name, figure = key.rsplit("/", 1)
         found.setdefault(name, {})[key] = figure
     return found
@@ -198,8 +238,12 @@ def report_command(arguments: list[str]) -> None:
     """`partial-fc report RUN RUN ...`: the page, in one process."""
 
     parser = _Parser(prog="partial-fc report", description="Lay runs side by side on one page.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of evaluations that a run folder holds")
-    parser.add_argument("--output", default="comparison.html", metavar="FILE", help="the page to write (default comparison.html)")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folders of runs, or of evaluations that a run folder holds"
+    )
+    parser.add_argument(
+        "--output", default="comparison.html", metavar="FILE", help="the page to write (default comparison.html)"
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     asked = parser.parse_args(arguments)
     output = Path(asked.output)

@@ -46,7 +46,9 @@ def hardest_pairs(
     that are one would otherwise fill the list. The tiles of the upper triangle are dealt round-robin, as for the histograms. At most `kept`
     of each.
     """
-    order = labels.argsort(stable=True)  # an identity's images together: a tile has few identities, and those of its rows come first
+    order = labels.argsort(
+        stable=True
+    )  # an identity's images together: a tile has few identities, and those of its rows come first
     identity = labels[order].unique_consecutive(return_inverse=True)[1]
     unit = F.normalize(embeddings.float(), dim=1)[order]
     starts = range(0, len(unit), tile)
@@ -66,11 +68,15 @@ def _hardest(hardness: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor, ke
 
     rows, columns: the identities, in rising order. A column of the answer is (hardness, row, column); of equals it has all.
     """
-    (row_names, row), (column_names, column) = (each.unique_consecutive(return_inverse=True) for each in (rows, columns))
+    (row_names, row), (column_names, column) = (
+        each.unique_consecutive(return_inverse=True) for each in (rows, columns)
+    )
     hardness = hardness.masked_fill(~wanted, -torch.inf)
     best = hardness.new_full((len(row_names), len(columns)), -torch.inf)
     best.scatter_reduce_(0, row[:, None].expand_as(hardness), hardness, "amax")
-    best = best.new_full((len(row_names), len(column_names)), -torch.inf).scatter_reduce_(1, column.expand_as(best), best, "amax")
+    best = best.new_full((len(row_names), len(column_names)), -torch.inf).scatter_reduce_(
+        1, column.expand_as(best), best, "amax"
+    )
     values, places = best.flatten().topk(min(kept, best.numel()))
     sought = torch.full_like(best, torch.inf)
     sought.view(-1)[places] = torch.where(values > -torch.inf, values, torch.inf)
@@ -109,9 +115,14 @@ def nearest_class_pairs(head: PartialFC, accelerator: Accelerator) -> list[Pair]
     first = head._shards.lo  # several replicas name the same pairs
     cosines, order = near.cosines[:, 0].float().cpu().sort(descending=True, stable=True)
     ids = near.ids[:, 0].cpu()
-    mine = [(float(cosine), *sorted((first + int(row), int(ids[row])))) for cosine, row in zip(cosines[:KEPT], order[:KEPT], strict=True)]
+    mine = [
+        (float(cosine), *sorted((first + int(row), int(ids[row]))))
+        for cosine, row in zip(cosines[:KEPT], order[:KEPT], strict=True)
+    ]
     everyone = {(a, b): cosine for cosine, a, b in _gathered(mine, accelerator)}
-    return sorted(((cosine, a, b) for (a, b), cosine in everyone.items()), key=lambda pair: (-pair[0], *pair[1:]))[:SHOWN]
+    return sorted(((cosine, a, b) for (a, b), cosine in everyone.items()), key=lambda pair: (-pair[0], *pair[1:]))[
+        :SHOWN
+    ]
 
 
 def _gathered(mine: list[Any], accelerator: Accelerator) -> list[Any]:
@@ -126,7 +137,12 @@ def _gathered(mine: list[Any], accelerator: Accelerator) -> list[Any]:
 
 
 def note_hardest(
-    folder: Path, name: str, dataset: IdentityDataset, found: tuple[Tensor, Tensor, Tensor], tile: int, accelerator: Accelerator
+    folder: Path,
+    name: str,
+    dataset: IdentityDataset,
+    found: tuple[Tensor, Tensor, Tensor],
+    tile: int,
+    accelerator: Accelerator,
 ) -> None:
     """Add the hardest pairs of a set to pictures.json; `found`: embeddings, labels and indices in the data set. Every rank must call it."""
     embeddings, labels, indices = found
@@ -135,7 +151,10 @@ def note_hardest(
     if not accelerator.is_main_process:
         return
     chosen = {"genuine": sorted(genuine), "impostor": sorted(impostor, key=lambda pair: (-pair[0], *pair[1:]))}
-    shown = {kind: [(cosine, int(indices[a]), int(indices[b])) for cosine, a, b in spread(pairs, labels)] for kind, pairs in chosen.items()}
+    shown = {
+        kind: [(cosine, int(indices[a]), int(indices[b])) for cosine, a, b in spread(pairs, labels)]
+        for kind, pairs in chosen.items()
+    }
     note_pairs(folder, name, dataset, shown)
 
 
@@ -167,7 +186,10 @@ def read_pictures(folder: Path) -> dict[str, Any]:
 
 
 def _pictured(dataset: IdentityDataset, cosine: float, a: int, b: int) -> dict[str, Any]:
-    return {"cosine": cosine, "images": [{"name": dataset.name_of(index), "uri": _uri(dataset, index)} for index in (a, b)]}
+    return {
+        "cosine": cosine,
+        "images": [{"name": dataset.name_of(index), "uri": _uri(dataset, index)} for index in (a, b)],
+    }
 
 
 def _uri(dataset: IdentityDataset, index: int) -> str | None:

@@ -164,7 +164,11 @@ def _shares(path: Path | str, curves: Sequence[_Curve], legend: str, *, steps: b
             x, share = np.array(curve.points).T
             lowest = min([lowest, float(share.min()), *(each for _, each in curve.marked)])
             label = f"{curve.name}: {'—' if curve.figure is None else f'{100 * curve.figure:.2f} %'}"
-            style = {"drawstyle": "steps-post"} if steps else {"marker": "o" if len(curve.points) < 40 else None, "markersize": 3}
+            style = (
+                {"drawstyle": "steps-post"}
+                if steps
+                else {"marker": "o" if len(curve.points) < 40 else None, "markersize": 3}
+            )
             axes.semilogx(x, share, line, color=colour, linewidth=1.8, label=label, **style)
             if curve.marked:
                 axes.plot(*np.array(curve.marked).T, "o", color=colour, markersize=5, clip_on=False, zorder=3)
@@ -206,7 +210,9 @@ def _draw_densities(axes: Axes, pairs: PairSet) -> tuple[float, float]:
     width = 2 * merged / CURVE_BINS
     edges = np.linspace(-1, 1, CURVE_BINS // merged + 1)
     shares = histograms / histograms.sum(1, keepdims=True)
-    for share, colour, name, count in zip(shares, (GENUINE_COLOUR, IMPOSTOR_COLOUR), ("genuine", "impostor"), counts.sum(1), strict=True):
+    for share, colour, name, count in zip(
+        shares, (GENUINE_COLOUR, IMPOSTOR_COLOUR), ("genuine", "impostor"), counts.sum(1), strict=True
+    ):
         axes.stairs(share / width, edges, fill=True, color=colour, alpha=0.35)
         axes.stairs(share / width, edges, color=colour, linewidth=1.4, label=f"{name} ({count:,.0f} pairs)")
     if pairs.threshold is not None:
@@ -254,7 +260,9 @@ def _draw_panel(axes: Axes, rows: History, panel: Panel) -> None:
         shown = _moving_average(values, window)
         if window > 1 and panel.band is None:  # a band tells of the spread already
             axes.plot(steps, values, color=pale, linewidth=0.8, alpha=0.7)
-        axes.plot(steps, shown, color=colour, linewidth=1.8, marker="o" if len(rows) < 40 else None, markersize=3, label=name)
+        axes.plot(
+            steps, shown, color=colour, linewidth=1.8, marker="o" if len(rows) < 40 else None, markersize=3, label=name
+        )
         if len(panel.curves) == 1 and panel.smooth:
             _spread_out(axes, values, shown)
     if len(panel.curves) > 1 or panel.band is not None:
@@ -282,7 +290,9 @@ def plot_overlaid(path: Path | str, runs: Mapping[str, History], titles: Mapping
             axes.remove()
         for axes, (key, title) in zip(panels, titles.items(), strict=False):
             for i, (name, history) in enumerate(runs.items()):
-                _draw_overlaid(axes, [row for row in history if key in row], key, i, name if axes is panels[0] else None)
+                _draw_overlaid(
+                    axes, [row for row in history if key in row], key, i, name if axes is panels[0] else None
+                )
             axes.set(xlabel="step", ylabel=f"{title} (°)" if key.endswith("_angle") else title)
             axes.xaxis.set_major_locator(MaxNLocator(8 if columns == 1 else 4, integer=True))
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -295,7 +305,16 @@ def _draw_overlaid(axes: Axes, history: History, key: str, number: int, label: s
     shown = _moving_average(values, max(5, len(rows) // 30) if len(rows) >= SMOOTHED_FROM else 1)
     line, colour = LINES[number // len(COLOURS) % len(LINES)], COLOURS[number % len(COLOURS)]
     marker = "o" if len(rows) < 40 else None
-    axes.plot([row["step"] for row in rows], shown, line, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
+    axes.plot(
+        [row["step"] for row in rows],
+        shown,
+        line,
+        color=colour,
+        linewidth=1.6,
+        marker=marker,
+        markersize=3,
+        label=label,
+    )
     if np.isfinite(shown).any() and key != "learning_rate":
         _spread_out(axes, shown[np.isfinite(shown)], shown)
 
@@ -303,7 +322,9 @@ def _draw_overlaid(axes: Axes, history: History, key: str, number: int, label: s
 def plot_cosines(path: Path | str, panels: Sequence[tuple[str, np.ndarray, float | None]]) -> None:
     """Draw how many classes have which cosine, one panel each: its title, a cosine of every class (NaN: none), a threshold to mark."""
     with _figure(path, 4.0 * len(panels), 3.6) as figure:
-        for axes, (title, values, threshold), colour in zip(figure.subplots(1, len(panels)), panels, COLOURS, strict=False):
+        for axes, (title, values, threshold), colour in zip(
+            figure.subplots(1, len(panels)), panels, COLOURS, strict=False
+        ):
             known = values[np.isfinite(values)]
             axes.set(title=title, xlabel="cosine", ylabel="classes")
             if not len(known):
@@ -313,7 +334,9 @@ def plot_cosines(path: Path | str, panels: Sequence[tuple[str, np.ndarray, float
             axes.hist(known, bins=np.linspace(low, max(high, low + 1e-3), 61), color=colour)
             axes.yaxis.set_major_locator(MaxNLocator(integer=True))
             if threshold is not None:
-                axes.axvline(threshold, color="0.2", linestyle="--", linewidth=1, label=f"reported from {threshold:.3f}")
+                axes.axvline(
+                    threshold, color="0.2", linestyle="--", linewidth=1, label=f"reported from {threshold:.3f}"
+                )
                 axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # room for the legend
                 axes.legend(loc="upper left", frameon=False)
 

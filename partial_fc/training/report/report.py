@@ -35,8 +35,18 @@ PLOTS = {  # file in plots/ -> caption
 }
 TABLES = ("evaluations", "protocols", "during_training")  # of metrics, that have tables of their own
 EVALUATION_KEYS = frozenset(field.name for field in fields(Evaluation))
-HEADLINES = ("accuracy", "tar@1e-4", "tar@1e-3", "tar@1e-2", "tar@1e-1", "rank-1", "mAP")  # of a protocol's, the first that there is
-SHARES = re.compile(r"accuracy(_std)?|eer|rank-?\d+|data_wait|(tar|dir|cmc|recall)@.*|mAP(@R)?|R-precision")  # names of figures
+HEADLINES = (
+    "accuracy",
+    "tar@1e-4",
+    "tar@1e-3",
+    "tar@1e-2",
+    "tar@1e-1",
+    "rank-1",
+    "mAP",
+)  # of a protocol's, the first that there is
+SHARES = re.compile(
+    r"accuracy(_std)?|eer|rank-?\d+|data_wait|(tar|dir|cmc|recall)@.*|mAP(@R)?|R-precision"
+)  # names of figures
 HISTORY_ROWS = 12  # shown of the logged rows, evenly spread, the last always among them
 HISTORY_COLUMNS = {  # key of the row -> heading
     "step": "step",

@@ -47,7 +47,17 @@ from partial_fc.training.errors import UserError
 SAMPLED = 64  # characters of a block of Unicode that are compared
 FEWEST_COMMON = 16  # of a block that two faces must share to be compared there
 ALIKE, COPIED, LEAKED = 0.95, 0.2, 0.97
-BLOCKS = (0x3400, 0x4DC0, 0xA000, 0xAC00, 0xD7B0, 0x20000, 0x2A6E0, 0x2EE60, 0x323B0)  # where a block of many characters begins or ends
+BLOCKS = (
+    0x3400,
+    0x4DC0,
+    0xA000,
+    0xAC00,
+    0xD7B0,
+    0x20000,
+    0x2A6E0,
+    0x2EE60,
+    0x323B0,
+)  # where a block of many characters begins or ends
 CHUNK = 4096  # pictures compared at a time
 Progress = Callable[[str, int], Any]
 """`progress(what, total)` makes a bar with `update()` and `close()`."""
@@ -98,7 +108,11 @@ def build(settings: GlyphSettings, say: Callable[[str], None], progress: Progres
     ranges = parse_ranges(settings.scripts)
     out = Path(settings.out)
     files = font_files(settings.fonts)
-    stamp = {**asdict(settings), "out": "", "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]}
+    stamp = {
+        **asdict(settings),
+        "out": "",
+        "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+    }
     if is_packed(out):
         _same(read_index(out)["about"].get("made_from"), stamp, out)
         say(f"{out} is complete already")
@@ -112,10 +126,14 @@ def build(settings: GlyphSettings, say: Callable[[str], None], progress: Progres
         others = [face.family for face in design.faces[1:]]
         say(f"  {design.name}" + (f"   (the same: {', '.join(others)})" if others else ""))
     held = held_designs(designs, settings)
-    _watched(progress, "drawing", len(designs), lambda tick: _draw_designs(designs, ranges, settings, work, found, tick))
+    _watched(
+        progress, "drawing", len(designs), lambda tick: _draw_designs(designs, ranges, settings, work, found, tick)
+    )
     _tell_dropped(work, len(designs), say)
     about = {"made_from": stamp, "fonts": {design.name: [face.path for face in design.faces] for design in designs}}
-    _watched(progress, "writing", len(designs), lambda tick: assemble(out, work, designs, held, settings, about, say, tick))
+    _watched(
+        progress, "writing", len(designs), lambda tick: assemble(out, work, designs, held, settings, about, say, tick)
+    )
     shutil.rmtree(work)
 
 
@@ -146,20 +164,30 @@ def _claim(out: Path, stamp: dict[str, Any]) -> Path:
 
 def _same(before: Any, stamp: dict[str, Any], out: Path) -> None:
     if before != json.loads(json.dumps(stamp)):
-        changed = [key for key in stamp if not isinstance(before, dict) or before.get(key) != json.loads(json.dumps(stamp[key]))]
-        raise UserError(f"{out} was begun with other settings or fonts ({', '.join(changed)}); remove it or choose another --out")
+        changed = [
+            key
+            for key in stamp
+            if not isinstance(before, dict) or before.get(key) != json.loads(json.dumps(stamp[key]))
+        ]
+        raise UserError(
+            f"{out} was begun with other settings or fonts ({', '.join(changed)}); remove it or choose another --out"
+        )
 
 
 def _tell_found(found: Found, say: Callable[[str], None]) -> None:
     for path, reason in found.broken.items():
         say(f"left out: {path}: {reason}")
-    say(f"left out: {found.other_styles} other weights and styles of a family, {found.useless} faces with none of the characters")
+    say(
+        f"left out: {found.other_styles} other weights and styles of a family, {found.useless} faces with none of the characters"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ designs
 
 
-def group(found: Found, ranges: Sequence[tuple[int, int]], settings: GlyphSettings, tick: Callable[[], object]) -> list[Design]:
+def group(
+    found: Found, ranges: Sequence[tuple[int, int]], settings: GlyphSettings, tick: Callable[[], object]
+) -> list[Design]:
     """Faces that copy each other put together; each joins the first design of which it, or a part of it, copies a face."""
     sample = _sample(found.faces, ranges, settings.seed)
     block_of = np.searchsorted(np.array(BLOCKS), sample, side="right")
@@ -227,13 +255,17 @@ def _copies(mine: Any, other: Any, blocks: Sequence[npt.NDArray[np.int64]]) -> b
     return False
 
 
-def _drawn(face: Face, codes: Any, ranges: Sequence[tuple[int, int]], settings: GlyphSettings, found: Found) -> Drawn | None:
+def _drawn(
+    face: Face, codes: Any, ranges: Sequence[tuple[int, int]], settings: GlyphSettings, found: Found
+) -> Drawn | None:
     """What the face draws; a font that fails now is named, or a UserError, as the settings say."""
     try:
         return draw_face(face, codes, ranges, settings.size)
     except FontError as error:
         if settings.on_error == "raise":
-            raise UserError(f"the font {face.path} cannot be drawn: {error}; remove it, or pass --on_error skip") from error
+            raise UserError(
+                f"the font {face.path} cannot be drawn: {error}; remove it, or pass --on_error skip"
+            ) from error
         found.broken[face.path] = str(error)
         return None
 
@@ -249,7 +281,11 @@ def held_designs(designs: Sequence[Design], settings: GlyphSettings) -> list[int
     else:
         held = set()
         for name in wanted:
-            of_name = [i for i, design in enumerate(designs) if any(f.family.lower().startswith(name.lower()) for f in design.faces)]
+            of_name = [
+                i
+                for i, design in enumerate(designs)
+                if any(f.family.lower().startswith(name.lower()) for f in design.faces)
+            ]
             if not of_name:
                 known = ", ".join(sorted(design.name for design in designs))
                 raise UserError(f"--holdout_designs: no family begins with {name!r}; there are {known}")
@@ -274,7 +310,11 @@ def _draw_designs(
     for number, design in enumerate(designs):
         done = work / f"dropped-{number:03d}.json"
         if not done.is_file():
-            codes, pictures, dropped = np.empty(0, np.int64), np.empty((0, settings.size, settings.size), np.uint8), Counter[str]()
+            codes, pictures, dropped = (
+                np.empty(0, np.int64),
+                np.empty((0, settings.size, settings.size), np.uint8),
+                Counter[str](),
+            )
             seen, repeats = set[bytes](), set[int]()  # pictures there are, and characters that had one of another
             for face in design.faces:  # a later face adds what the earlier ones lack
                 with opened(face.path, face.index) as handle:
@@ -283,7 +323,10 @@ def _draw_designs(
                 if drawn is not None:
                     digests = [digest(picture) for picture in drawn.pictures]
                     new = np.array([each not in seen for each in digests], bool)
-                    codes, pictures = np.concatenate((codes, drawn.codes[new])), np.concatenate((pictures, drawn.pictures[new]))
+                    codes, pictures = (
+                        np.concatenate((codes, drawn.codes[new])),
+                        np.concatenate((pictures, drawn.pictures[new])),
+                    )
                     repeats.update(drawn.repeats, drawn.codes[~new].tolist())
                     seen.update(digests)
                     dropped += drawn.dropped
@@ -334,16 +377,23 @@ def assemble(
     kept &= (in_training > 0) | np.isin(every, held_codes)
     identities = every[kept]
     if len(identities) - len(held_codes) < 2:
-        raise UserError(f"{len(identities) - len(held_codes)} characters are left to train on; lower --holdout_identities")
-    in_data = [usable[n] & np.isin(all_codes[n], identities) & _allowed(all_codes[n], held_codes, n in held) for n in range(len(designs))]
+        raise UserError(
+            f"{len(identities) - len(held_codes)} characters are left to train on; lower --holdout_identities"
+        )
+    in_data = [
+        usable[n] & np.isin(all_codes[n], identities) & _allowed(all_codes[n], held_codes, n in held)
+        for n in range(len(designs))
+    ]
     sources = np.concatenate([np.full(int(mask.sum()), number, np.int32) for number, mask in enumerate(in_data)])
-    labels = np.searchsorted(identities, np.concatenate([codes[mask] for codes, mask in zip(all_codes, in_data, strict=True)])).astype(
-        np.int32
-    )
+    labels = np.searchsorted(
+        identities, np.concatenate([codes[mask] for codes, mask in zip(all_codes, in_data, strict=True)])
+    ).astype(np.int32)
     order = np.lexsort((sources, labels))
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
-    images = np.lib.format.open_memmap(out / IMAGES, mode="w+", dtype=np.uint8, shape=(len(order), 1, settings.size, settings.size))
+    images = np.lib.format.open_memmap(
+        out / IMAGES, mode="w+", dtype=np.uint8, shape=(len(order), 1, settings.size, settings.size)
+    )
     at = 0
     for number, mask in enumerate(in_data):
         pictures = np.load(work / f"pictures-{number:03d}.npy", mmap_mode="r")
@@ -356,7 +406,9 @@ def assemble(
     np.save(out / LABELS, labels[order])
     np.save(out / SOURCES, sources[order])
     held_out = {"identities": np.flatnonzero(np.isin(identities, held_codes)).tolist(), "sources": list(held)}
-    write_index(out, [f"U+{code:04X}" for code in identities.tolist()], [design.name for design in designs], held_out, about)
+    write_index(
+        out, [f"U+{code:04X}" for code in identities.tolist()], [design.name for design in designs], held_out, about
+    )
 
 
 def _allowed(codes: npt.NDArray[np.int64], held_codes: npt.NDArray[np.int64], held: bool) -> npt.NDArray[np.bool_]:
@@ -365,7 +417,11 @@ def _allowed(codes: npt.NDArray[np.int64], held_codes: npt.NDArray[np.int64], he
 
 
 def _usable(
-    work: Path, all_codes: Sequence[npt.NDArray[np.int64]], training: Sequence[int], held: Sequence[int], say: Callable[[str], None]
+    work: Path,
+    all_codes: Sequence[npt.NDArray[np.int64]],
+    training: Sequence[int],
+    held: Sequence[int],
+    say: Callable[[str], None],
 ) -> list[npt.NDArray[np.bool_]]:
     """By design, which pictures are no copy of another design's picture of the same character; training designs go first."""
     usable = [np.ones(len(codes), bool) for codes in all_codes]
@@ -391,7 +447,9 @@ def _usable(
     return usable
 
 
-def _common(mine: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+def _common(
+    mine: npt.NDArray[np.int64], other: npt.NDArray[np.int64]
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
     _, rows, others = np.intersect1d(mine, other, assume_unique=True, return_indices=True)
     for start in range(0, len(rows), CHUNK):
         yield rows[start : start + CHUNK], others[start : start + CHUNK]

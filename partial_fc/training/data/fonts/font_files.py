@@ -25,7 +25,9 @@ import numpy.typing as npt
 from partial_fc.training.errors import UserError
 
 SUFFIXES = frozenset({".ttf", ".otf", ".ttc", ".otc", ".pfb"})
-SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {  # Unicode 16, without compatibility ideographs: they are other characters' pictures
+SCRIPTS: dict[
+    str, tuple[tuple[int, int], ...]
+] = {  # Unicode 16, without compatibility ideographs: they are other characters' pictures
     "han": ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0x20000, 0x2A6DF), (0x2A700, 0x2EE5D), (0x30000, 0x323AF)),
     "hangul": ((0xAC00, 0xD7A3),),
     "kana": ((0x3041, 0x3096), (0x30A1, 0x30FA)),
@@ -97,7 +99,9 @@ def parse_ranges(text: str) -> tuple[tuple[int, int], ...]:
         try:
             ranges.append((int(first, 16), int(last if dash else first, 16)))
         except ValueError:
-            raise UserError(f"--scripts has {part!r}; give {', '.join(SCRIPTS)}, or a range such as 4E00-9FFF") from None
+            raise UserError(
+                f"--scripts has {part!r}; give {', '.join(SCRIPTS)}, or a range such as 4E00-9FFF"
+            ) from None
         if not 0 <= ranges[-1][0] <= ranges[-1][1] <= 0x10FFFF:
             raise UserError(f"--scripts has {part!r}, which is no range of code points; the last is 10FFFF")
     merged: list[tuple[int, int]] = []
@@ -125,7 +129,10 @@ def font_files(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def find_faces(
-    files: Sequence[Path], ranges: Sequence[tuple[int, int]], on_error: str = "skip", tick: Callable[[], object] = lambda: None
+    files: Sequence[Path],
+    ranges: Sequence[tuple[int, int]],
+    on_error: str = "skip",
+    tick: Callable[[], object] = lambda: None,
 ) -> Found:
     """One face a family that has some of the characters of `ranges`; a broken file is named, or with `on_error` "raise" a UserError."""
     found, families = Found([]), dict[str, Face]()
@@ -141,7 +148,9 @@ def find_faces(
                     families[face.family] = face
         except FontError as error:
             if on_error == "raise":
-                raise UserError(f"the font {path} cannot be used: {error}; remove it, or pass --on_error skip") from error
+                raise UserError(
+                    f"the font {path} cannot be used: {error}; remove it, or pass --on_error skip"
+                ) from error
             found.broken[str(path)] = str(error)
         tick()
     found.faces = sorted(families.values(), key=lambda face: (-face.covers, face.family, face.path, face.index))
@@ -295,7 +304,11 @@ def _draw(face: Any, code: int | None, size: int) -> Pictures | None:
     """A glyph (None: .notdef) in the middle of its square, cut at the edges; None for what FreeType refuses and what is far too large."""
     freetype = load_freetype()
     flags = freetype.FT_LOAD_NO_BITMAP | freetype.FT_LOAD_NO_HINTING
-    load = freetype.FT_Load_Glyph(face._FT_Face, 0, flags) if code is None else freetype.FT_Load_Char(face._FT_Face, code, flags)
+    load = (
+        freetype.FT_Load_Glyph(face._FT_Face, 0, flags)
+        if code is None
+        else freetype.FT_Load_Char(face._FT_Face, code, flags)
+    )
     slot = face._FT_Face.contents.glyph
     metrics = slot.contents.metrics
     if load or max(abs(metrics.width), abs(metrics.height)) > LARGEST * size * 64 or freetype.FT_Render_Glyph(slot, 0):

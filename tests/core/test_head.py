@@ -1,0 +1,617 @@
+"""The head's behaviour beside its numbers: errors that agree, state that stays, precision, who may wrap it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from common import local, message_of
+from runner import RankFailure
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import partial_fc
+from partial_fc import ArcFace, NonFiniteError, NormFace, PartialFC, RowOptimizer, Softmax, gather
+
+D = 6
+
+
+# ---------------------------------------------------------------------------------------------------- errors agree
+
+
+def bad_batch(rank: int, world: int, kind: str) -> tuple[str, float]:
+    """The last rank brings a bad batch; then all bring a good one, and the group still works."""
+    head = PartialFC(D, 10, Softmax())
+    x, labels = torch.randn(4, D), torch.tensor([0, 1, -100, 9])
+    good = x.clone(), labels.clone()
+    if rank == world - 1:
+        if kind == "label too large":
+            labels[1] = 10
+        elif kind == "label negative":
+            labels[3] = -1
+        elif kind == "label beside ignored":
+            labels[:] = torch.tensor([-100, -7, -100, 3])
+        elif kind == "label dtype":
+            labels = labels.int()
+        elif kind == "width":
+            x = torch.randn(4, D + 1)
+        elif kind == "dtype":
+            x = x.double()
+        elif kind == "integer embeddings":
+            x = x.long()
+        elif kind == "length":
+            labels = labels[:3]
+        elif kind == "one dimension":
+            x = x[0]
+        elif kind == "nan":
+            x[2, 1] = float("nan")
+        elif kind == "inf":
+            x[0, 0] = float("inf")
+    text = message_of(head, x, labels)
+    return text, head(*good).item()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("label too large", ["labels[1] is 10", "0 to 9", "-100", "counted from 0"]),
+        ("label negative", ["labels[3] is -1"]),
+        ("label beside ignored", ["labels[1] is -7"]),
+        ("label dtype", ["labels must be an int64 tensor"]),
+        ("width", [f"{D}", f"{D + 1}", "width"]),
+        ("dtype", ["float32", "float64", "dtype"]),
+        ("integer embeddings", ["embeddings must be float32"]),
+        ("length", ["labels are for 3 samples, embeddings for 4"]),
+        ("one dimension", ["[N, D]", "1 dim"]),
+        ("nan", ["embeddings[2]", "NaN"]),
+        ("inf", ["embeddings[0]", "infinity"]),
+    ],
+)
+def test_a_bad_batch_on_one_rank_raises_the_same_error_on_all(ranks, world, kind, parts):
+    results = ranks(world).run(bad_batch, kind, timeout=20)
+    texts, losses = zip(*results, strict=True)
+    assert len(set(texts)) == 1, texts
+    assert len(set(losses)) == 1
+    assert texts[0].startswith("NonFiniteError" if kind in ("nan", "inf") else "ValueError")
+    for part in [*parts, f"rank {world - 1}"]:
+        assert part in texts[0]
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 10]), torch.tensor([-1, 3])])
+def test_without_a_group_a_bad_label_raises_too(labels):
+    with pytest.raises(ValueError, match="valid are 0 to 9"):
+        PartialFC(D, 10)(torch.randn(2, D), labels)
+
+
+def test_the_same_width_everywhere_but_not_the_heads():
+    with pytest.raises(ValueError, match=r"width 7.*embedding_size 6"):
+        PartialFC(D, 10)(torch.randn(2, D + 1), torch.zeros(2, dtype=torch.int64))
+
+
+def test_two_label_extremes_are_judged_with_any_ignore_index():
+    head = PartialFC(D, 10, ignore_index=255)
+    assert math.isfinite(head(torch.randn(3, D), torch.tensor([0, 255, 9])).item())
+    with pytest.raises(ValueError, match="labels\\[2\\] is 254"):
+        head(torch.randn(3, D), torch.tensor([0, 255, 254]))
+
+
+def test_validate_first_looks_at_the_first_batch_only():
+    head = PartialFC(D, 10, Softmax(), validate="first")
+    bad = torch.full((2, D), float("nan"))
+    with pytest.raises(NonFiniteError):
+        head(bad, torch.zeros(2, dtype=torch.int64))
+    assert math.isnan(head(bad, torch.zeros(2, dtype=torch.int64)).item())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"embedding_size": 0}, "embedding_size"),
+        ({"num_classes": 0}, "num_classes"),
+        ({"sample_rate": 0.0}, "sample_rate"),
+        ({"sample_rate": 1.5}, "sample_rate"),
+        ({"sample_rate": math.nan}, "sample_rate"),
+        ({"init_std": -1.0}, "init_std"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"reduction": "median"}, "reduction"),
+        ({"validate": "sometimes"}, "validate"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite"),
+        ({"logits_budget": -1}, "logits_budget"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        PartialFC(**{"embedding_size": D, "num_classes": 10, **arguments})
+
+
+def build_different_heads(rank: int, world: int) -> str:
+    return message_of(lambda: PartialFC(D, 10, seed=rank))
+
+
+def test_different_seeds_raise_on_every_rank(ranks):
+    texts = ranks(2).run(build_different_heads)
+    assert len(set(texts)) == 1
+    assert "seed is 0 on rank 0 and 1 on rank 1" in texts[0]
+
+
+def call_head_built_before_the_group(rank: int, world: int) -> str:
+    group = dist.distributed_c10d._world.pg_map  # hide the group for a moment, as it is before init_process_group
+    saved, dist.distributed_c10d.GroupMember.WORLD = dist.distributed_c10d.GroupMember.WORLD, None
+    try:
+        head = PartialFC(D, 10)
+    finally:
+        dist.distributed_c10d.GroupMember.WORLD = saved
+    assert group is dist.distributed_c10d._world.pg_map
+    return message_of(head, torch.randn(2, D), torch.zeros(2, dtype=torch.int64))
+
+
+def test_a_head_built_before_the_process_group_raises(ranks):
+    assert all("built before the process group" in text for text in ranks(2).run(call_head_built_before_the_group))
+
+
+# ---------------------------------------------------------------------------------------------------- non-finite policies
+
+
+def skip_a_step(rank: int, world: int) -> None:
+    head = PartialFC(D, 10, Softmax(), 0.5, on_nonfinite="skip")
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)
+    labels = torch.tensor([0, 1])
+    for step in range(3):
+        x = torch.randn(2, D).requires_grad_()
+        before = local(head.weight).detach().clone()
+        with torch.no_grad():
+            if step == 1 and rank == 1:
+                x[0, 0] = float("nan")
+        loss = head(x, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert head.skipped == (step == 1)
+        if step == 1:
+            assert loss.item() == 0
+            assert x.grad is not None and not x.grad.any()
+            assert torch.equal(local(head.weight), before)
+        elif len(local(head.weight)):
+            assert not torch.equal(local(head.weight), before)
+
+
+def test_skip_leaves_the_step_out_on_every_rank(ranks):
+    ranks(2).run(skip_a_step)
+
+
+def test_log_goes_on(caplog):
+    head = PartialFC(D, 10, Softmax(), on_nonfinite="log")
+    loss = head(torch.full((1, D), float("inf")), torch.tensor([3]))
+    assert not math.isfinite(loss.item())
+    assert "embeddings[0] (label 3) holds a NaN or infinity" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------- rows and state
+
+
+def untouched_rows(rank: int, world: int, optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]) -> int:
+    """Rows that a step did not draw keep weight and state bit for bit, though they have momentum from before."""
+    head = PartialFC(D, 64, ArcFace(), 0.25, init_std=1.0)
+    optimizer = RowOptimizer(optimizer_class, head, **options)
+    still = 0
+    for _ in range(8):
+        head(torch.randn(3, D), torch.randint(0, 64, (3,))).backward()
+        before = local(head.weight).detach().clone()
+        state = {
+            k: local(v).clone() for k, v in optimizer.state[head.weight].items() if isinstance(v, Tensor) and v.ndim
+        }
+        optimizer.step()
+        optimizer.zero_grad()
+        rest = torch.ones(len(before), dtype=torch.bool)
+        rest[head.selected - head._shards.lo] = False
+        assert torch.equal(local(head.weight)[rest], before[rest])
+        assert not torch.equal(local(head.weight)[~rest], before[~rest])
+        for key, value in state.items():
+            assert torch.equal(local(optimizer.state[head.weight][key])[rest], value[rest])
+            still += int((value[rest] != 0).sum())
+    return still
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize(
+    ("optimizer_class", "options"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+        (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1}),
+    ],
+)
+def test_rows_that_were_not_drawn_keep_weight_and_state(ranks, world, optimizer_class, options):
+    assert all(count > 0 for count in ranks(world).run(untouched_rows, optimizer_class, options))
+
+
+def test_gradients_of_micro_batches_add_up_over_different_rows():
+    head = PartialFC(D, 40, ArcFace(), 0.2, dtype=torch.float64, init_std=1.0)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
+    alone = []
+    for accumulate in (False, True):
+        head._step = 0
+        head.zero_grad()
+        total = torch.zeros(40, D, dtype=torch.float64)
+        for k in range(3):
+            generator = torch.Generator().manual_seed(k)
+            x = torch.randn(4, D, generator=generator, dtype=torch.float64)
+            head(x, torch.randint(0, 40, (4,), generator=generator)).backward()
+            if not accumulate:
+                assert head.row_grad is not None
+                total[head.row_grad[0]] += head.row_grad[1]
+                head.zero_grad()
+        if accumulate:
+            assert head.row_grad is not None
+            total[head.row_grad[0]] = head.row_grad[1]
+            assert len(head.row_grad[0]) > 8
+        alone.append(total)
+    optimizer.zero_grad()
+    assert head.row_grad is None
+    torch.testing.assert_close(alone[0], alone[1], rtol=0, atol=1e-12)
+
+
+def test_row_gradients_that_no_optimizer_takes_raise():
+    head = PartialFC(D, 40, sample_rate=0.2)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    head(torch.randn(2, D), torch.tensor([1, 2])).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="RowOptimizer"):
+        head(torch.randn(2, D), torch.tensor([1, 2]))
+
+
+def test_evaluation_uses_all_classes_and_moves_nothing():
+    head = PartialFC(D, 40, sample_rate=0.2, dtype=torch.float64)
+    x, labels = torch.randn(5, D, dtype=torch.float64), torch.arange(5)
+    head.eval()
+    first = head(x, labels)
+    assert len(head.selected) == 40
+    assert head(x, labels) == first
+    assert head.get_extra_state()["step"] == 0
+    cosines = F.normalize(x) @ F.normalize(head.weight.detach()).T
+    hit = F.one_hot(labels, 40).bool()
+    expected = F.cross_entropy(64 * torch.where(hit, torch.cos(torch.acos(cosines) + 0.5), cosines), labels)
+    torch.testing.assert_close(first.detach(), expected)
+
+
+def test_target_angle_is_the_angle_without_the_margin():
+    head = PartialFC(2, 2, ArcFace())
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    head(torch.tensor([[1.0, 1.0], [0.0, 3.0], [5.0, 0.0]]), torch.tensor([0, 1, -100]))
+    assert head.target_angle.item() == pytest.approx(math.pi / 8, abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- weights and layout
+
+
+def initial_weights(rank: int, world: int, classes: int) -> Tensor:
+    return local(PartialFC(D, classes, seed=4).weight).detach().clone()
+
+
+@pytest.mark.parametrize("classes", [2, 7, 2500])
+def test_initial_weights_are_the_same_at_every_world_size(ranks, classes):
+    single = PartialFC(D, classes, seed=4).weight.detach()
+    assert torch.unique(single, dim=0).shape[0] == classes
+    for world in (1, 2, 3, 4):
+        parts = ranks(world).run(initial_weights, classes)
+        assert [len(p) for p in parts] == [
+            max(0, min(-(-classes // world), classes - r * -(-classes // world))) for r in range(world)
+        ]
+        assert torch.equal(torch.cat(parts), single)
+    assert not torch.equal(PartialFC(D, classes, seed=5).weight.detach(), single)
+
+
+def casts(rank: int, world: int) -> None:
+    head = PartialFC(D, 7, sample_rate=0.5).double()
+    assert head.weight.dtype == torch.float64
+    assert head.weight.shape == (7, D)
+    assert head._rows.parameters["weight"] is head.weight
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=1.0)
+    before = local(head.weight).detach().clone()
+    head(torch.randn(3, D, dtype=torch.float64), torch.tensor([0, 3, 6])).backward()
+    optimizer.step()
+    assert not torch.equal(local(head.weight), before) or not len(before)
+    copied = copy.deepcopy(head)
+    assert torch.equal(local(copied.weight), local(head.weight))
+    head.to("meta")
+    assert head.weight.device.type == "meta"
+
+
+def test_casts_moves_and_copies_keep_the_shards(ranks):
+    ranks(3).run(casts)
+
+
+def replicated_mesh(rank: int, world: int, rate: float) -> list[float]:
+    """4 ranks as 2 replicas of 2 shards against all 4 as shards: the same numbers."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    heads = [
+        PartialFC(D, 11, ArcFace(scale=8.0), rate, group=g, dtype=torch.float64, init_std=1.0) for g in (mesh, None)
+    ]
+    optimizers = [RowOptimizer(torch.optim.SGD, h, lr=0.5, momentum=0.9) for h in heads]
+    losses = []
+    for step in range(4):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        n = (rank + step) % 3
+        data = (
+            torch.randn(n, D, generator=generator, dtype=torch.float64),
+            torch.randint(0, 11, (n,), generator=generator),
+        )
+        grads = []
+        for head, optimizer in zip(heads, optimizers, strict=True):
+            x = data[0].clone().requires_grad_()
+            loss = head(x, data[1])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            grads.append(x.grad)
+        torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-12)
+        assert losses[-1] == pytest.approx(losses[-2], rel=1e-12)
+    full = [h.weight.full_tensor() for h in heads]  # type: ignore[operator]
+    torch.testing.assert_close(full[0], full[1], rtol=0, atol=1e-12)
+    return losses
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+def test_replicas_of_shards_equal_one_set_of_shards(ranks, rate):
+    results = ranks(4).run(replicated_mesh, rate)
+    assert all(r == results[0] for r in results)
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+def joint_heads(rank: int, world: int) -> None:
+    """Two heads on one gathered batch: gradients are the sum of each head's alone."""
+    heads = [
+        PartialFC(D, c, m, dtype=torch.float64, init_std=1.0) for c, m in ((9, ArcFace(scale=8.0)), (5, Softmax()))
+    ]
+    x = torch.randn(2 + rank, D, dtype=torch.float64)
+    labels = torch.randint(0, 5, (2 + rank,))
+    alone = []
+    for head in heads:
+        leaf = x.clone().requires_grad_()
+        head(leaf, labels).backward()
+        alone.append(leaf.grad)
+        head.zero_grad()
+    leaf = x.clone().requires_grad_()
+    batch = gather(leaf, labels)
+    (heads[0](batch) + 0.5 * heads[1](batch)).backward()
+    torch.testing.assert_close(leaf.grad, alone[0] + 0.5 * alone[1], rtol=0, atol=1e-12)
+
+
+def test_two_heads_share_one_gather(ranks):
+    ranks(3).run(joint_heads)
+
+
+def weighted(rank: int, world: int, rate: float) -> None:
+    """Soft labels and sample weights against cross-entropy with probabilities, gradients included."""
+    head = PartialFC(D, 7, ArcFace(scale=8.0), rate, dtype=torch.float64, init_std=1.0)
+    generator = torch.Generator().manual_seed(2)
+    n, each = 5, 3
+    x_all = torch.randn(n * world, D, generator=generator, dtype=torch.float64)
+    labels_all = torch.randint(0, 7, (n * world, each), generator=generator)  # some name a class twice
+    label_weights = torch.rand(n * world, each, generator=generator, dtype=torch.float64).softmax(1)
+    sample_weights = torch.rand(n * world, generator=generator, dtype=torch.float64)
+    here = slice(rank * n, (rank + 1) * n)
+    x = x_all[here].clone().requires_grad_()
+    batch = gather(x, labels_all[here], label_weights=label_weights[here], sample_weights=sample_weights[here])
+    loss = head(batch)
+    loss.backward()
+    chosen: list[Any] = [None] * world
+    dist.all_gather_object(chosen, head.selected)
+    ids = torch.cat(chosen)
+    w = head.weight.full_tensor()[ids]  # type: ignore[operator]
+    x_all.requires_grad_()
+    probabilities = torch.zeros(n * world, 7, dtype=torch.float64).scatter_add_(1, labels_all, label_weights)[:, ids]
+    cosines = F.normalize(x_all) @ F.normalize(w).T
+    logits = 8 * torch.where(probabilities > 0, torch.cos(torch.acos(cosines) + 0.5), cosines)
+    logits = 8 * torch.where((probabilities > 0) & (torch.acos(cosines) + 0.5 > math.pi), -2 - logits / 8, logits / 8)
+    expected = (F.cross_entropy(logits, probabilities, reduction="none") * sample_weights).sum() / sample_weights.sum()
+    expected.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(x.grad, x_all.grad[here] * world, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_soft_labels_and_sample_weights(ranks, rate):
+    ranks(2).run(weighted, rate)
+
+
+# ---------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_low_precision_products_stay_near_float64(dtype, rate):
+    """Errors of a few roundings of the products: the target's cosine, the exponentials' sums and what is accumulated are float32."""
+    errors = []
+    for margin in (ArcFace(), NormFace(scale=30.0)):
+        head, exact = (PartialFC(64, 500, margin, rate, dtype=d, init_std=0.1) for d in (torch.float32, torch.float64))
+        x = torch.randn(32, 64).requires_grad_()
+        x64 = x.detach().double().requires_grad_()
+        labels = torch.randint(0, 500, (32,))
+        with torch.autocast("cpu", dtype):
+            loss = head(x.to(dtype), labels)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        exact(x64, labels).backward()
+        assert x.grad is not None and x64.grad is not None
+        grads = (
+            (head.row_grad[1], exact.row_grad[1])
+            if head.row_grad and exact.row_grad
+            else (head.weight.grad, exact.weight.grad)
+        )
+        errors.append((x.grad.double() - x64.grad).norm() / x64.grad.norm())
+        errors.append((grads[0].double() - grads[1]).norm() / grads[1].norm())  # type: ignore[union-attr, operator]
+    assert max(errors) < (0.03 if dtype == torch.bfloat16 else 0.005), errors
+
+
+def test_kept_and_tiled_logits_give_the_same_numbers(monkeypatch):
+    monkeypatch.setitem(partial_fc.softmax.tiles.TILE_BYTES, "cpu", 1)  # tiles of 64 rows
+    results = []
+    for budget in (0, 1 << 30):
+        torch.manual_seed(0)
+        head = PartialFC(D, 1000, ArcFace(), dtype=torch.float64, logits_budget=budget, init_std=1.0)
+        x = torch.randn(9, D, dtype=torch.float64).requires_grad_()
+        loss = head(x, torch.randint(0, 1000, (9,)))
+        loss.backward()
+        results.append((loss.detach(), x.grad, head.weight.grad))
+    for tiled, kept in zip(*results, strict=True):
+        torch.testing.assert_close(tiled, kept, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [64.0, 80.0, 90.0, 3000.0])
+@pytest.mark.parametrize("budget", [0, None])
+def test_large_scales_neither_overflow_nor_lose_gradients(scale, budget):
+    """Cosines of ±1 at scales on both sides of where float32 needs the maximum taken off."""
+    heads = [PartialFC(D, 9, NormFace(scale), dtype=d, logits_budget=budget) for d in (torch.float32, torch.float64)]
+    directions = torch.eye(D)[[0, 0, 0, 1, 2, 3, 4, 5, 5]] * torch.tensor([1.0, 1, -1, 1, 1, 1, 1, 1, -1])[:, None]
+    inputs = torch.eye(D)[[0, 1, 5]] + 0.01
+    results = []
+    for head in heads:
+        with torch.no_grad():
+            head.weight.copy_(directions)
+        x = inputs.to(head.weight.dtype).detach().clone().requires_grad_()
+        loss = head(x, torch.tensor([0, 2, 8]))
+        loss.backward()
+        assert x.grad is not None and head.weight.grad is not None
+        results.append([loss.detach().double(), x.grad.double(), head.weight.grad.double()])
+    for mine, exact in zip(*results, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=3e-4 * max(1.0, scale / 64), atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cosine", [1.0, -1.0])
+def test_angles_of_zero_and_pi_have_finite_gradients(dtype, cosine):
+    head = PartialFC(D, 3, ArcFace(), dtype=dtype, init_std=1.0)
+    x = (cosine * head.weight.detach()[:2]).clone().requires_grad_()
+    loss = head(x, torch.tensor([0, 1]))
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert x.grad is not None and bool(x.grad.isfinite().all()) and bool(local(head.weight.grad).isfinite().all())
+
+
+def test_a_zero_embedding_has_finite_loss_and_no_gradient():
+    head = PartialFC(D, 3)
+    x = torch.zeros(1, D, requires_grad=True)
+    head(x, torch.tensor([1])).backward()
+    assert x.grad is not None and not x.grad.any()
+
+
+# ---------------------------------------------------------------------------------------------------- who may wrap it
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(D, D)
+        self.head = PartialFC(D, 10)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self.head(self.backbone(x), labels)
+
+
+def wrap_in_ddp(rank: int, world: int) -> str:
+    return message_of(
+        lambda: nn.parallel.DistributedDataParallel(Model())(torch.randn(2, D), torch.tensor([0, 1])).backward()
+    )
+
+
+def prepare_with_accelerate(rank: int, world: int) -> str:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == world
+    return message_of(lambda: accelerator.prepare(Model())(torch.randn(2, D), torch.tensor([0, 1])).backward())
+
+
+@pytest.mark.parametrize("wrap", [wrap_in_ddp, prepare_with_accelerate])
+def test_a_wrapped_head_raises_instead_of_training_wrongly(ranks, wrap):
+    texts = ranks(2).run(wrap)
+    assert all("DistributedDataParallel was given a PartialFC (head.weight)" in text for text in texts), texts
+
+
+# ---------------------------------------------------------------------------------------------------- the package
+
+
+def test_the_core_imports_torch_alone():
+    code = (
+        "import sys, torch, torch.distributed.tensor, torch.distributed.checkpoint.state_dict_saver; before = set(sys.modules); "
+        "import partial_fc; names = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "print(sorted(names - {'partial_fc', 'torch'} - set(sys.stdlib_module_names))); "
+        "print([m for m in sys.modules if m.startswith('partial_fc.training')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n")[:2] == ["[]", "[]"]
+
+
+def test_public_names():
+    assert sorted(partial_fc.__all__) == [
+        "AdaFace",
+        "AdaptiveMargin",
+        "ArcFace",
+        "CenterLoss",
+        "Checkpointer",
+        "CombinedMargin",
+        "CosFace",
+        "CurricularFace",
+        "DivergenceError",
+        "DivergenceWatch",
+        "ElasticFace",
+        "GlobalBatch",
+        "JoinedBatches",
+        "MagFace",
+        "Margin",
+        "Neighbours",
+        "NonFiniteError",
+        "NormFace",
+        "PartialFC",
+        "Plan",
+        "PreemptionGuard",
+        "RandomState",
+        "RankFiles",
+        "RankMissing",
+        "Report",
+        "RowOptimizer",
+        "Softmax",
+        "SphereFace",
+        "SphereFace2",
+        "SubCenterArcFace",
+        "check_gradients",
+        "check_margin",
+        "class_mapping",
+        "clip_grad_norm_",
+        "doctor",
+        "export_weights",
+        "gather",
+        "import_weights",
+        "load_checkpoint",
+        "naming_the_missing",
+        "plan",
+        "save_checkpoint",
+    ]
+    assert all(hasattr(partial_fc, name) for name in partial_fc.__all__)
+
+
+def fail_on_one_rank(rank: int, world: int) -> None:
+    if rank == 1:
+        raise KeyError("the reason")
+    dist.barrier()
+
+
+def test_the_runner_prints_the_failing_ranks_traceback(ranks):
+    with pytest.raises(RankFailure, match="rank 1 of 2") as caught:
+        ranks(2).run(fail_on_one_rank)
+    assert "KeyError: 'the reason'" in str(caught.value)

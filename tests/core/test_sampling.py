@@ -1,0 +1,72 @@
+"""The draw of classes: a permutation, walked in windows, that looks random."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from partial_fc.sampling import Permutation, draw_window, mix, select_rows, window_size
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 99, 1000, 65_537])
+@pytest.mark.parametrize("key", [0, 12345])
+def test_permutations_hold_every_id_once(size, key):
+    permutation = Permutation(size, key)
+    ids = permutation(torch.arange(size), permutation.outside())
+    assert torch.equal(ids.sort().values, torch.arange(size))
+
+
+def test_the_draw_never_changes():
+    """A seed means the same draw in every version, on every machine: resumed runs depend on it."""
+    assert draw_window(1000, 0.01, seed=3, step=0, device=CPU).tolist() == [
+        435,
+        160,
+        305,
+        978,
+        684,
+        468,
+        472,
+        3,
+        993,
+        930,
+    ]
+    assert mix(1, 2, 3) == 2623250113353451629
+
+
+@pytest.mark.parametrize(("classes", "rate"), [(100, 0.1), (101, 0.1), (997, 0.3), (10, 0.01), (7, 0.9)])
+def test_windows_are_distinct_and_visit_every_class_within_a_cycle(classes, rate):
+    size = window_size(classes, rate)
+    assert size == max(1, round(classes * rate))
+    steps = -(-classes // size)
+    for cycle in range(3):
+        windows = [draw_window(classes, rate, seed=1, step=cycle * steps + i, device=CPU) for i in range(steps)]
+        assert all(len(w) == len(w.unique()) == size for w in windows)
+        assert len(torch.cat(windows).unique()) == classes
+
+
+def test_draws_differ_between_steps_cycles_and_seeds():
+    draws = [draw_window(1000, 0.5, seed=s, step=t, device=CPU) for s in (0, 1) for t in range(4)]
+    assert len({tuple(sorted(d.tolist())) for d in draws}) == len(draws)
+
+
+def test_draws_look_random():
+    """Over many keys: every class is drawn about equally often, and neighbouring ids are drawn together no more than others."""
+    classes, draws = 200, 4000
+    counts, together = torch.zeros(classes), 0
+    for seed in range(draws):
+        drawn = torch.zeros(classes)
+        drawn[draw_window(classes, 0.1, seed=seed, step=seed % 10, device=CPU)] = 1
+        counts += drawn
+        together += int((drawn[1:] * drawn[:-1]).sum())
+    chi_square = float(((counts - draws * 0.1) ** 2 / (draws * 0.1 * 0.9)).sum())
+    assert 120 < chi_square < 290  # 199 degrees of freedom: mean 199, deviation 20
+    expected = draws * 199 * (20 / 200) * (19 / 199)
+    assert abs(together - expected) < 5 * expected**0.5
+
+
+def test_rows_are_positives_and_window_within_the_shard():
+    rows = select_rows(torch.tensor([40, 12, 3, 19]), torch.tensor([[12, 10], [-1, 25]]), lo=10, hi=20)
+    assert rows.tolist() == [0, 2, 9]
+    assert select_rows(torch.tensor([40]), torch.tensor([3]), lo=10, hi=10).tolist() == []

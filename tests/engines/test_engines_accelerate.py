@@ -1,0 +1,245 @@
+"""Heads beside Accelerate's prepared backbone: accumulation, autocast, clipping, schedules, saving; against one dense process."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState, GradientState
+from engines_common import (
+    ACCUMULATION,
+    MAX_NORM,
+    STEPS,
+    Joint,
+    Result,
+    backbone,
+    compare,
+    finish,
+    my_part,
+    new_head,
+    optimizers,
+)
+from torch import nn
+
+from partial_fc import RowOptimizer
+from partial_fc.engines.accelerate import clip_grad_norm_, prepare_heads, save_heads_with
+from partial_fc.engines.ddp import ignore_heads
+
+DECAY = 0.9
+
+
+def accelerator(precision: str = "no", *, split_batches: bool = True) -> Accelerator:
+    """A new one in processes that had others before. "fp16", which Accelerate passes over on a CPU, gets what it has on a GPU."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    engine = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=ACCUMULATION,
+        mixed_precision=precision,
+        dataloader_config=DataLoaderConfiguration(split_batches=split_batches),
+    )
+    if precision == "fp16":
+        engine.scaler, engine.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2), True
+    return engine
+
+
+class Run:
+    """Everything of one run, built as a user would."""
+
+    def __init__(self, rank: int, world: int, inside: bool = False, rate: float = 1.0, **options: Any) -> None:
+        self.rank, self.world, self.inside = rank, world, inside
+        self.accelerator = accelerator(**options)
+        self.joint = Joint(rate)
+        self.head = self.joint.head
+        both = optimizers(self.joint.backbone.parameters(), self.head)
+        schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda count: DECAY**count) for o in both]
+        if inside:
+            ignore_heads(self.joint)
+        wrapped = self.joint if inside else self.joint.backbone
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(wrapped, both[0], schedules[0])
+        self.head_optimizer, self.head_schedule = prepare_heads(self.accelerator, both[1], schedules[1])
+        save_heads_with(self.accelerator, head=self.head, optimizer=self.head_optimizer, schedule=self.head_schedule)
+        self.norms: list[Any] = []
+        self.selected: list[Any] = []
+
+    def steps(self, first: int, last: int) -> Run:
+        for index in range(first * ACCUMULATION, last * ACCUMULATION):
+            images, labels = my_part(index, self.rank, self.world)
+            with self.accelerator.accumulate(self.model):
+                with self.accelerator.autocast():
+                    loss = self.model(images, labels) if self.inside else self.head(self.model(images), labels)
+                self.accelerator.backward(loss)
+                self.selected.append(self.head.selected)
+                norm = clip_grad_norm_(self.accelerator, self.joint.parameters(), self.head, max_norm=MAX_NORM)
+                assert (norm is None) == (index % ACCUMULATION != ACCUMULATION - 1)
+                self.norms += [] if norm is None else [norm]
+                self.head_optimizer.step()
+                self.optimizer.step()
+                for thing in (self.schedule, self.head_schedule):
+                    thing.step()
+                for thing in (self.optimizer, self.head_optimizer):
+                    thing.zero_grad()
+        assert self.schedule.get_last_lr() == self.head_schedule.get_last_lr()
+        return self
+
+    def result(self) -> Result:
+        return finish(self.joint.backbone, self.head, self.norms, self.selected)
+
+
+def train(rank: int, world: int, options: dict[str, Any]) -> Result:
+    return Run(rank, world, **options).steps(0, STEPS).result()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+def test_accelerate_equals_one_dense_process(ranks, rate, inside):
+    compare(ranks(2).run(train, {"rate": rate, "inside": inside}), rates=[DECAY**step for step in range(STEPS)])
+
+
+def test_schedules_stay_aligned_where_accelerate_steps_them_once_a_process(ranks):
+    compare(ranks(2).run(train, {"split_batches": False}), rates=[DECAY ** (2 * step) for step in range(STEPS)])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision(ranks, precision):
+    """Within the rounding of the products' inputs, 2^-8 of each (2^-11 in fp16), in weights that move by half a unit."""
+    tolerance = 1e-2 if precision == "bf16" else 2e-3
+    error = compare(
+        ranks(2).run(train, {"precision": precision}), tolerance, rates=[DECAY**step for step in range(STEPS)]
+    )
+    assert error > 1e-5, "autocast took part"
+
+
+def overflow(rank: int, world: int, where: str) -> tuple[list[bool], list[float]]:
+    """One gradient of one rank's head, or of its backbone, is infinite: nobody steps; the scale is halved; then all step."""
+    run = Run(rank, world, precision="fp16")
+    before = {k: v.clone() for k, v in run.joint.state_dict().items() if not k.endswith("_extra_state")}
+
+    def spoil(*_: Any) -> None:
+        if rank == 1:
+            target = run.head.weight if where == "head" else run.joint.backbone[0].weight
+            grad = target.grad.to_local() if where == "head" else target.grad
+            grad.view(-1)[0] = float("inf")
+
+    original, spoiled = run.accelerator.backward, iter([False, True, False, False])
+
+    def backward(loss: Any) -> None:
+        original(loss)
+        if next(spoiled):
+            spoil()
+
+    run.accelerator.backward = backward
+    run.steps(0, 1)
+    scales = [run.accelerator.scaler.get_scale()]
+    state = run.joint.state_dict()
+    stayed = [
+        all(torch.equal(state[k], v) for k, v in before.items()),
+        run.head_optimizer.step_was_skipped,
+        run.optimizer.step_was_skipped,
+    ]
+    run.steps(1, 2)
+    scales.append(run.accelerator.scaler.get_scale())
+    return [*stayed, not torch.equal(run.joint.state_dict()["head.weight"], before["head.weight"])], scales
+
+
+def test_an_overflow_in_one_shard_skips_the_step_of_all(ranks):
+    for checks, scales in ranks(2).run(overflow, "head"):
+        assert checks == [True] * 4
+        assert scales == [2.0**7, 2.0**7]
+
+
+def wrong_order(rank: int, world: int) -> str:
+    run = Run(rank, world, precision="fp16")
+    run.head_optimizer, run.optimizer = run.optimizer, run.head_optimizer
+    with contextlib.suppress(AssertionError):
+        try:
+            run.steps(0, 1)
+        except RuntimeError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_the_heads_optimizer_comes_first_under_a_scaler(ranks):
+    for text in ranks(2).run(wrong_order):
+        assert "before the prepared one" in text
+
+
+SAVED_AFTER = 2
+
+
+def save(rank: int, world: int, folder: str) -> Result:
+    run = Run(rank, world).steps(0, SAVED_AFTER)
+    run.accelerator.save_state(folder)
+    return run.steps(SAVED_AFTER, STEPS).result()
+
+
+def resume(rank: int, world: int, folder: str) -> Result:
+    run = Run(rank, world)
+    with torch.no_grad():
+        for parameter in run.joint.parameters():
+            parameter.zero_()
+    run.accelerator.load_state(folder)
+    return run.steps(SAVED_AFTER, STEPS).result()
+
+
+def test_a_saved_state_is_resumed_at_any_world_size(ranks, tmp_path):
+    straight = ranks(2).run(save, str(tmp_path))
+    rows = torch.cat([r.rows for r in straight])
+    for world in (2, 3, 1):
+        again = ranks(world).run(resume, str(tmp_path))
+        exact = {"rtol": 0.0, "atol": 0.0 if world == 2 else 2e-6}
+        torch.testing.assert_close(torch.cat([r.rows for r in again]), rows, **exact)
+        for result in again:
+            torch.testing.assert_close(result.backbone, straight[0].backbone, **exact)
+
+
+def wrong_wiring(rank: int, world: int) -> list[str]:
+    engine, head = accelerator(), new_head()
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
+
+    def prepared_optimizer() -> None:
+        another = accelerator()
+        another.prepare(backbone(), optimizer)
+        save_heads_with(another, head=head)
+
+    said = []
+    attempts = [
+        lambda: prepare_heads(engine, head),
+        lambda: engine.prepare(head),
+        lambda: engine.prepare(Joint()),
+        prepared_optimizer,
+    ]
+    for attempt in attempts:
+        try:
+            attempt()
+            said.append("nothing")
+        except (RuntimeError, TypeError, ValueError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def test_what_is_not_for_prepare_is_refused(ranks):
+    first, second = ranks(2).run(wrong_wiring)
+    assert first == second
+    for text, words in zip(
+        first,
+        [
+            "TypeError: prepare_heads takes RowOptimizers and their learning-rate schedulers, not PartialFC",
+            "RuntimeError: DistributedDataParallel was given a PartialFC (weight)",
+            "RuntimeError: DistributedDataParallel was given a PartialFC (head.weight)",
+            "ValueError: a RowOptimizer was given to accelerator.prepare",
+        ],
+        strict=True,
+    ):
+        assert text.startswith(words)
+
+
+def test_one_process_without_a_group():
+    compare([Run(0, 1).steps(0, STEPS).result()], rates=[DECAY**step for step in range(STEPS)])
+    engine = accelerator()
+    engine.prepare(nn.Sequential(backbone()), new_head())
+    with pytest.raises(ValueError, match="a head was given"):
+        prepare_heads(engine)

@@ -1,0 +1,128 @@
+"""Lightning with a head inside the module, against one dense process: accumulation, clipping, saving, resuming."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from engines_common import ACCUMULATION, IMPORTING, MAX_NORM, SGD, STEPS, Joint, Result, compare, finish, my_part
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from partial_fc import RowOptimizer, clip_grad_norm_
+from partial_fc.engines.joint import JointOptimizer
+from partial_fc.engines.lightning import HeadStrategy
+
+SAVED_AFTER = 2
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Recogniser(pl.LightningModule):
+    """An epoch is one step."""
+
+    def __init__(self, rank: int, world: int, rate: float) -> None:
+        super().__init__()
+        self.place, self.rate = (rank, world), rate
+        self.norms: list[Tensor] = []
+        self.selected: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        joint = Joint(self.rate)
+        self.backbone, self.head = joint.backbone, joint.head
+
+    def train_dataloader(self) -> Any:
+        first = self.current_epoch * ACCUMULATION
+        return torch.utils.data.DataLoader(
+            [my_part(first + k, *self.place) for k in range(ACCUMULATION)], batch_size=None
+        )
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = self.head(self.backbone(batch[0]), batch[1])
+        self.selected.append(self.head.selected)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        joint = JointOptimizer(
+            torch.optim.SGD(self.backbone.parameters(), **SGD), RowOptimizer(torch.optim.SGD, self.head, **SGD)
+        )
+        return [joint], [torch.optim.lr_scheduler.LambdaLR(joint, lambda epoch: 1 - epoch / STEPS)]
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        self.norms.append(clip_grad_norm_(self.backbone.parameters(), self.head, max_norm=gradient_clip_val))
+
+
+def trainer(world: int, folder: str, **options: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=HeadStrategy(process_group_backend="gloo"),
+        max_epochs=STEPS,
+        accumulate_grad_batches=ACCUMULATION,
+        gradient_clip_val=MAX_NORM,
+        use_distributed_sampler=False,
+        reload_dataloaders_every_n_epochs=1,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)],
+        **options,
+    )
+
+
+def fit(
+    rank: int, world: int, folder: str, rate: float, options: dict[str, Any], ckpt_path: str | None = None
+) -> Result:
+    module = Recogniser(rank, world, rate)
+    trainer(world, folder, **options).fit(module, ckpt_path=ckpt_path)
+    return finish(module.backbone, module.head, module.norms, module.selected)
+
+
+RATES = [1 - step / STEPS for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+def test_lightning_equals_one_dense_process(ranks, tmp_path, rate):
+    compare(ranks(2).run(fit, str(tmp_path), rate, {}, timeout=IMPORTING), rates=RATES)
+
+
+def test_bf16(ranks, tmp_path):
+    """Within the rounding of the products' inputs, 2^-8 of each, in weights that move by half a unit."""
+    error = compare(
+        ranks(2).run(fit, str(tmp_path), 1.0, {"precision": "bf16-mixed"}, timeout=IMPORTING), 1e-2, rates=RATES
+    )
+    assert error > 1e-5, "autocast took part"
+
+
+def test_a_lightning_run_resumes_at_any_world_size(ranks, tmp_path):
+    straight = ranks(2).run(fit, str(tmp_path), 1.0, {}, timeout=IMPORTING)
+    saved = tmp_path / f"epoch={SAVED_AFTER - 1}.ckpt"
+    assert not any(key.startswith("head") for key in torch.load(saved, weights_only=False)["state_dict"])
+    rows = torch.cat([r.rows for r in straight])
+    for world in (2, 1):
+        again = ranks(world).run(fit, str(tmp_path / "again"), 1.0, {}, str(saved), timeout=IMPORTING)
+        exact = {"rtol": 0.0, "atol": 0.0 if world == 2 else 2e-6}
+        torch.testing.assert_close(torch.cat([r.rows for r in again]), rows, **exact)
+        for result in again:
+            torch.testing.assert_close(result.backbone, straight[0].backbone, **exact)
+
+
+def without_a_head(rank: int, world: int, folder: str) -> str:
+    class Plain(Recogniser):
+        def configure_model(self) -> None:
+            self.backbone = nn.Linear(2, 2)
+
+    try:
+        trainer(world, folder).fit(Plain(rank, world, 1.0))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_module_without_a_head_is_told_what_to_do(ranks, tmp_path):
+    for text in ranks(2).run(without_a_head, str(tmp_path), timeout=IMPORTING):
+        assert "build it in configure_model()" in text

@@ -1,0 +1,230 @@
+"""RowOptimizer against the dense classes, clipping against one norm, GradScaler over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from common import local
+from torch import Tensor, nn
+
+from partial_fc import ArcFace, PartialFC, RowOptimizer, Softmax, clip_grad_norm_
+
+D = 6
+CLASSES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
+    (torch.optim.SGD, {"lr": 0.1}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "fused": False}),
+    (torch.optim.Adam, {"lr": 0.05}),
+    (torch.optim.Adam, {"lr": 0.05, "amsgrad": True, "foreach": True}),
+    (torch.optim.AdamW, {"lr": 0.05}),
+    (torch.optim.RMSprop, {"lr": 0.05, "momentum": 0.5, "centered": True}),
+    (torch.optim.Adagrad, {"lr": 0.05, "initial_accumulator_value": 0.1}),
+    (torch.optim.NAdam, {"lr": 0.05}),
+]
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.2])
+@pytest.mark.parametrize(("cls", "options"), CLASSES, ids=lambda v: v.__name__ if isinstance(v, type) else "")
+def test_rows_move_as_under_the_dense_class(cls, options, rate, monkeypatch):
+    """A dense parameter of the same weights; rows without a gradient are put back after each of its steps."""
+    monkeypatch.setattr("partial_fc.optim.row_optimizer.BLOCK_BYTES", 7 * D * 8)  # blocks of 7 rows
+    head = PartialFC(D, 50, ArcFace(), rate, dtype=torch.float64, init_std=1.0, seed=1)
+    dense = nn.Parameter(head.weight.detach().clone())
+    mine, theirs = RowOptimizer(cls, head, **options), cls([dense], **options)
+    for step in range(6):
+        generator = torch.Generator().manual_seed(step)
+        head(
+            torch.randn(5, D, generator=generator, dtype=torch.float64), torch.randint(0, 50, (5,), generator=generator)
+        ).backward()
+        ids, values = head.row_grad or (torch.arange(50), head.weight.grad)
+        dense.grad = torch.zeros_like(dense)
+        dense.grad[ids] = values
+        before = (
+            dense.detach().clone(),
+            {k: v.clone() for k, v in theirs.state[dense].items() if isinstance(v, Tensor) and v.ndim},
+        )
+        theirs.step()
+        rest = torch.ones(50, dtype=torch.bool)
+        rest[ids] = False
+        with torch.no_grad():
+            dense[rest] = before[0][rest]
+            for key, value in theirs.state[dense].items():
+                if isinstance(value, Tensor) and value.ndim:
+                    value[rest] = (
+                        before[1][key][rest] if key in before[1] else options.get("initial_accumulator_value", 0.0)
+                    )
+        mine.step()
+        mine.zero_grad()
+        torch.testing.assert_close(head.weight.detach(), dense.detach(), rtol=0, atol=1e-12)
+        for key, value in theirs.state[dense].items():
+            if isinstance(value, Tensor):
+                torch.testing.assert_close(mine.state[head.weight][key], value, rtol=0, atol=1e-12)
+
+
+def test_classes_that_mix_rows_are_refused():
+    head = PartialFC(D, 20)
+    with pytest.raises(ValueError, match="LBFGS"):
+        RowOptimizer(torch.optim.LBFGS, head)
+    with pytest.raises(ValueError, match=r"Adafactor moves a row by what other rows hold"):
+        RowOptimizer(torch.optim.Adafactor, head)
+    with pytest.raises(ValueError, match="Muon"):
+        RowOptimizer(torch.optim.Muon, head)
+    with pytest.raises(ValueError, match="TrustRatio moves a row"):
+        RowOptimizer(TrustRatio, head, lr=0.1)
+    with pytest.raises(TypeError, match="momentun"):
+        RowOptimizer(torch.optim.SGD, head, lr=0.1, momentun=0.9)
+    with pytest.raises(TypeError, match="PartialFC"):
+        RowOptimizer(torch.optim.SGD, nn.Linear(2, 2), lr=0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="optimizer_class"):
+        RowOptimizer("sgd", head)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"fused": False}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rows_move(dtype, options):
+    """Also where the fused kernel leaves them where they are: torch 2.13's of SGD on the CPU does."""
+    head = PartialFC(16, 10, ArcFace(scale=8.0), dtype=dtype, init_std=1.0)
+    before = head.weight.detach().float()
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.5, **options)
+    head(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4)).backward()
+    assert head.weight.grad is not None
+    expected = before - 0.5 * head.weight.grad.float()
+    assert (expected - before).abs().max() > 0.1
+    optimizer.step()
+    torch.testing.assert_close(head.weight.detach().float(), expected, rtol=2**-8, atol=2**-8)
+
+
+class TrustRatio(torch.optim.Optimizer):
+    """LARS in small: the step of a parameter is scaled by the norm of all of it."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad * (group["lr"] * p.norm() / p.grad.norm()))
+
+
+def test_schedulers_set_the_learning_rate():
+    head = PartialFC(D, 10, Softmax(bias=False), dtype=torch.float64)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for step in range(3):
+        before = head.weight.detach().clone()
+        head(torch.ones(1, D, dtype=torch.float64), torch.tensor([1])).backward()
+        grad = head.weight.grad
+        assert grad is not None
+        optimizer.step()
+        scheduler.step()
+        torch.testing.assert_close(before - 0.5**step * grad, head.weight.detach())
+        optimizer.zero_grad()
+        assert head.weight.grad is None
+
+
+def no_dense_allocations(rank: int, world: int) -> int:
+    """The largest tensor that a sampled step makes after the first one, in elements."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    head = PartialFC(D, 20_000, ArcFace(), 0.01)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, weight_decay=0.1)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for value in torch.utils._pytree.tree_leaves(out):
+                if isinstance(value, Tensor) and not function.is_view and "detach" not in str(function):
+                    same = any(value is a for a in torch.utils._pytree.tree_leaves(args))
+                    largest = max(largest, 0 if same else local(value).numel())
+            return out
+
+    for step in range(2):
+        head(torch.randn(4, D), torch.arange(4)).backward()
+        if step:
+            with Watch():
+                head(torch.randn(4, D), torch.arange(4)).backward()
+                clip_grad_norm_([], head, max_norm=1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
+    return largest
+
+
+def test_a_sampled_step_makes_nothing_of_the_shards_size(ranks):
+    for largest in ranks(2).run(no_dense_allocations):
+        assert 0 < largest < 10_000
+
+
+def clip(rank: int, world: int, rate: float, norm_type: float) -> None:
+    head = PartialFC(D, 11, ArcFace(scale=8.0), rate, dtype=torch.float64, init_std=1.0)
+    backbone = nn.Linear(3, D).double()
+    with torch.no_grad():
+        for p in backbone.parameters():
+            dist.broadcast(p, 0)
+    for bound in (1e9, 0.5):
+        head.zero_grad()
+        backbone.zero_grad()
+        torch.manual_seed(1)
+        head(backbone(torch.randn(4, 3, dtype=torch.float64)), torch.randint(0, 11, (4,))).backward()
+        grads = [p.grad for p in backbone.parameters() if p.grad is not None]
+        mine = head.row_grad[1] if head.row_grad else local(head.weight.grad)  # type: ignore[arg-type]
+        shards: list[Any] = [None] * world
+        dist.all_gather_object(shards, mine.clone())
+        everything = torch.cat([g.flatten() for g in [*grads, *shards]])
+        expected = torch.linalg.vector_norm(everything, norm_type)
+        before = mine.clone()
+        total = clip_grad_norm_([*backbone.parameters(), *head.parameters()], head, max_norm=bound, norm_type=norm_type)
+        torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+        after = head.row_grad[1] if head.row_grad else local(head.weight.grad)  # type: ignore[arg-type]
+        torch.testing.assert_close(after, before * min(1.0, bound / (expected.item() + 1e-6)), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+def test_one_norm_over_backbone_and_shards(ranks, world, rate, norm_type):
+    ranks(world).run(clip, rate, norm_type)
+
+
+def scale(rank: int, world: int, rate: float) -> tuple[list[float], bool]:
+    """A GradScaler over head and backbone: the same steps as without; an infinity in one shard skips the head everywhere."""
+    heads = [PartialFC(D, 11, ArcFace(scale=8.0), rate, dtype=torch.float64, init_std=1.0) for _ in range(2)]
+    optimizers = [RowOptimizer(torch.optim.SGD, h, lr=0.1, momentum=0.9) for h in heads]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scales, moved = [], True
+    for step in range(3):
+        x, labels = torch.randn(4, D, dtype=torch.float64), torch.randint(0, 11, (4,))
+        scaler.scale(heads[0](x, labels)).backward()
+        heads[1](x, labels).backward()
+        if step == 2 and rank == world - 1:
+            grad = heads[0].row_grad[1] if heads[0].row_grad else local(heads[0].weight.grad)  # type: ignore[arg-type]
+            grad[0, 0] = float("inf")
+        before = local(heads[0].weight).detach().clone()
+        scaler.unscale_(optimizers[0])
+        scaler.step(optimizers[0])
+        scaler.update()
+        scales.append(scaler.get_scale())
+        if step < 2:
+            optimizers[1].step()
+            torch.testing.assert_close(local(heads[0].weight), local(heads[1].weight), rtol=0, atol=1e-12)
+        else:
+            moved = not torch.equal(local(heads[0].weight), before)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    return scales, moved
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_an_infinity_in_one_shard_is_agreed_on_by_the_scaler(ranks, rate):
+    for scales, moved in ranks(2).run(scale, rate):
+        assert scales == [1024.0, 1024.0, 512.0]
+        assert not moved

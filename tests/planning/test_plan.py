@@ -1,0 +1,522 @@
+"""The plan of a head against sums made by hand, against the head's own choices and collectives, and against memory that was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from partial_fc import PartialFC, Plan, RowOptimizer, SubCenterArcFace, plan
+from partial_fc.batch_status import Status
+from partial_fc.distributed import ranks as collectives
+from partial_fc.optim import row_optimizer as optim
+from partial_fc.planning import costs
+from partial_fc.planning.costs import OPTIMIZERS, PHASES
+from partial_fc.softmax import tiles
+from partial_fc.softmax.workspace import Workspace
+from partial_fc.training.cli.main import main
+from partial_fc.training.cli.plan import byte_count, plan_command
+from partial_fc.training.errors import UserError
+
+GPUS: dict[str, Any] = {"num_classes": 29_000_000, "embedding_size": 512, "world_size": 8, "batch_size": 1024}
+
+
+def item(made: Plan, name: str) -> int:
+    return next(i.largest for i in made.items if i.name == name)
+
+
+def test_a_small_head_by_hand():
+    made = plan(1000, 8, 1, 4, device="cpu")
+    assert (made.classes, made.rows, made.tile, made.mode, made.logits) == (1000, 1000, 1000, "kept", 4 * 1000 * 4)
+    assert item(made, "weights") == item(made, "optimizer state") == item(made, "weight gradient") == 1000 * 8 * 4
+    assert item(made, "kept logits") == 4 * 1000 * 4
+    assert item(made, "logits of a tile") == 0
+    assert item(made, "rows of a tile") == 2 * 1000 * 8 * 4  # directions, and the product that is summed along them
+    assert item(made, "blocks of the optimizer") == 1000 * 8 * 4  # their state in the first step
+    assert item(made, "heap") == item(made, "rows of a tile") + item(made, "blocks of the optimizer")  # as much again
+    assert item(made, "embeddings and their gradient") == 6 * 4 * 8 * 4
+    assert item(made, "selection") == 1000 * 4  # 1/length of the rows
+    assert item(made, "initial rows") == (1000 + 2 * 1024) * 8 * 4
+    assert made.phases["backward"] == 32_000 * 3 + 16_000 + 64_000 + 96_000 + 768 + 4_000
+    assert made.phases["build"] == 32_000 + (1000 + 2048) * 32
+    assert made.operations["matrix products"] == 3 * 2 * 4 * 1000 * 8
+    assert made.collectives == ()
+    assert made.traffic["class rows"] == 1000 * 8 * 4 * (
+        1 + 2 + 1 + 2 + 1
+    )  # measured, divided, used; divided and used again
+    assert plan(1000, 8, 1, 4, logits_budget=0).operations["matrix products"] == 4 * 2 * 4 * 1000 * 8
+
+
+def test_sampled_rows_by_hand():
+    """They are gathered once, into the memory that their gradient takes over."""
+    made = plan(10_000, 8, 1, 4, 0.1)
+    assert made.rows == 1004
+    gradient = next(i for i in made.items if i.name == "row gradients")
+    assert gradient.bytes == dict.fromkeys(("forward", "combine", "backward", "update"), 1004 * 8 * 4)
+    rows = next(i for i in made.items if i.name == "rows of a tile")
+    assert rows.bytes == {
+        "forward": 0,
+        "backward": 2 * 1004 * 8 * 4,
+    }  # the product, and what is summed along the directions
+    assert made.traffic["class rows"] == 1004 * 8 * 4 * (2 + 1 + 2 + 1 + 1)  # gathered, measured, divided; used twice
+    half = plan(10_000, 8, 1, 4, 0.1, dtype=torch.bfloat16)
+    gradient = next(i for i in half.items if i.name == "row gradients")
+    assert gradient.bytes == dict.fromkeys(("backward", "update"), 1004 * 8 * 2)
+    gathered, divided, used = 2 * 2 + 2, 4 + 2 * 4, 2 + 2 + 4  # widened to be divided, and lowered to be used
+    assert half.traffic["class rows"] == 1004 * 8 * (2 + 2 * (gathered + divided) + 2 * used)
+
+
+def test_the_network_by_hand():
+    status, payload, statistics, gradient = plan(1000, 8, 4, 40).collectives
+    assert (status.own, status.sent) == (8 * len(fields(Status)), 3 * status.own)
+    assert payload.own == 10 * 8 * 4 + 10 * 8
+    assert payload.sent == payload.received == 3 * payload.own
+    assert (statistics.own, statistics.sent) == (4 * 40 * 4, 3 * 4 * 40 * 4)
+    assert (gradient.own, gradient.sent, gradient.received) == (40 * 8 * 4, 30 * 8 * 4, 30 * 8 * 4)
+
+
+def _bytes_put_in(rank: int, world: int) -> list[int]:
+    """What each collective of a training step is given on this rank."""
+    head = PartialFC(8, 100)
+    seen: list[int] = []
+    own = collectives._all_gather_single, collectives._reduce_scatter_single
+
+    def recorded(function: Any) -> Any:
+        def call(out: torch.Tensor, given: torch.Tensor, **options: Any) -> Any:
+            seen.append(given.nbytes)
+            return function(out, given, **options)
+
+        return call
+
+    collectives._all_gather_single, collectives._reduce_scatter_single = (recorded(f) for f in own)
+    try:
+        head(torch.randn(5, 8, requires_grad=True), torch.arange(5)).backward()
+    finally:
+        collectives._all_gather_single, collectives._reduce_scatter_single = own
+    return seen
+
+
+def test_the_network_as_the_head_uses_it(ranks):
+    for seen in ranks(2).run(_bytes_put_in, timeout=120):
+        assert seen == [c.own for c in plan(100, 8, 2, 10).collectives]
+
+
+def test_sampling_counts_the_window_and_the_positives():
+    head = PartialFC(8, 5000, sample_rate=0.1)
+    RowOptimizer(torch.optim.SGD, head, lr=0.1)
+    head(torch.randn(64, 8), torch.randperm(5000)[:64])
+    made = plan(5000, 8, 1, 64, 0.1)
+    assert made.rows == 500 + 58  # 0.9 * 64 positives are not in the window
+    assert abs(len(head.selected) - made.rows) < 12
+    assert item(made, "row gradients") == made.rows * 8 * 4
+    assert plan(5000, 8, 4, 64, 0.1).rows == 140
+    assert plan(10, 8, 4, 64, 0.9).rows == 3  # never more than the shard
+
+
+def test_bytes_scale():
+    def sizes(**changes: Any) -> Plan:
+        return plan(**{**GPUS, "sample_rate": 0.1, **changes})
+
+    one, names = sizes(), ("weights", "optimizer state")
+    for name in names:
+        assert item(sizes(num_classes=58_000_000), name) == 2 * item(one, name)
+        assert item(sizes(world_size=16), name) * 2 == item(one, name)
+        assert item(sizes(dtype=torch.float64), name) == 2 * item(one, name)
+        assert item(sizes(dtype=torch.bfloat16), name) * 2 == item(one, name)
+        assert item(sizes(sample_rate=0.2), name) == item(one, name)
+    assert item(sizes(sample_rate=0.2), "row gradients") == pytest.approx(2 * item(one, "row gradients"), rel=1e-3)
+    assert item(sizes(autocast=torch.bfloat16), "kept logits") == 1024 * one.rows * 2
+    assert one.mode == "tiled"
+    assert sizes(batch_size=4096).operations["matrix products"] == pytest.approx(
+        4 * one.operations["matrix products"], rel=0.01
+    )
+    assert item(plan(**GPUS, update_in_backward=True), "weight gradient") == 65536 * 512 * 4
+    master = sizes(dtype=torch.bfloat16, low_precision="master")
+    assert item(master, "optimizer state") == 2 * item(one, "optimizer state")  # float32 weights and momentum
+    phases = one.phases
+    assert (list(phases), phases[one.peak_phase], one.peak) == (
+        list(PHASES),
+        max(phases.values()),
+        max(phases.values()),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "states"),
+    [
+        ("sgd", 0),
+        ("sgd-momentum", 1),
+        ("adam", 2),
+        ("adamw", 2),
+        ("rmsprop", 1),
+        ("adagrad", 1),
+        (torch.optim.NAdam, 2),
+    ],
+)
+def test_state_of_the_optimizers(name, states):
+    assert item(plan(1000, 8, 1, 4, optimizer=name), "optimizer state") == states * 1000 * 8 * 4
+    cls, options = OPTIMIZERS[name] if isinstance(name, str) else (name, {})
+    head = PartialFC(8, 1000)
+    optimizer = RowOptimizer(cls, head, **options)
+    head(torch.randn(4, 8), torch.arange(4)).backward()
+    optimizer.step()
+    assert (
+        sum(v.nbytes for v in optimizer.state[head.weight].values() if torch.is_tensor(v) and v.ndim)
+        == states * 1000 * 8 * 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "width"),
+    [
+        (torch.float32, None, 4),
+        (torch.float32, torch.bfloat16, 2),
+        (torch.bfloat16, None, 2),
+        (torch.float64, None, 8),
+        (torch.float64, torch.bfloat16, 8),
+    ],
+)
+@pytest.mark.parametrize("over", [0, 1])
+def test_the_mode_is_the_heads_at_the_boundary_of_the_budget(over, dtype, autocast, width):
+    budget = 6 * 500 * width - over
+    head = PartialFC(8, 500, logits_budget=budget, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+        loss = head(torch.randn(6, 8), torch.arange(6))
+    made = plan(500, 8, 1, 6, logits_budget=budget, autocast=autocast, device="cpu", dtype=dtype)
+    assert head.logits_mode == made.mode == ("tiled" if over else "kept")
+    assert made.logits == 6 * 500 * width
+    assert over or made.logits == head._workspace._buffers["logits"].nbytes
+    loss.backward()
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_the_budget_counts_all_centers(over):
+    head = PartialFC(8, 50, SubCenterArcFace(centers=3), logits_budget=6 * 150 * 4 - over)
+    head(torch.randn(6, 8), torch.arange(6))
+    assert head.logits_mode == ("tiled" if over else "kept")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 0}, "num_classes must be an integer of at least 1, not 0"),
+        ({"embedding_size": 2.5}, "embedding_size must be an integer of at least 1, not 2.5"),
+        ({"world_size": True}, "world_size must be an integer of at least 1, not True"),
+        ({"batch_size": -1}, "batch_size must be an integer of at least 1, not -1"),
+        ({"sample_rate": 1.5}, r"sample_rate is a share of the classes in \(0, 1\], not 1.5"),
+        ({"sample_rate": float("nan")}, r"sample_rate is a share of the classes in \(0, 1\], not nan"),
+        ({"optimizer": "lion"}, "optimizer must be one of sgd, sgd-momentum, adam, .*, not 'lion'"),
+        ({"optimizer": torch.nn.Linear}, "optimizer must be one of"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS cannot update rows one block at a time"),
+        ({"dtype": torch.int8}, "dtype must be one of float32, float64, bfloat16, float16, not int8"),
+        ({"autocast": torch.float32}, "autocast must be None, bfloat16 or float16, not float32"),
+        ({"low_precision": "none"}, "low_precision must be None"),
+        ({"memory": 0}, "memory must be a number of bytes of at least 1, or None, not 0"),
+        ({"logits_budget": -1}, "logits_budget must be a number of bytes of at least 0, or None, not -1"),
+        ({"update_in_backward": True, "sample_rate": 0.5}, "update_in_backward is for sample_rate=1.0, not 0.5"),
+        (
+            {"update_in_backward": True, "autocast": torch.float16},
+            "update_in_backward cannot be joined with autocast float16",
+        ),
+        ({"device": "gpu"}, "device must be a type of device such as"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**{**GPUS, **change})
+
+
+@pytest.mark.parametrize("gigabytes", [60, 24, 20, 16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_the_advised_rate_fits_and_a_larger_one_does_not(gigabytes, autocast):
+    asked = {**GPUS, "autocast": autocast, "memory": gigabytes * 10**9}
+    fit = plan(**asked).fit
+    assert fit is not None and fit.largest_rate is not None
+    rate = fit.largest_rate.arguments["sample_rate"]
+    at = plan(**{**asked, **fit.largest_rate.arguments})
+    assert at.fit is not None and at.fit.fits and at.peak == fit.largest_rate.peak
+    assert fit.fits == (plan(**asked).peak <= asked["memory"])
+    if rate < 1:
+        for budget in (0, None):
+            more = plan(**{**asked, "sample_rate": rate * 1.002, "logits_budget": budget}).fit
+            assert more is not None and not more.fits
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"sample_rate": 0.1},
+        {"dtype": torch.bfloat16, "low_precision": "master"},
+        {"batch_size": 65536, "logits_budget": 1 << 40},
+    ],
+)
+@pytest.mark.parametrize("gigabytes", [3, 14, 16])
+def test_every_change_that_is_advised_makes_it_fit(asked, gigabytes):
+    asked = {**GPUS, **asked, "memory": gigabytes * 10**9}
+    made = plan(**asked)
+    assert made.fit is not None and not made.fit.fits and made.fit.changes
+    for change in made.fit.changes:
+        changed = plan(**{**asked, **change.arguments})
+        assert changed.fit is not None and changed.fit.fits and changed.peak == change.peak, change
+        for name, nearer in (("world_size", -1), ("batch_size", GPUS["world_size"])):  # no more than is needed
+            if name in change.arguments:
+                less = {**asked, **change.arguments, name: change.arguments[name] + nearer}
+                assert not plan(**{**less, "logits_budget": 0}).fit.fits  # type: ignore[union-attr]
+    if gigabytes == 3:
+        assert made.fit.largest_rate is None
+        assert any("world_size" in change.arguments for change in made.fit.changes)
+        assert "no sampling rate makes them fit; any one of these does:" in str(made)
+
+
+def test_savers_are_joined_where_one_is_not_enough():
+    made = plan(10_000_000, 512, 1, 1024, memory=24 * 10**9)
+    assert made.fit is not None and made.fit.changes
+    texts = [change.text for change in made.fit.changes]
+    assert "update in backward (no clipping, no accumulation) and plain SGD" in texts
+    assert not any(text.count(" and ") > 1 for text in texts)  # no more than is needed
+    sampled = plan(10_000_000, 512, 1, 1024, 0.1, memory=24 * 10**9).fit
+    assert sampled is not None and "plain SGD" in [change.text for change in sampled.changes]
+
+
+def test_what_never_fits():
+    made = plan(2_000_000, 512, 8, 4096, memory=10**6)
+    assert made.fit is not None and made.fit.changes == () and made.fit.largest_rate is None
+    assert "nothing that was tried makes them fit" in str(made)
+
+
+def test_text_and_dictionary():
+    made = plan(**GPUS, sample_rate=0.1, autocast=torch.bfloat16, memory=80 * 10**9)
+    text = str(made)
+    for part in (
+        "29,000,000 classes",
+        "weights                             6.91 GiB",
+        "peak, in backward",
+        "fit into 74.51 GiB",
+    ):
+        assert part in text
+    again = json.loads(json.dumps(made.to_dict()))
+    assert again == made.to_dict()
+    assert (again["peak"], again["arguments"]["dtype"], again["arguments"]["autocast"]) == (
+        made.peak,
+        "float32",
+        "bfloat16",
+    )
+    assert sum(i["bytes"].get(again["peak_phase"], 0) for i in again["items"]) == made.peak
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("80GB", 80 * 10**9),
+        ("1.5 GiB", 3 << 29),
+        ("512mib", 512 << 20),
+        ("123", 123),
+        ("4kB", 4000),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_sizes_with_units(text, count):
+    assert byte_count(text) == count
+
+
+def test_the_command(capsys):
+    sizes = ["--num_classes", "29000000", "--world_size", "8", "--batch_size", "1024", "--sample_rate", "0.1"]
+    arguments = [*sizes, "--autocast", "bfloat16", "--memory", "80GB"]
+    plan_command(arguments)
+    made = plan(**GPUS, sample_rate=0.1, autocast=torch.bfloat16, memory=80 * 10**9)
+    assert capsys.readouterr().out == f"{made}\n"
+    plan_command([*(a.replace("_", "-") for a in arguments), "--json"])
+    assert json.loads(capsys.readouterr().out) == made.to_dict()
+    assert main(["plan", *sizes]) == 0
+    assert capsys.readouterr().out.startswith("C = 29,000,000 classes")
+    assert main(["plan", "--num_classes", "10"]) == 2
+    assert capsys.readouterr().err.startswith("partial-fc: error: the following arguments are required: --batch_size;")
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--help"])
+    assert "--sample_rate r" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--num_classes 10", "required: --batch_size"),
+        ("--num_classes 10 --batch_size 0", "batch_size must be an integer of at least 1, not 0"),
+        ("--num_classes x --batch_size 1", "--num_classes: invalid int value: 'x'"),
+        ("--num_classes 10 --batch_size 1 --memory 80XB", "--memory: '80XB' is no number of bytes; write it as 80GB"),
+        ("--num_classes 10 --batch_size 1 --optimizer lamb", "--optimizer: invalid choice: 'lamb'"),
+        ("--num_classes 10 --batch_size 1 --speed 3", "unrecognized arguments: --speed 3"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        plan_command(arguments.split())
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Tiles and blocks as small as the problems here, and buffers that end with the step, as on a GPU."""
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 1 << 18)
+    monkeypatch.setattr(tiles, "TILE_BYTES_ELSEWHERE", 1 << 18)
+    for module in (optim, costs):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 18)
+    monkeypatch.setattr(Workspace, "take", lambda self, name, shape, dtype, device: torch.empty(shape, dtype=dtype))
+
+
+def allocated(made: Plan) -> dict[str, int]:
+    """Bytes of tensors of a head as planned, at most, in each phase of its first three steps, as torch's profiler sees them."""
+    a = made.arguments
+    cls, options = OPTIMIZERS[a["optimizer"]]
+    head = PartialFC(
+        a["embedding_size"],
+        a["num_classes"],
+        sample_rate=a["sample_rate"],
+        logits_budget=a["logits_budget"],
+        dtype=a["dtype"],
+    )
+    optimizer = RowOptimizer(
+        cls, head, update_in_backward=a["update_in_backward"], low_precision=a["low_precision"], **options
+    )
+    x = torch.randn(
+        a["batch_size"], a["embedding_size"], dtype=torch.promote_types(a["dtype"], torch.float32), requires_grad=True
+    )
+    labels = torch.randperm(a["num_classes"])[: a["batch_size"]]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        for _ in range(3):
+            x.grad = None
+            with torch.autocast("cpu", a["autocast"] or BF16, enabled=a["autocast"] is not None):
+                loss = head(x, labels)
+            loss.backward()
+            del loss
+            optimizer.step()
+            optimizer.zero_grad()
+    names = {f"partial_fc::{name}": name for name in PHASES} | {
+        "partial_fc::targets": "forward",
+        "partial_fc::backward_tiles": "backward",
+    }
+    if a["update_in_backward"]:
+        del names["partial_fc::update"]
+    events = found.profiler.kineto_results.events()  # type: ignore[union-attr]
+    phase, now = "gather", head.weight.nbytes
+    peaks = {phase: now}
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        phase = names.get(event.name(), phase)
+        now += event.nbytes() if event.name() == "[memory]" else 0
+        peaks[phase] = max(peaks.get(phase, 0), now)
+    return peaks
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"logits_budget": 0},
+        {"sample_rate": 0.1},
+        {"sample_rate": 0.5},
+        {"sample_rate": 0.5, "logits_budget": 0},
+        {"sample_rate": 0.5, "autocast": BF16},
+        {"sample_rate": 0.5, "autocast": BF16, "logits_budget": 0},
+        {"sample_rate": 0.5, "dtype": BF16, "low_precision": "stochastic"},
+        {"sample_rate": 0.5, "dtype": torch.float64},
+        {"autocast": BF16},
+        {"autocast": F16},
+        {"autocast": F16, "logits_budget": 0},
+        {"dtype": BF16, "low_precision": "master"},
+        {"dtype": BF16, "low_precision": "stochastic", "logits_budget": 0},
+        {"dtype": F16, "sample_rate": 0.5},
+        {"update_in_backward": True},
+        {"update_in_backward": True, "logits_budget": 0},
+        {"update_in_backward": True, "dtype": BF16, "low_precision": "stochastic"},
+        {"optimizer": "adamw", "sample_rate": 0.5},
+        {"optimizer": "rmsprop"},
+    ],
+    ids=lambda changes: ", ".join(f"{k}={v}" for k, v in changes.items()) or "as it is",
+)
+def test_tensors_are_those_that_were_planned(changes):
+    """Every allocation counts here; the plan is one for GPUs."""
+    made = plan(**{"num_classes": 6000, "embedding_size": 64, "world_size": 1, "batch_size": 64, **changes})
+    found = allocated(made)
+    for phase in ("forward", "backward", "update"):
+        if phase in found:
+            assert made.phases[phase] == pytest.approx(found[phase], rel=0.05), phase
+    assert made.peak == pytest.approx(max(found.values()), rel=0.02)
+
+
+MEASURED: dict[str, dict[str, Any]] = {
+    "kept": {"sample_rate": 1.0, "logits_budget": None},
+    "tiled": {"sample_rate": 1.0, "logits_budget": 0},
+    "sampled": {"sample_rate": 0.1, "logits_budget": None},
+}
+CLASSES, WIDTH, SAMPLES = 150_000, 256, 128
+
+
+def measure(sample_rate: float, logits_budget: int | None) -> int:
+    """Growth of this process's resident memory at its peak, from before the head is built to after its second step."""
+    x, labels = torch.randn(SAMPLES, WIDTH), torch.randperm(CLASSES)[:SAMPLES]
+
+    def train(classes: int, samples: int) -> None:
+        head = PartialFC(WIDTH, classes, sample_rate=sample_rate, logits_budget=logits_budget)
+        optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)
+        for _ in range(2):
+            head(x[:samples].clone().requires_grad_(), labels[:samples] % classes).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(1000, 8)  # loads what torch loads at first use
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    train(CLASSES, SAMPLES)
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    """Bytes that /proc/self/status tells."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024
+
+
+def measure_all() -> None:
+    """A line "name bytes" of each case, in a process forked from this one, which has done nothing but import torch."""
+    torch.set_num_threads(1)
+    for name, case in MEASURED.items():
+        if os.fork() == 0:
+            print(name, measure(**case), flush=True)
+            os._exit(0)
+        os.wait()
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process's memory can be reset on Linux only"
+)
+def test_memory_is_what_was_planned():
+    """Resident memory of the CPU, heap and all. Nothing is subtracted."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__], stdout=subprocess.PIPE, text=True, env=environment, timeout=150, check=True
+    )
+    measured = {name: int(count) for name, count in map(str.split, done.stdout.splitlines())}
+    for name, case in MEASURED.items():
+        made = plan(CLASSES, WIDTH, 1, SAMPLES, device="cpu", **case)
+        print(
+            f"{name}: measured {measured[name] / 1e6:.1f} MB, planned {made.peak / 1e6:.1f} MB ({made.peak / measured[name] - 1:+.1%})"
+        )
+        assert made.mode == ("tiled" if name == "tiled" else "kept")
+        assert made.peak == pytest.approx(measured[name], rel=0.1), name
+
+
+if __name__ == "__main__":
+    measure_all()

@@ -1,0 +1,243 @@
+"""The benchmark commands run from end to end at sizes that say nothing; the textbook peer computes the same as the head."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from partial_fc.training.cli.main import train_parser
+from partial_fc.training.config import MARGINS, save_config, to_config
+
+ROOT = Path(__file__).parents[2]
+CASES = {"exact", "sampled", "many", "bf16", "memory", "memory_in_backward", "peers", "growth"}
+
+
+def test_quick_run(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "head.py"), "--quick", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {row["case"] for row in results["rows"]} == CASES
+    for row in results["rows"]:
+        assert row["value"] is not None or row["note"] == "not installed", row
+        if row["unit"] in ("×", "× ours"):  # slopes and a few pages of memory may be 0 or below at these sizes
+            assert row["value"] is None or (math.isfinite(row["value"]) and row["value"] > 0), row
+    assert results["machine"]["versions"]["torch"] == torch.__version__
+    assert (tmp_path / "table.md").read_text() in run.stdout
+    assert run.stdout.count("| peers |") == sum(row["case"] == "peers" for row in results["rows"])
+    assert (tmp_path / "head.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_quick_run_of_the_questions() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "queries.py"), "--quick"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=170, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in run.stdout.splitlines()]
+    assert [(row[0].split(",")[0], row[3]) for row in rows[2:]] == [
+        (q, w) for w in "12" for q in ("topk", "nearest_classes")
+    ]
+    assert all(len(row) == len(rows[0]) and all(float(cell) > 0 for cell in row[4:]) for row in rows[2:])
+
+
+def test_quick_run_of_agreement() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "agreement.py"), "--quick"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=170, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in run.stdout.splitlines()][2:]
+    assert [row[4] for row in rows] == ["1"] * 6 + ["2"] * 6 and len({row[0] for row in rows}) == 6
+    assert all(math.isfinite(float(cell)) for row in rows for cell in row[5:8])
+    assert all(float(row[5]) > 0 for row in rows if row[0].endswith(("alone", "watch")))
+
+
+def test_quick_run_of_feeding() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "feeding.py"), "--quick"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=170, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in run.stdout.splitlines()
+        if line.startswith("|")
+    ]
+    assert [row[0] for row in rows[2:]] == ["recordio", "webdataset", "parquet", "list", "folder", "DataLoader"]
+    assert all(float(cell.replace(",", "")) > 0 for row in rows[2:] for cell in row[1:3])
+
+
+def _both(rank: int, world: int) -> dict[str, Any]:
+    """Loss and embedding gradient of the head and of the textbook, on the same weights."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from cases import Work, batch, ours
+    from peers import TextbookPartialFC
+
+    work = Work(N=8, C=20, D=6, r=1.0)
+    head = ours(work)[1]
+    textbook = TextbookPartialFC(work.D, work.C, work.r)
+    textbook.weight.data.copy_(head.weight.to_local())
+    found: dict[str, Any] = {}
+    for name, module in (("head", head), ("textbook", textbook)):
+        x, labels = batch(work, world, rank)
+        loss = module(x, labels)
+        loss.backward()
+        weight = module.weight.grad
+        found[name] = [loss.item(), x.grad, weight.to_local() if name == "head" else weight]
+    return found
+
+
+def test_textbook_computes_the_same(ranks: Any) -> None:
+    for found in ranks(2).run(_both):
+        # float32, and gradients of order 100 by weights whose length is of order 0.01
+        torch.testing.assert_close(found["textbook"], found["head"], rtol=1e-3, atol=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------- classes
+
+
+def test_new_rows_are_measured(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "classes.py"),
+        "--quick",
+        "--seeds",
+        "0",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == (tmp_path / "table.md").read_text() and run.stdout.count("\n") == 5
+    for seed in json.loads((tmp_path / "results.json").read_text()).values():
+        assert list(seed) == ["fresh", "directions", "raw means"]
+        assert seed["directions"]["accuracies"][0] == seed["raw means"]["accuracies"][0], "the same directions"
+        assert seed["directions"]["length_new"] == pytest.approx(seed["directions"]["length_before"], rel=1e-4)
+        assert seed["raw means"]["length_new"] > 2 * seed["directions"]["length_new"]
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import losses
+
+    return losses
+
+
+def finished(losses: Any, name: str, seed: int, out: Path, tar: float) -> Path:
+    """A run as it would have been left, with figures of our own."""
+    run = losses.Run(name, seed, 12, out)
+    run.folder.claim(partial(save_config, to_config(train_parser(), ["--config", losses.QUICKSTART, *run.arguments])))
+    sets = [{"name": split, "tar": {"1e-3": tar, "1e-4": tar / 2}, "rank1": 1.0} for split in ("seen", "new")]
+    run.folder.write_metrics({"evaluations": sets})
+    return Path(run.folder.path)
+
+
+def test_the_settings_of_every_loss_are_valid(losses: Any, tmp_path: Path) -> None:
+    used = set()
+    for name in losses.LOSSES:
+        config = to_config(
+            train_parser(), ["--config", losses.QUICKSTART, *losses.Run(name, 0, 12, tmp_path).arguments]
+        )
+        used.add(config.head.margin)
+    assert used == set(MARGINS) - {"combined", "elastic_cos", "adaptive"}
+
+
+def test_finished_runs_are_tabled_and_not_run_again(
+    losses: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, tar in ((0, 0.8), (1, 0.9)):
+        finished(losses, "arcface", seed, tmp_path, tar)
+    finished(losses, "softmax", 0, tmp_path, 0.5)
+    began = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*/config.yaml"))]
+    losses.main(["--out", str(tmp_path), "--only", "arcface", "--seeds", "0", "1"])
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*/config.yaml"))] == began
+    out = capsys.readouterr().out
+    assert out == (tmp_path / "table.md").read_text()
+    ours, half = "0.850 (0.800–0.900)", "0.425 (0.400–0.450)"
+    ones = "1.000 (1.000–1.000)"
+    assert f"| ArcFace | {ours} | {half} | {ones} | {ours} | {half} | {ones} | 2 |" in out
+    assert "| softmax | 0.500 (0.500–0.500) |" in out, "what was run before stays in the table"
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["arcface"]["seeds"]["1"]["new"]["1e-3"] == 0.9
+    assert (tmp_path / "losses.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_with_other_settings_is_refused(losses: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = finished(losses, "arcface", 0, tmp_path, 0.8)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("scale: 32.0", "scale: 16.0"))
+    with pytest.raises(SystemExit):
+        losses.main(["--out", str(tmp_path), "--only", "arcface", "--seeds", "0"])
+    assert "head.scale = 16.0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_loss_is_trained_and_an_interrupted_run_goes_on(losses: Any, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "losses.py"),
+        "--seeds",
+        "0",
+        "--epochs",
+        "2",
+        "--only",
+        "normface",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for _ in range(2):
+        run = subprocess.run(
+            [*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=400, env=environment
+        )
+        assert run.returncode == 0, run.stderr
+        assert "| NormFace (no margin) | 0." in run.stdout
+        (folder,) = (path.parent for path in tmp_path.glob("*/metrics.json"))
+        (folder / "metrics.json").unlink()
+        assert "1 of 1: NormFace" in run.stderr
+
+
+def test_the_table_of_the_large_glyph_set_says_what_was_measured(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import glyphs_large
+
+    rows = [
+        {
+            "rate": rate,
+            "settings": [40_000, 832, 512],
+            "identities": 40_000,
+            "images": 426_331,
+            "steps": 832,
+            "seconds_per_step": 0.1 + rate,
+            "peak_private_mib": 1000 + 1234 * rate,
+            "sets": {
+                "seen": {"1e-3": rate / 2, "1e-4": None, "rank1": 0.9},
+                "new": {"1e-3": 0.5, "1e-4": 0.25, "rank1": 0.75},
+            },
+        }
+        for rate in (1.0, 0.1)
+    ]
+    lines = glyphs_large.table(rows).splitlines()
+    assert lines[2] == "| 1 | 0.500 | — | 0.900 | 0.500 | 0.250 | 0.750 | 1.100 | 2,234 MiB |"
+    assert lines[3].startswith("| 0.1 | 0.050 | — |") and lines[3].count("|") == lines[0].count("|") == lines[1].count(
+        "|"
+    )
+    assert lines[-1] == "40,000 identities, 426,331 images, 832 steps of 512, 2 ranks."
+    glyphs_large.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"

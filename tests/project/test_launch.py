@@ -1,0 +1,218 @@
+"""The launch files, each run on two CPU processes: all give the history that `accelerate launch` gives. Slurm is played by a script."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launched import MPIRUN_OPTIONS, ROOT, finish, start, succeed, succeed_together, tell_tale, tiny_run
+from runner import free_port
+
+pytestmark = pytest.mark.timeout(400)  # two or three starts of two ranks each, on machines with other work
+
+# ---------------------------------------------------------------------------------------------------- one node
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def accelerated(tiny) -> list[tuple[float, ...]]:
+    """What the others must equal."""
+    out = tiny.parent / "accelerate"
+    succeed(f"launch/accelerate.sh configs/accelerate/cpu2.yaml {tiny} --output.folder {out}")
+    history = tell_tale(out)
+    assert [row[0] for row in history] == [1, 2, 3] and len({row[1] for row in history}) == 3
+    return history
+
+
+def test_torchrun(tiny, accelerated):
+    out = tiny.parent / "torchrun"
+    succeed(f"launch/torchrun.sh {tiny} --output.folder {out}", NPROC="2", MASTER_PORT=str(free_port()))
+    assert tell_tale(out) == accelerated
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_nodes_of_one_rank(tiny, accelerated):
+    out, port = tiny.parent / "torchrun_nodes", str(free_port())
+    command = f"launch/torchrun.sh {tiny} --output.folder {out}"
+    nodes = [start(command, NPROC="1", NNODES="2", NODE_RANK=str(node), MASTER_PORT=port) for node in range(2)]
+    succeed_together(nodes)
+    assert tell_tale(out) == accelerated
+
+
+@pytest.mark.slow
+def test_accelerate_on_two_nodes_of_one_rank(tiny, accelerated):
+    out, port = tiny.parent / "accelerate_nodes", str(free_port())
+    yaml = (ROOT / "configs/accelerate/two_nodes.yaml").read_text().replace("num_processes: 16", "num_processes: 2")
+    (tiny.parent / "two_nodes.yaml").write_text(yaml)
+    command = f"launch/accelerate_nodes.sh {tiny.parent / 'two_nodes.yaml'} {tiny} --output.folder {out}"
+    nodes = [start(command, MACHINE_RANK=str(node), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for node in range(2)]
+    succeed_together(nodes)
+    assert tell_tale(out) == accelerated
+
+
+def test_mpirun(tiny, accelerated):
+    out = tiny.parent / "mpirun"
+    succeed(f"launch/mpirun.sh {tiny} --output.folder {out}", RANKS="2", MPIRUN_OPTIONS=MPIRUN_OPTIONS)
+    assert tell_tale(out) == accelerated
+
+
+@pytest.mark.slow
+def test_elastic_torchrun_goes_on_after_a_rank_is_killed(tiny, accelerated):
+    """A rank kills itself once, when the second step has been saved; the restarted run ends with the history of one that never stopped."""
+    out = tiny.parent / "elastic"
+    (tiny.parent / "sitecustomize.py").write_text(KILLER)
+    where = f"{tiny.parent}{os.pathsep}{ROOT}"
+    command = f"launch/torchrun_elastic.sh {tiny} --output.folder {out} --train.checkpoint_steps 1"
+    told = succeed(command, NPROC="2", PYTHONPATH=where, KILLED=str(tiny.parent / "killed"))
+    assert (tiny.parent / "killed").exists()
+    assert "resuming after epoch 0, step 2" in told or "resuming after epoch 0, step 1" in told
+    assert tell_tale(out) == accelerated
+
+
+KILLER = """
+import os, pathlib, signal, sys
+if os.environ.get("RANK") == "1":
+    from importlib.abc import MetaPathFinder
+    class Watch(MetaPathFinder):  # until the trainer is imported
+        def find_spec(self, name, path, target=None):
+            if name != "partial_fc.training.trainer":
+                return None
+            sys.meta_path.remove(self)
+            from partial_fc import Checkpointer
+            save, killed = Checkpointer.save, pathlib.Path(os.environ["KILLED"])
+            def wrapped(self, step, **named):
+                save(self, step, **named)
+                if step == 2 and not killed.exists():
+                    killed.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            Checkpointer.save = wrapped
+    sys.meta_path.insert(0, Watch())
+"""
+
+
+# ---------------------------------------------------------------------------------------------------- DeepSpeed, FSDP2
+
+
+def close(run: Path, accelerated: list[tuple[float, ...]]) -> None:
+    """Equal to the rounding of the engine's sums."""
+    assert [row[1] for row in tell_tale(run)] == pytest.approx([row[1] for row in accelerated], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)]
+)
+def test_accelerate_with_another_engine(tiny, accelerated, engine):
+    out, file = tiny.parent / engine, tiny.parent / f"{engine}.yaml"
+    file.write_text(
+        (ROOT / f"configs/accelerate/{engine}.yaml").read_text().replace("num_processes: 8", "num_processes: 2")
+    )
+    succeed(f"launch/accelerate.sh {file} {tiny} --output.folder {out}", DS_ACCELERATOR="cpu")
+    close(out, accelerated)
+    assert (
+        f"<td>{'FSDP2' if engine == 'fsdp2' else f'DeepSpeed ZeRO-{engine[-1]}'}</td>"
+        in (out / "report.html").read_text()
+    )
+
+
+@pytest.mark.parametrize("file", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_deepspeed(tiny, accelerated, file):
+    out = tiny.parent / f"deepspeed_{file}"
+    options = f"--num_gpus 2 --master_port {free_port()}"
+    command = f"launch/deepspeed.sh configs/deepspeed/{file}.json {tiny} --output.folder {out}"
+    succeed(command, DEEPSPEED_OPTIONS=options, DS_ACCELERATOR="cpu")
+    close(out, accelerated)
+    assert f"<td>DeepSpeed ZeRO-{file[-1]}</td>" in (out / "report.html").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- Slurm
+
+# srun as far as a task can see it: it starts SLURM_NTASKS tasks with the variables of a step, and fails if one does
+SRUN = f"""#!{sys.executable}
+import os, subprocess, sys
+command = [word for word in sys.argv[1:]]
+while command[0].startswith("--"):
+    command.pop(0)
+tasks = int(os.environ["SLURM_NTASKS"])
+started = []
+for task in range(tasks):
+    step = {{"SLURM_STEP_ID": "0", "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task), "SLURM_NODEID": "0",
+            "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_TASKS_PER_NODE": str(tasks), "SLURM_STEP_NODELIST": "node[7-8]"}}
+    started.append(subprocess.Popen(command, env={{**os.environ, **step}}))
+sys.exit(max(task.wait() for task in started))
+"""
+SCONTROL = """#!/bin/sh
+[ "$1" = requeue ] && { echo "queued $2 again"; exit 0; }
+[ "$*" = "show hostnames node[7-8]" ] || exit 1
+echo localhost
+echo node8
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path) -> dict[str, str]:
+    """The environment of a batch job of two tasks: `srun` and `scontrol` on the PATH, Slurm's variables."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join((str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]))
+    job = {
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
+    return {"PATH": path, **job}
+
+
+def test_slurm(tiny, accelerated, slurm):
+    out = tiny.parent / "slurm"
+    command = f"bash launch/slurm.sbatch {tiny} --output.folder {out}"
+    told = succeed(command, **slurm)
+    assert told.count("Results are in") == 1
+    assert tell_tale(out) == accelerated
+    again = succeed(command, **{**slurm, "SLURM_JOB_ID": str(free_port())})
+    assert "resuming after epoch 1, step 3" in again, "a job that is queued again goes on with its run"
+    assert tell_tale(out) == accelerated
+
+
+@pytest.mark.slow
+def test_slurm_queues_a_job_again_that_was_asked_to_stop(tiny, accelerated, slurm):
+    out = tiny.parent / "slurm_asked"
+    command = f"bash launch/slurm.sbatch {tiny} --output.folder {out}"
+    code, told, _ = finish(start(command, **slurm, PARTIAL_FC_FAULTS="usr1:forward@step=2,rank=1"))
+    assert code == 75 and told.count(f"queued {slurm['SLURM_JOB_ID']} again") == 1
+    again = succeed(command, **{**slurm, "SLURM_JOB_ID": str(free_port())})
+    assert "resuming after epoch 0, step 2" in again and "queued" not in again
+    assert tell_tale(out) == accelerated
+
+
+def test_slurm_options_are_those_of_sbatch():
+    lines = re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (ROOT / "launch/slurm.sbatch").read_text(), re.MULTILINE)
+    options = dict(lines)
+    assert set(options) == {
+        "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "distribution", "requeue", "signal", "output",
+    }  # fmt: skip
+    assert options["ntasks-per-node"] == options["gpus-per-node"]  # a task a GPU
+    assert options["distribution"] == "block"  # neighbouring ranks on one node, as head.replicas wants them
+
+
+def test_the_launch_files_name_their_arguments():
+    for path in sorted((ROOT / "launch").glob("*.s*")):
+        text = path.read_text()
+        if path.name == "env.sh":
+            continue
+        assert os.access(path, os.X_OK), path
+        assert "partial_fc train" in text.splitlines()[-1], f"{path.name} does not end in the entry point"
+        assert sum(line.strip() != "" and not line.startswith("#") for line in text.splitlines()) <= 6, (
+            f"{path.name} has grown logic"
+        )
+        assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0

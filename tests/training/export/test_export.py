@@ -1,0 +1,526 @@
+"""Exported backbones: they equal the backbone in torch, their description suffices to feed them, and a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from partial_fc.training.backbones import BACKBONES, build_backbone
+from partial_fc.training.backbones.small import SmallBackbone
+from partial_fc.training.cli.main import main, train_parser
+from partial_fc.training.config import to_config
+from partial_fc.training.data import FolderIdentities
+from partial_fc.training.errors import UserError
+from partial_fc.training.export import export
+from partial_fc.training.export.export import BATCHES, TOLERANCE, compare, export_backbone, load_exported_backbone
+from partial_fc.training.export.spec import USAGE
+from partial_fc.training.results import embed_images, load_backbone
+from partial_fc.training.run import CONFIG, RunFolder
+
+ROOT = Path(__file__).parents[3]
+TINY = ["--train.epochs", "1", "--train.cpu", "true", "--backbone.embedding_size", "16"]
+
+
+def train(folder: Path, *settings: str) -> Path:
+    assert main(["train", "--output.folder", str(folder), *TINY, *settings]) == 0
+    return folder
+
+
+def pictures(root: Path, identities: int = 4, images: int = 3) -> Path:
+    """Pictures of every kind that differs on its way to 8 bits of grey or colour, none of them square."""
+    rng = np.random.default_rng(0)
+    for identity in range(identities):
+        (root / f"id{identity}").mkdir(parents=True)
+        color = rng.integers(0, 255, (1, 1, 3))
+        for k in range(images):
+            size = (40 + 13 * k, 33 + 5 * identity, 3)
+            picture = Image.fromarray(np.clip(color + rng.integers(-90, 90, size), 0, 255).astype(np.uint8))
+            path = root / f"id{identity}" / f"{k}.png"
+            if identity == 1:
+                Image.fromarray(rng.integers(0, 65535, size[:2]).astype(np.uint16)).save(path)
+            elif identity == 2:
+                picture.quantize(16).save(path)
+            elif identity == 3 and k == 0:
+                picture.putalpha(100)
+                picture.save(path)
+            elif identity == 3:
+                exif = Image.Exif()
+                exif[0x0112] = 6  # "turn me", which the application does not
+                picture.save(path.with_suffix(".jpg"), exif=exif)
+            else:
+                picture.save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run on a few glyphs."""
+    return train(tmp_path_factory.mktemp("glyphs") / "run", "--data.identities", "20", "--train.batch_size", "64")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return pictures(tmp_path_factory.mktemp("pictures") / "data")
+
+
+def folder_run(folder: Path, data: Path, *settings: str) -> Path:
+    return train(folder, "--data.folder", str(data), "--train.batch_size", "6", *settings)
+
+
+def tree(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def copied(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def in_torch(run: Path, shape: tuple[int, int, int]) -> nn.Module:
+    config = to_config(train_parser(), ["--config", str(run / CONFIG)])
+    return load_backbone(RunFolder(run), config, shape).eval()
+
+
+# ---------------------------------------------------------------------------------------------------- what is exported
+
+
+def test_the_command_writes_and_tells(run, tmp_path, capsys):
+    out = tmp_path / "new" / "exported"
+    assert main(["export-backbone", str(run), "--output", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} == {"backbone.onnx", "backbone.safetensors", "preprocessing.json"}
+    assert tree(tmp_path) == {tmp_path / "new", out, *out.iterdir()}
+    for path in out.iterdir():
+        assert f"{path.name}: {path.stat().st_size:,} bytes" in said
+    assert "12 images of seen, new" in said
+    figures = re.search(
+        r"backbone\.onnx: (\S+) in a batch of 1, (\S+) in a batch of 3, (\S+) in a batch of 8; allowed is 1e-04", said
+    )
+    assert figures is not None and all(float(each) < TOLERANCE for each in figures.groups())
+    assert (out.stat().st_mode & 0o777) == (run.stat().st_mode & 0o777), "made with the rights of any new folder"
+
+
+def test_the_state_dict_is_the_runs_and_says_how_to_rebuild_the_module(run, tmp_path):
+    export_backbone(run, tmp_path / "out", ["safetensors"])
+    with safe_open(tmp_path / "out" / "backbone.safetensors", framework="pt") as file:
+        said = file.metadata()
+    assert {
+        key: said[key] for key in ("architecture", "embedding_size", "image_shape", "partial_fc_format", "step")
+    } == {
+        "architecture": "small",
+        "embedding_size": "16",
+        "image_shape": "[1, 32, 32]",
+        "partial_fc_format": "1",
+        "step": "3",
+    }
+    loaded, trained = load_exported_backbone(tmp_path / "out"), in_torch(run, (1, 32, 32))
+    assert not loaded.training
+    assert loaded.state_dict().keys() == trained.state_dict().keys()
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in loaded.state_dict().items())
+    assert int(loaded.features.num_batches_tracked) == 3
+
+
+def test_the_graph_has_the_promised_interface_and_no_trace_of_the_machine(run, tmp_path):
+    export_backbone(run, tmp_path / "out", ["onnx"])
+    path = tmp_path / "out" / "backbone.onnx"
+    assert {p.name for p in path.parent.iterdir()} == {"backbone.onnx", "preprocessing.json"}
+    assert str(ROOT).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
+    assert [(each.domain, each.version) for each in onnx.load(path).opset_import] == [("", 18)]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (images,), (embeddings,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, images.shape) == ("images", "tensor(float)", ["n", 1, 32, 32])
+    assert (embeddings.name, embeddings.type, embeddings.shape) == ("embeddings", "tensor(float)", ["n", 16])
+
+
+def test_the_description_names_the_run(run, tmp_path):
+    export_backbone(run, tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
+    digest = subprocess.run(["sha256sum", run / CONFIG], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert (said["run"]["name"], said["run"]["config_sha256"], said["run"]["step"], said["run"]["epoch"]) == (
+        "run",
+        digest,
+        3,
+        1,
+    )
+    assert (said["channels"], said["height"], said["width"], said["embedding_size"], said["opset"]) == (
+        1,
+        32,
+        32,
+        16,
+        18,
+    )
+    assert set(said["largest_difference_from_torch"]["onnx"]) == {"1", "3", "8"}
+    assert str(tmp_path) not in json.dumps(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("small", 112), ("iresnet18", 32), pytest.param("iresnet18", 112, marks=pytest.mark.slow)]
+)
+def test_every_backbone_exports(name, size, data, tmp_path):
+    run = folder_run(tmp_path / "run", data, "--backbone.name", name, "--data.image_size", str(size))
+    made = export_backbone(run)
+    assert made.folder == run / "exported"
+    assert max(made.differences["onnx"].values()) < TOLERANCE
+    images = torch.randn(5, 3, size, size).clamp(-1, 1)
+    session = onnxruntime.InferenceSession(made.folder / "backbone.onnx", providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(["embeddings"], {"images": images.numpy()})[0])
+    with torch.no_grad():
+        wanted = in_torch(run, (3, size, size))(images)
+    assert (wanted[0] - wanted[1]).abs().max() > 100 * TOLERANCE * wanted.abs().max(), (
+        "images are told apart by more than is allowed"
+    )
+    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE * float(wanted.abs().max()))
+
+
+class Tied(SmallBackbone):
+    """Two names of one weight."""
+
+    def __init__(self, **sizes: object) -> None:
+        super().__init__(**sizes)
+        self.again = self.fc
+
+
+def test_tied_weights_are_exported(tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "tied", Tied)
+    run = train(tmp_path / "run", "--data.identities", "20", "--train.batch_size", "64", "--backbone.name", "tied")
+    export_backbone(run, tmp_path / "out")
+    loaded = load_exported_backbone(tmp_path / "out")
+    assert loaded.again is loaded.fc
+    assert torch.equal(loaded.fc.weight, in_torch(run, (1, 32, 32)).fc.weight)
+
+
+def test_few_images_suffice_and_damaged_ones_are_passed_over(run, tmp_path):
+    folder = pictures(tmp_path / "few", 1, 3)
+    (folder / "id0" / "0.png").write_bytes(b"this is no picture")
+    made = export_backbone(run, tmp_path / "out", ["onnx"], [folder])
+    assert made.checked_on == f"2 images of {folder}"
+    assert list(made.differences["onnx"]) == list(BATCHES)
+
+
+# ---------------------------------------------------------------------------------------------------- from a file to an embedding
+
+WITHOUT_THE_PROJECT = """
+import json, sys
+sys.modules["partial_fc"] = sys.modules["torch"] = None
+names = {}
+exec("\\n".join(json.load(open("exported/preprocessing.json"))["usage"]["onnx"]), names)
+names["np"].save("found.npy", names["embed"](sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_description_alone_gives_the_embeddings_of_the_evaluation(channels, data, tmp_path):
+    run = folder_run(tmp_path / "run", data, "--data.image_size", "32", "--data.channels", str(channels))
+    export_backbone(run, tmp_path / "exported")
+    config = to_config(train_parser(), ["--config", str(run / CONFIG)])
+    images = FolderIdentities(data, 32, channels)
+    accelerator = Accelerator(cpu=True)
+    wanted, _ = embed_images(
+        in_torch(run, images.image_shape), images, "data", accelerator, config, RunFolder(tmp_path)
+    )
+    files = [str(data / images.name_of(index)) for index in range(len(images))]
+    subprocess.run([sys.executable, "-I", "-c", WITHOUT_THE_PROJECT, *files], cwd=tmp_path, check=True, timeout=120)
+    found = torch.from_numpy(np.load(tmp_path / "found.npy"))
+    assert found.shape == (12, 16)
+    wanted = F.normalize(wanted)
+    assert torch.pdist(wanted).min() > 1e-3
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_the_lines_of_the_page_are_those_of_the_file_and_run(data, run, tmp_path, monkeypatch):
+    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    assert first == USAGE["onnx"]
+    export_backbone(run, tmp_path / "exported")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(first, "export.md", "exec"), names)
+    file = data / "id0" / "0.png"
+    exec(compile(second, "export.md", "exec"), names)
+    with torch.no_grad():
+        wanted = F.normalize(names["backbone"](torch.from_numpy(names["prepare"](file))[None]))
+    torch.testing.assert_close(torch.from_numpy(names["embed"]([file])), wanted, rtol=0, atol=1e-5)
+    names["images"] = torch.zeros(2, 1, 32, 32)
+    exec(compile(USAGE["safetensors"], "preprocessing.json", "exec"), names)
+    assert names["embeddings"].shape == (2, 16)
+
+
+# ---------------------------------------------------------------------------------------------------- what cannot be exported
+
+
+def refused(arguments: list[str], tmp_path: Path, capsys) -> str:
+    """The one line that the command says; nothing may have changed."""
+    before = tree(tmp_path)
+    capsys.readouterr()
+    assert main(["export-backbone", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("partial-fc: error: ") and err.count("\n") == 1, err
+    assert "written" not in out
+    assert tree(tmp_path) == before, "something was left behind"
+    return err
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "no run", "no checkpoint", "unfinished checkpoint", "existing output",
+        "empty output", "output is a file", "output below a file", "output in /proc",
+        "unknown format", "no format", "no run named", "missing data", "data unreadable", "own data gone", "several ranks",
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_leaves_nothing(kind, run, data, tmp_path, capsys, monkeypatch):
+    run, out = copied(run, tmp_path), tmp_path / "out"
+    arguments, expected = [str(run), "--output", str(out)], ""
+    if kind == "no run":
+        arguments, expected = [str(tmp_path)], "is no run folder"
+    elif kind == "no checkpoint":
+        shutil.rmtree(run / "checkpoints")
+        expected = "has no complete checkpoint"
+    elif kind == "unfinished checkpoint":
+        for manifest in run.glob("checkpoints/*/manifest.json"):
+            manifest.unlink()
+        expected = "has no complete checkpoint"
+    elif kind == "existing output":
+        (out / "mine").mkdir(parents=True)
+        expected = f"{out} exists already; name another folder with --output"
+    elif kind == "empty output":
+        out.mkdir()
+        expected = "exists already"
+    elif kind == "output is a file":
+        out.write_text("mine")
+        expected = "exists already"
+    elif kind == "output below a file":
+        out.write_text("mine")
+        arguments, expected = [str(run), "--output", str(out / "below")], "cannot be "
+    elif kind == "output in /proc":
+        arguments, expected = (
+            [str(run), "--output", "/proc/exported"],
+            "the output folder /proc/exported cannot be made",
+        )
+    elif kind == "unknown format":
+        arguments, expected = (
+            [*arguments, "--formats", "onnx", "tflite"],
+            "unknown format 'tflite'; choose among safetensors, onnx",
+        )
+    elif kind == "no format":
+        arguments, expected = [*arguments, "--formats"], "--formats"
+    elif kind == "no run named":
+        arguments, expected = ["--output", str(out)], "RUN"
+    elif kind == "missing data":
+        arguments, expected = (
+            [*arguments, "--data", str(tmp_path / "nowhere")],
+            "nowhere does not exist; check --data\n",
+        )
+    elif kind == "data unreadable":
+        folder = tmp_path / "bad" / "a"
+        folder.mkdir(parents=True)
+        (folder / "0.png").write_bytes(b"this is no picture")
+        arguments, expected = [*arguments, "--data", str(tmp_path / "bad")], "no image of"
+    elif kind == "own data gone":
+        (tmp_path / "moved").mkdir()
+        shutil.copytree(data, tmp_path / "data")
+        other = folder_run(tmp_path / "other", tmp_path / "data", "--data.image_size", "32")
+        shutil.rmtree(tmp_path / "data")
+        arguments, expected = [str(other), "--output", str(out)], "files to check the export with: --data"
+    else:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr("partial_fc.training.cli.main.find_ranks", lambda: None)  # which looks for the other rank
+        expected = "the work of one process"
+    assert expected in refused(arguments, tmp_path, capsys)
+
+
+def test_a_run_whose_data_are_gone_is_exported_with_others(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    run = folder_run(tmp_path / "run", tmp_path / "data", "--data.image_size", "32")
+    shutil.rmtree(tmp_path / "data")
+    assert export_backbone(run, data=[data, data]).checked_on == f"12 images of {data}"
+
+
+@pytest.mark.parametrize("module", ["safetensors.torch", "onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named(module, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    said = refused([str(run), "--output", str(tmp_path / "out")], tmp_path, capsys)
+    assert f"{module}, which is missing: pip install 'partial_fc[export]'" in said
+
+
+def test_a_format_asks_for_its_own_packages_alone(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert list(export_backbone(run, tmp_path / "a", ["safetensors"]).differences) == ["safetensors"]
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert list(export_backbone(run, tmp_path / "b", ["onnx"]).differences) == ["onnx"]
+
+
+def test_a_run_in_half_precision_is_exported_without_a_gpu(run, tmp_path):
+    run = copied(run, tmp_path)
+    settings = (run / CONFIG).read_text()
+    assert "mixed_precision: 'no'" in settings
+    (run / CONFIG).write_text(settings.replace("mixed_precision: 'no'", "mixed_precision: fp16"))
+    assert max(export_backbone(run, formats=["safetensors"]).differences["safetensors"].values()) == 0
+
+
+WITH_A_FULL_DISK = """
+import resource, sys
+from partial_fc.training.cli.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("format", ["safetensors", "onnx"])
+def test_a_disk_that_fails_leaves_nothing(format, run, tmp_path):
+    command = [sys.executable, "-c", WITH_A_FULL_DISK, "export-backbone", str(run), "--output", str(tmp_path / "out")]
+    result = subprocess.run([*command, "--formats", format], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "File too large" in result.stderr and result.stderr.count("\n") == 1
+    assert tree(tmp_path) == set()
+
+
+class Branch(SmallBackbone):
+    def forward(self, images: Tensor) -> Tensor:
+        out = super().forward(images)
+        return out if float(out.sum()) > 0 else -out
+
+
+class NoSuchOperation(SmallBackbone):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + torch.linalg.qr(images.flatten(1).T @ images.flatten(1))[1].sum()
+
+
+class BatchOfTwo(SmallBackbone):
+    """Exports, but for the batch that it was traced with."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.reshape(2, 1, 32, 32) if torch.compiler.is_exporting() else images)
+
+
+class OtherWhenExported(SmallBackbone):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * (1.001 if torch.compiler.is_exporting() else 1.0)
+
+
+class NotFinite(SmallBackbone):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) / 0
+
+
+class TooWide(SmallBackbone):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).repeat(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "expected"),
+    [
+        (Branch, "cannot be expressed in ONNX (opset 18): Could not guard on data-dependent expression"),
+        (NoSuchOperation, "cannot be expressed in ONNX (opset 18): No ONNX function found for"),
+        (BatchOfTwo, "would be exported for batches of 2 alone: its code fixes the number of images"),
+        (
+            OtherWhenExported,
+            "backbone.onnx differs from the backbone in torch by 1.0e-03 of the largest coordinate on a batch of 1",
+        ),
+        (NotFinite, "gives no finite embeddings"),
+        (TooWide, "gives no finite embeddings [n, 16]"),
+    ],
+)
+def test_a_backbone_that_cannot_be_exported_leaves_nothing(backbone, expected, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "small", backbone)
+    assert expected in refused([str(run), "--output", str(tmp_path / "out")], tmp_path, capsys)
+
+
+def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        assert len(tree(tmp_path)) > 1, "files are there, under another name"
+        assert not (tmp_path / "out").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "run_onnx", interrupted)
+    assert main(["export-backbone", str(run), "--output", str(tmp_path / "out")]) == 130
+    assert tree(tmp_path) == set()
+
+
+def test_an_output_that_appears_meanwhile_is_left_alone(run, tmp_path, monkeypatch):
+    describe = export.describe
+
+    def meanwhile(*arguments: object) -> object:
+        (tmp_path / "out").mkdir()
+        return describe(*arguments)
+
+    monkeypatch.setattr(export, "describe", meanwhile)
+    with pytest.raises(UserError, match="exists already"):
+        export_backbone(run, tmp_path / "out", ["safetensors"])
+    assert tree(tmp_path) == {tmp_path / "out"}
+
+
+def test_a_checkpoint_that_appears_meanwhile_is_noticed(run, tmp_path, monkeypatch):
+    run = copied(run, tmp_path)
+    build = BACKBONES["small"]
+
+    def meanwhile(**sizes: object) -> nn.Module:
+        (only,) = (run / "checkpoints").glob("step-*")
+        shutil.copytree(only, run / "checkpoints" / "step-000099999")
+        return build(**sizes)
+
+    monkeypatch.setitem(BACKBONES, "small", meanwhile)
+    with pytest.raises(UserError, match="got a new checkpoint while it was read"):
+        export_backbone(run, tmp_path / "out")
+
+
+def test_the_comparison_is_relative_and_knows_what_is_no_number():
+    truth = [torch.tensor([[1000.0, -2.0]])]
+    assert compare([truth[0] + 0.05], truth, "x") == {1: pytest.approx(5e-5, rel=1e-2)}
+    with pytest.raises(UserError, match=r"x differs .* by 2\.0e-04 .*allowed is 1e-04"):
+        compare([truth[0] + 0.2], truth, "x")
+    with pytest.raises(UserError, match="by nan"):
+        compare([truth[0] * torch.nan], truth, "x")
+    with pytest.raises(UserError, match=r"gives \[1, 1\] where the backbone gives \[1, 2\]"):
+        compare([truth[0][:, :1]], truth, "x")
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("missing", "has no backbone.safetensors"),
+        ("cut", "is damaged"),
+        ("foreign", "has format None, this version reads 1"),
+        ("newer", "has format 2, this version reads 1"),
+        ("unregistered", "unknown backbone 'mine'"),
+        ("other size", "does not fit its own description"),
+        ("no shape", "does not fit its own description"),
+    ],
+)
+def test_what_cannot_be_loaded_says_why(kind, expected, tmp_path):
+    path = tmp_path / "backbone.safetensors"
+    said = {"partial_fc_format": "1", "architecture": "small", "embedding_size": "16", "image_shape": "[1, 32, 32]"}
+    state = build_backbone("small", image_shape=(1, 32, 32), embedding_size=16).state_dict()
+    changes = {
+        "newer": {"partial_fc_format": "2"},
+        "unregistered": {"architecture": "mine"},
+        "other size": {"embedding_size": "8"},
+    }
+    said |= changes.get(kind, {})
+    if kind == "no shape":
+        del said["image_shape"]
+    if kind != "missing":
+        save_file(state, path, None if kind == "foreign" else said)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=re.escape(expected)):
+        load_exported_backbone(tmp_path)
