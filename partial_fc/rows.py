@@ -29,17 +29,6 @@ from partial_fc.step_record import StepRecord
 UpdateRows = Callable[[int, int, list[Tensor]], None]  # local rows a to b, their gradients: one tensor a parameter
 
 
-class RowUpdater(Protocol):
-    """What a loss knows of the `RowOptimizer` that moves its rows."""
-
-    update_in_backward: bool
-
-    @property
-    def moved_in_backward(self) -> bool: ...
-
-    def begin_update_in_backward(self) -> UpdateRows: ...
-
-
 class HasClassRows(Protocol):
     """A `PartialFC` or `CenterLoss`."""
 
@@ -76,7 +65,7 @@ class ClassRows:
 
     @property
     def live_optimizer(self) -> Any:
-        """The `RowOptimizer` that takes these gradients (a `RowUpdater`), or None."""
+        """The `RowOptimizer` that takes these gradients, or None."""
         return None if self.optimizer is None else self.optimizer()
 
     @property

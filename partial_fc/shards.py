@@ -6,9 +6,6 @@ the last ranks shorter, possibly empty. Rank `r` owns the global class ids `[lo,
 With a process group every sharded parameter is a `DTensor [C, ...]`, `Shard(0)` over a mesh of the group (and `Replicate` over the
 first dimension of a 2-D mesh). The maths runs on the local tensor; the DTensor is there for what surrounds it: DDP, Accelerate, ZeRO
 and FSDP refuse to wrap it instead of broadcasting or averaging it, and distributed checkpoints reshard it to any world size.
-
-Initial weights are keyed by the global class id and the seed, never by the rank or the global random state, so every world size starts
-from the same matrix.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from partial_fc.distributed.ranks import Ranks
-from partial_fc.sampling import mix
 
 INIT_BLOCK = 1024  # rows drawn by one generator; part of the format of a seed, so never to be changed
 
@@ -97,22 +93,3 @@ def _mesh(ranks: Ranks, device_type: str) -> DeviceMesh | None:
 def local_part(tensor: Tensor) -> Tensor:
     """The rows on this rank of a DTensor; a plain tensor as it is. Differentiable."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def initial_rows(lo: int, hi: int, row_shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:
-    """Rows `[lo, hi)` of the initial matrix, float32 `[hi - lo, *row_shape]`, normal with deviation `std`.
-
-    Drawn in fixed blocks of 1,024 rows with a generator each, keyed by (seed, block), because `normal_` draws other numbers for another
-    size of tensor: any rank can draw any rows, and all agree.
-    """
-    cpu = torch.device("cpu")  # whatever the default device and dtype are: the draw is part of the meaning of a seed
-    out = torch.empty(hi - lo, *row_shape, device=cpu, dtype=torch.float32)
-    for block in range(lo // INIT_BLOCK, -(-hi // INIT_BLOCK)):
-        start = block * INIT_BLOCK
-        generator = torch.Generator(cpu).manual_seed(mix(seed, block))
-        rows = torch.empty(INIT_BLOCK, *row_shape, device=cpu, dtype=torch.float32).normal_(
-            0.0, std, generator=generator
-        )
-        a, b = max(lo, start), min(hi, start + INIT_BLOCK)
-        out[a - lo : b - lo] = rows[a - start : b - start]
-    return out

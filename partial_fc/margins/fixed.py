@@ -1,4 +1,4 @@
-"""Margins that are the same for every sample: ArcFace, CosFace and their relatives."""
+"""Margins that are the same for every sample: cos(m1·θ + m2) − m3, of which ArcFace, CosFace, SphereFace and NormFace are cases."""
 
 from __future__ import annotations
 
@@ -8,10 +8,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from partial_fc.margins.base import Margin, angular, require
+from partial_fc.margins.base import Margin, require
 from partial_fc.margins.positives import Positives
 
 Gradient = Literal["exact", "straight_through"]
+
+
+def angular(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
+    """cos(factor · θ + added) `[P]`, continued monotonically past π; 1 where the argument is below 0. added: radians, a number or `[P]`."""
+    # acos has infinite slope at ±1: a step inside, the slope stays finite. The step is the dtype's resolution of an angle near 0,
+    # so the value is unharmed: cos changes by at most its own rounding.
+    edge = 1 - torch.finfo(cosine.dtype).eps
+    theta = torch.acos(cosine.clamp(-edge, edge))
+    beyond = (cosine < -edge) | (cosine > edge)
+    argument = (factor * theta + added).clamp(min=0)
+    turns = torch.floor(argument.detach() / math.pi)
+    extended = torch.where(turns % 2 == 0, 1.0, -1.0) * torch.cos(argument) - 2 * turns
+    # a clamped cosine passes no gradient; it gets that of cos θ itself, which is 1
+    return extended + torch.where(beyond, 1.0, 0.0) * (cosine - cosine.detach())
 
 
 class CombinedMargin(Margin):
@@ -79,34 +93,3 @@ class NormFace(CombinedMargin):
 
     def __init__(self, scale: float = 64.0) -> None:
         super().__init__(scale, m2=0.0)
-
-
-class Softmax(Margin):
-    """A plain linear classifier, `w·x + b`: features and weights as they are, no scale. bias: whether there is a b."""
-
-    normalize = False
-
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__(scale=1.0)
-        self.bias = bias
-
-    def target(self, cosine: Tensor, positives: Positives | None = None) -> Tensor:
-        return cosine
-
-
-class SubCenterArcFace(ArcFace):
-    """cos(θ + m) with K centers a class (Deng et al., "Sub-center ArcFace", ECCV 2020, equations 3 and 4): cos θ_j = max_k x·w_jk.
-
-    The head's weight is `[C, K, D]`; a sample's gradient goes to the nearest center of each class. centers: K >= 1.
-    """
-
-    def __init__(
-        self, scale: float = 64.0, margin: float = 0.5, centers: int = 3, gradient: Gradient = "exact"
-    ) -> None:
-        super().__init__(scale, margin, gradient)
-        require(
-            "centers, the rows a class has, must be a whole number of at least 1",
-            centers,
-            isinstance(centers, int) and centers >= 1,
-        )
-        self.centers = centers

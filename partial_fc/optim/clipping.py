@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.nonfinite.step_check import decide, local_flags, others, rows_of
-from partial_fc.optim.row_update import HALF
+from partial_fc.optim.row_state import HALF
 from partial_fc.rows import ClassRows, HasClassRows
 from partial_fc.shards import local_part
 
@@ -36,8 +36,7 @@ def clip_grad_norm_(
     """Clip the gradients of replicated parameters and sharded heads by their one global norm; return the norm before.
 
     It checks the step, as `check_gradients` does: if a loss or the norm is not finite on any rank, NonFiniteError is raised
-    on all, or `head.skipped` becomes True on all and the gradients are forgotten. With a GradScaler, call it after
-    unscale_().
+    on all, or `head.skipped` becomes True on all and the gradients are forgotten. With a GradScaler, call it after unscale_().
 
     Args:
         parameters: of the backbone, replicated (counted once) or FSDP2's DTensors (summed over their shards); parameters
@@ -100,7 +99,8 @@ def _norm(grad: Tensor, norm_type: float) -> Tensor:
 def _norm_over_ranks(rows: ClassRows, norm_type: float, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return (norm of all shards, flags of any rank): one collective, and one more between replicas if there are flags."""
     ranks = rows.shards.ranks
-    parts = [_norm(grad, norm_type) for grad in map(local_part, _grads(rows)) if grad.numel()]
+    grads = [local_part(carrier.grad) for carrier in rows.carriers if carrier.grad is not None]
+    parts = [_norm(grad, norm_type) for grad in grads if grad.numel()]
     norm = torch.zeros((), dtype=torch.float64, device=rows.device)
     if parts:
         norm = torch.linalg.vector_norm(torch.stack(parts), norm_type)
@@ -120,7 +120,3 @@ def _norm_over_ranks(rows: ClassRows, norm_type: float, flags: Tensor | None) ->
             with naming_the_missing(NORM, ranks.replica_group):
                 dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.replica_group)
     return numbers[0] if largest else numbers[0].pow(1 / norm_type), flags
-
-
-def _grads(rows: ClassRows) -> list[Tensor]:
-    return [carrier.grad for carrier in rows.carriers if carrier.grad is not None]

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc.optim.optimizer_class import is_row_state, trial
-from partial_fc.optim.row_update import COUNT, HALF, MASTER
 from partial_fc.rows import ClassRows
 from partial_fc.shards import local_part
+
+HALF = (torch.bfloat16, torch.float16)
+MASTER = "master_weight"  # state of this package's own, beside that of the wrapped class
+COUNT = "rounding_step"
 
 
 class RowState(torch.optim.Optimizer):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.softmax.inputs import Selection
-from partial_fc.softmax.workspace import Workspace
+from partial_fc.softmax.tiles import Workspace, mask_targets
 
 TINY = 1e-12  # a vector shorter than this has no direction: its cosines are 0 and it gets no gradient
 
@@ -41,7 +41,7 @@ def tangent(grad: Tensor, direction: Tensor, inverse: Tensor, out: Tensor) -> Te
 class RowTiles:
     """The selected class rows of this rank, tile by tile, in the dtype of the statistics.
 
-    weight: `[C_local, D]` or `[C_local, K, D]`. selected: sorted local classes, or None for all. normalize: give
+    weight: `[C_local, D]` or `[C_local, K, D]`. index: sorted rows of the flat weight, or None for all. normalize: give
     directions; else rows as they are. Rows that are picked out of the shard are gathered once a forward, into the memory
     that their gradient will take in backward.
     """
@@ -50,8 +50,7 @@ class RowTiles:
         self,
         weight: Tensor,
         bias: Tensor | None,
-        selected: Tensor | None,
-        centers: int,
+        index: Tensor | None,
         normalize: bool,
         dtype: torch.dtype,
         workspace: Workspace,
@@ -59,14 +58,14 @@ class RowTiles:
     ) -> None:
         self.weight = weight.reshape(-1, weight.shape[-1])
         self.bias = bias
+        self.index = index
         self.dtype = dtype
         self.workspace = workspace
-        self.index = None if selected is None else _rows_of_classes(selected, centers)
-        self.count = len(self.weight) if self.index is None else len(self.index)
+        self.count = len(self.weight) if index is None else len(index)
         self.inverse = weight.new_empty(self.count, 1, dtype=dtype) if normalize else None
         self.measured = False  # the lengths of all tiles are known
         self.held: Tensor | None = None  # directions of gathered rows
-        if self.index is not None and needs_grad and weight.dtype == dtype:
+        if index is not None and needs_grad and weight.dtype == dtype:
             self.held = self.gradient_memory(self.count)
 
     def gradient_memory(self, length: int) -> Tensor:
@@ -114,13 +113,6 @@ class RowTiles:
             yield a, min(a + size, self.count)
 
 
-def _rows_of_classes(classes: Tensor, centers: int) -> Tensor:
-    """Return the rows `[n · K]` of the K sub-centers of each class `[n]`."""
-    if centers == 1:
-        return classes
-    return (classes[:, None] * centers + torch.arange(centers, device=classes.device)).reshape(-1)
-
-
 @dataclass(frozen=True)
 class OwnTargets:
     """The P = N · L targets of all samples as this rank sees them, in the order of the samples."""
@@ -146,3 +138,8 @@ class OwnTargets:
         if each > 1:
             sample = sample.repeat_interleave(each)
         return cls(sample, first, first, own, selection.targets >= 0)
+
+    def mask(self, logits: Tensor, a: int, centers: int = 1) -> None:
+        """Write −inf at the targets in the tile `[N, T]` that begins with row a."""
+        shape = self.exists.shape
+        mask_targets(logits, (self.first - a).view(shape), self.own.view(shape), centers)
