@@ -8,13 +8,10 @@
        follow         the loss becomes part of the training step when its backward runs          step_record.py
 
 Gradients of all rows are `weight.grad`; those of selected rows are `row_grad`, which a `RowOptimizer` takes (`rows.py`).
-
 An, X. et al.: Partial FC, arXiv 2010.05222 and 2203.15565.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,14 +20,12 @@ from torch.profiler import record_function
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.classes.head_state import HeadState, check_head_arguments
 from partial_fc.classes.tables import checked_class_weights
+from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.ranks import Group
-from partial_fc.errors import log
 from partial_fc.margins.base import Margin
 from partial_fc.margins.fixed import ArcFace
-from partial_fc.rows import UpdateRows
 from partial_fc.sampling import draw_window, mix, select_rows
 from partial_fc.sharded_module import Reduction, SharedArguments
-from partial_fc.shards import local_part
 from partial_fc.softmax.cross_entropy import sharded_cross_entropy
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.tiles import Workspace, compute_dtypes, logits_bytes
@@ -53,12 +48,10 @@ class PartialFC(HeadState):
         seed: of initial weights and draws; must agree between ranks.
         init_std: standard deviation of initial weights.
         ignore_index: label of samples that take no part.
-        reduction: "mean" over the valid samples of the global batch (weighted by sample_weights), "sum" over them, or
-            "none": `[N_local]`.
-        scale_embedding_grad: multiply the embeddings' gradient by the number of ranks, because DDP, DeepSpeed and FSDP
-            divide by it.
-        logits_budget: bytes that kept logits `[N, S]` may take on a rank (default 1 GiB); beyond it they are computed again
-            in backward.
+        reduction: "mean" over the valid samples of the global batch (weighted by sample_weights), their "sum", or "none":
+            `[N_local]`.
+        scale_embedding_grad: multiply the embeddings' gradient by the number of ranks, by which DDP, DeepSpeed and FSDP divide.
+        logits_budget: bytes that kept logits `[N, S]` may take on a rank (default 1 GiB); beyond it backward computes them again.
         label_smoothing: ε in [0, 1), as in `torch.nn.functional.cross_entropy`, over the selected classes: all at r = 1.
         interclass_filter: cosine in (-1, 1] beyond which another class is taken for the sample's own under a second label
             and left out of the denominator (arXiv 2203.15565, section 3.4); None for no filter.
@@ -67,15 +60,13 @@ class PartialFC(HeadState):
         metrics: measure `metrics` in every forward; nothing is computed for them otherwise.
         validate: look for bad labels, NaN and infinities "always", in the "first" batch and its step, or "never". Shapes
             are always checked. For a `GlobalBatch`, `gather` has looked.
-        on_nonfinite: what to do on all ranks about a NaN or infinity in any rank's embeddings, in the loss, or in a
-            gradient: "raise" NonFiniteError, "skip" the step (`skipped` is True), or "log" bad embeddings and continue
-            without looking at the rest. See `check_gradients` and docs/nonfinite.md.
+        on_nonfinite: what to do on all ranks about a NaN or infinity in any rank's embeddings, loss or gradients: "raise"
+            NonFiniteError, "skip" the step (`skipped` is True), or "log" bad embeddings and look at nothing else. See
+            `check_gradients` and docs/nonfinite.md.
         max_skips: how many steps in a row may be skipped before NonFiniteError is raised after all; None for any number.
         device, dtype: of the weights; float32 unless the default dtype is another.
 
-    Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64 (or `[N_local, L]` within a `GlobalBatch`); N_local may
-    be 0.
-
+    Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64 (or `[N_local, L]` in a `GlobalBatch`); N_local may be 0.
     Raises ValueError for bad arguments or inputs, the same on every rank; RuntimeError for a head that is wired wrongly.
     """
 
@@ -144,7 +135,9 @@ class PartialFC(HeadState):
                 self.scale_embedding_grad, self.collect_metrics,
             )  # fmt: skip
             selection = self._select(batch, options, scatter=x is not batch.embeddings)
-            begin_update = self._update_in_backward()
+            begin_update = None
+            if self.training and torch.is_grad_enabled():
+                begin_update = self.class_rows.begin_update_in_backward
         self.forward_count += self.training
         self.selected_rows = selection.rows
         all_rows = selection.rows is None and begin_update is None  # autograd takes the gradient of all rows
@@ -189,21 +182,6 @@ class PartialFC(HeadState):
         product = compute_dtypes(batch.embeddings, self.weight)[1]
         size = logits_bytes(len(batch.embeddings), classes * self.margin.centers, product)
         keep = size <= self.logits_budget and not (options.ruled and self.label_smoothing)
-        mode = "kept" if keep else "tiled"
-        if self.training and mode != self.logits_mode:
-            log.info("logits are %s: %d bytes of them on this rank, a budget of %d", mode, size, self.logits_budget)
-            self.logits_mode = mode
+        if self.training and self.logits_mode != ("kept" if keep else "tiled"):
+            self._report_mode(keep, size)
         return keep
-
-    def _update_in_backward(self) -> Callable[[], UpdateRows] | None:
-        """Return how to begin an update of rows inside backward, if their `RowOptimizer` wants that."""
-        optimizer = self.class_rows.live_optimizer
-        if optimizer is None or not optimizer.update_in_backward or not (self.training and torch.is_grad_enabled()):
-            return None
-        kind = self.class_rows.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-            raise RuntimeError(
-                "update_in_backward cannot be joined with float16, which needs a GradScaler; use bfloat16"
-            )
-        begin: Callable[[], UpdateRows] = optimizer.begin_update_in_backward
-        return begin

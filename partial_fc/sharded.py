@@ -1,8 +1,7 @@
 """`ShardedLoss`: the part of a training step that `PartialFC` and `CenterLoss` share.
 
 a batch   gathered from all ranks, checked alike on every rank
-wiring    errors for a loss that is built, wrapped or trained wrongly
-follow    the loss becomes part of the training step when its backward runs
+wiring    errors for a loss that is built or trained wrongly
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.status import LabelSet
 from partial_fc.nonfinite.bad_step import count_skip
@@ -52,9 +52,8 @@ class ShardedLoss(ShardedModule):
         if not batch.ranks.same_as(self.shards.ranks):
             raise RuntimeError("the batch was gathered over another group than the head's")
         record = self.class_rows.record
-        reason = check_batch(
-            batch, self.embedding_size, range(self.num_classes), self.ignore_index, record.on_nonfinite
-        )
+        valid = range(self.num_classes)
+        reason = check_batch(batch, self.embedding_size, valid, self.ignore_index, record.on_nonfinite)
         if reason and self.training:
             record.bad_forward = True
             count_skip(record, reason)
@@ -73,7 +72,7 @@ class ShardedLoss(ShardedModule):
     def _gather(self, embeddings: Tensor, labels: Tensor | None) -> GlobalBatch:
         if labels is None and self.shards.ranks.group is None:  # else the other ranks must hear of it
             raise TypeError(
-                f"{type(self).__name__}(embeddings, labels) needs labels; only a GlobalBatch brings its own"
+                f"{self.class_rows.owner}(embeddings, labels) needs labels; only a GlobalBatch brings its own"
             )
         validate = self.class_rows.record.validate
         look = validate == "always" or (validate == "first" and not self._seen_batch)
@@ -95,15 +94,8 @@ class ShardedLoss(ShardedModule):
         for key, parameter in rows.parameters.items():
             now = self._parameters.get(key)  # torch.func.functional_call puts plain tensors there, for one call
             if now is not parameter and isinstance(now, nn.Parameter):
-                raise RuntimeError(
-                    f"another tensor was put in the place of this {rows.owner}'s {key}, which its optimizer does not know: "
-                    "keep it out of fully_shard, and copy values into it (torch.no_grad(), or load_state_dict without "
-                    "assign=True)"
-                )
+                raise errors.replaced_parameter(rows.owner, key)
         if not (self.training and torch.is_grad_enabled() and rows.sampled) or rows.live_optimizer is not None:
             return
         if rows.grad_rows is not None or rows.lost > 1:
-            raise RuntimeError(
-                f"no RowOptimizer takes the row gradients of this {rows.owner}, so it would never train: "
-                "build RowOptimizer(torch.optim.SGD, it, ...) instead of passing its parameters() to an optimizer"
-            )
+            raise errors.untaken_gradients(rows.owner)

@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.groups import ranks_of
 from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh
 from partial_fc.distributed.wrapping import DDP, FSDP2, refuse
 from partial_fc.rows import ClassRows
 from partial_fc.sampling import mix
-from partial_fc.shards import ClassShards, local_part
+from partial_fc.shards import ClassShards
 from partial_fc.step_record import OnNonfinite, StepRecord, Validate
 
 Reduction = Literal["mean", "sum", "none"]

@@ -25,21 +25,17 @@ MOST_BACKWARDS = 64  # backward passes of one step whose losses are kept apart
 
 @dataclass
 class BackwardPass:
-    """A forward whose backward has run in this step.
+    """A forward whose backward has run in this step."""
 
-    losses: `[N]` of the replica's batch, or the reduced loss. grad: ∂objective/∂loss.
-    """
-
-    losses: Tensor
-    grad: Tensor
+    losses: Tensor  # [N] of the replica's batch, or the reduced loss
+    grad: Tensor  # ∂objective/∂loss
     batch: GlobalBatch
 
 
 class StepRecord:
-    """The training step that one loss is in, and what is done about NaN and infinities.
+    """One training step: all backward passes since the gradients were last cleared, used or checked.
 
-    A training step is all backward passes since the gradients were last cleared, used or checked. A bad forward whose
-    backward never runs skips only itself.
+    A bad forward whose backward never runs skips only itself.
     """
 
     def __init__(self, validate: Validate, on_nonfinite: OnNonfinite, max_skips: int | None) -> None:
@@ -83,9 +79,7 @@ class StepRecord:
         return after_skip
 
     def _new_step(self) -> None:
-        self.bad_step = False
-        self.finished = False
-        self.backwards = []
+        self.bad_step, self.finished, self.backwards = False, False, []
 
     def hook(self, losses: Tensor, batch: GlobalBatch) -> Callable[[Tensor], None]:
         """Return a hook for the loss: when its backward runs, the forward becomes a part of the step."""
@@ -114,7 +108,5 @@ class StepRecord:
 
     def mark_checked(self) -> None:
         """All losses and gradients of the step were checked: it is finished."""
-        self.checked = True
-        self.finished = True
-        self.ever_checked = True
+        self.checked = self.finished = self.ever_checked = True
         self.backwards = []

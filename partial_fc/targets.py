@@ -13,6 +13,7 @@ from torch import Tensor
 from partial_fc.batch import refusals
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.status import as_matrix
+from partial_fc.batch.weights import merge_repeated
 from partial_fc.errors import NonFiniteError, log
 
 
@@ -27,10 +28,7 @@ def targets_of(batch: GlobalBatch, ignore_index: int, dtype: torch.dtype) -> tup
     exists = labels != ignore_index
     weights = exists.to(dtype)
     if batch.label_weights is not None:
-        weights = weights * batch.label_weights.to(dtype)
-        # one class named twice in a sample (mixup of two of its images): the first takes the weight of both
-        same = (labels[:, :, None] == labels[:, None, :]) & exists[:, :, None] & exists[:, None, :]
-        weights = (same * weights[:, None, :]).sum(2) * ~same.tril(-1).any(2)
+        weights = merge_repeated(labels, weights * batch.label_weights.to(dtype), exists)
         exists = exists & (weights > 0)
     return torch.where(exists, labels, -1), weights * exists
 

@@ -4,11 +4,9 @@
        status   int64 [21]   ── all-gather ──>  the same table on every host: counts, and what is wrong on which rank
        payload  bytes        ── all-gather ──>  embeddings [N, D], labels [N], ... in the order of the ranks, N = Σ N_r
 
-On a 2-D mesh (replicas x shards) embeddings travel within a replica only; statuses and labels are gathered across
-replicas too, one more small collective each.
-
-With several label sets the status collective keeps the size of one set, so that ranks that disagree about the names find
-out instead of hanging; one more collective brings the statuses of the other sets.
+On a 2-D mesh (replicas x shards) embeddings travel within a replica only; statuses and labels are gathered across replicas
+too, one more small collective each. With several label sets the status collective keeps the size of one set, so that ranks
+that disagree about the names find out instead of hanging; one more collective brings the statuses of the other sets.
 """
 
 from __future__ import annotations
@@ -32,22 +30,20 @@ PAYLOAD = "the exchange of embeddings and labels"
 class GlobalBatch:
     """One batch of all ranks (of this replica), in the order of the ranks: the input of heads and center losses.
 
-    embeddings `[N, D]`, connected to this rank's part in backward; labels `[N]` or `[N, L]`; label_weights `[N, L]` or
-    None; sample_weights `[N]` or None; counts: samples of each rank. mesh_labels, mesh_label_weights and
-    mesh_sample_weights cover all replicas. name: of the label set, where `gather` was given several.
+    mesh_labels, mesh_label_weights and mesh_sample_weights cover all replicas.
     """
 
-    embeddings: Tensor
-    labels: Tensor
-    label_weights: Tensor | None
-    sample_weights: Tensor | None
-    counts: tuple[int, ...]
+    embeddings: Tensor  # [N, D], connected to this rank's part in backward
+    labels: Tensor  # [N] or [N, L]
+    label_weights: Tensor | None  # [N, L]
+    sample_weights: Tensor | None  # [N]
+    counts: tuple[int, ...]  # samples of each rank
     mesh_labels: Tensor
     mesh_label_weights: Tensor | None
     mesh_sample_weights: Tensor | None
     status: tuple[Status, ...] = field(repr=False)
     ranks: Ranks = field(repr=False)
-    name: str | None = None
+    name: str | None = None  # of the label set, where `gather` was given several
 
     @property
     def local(self) -> slice:
@@ -149,10 +145,7 @@ def _row_bytes(part: Tensor) -> int:
 
 
 def require_grad_like_others(embeddings: Tensor, status: tuple[Status, ...]) -> Tensor:
-    """Return embeddings that require grad if those of any rank do.
-
-    An empty batch may not require grad by itself; without this its rank would be missing from the collective in backward.
-    """
+    """Return embeddings that require grad if those of any rank do: an empty batch, too, must join the backward's collective."""
     if torch.is_grad_enabled() and not embeddings.requires_grad and any(row.wants_grad for row in status):
         return embeddings.detach().requires_grad_()
     return embeddings

@@ -3,8 +3,7 @@
     embeddings [N_r, D], labels [N_r] or [N_r, L]  ── inspect ──>  int64 [label sets, 21]: a `Status` for each label set
 
 Every rank receives all statuses and checks them on the host, which must read the sample counts anyway. So a bad input on one
-rank raises the same error on every rank, without another wait for the device. Problems of types and shapes are texts that
-follow the rank's name in an error.
+rank raises the same error on every rank, without another wait for the device.
 """
 
 from __future__ import annotations
@@ -57,13 +56,9 @@ class Status:
 
     def extremes(self) -> tuple[tuple[int, int], ...]:
         """Return (label, flat index) of the smallest and largest labels."""
-        pairs = (
-            (self.smallest, self.smallest_at),
-            (self.second_smallest, self.second_smallest_at),
-            (self.largest, self.largest_at),
-            (self.second_largest, self.second_largest_at),
-        )
-        return tuple((label, at) for label, at in pairs if label != NO_LABEL)
+        low = (self.smallest, self.smallest_at), (self.second_smallest, self.second_smallest_at)
+        high = (self.largest, self.largest_at), (self.second_largest, self.second_largest_at)
+        return tuple((label, at) for label, at in (*low, *high) if label != NO_LABEL)
 
 
 NO_COUNTS = [0] * 7  # the fields before `problem`
@@ -106,7 +101,7 @@ def of_set(name: str | None) -> str:
 
 
 def problem_of(embeddings: Tensor, given: LabelSet, device: torch.device | None) -> str:
-    """Return what is wrong with the types and shapes of a label set or of its embeddings; "" if nothing is."""
+    """Return what is wrong with types and shapes, as it follows the rank's name in an error; "" if nothing is."""
     problem = embeddings_problem(embeddings)
     if problem:
         return f": {problem}"

@@ -66,6 +66,15 @@ def describe_bad_weight(kind: int, at: int, bits: int, labels_each: int) -> str:
     return f"sample_weights[{at}] is {value:.6g}; the weight of a sample is finite and at least 0"
 
 
+def merge_repeated(labels: Tensor, weights: Tensor, exists: Tensor) -> Tensor:
+    """Return label weights `[N, L]` where a class that a sample names twice has the weight of both at the first place.
+
+    Mixup of two images of one class does that. exists `[N, L]`: which labels count.
+    """
+    same = (labels[:, :, None] == labels[:, None, :]) & exists[:, :, None] & exists[:, None, :]
+    return (same * weights[:, None, :]).sum(2) * ~same.tril(-1).any(2)
+
+
 def _first_bad(kind: int, bad: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
     """Return (kind, index, bits of the value) of the first of `values [n]` that is bad, or `otherwise`."""
     any_bad, at = bad.max(0)

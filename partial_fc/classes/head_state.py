@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from partial_fc.classes.interface import Change
 from partial_fc.classes.loss import ChangeableLoss
 from partial_fc.classes.tables import changed_class_weights, changed_margin, prepare_anew
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.errors import log
 from partial_fc.margins.base import Margin
 from partial_fc.sampling import window_size
-from partial_fc.shards import local_part
 from partial_fc.softmax.measured import Measured
 
 
@@ -27,6 +28,8 @@ class HeadState(ChangeableLoss):
     _sample_rate: float
     interclass_filter: float | None
     forward_count: int
+    logits_budget: int
+    logits_mode: str
     selected_rows: Tensor | None
     _measured: Measured | None
 
@@ -82,6 +85,11 @@ class HeadState(ChangeableLoss):
         if self._measured is None or self._measured.hardest is None:
             raise RuntimeError("metrics are known after a forward of a head that was built with metrics=True")
         return self._measured.summary(self.margin)
+
+    def _report_mode(self, keep: bool, size: int) -> None:
+        self.logits_mode = "kept" if keep else "tiled"
+        message = "logits are %s: %d bytes of them on this rank, a budget of %d"
+        log.info(message, self.logits_mode, size, self.logits_budget)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sample_rate={self.sample_rate}"

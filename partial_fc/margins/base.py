@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from partial_fc.distributed.dtensors import local_part
 from partial_fc.margins.positives import Positives
-from partial_fc.shards import local_part
 
 
 class Margin(nn.Module):

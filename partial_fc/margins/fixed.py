@@ -40,14 +40,11 @@ class CombinedMargin(Margin):
         self, scale: float = 64.0, m1: float = 1.0, m2: float = 0.5, m3: float = 0.0, gradient: Gradient = "exact"
     ) -> None:
         super().__init__(scale)
-        if not (math.isfinite(m1) and m1 >= 1):
-            raise ValueError(f"m1 multiplies the target angle and must be at least 1, not {m1}")
-        if not 0 <= m2 < math.pi:
-            raise ValueError(f"m2 is an angle in radians in [0, pi), not {m2}")
-        if not (math.isfinite(m3) and m3 >= 0):
-            raise ValueError(f"m3 is taken from the target cosine and must be at least 0, not {m3}")
-        if gradient not in ("exact", "straight_through"):
-            raise ValueError(f'gradient must be "exact" or "straight_through", not {gradient!r}')
+        require("m1 multiplies the target angle and must be at least 1", m1, 1 <= m1 < math.inf)
+        require("m2 is an angle in radians in [0, pi)", m2, 0 <= m2 < math.pi)
+        require("m3 is taken from the target cosine and must be at least 0", m3, 0 <= m3 < math.inf)
+        known = gradient in ("exact", "straight_through")
+        require('gradient must be "exact" or "straight_through"', repr(gradient), known)
         self.m1, self.m2, self.m3, self.gradient = float(m1), float(m2), float(m3), gradient
 
     def target(self, cosine: Tensor, positives: Positives | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Ranks
 from partial_fc.nonfinite.describe import not_finite
-from partial_fc.nonfinite.step_check import decide, local_flags, others, rows_of
+from partial_fc.nonfinite.step_check import decide, local_flags, others
 from partial_fc.rows import ClassRows, HasClassRows
 
 
@@ -38,7 +38,7 @@ def check_gradients(parameters: Iterable[Tensor] | Tensor, *heads: HasClassRows,
         raise ValueError(
             "check_gradients needs the heads of the step, whose ranks agree: check_gradients(parameters, head)"
         )
-    losses = rows_of(heads)
+    losses = [head.class_rows for head in heads]
     if not any(rows.record.watches for rows in losses):
         return not any(rows.record.skipped for rows in losses)
     return check_step(losses, others(parameters, losses), scaler)

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.nonfinite.bad_step import refuse_step
-from partial_fc.rows import ClassRows, HasClassRows
-
-
-def rows_of(heads: Iterable[HasClassRows]) -> list[ClassRows]:
-    return [head.class_rows for head in heads]
+from partial_fc.rows import ClassRows
 
 
 def others(parameters: Iterable[Tensor] | Tensor, losses: Sequence[ClassRows]) -> list[Tensor]:
@@ -29,13 +25,10 @@ def local_flags(losses: Sequence[ClassRows], bad_gradients: Iterable[Tensor]) ->
     bad_gradients: 0-d bools. Does not wait for the device.
     """
     device = losses[0].device
+    fine = torch.zeros((), dtype=torch.bool, device=device)
     sums = [backward.losses.detach().sum() for rows in losses for backward in rows.record.backwards]
-    flags = []
-    for found in (list(bad_gradients), [~total.isfinite() for total in sums]):
-        if found:
-            flags.append(torch.stack([each.to(device) for each in found]).any())
-        else:
-            flags.append(torch.zeros((), dtype=torch.bool, device=device))
+    bad_losses = [~total.isfinite() for total in sums]
+    flags = [torch.stack([fine, *(each.to(device) for each in bad)]).any() for bad in (bad_gradients, bad_losses)]
     return torch.stack(flags).double()
 
 

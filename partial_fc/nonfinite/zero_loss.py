@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from partial_fc.distributed.dtensors import local_part
 from partial_fc.rows import ClassRows
-from partial_fc.shards import local_part
 from partial_fc.step_record import StepRecord
 
 

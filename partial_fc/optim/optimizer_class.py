@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from partial_fc.distributed.dtensors import local_part
 from partial_fc.rows import ClassRows, HasClassRows
-from partial_fc.shards import local_part
 
 LowPrecision = Literal["master", "stochastic"]
 

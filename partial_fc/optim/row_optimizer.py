@@ -1,7 +1,6 @@
 """`RowOptimizer` runs any `torch.optim` class whose update treats rows apart over the class rows of a loss.
 
-For a block of rows it gathers weights and state, lets the class take its step on them as on a small dense parameter, and
-writes both back:
+A block of rows is stepped as a small dense parameter:
 
     sampled      rows [S] of the step: weight[rows], state[rows]  ──  class.step()  ──>  weight[rows], state[rows]
     all rows     row blocks of the shard, as views: no temporary of the shard's size
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from partial_fc import errors
+from partial_fc.distributed.dtensors import local_part
 from partial_fc.nonfinite.check_gradients import check_step
 from partial_fc.optim.in_backward import begin_update, end_update
 from partial_fc.optim.optimizer_class import LowPrecision, check_arguments, construct, fused_moves, initial_state
@@ -27,7 +28,6 @@ from partial_fc.optim.rounding import round_at_random
 from partial_fc.optim.row_state import COUNT, HALF, MASTER, RowState
 from partial_fc.rows import HasClassRows, UpdateRows
 from partial_fc.sampling import mix
-from partial_fc.shards import local_part
 
 BLOCK_BYTES = 8 << 20  # bounds temporaries
 
@@ -35,14 +35,13 @@ BLOCK_BYTES = 8 << 20  # bounds temporaries
 class RowOptimizer(RowState):
     """`optimizer_class` over the class rows of a head: `RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)`.
 
-    A `torch.optim.Optimizer`: schedulers, `GradScaler` and `zero_grad` work as with any other. Under sampling
-    `param_groups` holds a compact carrier whose gradient is that of the selected rows. State is allocated once, at the
-    first step, for the shard.
+    Schedulers, `GradScaler` and `zero_grad` work as with any torch optimizer. Under sampling `param_groups` holds a compact
+    carrier whose gradient is that of the selected rows. State is allocated once, at the first step, for the shard.
 
     Args:
-        update_in_backward: move the rows of a tile inside backward, as soon as their gradient is known, so that no gradient
-            of the whole weight exists; for sample_rate=1.0. step() is called as usual and does nothing more. Whatever
-            needs the whole gradient first (clipping, accumulation over micro-batches, a GradScaler) raises RuntimeError.
+        update_in_backward: move rows inside backward, tile by tile, so that no gradient of the whole weight exists; for
+            sample_rate=1.0. step() is called as usual and does nothing more. Whatever needs the whole gradient first
+            (clipping, accumulation over micro-batches, a GradScaler) raises RuntimeError.
         low_precision: for weights in bfloat16 or float16, whose updates are often below their resolution: "master" keeps
             float32 weights in the state; "stochastic" rounds up or down at random in proportion, keyed by seed, step and
             class id (bfloat16 only).
@@ -86,10 +85,7 @@ class RowOptimizer(RowState):
         """
         rows, record = self.class_rows, self.class_rows.record
         if rows.live_optimizer not in (None, self):
-            raise RuntimeError(
-                "another RowOptimizer was built for this head after this one, and both would move its rows; "
-                "keep one, and build it again only where nothing steps the old one"
-            )
+            raise errors.second_optimizer()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -111,7 +107,7 @@ class RowOptimizer(RowState):
 
     def _update_rows(self) -> None:
         rows = self.class_rows
-        grads = [local_part(c.grad) if c.grad is not None else None for c in rows.carriers]
+        grads = [None if c.grad is None else local_part(c.grad) for c in rows.carriers]
         if all(grad is None for grad in grads):
             return
         rows.used = True
@@ -123,7 +119,6 @@ class RowOptimizer(RowState):
                     update.apply(None if selected is None else selected[a:b], a, b, grad[a:b])
 
     def begin_update_in_backward(self) -> UpdateRows:
-        """Begin a step inside backward; call the result with local rows a to b and their gradients, each row once."""
         return begin_update(self, lambda: [RowUpdate(self, p) for p in self.class_rows.parameters.values()])
 
 

@@ -10,8 +10,8 @@ For a logit z_ij = s x_i·w_j of a class that is no target, with p_ij = exp(z_ij
 For the target l of sample i, with its margin: d_z_il = d_lse_i p_il − d_loss_i ((1 − ε) weight_il + ε/|S|)   [P], and
 d_cosine = d_z ∂z/∂cosine. These P rank-one terms are added apart.
 
-Exponentials e that were kept, or are computed again, are exp(z_ij − m_i) for some m_i. So d_lse_i p_ij = e_ij factor_i with
-factor_i = d_lse_i exp(m_i − lse_i): one number a sample and tile, multiplied into x instead of into e.
+Exponentials that were kept, or are computed again, are e_ij = exp(z_ij − m_i) for some m_i. So d_lse_i p_ij = e_ij factor_i
+with factor_i = d_lse_i exp(m_i − lse_i): one number a sample and tile, multiplied into x instead of into e.
 """
 
 from __future__ import annotations

@@ -70,25 +70,23 @@ def forward(
     weight: `[C_local, D]` or `[C_local, K, D]`. bias: `[C_local]`. dtypes: of the statistics, of the matrix products.
     """
     margin, X, (stats, product) = options.margin, selection.batch.embeddings, dtypes
+    centers = margin.centers
     norms = torch.linalg.vector_norm(X, dim=1, dtype=stats)
     x, x_inverse = unit(X, stats) if margin.normalize else (X.to(stats), X.new_empty(0))
     index = selection.rows
-    if index is not None and margin.centers > 1:
-        index = rows_of_classes(index, margin.centers)
+    if index is not None and centers > 1:
+        index = rows_of_classes(index, centers)
     rows = RowTiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad)
-    tile = (
-        max(1, tile_rows(len(x), x.shape[1], X.device.type) // margin.centers) * margin.centers
-    )  # holds whole classes
+    tile = max(1, tile_rows(len(x), x.shape[1], X.device.type) // centers) * centers  # holds whole classes
     with record_function("partial_fc::targets"):
-        targets = OwnTargets.locate(selection, len(weight), margin.centers)
-        cosines, targets = target_cosines(x, rows, targets, margin.centers)
+        targets = OwnTargets.locate(selection, len(weight), centers)
+        cosines, targets = target_cosines(x, rows, targets, centers)
         z, d_cosine, d_norm, rule = apply_margin(cosines, norms, targets, selection, options, needs_grad)
     # float16 has too little range for decisions, which have no maximum per sample that brings them near 1
     keep = selection.keep_logits and needs_grad and not (margin.binary and product is torch.float16)
     with record_function("partial_fc::forward_tiles"):
-        state = ForwardState(
-            selection, options, sink, rows, targets, rule, tile, product, is_bounded(options, stats, product)
-        )
+        bounded = is_bounded(options, stats, product)
+        state = ForwardState(selection, options, sink, rows, targets, rule, tile, product, bounded)
         sums = TileSums(x, state, keep)
         for t, (a, b) in enumerate(rows.tiles(tile)):
             sums.add(t, a, b)
@@ -118,16 +116,12 @@ def forward(
 
 
 def is_bounded(options: LossOptions, stats: torch.dtype, product: torch.dtype) -> bool:
-    """Return whether no sum of exponentials can leave the range of its dtype, so that no maximum need be subtracted.
-
-    A cosine times the scale is at most the scale; 64 and a thousand million classes fit into float32.
-    """
+    """Return whether no sum of exponentials can leave the range of its dtype, so that no maximum need be subtracted."""
     margin = options.margin
-    if margin.binary:
-        return True
     if not margin.normalize or margin.has_rule or product is torch.float16:
-        return False
-    return margin.scale + math.log(options.num_classes) < math.log(torch.finfo(stats).max) - 2
+        return margin.binary is not None
+    # a cosine times the scale is at most the scale; 64 and a thousand million classes fit into float32
+    return margin.scale + math.log(options.num_classes) < math.log(torch.finfo(stats).max) - 2 or bool(margin.binary)
 
 
 def target_cosines(x: Tensor, rows: RowTiles, targets: OwnTargets, centers: int) -> tuple[Tensor, OwnTargets]:
@@ -176,9 +170,8 @@ class TileSums:
     """Sums over the logits of this rank: call `add` for each tile of rows.
 
     maximum `[N, 1]`: largest logit so far, 0 where logits are bounded. total `[N, 1]`: sum of exponentials less the
-    maximum. kept `[N · S]`: exponentials for backward, tile after tile, empty in tiled mode; maxima `[tiles, N, 1]`: what
-    was subtracted from them. For margins of binary decisions total is the sum of their losses, kept holds their
-    derivatives, and active `[N]` is the sum of these. hardest `[N]`: largest cosine, for metrics.
+    maximum. kept `[N · S]`: exponentials for backward, tile after tile; maxima `[tiles, N, 1]`: what was subtracted from
+    them. For binary decisions total is the sum of their losses, kept their derivatives, active `[N]` the sum of these.
     """
 
     def __init__(self, x: Tensor, state: ForwardState, keep: bool) -> None:

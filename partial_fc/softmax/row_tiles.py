@@ -41,9 +41,8 @@ def tangent(grad: Tensor, direction: Tensor, inverse: Tensor, out: Tensor) -> Te
 class RowTiles:
     """The selected class rows of this rank, tile by tile, in the dtype of the statistics.
 
-    weight: `[C_local, D]` or `[C_local, K, D]`. index: sorted rows of the flat weight, or None for all. normalize: give
-    directions; else rows as they are. Rows that are picked out of the shard are gathered once a forward, into the memory
-    that their gradient will take in backward.
+    index: sorted rows of the flat weight `[C_local · K, D]`, or None for all. normalize: give directions; else rows as they
+    are. Rows that are picked out of the shard are gathered once a forward, into the memory of their gradient.
     """
 
     def __init__(
@@ -80,9 +79,8 @@ class RowTiles:
         held = None if self.held is None else self.held[a:b]
         if held is not None and self.measured:
             return held
-        if self.index is None:
-            part = self.weight[a:b]
-        else:
+        part = self.weight[a:b]
+        if self.index is not None:
             part = torch.index_select(self.weight, 0, self.index[a:b], out=held)
         if self.inverse is None:
             return part.to(self.dtype)
@@ -93,20 +91,19 @@ class RowTiles:
     def tile_bias(self, a: int, b: int) -> Tensor | None:
         if self.bias is None:
             return None
-        return (self.bias[a:b] if self.index is None else self.bias.index_select(0, self.index[a:b])).to(self.dtype)
+        return (self.bias[a:b] if self.index is None else self.bias[self.index[a:b]]).to(self.dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return (directions `[P, D]`, 1/length `[P, 1]`; 1 where nothing is normalised) of single rows."""
-        part = self.weight.index_select(0, self._local(positions))
+        part = self.weight.index_select(0, positions if self.index is None else self.index[positions])
         if self.inverse is not None:
             return unit(part, self.dtype)
         return part.to(self.dtype), part.new_ones(len(part), 1, dtype=self.dtype)
 
     def bias_at(self, positions: Tensor) -> Tensor | float:
-        return 0.0 if self.bias is None else self.bias.index_select(0, self._local(positions)).to(self.dtype)
-
-    def _local(self, positions: Tensor) -> Tensor:
-        return positions if self.index is None else self.index[positions]
+        if self.bias is None:
+            return 0.0
+        return self.bias[positions if self.index is None else self.index[positions]].to(self.dtype)
 
     def tiles(self, size: int) -> Iterator[tuple[int, int]]:
         for a in range(0, self.count, size):

@@ -63,9 +63,9 @@ def mask_targets(logits: Tensor, first: Tensor, own: Tensor, centers: int = 1) -
 class Workspace:
     """Buffers by name; each is given out again in the next step, once nobody holds it any more.
 
-    The first write to fresh memory of the CPU costs far more than the write itself, because the kernel maps and clears it
-    page by page (44 ms against 3 ms for 100 MB where `benchmarks/head.py` was run). GPU memory comes from torch's caching
-    allocator, which does the same as this. Names that start with "selected" have sizes that change: they get some slack.
+    The first write to fresh memory of the CPU costs far more than the write itself: the kernel maps and clears it by pages
+    (44 ms against 3 ms for 100 MB where `benchmarks/head.py` was run). GPU memory comes from torch's caching allocator,
+    which does the same. Names that start with "selected" have sizes that change: they get some slack.
     """
 
     def __init__(self) -> None:
