@@ -22,8 +22,8 @@ from partial_fc.shards import local_part
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import RunConfig, to_config
 from partial_fc.training.data import DataConfig, IdentityDataset, open_data
+from partial_fc.training.data.config import MixedSet, check_mix
 from partial_fc.training.data.loader import BatchLoader
-from partial_fc.training.data.mixed_set import MixedSet, check_mix
 from partial_fc.training.data.samplers import make_sampler
 from partial_fc.training.errors import UserError
 from partial_fc.training.mixing import ExtraHeads, MixedIdentities, MixedSampler, mixed, shares

@@ -10,9 +10,9 @@ from typing import NoReturn, get_args
 from partial_fc.training.cli.glyphs import glyphs_command
 from partial_fc.training.data import EncodedIdentities, Format, IdentityDataset, find_format, open_source
 from partial_fc.training.data.convert import FORMATS, PART, convert, is_finished
-from partial_fc.training.data.packed import is_packed, packed_splits
-from partial_fc.training.data.splits import choose_split
-from partial_fc.training.data.survey import PLOT_ENDINGS, plot_counts, survey
+from partial_fc.training.data.formats.packed import is_packed, packed_splits
+from partial_fc.training.data.formats.split_names import choose_split
+from partial_fc.training.data.inspection import PLOT_ENDINGS, plot_counts, survey
 from partial_fc.training.errors import UserError
 from partial_fc.training.run import check_new_file
 

@@ -35,7 +35,7 @@ try:
     from partial_fc.training.cli.weights import export_weights_command, import_weights_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import IdentityDataset, open_data
-    from partial_fc.training.data.packed import is_packed, packed_splits
+    from partial_fc.training.data.formats.packed import is_packed, packed_splits
     from partial_fc.training.errors import Preempted, UserError
     from partial_fc.training.interval import check_metric, direction
     from partial_fc.training.mixing import mixed, sampler_of

@@ -9,6 +9,7 @@
 `loader.BatchLoader` makes batches of them.
 """
 
+from partial_fc.training.data.config import Format
 from partial_fc.training.data.dataset import (
     DataConfig,
     DataSplits,
@@ -20,14 +21,13 @@ from partial_fc.training.data.dataset import (
     what_changed,
 )
 from partial_fc.training.data.decode import IMAGE_SUFFIXES
-from partial_fc.training.data.folder import FolderIdentities, image_files, scan_folder
-from partial_fc.training.data.glyphs import GlyphIdentities, GlyphSplit
-from partial_fc.training.data.hugging_face import ParquetIdentities
-from partial_fc.training.data.list_file import ListIdentities
-from partial_fc.training.data.mixed_set import Format
-from partial_fc.training.data.open import find_format, open_data, open_source, split_identities
-from partial_fc.training.data.recordio import RecordIdentities
-from partial_fc.training.data.tar_shards import TarIdentities
+from partial_fc.training.data.formats.detect import find_format, open_data, open_source, split_identities
+from partial_fc.training.data.formats.embedded_glyphs import GlyphIdentities, GlyphSplit
+from partial_fc.training.data.formats.folder import FolderIdentities, image_files, scan_folder
+from partial_fc.training.data.formats.list_file import ListIdentities
+from partial_fc.training.data.formats.parquet import ParquetIdentities
+from partial_fc.training.data.formats.recordio import RecordIdentities
+from partial_fc.training.data.formats.tar_files import TarIdentities
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -33,9 +33,9 @@ from tqdm import tqdm
 from partial_fc.checkpoint.locks import LOCK, FolderLock
 from partial_fc.training.data.dataset import EncodedIdentities, UnreadableImage, what_changed
 from partial_fc.training.data.decode import read_header
-from partial_fc.training.data.names import NAMES
-from partial_fc.training.data.open import STATE, open_source
-from partial_fc.training.data.recordio import frame, pack
+from partial_fc.training.data.formats.detect import STATE, open_source
+from partial_fc.training.data.formats.file_labels import NAMES
+from partial_fc.training.data.formats.recordio import frame, pack
 from partial_fc.training.errors import UserError
 
 LEFT_OUT = "left_out.txt"

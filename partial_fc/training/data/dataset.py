@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from partial_fc.training.data.config import Format, MixedSet, check_mix
 from partial_fc.training.data.decode import Fit, decode_into
-from partial_fc.training.data.files import read_whole
 from partial_fc.training.data.labels import LabelMap
-from partial_fc.training.data.mixed_set import Format, MixedSet, check_mix
+from partial_fc.training.data.safe_files import read_whole
 from partial_fc.training.data.samplers import SamplerName, check_settings
 from partial_fc.training.errors import UserError
 

@@ -20,8 +20,8 @@ from partial_fc.training.data import (
     scan_folder,
     split_identities,
 )
-from partial_fc.training.data import glyphs as glyphs_module
 from partial_fc.training.data.augment import AugmentConfig, augment, to_float
+from partial_fc.training.data.formats import embedded_glyphs as glyphs_module
 from partial_fc.training.data.loader import Batch, BatchLoader
 from partial_fc.training.errors import UserError
 

@@ -32,8 +32,8 @@ from partial_fc.training.data import (
 )
 from partial_fc.training.data.augment import AugmentConfig
 from partial_fc.training.data.decode import decode_into, read_header
+from partial_fc.training.data.formats.packed import write_index
 from partial_fc.training.data.loader import BatchLoader, choose_workers
-from partial_fc.training.data.packed import write_index
 from partial_fc.training.errors import UserError
 from partial_fc.training.results import once_through
 from partial_fc.training.run import RunFolder

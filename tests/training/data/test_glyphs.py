@@ -21,8 +21,8 @@ from partial_fc.training.data import DataConfig, open_data
 from partial_fc.training.data.fonts import draw_set as glyphs_module
 from partial_fc.training.data.fonts.draw_set import GlyphSettings, build
 from partial_fc.training.data.fonts.font_files import SCRIPTS, Face, draw_face, font_files, parse_ranges
+from partial_fc.training.data.formats.packed import PackedIdentities
 from partial_fc.training.data.loader import BatchLoader
-from partial_fc.training.data.packed import PackedIdentities
 from partial_fc.training.errors import UserError
 
 FIRST = 0xAC00

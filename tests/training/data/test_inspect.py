@@ -12,7 +12,7 @@ from PIL import Image
 
 from partial_fc.training.cli.main import main
 from partial_fc.training.data import open_source
-from partial_fc.training.data.survey import plot_counts, survey
+from partial_fc.training.data.inspection import plot_counts, survey
 
 CONTENT = [
     (0, picture(1)),

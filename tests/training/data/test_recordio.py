@@ -11,9 +11,9 @@ import torch
 from data_files import MAGIC, image_data, insightface, picture, pixels, record, samples, write_records
 
 from partial_fc.training.data import RecordIdentities, UnreadableImage, open_source
-from partial_fc.training.data import recordio as recordio_module
-from partial_fc.training.data.files import Files
-from partial_fc.training.data.recordio import frame, pack, read_index, read_record, unpack
+from partial_fc.training.data.formats import recordio as recordio_module
+from partial_fc.training.data.formats.recordio import frame, pack, read_index, read_record, unpack
+from partial_fc.training.data.safe_files import Files
 from partial_fc.training.errors import UserError
 
 CONTENT = samples(identities=4, images=3)

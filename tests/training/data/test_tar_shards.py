@@ -17,7 +17,8 @@ from runner import forking
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from partial_fc.checkpoint import locks
-from partial_fc.training.data import TarIdentities, UnreadableImage, files, open_source
+from partial_fc.training.data import TarIdentities, UnreadableImage, open_source
+from partial_fc.training.data import safe_files as files
 from partial_fc.training.errors import UserError
 
 CONTENT = samples(identities=4, images=3)

@@ -41,7 +41,7 @@ from partial_fc.training.data.fonts.font_files import (
     opened,
     parse_ranges,
 )
-from partial_fc.training.data.packed import IMAGES, LABELS, SOURCES, is_packed, read_index, write_index
+from partial_fc.training.data.formats.packed import IMAGES, LABELS, SOURCES, is_packed, read_index, write_index
 from partial_fc.training.errors import UserError
 
 SAMPLED = 64  # characters of a block of Unicode that are compared

@@ -27,8 +27,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from partial_fc.training.data.dataset import EncodedIdentities, number_labels, refuse
-from partial_fc.training.data.files import LARGEST_PICTURE, Arrays, Files, Strings, cached
-from partial_fc.training.data.names import NAMES, read_names
+from partial_fc.training.data.formats.file_labels import NAMES, read_names
+from partial_fc.training.data.safe_files import LARGEST_PICTURE, Arrays, Files, Strings, cached
 from partial_fc.training.errors import UserError
 
 MAGIC = 0xCED7230A

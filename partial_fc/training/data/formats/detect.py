@@ -20,17 +20,17 @@ from pathlib import Path
 import numpy as np
 
 from partial_fc.training.data.augment import stream_key
+from partial_fc.training.data.config import Format
 from partial_fc.training.data.dataset import DataConfig, DataSplits, EncodedIdentities, IdentityDataset, enough
-from partial_fc.training.data.folder import FolderIdentities
-from partial_fc.training.data.glyphs import GlyphIdentities
-from partial_fc.training.data.hugging_face import ParquetIdentities
+from partial_fc.training.data.formats.embedded_glyphs import GlyphIdentities
+from partial_fc.training.data.formats.folder import FolderIdentities
+from partial_fc.training.data.formats.list_file import ListIdentities
+from partial_fc.training.data.formats.packed import is_packed, open_packed
+from partial_fc.training.data.formats.parquet import ParquetIdentities
+from partial_fc.training.data.formats.recordio import RecordIdentities
+from partial_fc.training.data.formats.split_names import choose_split
+from partial_fc.training.data.formats.tar_files import TarIdentities
 from partial_fc.training.data.labels import LabelMap, with_enough_images
-from partial_fc.training.data.list_file import ListIdentities
-from partial_fc.training.data.mixed_set import Format
-from partial_fc.training.data.packed import is_packed, open_packed
-from partial_fc.training.data.recordio import RecordIdentities
-from partial_fc.training.data.splits import choose_split
-from partial_fc.training.data.tar_shards import TarIdentities
 from partial_fc.training.errors import UserError
 
 STATE = ".convert.json"

@@ -10,7 +10,7 @@ import torch
 
 from partial_fc.training.data.dataset import EncodedIdentities, refuse
 from partial_fc.training.data.decode import IMAGE_SUFFIXES
-from partial_fc.training.data.files import read_whole
+from partial_fc.training.data.safe_files import read_whole
 from partial_fc.training.errors import UserError
 
 

@@ -22,8 +22,8 @@ from typing import IO
 import numpy as np
 
 from partial_fc.training.data.dataset import EncodedIdentities, number_labels, refuse
-from partial_fc.training.data.files import Strings, read_whole
-from partial_fc.training.data.names import NAMES, read_names
+from partial_fc.training.data.formats.file_labels import NAMES, read_names
+from partial_fc.training.data.safe_files import Strings, read_whole
 from partial_fc.training.errors import UserError
 
 _LOOKED_FOR = 100  # of so many paths, one at least must be there

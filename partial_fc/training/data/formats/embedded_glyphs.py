@@ -22,7 +22,7 @@ from partial_fc.training.errors import UserError
 
 GlyphSplit = Literal["train", "seen", "new"]
 
-_GLYPHS = Path(__file__).parents[1] / "assets" / "glyphs1300.npz.xz"
+_GLYPHS = Path(__file__).parents[2] / "assets" / "glyphs1300.npz.xz"
 _TRAIN_DESIGNS = 10
 
 

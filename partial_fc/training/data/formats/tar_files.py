@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from partial_fc.training.data.dataset import EncodedIdentities, number_labels, refuse
 from partial_fc.training.data.decode import IMAGE_SUFFIXES
-from partial_fc.training.data.files import LARGEST_PICTURE, Arrays, Files, Strings, cached
-from partial_fc.training.data.list_file import is_whole
-from partial_fc.training.data.names import NAMES, read_names
+from partial_fc.training.data.formats.file_labels import NAMES, read_names
+from partial_fc.training.data.formats.list_file import is_whole
+from partial_fc.training.data.safe_files import LARGEST_PICTURE, Arrays, Files, Strings, cached
 from partial_fc.training.errors import UserError
 
 _LARGEST_LABEL_TEXT = 1 << 16

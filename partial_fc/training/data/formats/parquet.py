@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from partial_fc.training.data.dataset import EncodedIdentities, number_labels, refuse
-from partial_fc.training.data.files import cache_folder, read_whole
-from partial_fc.training.data.names import NAMES, read_names
+from partial_fc.training.data.formats.file_labels import NAMES, read_names
+from partial_fc.training.data.safe_files import cache_folder, read_whole
 from partial_fc.training.errors import UserError
 
 LABELS = ("label", "labels", "identity", "identity_id", "class", "cls", "person", "person_id", "target", "fine_label")

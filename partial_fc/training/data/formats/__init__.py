@@ -1,0 +1,1 @@
+"""The formats that a data set can have on disk, one module each."""
