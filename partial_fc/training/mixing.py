@@ -55,7 +55,7 @@ class MixedIdentities(IdentityDataset):
             n if name == MAIN else f"{name}/{n}" for name, each in sets.items() for n in each.identity_names
         ]
         self._parts = list(sets.values())
-        self.left_out = [name for each in sets.values() for name in each.left_out]
+        self.skipped = [name for each in sets.values() for name in each.skipped]
         self.in_memory = all(each.in_memory for each in sets.values())
         self.label_maps: dict[str, LabelMap] = {}
 

@@ -1,4 +1,4 @@
-"""A folder with a sub-folder an identity: root/identity/image.jpg, in the order of the names."""
+"""A folder with a sub-folder for each identity: root/identity/image.jpg, in the order of the names."""
 
 import bisect
 import itertools
@@ -8,36 +8,36 @@ from pathlib import Path
 
 import torch
 
-from partial_fc.training.data.dataset import EncodedIdentities, refuse
+from partial_fc.training.data.dataset import EncodedIdentities, raise_if_skipped
 from partial_fc.training.data.decode import IMAGE_SUFFIXES
 from partial_fc.training.data.safe_files import read_whole
 from partial_fc.training.errors import UserError
 
 
 class FolderIdentities(EncodedIdentities):
-    """Images under `root`/identity/, in the order of the names, decoded whenever they are loaded.
+    """The images root/identity/image of the folder `root`, sorted by name.
 
-    They are converted to grey (`channels` 1) or colour (3) and resized, bilinear, to `image_size` x `image_size`
-    pixels. Sub-folders without an image are left out, or raise UserError, as `on_error` says.
+    Sub-folders without an image are skipped and named in `skipped`, or raise UserError, as `on_error` says.
     """
 
     def __init__(self, root: str | Path, image_size: int, channels: int, on_error: str = "skip") -> None:
         self.root = Path(root)
-        self.files_of, problems = scan_folder(self.root)
-        refuse(problems, on_error)
+        self.files_of, skipped = scan_folder(self.root)
+        raise_if_skipped(skipped, on_error)
         self._folders = list(self.files_of)
         counts = torch.tensor([len(names) for names in self.files_of.values()], dtype=torch.int64)
-        self._first = (counts.cumsum(0) - counts).tolist()
-        super().__init__(torch.arange(len(counts)).repeat_interleave(counts), list(self._folders), image_size, channels)
-        self.left_out = problems
+        self._first = (counts.cumsum(0) - counts).tolist()  # position of the first image of each folder
+        labels = torch.arange(len(counts)).repeat_interleave(counts)
+        super().__init__(labels, list(self._folders), image_size, channels)
+        self.skipped = skipped
 
-    def _name(self, row: int) -> str:
-        place = bisect.bisect_right(self._first, row) - 1
-        folder = self._folders[place]
-        return f"{folder}/{self.files_of[folder][row - self._first[place]]}"
+    def name_at(self, position: int) -> str:
+        number = bisect.bisect_right(self._first, position) - 1
+        folder = self._folders[number]
+        return f"{folder}/{self.files_of[folder][position - self._first[number]]}"
 
-    def _encoded(self, row: int) -> bytes:
-        return read_whole(os.path.join(self.root, self._name(row)))
+    def encoded_at(self, position: int) -> bytes:
+        return read_whole(os.path.join(self.root, self.name_at(position)))
 
     def files(self) -> Iterable[tuple[str, int]]:
         for index in range(len(self)):
@@ -49,40 +49,42 @@ class FolderIdentities(EncodedIdentities):
 
 
 def scan_folder(root: str | Path) -> tuple[dict[str, list[str]], list[str]]:
-    """(identities and their image files, both sorted by name; sub-folders without any, and why). Hidden entries, and files of other kinds,
-    are passed over.
+    """Return ({identity: its image files}, [sub-folders without an image, each as "name (reason)"]), sorted by name.
 
-    Raises UserError when `root` is missing, is no folder, cannot be read, or no sub-folder has an image.
+    Hidden entries and files of other kinds are ignored. Raises UserError if `root` is missing, is not a folder, cannot
+    be read, or has no sub-folder with an image.
     """
     root = Path(root)
     if not root.exists():
         raise UserError(f"the data folder {root} does not exist; check --data.folder")
     if not root.is_dir():
-        raise UserError(f"the data folder {root} is a file; --data.folder needs a folder with a sub-folder an identity")
+        raise UserError(
+            f"the data folder {root} is a file; --data.folder needs a folder with a sub-folder for each identity"
+        )
     try:
         files = {name: image_files(root / name) for name in _folders(root)}
         empty = [name for name, images in files.items() if not images]
-        deeper = [name for name in empty if _has_images_below(root / name)]
+        nested = [name for name in empty if _has_images_below(root / name)]
     except OSError as error:
         raise UserError(f"the data folder {root} cannot be read: {error}") from error
     if not files:
         raise UserError(
-            f"the data folder {root} has no sub-folders; put each identity's images into a sub-folder of its own"
+            f"the data folder {root} has no sub-folders; put the images of each identity into its own sub-folder"
         )
-    if deeper and len(empty) == len(files):
-        raise UserError(
-            f"images of the data folder {root} lie a level deeper; name {' or '.join(str(root / name) for name in deeper[:4])}"
-        )
+    if nested and len(empty) == len(files):
+        choices = " or ".join(str(root / name) for name in nested[:4])
+        raise UserError(f"the images of the data folder {root} are one level deeper; give {choices}")
     if len(empty) == len(files):
         raise UserError(f"no sub-folder of the data folder {root} has an image; the first is {empty[0]}")
-    why = {name: f"its images lie a level deeper: name {root / name} for them" for name in deeper}
-    problems = [f"{name} ({why.get(name, 'there is no image in it')})" for name in empty]
-    return {name: images for name, images in files.items() if images}, problems
+    reasons = {name: f"its images are one level deeper: give {root / name} to use them" for name in nested}
+    skipped = [f"{name} ({reasons.get(name, 'there is no image in it')})" for name in empty]
+    return {name: images for name, images in files.items() if images}, skipped
 
 
 def image_files(folder: Path) -> list[str]:
+    """Return the names of the image files in `folder`, sorted; hidden files are ignored."""
     with os.scandir(folder) as entries:
-        names = [e.name for e in entries if not e.name.startswith(".")]
+        names = [entry.name for entry in entries if not entry.name.startswith(".")]
     return sorted(name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
 
 
@@ -92,4 +94,5 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _has_images_below(folder: Path) -> bool:
+    """Return whether one of the first ten sub-folders has an image."""
     return any(image_files(folder / name) for name in itertools.islice(_folders(folder), 10))

@@ -1,9 +1,9 @@
-"""A data set of many small images in one memory-mapped file, such as `partial-fc data glyphs` makes: opened in a moment, shared by ranks.
+"""A packed data set: many small images in one memory-mapped file, as `partial-fc data glyphs` writes them.
 
-    folder/packed.json    what it is: names of the identities and of the sources (designs), which of both are held out, where it came from
-           images.npy     uint8 [n, C, H, W], sorted by identity; mapped, so that all processes of a machine share one copy of what is read
+    folder/packed.json    names of the identities and sources, which of them are held out, how the set was made
+           images.npy     uint8 [n, C, H, W], sorted by identity; memory-mapped, so all processes of a machine share it
            labels.npy     int32 [n], identities
-           sources.npy    int32 [n], where an image came from: its design, camera, shop, ...
+           sources.npy    int32 [n], where each image comes from: its design, camera, shop, ...
 
 An identity or a source that is held out is never trained on:
 
@@ -24,69 +24,54 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from partial_fc.training.data.dataset import DataConfig, DataSplits, IdentityDataset, enough
-from partial_fc.training.data.labels import LabelMap, with_enough_images
+from partial_fc.training.data.dataset import IdentityDataset
 from partial_fc.training.errors import UserError
 
 INDEX, IMAGES, LABELS, SOURCES = "packed.json", "images.npy", "labels.npy", "sources.npy"
 FORMAT = "partial_fc packed identities, 1"
 PackedSplit = Literal["train", "seen", "new"]
-_HELD: tuple[PackedSplit, ...] = ("seen", "new")
 
 
 def is_packed(folder: str | Path) -> bool:
-    """Whether the folder holds a packed data set."""
+    """Return whether the folder holds a packed data set."""
     return (Path(folder) / INDEX).is_file()
 
 
-def open_packed(config: DataConfig) -> DataSplits:
-    """The splits of the packed folder that `config` names; UserError for settings that do not fit it."""
-    assert config.folder is not None
-    splits = packed_splits(config.folder)
-    whole = splits.pop("train")
-    channels, _, width = whole.image_shape
-    if config.image_size not in (None, width) or config.channels not in (None, channels):
-        raise UserError(
-            f"the images of {config.folder} have {width} pixels and {channels} channel(s); drop --data.image_size and --data.channels"
-        )
-    if config.holdout_identities:
-        raise UserError(
-            f"the packed data set {config.folder} has its own held-out identities; drop --data.holdout_identities"
-        )
-    if config.split is not None:
-        raise UserError(
-            f"the packed data set {config.folder} is trained on as it was split when it was made; drop --data.split"
-        )
-    kept = with_enough_images(range(whole.num_identities), whole.labels, config.min_images)
-    kept = kept[: enough(config.identities, len(kept), f"the packed data set {config.folder} (train)")]
-    return DataSplits(whole.select(kept), {**splits}, LabelMap.of(whole.identity_names, whole.labels, kept))
-
-
 def packed_splits(folder: str | Path, split: str | None = None) -> dict[str, PackedIdentities]:
-    """The splits that the packed folder has, by name: train, and those held out; only `split` if it is given. UserError for one that is
-    not there."""
-    held = read_index(folder)["held_out"]
-    there: list[PackedSplit] = ["train", *_HELD[: bool(held["identities"]) * (1 + bool(held["sources"]))]]
-    if split not in (None, *there):
-        raise UserError(f"{folder} has no split {split!r}, but {', '.join(there)}; give another --split")
-    return {name: PackedIdentities(folder, name) for name in there if split in (None, name)}
+    """Return the splits of the packed data set in `folder` by name: train, and seen and new if they exist.
+
+    Only `split` if it is given; raises UserError if the set does not have it.
+    """
+    held_out = read_index(folder)["held_out"]
+    names: list[PackedSplit] = ["train"]
+    if held_out["identities"]:
+        names += ["seen", "new"] if held_out["sources"] else ["seen"]
+    if split not in (None, *names):
+        raise UserError(f"{folder} has no split {split!r}, only {', '.join(names)}; give another --split")
+    return {name: PackedIdentities(folder, name) for name in names if split in (None, name)}
 
 
 class PackedIdentities(IdentityDataset):
-    """One split of a packed folder."""
+    """One split of the packed data set in `folder`."""
 
     in_memory = True
+
+    positions: npt.NDArray[np.int64]
+    """[n], the position of each image of the split in images.npy."""
+    sources: npt.NDArray[np.int64]
+    """[n], the source of each image of the split."""
 
     def __init__(self, folder: str | Path, split: PackedSplit = "train") -> None:
         self.folder = Path(folder)
         index = read_index(folder)
-        arrays = (_open(self.folder, LABELS), _open(self.folder, SOURCES))
-        labels, sources = (np.asarray(array).astype(np.int64) for array in arrays)
-        held_identity, held_source = np.zeros(len(index["identities"]), bool), np.zeros(len(index["sources"]), bool)
+        labels = np.asarray(_open(self.folder, LABELS)).astype(np.int64)
+        sources = np.asarray(_open(self.folder, SOURCES)).astype(np.int64)
+        held_identity = np.zeros(len(index["identities"]), bool)
+        held_source = np.zeros(len(index["sources"]), bool)
         try:
             held_identity[index["held_out"]["identities"]] = True
             held_source[index["held_out"]["sources"]] = True
-            mine = (held_identity[labels] == (split != "train")) & (held_source[sources] == (split == "new"))
+            in_split = (held_identity[labels] == (split != "train")) & (held_source[sources] == (split == "new"))
         except (IndexError, ValueError) as error:
             raise UserError(f"the packed data set {folder} is damaged ({error}); make it again") from error
         shape = self._images.shape
@@ -94,39 +79,41 @@ class PackedIdentities(IdentityDataset):
             raise UserError(
                 f"the packed data set {folder} is damaged: {IMAGES}, {LABELS} and {SOURCES} do not match; make it again"
             )
-        used = np.unique(labels[mine])
-        self._rows = np.flatnonzero(mine)
-        self.labels = torch.from_numpy(np.searchsorted(used, labels[self._rows]))
-        self.identity_names = [index["identities"][each] for each in used.tolist()]
+        used = np.unique(labels[in_split])
+        self.positions = np.flatnonzero(in_split)
+        self.sources = sources[self.positions]
+        self.source_names = index["sources"]
+        self.labels = torch.from_numpy(np.searchsorted(used, labels[self.positions]))
+        self.identity_names = [index["identities"][identity] for identity in used.tolist()]
         self.image_shape = (shape[1], shape[2], shape[3])
-        self._sources, self._source_names = sources[self._rows], index["sources"]
 
     @functools.cached_property
     def _images(self) -> npt.NDArray[np.uint8]:
         return _open(self.folder, IMAGES)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process maps the file itself."""
+        """Leave out the memory map: another process maps the file itself."""
         return {name: value for name, value in vars(self).items() if name != "_images"}
 
     def name_of(self, index: int) -> str:
-        return f"{self.identity_names[int(self.labels[index])]} in {self._source_names[self._sources[index]]}"
+        return f"{self.identity_names[int(self.labels[index])]} in {self.source_names[self.sources[index]]}"
 
     def files(self) -> Iterable[tuple[str, int]]:
         return [(name, (self.folder / name).stat().st_size) for name in (INDEX, IMAGES, LABELS, SOURCES)]
 
     def select(self, identities: Sequence[int]) -> PackedIdentities:
-        """The data set of these identities alone, numbered anew in the order given."""
-        other, kept = self._of_identities(identities)
-        other._rows, other._sources = self._rows[kept.numpy()], self._sources[kept.numpy()]
+        """Return the data set of these identities only, renumbered in the order given."""
+        other, kept = self._subset(identities)
+        other.positions = self.positions[kept.numpy()]
+        other.sources = self.sources[kept.numpy()]
         return other
 
     def load(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(self._images[self._rows[index]]))
+        return torch.from_numpy(np.array(self._images[self.positions[index]]))
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
-    """What packed.json says; UserError for one that is damaged or of another version."""
+    """Return the content of packed.json; raise UserError if it is damaged or of another version."""
     path = Path(folder) / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -134,13 +121,12 @@ def read_index(folder: str | Path) -> dict[str, Any]:
             raise UserError(
                 f"{path} has the format {index['format']!r}; this version reads {FORMAT!r}: make the data set again"
             )
-        fine = all(isinstance(index[key], list) for key in ("identities", "sources")) and isinstance(
-            index["held_out"], dict
-        )
+        lists = isinstance(index["identities"], list) and isinstance(index["sources"], list)
+        valid = lists and isinstance(index["held_out"], dict)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); make the data set again") from error
-    if not fine:
-        raise UserError(f"{path} does not have what it should; make the data set again")
+    if not valid:
+        raise UserError(f"{path} lacks the lists of identities and sources; make the data set again")
     return dict(index)
 
 
@@ -151,9 +137,9 @@ def write_index(
     held_out: Mapping[str, Sequence[int]],
     about: Mapping[str, Any],
 ) -> None:
-    """Write packed.json, last of all files and at once: a folder that has it is complete.
+    """Write packed.json atomically. It must be written last: a folder with a packed.json is complete.
 
-    held_out: numbers of `identities` and of `sources`.
+    held_out: indices into `identities` and `sources`, under these keys. about: how the set was made.
     """
     index = {
         "format": FORMAT,
@@ -162,12 +148,13 @@ def write_index(
         "held_out": dict(held_out),
         "identities": list(identities),
     }
-    partly = folder / (INDEX + ".partly")
-    partly.write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
-    os.replace(partly, folder / INDEX)
+    temporary = folder / (INDEX + ".partly")
+    temporary.write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, folder / INDEX)
 
 
 def _open(folder: Path, name: str) -> npt.NDArray[Any]:
+    """Memory-map an array of the folder."""
     try:
         array: npt.NDArray[Any] = np.load(folder / name, mmap_mode="r", allow_pickle=False)
         return array
