@@ -102,7 +102,7 @@ def test_every_world_and_every_resumption_has_the_same_mixed_batches_and_sets_go
 
     assert walk(1, 0) == taken[2].tolist()
     assert walk(3, 4) == taken[2].tolist()[4:]
-    with pytest.raises(UserError, match="the data set b has fewer images than the 24 of it"):
+    with pytest.raises(UserError, match="the data set b has fewer images than its 24 of a batch"):
         MixedSampler(data, 84, 3, make)
 
 
@@ -183,7 +183,7 @@ def test_mixed_heads_equal_dense_ones_at_every_world_size(ranks):
     ("sets", "message"),
     [
         ([MixedSet("main")], "a set named 'main'"),
-        ([MixedSet("a"), MixedSet("a")], "a name of its own"),
+        ([MixedSet("a"), MixedSet("a")], "a unique name"),
         ([MixedSet("a b")], "named 'a b'"),
         ([MixedSet("a", weight=0.0)], r"the weight of a is 0\.0"),
     ],

@@ -55,7 +55,7 @@ class Inspection:
         lines = [
             f"identities            {len(self.counts):,}",
             f"images                {int(self.counts.sum()):,}",
-            f"images per identity   {low:g} to {high:g}, median {median:g}, {quarter:g} to {upper:g} in the middle half",
+            f"images per identity   {low:g} to {high:g}, median {median:g}, middle half {quarter:g} to {upper:g}",
             f"with one image        {int((self.counts == 1).sum()):,} identities",
         ]
         if len(self.sizes):
