@@ -227,25 +227,25 @@ def mixed(config: RunConfig, train: IdentityDataset) -> IdentityDataset:
         return train
     sets, maps = {MAIN: train}, {}
     channels, height, _ = train.image_shape
-    for asked in config.data.mix:
-        glyphs = asked.folder is None
+    for extra in config.data.mix:
+        glyphs = extra.folder is None
         data = replace(
             config.data,
-            folder=asked.folder,
-            format=asked.format,
-            image_column=asked.image_column,
-            label_column=asked.label_column,
-            split=asked.split,
-            identities=asked.identities,
+            folder=extra.folder,
+            format=extra.format,
+            image_column=extra.image_column,
+            label_column=extra.label_column,
+            split=extra.split,
+            identities=extra.identities,
             holdout_identities=0,
             image_size=None if glyphs else height,
             channels=None if glyphs else 1 if channels == 1 else 3,
             mix=[],
         )
         opened = open_data(data, config.seed)
-        sets[asked.name] = opened.train
-        maps[asked.name] = opened.label_map or LabelMap.of(opened.train.identity_names, opened.train.labels)
-    together = MixedIdentities(sets, [1.0, *(asked.weight for asked in config.data.mix)])
+        sets[extra.name] = opened.train
+        maps[extra.name] = opened.label_map or LabelMap.of(opened.train.identity_names, opened.train.labels)
+    together = MixedIdentities(sets, [1.0, *(extra.weight for extra in config.data.mix)])
     together.label_maps = maps
     return together
 

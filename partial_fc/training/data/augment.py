@@ -113,8 +113,7 @@ def augment(
     """Return changed copies of `images` uint8 or float [n, C, H, W] as float32 [n, C, H, W] in [-1, 1].
 
     `indices` int64 [n] are the positions of the samples in their data set; they, `seed` and `epoch` decide all random
-    draws. The input is not changed. `out` float32 [n, C, H, W], if given, is overwritten, and may be the tensor
-    returned.
+    draws. The input is not changed. `out` float32 [n, C, H, W], if given, is overwritten; it may be what is returned.
     """
     if not config.enabled or images.numel() == 0:
         return to_float(images, out)

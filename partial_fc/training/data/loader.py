@@ -107,16 +107,16 @@ def choose_workers(dataset: IdentityDataset, ranks: int, cuda: bool) -> int:
     return max(0, min(8 if cuda else 4, cores // max(1, ranks) - 1))
 
 
-def _identity(batch: object) -> object:
-    """Collate nothing: `_Samples` returns whole batches."""
+def _no_collate(batch: object) -> object:
+    """Return the batch unchanged: `_Samples` returns whole batches already."""
     return batch
 
 
 def _outlive_signals(worker: int) -> None:
     """Let a worker survive the signals that launchers send to the whole process group.
 
-    A rank that is asked to stop finishes its step and saves a checkpoint, and needs its workers for that; they end with
-    it. A worker whose rank is gone ends half a minute after SIGTERM, which is as long as launchers wait before SIGKILL.
+    A rank that receives such a signal finishes its step and saves a checkpoint. It needs its workers for that, and they
+    end with it. SIGTERM ends a worker half a minute later, which is as long as launchers wait before SIGKILL.
     """
     if hasattr(signal, "setitimer"):  # not on Windows
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -126,17 +126,15 @@ def _outlive_signals(worker: int) -> None:
 class BatchLoader:
     """Iterates over `dataset` in global batches of `batch_size` samples, and yields the part of rank `rank` of `world`.
 
-    sampler: the order of the images, made for this batch size; without it, they are shuffled, or in order if `shuffle`
-    is
-        False.
+    sampler: the order of the images, made for this batch size. Without it they are shuffled, or with `shuffle` False in
+        the order of the data set.
     augment: None leaves images unchanged.
     on_error: "skip" skips unreadable images and names them in `Batch.unreadable`; "raise" raises UserError.
     workers: processes that load images, each `prefetch` batches ahead; None chooses for one rank on a CPU
         (`choose_workers`).
     pin: put batches into pinned memory, for a GPU.
 
-    Raises UserError for a batch size that does not give every rank a sample, and (with `drop_last`) for a data set
-    smaller than one batch.
+    With `drop_last`, raises UserError for a batch of fewer samples than ranks, and for a data set smaller than one batch.
     """
 
     def __init__(
@@ -216,7 +214,7 @@ class BatchLoader:
         loader: DataLoader[Batch] = DataLoader(
             _Samples(self.dataset, self.seed, epoch, self.augment),
             batch_sampler=self._local_slots(epoch, start_batch),
-            collate_fn=_identity,
+            collate_fn=_no_collate,
             num_workers=self.workers,
             worker_init_fn=_outlive_signals,
             prefetch_factor=self.prefetch if self.workers else None,

@@ -77,7 +77,7 @@ class InOrder(Sampler):
 class IdentityBalanced(Sampler):
     """`images` (K) images of each of N / K identities per batch, every identity once per epoch.
 
-    Identities that do not fill a last batch are skipped; they are drawn anew in every epoch. Raises UserError if the
+    Identities that do not fill a last batch are skipped; they are drawn again in every epoch. Raises UserError if the
     batch size is not a multiple of K, or needs more identities than there are.
     """
 

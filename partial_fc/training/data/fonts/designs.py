@@ -1,7 +1,7 @@
 """Designs: which faces are one typeface, and which designs are held out.
 
-    faces [F]   ── each draws sample characters of every block of Unicode ──>   correlations of the images of two faces
-                ── faces that nearly copy each other, or a part of each other ──>   one design
+    faces [F]     ── each draws sample characters of every block of Unicode ──>       correlations of two faces' images
+    correlations  ── faces that nearly copy each other, or a part of each other ──>   one design
 
 Fonts copy each other, and a copy among the held-out designs would make "never trained on" untrue. Two faces are one
 design if, in any block of Unicode, at least `MIN_COPIED` of the sample characters that both have correlate by `ALIKE`
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from partial_fc.training.data.fonts.draw_face import Drawn, Images, draw_or_skip
+from partial_fc.training.data.fonts.draw_face import Images, draw_or_skip
 from partial_fc.training.data.fonts.font_files import Face, FoundFaces, Ranges, code_points, opened
 from partial_fc.training.data.fonts.settings import GlyphSettings
 from partial_fc.training.errors import UserError
@@ -104,7 +104,7 @@ def _draw_sample(
     face: Face, sample: Codes, ranges: Ranges, settings: GlyphSettings, found: FoundFaces
 ) -> SampleImages | None:
     """Draw the sample characters; None if the font fails."""
-    drawn: Drawn | None = draw_or_skip(face, sample.tolist(), ranges, settings, found)
+    drawn = draw_or_skip(face, sample.tolist(), ranges, settings, found)
     if drawn is None:
         return None
     places = np.searchsorted(sample, drawn.codes)
