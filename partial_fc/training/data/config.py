@@ -81,7 +81,7 @@ class DataConfig:
     images_per_identity: int | None = None
     """Images of each identity in a batch; for pk only, 4 if not given."""
     class_exponent: float | None = None
-    """Exponent e, for class_aware only: a class with n images is drawn in proportion to n^e; 0 to 1, 0.5 if not given."""
+    """Exponent e of class_aware: a class with n images is drawn in proportion to n^e; 0 to 1, 0.5 if not given."""
     mix: list[MixedSet] = field(default_factory=list)
     """More data sets, each with a share of every batch and its own head: [{name, folder, weight}]; docs/samplers.md."""
     workers: int | None = None

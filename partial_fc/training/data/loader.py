@@ -134,7 +134,7 @@ class BatchLoader:
         (`choose_workers`).
     pin: put batches into pinned memory, for a GPU.
 
-    With `drop_last`, raises UserError for a batch of fewer samples than ranks, and for a data set smaller than one batch.
+    With `drop_last`, raises UserError for a batch with fewer samples than ranks, or a data set smaller than one batch.
     """
 
     def __init__(
