@@ -185,7 +185,7 @@ class Trainer:
         """Note what the data are, or compare them with what they were when the run began; and samples of them that are damaged."""
         self.folder.check_data(self.data.fingerprint())
         self.folder.note_unreadable(
-            [name for each in (self.data.train, *self.data.evaluation.values()) for name in each.left_out]
+            [name for each in (self.data.train, *self.data.evaluation.values()) for name in each.skipped]
         )
 
     def _loader(self) -> BatchLoader:

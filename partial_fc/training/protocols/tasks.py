@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.training.data import IdentityDataset, open_data
-from partial_fc.training.data.packed import is_packed
+from partial_fc.training.data.formats.packed import is_packed
 from partial_fc.training.errors import UserError
 from partial_fc.training.protocols import identification, retrieval, templates, verification_bin
 from partial_fc.training.protocols.images import AlignedImages, Labelled, ListedImages, labelled_images, numbers_of
