@@ -30,7 +30,7 @@ class Counts:
     """Floating-point operations of a forward pass of one image; None if the module cannot run on shapes alone."""
 
     def __str__(self) -> str:
-        work = "operations not counted" if self.operations is None else f"{self.operations / 1e9:.2f} GFLOP an image"
+        work = "operations not counted" if self.operations is None else f"{self.operations / 1e9:.2f} GFLOP per image"
         return f"{self.parameters / 1e6:.2f} M parameters, {work}"
 
 
@@ -53,7 +53,7 @@ def table(names: Iterable[str], image_shape: tuple[int, int, int], embedding_siz
     """Return lines of name, parameters in millions and GFLOP per image; the backbones are built on the meta device."""
     from partial_fc.training.backbones import build_backbone
 
-    lines = [f"{'name':<16}{'parameters':>12}{'GFLOP an image':>17}"]
+    lines = [f"{'name':<16}{'parameters':>12}{'GFLOP per image':>17}"]
     for name in names:
         with torch.device("meta"):
             counts = count_backbone(
