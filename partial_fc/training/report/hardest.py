@@ -117,14 +117,14 @@ def one_per_identities(pairs: Sequence[Pair], labels: Tensor, shown: int = SHOWN
 def nearest_class_pairs(head: PartialFC, accelerator: Accelerator) -> list[Pair]:
     """Return the `SHOWN` nearest pairs of classes, nearest first, the same on every rank; every rank must call it."""
     near = head.nearest_classes(1)
-    first = head._shards.lo
+    first = head._shards.lo  # several replicas name the same pairs
     cosines, order = near.cosines[:, 0].float().cpu().sort(descending=True, stable=True)
     ids = near.ids[:, 0].cpu()
     mine = [
         (float(cosine), *sorted((first + int(row), int(ids[row]))))
         for cosine, row in zip(cosines[:KEPT], order[:KEPT], strict=True)
     ]
-    # a dict, because a pair may come from the shards of both classes, and from several replicas
+    # a dict, because a pair may come from both of its classes
     cosine_of = {(a, b): cosine for cosine, a, b in _gathered(mine, accelerator)}
     pairs = [(cosine, a, b) for (a, b), cosine in cosine_of.items()]
     return sorted(pairs, key=_most_similar_first)[:SHOWN]
