@@ -237,8 +237,12 @@ def write_results(
     results: Sequence[Result] = (),
 ) -> Path:
     """metrics.json, curves.json, plots/ and report.html; the path of the last. results: of other protocols. config: None without a run."""
-    # matplotlib takes half a second to import
-    from partial_fc.training.report.plots import plot_cmc, plot_dir, plot_histograms, plot_roc
+    from partial_fc.training.report.plots import (  # matplotlib takes half a second
+        plot_cmc,
+        plot_dir,
+        plot_histograms,
+        plot_roc,
+    )
     from partial_fc.training.report.training_plots import plot_training
 
     plots = folder.path / "plots"
