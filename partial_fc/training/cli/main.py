@@ -39,7 +39,7 @@ try:
     from partial_fc.training.errors import Preempted, UserError
     from partial_fc.training.interval import check_metric, direction
     from partial_fc.training.mixing import mixed, sampler_of
-    from partial_fc.training.protocols.tasks import image_shape, open_tasks
+    from partial_fc.training.protocols.task_files import image_shape, open_tasks
     from partial_fc.training.ranks import check_devices, find_ranks, speaks
     from partial_fc.training.report.compare import report_command
     from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
