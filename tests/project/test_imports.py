@@ -48,7 +48,7 @@ def test_the_core_imports_torch_alone(graph, contracts):
 
 def test_the_contract_of_the_core_knows_all_packages(graph, contracts):
     used = {package for _, package in packages(graph, own(graph))} - {"torch"}
-    assert used == set(contracts["torch"]["forbidden_modules"])
+    assert used <= set(contracts["torch"]["forbidden_modules"])
 
 
 def test_the_contracts_of_the_core_reach_all_of_it(graph, contracts):
