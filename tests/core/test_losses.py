@@ -227,7 +227,7 @@ def soft_labels(rank: int, world: int) -> None:
         chosen = union(head.selected)
         x_all.requires_grad_()
         w = (
-            partial_fc.shards.initial_rows(0, C, tuple(head.weight.shape[1:]), std=1.0, seed=0)
+            partial_fc.sharded_module.initial_rows(0, C, tuple(head.weight.shape[1:]), std=1.0, seed=0)
             .double()
             .requires_grad_()
         )
