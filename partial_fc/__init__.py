@@ -31,7 +31,7 @@ from partial_fc.planning.plan import Plan, plan
 from partial_fc.weights.rank_files import RankFiles
 from partial_fc.weights.single_file import export_weights, import_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaFace",
