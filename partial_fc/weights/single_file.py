@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.centers import CenterLoss
-from partial_fc.checkpoint.layout import RowSource, SafeReader, block_rows, read
+from partial_fc.checkpoint.layout import RowSource, block_rows, read
 from partial_fc.checkpoint.manifest import MANIFEST, read_manifest
+from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.checkpoint.save_load import stored_tensors
 from partial_fc.distributed.agreement import on_every_rank
 from partial_fc.distributed.ranks import Ranks, all_gather_mesh
