@@ -240,7 +240,7 @@ def test_files_of_other_trainers_run_nothing(tmp_path, marker):
     for old in (False, True):
         path = tmp_path / "softmax_fc_gpu_0.pt"
         torch.save({"weight": torch.zeros(3, D), "more": Payload(marker)}, path, _use_new_zipfile_serialization=not old)
-        with pytest.raises(ValueError, match=r"softmax_fc_gpu_0.pt asks for .*system to be run"):
+        with pytest.raises(ValueError, match=r"softmax_fc_gpu_0.pt refers to .*system"):
             RankFiles([path])
         path.write_bytes(pickle.dumps(Payload(marker), protocol=2))
         with pytest.raises(ValueError, match=r"softmax_fc_gpu_0.pt"):
