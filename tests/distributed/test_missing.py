@@ -94,7 +94,7 @@ COLLECTIVES: dict[str, Callable[[PartialFC, Any], Callable[[], Any]]] = {
     "the norm of gradients over ranks": _clipping,
     "a query for nearest classes": _questions,
     "the step": _ddp,
-    "the question who still has a batch (JoinedBatches)": _joined,
+    "the check which ranks have a batch (JoinedBatches)": _joined,
     "an agreement of all ranks": _saving,  # over all ranks: the last, as nothing goes on in a group afterwards
 }
 
