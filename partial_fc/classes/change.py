@@ -14,26 +14,27 @@ ever holds the whole matrix.
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from partial_fc.classes import class_means as means
 from partial_fc.classes.class_means import Batches, NewRows, new_rows_from_means, row_blocks, row_shape, weight_rows
+from partial_fc.classes.interface import Change, Changeable
 from partial_fc.classes.mapping import ClassMoves, Mapped, class_moves, validate_mapping
 from partial_fc.classes.moves import move_rows
-from partial_fc.distributed.ranks import tell
+from partial_fc.distributed.ranks import gather_texts
 from partial_fc.margins.base import Margin
-from partial_fc.optim.row_optimizer import MASTER, RowOptimizer, rows_of_state
+from partial_fc.optim.optimizer_class import initial_state
+from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.optim.row_update import MASTER
 from partial_fc.sampling import mix
 from partial_fc.shards import INIT_BLOCK, ClassShards, initial_rows, local_part
-
-if TYPE_CHECKING:
-    from partial_fc.sharded import ShardedLoss
 
 Merge = Literal["mean", "first"]
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
@@ -42,32 +43,21 @@ Result = TypeVar("Result")
 FRESH_ROWS = 0x66726573  # key of these draws; must never change, or a seed would give other rows
 
 
-@dataclass(frozen=True)
-class Change:
-    """The classes after a change: `num_classes`, of which the last `added` are new and the others follow `moves`."""
-
-    moves: ClassMoves
-    num_classes: int
-    added: int = 0
-    margin: Margin | None = None
-    class_weights: Tensor | None = None
-
-
 # ---------------------------------------------------------------------------------------------------- expand and remap
 
 
 @torch.no_grad()
 def expand(
-    loss: ShardedLoss,
+    loss: Changeable,
     new_classes: int,
     init: str | Tensor | Batches,
     optimizers: Optimizers,
     margin: Margin | None,
     class_weights: Any,
 ) -> None:
-    """See `ShardedLoss.expand`."""
+    """See `ChangeableLoss.expand`."""
     before = loss.num_classes
-    _check_reachable(loss)
+    check_reachable(loss)
 
     def prepare() -> tuple[_PreparedChange, dict[str, Any]]:
         if not isinstance(new_classes, int) or new_classes < 1:
@@ -86,22 +76,16 @@ def expand(
     if isinstance(init, Tensor):
         rows = _given_rows(init.detach(), before)
     elif not isinstance(init, str):
-        rows = new_rows_from_means(loss, init, loss._shards.resized(prepared.change.num_classes), rows)
+        rows = new_rows_from_means(loss, init, loss.class_rows.shards.resized(prepared.change.num_classes), rows)
     _apply_change(loss, prepared, rows)
-
-
-def init_from_embeddings(loss: ShardedLoss, batches: Batches) -> None:
-    """See `ShardedLoss.init_from_embeddings`."""
-    _check_reachable(loss)
-    means.init_from_embeddings(loss, batches)
 
 
 @torch.no_grad()
 def remap(
-    loss: ShardedLoss, mapping: Mapped, merge: str, weights: Any, optimizers: Optimizers, margin: Margin | None
+    loss: Changeable, mapping: Mapped, merge: str, weights: Any, optimizers: Optimizers, margin: Margin | None
 ) -> None:
-    """See `ShardedLoss.remap`."""
-    _check_reachable(loss)
+    """See `ChangeableLoss.remap`."""
+    check_reachable(loss)
 
     def prepare() -> tuple[_PreparedChange, dict[str, Any]]:
         ids = validate_mapping(mapping, loss.num_classes)
@@ -132,12 +116,12 @@ class _PreparedChange:
     apply_tables: Callable[[], None]
 
 
-def _prepare(loss: ShardedLoss, change: Change, optimizers: Optimizers) -> tuple[_PreparedChange, dict[str, Any]]:
+def _prepare(loss: Changeable, change: Change, optimizers: Optimizers) -> tuple[_PreparedChange, dict[str, Any]]:
     """Return (the validated change, values that must be the same on all ranks, by their name in an error message)."""
-    pending = loss._pending_work()
+    pending = loss.pending_work()
     if pending:
         raise RuntimeError(f"{pending}; they belong to the classes before the change")
-    for name, parameter in loss._rows.parameters.items():
+    for name, parameter in loss.class_rows.parameters.items():
         if parameter._use_count() > 2:  # type: ignore[attr-defined]  # itself and AccumulateGrad
             raise RuntimeError(
                 f"{name} is still held by the autograd graph of a loss: call backward() on the loss or delete it "
@@ -145,8 +129,8 @@ def _prepare(loss: ShardedLoss, change: Change, optimizers: Optimizers) -> tuple
             )
     held = []
     for optimizer in _optimizers_of(loss, optimizers):
-        held.append((optimizer, {name: rows_of_state(optimizer, p) for name, p in loss._rows.parameters.items()}))
-    apply_tables = loss._change_tables(change)
+        held.append((optimizer, {name: rows_of_state(optimizer, p) for name, p in loss.class_rows.parameters.items()}))
+    apply_tables = loss.prepare_tables(change)
     states = [
         [type(optimizer).__name__, {name: list(rows) for name, rows in fills.items()}] for optimizer, fills in held
     ]
@@ -155,20 +139,22 @@ def _prepare(loss: ShardedLoss, change: Change, optimizers: Optimizers) -> tuple
         "margin": None if change.margin is None else _digest_of_margin(change.margin),
         "class_weights": None if weights is None else _digest(torch.as_tensor(weights)),
         "the state of the optimizers": states,
-        "the number of changes before": loss._class_changes,
+        "the number of changes before": loss.class_changes,
     }
     return _PreparedChange(change, held, apply_tables), facts
 
 
-def _optimizers_of(loss: ShardedLoss, given: Optimizers) -> list[torch.optim.Optimizer]:
+def _optimizers_of(loss: Changeable, given: Optimizers) -> list[torch.optim.Optimizer]:
     """Return the loss's own `RowOptimizer` and the given ones, each once. ValueError if one lacks its parameters."""
-    found: list[torch.optim.Optimizer] = [] if loss._rows.live_optimizer is None else [loss._rows.live_optimizer]
-    own = {id(p) for p in loss._rows.parameters.values()}
+    found: list[torch.optim.Optimizer] = (
+        [] if loss.class_rows.live_optimizer is None else [loss.class_rows.live_optimizer]
+    )
+    own = {id(p) for p in loss.class_rows.parameters.values()}
     for optimizer in [given] if isinstance(given, torch.optim.Optimizer) else list(given):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizers must be torch optimizers, not {type(optimizer).__name__}")
         if isinstance(optimizer, RowOptimizer):
-            fits = optimizer._sharded is loss._rows
+            fits = optimizer.class_rows is loss.class_rows
         else:
             fits = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
         if not fits:
@@ -181,9 +167,9 @@ def _optimizers_of(loss: ShardedLoss, given: Optimizers) -> list[torch.optim.Opt
     return found
 
 
-def _apply_change(loss: ShardedLoss, prepared: _PreparedChange, rows: NewRows | None) -> None:
+def _apply_change(loss: Changeable, prepared: _PreparedChange, rows: NewRows | None) -> None:
     """Apply a change one tensor at a time, so that at most one tensor exists twice. rows: rows of the added classes."""
-    change, before = prepared.change, loss._shards
+    change, before = prepared.change, loss.class_rows.shards
     after = before.resized(change.num_classes)
 
     def moved(local: Tensor, new: NewRows | float) -> Tensor:
@@ -196,7 +182,7 @@ def _apply_change(loss: ShardedLoss, prepared: _PreparedChange, rows: NewRows | 
             out[first - after.lo :] = new
         return out
 
-    parameters = loss._rows.parameters
+    parameters = loss.class_rows.parameters
     for k, (name, parameter) in enumerate(parameters.items()):
         new: NewRows | float = rows if rows is not None and k == 0 else 0.0  # a new bias is 0
         changed = nn.Parameter(
@@ -210,10 +196,8 @@ def _apply_change(loss: ShardedLoss, prepared: _PreparedChange, rows: NewRows | 
                 state[key] = after.wrap(moved(local_part(state[key]), new if key == MASTER else fill))
                 if key == MASTER:
                     _round_merged(local_part(parameter.detach()), local_part(state[key]), change.moves, after)
-    loss._shards, loss.num_classes = after, change.num_classes
     prepared.apply_tables()
-    loss._rows.hold(dict(parameters), loss._shared_parameters(), after)
-    loss._class_changes += 1
+    loss.adopt(dict(parameters), after)
 
 
 def _round_merged(weight: Tensor, master: Tensor, moves: ClassMoves, shards: ClassShards) -> None:
@@ -236,17 +220,17 @@ def _given_rows(vectors: Tensor, first: int) -> NewRows:
     return lambda a, b: vectors[a - first : b - first]
 
 
-def _fresh_rows(loss: ShardedLoss) -> NewRows:
+def _fresh_rows(loss: Changeable) -> NewRows:
     """Return new rows, drawn like the initial ones but with another key for each change of classes."""
-    seed = mix(loss.seed, FRESH_ROWS, loss._class_changes)
-    return lambda a, b: initial_rows(a, b, row_shape(loss), std=loss._init_std, seed=seed)
+    seed = mix(loss.seed, FRESH_ROWS, loss.class_changes)
+    return lambda a, b: initial_rows(a, b, row_shape(loss), std=loss.init_std, seed=seed)
 
 
 # ---------------------------------------------------------------------------------------------------- checks
 
 
-def _check_reachable(loss: ShardedLoss) -> None:
-    loss._check_group()
+def check_reachable(loss: Changeable) -> None:
+    loss.class_rows.check_group()
     if weight_rows(loss).device.type == "meta":
         raise RuntimeError(
             f"this {type(loss).__name__} is on the meta device and has no rows; "
@@ -271,13 +255,13 @@ def _check_init(init: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def _prepare_on_every_rank(loss: ShardedLoss, prepare: Callable[[], tuple[Result, dict[str, Any]]]) -> Result:
+def _prepare_on_every_rank(loss: Changeable, prepare: Callable[[], tuple[Result, dict[str, Any]]]) -> Result:
     """Return the result of `prepare` on this rank.
 
     If it fails anywhere, raise the first failed rank's error on every rank. If the values that it returns in addition
     differ between ranks, raise ValueError on every rank.
     """
-    ranks, device = loss._shards.ranks, weight_rows(loss).device
+    ranks, device = loss.class_rows.shards.ranks, weight_rows(loss).device
     kinds = {kind.__name__: kind for kind in (ValueError, RuntimeError, TypeError)}
     result, failure = None, None
     mine: dict[str, Any] = {}
@@ -286,7 +270,7 @@ def _prepare_on_every_rank(loss: ShardedLoss, prepare: Callable[[], tuple[Result
     except tuple(kinds.values()) as error:
         failure = error
         mine = {"error": next(name for name, kind in kinds.items() if isinstance(error, kind)), "text": str(error)}
-    everyone = [json.loads(text) for text in tell(json.dumps(mine), ranks, device)]
+    everyone = [json.loads(text) for text in gather_texts(json.dumps(mine), ranks, device)]
     failed = [flat for flat, each in enumerate(everyone) if "error" in each]
     if failed:
         first = everyone[failed[0]]
@@ -317,3 +301,35 @@ def _digest(values: Tensor) -> list[Any]:
 def _digest_of_margin(margin: Margin) -> list[Any]:
     options = {k: repr(v) for k, v in vars(margin).items() if not k.startswith("_")}
     return [type(margin).__name__, options, [_digest(b) for b in margin.buffers()]]
+
+
+# ---------------------------------------------------------------------------------------------------- optimizer state
+
+
+def rows_of_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, float]:
+    """Return the keys of state with one row per row of `parameter`, and its value for a row that never had a gradient.
+
+    Works for a `RowOptimizer` and others. The value of MASTER, the float32 weights, is NaN: its rows are those of the
+    weight. Raises ValueError if the optimizer holds state that is neither by row nor one number.
+    """
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    shape, local = parameter.shape, local_part(parameter.detach()).shape
+    by_row = []
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == shape and local_part(value).shape == local:
+            by_row.append(key)
+        elif isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds {key} {list(value.shape)} for a parameter {list(shape)}: it has no "
+                "row per class, so it cannot follow a change of classes; build the optimizer anew after the change"
+            )
+    if not by_row:
+        return {}
+    if isinstance(optimizer, RowOptimizer):
+        fill = optimizer.initial_state
+    else:
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        accepted = inspect.signature(type(optimizer)).parameters
+        options = {k: v for k, v in group.items() if k in accepted and k != "params"}
+        fill = initial_state(type(optimizer), options)
+    return {key: math.nan if key == MASTER else fill.get(key, 0.0) for key in sorted(by_row)}

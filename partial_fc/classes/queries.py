@@ -21,23 +21,21 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.batch import _exchange_payload
+from partial_fc.batch.exchange import exchange_payload
 from partial_fc.classes import selection
 from partial_fc.classes.query_arguments import QUERY, check_query, unit_factors
 from partial_fc.classes.selection import BestClasses, largest
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
 from partial_fc.errors import NonFiniteError
+from partial_fc.rows import ClassRows
 from partial_fc.shards import local_part, shard_bounds
-
-if TYPE_CHECKING:
-    from partial_fc.sharded import ShardedLoss
 
 DEFAULT_TILE_BYTES = 64 << 20
 QUERIES = 1024  # embeddings of all ranks that are searched at a time
@@ -52,15 +50,17 @@ class Neighbours(NamedTuple):
 
 
 def topk(
-    head: ShardedLoss, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
+    class_rows: ClassRows, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
 ) -> Neighbours:
-    """Return the k classes nearest to each embedding; see `ShardedLoss.topk` for the arguments."""
-    rows = _RowTiles(head, embeddings.dtype if isinstance(embeddings, Tensor) else None)
+    """Return the k classes nearest to each embedding; see `ChangeableLoss.topk` for the arguments."""
+    rows = _RowTiles(class_rows, embeddings.dtype if isinstance(embeddings, Tensor) else None)
     ranks = rows.ranks
     world = ranks.world
-    all_counts = check_query(head, k, head.num_classes, tile_bytes, embeddings)
+    all_counts = check_query(class_rows, k, class_rows.shards.num_classes, tile_bytes, embeddings)
     counts = all_counts[ranks.replica * world : (ranks.replica + 1) * world]
-    kept = min(k, -(-head.num_classes // world))  # candidates of a rank: k, or all classes of the largest shard
+    kept = min(
+        k, -(-class_rows.shards.num_classes // world)
+    )  # candidates of a rank: k, or all classes of the largest shard
     per_rank = max(1, min(QUERIES, tile_bytes // (8 * world * kept)) // world)  # queries of a rank in a round
     elements = tile_bytes // rows.dtype.itemsize
     step = rows.fitting(elements // (per_rank * world * rows.centers), elements)
@@ -74,7 +74,7 @@ def topk(
             now = tuple(max(0, min(count - start, per_rank)) for count in counts)
             mine = embeddings.detach()[start : start + per_rank].to(rows.dtype)
             mine = mine * unit_factors(mine)
-            (queries,) = _exchange_payload([mine], now, max(now), ranks.group)
+            (queries,) = exchange_payload([mine], now, max(now), ranks.group)
             best = BestClasses(len(queries), kept, queries, elements)
             for first in range(0, len(rows.weight), step):
                 unit = rows.unit(rows.weight[first : first + step], unit_buffer, rows.lo + first)
@@ -86,11 +86,11 @@ def topk(
 
 
 def nearest_classes(
-    head: ShardedLoss, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
+    class_rows: ClassRows, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
 ) -> Neighbours:
-    """Return the k classes nearest to each class of this rank's shard; see `ShardedLoss.nearest_classes`."""
-    rows = _RowTiles(head, None)
-    check_query(head, k, head.num_classes - 1, tile_bytes, None)
+    """Return the k classes nearest to each class of this rank's shard; see `ChangeableLoss.nearest_classes`."""
+    rows = _RowTiles(class_rows, None)
+    check_query(class_rows, k, class_rows.shards.num_classes - 1, tile_bytes, None)
     elements = tile_bytes // rows.dtype.itemsize
     step = rows.fitting(math.isqrt(elements) // rows.centers, elements)
     best = BestClasses(len(rows.weight), k, rows.weight.new_empty(0, dtype=rows.dtype), elements)
@@ -160,9 +160,10 @@ def _search_all_ranks(
 class _RowTiles:
     """This rank's class rows `[C_local, K, D]` (K = 1 without sub-centers): tiles of unit rows, and their broadcast."""
 
-    def __init__(self, head: ShardedLoss, embeddings_dtype: torch.dtype | None) -> None:
-        head._check_group()
-        shards, local = head._shards, local_part(next(iter(head._rows.parameters.values())).detach())
+    def __init__(self, class_rows: ClassRows, embeddings_dtype: torch.dtype | None) -> None:
+        class_rows.check_group()
+        shards = class_rows.shards
+        local = local_part(class_rows.main.detach())
         self.ranks = shards.ranks
         self.lo = shards.lo
         self.hi = shards.hi

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from partial_fc.batch_status import DTYPES, _embeddings_problem
-from partial_fc.distributed.ranks import all_gather_mesh, tell
+from partial_fc.batch.checks import embeddings_problem
+from partial_fc.batch.status import DTYPES
+from partial_fc.distributed.ranks import all_gather_mesh, gather_texts
 from partial_fc.errors import NonFiniteError
-from partial_fc.shards import local_part
-
-if TYPE_CHECKING:
-    from partial_fc.sharded import ShardedLoss
+from partial_fc.rows import ClassRows
 
 BLOCK = 1024  # embeddings that are checked at a time
 NO_DIRECTION = 1e-12  # a shorter row has cosine 0 to everything
@@ -32,15 +30,16 @@ class _QueryArguments:
     samples: int
 
 
-def check_query(head: ShardedLoss, k: Any, limit: int, tile_bytes: Any, embeddings: Any) -> list[int]:
+def check_query(class_rows: ClassRows, k: Any, limit: int, tile_bytes: Any, embeddings: Any) -> list[int]:
     """Return the number of embeddings of every rank.
 
     Raises the same ValueError or NonFiniteError on every rank if the arguments of one are wrong or differ.
     """
-    ranks, device = head._shards.ranks, local_part(next(iter(head._rows.parameters.values()))).device
+    ranks = class_rows.shards.ranks
+    device = class_rows.device
     problem, kind = _number_problem(k, limit, tile_bytes), 1
     if not problem and embeddings is not None:
-        problem, kind = _query_problem(embeddings, head.embedding_size, device)
+        problem, kind = _query_problem(embeddings, class_rows.main.shape[-1], device)
     if problem:
         mine = _QueryArguments(kind, 0, 0, 0, 0)
     elif embeddings is None:
@@ -51,7 +50,7 @@ def check_query(head: ShardedLoss, k: Any, limit: int, tile_bytes: Any, embeddin
     everyone = [_QueryArguments(*row) for row in table]
     wrong = next((flat for flat, each in enumerate(everyone) if each.problem), None)
     if wrong is not None:
-        text = f"{ranks.name(wrong)}: {tell(problem, ranks, device)[wrong]}"
+        text = f"{ranks.name(wrong)}: {gather_texts(problem, ranks, device)[wrong]}"
         raise NonFiniteError(text) if everyone[wrong].problem == 2 else ValueError(text)
     for what in ("k", "tile_bytes", "dtype"):
         values = [getattr(each, what) for each in everyone]
@@ -84,7 +83,7 @@ def _query_problem(embeddings: Any, width: int, device: torch.device) -> tuple[s
     """Return (what is wrong with the embeddings or "", the kind of problem: 1 or 2)."""
     if not isinstance(embeddings, Tensor):
         return f"embeddings must be a tensor [N, D], not {type(embeddings).__name__}", 1
-    problem = _embeddings_problem(embeddings)
+    problem = embeddings_problem(embeddings)
     if problem:
         return problem, 1
     if embeddings.device != device:

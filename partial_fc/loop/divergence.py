@@ -180,7 +180,7 @@ class DivergenceWatch:
     # ------------------------------------------------------------------------------------------------ watched values
 
     def _shard(self) -> int:
-        return next((head._shards.ranks.rank for head in self._heads()), 0)
+        return next((head.class_rows.shards.ranks.rank for head in self._heads()), 0)
 
     def _heads(self) -> Iterator[ShardedLoss]:
         return (
@@ -243,12 +243,12 @@ class _StepSums:
 def _of_head(head: ShardedLoss, prefix: str) -> Iterator[tuple[int, str, Tensor | int]]:
     for name, tensor in (*head._shared_parameters().items(), *head.named_buffers()):
         yield ALL, f"{prefix}{name}", tensor
-    yield ALL, f"{prefix}forward count", getattr(head, "_step", 0)
+    yield ALL, f"{prefix}forward count", getattr(head, "forward_count", 0)
     yield ALL, f"{prefix}number of skipped steps", head.skips
-    if head._shards.ranks.replica_group is None:
+    if head.class_rows.shards.ranks.replica_group is None:
         return
-    selected = getattr(head, "_selected_rows", None)
-    for name, parameter in head._rows.parameters.items():
+    selected = getattr(head, "selected_rows", None)
+    for name, parameter in head.class_rows.parameters.items():
         rows = local_part(parameter.detach())
         yield SHARD, f"{prefix}{name}", rows if selected is None else rows.index_select(0, selected)
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh, tell
+from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh, gather_texts
 
 Batch = TypeVar("Batch")
 
@@ -96,7 +96,7 @@ class JoinedBatches(Generic[Batch]):
             state = FAILED if failure is not None else _state(batch, last)
             states = all_gather_mesh(torch.tensor([state], device=device), ranks, WHO).flatten().tolist()
             if FAILED in states:
-                texts = tell("" if failure is None else f"{type(failure).__name__}: {failure}", ranks, device)
+                texts = gather_texts("" if failure is None else f"{type(failure).__name__}: {failure}", ranks, device)
                 flat = states.index(FAILED)
                 raise RuntimeError(f"{ranks.name(flat)} failed to load its next batch: {texts[flat]}") from failure
             if HAS not in states:

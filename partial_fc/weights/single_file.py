@@ -30,9 +30,10 @@ from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.checkpoint.save_load import stored_tensors
 from partial_fc.distributed.agreement import on_every_rank
 from partial_fc.distributed.ranks import Ranks, all_gather_mesh
+from partial_fc.errors import log
 from partial_fc.head import PartialFC
-from partial_fc.optim.row_optimizer import MASTER, RowOptimizer
-from partial_fc.sharded import log
+from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.optim.row_update import MASTER
 from partial_fc.shards import local_part
 from partial_fc.weights.rank_files import RankFiles, described
 from partial_fc.weights.safetensors_file import (
@@ -63,11 +64,11 @@ def export_weights(path: str | os.PathLike[str], rows_of: HeadOrCenters, *, over
     False; OSError if it cannot be written (folder missing or read-only, disk full, a rank that does not see the
     folder); ValueError if ranks pass different paths.
     """
-    rows_of._check_group()
-    path, ranks = Path(path), rows_of._shards.ranks
+    rows_of.class_rows.check_group()
+    path, ranks = Path(path), rows_of.class_rows.shards.ranks
     token = _agree_on_path(path, overwrite, rows_of)
     temporary = temporary_name(path, token)
-    parameters = rows_of._rows.parameters
+    parameters = rows_of.class_rows.parameters
     first = ranks.rank == ranks.replica == 0
     metadata = describe(
         "head" if isinstance(rows_of, PartialFC) else "center",
@@ -93,7 +94,7 @@ def export_weights(path: str | os.PathLike[str], rows_of: HeadOrCenters, *, over
             for name, parameter in parameters.items():
                 local = local_part(parameter.detach())
                 for a, b in blocks(local.shape, local.dtype):
-                    writer.write_rows(name, rows_of._shards.lo + a, local[a:b])
+                    writer.write_rows(name, rows_of.class_rows.shards.lo + a, local[a:b])
 
     def finish() -> None:
         if first:
@@ -131,10 +132,10 @@ def import_weights(
     damaged, lacks the tensor or has another shape; OSError for one that cannot be read. Values are not checked: a NaN
     is imported.
     """
-    rows_of._check_group()
-    ranks, parameters = rows_of._shards.ranks, rows_of._rows.parameters
+    rows_of.class_rows.check_group()
+    ranks, parameters = rows_of.class_rows.shards.ranks, rows_of.class_rows.parameters
     main = next(iter(parameters))
-    if optimizer is not None and rows_of._rows.live_optimizer is not optimizer:
+    if optimizer is not None and rows_of.class_rows.live_optimizer is not optimizer:
         raise ValueError("optimizer must be the RowOptimizer of this head")
     found = _on_every_rank(ranks, lambda: _open(source, rows_of, key))
     if optimizer is not None:
@@ -147,7 +148,7 @@ def import_weights(
         _on_every_rank(ranks, lambda: _fill(rows_of, {parameters[name]: rows for name, rows in found.items()}))
     if isinstance(rows_of, CenterLoss):
         rows_of._pending = None  # pending updates were computed for the old centers
-    live = rows_of._rows.live_optimizer
+    live = rows_of.class_rows.live_optimizer
     if live is not None:
         for parameter in parameters.values():
             if MASTER in live.state.get(parameter, {}):
@@ -163,7 +164,7 @@ def import_weights(
 
 def _open(source: Source, rows_of: HeadOrCenters, key: str | None) -> dict[str, RowSource] | SafeReader:
     """Return parameter name -> RowSource, or the reader of a checkpoint. Make all checks that read no rows."""
-    parameters = rows_of._rows.parameters
+    parameters = rows_of.class_rows.parameters
     main, shape = next((name, p.shape) for name, p in parameters.items())
     if isinstance(source, RowSource):
         check_shape(source.shape, shape, _named(source))
@@ -206,7 +207,7 @@ def _checkpoint_keys(reader: SafeReader, rows_of: HeadOrCenters, key: str | None
     """Return parameter name -> key in a checkpoint."""
     stored = reader.read_metadata().state_dict_metadata
     prefix = "head" if isinstance(rows_of, PartialFC) else "center"
-    main, *others = rows_of._rows.parameters
+    main, *others = rows_of.class_rows.parameters
     keys = {main: key} if key is not None else {name: f"{prefix}/{name}" for name in (main, *others)}
     for each in keys.values():
         if each not in stored:
@@ -251,7 +252,7 @@ def _fill(rows_of: HeadOrCenters, sources: dict[Tensor, RowSource]) -> None:
     for tensor, source in sources.items():
         local = local_part(tensor.detach())
         for a, b in blocks(local.shape, source.dtype):
-            local[a:b].copy_(source.rows(rows_of._shards.lo + a, rows_of._shards.lo + b))
+            local[a:b].copy_(source.rows(rows_of.class_rows.shards.lo + a, rows_of.class_rows.shards.lo + b))
 
 
 def _check_state(found: dict[str, RowSource] | SafeReader, optimizer: RowOptimizer) -> None:
@@ -264,7 +265,7 @@ def _check_state(found: dict[str, RowSource] | SafeReader, optimizer: RowOptimiz
         )
     if not source.state:
         raise ValueError(f"{source} has no optimizer state for all rows; omit optimizer= to start with new state")
-    wanted = set(optimizer._fill)
+    wanted = set(optimizer.initial_state)
     if wanted != set(source.state):
         mine = ", ".join(sorted(wanted)) or "nothing"
         raise ValueError(f"{source} has the row state {', '.join(source.state)}, but this optimizer needs {mine}")
@@ -295,7 +296,7 @@ def _on_every_rank(ranks: Ranks, action: Callable[[], Result]) -> Result:
 
 def _agree_on_path(path: Path, overwrite: bool, rows_of: HeadOrCenters) -> int:
     """Return a random number, the same on every rank. ValueError on every rank if their arguments differ."""
-    ranks, device = rows_of._shards.ranks, local_part(next(iter(rows_of._rows.parameters.values()))).device
+    ranks, device = rows_of.class_rows.shards.ranks, rows_of.class_rows.device
     mine = torch.tensor(
         [secrets.randbits(48), zlib.crc32(os.fsencode(path)), overwrite], dtype=torch.int64, device=device
     )
