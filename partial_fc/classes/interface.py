@@ -1,4 +1,4 @@
-"""What changes of classes need of a loss. `loss.ChangeableLoss` has it."""
+"""The interface that changes of classes need of a loss. `ChangeableLoss` (loss.py) implements it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Change:
 
 
 class Changeable(Protocol):
-    """A loss whose classes may change. class_changes: how often they did. init_std: of drawn rows."""
+    """A loss whose classes can change. class_changes: number of changes so far. init_std: deviation of drawn rows."""
 
     num_classes: int
     embedding_size: int
@@ -46,10 +46,10 @@ class Changeable(Protocol):
         """Whether only the direction of a row counts."""
 
     def pending_work(self) -> str:
-        """Return what must be finished before classes change, and how; "" if nothing."""
+        """Return what must be finished before classes change, and how; "" if nothing is pending."""
 
     def prepare_tables(self, change: Change) -> Callable[[], None]:
-        """Check what else is per class for the new classes; call the result when the rows have moved."""
+        """Check class weights and margin for the new classes; call the result after the rows have moved."""
 
     def adopt(self, parameters: dict[str, nn.Parameter], shards: ClassShards) -> None:
-        """Take the parameters of the new classes."""
+        """Hold the parameters of the new classes."""

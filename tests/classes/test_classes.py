@@ -488,7 +488,7 @@ def test_class_weights_follow():
     head = PartialFC(D, 4, class_weights=weights)
     head.remap([0, -1, 1, 1], weights=torch.tensor([1, 1, 1, 3]))
     assert head.class_weights.tolist() == [1, (3 + 3 * 4) / 4]
-    assert "give class_weights for the 2 new classes" in message_of(head.expand, 2)
+    assert "pass class_weights for the 2 new classes" in message_of(head.expand, 2)
     assert "for each of 2 classes" in message_of(head.expand, 2, class_weights=torch.ones(3))
     head.expand(2, class_weights=torch.tensor([5.0, 6]))
     assert head.class_weights.tolist() == [1, 3.75, 5, 6]
@@ -502,7 +502,7 @@ def test_class_weights_follow():
 def tables(rank: int, world: int) -> None:
     head = PartialFC(D, 4, AdaptiveMargin([4, 3, 2, 1]), dtype=torch.float64)
     text = message_of(head.expand, 1)
-    assert "AdaptiveMargin holds a number for each class: give margin=AdaptiveMargin(...) for the 5 classes" in text
+    assert "AdaptiveMargin has one number per class: pass margin=AdaptiveMargin(...) for the 5 classes" in text
     assert "must hold 5 numbers" in message_of(head.expand, 1, margin=AdaptiveMargin([1, 2]))
     assert "must be a AdaptiveMargin" in message_of(head.expand, 1, margin=ArcFace())
     assert head.num_classes == 4
@@ -536,7 +536,7 @@ def other_margins(rank: int, world: int) -> None:
     t = head.margin.t.item()
     head.remap(class_mapping(9, drop=[5, 6]))
     assert head.margin.t.item() == t != 0
-    assert "this head's CurricularFace stays" in message_of(head.expand, 1, margin=CurricularFace())
+    assert "this head keeps its CurricularFace" in message_of(head.expand, 1, margin=CurricularFace())
     head = PartialFC(D, 9, SphereFace2(), 0.5, dtype=torch.float64)
     optimizer = RowOptimizer(torch.optim.Adam, head, lr=0.1)
     offset = head.margin.offset
@@ -569,7 +569,7 @@ class Forgotten(Margin):
 
 def test_a_table_that_is_not_declared_is_found():
     head = PartialFC(D, 4, Forgotten())
-    assert "Forgotten must say by_class = True" in message_of(head.expand, 1)
+    assert "Forgotten must set by_class = True" in message_of(head.expand, 1)
     assert len(head.margin.table) == 4 and head.num_classes == 4
 
 
@@ -680,7 +680,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
         "SGD that does not hold the parameters",
     ),
     "no optimizer": (GOOD, {"optimizers": ["sgd"]}, "TypeError: .*optimizers must be torch optimizers, not str"),
-    "margin": (GOOD, {"margin": ArcFace()}, "this head's ArcFace stays"),
+    "margin": (GOOD, {"margin": ArcFace()}, "this head keeps its ArcFace"),
 }
 
 
