@@ -364,7 +364,7 @@ def test_embeddings_from_elsewhere(ending, files, tmp_path, capsys):
     cosines, same = (unit[::2] * unit[1::2]).sum(1), np.arange(20) % 2 == 1
     allowed = np.sort(cosines[~same])[-2]  # one of ten impostors may pass
     assert found["figures"]["tar@1e-1"] == pytest.approx((cosines[same] > allowed).mean())
-    for command, expected in (("identify", "those up to"), ("retrieve", "there are 27 images")):
+    for command, expected in (("identify", "but gallery needs"), ("retrieve", "there are 27 images")):
         if command == "identify":
             np.save(tmp_path / "few.npy", rows[:10])
         assert main(commands(files, tmp_path / "few.npy" if command == "identify" else file)[command]) == 2
@@ -385,7 +385,7 @@ def test_mistakes_are_one_line(files, evaluated, tmp_path, capsys):
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     (tmp_path / "bad.npy").write_bytes(b"no numbers")
     assert "the following arguments are required: PAIRS.bin" in line("verify", str(evaluated))
-    assert "no run folder" in line("verify", str(tmp_path), str(files / "lfw.bin"))
+    assert "not a run folder" in line("verify", str(tmp_path), str(files / "lfw.bin"))
     assert "cannot be read" in line("verify", str(evaluated), str(tmp_path / "none.bin"))
     assert "posix.system" in line("verify", str(evaluated), str(files / "evil.bin"))
     assert "allow_pickle" in line("verify", str(tmp_path / "objects.npy"), str(files / "lfw.bin"))
@@ -405,7 +405,7 @@ def test_mistakes_are_one_line(files, evaluated, tmp_path, capsys):
     assert "give at least 1" in line(*given["verify"], "--tile", "0")
     train = ["train", *settings(files, tmp_path / "run")]
     assert "needs evaluations during training" in line(*train, "--evaluation.best", "holdout/eer")
-    assert "is no figure of this run; choose one of holdout/tar@1e-2" in line(
+    assert "is not a figure of this run; choose one of holdout/tar@1e-2" in line(
         *train, "--evaluation.every=1", "--evaluation.best", "x/y", "--check"
     )
     assert "evaluation.every is 0" in line(*train, "--evaluation.every=0")
@@ -416,7 +416,7 @@ def test_mistakes_are_one_line(files, evaluated, tmp_path, capsys):
 
 def test_two_sets_of_one_name_are_refused():
     config = to_config(train_parser(), []).evaluation
-    with pytest.raises(UserError, match="two sets to evaluate on are called 'seen'"):
+    with pytest.raises(UserError, match="two evaluation sets are called 'seen'"):
         check_metric(config, ["seen", "seen"], [])
     config.every = 1
     with pytest.raises(UserError, match="nothing to evaluate on"):

@@ -69,7 +69,10 @@ def test_micro_batches_that_make_no_whole_step_are_left_out_and_counted(tmp_path
     ("more", "words"),
     [
         (["--train.batch_size", "100000", "--train.accumulation", "1"], "fewer than one batch of 100000"),
-        (["--train.batch_size", "2000", "--train.accumulation", "100"], "training images make no batch of 2000"),
+        (
+            ["--train.batch_size", "2000", "--train.accumulation", "100"],
+            "training images are fewer than one batch of 2000",
+        ),
         (
             ["--train.batch_size", "4", "--train.accumulation", "4"],
             "fewer than two images for each of 1 ranks and 4 micro-batches",
