@@ -17,7 +17,8 @@ Returned = TypeVar("Returned")
 
 def run_on_all(action: Callable[[], Returned], accelerator: Accelerator) -> Returned:
     """Run `action` on every rank and return its result; a UserError of any rank is raised on every rank."""
-    result, message = None, None
+    result = None
+    message = None
     try:
         result = action()
     except UserError as error:

@@ -211,7 +211,8 @@ def evaluate_embeddings(
     pairs = pair_histograms(embeddings, labels, tile=tile, rank=rank, world=world, progress=progress)
     hits_probes = torch.tensor(rank1(embeddings, labels, tile=tile, rank=rank, world=world), device=embeddings.device)
     if reduce is not None:
-        pairs, hits_probes = PairHistograms(reduce(pairs.counts)), reduce(hits_probes)
+        pairs = PairHistograms(reduce(pairs.counts))
+        hits_probes = reduce(hits_probes)
     hits, probes = hits_probes.tolist()
     accuracy, deviation = pairs.accuracy() or (None, None)
     histograms = pairs.curves()

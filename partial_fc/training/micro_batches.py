@@ -128,7 +128,9 @@ class MicroBatches:
         progress = self.progress
         while True:
             self.faults.at("data", progress.step + 1)
-            batch, message, began = None, None, time.monotonic()
+            batch = None
+            message = None
+            began = time.monotonic()
             try:
                 batch = next(batches, None)
             except UserError as error:
@@ -144,7 +146,7 @@ class MicroBatches:
                 return
             if batch is None or count == _ENDED:
                 return
-            self.folder.note_unreadable(batch.unreadable)
+            self.folder.record_unreadable(batch.unreadable)
             self.read += len(batch.labels)
             self.unreadable += len(batch.unreadable)
             self.first_unreadable = self.first_unreadable or next(iter(batch.unreadable), None)

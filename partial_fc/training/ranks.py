@@ -43,7 +43,8 @@ def find_ranks() -> None:
     """
     if dist.is_initialized():
         return
-    launcher, problem = _launcher(), None
+    launcher = _launcher()
+    problem = None
     if launcher == "mpirun":
         _set_from_mpi()
     elif launcher == "srun":

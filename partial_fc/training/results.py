@@ -148,7 +148,7 @@ def embed_images(
                 bar.update()
                 if asked_to_stop():
                     break
-                folder.note_unreadable(batch.unreadable)
+                folder.record_unreadable(batch.unreadable)
                 if len(batch.labels):
                     images = batch.images.to(device, non_blocking=batch.images.is_pinned())
                     with accelerator.autocast():

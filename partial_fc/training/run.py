@@ -189,7 +189,7 @@ class RunFolder:
         os.replace(temporary, self.path / HISTORY)
         return max(0, int(rows[-1]["step"]) - step) if rows else 0
 
-    def note_unreadable(self, names: list[str]) -> None:
+    def record_unreadable(self, names: list[str]) -> None:
         """Record images that could not be read. All ranks append to one file; an image is recorded once per rank."""
         new = [name for name in dict.fromkeys(names) if name not in self._recorded_unreadable]
         if new:

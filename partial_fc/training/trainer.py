@@ -148,7 +148,7 @@ class Trainer:
         """Save the fingerprint of the data, or compare it with the saved one; record damaged samples."""
         self.folder.check_data(self.data.fingerprint())
         sets = (self.data.train, *self.data.evaluation.values())
-        self.folder.note_unreadable([name for each in sets for name in each.left_out])
+        self.folder.record_unreadable([name for each in sets for name in each.left_out])
 
     def _loader(self) -> BatchLoader:
         config = self.config

@@ -299,7 +299,7 @@ def evaluate(arguments: list[str]) -> None:
     out = RunFolder(asked.output or run.path / f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}")
     claim_output(out, accelerator)
     if accelerator.is_main_process:
-        out.note_unreadable([name for each in sets.values() for name in each.left_out])
+        out.record_unreadable([name for each in sets.values() for name in each.left_out])
     evaluations = evaluate_sets(backbone, sets, accelerator, config, out)
     results = run_tasks(backbone, tasks, accelerator, config, out)
     accelerator.wait_for_everyone()

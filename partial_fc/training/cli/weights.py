@@ -151,7 +151,9 @@ class _BlockWriter:
     """Writes the blocks of one tensor as they are read."""
 
     def __init__(self, writer: RowWriter, tensor: str, bar: Any) -> None:
-        self._writer, self._tensor, self._bar = writer, tensor, bar
+        self._writer = writer
+        self._tensor = tensor
+        self._bar = bar
 
     def __call__(self, first: int, rows: Tensor) -> None:
         self._writer.write_rows(self._tensor, first, rows)
