@@ -30,7 +30,14 @@ try:
     from partial_fc.training.cli.data import add_source_options, data_command, open_from_options
     from partial_fc.training.cli.doctor import doctor_command
     from partial_fc.training.cli.export import export_command
-    from partial_fc.training.cli.parser import add_on_error, add_traceback, add_workers, check_at_least, config_first
+    from partial_fc.training.cli.parser import (
+        add_checkpoint,
+        add_on_error,
+        add_traceback,
+        add_workers,
+        check_at_least,
+        config_first,
+    )
     from partial_fc.training.cli.plan import plan_command
     from partial_fc.training.cli.protocols import protocol_command
     from partial_fc.training.cli.report import report_command
@@ -254,12 +261,7 @@ def evaluate(arguments: list[str]) -> None:
         "sets)",
     )
     add_source_options(parser)
-    parser.add_argument(
-        "--checkpoint",
-        default="newest",
-        metavar="WHICH",
-        help="newest (default), best (by the run's evaluation.best), or a step",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--output",
         default=None,

@@ -40,6 +40,16 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add --checkpoint, a name for RunFolder.find_checkpoint."""
+    parser.add_argument(
+        "--checkpoint",
+        default="newest",
+        metavar="WHICH",
+        help="newest (default), best (by the run's evaluation.best), or a step",
+    )
+
+
 def check_at_least(options: argparse.Namespace, name: str, least: int) -> None:
     """Raise UserError if the number given for the option `name` is below `least`."""
     value = getattr(options, name)

@@ -24,7 +24,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from partial_fc.training.all_ranks import run_on_all
-from partial_fc.training.cli.parser import CommandParser, add_on_error, add_traceback, add_workers, check_at_least
+from partial_fc.training.cli.parser import (
+    CommandParser,
+    add_checkpoint,
+    add_on_error,
+    add_traceback,
+    add_workers,
+    check_at_least,
+)
 from partial_fc.training.config import to_config
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import UserError
@@ -79,12 +86,7 @@ def protocol_parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--no_flip", action="store_true", help="do not add the embedding of the mirror image")
     else:
         parser.add_argument("--flip", action="store_true", help="add the embedding of the mirror image")
-    parser.add_argument(
-        "--checkpoint",
-        default="newest",
-        metavar="WHICH",
-        help="newest (default), best (by the run's evaluation.best), or a step",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--output",
         default=None,
