@@ -11,10 +11,8 @@ from partial_fc.training.run import check_new_file
 
 def report_command(arguments: list[str]) -> None:
     """`partial-fc report RUN RUN ...`: write the page. It runs in one process. Raises UserError for mistakes."""
-    parser = CommandParser("report", "Compare runs side by side on one page.")
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folders of runs, or of evaluations that a run folder holds"
-    )
+    parser = CommandParser("report", "Compare runs on one page.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of evaluations in a run folder")
     parser.add_argument(
         "--output", default="comparison.html", metavar="FILE", help="the page to write (default comparison.html)"
     )
@@ -25,4 +23,4 @@ def report_command(arguments: list[str]) -> None:
     runs = [read_run(path, name) for path, name in zip(options.runs, run_names(options.runs), strict=True)]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_comparison(runs, output)
-    print(f"{len(runs)} runs are on {output}")
+    print(f"comparison of {len(runs)} runs written to {output}")

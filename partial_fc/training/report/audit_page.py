@@ -9,7 +9,6 @@ Audit, data set  ──>  audit.json                    counts, thresholds, quan
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
@@ -19,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
 from partial_fc.training.audit import MIN_PAIRS, Audit, Pair, quantiles
 from partial_fc.training.data import IdentityDataset, UnreadableImage
+from partial_fc.training.report.page import png_uri, render
 from partial_fc.training.run import RunFolder
 
 MAX_CLASSES, MAX_IMAGES = 12, 4  # shown on the page: classes per table, images per class
@@ -119,15 +118,8 @@ def _write_page(folder: Path, audit: Audit, dataset: IdentityDataset, title: str
     def class_entry(c: int) -> dict[str, Any]:
         return {"class": c, "name": names[c], "images": int(audit.images[c]), "examples": examples.of(c)}
 
-    template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("audit.html.j2")
-    cosines = base64.b64encode((folder / "plots" / "cosines.png").read_bytes()).decode("ascii")
-    page = template.render(
+    page = render(
+        "audit.html.j2",
         title=title,
         classes=f"{len(names):,}",
         duplicates=f"{len(audit.duplicates):,}",
@@ -148,7 +140,7 @@ def _write_page(folder: Path, audit: Audit, dataset: IdentityDataset, title: str
             {**class_entry(c), "cosine": f"{audit.to_mean[c]:.3f}", "nearest": f"{_nearest_cells(c, audit, names)[1]}"}
             for c in audit.drifted[:MAX_CLASSES]
         ],
-        cosines="data:image/png;base64," + cosines,
+        cosines=png_uri((folder / "plots" / "cosines.png").read_bytes()),
         environment=environment,
     )
     path = folder / "report.html"
@@ -178,5 +170,5 @@ class _Examples:
             picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
-            found.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"))
+            found.append(png_uri(buffer.getvalue()))
         return found

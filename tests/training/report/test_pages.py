@@ -146,7 +146,7 @@ def test_a_report_opens_without_complaint_on_a_screen_and_on_a_phone(browser, ru
 def test_runs_side_by_side_open_without_complaint(browser, runs, tmp_path, capsys):
     page = tmp_path / "both.html"
     assert main(["report", *map(str, runs), "--output", str(page)]) == 0
-    assert f"2 runs are on {page}" in capsys.readouterr().out
+    assert f"comparison of 2 runs written to {page}" in capsys.readouterr().out
     for width in (1100, 390):
         seen = browser.open(page, width=width, evaluate=LOOK)
         assert (seen.complaints, seen.requests, seen.evaluated["broken"]) == ([], [], 0)
