@@ -333,7 +333,8 @@ def _evaluate_embeddings_file(command: str, options: argparse.Namespace) -> None
         used += len(dataset)
         if used > len(embeddings):
             raise UserError(
-                f"{options.run} has {len(embeddings)} rows, but {name} needs {used}; give one row per image, in order"
+                f"{options.run} has {len(embeddings)} rows, but the images up to {name} need {used}; "
+                "give one row per image, in order"
             )
         return embeddings[used - len(dataset) : used], torch.arange(len(dataset))
 
