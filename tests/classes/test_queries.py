@@ -50,7 +50,7 @@ def filled(loss: Any, whole: Tensor) -> tuple[Any, int, int]:
     """The loss with these rows; the classes of this rank."""
     (parameter,) = (p for name, p in loss.named_parameters() if name in ("weight", "centers"))
     local = queries.local_part(parameter.detach())
-    lo, hi = loss._shards.lo, loss._shards.hi
+    lo, hi = loss.shards.lo, loss.shards.hi
     local.copy_(whole[lo:hi])
     return loss, lo, hi
 

@@ -86,7 +86,7 @@ def steps(rank: int, world: int, rate: float, budget: int | None, kind: str, ear
         assert margin.offset.grad is None
         dense.step(w, grad, chosen)
         dense_offset.step(offset, b.grad, torch.tensor([0]))
-        near("weights", local(head.weight).detach(), w[head._shards.lo : head._shards.hi])
+        near("weights", local(head.weight).detach(), w[head.shards.lo : head.shards.hi])
         near("offset", local(margin.offset).detach(), offset)
 
 
