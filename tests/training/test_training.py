@@ -245,9 +245,9 @@ def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
     if kind == "backbone":
         return [*train, "--backbone.name", "vgg"], "small"
     if kind == "resume nothing":
-        return ["train", "--resume", str(tmp_path / "run")], "no run folder"
+        return ["train", "--resume", str(tmp_path / "run")], "not a run folder"
     if kind == "evaluate nothing":
-        return ["evaluate", str(tmp_path / "run")], "no run folder"
+        return ["evaluate", str(tmp_path / "run")], "not a run folder"
     assert kind == "unknown command"
     return ["trian"], "trian"
 

@@ -572,25 +572,25 @@ def test_commands_say_what_is_wrong(tmp_path, capsys):
     assert "there is no folder" in fails(capsys, "export", tmp_path / "none", file)
     assert "neither a checkpoint" in fails(capsys, "export", tmp_path, file)
     assert "name that ends in .safetensors" in fails(capsys, "export", tmp_path / "c", tmp_path / "w.bin")
-    assert "no class weights or centers of the name x; it has a, b, head" in fails(
+    assert "no class weights or centers named x; it has a, b, head" in fails(
         capsys, "export", tmp_path / "c", file, "--name", "x"
     )
     assert main(["export", str(tmp_path / "c"), str(file)]) == 0
     assert "already exists; choose another name" in fails(capsys, "export", tmp_path / "c", file)
     assert main(["export", str(tmp_path / "c"), str(file), "--overwrite"]) == 0
-    assert "say which margin" in fails(capsys, "import", file, "--output", output)
+    assert "give the margin of the checkpoint" in fails(capsys, "import", file, "--output", output)
     assert "has a bias" in fails(capsys, "import", file, "--output", output, "--margin", "cosface")
     assert "has no effect with --margin softmax" in fails(
         capsys, "import", file, "--output", output, "--margin", "softmax", "--scale", "3"
     )
-    assert "one safetensors file holds all rows" in fails(capsys, "import", file, file, "--output", output)
+    assert "a safetensors file holds all rows" in fails(capsys, "import", file, file, "--output", output)
     assert "there is no file" in fails(capsys, "import", tmp_path / "no.safetensors", "--output", output)
     assert "--margin subcenter --centers K" in fails(
         capsys, "import", file, "--output", output, "--margin", "subcenter", "--key", "weight"
     )
     assert not output.exists()
     assert main(["import", str(file), "--output", str(output), "--margin", "softmax"]) == 0
-    assert "holds a checkpoint already" in fails(capsys, "import", file, "--output", output, "--margin", "softmax")
+    assert "already holds a checkpoint" in fails(capsys, "import", file, "--output", output, "--margin", "softmax")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "out", "w.safetensors"]
 
 

@@ -10,14 +10,13 @@ The folder of an evaluation has no settings and no history; its figures and curv
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -28,7 +27,7 @@ from partial_fc.training.interval import split_history
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.report.formatting import DASH, figure_cell, flatten, is_share, leaves
 from partial_fc.training.report.report import PLOTS, TABLES
-from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder, check_new_file
+from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder
 
 OVERLAID = {
     "loss": "loss",
@@ -236,25 +235,3 @@ def _evaluated_figures(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
 
 def _uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `partial-fc report --help` explains every setting")
-
-
-def report_command(arguments: list[str]) -> None:
-    """`partial-fc report RUN RUN ...`: write the page, in one process."""
-    parser = _Parser(prog="partial-fc report", description="Compare runs on one page.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of evaluations in a run folder")
-    parser.add_argument(
-        "--output", default="comparison.html", metavar="FILE", help="the page to write (default comparison.html)"
-    )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    asked = parser.parse_args(arguments)
-    output = Path(asked.output)
-    check_new_file(output, "--output")
-    runs = [read_run(path, name) for path, name in zip(asked.runs, run_names(asked.runs), strict=True)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_comparison(runs, output)
-    print(f"comparison of {len(runs)} runs written to {output}")

@@ -35,7 +35,7 @@ from partial_fc.training.data.decode import decode_into, read_header
 from partial_fc.training.data.formats.packed import write_index
 from partial_fc.training.data.loader import BatchLoader, choose_workers
 from partial_fc.training.errors import UserError
-from partial_fc.training.results import once_through
+from partial_fc.training.results import evaluation_loader
 from partial_fc.training.run import RunFolder
 from partial_fc.training.trainer import Trainer
 
@@ -370,12 +370,12 @@ def test_training_and_evaluation_are_fed_alike(device, ranks, local, expected, m
     accelerator = SimpleNamespace(device=torch.device(device), process_index=ranks - 1, num_processes=ranks)
     config = RunConfig(data=DataConfig(prefetch=5, on_error="raise"), train=TrainConfig(batch_size=8))
     trainer = SimpleNamespace(config=config, accelerator=accelerator, data=SimpleNamespace(train=faces))
-    for found in (once_through(faces, accelerator, config), Trainer._loader(trainer)):
+    for found in (evaluation_loader(faces, accelerator, config), Trainer._loader(trainer)):
         assert (found.workers, found.pin, found.prefetch, found.on_error, found.rank, found.world) == (
             *expected, 5, "raise", ranks - 1, ranks,
         )  # fmt: skip
     config.data.workers = 0
-    assert once_through(faces, accelerator, config).workers == 0
+    assert evaluation_loader(faces, accelerator, config).workers == 0
     for command in ("verify", "templates", "identify", "retrieve"):
         assert protocol_parser(command).get_default("workers") is None, "by the cores"
 
@@ -471,7 +471,7 @@ def test_a_run_is_evaluated_on_any_format_and_what_is_damaged_is_named(trained, 
     assert code == 2 and said.endswith("choose one with --label_column")
     assert evaluate("--data", tmp_path / "hub", "--label_column", "who", "--source_format", "parquet")[0] == 0
     code, (said,), _ = evaluate("--split", "train")
-    assert code == 2 and "--split is about the data set of --data" in said
+    assert code == 2 and "--split applies to the data set of --data" in said
 
 
 @pytest.mark.parametrize(
@@ -486,7 +486,7 @@ def test_a_run_is_evaluated_on_what_a_packed_set_holds_out(trained, tmp_path, he
     assert {each["name"]: each["images"] for each in figures} == names
     other = write_packed(tmp_path / "grey", channels=1)
     assert main(["evaluate", str(trained), "--data", str(other), "--output", str(tmp_path / "no")]) == 2
-    assert "are (1, 16, 16), and those of the run (3, 16, 16)" in capsys.readouterr().err
+    assert "have the shape (1, 16, 16), but those of the run (3, 16, 16)" in capsys.readouterr().err
 
 
 def test_a_packed_set_is_inspected_split_by_split_and_not_converted(tmp_path, capsys):
@@ -503,4 +503,4 @@ def test_a_packed_set_is_inspected_split_by_split_and_not_converted(tmp_path, ca
     assert main(["data", "inspect", str(packed), "--split", "test"]) == 2
     assert "has no split 'test', only train, seen, new" in capsys.readouterr().err
     assert main(["data", "convert", str(packed), str(tmp_path / "out"), "--format", "list"]) == 2
-    assert "it cannot be converted" in capsys.readouterr().err
+    assert "only data sets of encoded images can be converted" in capsys.readouterr().err

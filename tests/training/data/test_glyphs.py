@@ -148,7 +148,7 @@ def test_the_command_tells_what_it_drops_and_counts_what_it_wrote(fonts, tmp_pat
         "1 glyphs: blank or nearly so",
         "1 glyphs: the image of the missing glyph (.notdef)",
         "6 glyphs: an image that more than 4 characters of the font share",
-        "40 identities, 214 pictures of 32 x 32",  # 32 characters in 5 designs, 8 in 7, 2 of Bb's missing
+        "40 identities, 214 images of 32 x 32",  # 32 characters in 5 designs, 8 in 7, 2 of Bb's missing
         "hangul: 40",
         f"--data.folder {out}",
     ):
@@ -389,7 +389,7 @@ def test_counting_finds_a_wrong_data_set(made, tmp_path):
     images = np.load(folder / "images.npy")
     images[7] = 0
     np.save(folder / "images.npy", images)
-    with pytest.raises(UserError, match="1 blank pictures"):
+    with pytest.raises(UserError, match="1 blank images"):
         verify(folder)
 
 

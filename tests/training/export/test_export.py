@@ -287,7 +287,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(kind, run, data, tmp_path, cap
     run, out = copied(run, tmp_path), tmp_path / "out"
     arguments, expected = [str(run), "--output", str(out)], ""
     if kind == "no run":
-        arguments, expected = [str(tmp_path)], "is no run folder"
+        arguments, expected = [str(tmp_path)], "is not a run folder"
     elif kind == "no checkpoint":
         shutil.rmtree(run / "checkpoints")
         expected = "has no complete checkpoint"
@@ -340,7 +340,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(kind, run, data, tmp_path, cap
     else:
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr("partial_fc.training.cli.main.find_ranks", lambda: None)  # which looks for the other rank
-        expected = "the work of one process"
+        expected = "export-backbone runs in one process"
     assert expected in refused(arguments, tmp_path, capsys)
 
 

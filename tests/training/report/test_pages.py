@@ -262,13 +262,13 @@ def test_what_cannot_be_laid_side_by_side_is_said(runs, tmp_path, capsys):
     shutil.copytree(runs[0], damaged)
     (damaged / "metrics.json").write_text("[")
     for arguments, message in (
-        ([str(tmp_path)], "is no run folder"),
+        ([str(tmp_path)], "is not a run folder"),
         ([str(damaged)], "damaged cannot be read"),
         ([str(runs[0]), str(runs[0])], "given twice"),
         ([str(runs[0]), "--output", str(tmp_path)], "is a folder; give the name of a file"),
         (
             [str(damaged), "--output", str(damaged / "metrics.json" / "x.html")],
-            "is not a folder that can be written to",
+            "is not a writable folder",
         ),
         ([], "required"),
     ):
