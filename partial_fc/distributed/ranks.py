@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from partial_fc.distributed.missing import introduce, naming_the_missing
+from partial_fc.distributed.inquiry import register_process
+from partial_fc.distributed.missing import naming_the_missing
 
 Group = dist.ProcessGroup | DeviceMesh | None
 
@@ -44,7 +45,7 @@ class Ranks:
             if not dist.is_initialized():
                 return cls()
             group = dist.group.WORLD
-        introduce()
+        register_process()
         if isinstance(group, DeviceMesh):
             if group.ndim not in (1, 2):
                 raise ValueError(
