@@ -242,8 +242,8 @@ def test_one_rank_ends_its_epoch_early(world):
     assert sorted(results) == list(range(world - 1))
     for message, missing in results.values():
         assert missing == (world - 1,)
-        assert f"rank {world - 1} did not come to the exchange of counts and status of a batch" in message
-        assert "its data ended before the others'" in message and "cannot be used any more" in message
+        assert f"rank {world - 1} did not reach the exchange of counts and status of a batch" in message
+        assert "its data ended before the others'" in message and "can no longer be used" in message
 
 
 def dies_while_saving(rank: int, world: int, folder: str) -> tuple[str, tuple[int, ...]]:
@@ -270,7 +270,7 @@ def test_process_killed_while_saving(world, tmp_path):
     """At the end of its writing; test_checkpointer.py kills runs at any moment."""
     results = answers(world, dies_while_saving, str(tmp_path), silent=(world - 1,))
     for message, missing in results.values():
-        assert missing == (world - 1,) and f"rank {world - 1} did not come to the writing of a checkpoint" in message
+        assert missing == (world - 1,) and f"rank {world - 1} did not reach the writing of a checkpoint" in message
     found = Checkpointer(tmp_path)
     assert found.latest() == tmp_path / "step-000000001"
     head = PartialFC(D, C, ArcFace(scale=8.0), dtype=torch.float64, seed=0)

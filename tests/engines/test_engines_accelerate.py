@@ -164,7 +164,7 @@ def wrong_order(rank: int, world: int) -> str:
 
 def test_the_heads_optimizer_comes_first_under_a_scaler(ranks):
     for text in ranks(2).run(wrong_order):
-        assert "before the prepared one" in text
+        assert "before the prepared optimizer's" in text
 
 
 SAVED_AFTER = 2
@@ -230,7 +230,7 @@ def test_what_is_not_for_prepare_is_refused(ranks):
             "TypeError: prepare_heads takes RowOptimizers and their learning-rate schedulers, not PartialFC",
             "RuntimeError: DistributedDataParallel was given a PartialFC (weight)",
             "RuntimeError: DistributedDataParallel was given a PartialFC (head.weight)",
-            "ValueError: a RowOptimizer was given to accelerator.prepare",
+            "ValueError: a RowOptimizer was passed to accelerator.prepare",
         ],
         strict=True,
     ):
@@ -241,5 +241,5 @@ def test_one_process_without_a_group():
     compare([Run(0, 1).steps(0, STEPS).result()], rates=[DECAY**step for step in range(STEPS)])
     engine = accelerator()
     engine.prepare(nn.Sequential(backbone()), new_head())
-    with pytest.raises(ValueError, match="a head was given"):
+    with pytest.raises(ValueError, match="a head was passed"):
         prepare_heads(engine)

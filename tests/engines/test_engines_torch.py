@@ -112,7 +112,7 @@ def test_the_heads_of_a_module_and_the_rest():
     assert set(without_heads(model["a"])) == {"weight", "bias"}
     with pytest.raises(ValueError, match="no PartialFC or CenterLoss in this Linear"):
         ignore_heads(nn.Linear(3, 4))
-    with pytest.raises(ValueError, match="leave it as it is"):
+    with pytest.raises(ValueError, match="do not wrap it"):
         ignore_heads(PartialFC(4, 9))
 
 
