@@ -47,8 +47,8 @@ def everyones(thing: Any) -> list[Any]:
 
 
 def selected_by_all(head: Any) -> Tensor:
-    """The classes of the last forward on all ranks, in the order of ranks: ascending."""
-    return torch.cat(everyones(head.selected))
+    """The classes of the last forward on all ranks, ascending."""
+    return torch.cat(everyones(head.selected)).unique()
 
 
 def positions(labels: Tensor, ids: Tensor, classes: int, ignore: int = -100) -> Tensor:
