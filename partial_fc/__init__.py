@@ -4,7 +4,8 @@ The core imports torch alone. Someone with their own training loop needs nothing
 application built on them.
 """
 
-from partial_fc.batch import GlobalBatch, gather
+from partial_fc.batch.exchange import GlobalBatch
+from partial_fc.batch.gather import gather
 from partial_fc.centers import CenterLoss
 from partial_fc.checkpoint.checkpointer import Checkpointer
 from partial_fc.checkpoint.random_state import RandomState
@@ -22,7 +23,7 @@ from partial_fc.loop.preemption import PreemptionGuard
 from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
 from partial_fc.margins.base import Margin
 from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
-from partial_fc.nonfinite.judge import check_gradients
+from partial_fc.nonfinite.check_gradients import check_gradients
 from partial_fc.optim.clipping import clip_grad_norm_
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.planning.plan import Plan, plan

@@ -13,25 +13,26 @@ A row's optimizer state goes with it. New rows begin with the state that a row h
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from partial_fc.classes import class_means as means
 from partial_fc.classes.class_means import Batches, NewRows, row_blocks, row_shape, rows_of_new_means, weight_rows
+from partial_fc.classes.interface import Change, Changeable
 from partial_fc.classes.moves import Mapped, Moves, move_rows, moves_of, new_ids
-from partial_fc.distributed.ranks import tell
+from partial_fc.distributed.ranks import gather_texts
 from partial_fc.margins.base import Margin
-from partial_fc.optim.row_optimizer import MASTER, RowOptimizer, rows_of_state
+from partial_fc.optim.optimizer_class import initial_state
+from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.optim.row_update import MASTER
 from partial_fc.sampling import mix
 from partial_fc.shards import INIT_BLOCK, ClassShards, initial_rows, local_part
-
-if TYPE_CHECKING:
-    from partial_fc.sharded import ShardedLoss
 
 Merge = Literal["mean", "first"]
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
@@ -40,34 +41,23 @@ Result = TypeVar("Result")
 FRESH = 0x66726573  # what is drawn; part of the format of a seed, so never to be changed
 
 
-@dataclass(frozen=True)
-class Change:
-    """What the classes are to become: `num_classes` of them, the last `added` of them new, the others from old ones by `moves`."""
-
-    moves: Moves
-    num_classes: int
-    added: int = 0
-    margin: Margin | None = None
-    class_weights: Tensor | None = None
-
-
 # ---------------------------------------------------------------------------------------------------- expand and remap
 
 
 @torch.no_grad()
 def expand(
-    loss: ShardedLoss,
+    loss: Changeable,
     new_classes: int,
     init: str | Tensor | Batches,
     optimizers: Optimizers,
     margin: Margin | None,
     class_weights: Any,
 ) -> None:
-    """What `ShardedLoss.expand` does."""
+    """What `ChangeableLoss.expand` does."""
     before = loss.num_classes
-    _check_reachable(loss)
+    check_reachable(loss)
 
-    def prepare() -> tuple[_Plan, dict[str, Any]]:
+    def prepare() -> tuple[_PreparedChange, dict[str, Any]]:
         if not isinstance(new_classes, int) or new_classes < 1:
             raise ValueError(f"new_classes must be a whole number of at least 1, not {new_classes!r}")
         _check_init(init, (new_classes, *row_shape(loss)))
@@ -81,24 +71,18 @@ def expand(
     if isinstance(init, Tensor):
         rows = _given_rows(init.detach(), before)
     elif not isinstance(init, str):
-        rows = rows_of_new_means(loss, init, loss._shards.resized(plan.change.num_classes), rows)
+        rows = rows_of_new_means(loss, init, loss.class_rows.shards.resized(plan.change.num_classes), rows)
     _rebuild(loss, plan, rows)
-
-
-def init_from_embeddings(loss: ShardedLoss, batches: Batches) -> None:
-    """What `ShardedLoss.init_from_embeddings` does."""
-    _check_reachable(loss)
-    means.init_from_embeddings(loss, batches)
 
 
 @torch.no_grad()
 def remap(
-    loss: ShardedLoss, mapping: Mapped, merge: str, weights: Any, optimizers: Optimizers, margin: Margin | None
+    loss: Changeable, mapping: Mapped, merge: str, weights: Any, optimizers: Optimizers, margin: Margin | None
 ) -> None:
-    """What `ShardedLoss.remap` does."""
-    _check_reachable(loss)
+    """What `ChangeableLoss.remap` does."""
+    check_reachable(loss)
 
-    def prepare() -> tuple[_Plan, dict[str, Any]]:
+    def prepare() -> tuple[_PreparedChange, dict[str, Any]]:
         ids = new_ids(mapping, loss.num_classes)
         moves = moves_of(ids, merge, weights)
         if len(row_shape(loss)) > 1 and moves.share is not None:
@@ -114,7 +98,7 @@ def remap(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _PreparedChange:
     """A change that was judged. optimizers: those that hold a parameter, with what `rows_of_state` says of each by its name.
     take_tables: makes class weights and margin those of the new classes.
     """
@@ -124,20 +108,20 @@ class _Plan:
     take_tables: Callable[[], None]
 
 
-def _prepare(loss: ShardedLoss, change: Change, optimizers: Optimizers) -> tuple[_Plan, dict[str, Any]]:
+def _prepare(loss: Changeable, change: Change, optimizers: Optimizers) -> tuple[_PreparedChange, dict[str, Any]]:
     """(the plan, what must be the same on all ranks by the name that a message gives it); raises for what is wrong."""
-    pending = loss._pending_work()
+    pending = loss.pending_work()
     if pending:
         raise RuntimeError(f"{pending}; they are of the classes as they were before")
-    for name, parameter in loss._rows.parameters.items():
+    for name, parameter in loss.class_rows.parameters.items():
         if parameter._use_count() > 2:  # type: ignore[attr-defined]  # itself, and the place where gradients are collected
             raise RuntimeError(
                 f"{name} is still held by the graph of a loss: call backward() on it or delete it before classes change"
             )
     held = []
     for optimizer in _optimizers_of(loss, optimizers):
-        held.append((optimizer, {name: rows_of_state(optimizer, p) for name, p in loss._rows.parameters.items()}))
-    take_tables = loss._change_tables(change)
+        held.append((optimizer, {name: rows_of_state(optimizer, p) for name, p in loss.class_rows.parameters.items()}))
+    take_tables = loss.prepare_tables(change)
     states = [
         [type(optimizer).__name__, {name: list(rows) for name, rows in fills.items()}] for optimizer, fills in held
     ]
@@ -146,20 +130,22 @@ def _prepare(loss: ShardedLoss, change: Change, optimizers: Optimizers) -> tuple
         "margin": None if change.margin is None else _digest_of_margin(change.margin),
         "class_weights": None if weights is None else _digest(torch.as_tensor(weights)),
         "the state of the optimizers": states,
-        "the number of changes before": loss._class_changes,
+        "the number of changes before": loss.class_changes,
     }
-    return _Plan(change, held, take_tables), facts
+    return _PreparedChange(change, held, take_tables), facts
 
 
-def _optimizers_of(loss: ShardedLoss, given: Optimizers) -> list[torch.optim.Optimizer]:
+def _optimizers_of(loss: Changeable, given: Optimizers) -> list[torch.optim.Optimizer]:
     """The loss' own `RowOptimizer` and those that are given, each once; ValueError for one that does not hold its parameters."""
-    found: list[torch.optim.Optimizer] = [] if loss._rows.live_optimizer is None else [loss._rows.live_optimizer]
-    own = {id(p) for p in loss._rows.parameters.values()}
+    found: list[torch.optim.Optimizer] = (
+        [] if loss.class_rows.live_optimizer is None else [loss.class_rows.live_optimizer]
+    )
+    own = {id(p) for p in loss.class_rows.parameters.values()}
     for optimizer in [given] if isinstance(given, torch.optim.Optimizer) else list(given):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizers must be torch optimizers, not {type(optimizer).__name__}")
         if isinstance(optimizer, RowOptimizer):
-            fits = optimizer._sharded is loss._rows
+            fits = optimizer.class_rows is loss.class_rows
         else:
             fits = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
         if not fits:
@@ -171,9 +157,9 @@ def _optimizers_of(loss: ShardedLoss, given: Optimizers) -> list[torch.optim.Opt
     return found
 
 
-def _rebuild(loss: ShardedLoss, plan: _Plan, rows: NewRows | None) -> None:
+def _rebuild(loss: Changeable, plan: _PreparedChange, rows: NewRows | None) -> None:
     """Move all rows; one tensor at a time, so that no more than one of them exists twice. rows: of the classes that are added."""
-    change, before = plan.change, loss._shards
+    change, before = plan.change, loss.class_rows.shards
     after = before.resized(change.num_classes)
 
     def moved(local: Tensor, new: NewRows | float) -> Tensor:
@@ -185,7 +171,7 @@ def _rebuild(loss: ShardedLoss, plan: _Plan, rows: NewRows | None) -> None:
             out[first - after.lo :] = new
         return out
 
-    parameters = loss._rows.parameters
+    parameters = loss.class_rows.parameters
     for k, (name, parameter) in enumerate(parameters.items()):
         new: NewRows | float = rows if rows is not None and k == 0 else 0.0  # a bias begins at 0
         changed = nn.Parameter(
@@ -199,10 +185,8 @@ def _rebuild(loss: ShardedLoss, plan: _Plan, rows: NewRows | None) -> None:
                 state[key] = after.wrap(moved(local_part(state[key]), new if key == MASTER else fill))
                 if key == MASTER:
                     _round_merged(local_part(parameter.detach()), local_part(state[key]), change.moves, after)
-    loss._shards, loss.num_classes = after, change.num_classes
     plan.take_tables()
-    loss._rows.hold(dict(parameters), loss._shared_parameters(), after)
-    loss._class_changes += 1
+    loss.adopt(dict(parameters), after)
 
 
 def _round_merged(weight: Tensor, master: Tensor, moves: Moves, shards: ClassShards) -> None:
@@ -222,17 +206,17 @@ def _given_rows(vectors: Tensor, first: int) -> NewRows:
     return lambda a, b: vectors[a - first : b - first]
 
 
-def _fresh_rows(loss: ShardedLoss) -> NewRows:
+def _fresh_rows(loss: Changeable) -> NewRows:
     """Rows drawn as at the start, but from a stream of their own for every change of classes."""
-    seed = mix(loss.seed, FRESH, loss._class_changes)
-    return lambda a, b: initial_rows(a, b, row_shape(loss), std=loss._init_std, seed=seed)
+    seed = mix(loss.seed, FRESH, loss.class_changes)
+    return lambda a, b: initial_rows(a, b, row_shape(loss), std=loss.init_std, seed=seed)
 
 
 # ---------------------------------------------------------------------------------------------------- what can be wrong
 
 
-def _check_reachable(loss: ShardedLoss) -> None:
-    loss._check_group()
+def check_reachable(loss: Changeable) -> None:
+    loss.class_rows.check_group()
     if weight_rows(loss).device.type == "meta":
         raise RuntimeError(
             f"this {type(loss).__name__} is on the meta device and has no rows; call to_empty and reset_parameters first"
@@ -256,9 +240,9 @@ def _check_init(init: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def _on_all(loss: ShardedLoss, prepare: Callable[[], tuple[Result, dict[str, Any]]]) -> Result:
+def _on_all(loss: Changeable, prepare: Callable[[], tuple[Result, dict[str, Any]]]) -> Result:
     """What `prepare` returns on this rank; the first failed rank's error on all, ValueError on all where its facts differ."""
-    ranks, device = loss._shards.ranks, weight_rows(loss).device
+    ranks, device = loss.class_rows.shards.ranks, weight_rows(loss).device
     kinds = {kind.__name__: kind for kind in (ValueError, RuntimeError, TypeError)}
     result, failure = None, None
     told: dict[str, Any] = {}
@@ -267,7 +251,7 @@ def _on_all(loss: ShardedLoss, prepare: Callable[[], tuple[Result, dict[str, Any
     except tuple(kinds.values()) as error:
         failure = error
         told = {"error": next(name for name, kind in kinds.items() if isinstance(error, kind)), "text": str(error)}
-    everyone = [json.loads(text) for text in tell(json.dumps(told), ranks, device)]
+    everyone = [json.loads(text) for text in gather_texts(json.dumps(told), ranks, device)]
     failed = [flat for flat, each in enumerate(everyone) if "error" in each]
     if failed:
         first = everyone[failed[0]]
@@ -297,3 +281,35 @@ def _digest(values: Tensor) -> list[Any]:
 def _digest_of_margin(margin: Margin) -> list[Any]:
     plain = {k: repr(v) for k, v in vars(margin).items() if not k.startswith("_")}
     return [type(margin).__name__, plain, [_digest(b) for b in margin.buffers()]]
+
+
+# ---------------------------------------------------------------------------------------------------- optimizer state
+
+
+def rows_of_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, float]:
+    """Return the keys of state that has a row for each row of `parameter`, with the value for a row that never had a gradient.
+
+    Of a `RowOptimizer` or another. MASTER, the weights in float32, is among them with NaN: its rows are those of the
+    weight. Raises ValueError if the optimizer holds state that is neither by row nor one number.
+    """
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    shape, local = parameter.shape, local_part(parameter.detach()).shape
+    by_row = []
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == shape and local_part(value).shape == local:
+            by_row.append(key)
+        elif isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds {key} {list(value.shape)} for a parameter {list(shape)}: it has no row "
+                "for each class, so it cannot follow when classes change; build the optimizer anew after the change"
+            )
+    if not by_row:
+        return {}
+    if isinstance(optimizer, RowOptimizer):
+        fill = optimizer.initial_state
+    else:
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        accepted = inspect.signature(type(optimizer)).parameters
+        options = {k: v for k, v in group.items() if k in accepted and k != "params"}
+        fill = initial_state(type(optimizer), options)
+    return {key: math.nan if key == MASTER else fill.get(key, 0.0) for key in sorted(by_row)}

@@ -10,22 +10,21 @@ Where a loss normalises, a row's length has no effect on it, but the gradient of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from partial_fc.batch import exchange
+from partial_fc.batch.exchange import exchange
+from partial_fc.batch.status import LabelSet
+from partial_fc.classes.interface import Changeable
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import all_gather_mesh
-from partial_fc.optim.row_optimizer import MASTER
+from partial_fc.optim.row_update import MASTER
 from partial_fc.sampling import mix
 from partial_fc.shards import INIT_BLOCK, ClassShards, initial_rows, local_part
-
-if TYPE_CHECKING:
-    from partial_fc.sharded import ShardedLoss
+from partial_fc.targets import check_batch
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 NewRows = Callable[[int, int], Tensor]  # (a, b) -> rows of the global ids a to b
@@ -36,28 +35,28 @@ TINY = 1e-12  # a shorter vector has no direction
 
 
 @torch.no_grad()
-def init_from_embeddings(loss: ShardedLoss, batches: Batches) -> None:
-    """What `ShardedLoss.init_from_embeddings` does."""
-    lo, hi = loss._shards.lo, loss._shards.hi
+def init_from_embeddings(loss: Changeable, batches: Batches) -> None:
+    """What `ChangeableLoss.init_from_embeddings` does."""
+    lo, hi = loss.class_rows.shards.lo, loss.class_rows.shards.hi
     means, counts = _class_means(loss, batches, lo, hi, range(loss.num_classes))
-    parameter = next(iter(loss._rows.parameters.values()))
-    weight, optimizer = local_part(parameter.detach()), loss._rows.live_optimizer
+    parameter, optimizer = loss.class_rows.main, loss.class_rows.live_optimizer
+    weight = local_part(parameter.detach())
     state = {} if optimizer is None or parameter not in optimizer.state else optimizer.state[parameter]
     for a, b in row_blocks(lo, hi):
         here = slice(a - lo, b - lo)
         found = _usable(loss, means[here], counts[here])
-        lengths = _lengths(weight[here].to(means.dtype)) if loss._normalizes else None
+        lengths = _lengths(weight[here].to(means.dtype)) if loss.normalizes else None
         rows = _around(loss, means[here], a, lengths)
         for tensor in (weight, *(local_part(state[key]) for key in (MASTER,) if key in state)):
             tensor[here] = torch.where(_as_mask(found, tensor), rows.to(tensor.dtype), tensor[here])
 
 
-def rows_of_new_means(loss: ShardedLoss, batches: Batches, after: ClassShards, fresh: NewRows) -> NewRows:
+def rows_of_new_means(loss: Changeable, batches: Batches, after: ClassShards, fresh: NewRows) -> NewRows:
     """Means of the samples of classes that are to be added, as long as the rows there are; `fresh` for those without samples."""
     first = loss.num_classes
     lo = max(after.lo, first)
     means, counts = _class_means(loss, batches, lo, max(lo, after.hi), range(first, after.num_classes))
-    lengths = _mean_length(loss).to(means.dtype) if loss._normalizes else None
+    lengths = _mean_length(loss).to(means.dtype) if loss.normalizes else None
 
     def rows(a: int, b: int) -> Tensor:
         here = slice(a - lo, b - lo)
@@ -67,15 +66,15 @@ def rows_of_new_means(loss: ShardedLoss, batches: Batches, after: ClassShards, f
     return rows
 
 
-def _class_means(loss: ShardedLoss, batches: Batches, lo: int, hi: int, valid: range) -> tuple[Tensor, Tensor]:
+def _class_means(loss: Changeable, batches: Batches, lo: int, hi: int, valid: range) -> tuple[Tensor, Tensor]:
     """(means `[hi - lo, D]`, number of samples `[hi - lo]`) of the classes lo to hi over the batches of all ranks."""
-    weight, ranks = weight_rows(loss), loss._shards.ranks
+    weight, ranks = weight_rows(loss), loss.class_rows.shards.ranks
     dtype = torch.promote_types(weight.dtype, torch.float32)
     sums = weight.new_zeros(hi - lo, loss.embedding_size, dtype=dtype)
     counts = weight.new_zeros(hi - lo, dtype=torch.int64)
     for embeddings, labels in _batches_of_all(loss, batches, sums):
-        batch = exchange(embeddings, labels, None, None, ranks, inspect=True, device=weight.device)
-        if loss._judge(batch, valid):
+        batch = exchange(embeddings, [LabelSet(None, labels)], ranks, look=True, device=weight.device)[0]
+        if check_batch(batch, loss.embedding_size, valid, loss.ignore_index, loss.on_nonfinite):
             continue
         rows = torch.where(batch.labels == loss.ignore_index, -1, batch.labels - lo)
         own = ((rows >= 0) & (rows < hi - lo)).nonzero()[:, 0]
@@ -88,12 +87,12 @@ def _class_means(loss: ShardedLoss, batches: Batches, lo: int, hi: int, valid: r
     return sums.div_(counts.clamp(min=1)[:, None]), counts
 
 
-def _batches_of_all(loss: ShardedLoss, batches: Batches, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches_of_all(loss: Changeable, batches: Batches, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's batches in the dtype of `like`, which all ranks know; then empty ones until no rank has any more.
 
     An exception of one rank's iterator ends all ranks' loops: there it is raised, elsewhere a RuntimeError that names the rank.
     """
-    ranks = loss._shards.ranks
+    ranks = loss.class_rows.shards.ranks
     nothing = like.new_empty(0, loss.embedding_size), torch.empty(0, dtype=torch.int64, device=like.device)
     iterator, failure = iter(batches), None
     while True:
@@ -116,7 +115,7 @@ def _batches_of_all(loss: ShardedLoss, batches: Batches, like: Tensor) -> Iterat
         yield nothing if mine is None else mine
 
 
-def _around(loss: ShardedLoss, means: Tensor, first: int, lengths: Tensor | None) -> Tensor:
+def _around(loss: Changeable, means: Tensor, first: int, lengths: Tensor | None) -> Tensor:
     """Rows `[n, ...]` at the means `[n, D]` of the classes from `first` on; with K centers a class the others near the first.
 
     lengths: how long each is to be, `[]`, `[n]` or `[n, K]`; as long as the means if None.
@@ -125,7 +124,7 @@ def _around(loss: ShardedLoss, means: Tensor, first: int, lengths: Tensor | None
     rows = means[:, None]
     if len(shape) > 1:
         drawn = initial_rows(
-            first, first + len(means), shape, std=1.0, seed=mix(loss.seed, APART, loss._class_changes)
+            first, first + len(means), shape, std=1.0, seed=mix(loss.seed, APART, loss.class_changes)
         ).to(means)
         apart = F.normalize(drawn, dim=-1) * (SPREAD * _lengths(means)[:, None, None])
         apart[:, 0] = 0
@@ -137,14 +136,14 @@ def _around(loss: ShardedLoss, means: Tensor, first: int, lengths: Tensor | None
     return rows.reshape(len(means), *shape)
 
 
-def _usable(loss: ShardedLoss, means: Tensor, counts: Tensor) -> Tensor:
+def _usable(loss: Changeable, means: Tensor, counts: Tensor) -> Tensor:
     """`[n]`: where there is a mean, and a direction where only that counts."""
-    return (counts > 0) & (_lengths(means) > TINY) if loss._normalizes else counts > 0
+    return (counts > 0) & (_lengths(means) > TINY) if loss.normalizes else counts > 0
 
 
-def _mean_length(loss: ShardedLoss) -> Tensor:
+def _mean_length(loss: Changeable) -> Tensor:
     """Mean length of all rows of all ranks, float64 (0-d)."""
-    weight, group = weight_rows(loss), loss._shards.ranks.group
+    weight, group = weight_rows(loss), loss.class_rows.shards.ranks.group
     total = weight.new_zeros((), dtype=torch.float64)
     for block in weight.split(INIT_BLOCK):
         total += _lengths(block.to(torch.promote_types(block.dtype, torch.float32))).sum(dtype=torch.float64)
@@ -171,11 +170,11 @@ def row_blocks(first: int, end: int) -> Iterator[tuple[int, int]]:
         first = b
 
 
-def row_shape(loss: ShardedLoss) -> tuple[int, ...]:
+def row_shape(loss: Changeable) -> tuple[int, ...]:
     """`(D,)`, or `(K, D)` with K centers a class."""
-    return tuple(next(iter(loss._rows.parameters.values())).shape[1:])
+    return tuple(loss.class_rows.main.shape[1:])
 
 
-def weight_rows(loss: ShardedLoss) -> Tensor:
+def weight_rows(loss: Changeable) -> Tensor:
     """The local rows `[C_local, ...]` of the weights or centers."""
-    return local_part(next(iter(loss._rows.parameters.values())).detach())
+    return local_part(loss.class_rows.main.detach())

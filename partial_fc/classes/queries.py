@@ -22,21 +22,20 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.batch import _exchange_payload
-from partial_fc.batch_status import DTYPES, _embeddings_problem
+from partial_fc.batch.checks import embeddings_problem
+from partial_fc.batch.exchange import exchange_payload
+from partial_fc.batch.status import DTYPES
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, tell
+from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, gather_texts
 from partial_fc.errors import NonFiniteError
+from partial_fc.rows import ClassRows
 from partial_fc.shards import local_part, shard_bounds
-
-if TYPE_CHECKING:
-    from partial_fc.sharded import ShardedLoss
 
 DEFAULT_TILE_BYTES = 64 << 20
 QUERIES = 1024  # embeddings of all ranks that are answered at a time
@@ -56,15 +55,15 @@ class Neighbours(NamedTuple):
 
 
 def topk(
-    head: ShardedLoss, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
+    head: ClassRows, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
 ) -> Neighbours:
     """The k classes nearest to each embedding; `ShardedLoss.topk` says how to ask."""
-    rows = _ClassRows(head, embeddings.dtype if isinstance(embeddings, Tensor) else None)
+    rows = _RowTiles(head, embeddings.dtype if isinstance(embeddings, Tensor) else None)
     ranks, world = rows.ranks, rows.ranks.world
-    counts = _agree(head, k, head.num_classes, tile_bytes, embeddings)[
+    counts = _agree(head, k, head.shards.num_classes, tile_bytes, embeddings)[
         ranks.replica * world : (ranks.replica + 1) * world
     ]
-    kept = min(k, -(-head.num_classes // world))  # candidates of a rank: k, or all classes of the largest shard
+    kept = min(k, -(-head.shards.num_classes // world))  # candidates of a rank: k, or all classes of the largest shard
     each = max(1, min(QUERIES, tile_bytes // (8 * world * kept)) // world)  # queries of a rank in a round
     elements = tile_bytes // rows.dtype.itemsize
     step = rows.fitting(elements // (each * world * rows.centers), elements)
@@ -79,7 +78,7 @@ def topk(
             now = tuple(max(0, min(count - start, each)) for count in counts)
             mine = embeddings.detach()[start : start + each].to(rows.dtype)
             mine = mine * _factors(mine)
-            (queries,) = _exchange_payload([mine], now, max(now), ranks.group)
+            (queries,) = exchange_payload([mine], now, max(now), ranks.group)
             best = _Best(len(queries), kept, queries, elements)
             for first in range(0, len(rows.weight), step):
                 unit = rows.unit(rows.weight[first : first + step], unit_buffer, rows.lo + first)
@@ -91,11 +90,11 @@ def topk(
 
 
 def nearest_classes(
-    head: ShardedLoss, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
+    head: ClassRows, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
 ) -> Neighbours:
     """The k classes nearest to each class of this rank's shard; `ShardedLoss.nearest_classes` says how to ask."""
-    rows = _ClassRows(head, None)
-    _agree(head, k, head.num_classes - 1, tile_bytes, None)
+    rows = _RowTiles(head, None)
+    _agree(head, k, head.shards.num_classes - 1, tile_bytes, None)
     elements = tile_bytes // rows.dtype.itemsize
     step = rows.fitting(math.isqrt(elements) // rows.centers, elements)
     best = _Best(len(rows.weight), k, rows.weight.new_empty(0, dtype=rows.dtype), elements)
@@ -111,7 +110,7 @@ def nearest_classes(
     return Neighbours(best.ids, best.values.clamp_(-1, 1))
 
 
-def _walk_triangle(rows: _ClassRows, best: _Best, step: int, advance: Callable[[], object]) -> None:
+def _walk_triangle(rows: _RowTiles, best: _Best, step: int, advance: Callable[[], object]) -> None:
     """All classes on this rank: each pair of blocks once. Block j sees blocks 0, 1, ... in this order, by column and then by row."""
     tile, first_unit, second_unit = (
         rows.buffer((step * rows.centers) ** 2),
@@ -132,7 +131,7 @@ def _walk_triangle(rows: _ClassRows, best: _Best, step: int, advance: Callable[[
 
 
 def _walk_received(
-    rows: _ClassRows, best: _Best, step: int, schedule: list[tuple[int, int, int]], advance: Callable[[], object]
+    rows: _RowTiles, best: _Best, step: int, schedule: list[tuple[int, int, int]], advance: Callable[[], object]
 ) -> None:
     """Every rank's classes, in the order of their ids; while one tile is worked on, the next one travels."""
     tile, unit_buffer, other_buffer = (
@@ -155,12 +154,12 @@ def _walk_received(
             advance()
 
 
-class _ClassRows:
+class _RowTiles:
     """This rank's class rows `[C_local, K, D]` (K = 1 but for sub-centers) and how tiles are made of them."""
 
-    def __init__(self, head: ShardedLoss, of_embeddings: torch.dtype | None) -> None:
-        head._check_group()
-        shards, local = head._shards, local_part(next(iter(head._rows.parameters.values())).detach())
+    def __init__(self, head: ClassRows, of_embeddings: torch.dtype | None) -> None:
+        head.check_group()
+        shards, local = head.shards, local_part(head.main.detach())
         self.ranks, self.lo, self.hi, self.num_classes = shards.ranks, shards.lo, shards.hi, shards.num_classes
         self.weight = local if local.ndim == 3 else local[:, None]
         self.centers, self.width = self.weight.shape[1:]
@@ -333,12 +332,12 @@ class _Question:
     samples: int
 
 
-def _agree(head: ShardedLoss, k: Any, limit: int, tile_bytes: Any, embeddings: Any) -> list[int]:
+def _agree(head: ClassRows, k: Any, limit: int, tile_bytes: Any, embeddings: Any) -> list[int]:
     """Samples of every rank; the same ValueError or NonFiniteError on all if one asks what cannot be answered, or another thing."""
-    ranks, device = head._shards.ranks, local_part(next(iter(head._rows.parameters.values()))).device
+    ranks, device = head.shards.ranks, head.device
     problem, kind = _number_problem(k, limit, tile_bytes), 1
     if not problem and embeddings is not None:
-        problem, kind = _query_problem(embeddings, head.embedding_size, device)
+        problem, kind = _query_problem(embeddings, head.main.shape[-1], device)
     if problem:
         mine = _Question(kind, 0, 0, 0, 0)
     elif embeddings is None:
@@ -349,7 +348,7 @@ def _agree(head: ShardedLoss, k: Any, limit: int, tile_bytes: Any, embeddings: A
     everyone = [_Question(*row) for row in table]
     wrong = next((flat for flat, each in enumerate(everyone) if each.problem), None)
     if wrong is not None:
-        text = f"{ranks.name(wrong)}: {tell(problem, ranks, device)[wrong]}"
+        text = f"{ranks.name(wrong)}: {gather_texts(problem, ranks, device)[wrong]}"
         raise NonFiniteError(text) if everyone[wrong].problem == 2 else ValueError(text)
     for what in ("k", "tile_bytes", "dtype"):
         here, flat = (
@@ -380,7 +379,7 @@ def _query_problem(embeddings: Any, width: int, device: torch.device) -> tuple[s
     """(what is wrong with the embeddings or "", its kind)."""
     if not isinstance(embeddings, Tensor):
         return f"embeddings must be a tensor [N, D], not {type(embeddings).__name__}", 1
-    problem = _embeddings_problem(embeddings)
+    problem = embeddings_problem(embeddings)
     if problem:
         return problem, 1
     if embeddings.device != device:

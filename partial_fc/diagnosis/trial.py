@@ -23,7 +23,8 @@ from partial_fc.diagnosis.undo import Undo
 from partial_fc.diagnosis.wiring import DEEPSPEED, Check, Wiring, bare
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Ranks
-from partial_fc.optim.row_optimizer import HALF, RowOptimizer
+from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.optim.row_update import HALF
 from partial_fc.sampling import mix
 from partial_fc.shards import local_part
 
@@ -189,7 +190,7 @@ class Trial:
             grads = list(torch.autograd.grad(loss, parameters, allow_unused=True))
         elif loss.requires_grad:
             loss.backward()  # the others are in its collectives
-        ranks = self.head._shards.ranks
+        ranks = self.head.class_rows.shards.ranks
         factor = ranks.total if self.head.scale_embedding_grad else 1
         local = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
         return [_sum_over(ranks, g.double()) / factor for g in local]
@@ -252,7 +253,7 @@ class Trial:
             or self.embeddings.dtype in HALF
         )
         tolerance = HALF_TOLERANCE if low else TOLERANCE
-        world = self.head._shards.ranks.total
+        world = self.head.class_rows.shards.ranks.total
         if all(each[1] <= tolerance for each in everyone):
             off = max(each[1] for each in everyone)
             return Check(
@@ -345,7 +346,9 @@ class Trial:
                 self.embeddings.register_hook(lambda grad: grad * float("inf"))
             loss.backward()
             if where == "head":
-                carriers = [c for c in self.head._rows.carriers if c.grad is not None and local_part(c.grad).numel()]
+                carriers = [
+                    c for c in self.head.class_rows.carriers if c.grad is not None and local_part(c.grad).numel()
+                ]
                 owners = [rank for rank, has in enumerate(gather_objects(bool(carriers))) if has]
                 if owners and self.rank == owners[-1]:
                     local_part(carriers[0].grad).view(-1)[0] = float("inf")  # type: ignore[arg-type]
@@ -371,7 +374,7 @@ class Trial:
         return Check(name, True, "an infinity on one rank is noticed on all")
 
     def _holds(self, optimizer: torch.optim.Optimizer, where: str) -> bool:
-        own = {id(p) for p in (self.backbone.values() if where == "backbone" else self.head._rows.trainable)}
+        own = {id(p) for p in (self.backbone.values() if where == "backbone" else self.head.class_rows.trainable)}
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
     def _overflows(self, optimizer: torch.optim.Optimizer) -> bool:

@@ -96,7 +96,7 @@ class Wiring:
     @property
     def refuses_to_step(self) -> bool:
         """Whether the head or a RowOptimizer itself raises in the second step: no optimizer takes the rows, or two do."""
-        untaken = self.head.sample_rate < 1 and self.head._rows.live_optimizer is None
+        untaken = self.head.sample_rate < 1 and self.head.class_rows.live_optimizer is None
         return untaken or len(self._row_optimizers()) > 1
 
     def checks(self) -> list[Check]:
@@ -107,7 +107,7 @@ class Wiring:
 
     def head_ranks(self) -> list[int]:
         """Global ranks over which the head is split or repeated."""
-        ranks = self.head._shards.ranks
+        ranks = self.head.class_rows.shards.ranks
         if ranks.mesh is not None:
             return sorted(ranks.mesh.mesh.flatten().tolist())
         return [0] if ranks.group is None else sorted(dist.get_process_group_ranks(ranks.group))
@@ -122,7 +122,7 @@ class Wiring:
 
     def _group(self) -> Check:
         name = "group"
-        if self.head._shards.ranks.group is None and dist.is_initialized():
+        if self.head.class_rows.shards.ranks.group is None and dist.is_initialized():
             return Check(
                 name,
                 False,
@@ -171,7 +171,7 @@ class Wiring:
             return "an optimizer that accelerator.prepare was given"
         if any(hasattr(p, "ds_id") for p in head.parameters()):
             return FOREIGN[DEEPSPEED]
-        if any(head._parameters.get(name) is not p for name, p in head._rows.parameters.items()):
+        if any(head._parameters.get(name) is not p for name, p in head.class_rows.parameters.items()):
             return f"{FOREIGN[FSDP2]}, which put parameters of its own in the place of the head's"
         if not self.inside or self.engine in (None, FSDP2):
             return ""
@@ -200,7 +200,8 @@ class Wiring:
 
     def _row_optimizers(self) -> list[torch.optim.Optimizer]:
         """Of those given, what are RowOptimizers of this head."""
-        return [o for o in self.optimizers if isinstance(bare(o), RowOptimizer) and bare(o)._sharded is self.head._rows]  # type: ignore[attr-defined]
+        rows = self.head.class_rows
+        return [o for o in self.optimizers if getattr(bare(o), "class_rows", None) is rows]
 
     def _head_optimizer(self) -> Check:
         name, head = "head optimizer", self.head
@@ -221,7 +222,7 @@ class Wiring:
                 name, False, words, f"keep them in one: {right}, and leave head.parameters() out of the others"
             )
         if by_rows:
-            return Check(name, True, f"a RowOptimizer ({type(bare(by_rows[0])._inner).__name__}) moves the head's rows")  # type: ignore[attr-defined]
+            return Check(name, True, f"a RowOptimizer ({type(bare(by_rows[0]).inner).__name__}) moves the head's rows")  # type: ignore[attr-defined]
         if holders and sampled:
             words = (
                 f"the sampled head's parameters are in {_names(holders)}, which never sees the gradients of its rows"
@@ -230,7 +231,7 @@ class Wiring:
         missing = [n for n, each in plain.items() if not each]
         if missing:
             words = f"no optimizer that was given holds the head's {', '.join(missing)}: it would never train"
-            if head._rows.live_optimizer is not None:
+            if head.class_rows.live_optimizer is not None:
                 words = "the head's RowOptimizer is not among the optimizers that were given: who steps it?"
             return Check(name, False, words, f"build {right}, and step it")
         return Check(name, True, f"{_names(holders)} holds the head's parameters, which it may without sampling")

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from partial_fc import checkpoint
-from partial_fc.nonfinite.judge import decide
-from partial_fc.nonfinite.step_record import Watched
+from partial_fc.nonfinite.step_check import decide
 from partial_fc.optim.clipping import clip_grad_norm_, gradient_norms
 from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.rows import HasClassRows
 from partial_fc.shards import local_part
 
 OLDEST = (0, 19)  # before it an engine went on with a norm that is not finite
@@ -100,7 +100,7 @@ class DeepSpeedHead:
     def __init__(self, engine: Any, *optimizers: RowOptimizer, joint_clipping: bool = False) -> None:
         import_deepspeed()
         self.engine, self.optimizers, self.joint_clipping = engine, optimizers, joint_clipping
-        self.heads = [optimizer._head for optimizer in optimizers]
+        self.heads = [optimizer.class_rows for optimizer in optimizers]
         self.skipped = False
         self.norm: Tensor | None = None
         self._scaled_norm = torch.zeros(())  # of the heads' gradient, in the engine's loss scale
@@ -121,7 +121,7 @@ class DeepSpeedHead:
                 raise ValueError(
                     "update_in_backward cannot be joined with DeepSpeed: rows would move before the engine may skip the step"
                 )
-            if any(id(p) in within for p in optimizer._sharded.everything):
+            if any(id(p) in within for p in optimizer.class_rows.everything):
                 raise ValueError("a head is within the DeepSpeed engine; give deepspeed.initialize the backbone alone")
 
     def _join_norm(self) -> bool:
@@ -183,13 +183,13 @@ class DeepSpeedHead:
 
     def _heads_norm(self) -> Tensor:
         """The norm of the heads' gradient; infinite on all ranks if a head is to leave the step out, or a loss is not finite."""
-        norms, flags = gradient_norms([], self.heads, 2.0, any(head._watches for head in self.heads))
+        norms, flags = gradient_norms([], self.heads, 2.0, any(head.record.watches for head in self.heads))
         norm = (
             torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
             if norms
             else torch.zeros(())
         )
-        if any(head.skipped for head in self.heads):
+        if any(head.record.skipped for head in self.heads):
             norm = torch.full_like(norm, torch.inf)
         self._flags = flags
         return norm if flags is None else torch.where((flags > 0).any().to(norm.device), torch.inf, norm)
@@ -201,11 +201,12 @@ class DeepSpeedHead:
         bad_gradient = torch.tensor(float(self.skipped)).to(self._flags)
         decide(self.heads, torch.stack((bad_gradient, self._flags[1])), [], _Scale() if self._scales() else None)
 
-    def tell(self, losses: Iterable[Watched]) -> None:
+    def tell(self, losses: Iterable[HasClassRows]) -> None:
         """Let losses without an optimizer here (a `CenterLoss`, before its step()) leave out the step that was left out."""
         for loss in losses:
-            loss._record.conclude()
-            loss._record.bad_step |= self.skipped
+            record = loss.class_rows.record
+            record.mark_checked()
+            record.bad_step |= self.skipped
 
     def _scales(self) -> bool:
         """Whether the engine moves a loss scale, so that an overflow is nothing but a sign to lower it."""

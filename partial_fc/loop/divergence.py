@@ -164,7 +164,7 @@ class DivergenceWatch:
     # ------------------------------------------------------------------------------------------------ what is watched
 
     def _shard(self) -> int:
-        return next((head._shards.ranks.rank for head in self._heads()), 0)
+        return next((head.class_rows.shards.ranks.rank for head in self._heads()), 0)
 
     def _heads(self) -> Iterator[ShardedLoss]:
         return (
@@ -225,10 +225,10 @@ def _of_head(head: ShardedLoss, prefix: str) -> Iterator[tuple[int, str, Tensor 
         yield ALL, f"{prefix}{name}", tensor
     yield ALL, f"{prefix}the number of training forwards", getattr(head, "_step", 0)
     yield ALL, f"{prefix}the number of skipped steps", head.skips
-    if head._shards.ranks.replica_group is None:
+    if head.class_rows.shards.ranks.replica_group is None:
         return
-    selected = getattr(head, "_selected_rows", None)
-    for name, parameter in head._rows.parameters.items():
+    selected = getattr(head, "selected_rows", None)
+    for name, parameter in head.class_rows.parameters.items():
         rows = local_part(parameter.detach())
         yield SHARD, f"{prefix}{name}", rows if selected is None else rows.index_select(0, selected)
 

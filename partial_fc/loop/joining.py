@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh, tell
+from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh, gather_texts
 
 Batch = TypeVar("Batch")
 
@@ -99,7 +99,7 @@ class JoinedBatches(Generic[Batch]):
             )
             everyone = all_gather_mesh(torch.tensor([state], device=device), ranks, WHO).flatten().tolist()
             if FAILED in everyone:
-                told = tell("" if failure is None else f"{type(failure).__name__}: {failure}", ranks, device)
+                told = gather_texts("" if failure is None else f"{type(failure).__name__}: {failure}", ranks, device)
                 flat = everyone.index(FAILED)
                 raise RuntimeError(f"{ranks.name(flat)} has no next batch, its data raised {told[flat]}") from failure
             if HAS not in everyone:

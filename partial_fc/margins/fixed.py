@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from partial_fc.margins.base import Margin, Positives, _check, angular
+from partial_fc.margins.base import Margin, angular, require
+from partial_fc.margins.positives import Positives
 
 Gradient = Literal["exact", "straight_through"]
 
@@ -53,7 +54,7 @@ class SphereFace(CombinedMargin):
     """
 
     def __init__(self, scale: float = 64.0, margin: float = 1.35) -> None:
-        _check("margin multiplies the target angle and must be at least 1", margin, 1 <= margin < math.inf)
+        require("margin multiplies the target angle and must be at least 1", margin, 1 <= margin < math.inf)
         super().__init__(scale, m1=margin, m2=0.0)
 
 
@@ -61,7 +62,7 @@ class ArcFace(CombinedMargin):
     """cos(θ + m) (arXiv 1801.07698, equation 3): the margin is added to the target *angle*. margin: radians in [0, π)."""
 
     def __init__(self, scale: float = 64.0, margin: float = 0.5, gradient: Gradient = "exact") -> None:
-        _check("margin is an angle in radians in [0, pi)", margin, 0 <= margin < math.pi)
+        require("margin is an angle in radians in [0, pi)", margin, 0 <= margin < math.pi)
         super().__init__(scale, m2=margin, gradient=gradient)
 
 
@@ -69,7 +70,7 @@ class CosFace(CombinedMargin):
     """cos θ − m (arXiv 1801.09414, equation 4): the margin is taken from the target *cosine*. margin: >= 0."""
 
     def __init__(self, scale: float = 64.0, margin: float = 0.35) -> None:
-        _check("margin is taken from the target cosine and must be at least 0", margin, 0 <= margin < math.inf)
+        require("margin is taken from the target cosine and must be at least 0", margin, 0 <= margin < math.inf)
         super().__init__(scale, m2=0.0, m3=margin)
 
 
@@ -103,7 +104,7 @@ class SubCenterArcFace(ArcFace):
         self, scale: float = 64.0, margin: float = 0.5, centers: int = 3, gradient: Gradient = "exact"
     ) -> None:
         super().__init__(scale, margin, gradient)
-        _check(
+        require(
             "centers, the rows a class has, must be a whole number of at least 1",
             centers,
             isinstance(centers, int) and centers >= 1,

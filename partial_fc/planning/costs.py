@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from partial_fc.batch_status import Status
+from partial_fc.batch.status import Status
 from partial_fc.head import DEFAULT_LOGITS_BUDGET
-from partial_fc.optim.optimizer_class import _check_rows_apart, _initial_state
-from partial_fc.optim.row_optimizer import BLOCK_BYTES, HALF, LowPrecision
+from partial_fc.optim.optimizer_class import check_rows_apart, initial_state
+from partial_fc.optim.row_optimizer import LowPrecision
+from partial_fc.optim.row_update import BLOCK_BYTES, HALF
 from partial_fc.sampling import window_size
 from partial_fc.shards import INIT_BLOCK, shard_bounds
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes, tile_rows
@@ -168,8 +169,8 @@ def sizes(
 @lru_cache(maxsize=64)
 def _row_states(cls: Any, options: tuple[tuple[str, Any], ...]) -> int:
     """Tensors of state as large as the weights that `RowOptimizer` holds for the class; ValueError for a class that it refuses."""
-    _check_rows_apart(cls, dict(options))
-    return len(_initial_state(cls, dict(options)))
+    check_rows_apart(cls, dict(options))
+    return len(initial_state(cls, dict(options)))
 
 
 # ---------------------------------------------------------------------------------------------------- memory

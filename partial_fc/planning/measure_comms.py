@@ -7,7 +7,7 @@
     clip norm, flags [3] float64   all-reduce
     backbone gradient [P]          all-reduce       in buckets, as DDP sends them
 
-Each is called as the head calls it (collectives.py), with tensors of the same size, a warm-up and `repeats` times; a rank's median counts,
+Each is called as the head calls it (batch/, softmax/), with tensors of the same size, a warm-up and `repeats` times; a rank's median counts,
 and of the ranks the slowest. The same with the smallest message is its latency. The head's own work is timed on one rank's share of the
 classes, or on a part of it and scaled. Bytes are those of `costs.collectives`.
 """
@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.batch import _exchange_payload
-from partial_fc.batch_status import NO_LABEL, Status
+from partial_fc.batch.exchange import exchange_payload
+from partial_fc.batch.status import NO_LABEL, Status
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, start_reduce_scatter
 from partial_fc.head import PartialFC
 from partial_fc.planning.costs import Collective, Sizes, collectives, sizes
@@ -271,7 +271,7 @@ def _calls(
         return call, call
     if kind == "payload":
         parts = [torch.zeros(n, z.D, device=device), torch.zeros(n, dtype=torch.int64, device=device)]
-        return lambda: _exchange_payload(parts, (n,) * world, n, ranks.group), lambda: all_gather(tiny, ranks.group)
+        return lambda: exchange_payload(parts, (n,) * world, n, ranks.group), lambda: all_gather(tiny, ranks.group)
     if kind == "statistics":
         found = torch.zeros(one.own // 4, device=device)
         return lambda: all_gather(found, ranks.group), lambda: all_gather(tiny, ranks.group)
@@ -357,7 +357,7 @@ def _time_head(
         x: Tensor = embeddings.detach().requires_grad_()
         head(x, labels).backward()
         head.zero_grad()
-        head._rows.lost = 0  # no optimizer is to take these
+        head.class_rows.lost = 0  # no optimizer is to take these
 
     return watch.median(step)
 

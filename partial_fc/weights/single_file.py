@@ -28,9 +28,10 @@ from partial_fc.checkpoint.manifest import MANIFEST, read_manifest
 from partial_fc.checkpoint.save_load import stored_tensors
 from partial_fc.distributed.agreement import on_every_rank
 from partial_fc.distributed.ranks import Ranks, all_gather_mesh
+from partial_fc.errors import log
 from partial_fc.head import PartialFC
-from partial_fc.optim.row_optimizer import MASTER, RowOptimizer
-from partial_fc.sharded import log
+from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.optim.row_update import MASTER
 from partial_fc.shards import local_part
 from partial_fc.weights.rank_files import RankFiles, described
 from partial_fc.weights.safetensors_file import (
@@ -59,11 +60,11 @@ def export_weights(path: str | os.PathLike[str], rows_of: ClassRows, *, overwrit
     Raises, the same on every rank: FileExistsError if `path` is there and not to be overwritten, OSError if it cannot be written (folder
     missing or read-only, disk full, a rank that does not see it), ValueError if ranks name different files. Nothing is left then.
     """
-    rows_of._check_group()
-    path, ranks = Path(path), rows_of._shards.ranks
+    rows_of.class_rows.check_group()
+    path, ranks = Path(path), rows_of.class_rows.shards.ranks
     token = _agree(path, overwrite, rows_of)
     temporary = temporary_name(path, token)
-    parameters = rows_of._rows.parameters
+    parameters = rows_of.class_rows.parameters
     first = ranks.rank == ranks.replica == 0
     metadata = describe(
         "head" if isinstance(rows_of, PartialFC) else "center",
@@ -88,7 +89,7 @@ def export_weights(path: str | os.PathLike[str], rows_of: ClassRows, *, overwrit
             for name, parameter in parameters.items():
                 local = local_part(parameter.detach())
                 for a, b in blocks(local.shape, local.dtype):
-                    writer.write_rows(name, rows_of._shards.lo + a, local[a:b])
+                    writer.write_rows(name, rows_of.class_rows.shards.lo + a, local[a:b])
 
     try:
         _together(ranks, lambda: _saying(f"{path} cannot be written", prepare))
@@ -125,10 +126,10 @@ def import_weights(
     Raises, the same on every rank and before a row has changed: FileNotFoundError, or ValueError for a source that is damaged, has no such
     tensor or another shape; OSError for one that cannot be read. Rows that read as they should are not looked into: NaN is imported.
     """
-    rows_of._check_group()
-    ranks, parameters = rows_of._shards.ranks, rows_of._rows.parameters
+    rows_of.class_rows.check_group()
+    ranks, parameters = rows_of.class_rows.shards.ranks, rows_of.class_rows.parameters
     main = next(iter(parameters))
-    if optimizer is not None and rows_of._rows.live_optimizer is not optimizer:
+    if optimizer is not None and rows_of.class_rows.live_optimizer is not optimizer:
         raise ValueError("optimizer must be the RowOptimizer of this very head")
     found = _together(ranks, lambda: _open(source, rows_of, key))
     if optimizer is not None:
@@ -141,7 +142,7 @@ def import_weights(
         _together(ranks, lambda: _fill(rows_of, {parameters[name]: rows for name, rows in found.items()}))
     if isinstance(rows_of, CenterLoss):
         rows_of._pending = None  # differences from other centers
-    live = rows_of._rows.live_optimizer
+    live = rows_of.class_rows.live_optimizer
     if live is not None:
         for parameter in parameters.values():
             if MASTER in live.state.get(parameter, {}):
@@ -157,7 +158,7 @@ def import_weights(
 
 def _open(source: Source, rows_of: ClassRows, key: str | None) -> dict[str, RowSource] | SafeReader:
     """name of a parameter -> where its rows are, or a checkpoint; all that can be judged now is."""
-    parameters = rows_of._rows.parameters
+    parameters = rows_of.class_rows.parameters
     main, shape = next((name, p.shape) for name, p in parameters.items())
     if isinstance(source, RowSource):
         check_shape(source.shape, shape, f"{_named(source)}")
@@ -199,7 +200,7 @@ def _checkpoint_keys(reader: SafeReader, rows_of: ClassRows, key: str | None) ->
     """name of a parameter -> key in a checkpoint."""
     stored = reader.read_metadata().state_dict_metadata
     prefix = "head" if isinstance(rows_of, PartialFC) else "center"
-    main, *others = rows_of._rows.parameters
+    main, *others = rows_of.class_rows.parameters
     keys = {main: key} if key is not None else {name: f"{prefix}/{name}" for name in (main, *others)}
     for each in keys.values():
         if each not in stored:
@@ -243,7 +244,7 @@ def _fill(rows_of: ClassRows, sources: dict[Tensor, RowSource]) -> None:
     for tensor, source in sources.items():
         local = local_part(tensor.detach())
         for a, b in blocks(local.shape, source.dtype):
-            local[a:b].copy_(source.rows(rows_of._shards.lo + a, rows_of._shards.lo + b))
+            local[a:b].copy_(source.rows(rows_of.class_rows.shards.lo + a, rows_of.class_rows.shards.lo + b))
 
 
 def _check_state(found: dict[str, RowSource] | SafeReader, optimizer: RowOptimizer) -> None:
@@ -257,7 +258,7 @@ def _check_state(found: dict[str, RowSource] | SafeReader, optimizer: RowOptimiz
         raise ValueError(
             f"{source} hold no state of an optimizer for all rows; leave optimizer= out, and it starts anew"
         )
-    wanted = set(optimizer._fill)
+    wanted = set(optimizer.initial_state)
     if wanted != set(source.state):
         mine = ", ".join(sorted(wanted)) or "nothing"
         raise ValueError(
@@ -290,7 +291,7 @@ def _together(ranks: Ranks, action: Callable[[], Result]) -> Result:
 
 def _agree(path: Path, overwrite: bool, rows_of: ClassRows) -> int:
     """A number that all ranks share and no other call; ValueError on every rank if they name different files."""
-    ranks, device = rows_of._shards.ranks, local_part(next(iter(rows_of._rows.parameters.values()))).device
+    ranks, device = rows_of.class_rows.shards.ranks, rows_of.class_rows.device
     mine = torch.tensor(
         [secrets.randbits(48), zlib.crc32(os.fsencode(path)), overwrite], dtype=torch.int64, device=device
     )

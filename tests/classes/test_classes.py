@@ -260,7 +260,7 @@ def edited(rank: int, world: int, dtype: torch.dtype, low_precision: str | None,
         template = optimizer.state_template()
         for k, value in enumerate(v for v in template["state"][0].values() if v.ndim):
             rows = torch.randn(40, D, generator=torch.Generator().manual_seed(k)) * 3
-            local(value).copy_(rows[loss._shards.lo : loss._shards.hi])
+            local(value).copy_(rows[loss.shards.lo : loss.shards.hi])
         optimizer.load_state_dict(template)
         if low_precision:
             local(parameter.detach()).copy_(local(optimizer.state[parameter]["master_weight"]))
@@ -688,7 +688,7 @@ def wrong(rank: int, world: int, only_last: bool) -> dict[str, str]:
     sub = PartialFC(D, 4, SubCenterArcFace(centers=2))
     texts["centers"] = message_of(sub.remap, [0, 0, 1, 2])
     sub.remap([0, 0, 1, 2], merge="first")
-    assert head.num_classes == 4 and torch.equal(full(head.weight), before) and head._class_changes == 0
+    assert head.num_classes == 4 and torch.equal(full(head.weight), before) and head.class_changes == 0
     head.remap(GOOD)
     assert head.weight.shape == (3, D)
     return texts

@@ -49,7 +49,7 @@ def check(found: Any, cosines: Tensor, k: int, atol: float) -> None:
 def filled(loss: Any, whole: Tensor) -> tuple[Any, int, int]:
     """The loss with these rows; the classes of this rank."""
     (parameter,) = (p for name, p in loss.named_parameters() if name in ("weight", "centers"))
-    lo, hi = loss._shards.lo, loss._shards.hi
+    lo, hi = loss.shards.lo, loss.shards.hi
     local(parameter.detach()).copy_(whole[lo:hi])
     return loss, lo, hi
 

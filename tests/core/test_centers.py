@@ -23,7 +23,7 @@ from side_by_side import check_cases
 from torch import Tensor, nn
 from watching import Allocations, collectives
 
-import partial_fc.batch_status
+import partial_fc.batch.status
 from partial_fc import ArcFace, CenterLoss, PartialFC, RowOptimizer, gather, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
             center.step()
             assert torch.equal(local(center.centers), still), "a step with nothing new moved centers"
         else:
-            seen = center._rows.rows
+            seen = center.class_rows.grad_rows
             assert seen is not None and torch.equal(seen, touched[mine].nonzero()[:, 0])
             optimizer.step()
             optimizer.zero_grad()
@@ -224,11 +224,11 @@ def joined_with_a_head(rank: int, world: int, mesh: bool) -> None:
     expected = Loss("ArcFace", {"scale": 8.0})(x_all, w, labels) + 0.1 * by_center[0] + 0.3 * by_center[1]
     expected.backward()
     assert x_all.grad is not None and w.grad is not None and t.grad is not None
-    lo, hi = head._shards.lo, head._shards.hi
+    lo, hi = head.shards.lo, head.shards.hi
     near([loss.detach(), x.grad], [expected.detach(), x_all.grad[here] * world], TOLERANCE)
     near(local(head.weight.grad), w.grad[lo:hi], TOLERANCE)
-    assert trained._rows.rows is not None
-    near(trained._rows.values()[0], t.grad[trained._rows.rows + trained._shards.lo], TOLERANCE)
+    assert trained.class_rows.grad_rows is not None
+    near(trained.class_rows.gradients()[0], t.grad[trained.class_rows.grad_rows + trained.shards.lo], TOLERANCE)
 
 
 def test_a_head_and_centers_share_one_gather(ranks):
@@ -252,7 +252,7 @@ def collectives_of_a_step(rank: int, world: int, update: str, joint: bool) -> li
 @pytest.mark.parametrize("joint", [False, True])
 def test_centers_cost_a_head_one_number_over_the_network(ranks, update, joint):
     for calls in ranks(2).run(collectives_of_a_step, update, joint):
-        status = len(dataclasses.fields(partial_fc.batch_status.Status)) * 8
+        status = len(dataclasses.fields(partial_fc.batch.status.Status)) * 8
         assert calls[:2] == [("all_gather", status), ("all_gather", 8 * D * 4 + 8 * 8)]
         statistics = [4 * 16 * 4, 4] if joint else [4]
         assert calls[2:-1] == [*(("all_gather", size) for size in statistics), ("reduce_scatter", 16 * D * 4)]
@@ -465,7 +465,7 @@ def test_who_moves_centers_is_said_where_it_goes_wrong():
     frozen.centers.requires_grad_(False)
     for _ in range(2):
         frozen(x.requires_grad_(), labels).backward()
-    assert x.grad is not None and frozen._rows.rows is None
+    assert x.grad is not None and frozen.class_rows.grad_rows is None
 
 
 class Model(nn.Module):
@@ -539,7 +539,7 @@ def from_embeddings(rank: int, world: int, mesh: bool) -> None:
     center(torch.ones(1, D, dtype=torch.float64), torch.tensor([3]))
     center.init_from_embeddings(iter(batches[rank]))
     center.step()
-    near(local(center.centers), expected[center._shards.lo : center._shards.hi], TOLERANCE)
+    near(local(center.centers), expected[center.shards.lo : center.shards.hi], TOLERANCE)
     assert not center.skipped and center.training
 
 
@@ -649,7 +649,7 @@ def moves_and_copies(rank: int, world: int) -> None:
     center(x.double(), labels)
     center.to("meta").step()
     assert center.centers.device.type == "meta"
-    assert f"classes {center._shards.lo}..{center._shards.hi} of 7, alpha=0.25" in repr(twin)
+    assert f"classes {center.shards.lo}..{center.shards.hi} of 7, alpha=0.25" in repr(twin)
 
 
 def test_moves_and_copies_keep_the_shards_and_what_was_noted(ranks):

@@ -61,12 +61,12 @@ def planted(rank: int, world: int, kind: str, at: int, margin: Any, options: dic
         run.step(number)
         if number == at and rank == world - 1:
             if kind == "forwards":
-                run.head._step += 1
+                run.head.forward_count += 1
             else:
                 target = targets[kind]().detach()
                 place = (-1, 0) if target.ndim == 2 else (0,) if target.ndim else ()
-                if kind == "rows" and run.head._selected_rows is not None:
-                    place = (int(run.head._selected_rows[0]), 0)
+                if kind == "rows" and run.head.selected_rows is not None:
+                    place = (int(run.head.selected_rows[0]), 0)
                 target[place] = torch.nextafter(target[place], torch.tensor(9.0, dtype=target.dtype))
         try:
             run.watch.step()

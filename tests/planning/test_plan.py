@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from watching import collectives
 
 from partial_fc import PartialFC, Plan, RowOptimizer, SubCenterArcFace, plan
-from partial_fc.batch_status import Status
-from partial_fc.optim import row_optimizer as optim
+from partial_fc.batch.status import Status
+from partial_fc.optim import row_update as optim
 from partial_fc.planning import costs
 from partial_fc.planning.costs import OPTIMIZERS, PHASES
 from partial_fc.softmax import tiles

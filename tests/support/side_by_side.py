@@ -181,7 +181,7 @@ def check_rows(when: str, head: PartialFC, dense: dict[str, Tensor], mine: slice
 def random_margins(head: PartialFC, x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     """What ElasticFace draws in the next forward: its draws are its own; what is made of them is compared."""
     target = (unit(x)[0] @ unit(w)[0].T).gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    key = partial_fc.sampling.mix(0, head._step)
+    key = partial_fc.sampling.mix(0, head.forward_count)
     positives = margins.Positives(labels, torch.arange(len(x)), x.norm(dim=1), labels >= 0, key)
     assert isinstance(head.margin, margins.ElasticFace)
     return head.margin._margins(target, positives)

@@ -50,8 +50,8 @@ def build(kind: str, classes: int, seed: int = 0, group: Any = None) -> PartialF
         D, classes, margin, seed=seed, init_std=1.0, group=group, dtype=torch.bfloat16 if kind == "half" else None
     )
     if head.bias is not None:  # drawn by class id, as the weights are
-        start = head._shards.lo
-        local(head.bias.detach()).copy_(torch.arange(start, start + head._shards.local) + 10.0 * seed)
+        start = head.shards.lo
+        local(head.bias.detach()).copy_(torch.arange(start, start + head.shards.local) + 10.0 * seed)
     return head
 
 

@@ -148,7 +148,7 @@ def go_on(rank: int, world: int, path: str, kind: str, imported: bool) -> tuple[
             assert optimizer.param_groups[0]["momentum"] == 0.8 and optimizer.param_groups[0]["lr"] == 0.05
             optimizer.param_groups[0]["weight_decay"] = 0.0
     start = local(head.weight.detach()).clone()
-    shards = head._shards
+    shards = head.shards
     for step in range(3):
         head.weight.grad = shards.wrap(local(head.weight.detach()) - matrix(10 + step)[shards.lo : shards.hi])
         optimizer.step()

@@ -112,7 +112,7 @@ def spread(pairs: Sequence[Pair], labels: Tensor, shown: int = SHOWN) -> list[Pa
 def nearest_class_pairs(head: PartialFC, accelerator: Accelerator) -> list[Pair]:
     """The `SHOWN` nearest two classes, the nearest first, the same on every rank; every rank must call it."""
     near = head.nearest_classes(1)
-    first = head._shards.lo  # several replicas name the same pairs
+    first = head.shards.lo  # several replicas name the same pairs
     cosines, order = near.cosines[:, 0].float().cpu().sort(descending=True, stable=True)
     ids = near.ids[:, 0].cpu()
     mine = [

@@ -1,4 +1,4 @@
-"""What is not finite, in words that are the same on every rank."""
+"""What is non-finite, in words that are the same on every rank."""
 
 from __future__ import annotations
 
@@ -7,61 +7,48 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from partial_fc.batch_status import as_matrix
-from partial_fc.distributed.ranks import tell
-from partial_fc.nonfinite.step_record import Watched
+from partial_fc.batch.status import as_matrix
+from partial_fc.distributed.ranks import gather_texts
+from partial_fc.rows import ClassRows
 from partial_fc.shards import local_part
 
 BLOCK_BYTES = 8 << 20
-
-
 SEPARATOR = "\x1f"  # between the findings of one rank
 
 
-def rows_device(head: Watched) -> torch.device:
-    return local_part(next(iter(head._rows.parameters.values()))).device
-
-
 def not_finite(tensor: Tensor) -> Tensor:
-    """0-d bool: whether anything in it is a NaN or infinity, or its sum overflows. One pass without a temporary."""
+    """Return a 0-d bool: it holds a NaN or infinity, or its sum overflows. One pass without a temporary."""
     tensor = local_part(tensor.detach())
-    if (
-        tensor.dtype in (torch.float16, torch.bfloat16) and tensor.numel()
-    ):  # a sum in float32 would make a float32 copy on a CPU
+    # the sum of half precision in float32 would make a float32 copy on a CPU
+    if tensor.dtype in (torch.float16, torch.bfloat16) and tensor.numel():
         return ~torch.stack(torch.aminmax(tensor)).isfinite().all()
     return ~tensor.sum().isfinite()
 
 
-def explain(heads: Sequence[Watched], parameters: Sequence[Tensor]) -> str:
-    """What is not finite, the same text on every rank: of each kind the first that a rank found. Two collectives a head."""
-    said: list[str] = []
-    for i, head in enumerate(heads):
-        ranks = head._rows.shards.ranks
-        mine = [_bad_weight(head), _bad_loss(head), _bad_row(head), _bad_parameter(parameters) if i == 0 else ""]
-        table = [text.split(SEPARATOR) for text in tell(SEPARATOR.join(mine), ranks, rows_device(head))]
+def describe(losses: Sequence[ClassRows], parameters: Sequence[Tensor]) -> str:
+    """Return what is not finite: of each kind the first that any rank found. Two collectives a loss."""
+    found: list[str] = []
+    for i, rows in enumerate(losses):
+        ranks = rows.shards.ranks
+        mine = [_bad_weight(rows), _bad_loss(rows), _bad_row(rows), _bad_parameter(parameters) if i == 0 else ""]
+        table = [text.split(SEPARATOR) for text in gather_texts(SEPARATOR.join(mine), ranks, rows.device)]
         for kind in range(len(mine)):
             flat = next((flat for flat, texts in enumerate(table) if texts[kind]), None)
             if flat is not None:
-                said.append(f"{ranks.name(flat)}: {table[flat][kind]}")
-    return "; ".join(said) or "the norm of the gradient overflows"
+                found.append(f"{ranks.name(flat)}: {table[flat][kind]}")
+    return "; ".join(found) or "the norm of the gradient overflows"
 
 
-def _bad_weight(head: Watched) -> str:
-    named = ((name, local_part(p.detach())) for name, p in head._rows.parameters.items())
-    return _first_row(named, head._rows.shards.lo, None, "{name} of class {row} holds a NaN or infinity")
+def _bad_weight(rows: ClassRows) -> str:
+    named = ((name, local_part(p.detach())) for name, p in rows.parameters.items())
+    return _first_row(named, rows.shards.lo, None, "{name} of class {row} holds a NaN or infinity")
 
 
-def _bad_row(head: Watched) -> str:
-    rows = head._rows
-    named = [
-        (n, local_part(c.grad)) for n, c in zip(rows.parameters, rows.carriers, strict=False) if c.grad is not None
-    ]
-    text = _first_row(
-        named,
-        rows.shards.lo,
-        rows.rows if rows.sampled else None,
-        "the gradient of {name} of class {row} is not finite",
-    )
+def _bad_row(rows: ClassRows) -> str:
+    pairs = zip(rows.parameters, rows.carriers, strict=False)
+    named = [(name, local_part(carrier.grad)) for name, carrier in pairs if carrier.grad is not None]
+    ids = rows.grad_rows if rows.sampled else None
+    text = _first_row(named, rows.shards.lo, ids, "the gradient of {name} of class {row} is not finite")
     shared = [name for name, p in rows.shared.items() if p.grad is not None and bool(not_finite(p.grad))]
     return text or (f"the gradient of {shared[0]} is not finite" if shared else "")
 
@@ -76,9 +63,9 @@ def _first_row(named: Iterable[tuple[str, Tensor]], lo: int, ids: Tensor | None,
     return ""
 
 
-def _bad_loss(head: Watched) -> str:
-    """Said by the rank whose sample it is."""
-    for backward in head._record.backwards:
+def _bad_loss(rows: ClassRows) -> str:
+    """Return what is wrong with the losses; the rank that has the sample reports it."""
+    for backward in rows.record.backwards:
         losses, batch = backward.losses.detach(), backward.batch
         if losses.ndim and len(losses) == len(batch.labels):
             losses = losses[batch.local]
@@ -89,8 +76,8 @@ def _bad_loss(head: Watched) -> str:
                 return f"the loss of embeddings[{at}] (label {', '.join(map(str, labels))}) is {losses[at].item()}"
         elif not bool(losses.isfinite().all()):
             return "the loss is not finite"
-    if any(bool(not_finite(backward.grad)) for backward in head._record.backwards):
-        return "what the loss is multiplied with is not finite"
+    if any(bool(not_finite(backward.grad)) for backward in rows.record.backwards):
+        return "the factor of the loss is not finite"
     return ""
 
 

@@ -1,0 +1,61 @@
+"""Logits of other classes that are more than scaled cosines: a margin's rule, the inter-class filter, sub-centers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partial_fc.margins.base import Margin
+from partial_fc.softmax.inputs import LossOptions
+from partial_fc.softmax.row_tiles import OwnTargets
+from partial_fc.softmax.tiles import mask_targets
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A margin's rule for other classes as it was in one forward.
+
+    margin: a copy with buffers of its own, because logits that are computed again in backward must be those of the forward.
+    target: `[N, 1]`, what the rule compares cosines with: the sample's target logits before scaling, averaged by the
+    targets' weights.
+    """
+
+    margin: Margin
+    target: Tensor
+
+    @classmethod
+    def of(cls, margin: Margin, target_logits: Tensor, weights: Tensor) -> Rule:
+        """Freeze the rule of a margin. target_logits: `[P]`, on every rank. weights: `[N, L]`."""
+        total = weights.sum(1, keepdim=True)
+        mean = (target_logits.view_as(weights) * weights).sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)
+        return cls(margin.frozen(), mean / margin.scale)
+
+
+def ruled_logits(
+    options: LossOptions, rule: Rule | None, cosines: Tensor, targets: OwnTargets, a: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return (logits `[N, T]`, −inf where a class takes no part; ∂logit/∂(scaled cosine), None where it is 1).
+
+    Of the sub-centers of a class only the nearest takes part. Beyond `interclass_filter` a class is taken for the sample's
+    own under another label, and takes no part either.
+    """
+    margin, slope = options.margin, None
+    if rule is not None:
+        with torch.enable_grad():  # on one tile; the rule is elementwise, so the derivative of the sum is that of each
+            leaf = cosines.detach().requires_grad_()
+            ruled = rule.margin.negative(leaf, rule.target)
+            slope = torch.autograd.grad(ruled.sum(), leaf)[0]
+        logits = ruled.detach() * margin.scale
+    else:
+        logits = cosines * margin.scale
+    if options.interclass_filter is not None:
+        logits.masked_fill_(cosines > options.interclass_filter, -torch.inf)
+    if margin.centers > 1 and logits.numel():
+        by_class = cosines.view(len(cosines), -1, margin.centers)
+        nearest = by_class.argmax(2, keepdim=True)
+        others = torch.ones_like(by_class, dtype=torch.bool).scatter_(2, nearest, False)
+        logits.view_as(by_class).masked_fill_(others, -torch.inf)
+    mask_targets(logits, targets, len(cosines), a, margin.centers)
+    return logits, slope
