@@ -34,12 +34,18 @@ SAMPLED = [
 ]
 SHAPES = [
     Case(classes=1),
+    Case(classes=2),
     Case(classes=2, sample_rate=0.5),
     Case(classes=3, counts=(2, 3, 4, 1)),
     Case(classes=1024 + 37, counts=(1, 6, 2, 3), sample_rate=0.05),
     Case(counts=(0, 0, 0, 0), ignored=0),
+    Case(counts=(0, 4, 1, 0)),
+    Case(counts=(7, 7, 2, 1)),
     Case(counts=(3, 0, 0, 0), ignored=3),
+    Case(counts=(2, 1, 1, 0), ignored=4, sample_rate=0.5),
     Case(counts=(1, 1, 1, 1), ignored=0),
+    Case(counts=(1, 1, 1, 1), ignored=1),
+    Case(classes=300, budget=0),
     Case(counts=(4, 4, 4, 4), joint=True),
     Case(sample_rate=0.3, joint=True),
 ]

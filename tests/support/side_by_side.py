@@ -112,6 +112,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
         drawn = random_margins(head, x_all, w, labels) if case.margin == "ElasticFace" else None
         loss = head(gather(x, labels[here])) if case.joint else head(x, labels[here])
         (loss.sum() * (rank + 1) if case.reduction == "none" else loss).backward()
+        assert case.budget is None or head.logits_mode == "tiled" or not len(head.selected)
         assert torch.equal(x, kept[0]) and torch.equal(labels[here], kept[1]), "a caller's tensor was modified"
 
         chosen = selected_by_all(head)
