@@ -28,11 +28,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.batch.checks import embeddings_problem
 from partial_fc.batch.exchange import exchange_payload
-from partial_fc.batch.status import DTYPES
+from partial_fc.batch.status import DTYPES, embeddings_problem
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, gather_texts
+from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
+from partial_fc.distributed.texts import gather_texts
 from partial_fc.errors import NonFiniteError
 from partial_fc.rows import ClassRows
 from partial_fc.shards import local_part, shard_bounds

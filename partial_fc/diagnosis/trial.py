@@ -24,7 +24,7 @@ from partial_fc.diagnosis.wiring import DEEPSPEED, Check, Wiring, bare
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Ranks
 from partial_fc.optim.row_optimizer import RowOptimizer
-from partial_fc.optim.row_update import HALF
+from partial_fc.optim.row_state import HALF
 from partial_fc.sampling import mix
 from partial_fc.shards import local_part
 

@@ -22,11 +22,12 @@ import torch
 
 from partial_fc.batch.status import Status
 from partial_fc.head import DEFAULT_LOGITS_BUDGET
-from partial_fc.optim.optimizer_class import check_rows_apart, initial_state
-from partial_fc.optim.row_optimizer import LowPrecision
-from partial_fc.optim.row_update import BLOCK_BYTES, HALF
+from partial_fc.optim.optimizer_class import LowPrecision, check_rows_apart, initial_state
+from partial_fc.optim.row_optimizer import BLOCK_BYTES
+from partial_fc.optim.row_state import HALF
 from partial_fc.sampling import window_size
-from partial_fc.shards import INIT_BLOCK, shard_bounds
+from partial_fc.sharded_module import INIT_BLOCK
+from partial_fc.shards import shard_bounds
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes, tile_rows
 
 PHASES = ("build", "gather", "select", "forward", "combine", "backward", "update")

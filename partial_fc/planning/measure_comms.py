@@ -28,6 +28,7 @@ from torch import Tensor
 
 from partial_fc.batch.exchange import exchange_payload
 from partial_fc.batch.status import NO_LABEL, Status
+from partial_fc.distributed.groups import ranks_of
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, start_reduce_scatter
 from partial_fc.head import PartialFC
 from partial_fc.planning.costs import Collective, Sizes, collectives, sizes
@@ -209,7 +210,7 @@ def comms(
             raise ValueError(f"{name} must be at least {least}, not {value}")
     if backbone_parameters < 0 or repeats < 1 or not 0 < sample_rate <= 1:
         raise ValueError("backbone_parameters must be at least 0, repeats at least 1, sample_rate a share in (0, 1]")
-    ranks, device = Ranks.of(None), torch.device(device)
+    ranks, device = ranks_of(None), torch.device(device)
     options = (torch.float32, None, None, False, None, device.type)
     z = sizes(num_classes, embedding_size, ranks.world, batch_size, sample_rate, "sgd-momentum", *options)
     watch = _Watch(ranks, device, repeats)

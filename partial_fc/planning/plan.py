@@ -20,8 +20,8 @@ import torch
 
 from partial_fc.batch.status import DTYPES
 from partial_fc.head import DEFAULT_LOGITS_BUDGET
-from partial_fc.optim.row_optimizer import LowPrecision
-from partial_fc.optim.row_update import HALF
+from partial_fc.optim.optimizer_class import LowPrecision
+from partial_fc.optim.row_state import HALF
 from partial_fc.planning.costs import (
     OPTIMIZERS,
     PHASES,

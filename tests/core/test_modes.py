@@ -168,7 +168,7 @@ def test_stochastic_rounding_is_refused_for_float16():
 
 
 def test_stochastic_rounding_keeps_the_mean_and_the_grid():
-    from partial_fc.optim.row_update import round_at_random
+    from partial_fc.optim.rounding import round_at_random
 
     values = torch.full((4000, 5), 1.0 + 0.3 * 2**-7)
     rounded = round_at_random(values, torch.arange(4000), key=7)

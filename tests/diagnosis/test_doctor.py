@@ -182,7 +182,7 @@ def wrong(rank: int, world: int, kind: str) -> tuple[list[str], str]:
 
     A head refuses DDP and FSDP2 while they wrap it; here it does not notice, as with an engine that it does not know.
     """
-    with mock.patch("partial_fc.sharded.refuse"):
+    with mock.patch("partial_fc.sharded_module.refuse"):
         return _wrong(rank, world, kind)
 
 

@@ -33,7 +33,7 @@ CLASSES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
 @pytest.mark.parametrize(("cls", "options"), CLASSES, ids=lambda v: v.__name__ if isinstance(v, type) else "")
 def test_rows_move_as_under_the_dense_class(cls, options, rate, monkeypatch):
     """A dense parameter of the same weights; rows without a gradient are put back after each of its steps."""
-    monkeypatch.setattr("partial_fc.optim.row_update.BLOCK_BYTES", 7 * D * 8)  # blocks of 7 rows
+    monkeypatch.setattr("partial_fc.optim.row_optimizer.BLOCK_BYTES", 7 * D * 8)  # blocks of 7 rows
     head = PartialFC(D, 50, ArcFace(), rate, dtype=torch.float64, init_std=1.0, seed=1)
     dense = nn.Parameter(head.weight.detach().clone())
     mine, theirs = RowOptimizer(cls, head, **options), cls([dense], **options)

@@ -1,9 +1,13 @@
-"""The embedded glyphs: a small data set that is always there.
+"""The embedded glyphs: a small data set of 1,300 characters that comes with the package.
 
-16 designs x 1300 characters, 32 x 32, grey; a character is an identity, a design (typeface) a sample
-train  characters    0..999,  designs  0..9     10,000 images
-seen   characters 1000..1299, designs  0..9      3,000 images: new identities
-new    characters 1000..1299, designs 10..15     1,800 images: new identities in designs never trained on
+16 designs x 1300 characters, 32 x 32 pixels, grey. A character is an identity; each design (typeface) is a sample of
+it.
+
+    train  characters    0..999,  designs  0..9     10,000 images
+    seen   characters 1000..1299, designs  0..9      3,000 images: new identities
+    new    characters 1000..1299, designs 10..15     1,800 images: new identities in designs that are never trained on
+
+The larger set that `partial-fc data glyphs` draws from installed fonts is made in fonts/, and read by packed.py.
 """
 
 import functools
@@ -17,19 +21,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from partial_fc.training.data.dataset import IdentityDataset, enough
+from partial_fc.training.data.dataset import IdentityDataset, identity_count
 from partial_fc.training.errors import UserError
 
 GlyphSplit = Literal["train", "seen", "new"]
 
-_GLYPHS = Path(__file__).parents[1] / "assets" / "glyphs1300.npz.xz"
+_GLYPHS = Path(__file__).parents[2] / "assets" / "glyphs1300.npz.xz"
 _TRAIN_DESIGNS = 10
 
 
 class GlyphIdentities(IdentityDataset):
-    """The embedded glyphs (white on black), by character and then by design; see assets/ATTRIBUTION.md.
+    """The embedded glyphs (white on black), sorted by character and then by design; see assets/ATTRIBUTION.md.
 
-    `identities` keeps the first so many characters of the split; more than there are raises UserError.
+    `identities` keeps only the first characters of the split. Raises UserError if there are fewer.
     """
 
     in_memory = True
@@ -37,13 +41,14 @@ class GlyphIdentities(IdentityDataset):
     def __init__(self, split: GlyphSplit = "train", identities: int | None = None) -> None:
         packed, code_points, num_train = _read_glyphs()
         if split not in ("train", "seen", "new"):
-            raise ValueError(f"split is {split!r}; it is one of 'train', 'seen', 'new'")
+            raise ValueError(f"split is {split!r}; it must be 'train', 'seen' or 'new'")
         designs = range(_TRAIN_DESIGNS, len(packed)) if split == "new" else range(_TRAIN_DESIGNS)
         characters = range(num_train) if split == "train" else range(num_train, len(code_points))
-        count = enough(identities, len(characters), f"the embedded glyphs ({split})")
+        count = identity_count(identities, len(characters), f"the embedded glyphs ({split})")
         chosen = packed[designs.start : designs.stop, characters.start : characters.start + count]
-        grey = np.stack([chosen >> 4, chosen & 15], axis=-1).reshape(len(designs), count, 1, 32, 32) * np.uint8(17)
-        self._images = torch.from_numpy(grey.swapaxes(0, 1).reshape(-1, 1, 32, 32))
+        # Two pixels per byte, 4 bits each; 17 = 255 / 15 scales them to 0..255.
+        pixels = np.stack([chosen >> 4, chosen & 15], axis=-1).reshape(len(designs), count, 1, 32, 32) * np.uint8(17)
+        self._images = torch.from_numpy(pixels.swapaxes(0, 1).reshape(-1, 1, 32, 32))
         self._designs = designs
         self.labels = torch.arange(count).repeat_interleave(len(designs))
         self.identity_names = [f"U+{code:04X}" for code in code_points[characters.start :][:count].tolist()]
@@ -59,9 +64,9 @@ class GlyphIdentities(IdentityDataset):
 
 @functools.lru_cache(maxsize=1)
 def _read_glyphs() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32], int]:
-    """(packed uint8 [16, 1300, 32, 16], code points uint32 [1300], how many of them are for training)."""
+    """Return (pixels uint8 [16, 1300, 32, 16], code points uint32 [1300], how many characters are for training)."""
     try:
         with np.load(io.BytesIO(lzma.decompress(_GLYPHS.read_bytes())), allow_pickle=False) as arrays:
             return arrays["packed"], arrays["cps"], int(arrays["ntrain"])
     except (OSError, lzma.LZMAError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise UserError(f"the embedded glyphs {_GLYPHS} cannot be read ({error}); install the package again") from error
+        raise UserError(f"the embedded glyphs {_GLYPHS} cannot be read ({error}); reinstall the package") from error
