@@ -10,7 +10,7 @@ from partial_fc.centers import CenterLoss
 from partial_fc.checkpoint.checkpointer import Checkpointer
 from partial_fc.checkpoint.random_state import RandomState
 from partial_fc.checkpoint.save_load import load_checkpoint, save_checkpoint
-from partial_fc.classes.moves import class_mapping
+from partial_fc.classes.mapping import class_mapping
 from partial_fc.classes.queries import Neighbours
 from partial_fc.diagnosis.check_margin import check_margin
 from partial_fc.diagnosis.doctor import Report, doctor

@@ -1,4 +1,4 @@
-"""What changes of classes need of a loss. `loss.ChangeableLoss` has it."""
+"""The interface that changes of classes need of a loss. `ChangeableLoss` (loss.py) implements it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from partial_fc.classes.moves import Moves
+from partial_fc.classes.mapping import ClassMoves
 from partial_fc.margins.base import Margin
 from partial_fc.rows import ClassRows
 from partial_fc.shards import ClassShards
@@ -16,9 +16,9 @@ from partial_fc.shards import ClassShards
 
 @dataclass(frozen=True)
 class Change:
-    """What the classes are to become: `num_classes` of them, the last `added` of them new, the others from old ones."""
+    """The classes after a change: `num_classes`, of which the last `added` are new and the others follow `moves`."""
 
-    moves: Moves
+    moves: ClassMoves
     num_classes: int
     added: int = 0
     margin: Margin | None = None
@@ -26,7 +26,7 @@ class Change:
 
 
 class Changeable(Protocol):
-    """A loss whose classes may change. class_changes: how often they did. init_std: of drawn rows."""
+    """A loss whose classes can change. class_changes: number of changes so far. init_std: deviation of drawn rows."""
 
     num_classes: int
     embedding_size: int
@@ -46,10 +46,10 @@ class Changeable(Protocol):
         """Whether only the direction of a row counts."""
 
     def pending_work(self) -> str:
-        """Return what must be finished before classes change, and how; "" if nothing."""
+        """Return what must be finished before classes change, and how; "" if nothing is pending."""
 
     def prepare_tables(self, change: Change) -> Callable[[], None]:
-        """Check what else is per class for the new classes; call the result when the rows have moved."""
+        """Check class weights and margin for the new classes; call the result after the rows have moved."""
 
     def adopt(self, parameters: dict[str, nn.Parameter], shards: ClassShards) -> None:
-        """Take the parameters of the new classes."""
+        """Hold the parameters of the new classes."""

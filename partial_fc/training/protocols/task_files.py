@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from partial_fc.training.data import open_data
-from partial_fc.training.data.packed import is_packed
+from partial_fc.training.data.formats.packed import is_packed
 from partial_fc.training.errors import UserError
 from partial_fc.training.protocols import templates, verification_bin
 from partial_fc.training.protocols.images import AlignedImages, ListedImages, labelled_images, numbers_of
