@@ -147,7 +147,7 @@ def victim_of(rank: int, world: int, victim: int, number: int) -> tuple[str, tup
     dist.barrier()
     set_timeout(SECONDS)
     if rank == victim:
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number) if number else os._exit(0)
     start = time.monotonic()
     return *told(lambda: head(*data())), time.monotonic() - start
 
@@ -170,10 +170,21 @@ def test_a_stopped_rank_is_named_at_the_timeout(world, victim):
         )
 
 
-@pytest.mark.parametrize(("world", "victim"), [(3, 1), pytest.param(2, 0, marks=pytest.mark.slow)])
-def test_a_killed_rank_is_named_before_the_timeout(world, victim):
-    results = answers(world, victim_of, victim, int(signal.SIGKILL), silent=(victim,))
+@pytest.mark.parametrize(
+    ("world", "victim", "number"),
+    [
+        (3, 1, signal.SIGKILL),
+        (2, 1, 0),
+        pytest.param(2, 0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(3, 2, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_was_killed_or_has_ended_is_named_before_the_timeout(world, victim, number):
+    """number: of the signal; 0 for a rank whose loop and program end earlier than the others'."""
+    results = answers(world, victim_of, victim, int(number), silent=(victim,))
+    assert len(results) == world - 1
     for message, missing, cause, _ in results.values():
+        assert "its data ended before the others'" in message and "cannot be used any more" in message
         assert (
             missing == (victim,)
             and f"rank {victim} did not reach the exchange of counts and status of a batch" in message

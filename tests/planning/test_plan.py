@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from watching import collectives
 
 from partial_fc import PartialFC, Plan, RowOptimizer, SubCenterArcFace, plan
 from partial_fc.batch.status import Status
-from partial_fc.distributed import ranks as collectives
 from partial_fc.optim import row_optimizer as optim
 from partial_fc.planning import memory
 from partial_fc.planning.costs import OPTIMIZERS
@@ -87,22 +87,9 @@ def test_the_network_by_hand():
 def _bytes_put_in(rank: int, world: int) -> list[int]:
     """What each collective of a training step is given on this rank."""
     head = PartialFC(8, 100)
-    seen: list[int] = []
-    own = collectives._all_gather_single, collectives._reduce_scatter_single
-
-    def recorded(function: Any) -> Any:
-        def call(out: torch.Tensor, given: torch.Tensor, **options: Any) -> Any:
-            seen.append(given.nbytes)
-            return function(out, given, **options)
-
-        return call
-
-    collectives._all_gather_single, collectives._reduce_scatter_single = (recorded(f) for f in own)
-    try:
+    with collectives() as seen:
         head(torch.randn(5, 8, requires_grad=True), torch.arange(5)).backward()
-    finally:
-        collectives._all_gather_single, collectives._reduce_scatter_single = own
-    return seen
+    return [size for _, size in seen]
 
 
 def test_the_network_as_the_head_uses_it(ranks):
@@ -508,7 +495,8 @@ def measure_all() -> None:
 )
 def test_memory_is_what_was_planned():
     """Resident memory of the CPU, heap and all. Nothing is subtracted."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests/support'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, __file__], stdout=subprocess.PIPE, text=True, env=environment, timeout=150, check=True
     )
