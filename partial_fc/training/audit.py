@@ -16,7 +16,7 @@ cosine reaches its threshold. The default threshold comes from the run itself: T
 the cosines of all classes to their nearest class, computed on artanh(cosine) (Fisher's z), whose spread does not
 shrink near 1. A clean data set may have no pair above it.
 
-report/audit_page.py writes the result to a folder.
+audit_page.py writes the result to a folder.
 """
 
 from __future__ import annotations

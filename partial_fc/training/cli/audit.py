@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from partial_fc import load_checkpoint
 from partial_fc.training.all_ranks import run_on_all
 from partial_fc.training.audit import Thresholds, audit_head
+from partial_fc.training.audit_page import DRIFT, DUPLICATES, NEVER_UPDATED, write_audit
 from partial_fc.training.cli.parser import CommandParser, add_on_error, add_traceback, add_workers, check_at_least
 from partial_fc.training.config import RunConfig, to_config
 from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
-from partial_fc.training.report.audit_page import DRIFT, DUPLICATES, NEVER_UPDATED, write_audit
 from partial_fc.training.results import claim_output, describe_environment, load_backbone, remove_if_empty
 from partial_fc.training.run import CONFIG, RunFolder
 
