@@ -33,9 +33,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from ranks import interleaved, over_ranks, ratio, run_ranks  # noqa: E402
 
 from partial_fc import DivergenceWatch, PartialFC, RowOptimizer, clip_grad_norm_  # noqa: E402
-from partial_fc.batch_status import _inspect, _LabelSet  # noqa: E402
-from partial_fc.nonfinite.judge import over_ranks as agree  # noqa: E402
-from partial_fc.nonfinite.words import not_finite  # noqa: E402
+from partial_fc.batch.status import LabelSet  # noqa: E402
+from partial_fc.nonfinite.check_gradients import max_over_ranks as agree  # noqa: E402
+from partial_fc.nonfinite.describe import not_finite  # noqa: E402
 
 INSPECTIONS = 100
 MARK = 1.0  # per cent of a step, at most
@@ -68,19 +68,19 @@ def times(
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(samples // world, width, generator=generator).requires_grad_()
     labels = torch.randint(classes, (samples // world,), generator=generator)
-    sets, flags = [_LabelSet(None, labels)], torch.zeros(2, dtype=torch.float64)
-    gradient = torch.randn(head._shards.local, width)
+    sets, flags = [LabelSet(None, labels)], torch.zeros(2, dtype=torch.float64)
+    gradient = torch.randn(head.shards.local, width)
     torch.manual_seed(0)
     layers = [nn.Linear(width, width) for _ in range(max(1, watched // (width * (width + 1))))]
     watch = DivergenceWatch(nn.Sequential(*layers), head, every=100)
 
     def inspect() -> None:
         for _ in range(INSPECTIONS):
-            _inspect(x.detach(), sets, "", True, True)
+            inspect(x.detach(), sets, "", True, True)
 
     def collective() -> None:
         for _ in range(INSPECTIONS):
-            agree(flags, head._shards.ranks).tolist()
+            agree(flags, head.shards.ranks).tolist()
 
     def watch_some() -> None:
         for _ in range(4):

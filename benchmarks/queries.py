@@ -64,9 +64,9 @@ def walk(left: Tensor, right: Tensor, tiles: Tiles, select: bool) -> Callable[[]
 def topk_times(classes: int, width: int, queries: int, repetitions: int) -> dict[str, list[tuple[float, float]]]:
     """On one rank: its share of the embeddings asks, its class rows are multiplied with all of them."""
     head = PartialFC(width, classes, NormFace())
-    rows, world = local_part(head.weight.detach()), head._shards.ranks.world
+    rows, world = local_part(head.weight.detach()), head.shards.ranks.world
     everyone = torch.randn(queries, width, generator=torch.Generator().manual_seed(1))
-    mine = everyone.chunk(world)[head._shards.ranks.rank]
+    mine = everyone.chunk(world)[head.shards.ranks.rank]
     tiles = [(slice(0, queries), b) for b in spans(len(rows), max(1, DEFAULT_TILE_BYTES // 4 // queries))]
     things = {
         "product": walk(everyone, rows, tiles, False),
@@ -79,7 +79,7 @@ def topk_times(classes: int, width: int, queries: int, repetitions: int) -> dict
 def nearest_times(classes: int, width: int, repetitions: int) -> dict[str, list[tuple[float, float]]]:
     """On one rank: its class rows against all; in the products rows of its own stand for those of other ranks."""
     head = PartialFC(width, classes, NormFace())
-    rows, world = local_part(head.weight.detach()), head._shards.ranks.world
+    rows, world = local_part(head.weight.detach()), head.shards.ranks.world
     blocks = spans(len(rows), math.isqrt(DEFAULT_TILE_BYTES // 4))
     whole = [(a, b) for _ in range(world) for b in blocks for a in blocks]
     once = [(a, b) for a, b in whole if b.start >= a.start]

@@ -25,7 +25,8 @@ from partial_fc.diagnosis.undo import Undo
 from partial_fc.diagnosis.wiring import DEEPSPEED, FSDP2, Wiring, bare
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Ranks
-from partial_fc.optim.row_optimizer import HALF, RowOptimizer
+from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.optim.row_state import HALF
 from partial_fc.sampling import mix
 from partial_fc.shards import local_part
 
@@ -212,7 +213,7 @@ class Trial:
             grads = list(torch.autograd.grad(loss, parameters, allow_unused=True))
         elif loss.requires_grad:
             loss.backward()  # the other ranks are in its collectives
-        ranks = self.head._shards.ranks
+        ranks = self.head.class_rows.shards.ranks
         factor = ranks.total if self.head.scale_embedding_grad else 1
         local = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
         return [_sum_over(ranks, g.double()) / factor for g in local]
@@ -227,7 +228,7 @@ class Trial:
             or self.embeddings is None
             or self.embeddings.dtype in HALF
         )
-        return scale_check(self.backbone, reference, half_precision, self.head._shards.ranks.total)
+        return scale_check(self.backbone, reference, half_precision, self.head.class_rows.shards.ranks.total)
 
     # ------------------------------------------------------------------------------------------------ after the steps
 
@@ -313,14 +314,14 @@ class Trial:
             x.register_hook(lambda grad: grad * float("inf"))
         loss.backward()
         if where == "head":
-            carriers = [c for c in self.head._rows.carriers if c.grad is not None and local_part(c.grad).numel()]
+            carriers = [c for c in self.head.class_rows.carriers if c.grad is not None and local_part(c.grad).numel()]
             owners = [rank for rank, has in enumerate(gather_objects(bool(carriers))) if has]
             if owners and self.rank == owners[-1]:
                 local_part(carriers[0].grad).view(-1)[0] = float("inf")  # type: ignore[arg-type]
 
     def _holds(self, optimizer: torch.optim.Optimizer, where: str) -> bool:
         """Return whether an optimizer holds parameters of the "backbone" or of the "head"."""
-        own = {id(p) for p in (self.backbone.values() if where == "backbone" else self.head._rows.trainable)}
+        own = {id(p) for p in (self.backbone.values() if where == "backbone" else self.head.class_rows.trainable)}
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
     def _overflows(self, optimizer: torch.optim.Optimizer) -> bool:

@@ -51,8 +51,8 @@ class Undo:
         self.grads = [(t, t.grad, _copy(t.grad)) for t in tensors.values() if t.is_leaf and t.grad is not None]
         self.leaves = [t for t in tensors.values() if t.is_leaf]
         self.buffers = [(m, dict(m._buffers)) for m in self.modules]
-        rows = [head._rows for head in self.heads]
-        records = [head._record for head in self.heads]
+        rows = [head.class_rows for head in self.heads]
+        records = [each.record for each in rows]
         self.attributes = [(thing, dict(vars(thing))) for thing in (*self.own, *rows, *records, *self.optimizers)]
         self.carriers = [(r, list(r.trainable), [(c, c.grad) for c in r.trainable]) for r in rows]
         self.groups = [
@@ -107,10 +107,11 @@ class Undo:
         buffers = {id(b) for head in self.heads for b in head.buffers()}
         for head in self.heads:
             before, record = (
-                next(before for thing, before in self.attributes if thing is each) for each in (head, head._record)
+                next(before for thing, before in self.attributes if thing is each)
+                for each in (head, head.class_rows.record)
             )
-            vars(head).update({name: before[name] for name in ("_step",) if name in before})
-            vars(head._record).update(record)
+            vars(head).update({name: before[name] for name in ("forward_count",) if name in before})
+            vars(head.class_rows.record).update(record)
         with torch.no_grad():
             for tensor, value in self.tensors:
                 if id(tensor) in buffers:

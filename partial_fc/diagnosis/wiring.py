@@ -99,7 +99,7 @@ class Wiring:
     @property
     def refuses_to_step(self) -> bool:
         """Whether the second step would raise, because no optimizer uses the row gradients or two do."""
-        untaken = self.head.sample_rate < 1 and self.head._rows.live_optimizer is None
+        untaken = self.head.sample_rate < 1 and self.head.class_rows.live_optimizer is None
         return untaken or len(self._row_optimizers()) > 1
 
     def checks(self) -> list[Check]:
@@ -110,7 +110,7 @@ class Wiring:
 
     def head_ranks(self) -> list[int]:
         """Return the global ranks of the head, replicas included."""
-        ranks = self.head._shards.ranks
+        ranks = self.head.class_rows.shards.ranks
         if ranks.mesh is not None:
             return sorted(ranks.mesh.mesh.flatten().tolist())
         return [0] if ranks.group is None else sorted(dist.get_process_group_ranks(ranks.group))
@@ -125,7 +125,7 @@ class Wiring:
 
     def _group(self) -> Check:
         name = "group"
-        if self.head._shards.ranks.group is None and dist.is_initialized():
+        if self.head.class_rows.shards.ranks.group is None and dist.is_initialized():
             words = "the head was built before the process group, so every rank would train its own copy"
             mend = (
                 "build it after torch.distributed.init_process_group (or Accelerator(), deepspeed.init_distributed())"
@@ -166,7 +166,7 @@ class Wiring:
             return "the head's RowOptimizer was passed to accelerator.prepare"
         if any(hasattr(p, "ds_id") for p in head.parameters()):
             return f"the head is inside {FOREIGN[DEEPSPEED]}"
-        if any(head._parameters.get(name) is not p for name, p in head._rows.parameters.items()):
+        if any(head._parameters.get(name) is not p for name, p in head.class_rows.parameters.items()):
             return f"the head is inside {FOREIGN[FSDP2]}, which replaced its parameters"
         if not self.inside or self.engine in (None, FSDP2):
             return ""
@@ -191,7 +191,8 @@ class Wiring:
 
     def _row_optimizers(self) -> list[torch.optim.Optimizer]:
         """Return the given optimizers that are RowOptimizers of this head."""
-        return [o for o in self.optimizers if isinstance(bare(o), RowOptimizer) and bare(o)._sharded is self.head._rows]  # type: ignore[attr-defined]
+        rows = self.head.class_rows
+        return [o for o in self.optimizers if getattr(bare(o), "class_rows", None) is rows]
 
     def _head_optimizer(self) -> Check:
         name = "head optimizer"
@@ -210,7 +211,7 @@ class Wiring:
             mend = f"use one of them: {ROW_OPTIMIZER}, and remove head.parameters() from the others"
             return Check(name, False, words, mend)
         if by_rows:
-            words = f"a RowOptimizer ({type(bare(by_rows[0])._inner).__name__}) updates the head's rows"  # type: ignore[attr-defined]
+            words = f"a RowOptimizer ({type(bare(by_rows[0]).inner).__name__}) updates the head's rows"  # type: ignore[attr-defined]
             return Check(name, True, words)
         if holders and head.sample_rate < 1:
             words = f"the sampled head's parameters are in {_names(holders)}, which never receives row gradients"
@@ -218,7 +219,7 @@ class Wiring:
         missing = [n for n, each in plain.items() if not each]
         if missing:
             words = f"none of the given optimizers holds the head's {', '.join(missing)}, which would never be trained"
-            if head._rows.live_optimizer is not None:
+            if head.class_rows.live_optimizer is not None:
                 words = "the head's RowOptimizer is not among the given optimizers"
             mend = f"build {ROW_OPTIMIZER}, call its step() in the loop, and pass it to doctor"
             return Check(name, False, words, mend)

@@ -27,6 +27,7 @@ from torch import Tensor
 from partial_fc import checkpoint, optim
 from partial_fc.engines.needs import need
 from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.rows import HasClassRows
 from partial_fc.sharded import ShardedLoss
 
 need("accelerate", "1.0")
@@ -110,7 +111,7 @@ def prepare_heads(accelerator: Accelerator, *things: Any) -> Any:
 def clip_grad_norm_(
     accelerator: Accelerator,
     parameters: Iterable[Tensor],
-    *heads: optim.HasRows,
+    *heads: HasClassRows,
     max_norm: float,
     norm_type: float = 2.0,
 ) -> Tensor | None:
@@ -125,7 +126,7 @@ def clip_grad_norm_(
     if scaler is not None:
         accelerator.unscale_gradients()
         for head in heads:
-            optimizer = head._rows.live_optimizer
+            optimizer = head.class_rows.live_optimizer
             if optimizer is not None:
                 scaler.unscale_(optimizer)
                 _unscaled.add(optimizer)

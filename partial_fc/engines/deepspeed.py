@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from partial_fc import checkpoint
-from partial_fc.nonfinite.judge import decide
-from partial_fc.nonfinite.step_record import Watched
+from partial_fc.nonfinite.step_check import decide
 from partial_fc.optim.clipping import clip_grad_norm_, gradient_norms
 from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.rows import HasClassRows
 from partial_fc.shards import local_part
 
 OLDEST = (0, 19)  # older engines update weights although the norm is not finite
@@ -107,7 +107,7 @@ class DeepSpeedHead:
         self.engine = engine
         self.optimizers = optimizers
         self.joint_clipping = joint_clipping
-        self.heads = [optimizer._head for optimizer in optimizers]
+        self.heads = [optimizer.class_rows for optimizer in optimizers]
         self.skipped = False
         self.norm: Tensor | None = None
         self._scaled_norm = torch.zeros(())  # norm of the heads' gradient, times the engine's loss scale
@@ -129,7 +129,7 @@ class DeepSpeedHead:
                     "update_in_backward is incompatible with DeepSpeed: "
                     "rows would be updated before the engine can skip the step"
                 )
-            if any(id(p) in within for p in optimizer._sharded.everything):
+            if any(id(p) in within for p in optimizer.class_rows.everything):
                 raise ValueError("a head is inside the DeepSpeed engine; pass deepspeed.initialize the backbone alone")
 
     def _join_norm(self) -> bool:
@@ -192,11 +192,11 @@ class DeepSpeedHead:
 
     def _heads_norm(self) -> Tensor:
         """Return the norm of the heads' gradient; infinity on all ranks if a head skips or a loss is not finite."""
-        norms, flags = gradient_norms([], self.heads, 2.0, any(head._watches for head in self.heads))
+        norms, flags = gradient_norms([], self.heads, 2.0, any(head.record.watches for head in self.heads))
         norm = torch.zeros(())
         if norms:
             norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
-        if any(head.skipped for head in self.heads):
+        if any(head.record.skipped for head in self.heads):
             norm = torch.full_like(norm, torch.inf)
         self._flags = flags
         return norm if flags is None else torch.where((flags > 0).any().to(norm.device), torch.inf, norm)
@@ -212,11 +212,12 @@ class DeepSpeedHead:
         scaler = _EngineScaler() if self._has_loss_scale() else None
         decide(self.heads, torch.stack((bad_gradient, self._flags[1])), [], scaler)
 
-    def tell(self, losses: Iterable[Watched]) -> None:
+    def tell(self, losses: Iterable[HasClassRows]) -> None:
         """Make losses without an optimizer here (a `CenterLoss`, before its step()) skip the step if it was skipped."""
         for loss in losses:
-            loss._record.conclude()
-            loss._record.bad_step |= self.skipped
+            record = loss.class_rows.record
+            record.mark_checked()
+            record.bad_step |= self.skipped
 
     def _has_loss_scale(self) -> bool:
         """Return whether the engine adapts a loss scale, in which case an overflow is not an error."""

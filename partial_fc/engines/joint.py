@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from partial_fc.nonfinite.judge import check_gradients
+from partial_fc.nonfinite.check_gradients import check_gradients
 from partial_fc.optim.row_optimizer import RowOptimizer
 
 
@@ -47,10 +47,10 @@ class JointOptimizer(torch.optim.Optimizer):
         if closure is not None:  # computes the gradients, which must be checked before any optimizer steps
             with torch.enable_grad():
                 loss = closure()
-        losses = [head._head for head in self.heads]
-        if not all(each._record.judged for each in losses if each._watches):
-            check_gradients([p for group in self.optimizer.param_groups for p in group["params"]], *losses)
-        if any(each.skipped for each in losses):
+        records = [head.class_rows.record for head in self.heads]
+        if not all(record.checked for record in records if record.watches):
+            check_gradients([p for group in self.optimizer.param_groups for p in group["params"]], *self.heads)
+        if any(record.skipped for record in records):
             return loss
         self.optimizer.step()
         for head in self.heads:

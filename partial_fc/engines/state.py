@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from partial_fc.distributed.ranks import Ranks
+from partial_fc.distributed.groups import ranks_of
 from partial_fc.shards import ClassShards
 
 
@@ -83,13 +83,13 @@ class _Rows:
     def of(self, full: Tensor) -> Tensor:
         if not full.ndim:
             return full
-        shards = ClassShards.split(len(full), Ranks.of(self._mesh), full.device)
+        shards = ClassShards.split(len(full), ranks_of(self._mesh), full.device)
         return shards.wrap(full[shards.lo : shards.hi].clone())
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         if not len(shape):
             return torch.zeros(shape, dtype=dtype, device=device)
-        shards = ClassShards.split(shape[0], Ranks.of(self._mesh), device)
+        shards = ClassShards.split(shape[0], ranks_of(self._mesh), device)
         return shards.wrap(torch.zeros(shards.local, *shape[1:], dtype=dtype, device=device))
 
 

@@ -74,9 +74,9 @@ class HeadTrainer(Trainer):
             raise ValueError(
                 "HeadTrainer supports DDP only; for DeepSpeed or FSDP write the loop yourself (docs/engines.md)"
             )
-        trained = {id(optimizer._head) for optimizer in head_optimizers}
+        trained = {id(optimizer.class_rows) for optimizer in head_optimizers}
         for name, head in heads.items():
-            if id(head) not in trained and any(p.requires_grad for p in head.parameters()):
+            if id(head.class_rows) not in trained and any(p.requires_grad for p in head.parameters()):
                 raise ValueError(
                     f"head_optimizers has no RowOptimizer for {name or 'the model'}, which would never be trained"
                 )

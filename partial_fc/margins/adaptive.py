@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from partial_fc.margins.base import Margin, Positives, _check, angular
-from partial_fc.margins.fixed import ArcFace
-from partial_fc.shards import local_part
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.margins.base import Margin, require
+from partial_fc.margins.fixed import ArcFace, angular
+from partial_fc.margins.positives import Positives
 
 
 def _moved(old: Tensor, new: Tensor, rate: float) -> None:
@@ -31,7 +32,7 @@ class CurricularFace(ArcFace):
 
     def __init__(self, scale: float = 64.0, margin: float = 0.5, momentum: float = 0.01) -> None:
         super().__init__(scale, margin)
-        _check("momentum is the weight of the new batch, in (0, 1]", momentum, 0 < momentum <= 1)
+        require("momentum is the weight of the new batch, in (0, 1]", momentum, 0 < momentum <= 1)
         self.momentum = momentum
         self.register_buffer("t", torch.zeros((), dtype=torch.float64))
 
@@ -61,9 +62,9 @@ class AdaFace(Margin):
 
     def __init__(self, scale: float = 64.0, margin: float = 0.4, h: float = 0.333, momentum: float = 0.01) -> None:
         super().__init__(scale)
-        _check("margin is an angle in radians in [0, pi/2)", margin, 0 <= margin < math.pi / 2)
-        _check("h, the concentration of the lengths, must be a positive number", h, 0 < h < math.inf)
-        _check("momentum is the weight of the new batch, in (0, 1]", momentum, 0 < momentum <= 1)
+        require("margin is an angle in radians in [0, pi/2)", margin, 0 <= margin < math.pi / 2)
+        require("h, the concentration of the lengths, must be a positive number", h, 0 < h < math.inf)
+        require("momentum is the weight of the new batch, in (0, 1]", momentum, 0 < momentum <= 1)
         self.margin, self.h, self.momentum = margin, h, momentum
         self.register_buffer("mean", torch.empty((), dtype=torch.float64))
         self.register_buffer("std", torch.empty((), dtype=torch.float64))
@@ -103,9 +104,9 @@ class MagFace(Margin):
         penalty_weight: float = 35.0,
     ) -> None:
         super().__init__(scale)
-        _check("l_a and u_a are lengths with 0 < l_a < u_a", (l_a, u_a), 0 < l_a < u_a < math.inf)
-        _check("l_m and u_m are angles in radians with 0 <= l_m <= u_m < pi", (l_m, u_m), 0 <= l_m <= u_m < math.pi)
-        _check("penalty_weight must be at least 0", penalty_weight, 0 <= penalty_weight < math.inf)
+        require("l_a and u_a are lengths with 0 < l_a < u_a", (l_a, u_a), 0 < l_a < u_a < math.inf)
+        require("l_m and u_m are angles in radians with 0 <= l_m <= u_m < pi", (l_m, u_m), 0 <= l_m <= u_m < math.pi)
+        require("penalty_weight must be at least 0", penalty_weight, 0 <= penalty_weight < math.inf)
         self.l_a, self.u_a, self.l_m, self.u_m, self.penalty_weight = l_a, u_a, l_m, u_m, penalty_weight
 
     def target(self, cosine: Tensor, positives: Positives) -> Tensor:
@@ -134,15 +135,15 @@ class ElasticFace(Margin):
         plus: bool = False,
     ) -> None:
         super().__init__(scale)
-        _check('kind must be "arc" or "cos"', repr(kind), kind in ("arc", "cos"))
+        require('kind must be "arc" or "cos"', repr(kind), kind in ("arc", "cos"))
         margin = {"arc": 0.5, "cos": 0.35}[kind] if margin is None else margin
         deviation = ({"arc": 0.0175, "cos": 0.025}[kind] if plus else 0.0125) if deviation is None else deviation
-        _check(
+        require(
             "margin is an angle in radians in [0, pi), or at least 0 for cos",
             margin,
             0 <= margin < (math.pi if kind == "arc" else math.inf),
         )
-        _check("deviation, of the drawn margins, must be at least 0", deviation, 0 <= deviation < math.inf)
+        require("deviation, of the drawn margins, must be at least 0", deviation, 0 <= deviation < math.inf)
         self.kind, self.margin, self.deviation, self.plus = kind, margin, deviation, plus
         self.sees_all = plus
 
@@ -185,16 +186,18 @@ class AdaptiveMargin(Margin):
     ) -> None:
         super().__init__(scale)
         counts = torch.as_tensor(class_counts)
-        _check("class_counts must be one number a class, [C]", list(counts.shape), counts.ndim == 1 and len(counts) > 0)
+        require(
+            "class_counts must be one number a class, [C]", list(counts.shape), counts.ndim == 1 and len(counts) > 0
+        )
         bad = (~counts.double().isfinite() | (counts < 0)).nonzero()
         if len(bad):
             raise ValueError(f"class_counts[{int(bad[0])}] is {counts[int(bad[0])].item()}; a count is at least 0")
-        _check(
+        require(
             "0 <= smallest <= largest < pi must hold, in radians",
             (smallest, largest),
             0 <= smallest <= largest < math.pi,
         )
-        _check("exponent must be a positive number", exponent, 0 < exponent < math.inf)
+        require("exponent must be a positive number", exponent, 0 < exponent < math.inf)
         self.largest, self.smallest, self.exponent = largest, smallest, exponent
         weights = counts.double().clamp(min=1) ** -exponent
         low, high = weights.min(), weights.max()
@@ -210,7 +213,7 @@ class AdaptiveMargin(Margin):
         return angular(cosine, 1.0, self.margins[positives.label.clamp(min=0)].to(cosine.dtype))
 
     def prepare(self, num_classes: int, selected: int) -> None:
-        _check(
+        require(
             f"class_counts must hold {num_classes} numbers, one a class",
             f"{len(self.margins)}",
             len(self.margins) == num_classes,
@@ -233,9 +236,9 @@ class SphereFace2(Margin):
 
     def __init__(self, scale: float = 40.0, margin: float = 0.4, t: float = 3.0, balance: float = 0.7) -> None:
         super().__init__(scale)
-        _check("margin is taken from the target cosine and must be at least 0", margin, 0 <= margin < math.inf)
-        _check("t, the exponent of the similarities, must be at least 1", t, 1 <= t < math.inf)
-        _check("balance, the share of the own class in the loss, must be in (0, 1)", balance, 0 < balance < 1)
+        require("margin is taken from the target cosine and must be at least 0", margin, 0 <= margin < math.inf)
+        require("t, the exponent of the similarities, must be at least 1", t, 1 <= t < math.inf)
+        require("balance, the share of the own class in the loss, must be in (0, 1)", balance, 0 < balance < 1)
         self.margin, self.t, self.balance = margin, t, balance
         self.binary = (balance / scale, (1 - balance) / scale)
         self._start = 0.0

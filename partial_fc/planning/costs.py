@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from partial_fc.batch_status import Status
+from partial_fc.batch.status import Status
 from partial_fc.head import DEFAULT_LOGITS_BUDGET
-from partial_fc.optim.optimizer_class import _check_rows_apart, _initial_state
-from partial_fc.optim.row_optimizer import HALF, LowPrecision
+from partial_fc.optim.optimizer_class import LowPrecision, check_rows_apart, initial_state
+from partial_fc.optim.row_state import HALF
 from partial_fc.sampling import window_size
 from partial_fc.shards import shard_bounds
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes, tile_rows
@@ -152,8 +152,8 @@ def _row_states(cls: Any, options: tuple[tuple[str, Any], ...]) -> int:
 
     Raises ValueError if `RowOptimizer` rejects the class.
     """
-    _check_rows_apart(cls, dict(options))
-    return len(_initial_state(cls, dict(options)))
+    check_rows_apart(cls, dict(options))
+    return len(initial_state(cls, dict(options)))
 
 
 # ----------------------------------------------------------------------------------------------- operations and traffic

@@ -7,7 +7,7 @@
     clip norm, flags [3] float64   all-reduce
     backbone gradient [P]          all-reduce       in buckets, as DDP sends them
 
-Each is called as the head calls it (batch.py, distributed/ranks.py), with tensors of the same size: once to warm up,
+Each is called as the head calls it (batch/, softmax/), with tensors of the same size: once to warm up,
 then `repeats` times. The result is the median per rank, of the slowest rank. The same call with the smallest message
 gives the latency. The head's own work is timed on one rank's share of the classes, or on a part of it and scaled. Bytes
 are those of `costs.collectives`.
@@ -27,8 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.batch import _exchange_payload
-from partial_fc.batch_status import NO_LABEL, Status
+from partial_fc.batch.exchange import exchange_payload
+from partial_fc.batch.status import NO_LABEL, Status
+from partial_fc.distributed.groups import ranks_of
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, start_reduce_scatter
 from partial_fc.head import PartialFC
 from partial_fc.planning.comms_report import Comms, Measured
@@ -67,7 +68,7 @@ def comms(
             raise ValueError(f"{name} must be at least 1, not {value}")
     if backbone_parameters < 0 or repeats < 1 or not 0 < sample_rate <= 1:
         raise ValueError("backbone_parameters must be at least 0, repeats at least 1, and sample_rate in (0, 1]")
-    ranks = Ranks.of(None)
+    ranks = ranks_of(None)
     device = torch.device(device)
     options = (torch.float32, None, None, False, None, device.type)
     z = sizes(num_classes, embedding_size, ranks.world, batch_size, sample_rate, "sgd-momentum", *options)
@@ -136,7 +137,7 @@ def _calls(kind: str, z: Sizes, planned: Collective, ranks: Ranks, device: torch
         return gather_status, gather_status
     if kind == "payload":
         parts = [torch.zeros(n, z.D, device=device), torch.zeros(n, dtype=torch.int64, device=device)]
-        return lambda: _exchange_payload(parts, (n,) * world, n, ranks.group), gather_tiny
+        return lambda: exchange_payload(parts, (n,) * world, n, ranks.group), gather_tiny
     if kind == "statistics":
         found = torch.zeros(planned.own // 4, device=device)
         return lambda: all_gather(found, ranks.group), gather_tiny
@@ -234,7 +235,7 @@ def _time_head(
         x: Tensor = embeddings.detach().requires_grad_()
         head(x, labels).backward()
         head.zero_grad()
-        head._rows.lost = 0  # no optimizer will use these gradients
+        head.class_rows.lost = 0  # no optimizer will use these gradients
 
     return timer.median(step)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from partial_fc.optim.row_optimizer import BLOCK_BYTES
 from partial_fc.planning.costs import Sizes, payload_bytes
-from partial_fc.shards import INIT_BLOCK
+from partial_fc.sharded_module import INIT_BLOCK
 
 PHASES = ("build", "gather", "select", "forward", "combine", "backward", "update")
 WINDOW_TEMPORARIES = 41  # most bytes per class of the window that `draw_window` holds: five numbers and a mask

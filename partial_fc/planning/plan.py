@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from partial_fc.batch_status import DTYPES
+from partial_fc.batch.status import DTYPES
 from partial_fc.head import DEFAULT_LOGITS_BUDGET
-from partial_fc.optim.row_optimizer import HALF, LowPrecision
+from partial_fc.optim.optimizer_class import LowPrecision
+from partial_fc.optim.row_state import HALF
 from partial_fc.planning.advice import SAVERS, Change, Fit, advise
 from partial_fc.planning.costs import OPTIMIZERS, Collective, collectives, operations, sizes, traffic
 from partial_fc.planning.memory import PHASES, Item, items

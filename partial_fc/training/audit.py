@@ -36,7 +36,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from partial_fc import CenterLoss, Neighbours, PartialFC, gather
-from partial_fc.shards import initial_rows, local_part, shard_bounds
+from partial_fc.sharded_module import initial_rows
+from partial_fc.shards import local_part, shard_bounds
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset, UnreadableImage
 from partial_fc.training.errors import UserError

@@ -24,7 +24,8 @@ from partial_fc.centers import CenterLoss
 from partial_fc.head import PartialFC
 from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
 from partial_fc.margins.base import Margin
-from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
+from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, SphereFace
+from partial_fc.margins.variants import Softmax, SubCenterArcFace
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.backbones.weights import load_weights
 from partial_fc.training.data import DataConfig

@@ -242,8 +242,8 @@ def write_results(
         plot_dir,
         plot_histograms,
         plot_roc,
-        plot_training,
     )
+    from partial_fc.training.report.training_plots import plot_training
 
     plots = folder.path / "plots"
     plots.mkdir(parents=True, exist_ok=True)

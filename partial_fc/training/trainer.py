@@ -35,7 +35,7 @@ from partial_fc.training.interval import check_metric, direction, figures_of, is
 from partial_fc.training.micro_batches import MicroBatches, Progress
 from partial_fc.training.mixing import ExtraHeads, MixedIdentities, mixed, sampler_of
 from partial_fc.training.protocols.result import Result
-from partial_fc.training.protocols.tasks import open_tasks
+from partial_fc.training.protocols.task_files import open_tasks
 from partial_fc.training.ranks import launcher_is_gone
 from partial_fc.training.report.hardest import note_confusions
 from partial_fc.training.results import describe_environment, evaluate_sets, on_main, run_tasks, together, write_results
@@ -185,7 +185,7 @@ class Trainer:
         """Note what the data are, or compare them with what they were when the run began; and samples of them that are damaged."""
         self.folder.check_data(self.data.fingerprint())
         self.folder.note_unreadable(
-            [name for each in (self.data.train, *self.data.evaluation.values()) for name in each.left_out]
+            [name for each in (self.data.train, *self.data.evaluation.values()) for name in each.skipped]
         )
 
     def _loader(self) -> BatchLoader:

@@ -27,7 +27,7 @@ from partial_fc import (
     load_checkpoint,
     save_checkpoint,
 )
-from partial_fc.checkpoint.layout import SafeReader
+from partial_fc.checkpoint.safe_reader import SafeReader
 
 D = 5
 
@@ -218,7 +218,7 @@ def test_errors_say_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         load_checkpoint(tmp_path, head=PartialFC(D, 7))
     save_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
-    with pytest.raises(ValueError, match=r"head/weight is \[7, 5\], here it is \[8, 5\]"):
+    with pytest.raises(ValueError, match=r"head/weight has shape \[7, 5\], but the shape here is \[8, 5\]"):
         load_checkpoint(tmp_path / "a", head=PartialFC(D, 8))
     with pytest.raises(ValueError, match="has no center; it has head"):
         load_checkpoint(tmp_path / "a", center=PartialFC(D, 7))
@@ -234,7 +234,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):
     save_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "manifest.json").write_text(json.dumps({"format": 1, "data": "../a", "names": ["head"]}))
-    with pytest.raises(ValueError, match="no folder beside it"):
+    with pytest.raises(ValueError, match="not a folder next to it"):
         load_checkpoint(tmp_path / "b", head=PartialFC(D, 7))
 
 
@@ -247,7 +247,7 @@ def test_damaged_files_are_named(tmp_path):
         head = PartialFC(D, 7, seed=9)
         file.write_bytes(whole[:100])
         with pytest.raises(
-            ValueError, match=rf"is not whole: .*{file.name} has 100 bytes of {len(whole)}; copy it again"
+            ValueError, match=rf"is incomplete: .*{file.name} has 100 bytes of {len(whole)}; copy it again"
         ):
             load_checkpoint(tmp_path, head=head)
         file.unlink()
@@ -337,6 +337,6 @@ def test_metadata_cannot_run_code(tmp_path, monkeypatch):
     data = next((tmp_path / "a").glob("data-*"))
     (data / ".metadata").write_bytes(pickle.dumps(Malicious()))
     _believe_sizes(tmp_path / "a")
-    with pytest.raises(ValueError, match="not to be trusted"):
+    with pytest.raises(ValueError, match="do not trust this file"):
         load_checkpoint(tmp_path / "a", head=PartialFC(D, 7))
     assert not Path("ran").exists()

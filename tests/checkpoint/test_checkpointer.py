@@ -89,7 +89,7 @@ def test_one_that_is_not_whole_is_passed_over(tmp_path, caplog):
     shard.write_bytes(shard.read_bytes()[:-1])
     head = head_of(0)
     assert Checkpointer(tmp_path).load(head=head) == 1 and values(head) == {1}
-    assert f"{shard} has" in caplog.text and "passed over" in caplog.text
+    assert f"{shard} has" in caplog.text and "skipped" in caplog.text
 
 
 def test_one_that_is_not_whole_is_in_nobodys_way(tmp_path):
@@ -375,7 +375,7 @@ def test_a_second_run_is_refused_while_the_first_lives(ranks, tmp_path):
         errors = ranks(2).run(refused, str(tmp_path))
         assert errors[0] == errors[1] and len(set(errors[0])) == 1 and len(errors[0]) == 2
         assert f"{tmp_path} is being written by another run (process {first.pid} on " in errors[0][0]
-        assert "wait until it has ended, stop it, or choose another folder" in errors[0][0]
+        assert "wait for it to end, stop it, or choose another folder" in errors[0][0]
         assert Checkpointer(tmp_path).load(head=head_of(0)) == 1  # reading is allowed
         first.kill()
         first.wait()
@@ -394,7 +394,7 @@ def test_a_folder_of_another_run_is_refused_and_nothing_of_it_removed(tmp_path):
     for step in (5, 20):
         with pytest.raises(
             FileExistsError,
-            match=f"holds a checkpoint of step 20, which this run did not write, and step {step} is to be",
+            match=f"cannot save step {step}: .* holds a checkpoint of step 20, which this run did not write",
         ):
             second.save(step, head=head_of(0))
     for step in (30, 40):
@@ -422,7 +422,7 @@ def test_ranks_that_disagree_about_the_step(ranks, tmp_path):
     assert (
         texts[0]
         == texts[1]
-        == "ranks disagree: what is to be saved is (0, ['head']) on rank 0 and (1, ['head']) on rank 1"
+        == "ranks disagree: (step, names to save) is (0, ['head']) on rank 0 and (1, ['head']) on rank 1"
     )
     assert not any(tmp_path.iterdir())
 
@@ -679,10 +679,10 @@ def test_a_checkpoint_of_another_head(ranks, tmp_path):
         and "this one has CosFace(" in margin
         and "build the head" in margin
     )
-    assert "head/weight is [23, 5], here it is [23, 6]; it is of another width" in width
+    assert "head/weight has shape [23, 5], but the shape here is [23, 6]; the embedding size differs" in width
     assert (
-        "head/weight is [23, 5], here it is [24, 5]; it is of 23 classes: build for as many, load, then expand()"
-        in classes
+        "head/weight has shape [23, 5], but the shape here is [24, 5]; the checkpoint has 23 classes: "
+        "build the head for as many, load, then call expand()" in classes
     )
     with pytest.raises(ValueError, match="it is of a head with ArcFace"):
         PartialFC(D, C, CosFace()).load_state_dict(PartialFC(D, C).state_dict())

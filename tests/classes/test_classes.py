@@ -272,7 +272,7 @@ def edited(rank: int, world: int, dtype: torch.dtype, low_precision: str | None,
         template = optimizer.state_template()
         for k, value in enumerate(v for v in template["state"][0].values() if v.ndim):
             rows = torch.randn(40, D, generator=torch.Generator().manual_seed(k)) * 3
-            local(value).copy_(rows[loss._shards.lo : loss._shards.hi])
+            local(value).copy_(rows[loss.shards.lo : loss.shards.hi])
         optimizer.load_state_dict(template)
         if low_precision:
             local(parameter.detach()).copy_(local(optimizer.state[parameter]["master_weight"]))
@@ -488,7 +488,7 @@ def test_class_weights_follow():
     head = PartialFC(D, 4, class_weights=weights)
     head.remap([0, -1, 1, 1], weights=torch.tensor([1, 1, 1, 3]))
     assert head.class_weights.tolist() == [1, (3 + 3 * 4) / 4]
-    assert "give class_weights for the 2 new classes" in message_of(head.expand, 2)
+    assert "pass class_weights for the 2 new classes" in message_of(head.expand, 2)
     assert "for each of 2 classes" in message_of(head.expand, 2, class_weights=torch.ones(3))
     head.expand(2, class_weights=torch.tensor([5.0, 6]))
     assert head.class_weights.tolist() == [1, 3.75, 5, 6]
@@ -502,7 +502,7 @@ def test_class_weights_follow():
 def tables(rank: int, world: int) -> None:
     head = PartialFC(D, 4, AdaptiveMargin([4, 3, 2, 1]), dtype=torch.float64)
     text = message_of(head.expand, 1)
-    assert "AdaptiveMargin holds a number for each class: give margin=AdaptiveMargin(...) for the 5 classes" in text
+    assert "AdaptiveMargin has one number per class: pass margin=AdaptiveMargin(...) for the 5 classes" in text
     assert "must hold 5 numbers" in message_of(head.expand, 1, margin=AdaptiveMargin([1, 2]))
     assert "must be a AdaptiveMargin" in message_of(head.expand, 1, margin=ArcFace())
     assert head.num_classes == 4
@@ -519,8 +519,7 @@ def tables(rank: int, world: int) -> None:
     if world > 1:
         text = message_of(head.expand, 1, margin=AdaptiveMargin([1, 2, 3, 1 + rank]))
         assert (
-            text
-            == "ValueError: ranks disagree: margin is not the same on rank 0 and rank 1; every rank must be given the same"
+            text == "ValueError: ranks disagree: margin differs between rank 0 and rank 1; pass the same on every rank"
         )
 
 
@@ -537,7 +536,7 @@ def other_margins(rank: int, world: int) -> None:
     t = head.margin.t.item()
     head.remap(class_mapping(9, drop=[5, 6]))
     assert head.margin.t.item() == t != 0
-    assert "this head's CurricularFace stays" in message_of(head.expand, 1, margin=CurricularFace())
+    assert "this head keeps its CurricularFace" in message_of(head.expand, 1, margin=CurricularFace())
     head = PartialFC(D, 9, SphereFace2(), 0.5, dtype=torch.float64)
     optimizer = RowOptimizer(torch.optim.Adam, head, lr=0.1)
     offset = head.margin.offset
@@ -570,7 +569,7 @@ class Forgotten(Margin):
 
 def test_a_table_that_is_not_declared_is_found():
     head = PartialFC(D, 4, Forgotten())
-    assert "Forgotten must say by_class = True" in message_of(head.expand, 1)
+    assert "Forgotten must set by_class = True" in message_of(head.expand, 1)
     assert len(head.margin.table) == 4 and head.num_classes == 4
 
 
@@ -649,11 +648,11 @@ def test_class_mapping():
     assert class_mapping(3).tolist() == [0, 1, 2] and class_mapping(3).dtype == torch.int64
     assert class_mapping(3, drop=torch.tensor([1])).tolist() == [0, -1, 1]
     for options, text in (
-        ({"merge": [(0, 3)]}, "no class 3 to merge or drop; valid are 0 to 2"),
-        ({"drop": [-1]}, "no class -1"),
+        ({"merge": [(0, 3)]}, "class 3 in merge or drop is out of range; valid are 0 to 2"),
+        ({"drop": [-1]}, "class -1 in merge or drop is out of range"),
         ({"merge": [(0, 1)], "drop": [1]}, "class 1 is named twice"),
         ({"merge": [(0, 1), (1, 2)]}, "class 1 is named twice"),
-        ({"merge": [()]}, "a group without classes"),
+        ({"merge": [()]}, "an empty group"),
         ({"drop": [0, 1, 2]}, "all 3 classes are dropped"),
     ):
         assert text in message_of(class_mapping, 3, **options)
@@ -662,8 +661,8 @@ def test_class_mapping():
 
 GOOD = [0, 1, 2, -1]
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "gap": ([0, 1, 3, 3], {}, "no class with the new id 2, but one with 3.*partial_fc.class_mapping"),
-    "far": ([0, 1, 10**15, 2], {}, "no class with the new id 3"),
+    "gap": ([0, 1, 3, 3], {}, "no new id 2, but has 3.*partial_fc.class_mapping"),
+    "far": ([0, 1, 10**15, 2], {}, "no new id 3"),
     "negative": ([0, -2, 1, 2], {}, r"mapping\[1\] is -2"),
     "all": ([-1] * 4, {}, "drops all 4 classes"),
     "length": ([0, 1, 2], {}, r"for each of 4 classes, not \[3\]"),
@@ -674,14 +673,14 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "weights": (GOOD, {"weights": torch.ones(3)}, r"for each of 4 classes, not \[3\]"),
     "bad weight": (GOOD, {"weights": torch.tensor([1, 1, math.nan, 1])}, r"weights\[2\] is nan"),
     "weights of first": (GOOD, {"merge": "first", "weights": torch.ones(4)}, "takes the lowest old id"),
-    "no weight": ([0, 1, 0, 1], {"weights": torch.tensor([1, 0, 1, 0])}, r"weights of the classes \[1, 3\]"),
+    "no weight": ([0, 1, 0, 1], {"weights": torch.tensor([1, 0, 1, 0])}, r"weights of the merged classes \[1, 3\]"),
     "optimizer": (
         GOOD,
         {"optimizers": torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])},
         "SGD that does not hold the parameters",
     ),
     "no optimizer": (GOOD, {"optimizers": ["sgd"]}, "TypeError: .*optimizers must be torch optimizers, not str"),
-    "margin": (GOOD, {"margin": ArcFace()}, "this head's ArcFace stays"),
+    "margin": (GOOD, {"margin": ArcFace()}, "this head keeps its ArcFace"),
 }
 
 
@@ -699,7 +698,7 @@ def wrong(rank: int, world: int, only_last: bool) -> dict[str, str]:
     sub = PartialFC(D, 4, SubCenterArcFace(centers=2))
     texts["centers"] = message_of(sub.remap, [0, 0, 1, 2])
     sub.remap([0, 0, 1, 2], merge="first")
-    assert head.num_classes == 4 and torch.equal(full(head.weight), before) and head._class_changes == 0
+    assert head.num_classes == 4 and torch.equal(full(head.weight), before) and head.class_changes == 0
     head.remap(GOOD)
     assert head.weight.shape == (3, D)
     return texts
@@ -738,7 +737,7 @@ def test_what_differs_between_ranks_raises_on_all(ranks):
     what = ["mapping", "weights", "merge", "new_classes", "the call", "init"]
     there = [2, 1, 2, 1, 2, 1]
     for text, name, rank in zip(results[0], what, there, strict=True):
-        assert text.startswith(f"ValueError: ranks disagree: {name} is not the same on rank 0 and rank {rank};"), text
+        assert text.startswith(f"ValueError: ranks disagree: {name} differs between rank 0 and rank {rank};"), text
 
 
 def pending(rank: int, world: int) -> list[str]:
@@ -782,7 +781,7 @@ def test_a_loss_that_is_not_freed_is_told_of(margin):
     x, labels = batch(0, 4)
     loss = head(x.float(), labels)
     text = message_of(head.expand, 1)
-    assert "weight is still held by the graph of a loss" in text
+    assert "weight is still held by the autograd graph of a loss" in text
     loss.backward()
     head.zero_grad()
     head.expand(1)  # the loss is still there, but its graph is gone
@@ -848,7 +847,7 @@ def test_a_bad_batch_of_new_classes_changes_nothing(ranks):
     assert "rank 1: labels[0] is 6" in texts[1]
     assert "rank 1: embeddings[1] (label 5) holds a NaN" in texts[2]
     assert "width" in texts[3]
-    assert texts[4] == "RuntimeError: rank 1 failed while it read its batches; see its own error"
+    assert texts[4] == "RuntimeError: rank 1 failed to read its batches; see the error on that rank"
     assert results[1][4] == ("ValueError: no such file", True)
 
 

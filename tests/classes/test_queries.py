@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from partial_fc import CenterLoss, NonFiniteError, NormFace, PartialFC, Softmax, SubCenterArcFace
-from partial_fc.classes import queries
+from partial_fc.classes import queries, query_arguments, selection
 
 D = 7
 CLASSES = [1, 3, 10, 83]
@@ -50,7 +50,7 @@ def filled(loss: Any, whole: Tensor) -> tuple[Any, int, int]:
     """The loss with these rows; the classes of this rank."""
     (parameter,) = (p for name, p in loss.named_parameters() if name in ("weight", "centers"))
     local = queries.local_part(parameter.detach())
-    lo, hi = loss._shards.lo, loss._shards.hi
+    lo, hi = loss.shards.lo, loss.shards.hi
     local.copy_(whole[lo:hi])
     return loss, lo, hi
 
@@ -75,12 +75,8 @@ KINDS = ("softmax", "float64", "bfloat16", "subcenter", "sampled", "centers")
 
 def _compare(rank: int, world: int, kind: str, samples: list[int]) -> None:
     dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(kind, torch.float32)
-    queries.QUERIES, queries.GROUP, queries.COLUMN_GROUP, queries.ROWS = (
-        6,
-        4,
-        2,
-        40,
-    )  # so that all of it is met at these sizes
+    queries.QUERIES = query_arguments.BLOCK = 6  # small, so that every branch is taken at these sizes
+    selection.BIN, selection.COLUMN_BIN, selection.ROWS_AT_ONCE = 4, 2, 40
     for C in CLASSES:
         loss, atol = build(kind, C)
         shape = (C, 3, D) if kind == "subcenter" else (C, D)
@@ -113,8 +109,14 @@ def test_equal_to_a_dense_matrix(ranks, world, samples, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_to_a_dense_matrix_without_a_group(kind, monkeypatch):
-    for name in ("QUERIES", "GROUP", "COLUMN_GROUP", "ROWS"):
-        monkeypatch.setattr(queries, name, getattr(queries, name))  # put back afterwards
+    for module, name in (
+        (queries, "QUERIES"),
+        (query_arguments, "BLOCK"),
+        (selection, "BIN"),
+        (selection, "COLUMN_BIN"),
+        (selection, "ROWS_AT_ONCE"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored afterwards
     _compare(0, 1, kind, [13])
 
 
@@ -234,8 +236,8 @@ def _bad(rank: int, world: int, case: str) -> tuple[str, str]:
 
 
 BAD = {
-    "nan": "NonFiniteError: rank 2: embeddings[1] has no finite length",
-    "nan row": "NonFiniteError: the row of class 6 has no finite length",
+    "nan": "NonFiniteError: rank 2: the length of embeddings[1] is not finite",
+    "nan row": "NonFiniteError: the length of the row of class 6 is not finite",
     "width": "ValueError: rank 2: embeddings have width 8, the head has embedding_size 7",
     "dtype": "ValueError: rank 2: embeddings must be float32, float64, bfloat16 or float16, not torch.int64",
     "dtype of one": "ValueError: ranks disagree: embedding dtype is torch.float32 on rank 0 and torch.float64 on rank 2",
@@ -243,10 +245,10 @@ BAD = {
     "no tensor": "ValueError: rank 2: embeddings must be a tensor [N, D], not list",
     "k of one": "ValueError: ranks disagree: k is 2 on rank 0 and 3 on rank 2",
     "k is no int": "ValueError: rank 2: k must be an int, not float",
-    "k is 0": "ValueError: rank 2: k is 0; there are 1 to 9 classes to ask for",
-    "k > C": "ValueError: rank 0: k is 10; there are 1 to 9 classes to ask for",
-    "k > C - 1": "ValueError: rank 0: k is 9; there are 1 to 8 classes to ask for",
-    "tile": "ValueError: rank 0: tile_bytes is 0; give at least 1",
+    "k is 0": "ValueError: rank 2: k is 0; valid are 1 to 9",
+    "k > C": "ValueError: rank 0: k is 10; valid are 1 to 9",
+    "k > C - 1": "ValueError: rank 0: k is 9; valid are 1 to 8",
+    "tile": "ValueError: rank 0: tile_bytes is 0; it must be at least 1",
     "tile of one": "ValueError: ranks disagree: tile_bytes is 1000 on rank 0 and 1001 on rank 2",
 }
 
@@ -259,7 +261,7 @@ def test_errors_are_the_same_on_every_rank(ranks, case):
 
 
 def test_a_single_class_has_no_neighbour():
-    with pytest.raises(ValueError, match="the only class"):
+    with pytest.raises(ValueError, match="only one class"):
         PartialFC(D, 1).nearest_classes(1)
 
 

@@ -179,8 +179,8 @@ def check_case(rank: int, world: int, case: Case) -> None:
             assert torch.equal(local(center.centers), still), "a step with nothing new moved centers"
         else:
             rows = torch.tensor(sorted(touched), dtype=torch.int64)
-            seen = center._rows.rows
-            assert seen is not None and (seen + center._shards.lo).tolist() == [
+            seen = center.class_rows.grad_rows
+            assert seen is not None and (seen + center.shards.lo).tolist() == [
                 j for j in sorted(touched) if mine.start <= j < mine.stop
             ]
             optimizer.step()
@@ -282,9 +282,11 @@ def joined_with_a_head(rank: int, world: int, mesh: bool) -> None:
     assert_near("loss", loss.detach(), expected.detach())
     assert x.grad is not None and x_all.grad is not None and w.grad is not None and t.grad is not None
     assert_near("embedding gradient", x.grad, x_all.grad[here] * world)
-    assert_near("class gradient", local(head.weight.grad), w.grad[head._shards.lo : head._shards.hi])
-    assert trained._rows.rows is not None
-    assert_near("center gradient", trained._rows.values()[0], t.grad[trained._rows.rows + trained._shards.lo])
+    assert_near("class gradient", local(head.weight.grad), w.grad[head.shards.lo : head.shards.hi])
+    assert trained.class_rows.grad_rows is not None
+    assert_near(
+        "center gradient", trained.class_rows.gradients()[0], t.grad[trained.class_rows.grad_rows + trained.shards.lo]
+    )
 
 
 def local_full(tensor: Tensor) -> Tensor:
@@ -337,7 +339,7 @@ def count_collectives(rank: int, world: int, update: str, joint: bool) -> dict[s
 def test_centers_cost_a_head_one_number_over_the_network(ranks, update, joint):
     for calls in ranks(2).run(count_collectives, update, joint):
         status, payload, *statistics = calls["all_gather"]
-        assert (status, payload) == (len(dataclasses.fields(partial_fc.batch_status.Status)) * 8, 8 * D * 4 + 8 * 8)
+        assert (status, payload) == (len(dataclasses.fields(partial_fc.batch.status.Status)) * 8, 8 * D * 4 + 8 * 8)
         assert statistics == ([4 * 16 * 4, 4] if joint else [4])
         assert calls["reduce_scatter"] == [16 * D * 4]
         assert calls["others"] == [1], "two flags, since nobody has judged the step before"
@@ -568,7 +570,7 @@ def test_who_moves_centers_is_said_where_it_goes_wrong():
     frozen.centers.requires_grad_(False)
     for _ in range(2):
         frozen(x.requires_grad_(), labels).backward()
-    assert x.grad is not None and frozen._rows.rows is None
+    assert x.grad is not None and frozen.class_rows.grad_rows is None
 
 
 class Model(nn.Module):
@@ -642,7 +644,7 @@ def from_embeddings(rank: int, world: int, mesh: bool) -> None:
     center(torch.ones(1, D, dtype=torch.float64), torch.tensor([3]))
     center.init_from_embeddings(iter(batches[rank]))
     center.step()
-    assert_near("class means", local(center.centers), expected[center._shards.lo : center._shards.hi])
+    assert_near("class means", local(center.centers), expected[center.shards.lo : center.shards.hi])
     assert not center.skipped and center.training
 
 
@@ -752,7 +754,7 @@ def moves_and_copies(rank: int, world: int) -> None:
     center(x.double(), labels)
     center.to("meta").step()
     assert center.centers.device.type == "meta"
-    assert f"classes {center._shards.lo}..{center._shards.hi} of 7, alpha=0.25" in repr(twin)
+    assert f"classes {center.shards.lo}..{center.shards.hi} of 7, alpha=0.25" in repr(twin)
 
 
 def test_moves_and_copies_keep_the_shards_and_what_was_noted(ranks):

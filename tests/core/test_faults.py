@@ -71,7 +71,7 @@ def equals_dense(head: PartialFC, rank: int, parts: list[tuple[Tensor, Tensor]])
     start = sum(len(part[0]) for part in parts[:rank])
     near(loss.detach(), expected.detach())
     near(x.grad, everything.grad[start : start + len(x)] * len(parts))
-    near(local(head.weight.grad), w.grad[head._shards.lo : head._shards.hi])
+    near(local(head.weight.grad), w.grad[head.shards.lo : head.shards.hi])
     head.zero_grad()
     return loss.item()
 
@@ -334,7 +334,7 @@ def beyond_pi(rank: int, world: int) -> list[float]:
         head = PartialFC(2, 3, margin, dtype=torch.float64, reduction="none")
         full = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]).double()
         with torch.no_grad():
-            local(head.weight).copy_(full[head._shards.lo : head._shards.hi])
+            local(head.weight).copy_(full[head.shards.lo : head.shards.hi])
         x = torch.stack((mine.cos(), mine.sin()), dim=1).requires_grad_()
         loss = head(x, torch.zeros(len(mine), dtype=torch.int64))
         loss.sum().backward()
@@ -388,7 +388,7 @@ def really_many(rank: int, world: int) -> None:
     labels = torch.randint(0, classes, (n,))
     loss = head(x, labels)
     loss.sum().backward()
-    assert head.logits_mode == "tiled" and n * world * head._shards.local > 2**31
+    assert head.logits_mode == "tiled" and n * world * head.shards.local > 2**31
     some = torch.tensor([0, 1, n // 2, n - 2, n - 1])
     dense = x.detach()[some].double().requires_grad_()
     w = head.weight.detach().full_tensor().double()  # type: ignore[operator]

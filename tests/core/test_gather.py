@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import partial_fc.distributed.ranks
 from partial_fc import ArcFace, CenterLoss, GlobalBatch, NonFiniteError, NormFace, PartialFC, Softmax, gather
-from partial_fc.batch_status import Status, _inspect, _LabelSet
+from partial_fc.batch.status import LabelSet, Status, inspect
 
 D = 6
 IGNORED = {"plates": 255, "faces": -100, "glyphs": -1}
@@ -61,7 +61,7 @@ def gradient(head: PartialFC) -> Tensor:
     if head.row_grad is None:
         return local(head.weight.grad).clone() if head.weight.grad is not None else out
     ids, values = head.row_grad
-    out[ids - head._shards.lo] = local(values)
+    out[ids - head.shards.lo] = local(values)
     return out
 
 
@@ -83,7 +83,7 @@ def joint(rank: int, world: int, names: list[str], counts: tuple[int, ...]) -> N
         expected += loss.detach()
         grads[name] = gradient(head)
         head.zero_grad()
-        head._step = 0  # draws the same negatives again
+        head.forward_count = 0  # draws the same negatives again
 
     x = x_all[here].clone().requires_grad_()
     mine = labels if rank % 2 else dict(reversed(labels.items()))  # each rank's own order of names
@@ -313,8 +313,8 @@ def test_the_status_waits_for_no_device():
     """Tensors without storage have no values that a host could wait for."""
     x, labels = torch.empty(4, D, device="meta"), torch.empty(4, 2, dtype=torch.int64, device="meta")
     weights = torch.empty(4, 2, device="meta"), torch.empty(4, device="meta")
-    sets = [_LabelSet("a", labels, *weights), _LabelSet("b", labels[:, 0])]
-    assert _inspect(x, sets, "", wants_grad=True, inspect=True).shape == (2, len(Status.__dataclass_fields__))
+    sets = [LabelSet("a", labels, *weights), LabelSet("b", labels[:, 0])]
+    assert inspect(x, sets, "", wants_grad=True, look=True).shape == (2, len(Status.__dataclass_fields__))
 
 
 # ---------------------------------------------------------------------------------------------------- errors agree

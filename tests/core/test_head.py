@@ -211,7 +211,7 @@ def untouched_rows(rank: int, world: int, optimizer_class: type[torch.optim.Opti
         optimizer.step()
         optimizer.zero_grad()
         rest = torch.ones(len(before), dtype=torch.bool)
-        rest[head.selected - head._shards.lo] = False
+        rest[head.selected - head.shards.lo] = False
         assert torch.equal(local(head.weight)[rest], before[rest])
         assert not torch.equal(local(head.weight)[~rest], before[~rest])
         for key, value in state.items():
@@ -237,7 +237,7 @@ def test_gradients_of_micro_batches_add_up_over_different_rows():
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
     alone = []
     for accumulate in (False, True):
-        head._step = 0
+        head.forward_count = 0
         head.zero_grad()
         total = torch.zeros(40, D, dtype=torch.float64)
         for k in range(3):
@@ -314,7 +314,7 @@ def casts(rank: int, world: int) -> None:
     head = PartialFC(D, 7, sample_rate=0.5).double()
     assert head.weight.dtype == torch.float64
     assert head.weight.shape == (7, D)
-    assert head._rows.parameters["weight"] is head.weight
+    assert head.class_rows.parameters["weight"] is head.weight
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=1.0)
     before = local(head.weight).detach().clone()
     head(torch.randn(3, D, dtype=torch.float64), torch.tensor([0, 3, 6])).backward()

@@ -130,7 +130,7 @@ def random_margins(head: PartialFC, x: Tensor, w: Tensor, labels: Tensor) -> Ten
     cosines = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(w).T
     target = cosines.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     positives = margins.Positives(
-        labels, torch.arange(len(x)), x.norm(dim=1), labels >= 0, partial_fc.sampling.mix(0, head._step)
+        labels, torch.arange(len(x)), x.norm(dim=1), labels >= 0, partial_fc.sampling.mix(0, head.forward_count)
     )
     assert isinstance(head.margin, margins.ElasticFace)
     return head.margin._margins(target, positives)
@@ -227,7 +227,7 @@ def soft_labels(rank: int, world: int) -> None:
         chosen = union(head.selected)
         x_all.requires_grad_()
         w = (
-            partial_fc.shards.initial_rows(0, C, tuple(head.weight.shape[1:]), std=1.0, seed=0)
+            partial_fc.sharded_module.initial_rows(0, C, tuple(head.weight.shape[1:]), std=1.0, seed=0)
             .double()
             .requires_grad_()
         )

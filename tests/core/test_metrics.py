@@ -25,7 +25,7 @@ def measured(
     n = sum(COUNTS[:world])
     x = torch.randn(n, D, generator=generator, dtype=torch.float64) * 3
     labels = torch.randint(0, C, (n,), generator=generator)
-    w = partial_fc.shards.initial_rows(0, C, tuple(head.weight.shape[1:]), std=1.0, seed=0).double()
+    w = partial_fc.sharded_module.initial_rows(0, C, tuple(head.weight.shape[1:]), std=1.0, seed=0).double()
     x[1] = (w[labels[1]] if w.ndim == 2 else w[labels[1], 0]) * 4  # one that is near its class
     labels[2] = -100
     start = sum(COUNTS[:rank])

@@ -187,20 +187,20 @@ def test_stochastic_rounding_is_refused_for_float16():
 
 
 def test_stochastic_rounding_keeps_the_mean_and_the_grid():
-    from partial_fc.optim.row_optimizer import _round_at_random
+    from partial_fc.optim.rounding import round_at_random
 
     values = torch.full((4000, 5), 1.0 + 0.3 * 2**-7)
-    rounded = _round_at_random(values, torch.arange(4000), key=7)
+    rounded = round_at_random(values, torch.arange(4000), key=7)
     assert torch.equal(rounded, rounded.bfloat16().float())
     assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
     assert rounded.mean().item() == pytest.approx(1.0 + 0.3 * 2**-7, abs=2e-4)
-    negative = _round_at_random(-values, torch.arange(4000), key=7)
+    negative = round_at_random(-values, torch.arange(4000), key=7)
     assert torch.equal(negative, -rounded)
     special = torch.tensor([[float("inf"), float("nan"), 0.0, -0.0, 3.0]])
     assert torch.equal(
-        _round_at_random(special, torch.zeros(1, dtype=torch.int64), 1).nan_to_num(5.0), special.nan_to_num(5.0)
+        round_at_random(special, torch.zeros(1, dtype=torch.int64), 1).nan_to_num(5.0), special.nan_to_num(5.0)
     )
-    again = _round_at_random(values[100:200], torch.arange(100, 200), key=7)
+    again = round_at_random(values[100:200], torch.arange(100, 200), key=7)
     assert torch.equal(again, rounded[100:200])
 
 

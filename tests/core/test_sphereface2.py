@@ -50,7 +50,7 @@ def steps(rank: int, world: int, rate: float, budget: int | None, kind: str, ear
     cls, options, dense_class = DENSE[kind]
     optimizer = RowOptimizer(cls, head, update_in_backward=early, **options)
     dense, dense_offset = dense_class(), dense_class()
-    w = partial_fc.shards.initial_rows(0, C, (D,), std=1.0, seed=0).double()
+    w = partial_fc.sharded_module.initial_rows(0, C, (D,), std=1.0, seed=0).double()
     offset = torch.full((1,), local(margin.offset).item(), dtype=torch.float64)
     start = sum(COUNTS[:rank])
     here = slice(start, start + COUNTS[rank])
@@ -86,7 +86,7 @@ def steps(rank: int, world: int, rate: float, budget: int | None, kind: str, ear
         assert margin.offset.grad is None
         dense.step(w, grad, chosen)
         dense_offset.step(offset, b.grad, torch.tensor([0]))
-        near("weights", local(head.weight).detach(), w[head._shards.lo : head._shards.hi])
+        near("weights", local(head.weight).detach(), w[head.shards.lo : head.shards.hi])
         near("offset", local(margin.offset).detach(), offset)
 
 

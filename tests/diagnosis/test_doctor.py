@@ -182,7 +182,7 @@ def wrong(rank: int, world: int, kind: str) -> tuple[list[str], str]:
 
     A head refuses DDP and FSDP2 while they wrap it; here it does not notice, as with an engine that it does not know.
     """
-    with mock.patch("partial_fc.sharded.refuse"):
+    with mock.patch("partial_fc.sharded_module.refuse"):
         return _wrong(rank, world, kind)
 
 
@@ -408,10 +408,10 @@ def train(rank: int, world: int, kind: str, look: bool) -> list[Any]:
         copy.deepcopy(model.module.state_dict()),
         copy.deepcopy(optimizers[0].state_dict()),
         torch.rand(3),
-        head._step,
+        head.forward_count,
     ]
     found.append([t.to_local().clone() for t in (head.weight, optimizers[1].state[head.weight]["exp_avg"])])
-    found += [b.clone() for b in head.buffers()] + [len(optimizers[1].state), head._rows.lost]
+    found += [b.clone() for b in head.buffers()] + [len(optimizers[1].state), head.class_rows.lost]
     found.append(None if scaler is None else scaler.state_dict())
     return found
 

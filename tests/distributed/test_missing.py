@@ -92,9 +92,9 @@ COLLECTIVES: dict[str, Callable[[PartialFC, Any], Callable[[], Any]]] = {
     "the exchange of counts and status": _gather,
     "the sum of the embeddings' gradients in backward": _backward,
     "the norm of gradients over ranks": _clipping,
-    "the exchange of rows of a question": _questions,
+    "a query for nearest classes": _questions,
     "the step": _ddp,
-    "the question who still has a batch (JoinedBatches)": _joined,
+    "the check which ranks have a batch (JoinedBatches)": _joined,
     "an agreement of all ranks": _saving,  # over all ranks: the last, as nothing goes on in a group afterwards
 }
 

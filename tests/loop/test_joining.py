@@ -182,7 +182,7 @@ def test_other_losses_and_what_a_loader_raises(ranks, world):
     assert ranks(world).run(other_losses) == [2] * world
     results = ranks(world).run(errors)
     assert all(result == results[0] for result in results)
-    assert results[0][0] == f"rank {world - 1} has no next batch, its data raised OSError: the disk is gone"
+    assert results[0][0] == f"rank {world - 1} failed to load its next batch: OSError: the disk is gone"
     assert "rank 1" in results[0][1] and "must be an integer tensor, not torch.float32" in results[0][1]
     assert "rank 1" in results[0][2] and "a batch of type Tensor has no 'labels'" in results[0][2]
 
@@ -215,14 +215,14 @@ def test_without_a_group_batches_pass_through():
 
 
 def test_a_place_of_the_labels_or_a_stand_in_of_ones_own():
-    from partial_fc.loop.joining import _ignored
+    from partial_fc.loop.joining import _with_ignored_labels
 
     images, labels = torch.ones(2), torch.tensor([3, 4])
-    left, right = _ignored((labels, images), 0, -1)
+    left, right = _with_ignored_labels((labels, images), 0, -1)
     assert left.tolist() == [-1, -1] and right is images and labels.tolist() == [3, 4]
-    assert _ignored({"y": labels}, "y", 9)["y"].tolist() == [9, 9]
-    with pytest.raises(TypeError, match="names no place in a tuple"):
-        _ignored((labels, images), "y", 0)
+    assert _with_ignored_labels({"y": labels}, "y", 9)["y"].tolist() == [9, 9]
+    with pytest.raises(TypeError, match="is not an index of a tuple"):
+        _with_ignored_labels((labels, images), "y", 0)
     with pytest.raises(TypeError, match="ignore_index is a dict"):
-        _ignored((images, labels), None, {"a": 1})
-    assert JoinedBatches([], stand_in=lambda batch: batch * 0)._make(torch.ones(2)).tolist() == [0, 0]  # type: ignore[attr-defined, misc]
+        _with_ignored_labels((images, labels), None, {"a": 1})
+    assert JoinedBatches([], stand_in=lambda batch: batch * 0)._make_stand_in(torch.ones(2)).tolist() == [0, 0]  # type: ignore[attr-defined, misc]

@@ -78,7 +78,7 @@ def test_outside_the_main_thread():
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert errors == ["PreemptionGuard must be entered in the main thread: Python handles signals in no other"]
+    assert errors == ["PreemptionGuard must be entered in the main thread: Python handles signals only there"]
 
 
 def test_the_exit_code_is_that_of_a_failure_that_passes():

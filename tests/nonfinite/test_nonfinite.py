@@ -65,7 +65,7 @@ class Loop:
         embeddings = self.backbone(x)
         if bad == "backbone" and last:
             embeddings.register_hook(lambda grad: grad * INF)
-        batch = gather(embeddings, labels, group=self.head._shards.ranks.mesh)
+        batch = gather(embeddings, labels, group=self.head.shards.ranks.mesh)
         loss = self.head(batch)
         if self.center is not None:
             loss = loss + 0.1 * self.center(batch)
@@ -73,7 +73,7 @@ class Loop:
             loss = loss * INF
         loss.backward()
         if bad == "rows" and last:
-            grads = [local(c.grad) for c in self.head._rows.carriers if len(local(c.grad))]
+            grads = [local(c.grad) for c in self.head.class_rows.carriers if len(local(c.grad))]
             if grads:
                 grads[0][0, 1] = INF
 
@@ -140,7 +140,7 @@ def skipped_runs(rank: int, world: int, rates: tuple[float, ...], replicas: int,
                 assert same(before, loop.state()), (rate, how, bad)
                 assert loop.head.skips == number and (not center or loop.center.skips == number)  # type: ignore[union-attr]
                 bad_steps += 1
-            other.head._step += micro * len(kinds)  # the forwards of skipped steps count
+            other.head.forward_count += micro * len(kinds)  # the forwards of skipped steps count
             assert loop.step(9, micro=micro) and other.step(9, micro=micro)
             assert not same(before, loop.state()) and same(loop.state(), other.state()), (rate, how)
             assert loop.head.skips == len(kinds) and not loop.head.skipped
@@ -194,7 +194,7 @@ def test_an_error_names_what_is_not_finite_on_all_ranks_and_nothing_moved(ranks,
     if bad in ("rows", "weight"):
         assert f"rank {world - 1}: {row_name(bad, world)}" in text
     if bad == "loss":
-        assert "rank 0: what the loss is multiplied with is not finite" in text
+        assert "rank 0: the factor of the loss is not finite" in text
     if bad == "weight":
         assert "rank 0: the loss of embeddings[0] (label " in text and ") is nan" in text
     if bad == "backbone":
@@ -473,7 +473,7 @@ def one_rank_fails(rank: int, world: int) -> str:
     loop.optimizer.zero_grad()
     loop.head_optimizer.zero_grad()
     twin = copy.deepcopy(loop.head)
-    assert twin._record is not loop.head._record and twin.skipped == loop.head.skipped
+    assert twin.class_rows.record is not loop.head.class_rows.record and twin.skipped == loop.head.skipped
     assert loop.step(1) and not loop.head.skipped
     return on_every_rank(lambda: text)
 

@@ -130,7 +130,7 @@ def late(rank: int, world: int, where: str, only_one: bool) -> tuple[str, str, d
 @pytest.mark.parametrize("only_one", [False, True])
 @pytest.mark.parametrize(
     ("where", "expected"),
-    [("start_reduce_scatter", "embedding gradient (reduce-scatter)"), ("_exchange_payload", "payload (all-gather)")],
+    [("start_reduce_scatter", "embedding gradient (reduce-scatter)"), ("exchange_payload", "payload (all-gather)")],
 )
 def test_what_is_late_is_the_bottleneck(ranks, where, expected, only_one):
     found = ranks(2).run(late, where, only_one)

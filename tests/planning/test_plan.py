@@ -15,14 +15,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from partial_fc import PartialFC, Plan, RowOptimizer, SubCenterArcFace, plan
-from partial_fc.batch_status import Status
+from partial_fc.batch.status import Status
 from partial_fc.distributed import ranks as collectives
 from partial_fc.optim import row_optimizer as optim
 from partial_fc.planning import memory
 from partial_fc.planning.costs import OPTIMIZERS
 from partial_fc.planning.memory import PHASES
 from partial_fc.softmax import tiles
-from partial_fc.softmax.workspace import Workspace
+from partial_fc.softmax.tiles import Workspace
 from partial_fc.training.cli.main import main
 from partial_fc.training.cli.plan import byte_count, plan_command
 from partial_fc.training.errors import UserError

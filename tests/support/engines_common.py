@@ -58,7 +58,7 @@ def class_weights() -> Tensor:
 def new_head(rate: float = 1.0) -> PartialFC:
     """A head whose rows are those of `class_weights()`."""
     head = PartialFC(D, C, ArcFace(scale=LOSS.scale, margin=LOSS.m2), rate, seed=SEED)
-    ids = torch.arange(C)[head._shards.lo : head._shards.hi]
+    ids = torch.arange(C)[head.shards.lo : head.shards.hi]
     with torch.no_grad():
         local(head.weight).copy_(class_weights()[ids])
     return head

@@ -231,10 +231,10 @@ class Trainer:
             return {"ids": None}
         if self.case.sample_rate < 1:
             assert head.row_grad is not None and head.weight.grad is None
-            ids, values = head.row_grad[0], head._rows.values()
+            ids, values = head.row_grad[0], head.class_rows.gradients()
         else:
             assert head.row_grad is None and head.weight.grad is not None
-            ids, values = torch.arange(head._shards.lo, head._shards.hi), [head.weight.grad]
+            ids, values = torch.arange(head.shards.lo, head.shards.hi), [head.weight.grad]
             values += [] if head.bias is None or head.bias.grad is None else [head.bias.grad]
         found = {"ids": plain(ids), "weight": plain(values[0]), "bias": plain(values[1]) if len(values) > 1 else None}
         found["offset"] = plain(self.margin.get_parameter("offset").grad) if self.margin.binary else None
@@ -282,7 +282,7 @@ class Trainer:
 
     @property
     def group(self) -> Any:
-        return self.head._shards.ranks.mesh
+        return self.head.shards.ranks.mesh
 
     def step(self, step: int) -> Numbers:
         case = self.case

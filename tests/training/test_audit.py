@@ -145,9 +145,9 @@ def test_two_ranks_find_the_same(trained, hardly_trained, tmp_path):
 
 def _initial(rank: int, world: int) -> list[bool]:
     head = PartialFC(4, 2100, seed=7)
-    rows, lo = local_part(head.weight.detach()), head._shards.lo
+    rows, lo = local_part(head.weight.detach()), head.shards.lo
     for c in (0, 1500, 2099):
-        if lo <= c < head._shards.hi:
+        if lo <= c < head.shards.hi:
             rows[c - lo, 3] = rows[c - lo, 3].nextafter(torch.tensor(1.0))
     return audit._moved(rows, lo, std=0.01, seed=7).tolist()
 

@@ -401,7 +401,7 @@ def test_mistakes_are_one_line(files, evaluated, tmp_path, capsys):
         "verify", str(evaluated), str(files / "lfw.bin"), str(tmp_path / "lfw.bin")
     )
     assert "does not match the file name" in line(*given["retrieve"][:-1], "_d(\\d+)")
-    assert "is no regular expression" in line(*given["retrieve"][:-1], "(")
+    assert "is not a regular expression" in line(*given["retrieve"][:-1], "(")
     assert "give at least 1" in line(*given["verify"], "--tile", "0")
     train = ["train", *settings(files, tmp_path / "run")]
     assert "needs evaluations during training" in line(*train, "--evaluation.best", "holdout/eer")

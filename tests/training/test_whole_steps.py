@@ -48,7 +48,7 @@ def test_micro_batches_that_make_no_whole_step_are_left_out_and_counted(tmp_path
     def save(metric: float | None = None) -> None:
         assert trainer.center is not None
         pending: list[Any] = [p.grad for p in trainer.engine.model.parameters()]
-        pending += [trainer.head._rows.rows, trainer.head.weight.grad, trainer.center._pending]
+        pending += [trainer.head.class_rows.grad_rows, trainer.head.weight.grad, trainer.center._pending]
         saved.append(
             (trainer.progress.step, all(p is None or (isinstance(p, torch.Tensor) and not p.any()) for p in pending))
         )

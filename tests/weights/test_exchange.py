@@ -54,8 +54,8 @@ def build(kind: str, classes: int, seed: int = 0, group: Any = None) -> PartialF
         D, classes, margin, seed=seed, init_std=1.0, group=group, dtype=torch.bfloat16 if kind == "half" else None
     )
     if head.bias is not None:  # drawn by class id, as the weights are
-        start = head._shards.lo
-        local(head.bias).copy_(torch.arange(start, start + head._shards.local) + 10.0 * seed)
+        start = head.shards.lo
+        local(head.bias).copy_(torch.arange(start, start + head.shards.local) + 10.0 * seed)
     return head
 
 
@@ -185,36 +185,36 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 
 BAD = {
-    "empty": (b"", "no safetensors file"),
-    "short": (b"\x01\x02", "no safetensors file"),
-    "header beyond the file": (struct.pack("<Q", 500) + b"{}", "no safetensors file, or truncated"),
-    "header too long": (struct.pack("<Q", 2**60) + b"{}", "no safetensors file, or truncated"),
-    "no JSON": (b"not json", "header is no JSON"),
-    "not UTF-8": (b"\xff\xfe\xff", "header is no JSON"),
-    "deep": (b"[" * 100_000, "header is no JSON"),
-    "a list": ([1, 2], "no table of tensors"),
-    "metadata of numbers": ({"__metadata__": {"a": 1}}, "no table of tensors"),
-    "twice": (b'{"weight": {}, "weight": {}}', "a name is twice"),
-    "no offsets": ({"weight": {"dtype": "F32", "shape": [2, D]}}, "does not say where weight is"),
-    "entry of text": ({"weight": "here"}, "does not say where weight is"),
+    "empty": (b"", "not a safetensors file"),
+    "short": (b"\x01\x02", "not a safetensors file"),
+    "header beyond the file": (struct.pack("<Q", 500) + b"{}", "is truncated or not a safetensors file"),
+    "header too long": (struct.pack("<Q", 2**60) + b"{}", "is truncated or not a safetensors file"),
+    "no JSON": (b"not json", "header is not JSON"),
+    "not UTF-8": (b"\xff\xfe\xff", "header is not JSON"),
+    "deep": (b"[" * 100_000, "header is not JSON"),
+    "a list": ([1, 2], "not a table of tensors"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}}, "not a table of tensors"),
+    "twice": (b'{"weight": {}, "weight": {}}', "has a name twice"),
+    "no offsets": ({"weight": {"dtype": "F32", "shape": [2, D]}}, "the entry of weight in its header is incomplete"),
+    "entry of text": ({"weight": "here"}, "the entry of weight in its header is incomplete"),
     "shape of text": (entry(shape="ab"), "gives weight the shape"),
     "negative": (entry(shape=[-2, D]), "gives weight the shape"),
     "fraction": (entry(shape=[2.0, D]), "gives weight the shape"),
     "backwards": (entry(data_offsets=[48, 0]), "gives weight the shape"),
-    "other size": (entry(shape=[3, D]), "is \\[3, 6\\] of F32, but has 48 bytes"),
+    "other size": (entry(shape=[3, D]), "has shape \\[3, 6\\] of F32, but 48 bytes"),
     "truncated": (entry(shape=[4, D], data_offsets=[0, 96]), "is truncated: weight ends at byte"),
-    "unknown dtype": (entry(dtype="F4"), "dtype that is not known"),
+    "unknown dtype": (entry(dtype="F4"), "has an unknown dtype"),
     "a number": ({"weight": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}, "single number"),
     "other name": ({"fc": entry()["weight"]}, "has no tensor weight; it has fc"),
     "other classes": (
         entry(shape=[1, D], data_offsets=[0, 24]),
-        "has 1 classes of width 6, here it is 2 classes of width 6; build for 1",
+        "has 1 classes of width 6, but 2 classes of width 6 are expected; build for 1",
     ),
     "other width": (
         entry(shape=[6, 2]),
-        "has 6 classes of width 2, here it is 2 classes of width 6; embeddings of another width",
+        "has 6 classes of width 2, but 2 classes of width 6 are expected; the embedding size differs",
     ),
-    "sub-centers": (entry(shape=[2, 2, 3]), "has 2 classes of 2 rows of width 3, here it is 2 classes of width 6"),
+    "sub-centers": (entry(shape=[2, 2, 3]), "has 2 classes of 2 rows of width 3, but 2 classes of width 6 are"),
 }
 
 
@@ -251,7 +251,7 @@ def test_files_stay_and_folders_must_be_there(tmp_path):
     path = tmp_path / "w.safetensors"
     export_weights(path, head)
     first = path.read_bytes()
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         export_weights(path, other)
     assert path.read_bytes() == first
     export_weights(path, other, overwrite=True)
@@ -336,7 +336,7 @@ def see_another_file(rank: int, world: int, path: str) -> tuple[str, bool]:
 def test_ranks_agree_on_errors(ranks, tmp_path):
     texts = ranks(2).run(name_another_file, str(tmp_path / "w"))
     assert len(set(texts)) == 1
-    assert "ranks disagree: rank 0 and rank 1 were given another path" in texts[0]
+    assert "ranks disagree: path or overwrite differs between rank 0 and rank 1" in texts[0]
     export_weights(tmp_path / "a", build("arc", 5))
     results = ranks(2).run(see_another_file, str(tmp_path / "a"))
     assert results[0] == results[1]
@@ -357,10 +357,10 @@ def test_biases_are_not_lost_in_silence(tmp_path):
     export_weights(tmp_path / "bias", build("softmax", 5, 3))
     export_weights(tmp_path / "none", build("arc", 5, 4))
     plain, linear = build("arc", 5), build("softmax", 5)
-    with pytest.raises(ValueError, match="has a bias, and the head has none"):
+    with pytest.raises(ValueError, match="has a bias, but the head has none"):
         import_weights(tmp_path / "bias", plain)
     import_weights(tmp_path / "bias", plain, key="weight")
-    with pytest.raises(ValueError, match="has no bias, and the head has one"):
+    with pytest.raises(ValueError, match="has no bias, but the head has one"):
         import_weights(tmp_path / "none", linear)
     bias = linear.bias.detach().clone()
     import_weights(tmp_path / "none", linear, key="weight")
@@ -408,7 +408,7 @@ def take_source(rank: int, world: int) -> Tensor:
 def test_anything_with_rows_is_a_source(ranks):
     assert torch.equal(torch.cat(ranks(3).run(take_source)), Columns().rows(0, 23))
     with pytest.raises(
-        ValueError, match=r"the given Columns has 23 classes of width 6, here it is 5 classes of width 6"
+        ValueError, match=r"the given Columns has 23 classes of width 6, but 5 classes of width 6 are expected"
     ):
         import_weights(Columns(), build("arc", 5))
 
@@ -553,7 +553,9 @@ def test_a_checkpoint_is_a_source_too(ranks, tmp_path, kind):
         assert all(torch.equal(found[name], tensor) for name, tensor in parts(head).items())
     with pytest.raises(ValueError, match="has no tensor center/centers; it has head/"):
         import_weights(tmp_path / "c", build("center", 23))
-    with pytest.raises(ValueError, match="head/weight has 23 classes of width 6, here it is 24 classes of width 6"):
+    with pytest.raises(
+        ValueError, match="head/weight has 23 classes of width 6, but 24 classes of width 6 are expected"
+    ):
         import_weights(tmp_path / "c", build(kind, 24))
 
 
@@ -574,7 +576,7 @@ def test_commands_say_what_is_wrong(tmp_path, capsys):
         capsys, "export", tmp_path / "c", file, "--name", "x"
     )
     assert main(["export", str(tmp_path / "c"), str(file)]) == 0
-    assert "already; choose another name" in fails(capsys, "export", tmp_path / "c", file)
+    assert "already exists; choose another name" in fails(capsys, "export", tmp_path / "c", file)
     assert main(["export", str(tmp_path / "c"), str(file), "--overwrite"]) == 0
     assert "say which margin" in fails(capsys, "import", file, "--output", output)
     assert "has a bias" in fails(capsys, "import", file, "--output", output, "--margin", "cosface")
@@ -629,5 +631,7 @@ def test_weights_that_do_not_fit_are_refused_before_training(tmp_path, monkeypat
     start = ["train", *RUN, "--output.folder", str(tmp_path / "run"), "--head.weights"]
     assert "--head.weights: there is no" in fails(capsys, *start, tmp_path / "none", "--check")
     text = fails(capsys, *start, tmp_path / "w.safetensors")
-    assert "--head.weights: " in text and "has 61 classes of width 128, here it is 60 classes of width 128" in text
+    assert (
+        "--head.weights: " in text and "has 61 classes of width 128, but 60 classes of width 128 are expected" in text
+    )
     assert not (tmp_path / "run").exists()

@@ -10,9 +10,9 @@ from typing import NoReturn, get_args
 from partial_fc.training.cli.glyphs import glyphs_command
 from partial_fc.training.data import EncodedIdentities, Format, IdentityDataset, find_format, open_source
 from partial_fc.training.data.convert import FORMATS, PART, convert, is_finished
-from partial_fc.training.data.packed import is_packed, packed_splits
-from partial_fc.training.data.splits import choose_split
-from partial_fc.training.data.survey import PLOT_ENDINGS, plot_counts, survey
+from partial_fc.training.data.formats.packed import is_packed, packed_splits
+from partial_fc.training.data.formats.split_names import choose_split
+from partial_fc.training.data.inspection import PLOT_ENDINGS, inspect_data, plot_counts
 from partial_fc.training.errors import UserError
 from partial_fc.training.run import check_new_file
 
@@ -64,7 +64,7 @@ def inspect_command(arguments: list[str]) -> None:
     )
     print(f"format: {'packed (packed.json)' if packed else _format_taken(asked)}")
     for name, dataset in sets.items():
-        found = survey(dataset, decode=not asked.headers)
+        found = inspect_data(dataset, decode=not asked.headers)
         print((f"{name}\n" if name else "") + found.summary())
         if plot is not None and dataset is next(iter(sets.values())):
             plot.parent.mkdir(parents=True, exist_ok=True)

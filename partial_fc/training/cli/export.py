@@ -10,7 +10,8 @@ import os
 from typing import NoReturn
 
 from partial_fc.training.errors import UserError
-from partial_fc.training.export.export import BATCHES, FORMATS, TOLERANCE, Export, export_backbone
+from partial_fc.training.export.check import BATCHES, TOLERANCE
+from partial_fc.training.export.export import FORMATS, Export, export_backbone
 
 
 class _Parser(argparse.ArgumentParser):

@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from partial_fc.training.data.fonts.draw_set import GlyphSettings, build
+from partial_fc.training.data.fonts.draw_set import build
 from partial_fc.training.data.fonts.font_files import SCRIPTS
-from partial_fc.training.data.packed import IMAGES, LABELS, SOURCES, PackedIdentities, PackedSplit, read_index
+from partial_fc.training.data.fonts.settings import GlyphSettings
+from partial_fc.training.data.formats.packed import IMAGES, LABELS, SOURCES, PackedIdentities, PackedSplit, read_index
 from partial_fc.training.errors import UserError
 
 

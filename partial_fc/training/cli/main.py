@@ -35,11 +35,11 @@ try:
     from partial_fc.training.cli.weights import export_weights_command, import_weights_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import IdentityDataset, open_data
-    from partial_fc.training.data.packed import is_packed, packed_splits
+    from partial_fc.training.data.formats.packed import is_packed, packed_splits
     from partial_fc.training.errors import Preempted, UserError
     from partial_fc.training.interval import check_metric, direction
     from partial_fc.training.mixing import mixed, sampler_of
-    from partial_fc.training.protocols.tasks import image_shape, open_tasks
+    from partial_fc.training.protocols.task_files import image_shape, open_tasks
     from partial_fc.training.ranks import check_devices, find_ranks, speaks
     from partial_fc.training.report.compare import report_command
     from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
@@ -298,7 +298,7 @@ def evaluate(arguments: list[str]) -> None:
     out = RunFolder(asked.output or run.path / f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}")
     claim_output(out, accelerator)
     if accelerator.is_main_process:
-        out.note_unreadable([name for each in sets.values() for name in each.left_out])
+        out.note_unreadable([name for each in sets.values() for name in each.skipped])
     evaluations = evaluate_sets(backbone, sets, accelerator, config, out)
     results = run_tasks(backbone, tasks, accelerator, config, out)
     accelerator.wait_for_everyone()

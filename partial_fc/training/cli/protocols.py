@@ -27,17 +27,15 @@ from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import UserError
 from partial_fc.training.interval import direction
 from partial_fc.training.protocols.result import Result
-from partial_fc.training.protocols.tasks import (
+from partial_fc.training.protocols.task_files import (
     Shape,
-    Task,
-    TemplatePairs,
-    first_twice,
     image_shape,
     open_identification,
     open_retrieval,
     open_templates,
     open_verification,
 )
+from partial_fc.training.protocols.tasks import Task, TemplatePairs, first_twice
 from partial_fc.training.ranks import check_devices
 from partial_fc.training.results import (
     claim_output,
