@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from partial_fc.optim.row_optimizer import HALF
+from partial_fc.optim.row_state import HALF
 
 MAX_WORLD = 1 << 20  # the largest number of ranks that is tried
 RATE_DIGITS = 4  # significant digits of a suggested sampling rate, which is rounded down
