@@ -113,7 +113,8 @@ class Trainer:
             ExtraHeads(config, self.data.train, device) if isinstance(self.data.train, MixedIdentities) else None
         )
         self.center = config.center.build(width, identities, config.seed, device, **policy)
-        self.head_optimizer = config.optimizer.build_head(self.head)
+        optimizers = config.optimizers
+        self.head_optimizer = optimizers.build_head(self.head)
         torch.manual_seed(
             config.seed
         )  # the backbone's initial weights, alike on all ranks; and what they draw until the first epoch
@@ -121,7 +122,7 @@ class Trainer:
         self.engine = make_engine(
             self.accelerator,
             self._backbone,
-            lambda backbone: config.optimizer.build(backbone.parameters()),
+            lambda backbone: optimizers.build(backbone.parameters()),
             self.head,
             self.head_optimizer,
             config.train,
@@ -132,9 +133,12 @@ class Trainer:
         heads = [] if self.extra is None else self.extra.heads.values()
         watched = (self.engine.model, self.head, *heads, *self.engine.beside, *whole)
         self.watch = DivergenceWatch(*watched, every=config.train.watch_every) if config.train.watch_every else None
-        optimizers = (self.engine.optimizer, self.head_optimizer)
         self.schedules = build_schedules(
-            config.schedule, config.head_schedule, optimizers, self.steps_per_epoch, config.train.epochs
+            config.schedule,
+            config.head_schedule,
+            (self.engine.optimizer, self.head_optimizer),
+            self.steps_per_epoch,
+            config.train.epochs,
         )
         if self.extra is not None:
             self.engine.add_heads(self.extra.heads.values(), self.extra.optimizers.values())
@@ -439,7 +443,7 @@ class Trainer:
             "left_out_batches": self.progress.left_out,
             "skipped_steps": self.head.skips,
         }
-        losses = self.config.head.margin if self.center is None else f"{self.config.head.margin} and center loss"
+        losses = self.config.head.margin.name + ("" if self.center is None else " and center loss")
         title = f"{self.config.backbone.name} with {losses} on {self.data.train.num_identities:,} identities"
         backbone = f"{self.config.backbone.name}, {self.counts}"
         environment = {"engine": self.engine.name, "backbone": backbone, **describe_environment(self.accelerator)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-import jsonargparse
 import torch
 from accelerate import Accelerator
 
@@ -16,6 +15,7 @@ from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
 from partial_fc.training.results import claim_output, describe_environment, load_backbone, together
 from partial_fc.training.run import CONFIG, RunFolder
+from partial_fc.training.settings_parser import SettingsParser
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,7 +56,7 @@ def audit_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def audit_command(arguments: list[str], train_parser: jsonargparse.ArgumentParser) -> None:
+def audit_command(arguments: list[str], train_parser: SettingsParser) -> None:
     """`partial-fc audit`: an audit folder. Raises UserError, the same on every rank, for what cannot be audited."""
     asked = audit_parser().parse_args(arguments)
     for name in ("threshold", "mean_threshold"):

@@ -12,7 +12,6 @@ import statistics
 import time
 from typing import Any
 
-import jsonargparse
 import torch
 
 from partial_fc.planning.measure_comms import comms
@@ -21,6 +20,7 @@ from partial_fc.training.cli.plan import _Parser
 from partial_fc.training.config import RunConfig, add_config, to_config
 from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
+from partial_fc.training.settings_parser import SettingsParser
 
 MOST_IMAGES = 16  # in the measurement of the backbone
 
@@ -58,8 +58,8 @@ def comms_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def config_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+def config_parser() -> SettingsParser:
+    parser = SettingsParser(
         prog="partial-fc comms", description="The collectives of a run, measured.", exit_on_error=False
     )
     add_config(parser)

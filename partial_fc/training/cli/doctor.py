@@ -9,17 +9,16 @@ import json
 import tempfile
 from pathlib import Path
 
-import jsonargparse
-
 from partial_fc.diagnosis.doctor import doctor
 from partial_fc.training.config import add_config, to_config
 from partial_fc.training.errors import UserError
+from partial_fc.training.settings_parser import SettingsParser
 
 MOST_IMAGES = 32  # a rank, of its first batch
 
 
-def doctor_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+def doctor_parser() -> SettingsParser:
+    parser = SettingsParser(
         prog="partial-fc doctor",
         description="Two steps of a run that leave nothing behind, and what they show; exit code 1 if something is wrong.",
         exit_on_error=False,

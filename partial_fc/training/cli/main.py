@@ -43,6 +43,7 @@ try:
     from partial_fc.training.ranks import check_devices, find_ranks, speaks
     from partial_fc.training.report.compare import report_command
     from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
+    from partial_fc.training.settings_parser import SettingsParser
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(name=error.name))
 
@@ -73,7 +74,8 @@ commands:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; its exit code: 0; 1 if doctor finds something wrong, 2 for a user's mistake, 75 if asked to stop, 130 if interrupted.
+    """Run a command; its exit code: 0; 1 if doctor finds something wrong, 2 for a user's mistake, 75 if asked to stop,
+    130 if interrupted.
 
     docs/crashes.md says what each launcher makes of it.
     """
@@ -133,8 +135,8 @@ def _one_line(error: Exception) -> str:
     return f"training diverged, {text}; lower --optimizer.lr" if isinstance(error, NonFiniteError) else text
 
 
-def train_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+def train_parser() -> SettingsParser:
+    parser = SettingsParser(
         prog="partial-fc train",
         description="Train a recogniser with a sharded head; see configs/ for runs.",
         exit_on_error=False,
@@ -213,7 +215,7 @@ def _finish(trainer: Trainer, evaluations: list[Evaluation]) -> None:
     trainer.close()
 
 
-def _resolve(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
+def _resolve(parser: SettingsParser, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
     """(settings, whether to resume, whether only to check); a resumed run takes its settings from its folder."""
     try:
         asked = parser.parse_args(arguments)

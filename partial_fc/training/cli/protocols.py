@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jsonargparse
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -49,6 +48,7 @@ from partial_fc.training.results import (
     write_results,
 )
 from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
+from partial_fc.training.settings_parser import SettingsParser
 
 WORDS = {
     "verify": "Verification on files of image pairs (lfw.bin, cfp_fp.bin, agedb_30.bin): ten-fold accuracy, TAR at FAR.",
@@ -203,7 +203,7 @@ def open_asked(command: str, asked: argparse.Namespace, shape: Shape) -> list[Ta
         raise UserError(f"{error}, or give --label REGEX, which finds the identity in the file name") from error
 
 
-def protocol_command(command: str, parser: Callable[[], jsonargparse.ArgumentParser], arguments: list[str]) -> None:
+def protocol_command(command: str, parser: Callable[[], SettingsParser], arguments: list[str]) -> None:
     """One of the commands; parser: of a run's settings. UserError, the same on every rank, for what cannot be evaluated."""
     asked = protocol_parser(command).parse_args(arguments)
     for name, least in (("workers", 0), ("tile", 1), ("batch_size", 1)):

@@ -30,9 +30,9 @@ class MixedSet:
     identities: int | None = None
     """How many identities to take; all if not given."""
     m: float | None = None
-    """The margin of its head; that of --head.m if not given."""
+    """Argument `margin` of the margin of its head; that of --head.margin if not given."""
     scale: float | None = None
-    """The scale of its head; that of --head.scale if not given."""
+    """Argument `scale` of the margin of its head; that of --head.margin if not given."""
 
 
 def check_mix(sets: list[MixedSet]) -> None:

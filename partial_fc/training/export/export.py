@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +40,7 @@ from partial_fc.training.errors import UserError
 from partial_fc.training.export.onnx import run_onnx, write_onnx
 from partial_fc.training.export.spec import FORMAT, describe
 from partial_fc.training.run import CONFIG, RunFolder
+from partial_fc.training.settings_parser import SettingsParser
 
 SAFETENSORS, ONNX, PREPROCESSING = "backbone.safetensors", "backbone.onnx", "preprocessing.json"
 FORMATS = {"safetensors": SAFETENSORS, "onnx": ONNX}
@@ -169,7 +169,7 @@ def _check_installed(formats: Sequence[str]) -> None:
 
 def _config(folder: RunFolder) -> RunConfig:
     """The run's settings; in full precision, because a run of fp16 on a GPU may be exported where there is none."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser = SettingsParser(exit_on_error=False)
     add_config(parser)
     return to_config(parser, ["--config", str(folder.path / CONFIG), "--train.mixed_precision", "no"])
 

@@ -22,12 +22,14 @@ from typing import Any, NoReturn
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from partial_fc.training.config import CLASS_OPTIONS
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.interval import split_history
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.report.report import DASH, PLOTS, figure_cell, flatten, is_share, leaves
 from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder, check_new_file
+from partial_fc.training.settings_file import shown_settings
 
 OVERLAID = {
     "loss": "loss",
@@ -57,7 +59,7 @@ def read_run(path: str, name: str) -> Run:
         folder.check_run()
     try:
         settings = (
-            dict(flatten(yaml.safe_load((folder.path / CONFIG).read_text()) or {}))
+            dict(flatten(shown_settings(yaml.safe_load((folder.path / CONFIG).read_text()) or {}, CLASS_OPTIONS)))
             if (folder.path / CONFIG).is_file()
             else {}
         )
