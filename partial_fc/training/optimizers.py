@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from jsonargparse.typing import register_type
+from torch import Tensor, nn
 
 from partial_fc.head import PartialFC
 from partial_fc.optim.row_optimizer import RowOptimizer
@@ -27,6 +28,15 @@ OF_TORCH = (
     "SGD", "Adam", "AdamW", "RAdam", "NAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD", "Adafactor",
 )  # fmt: skip
 OF_MORE = ("LARS", "LAMB", "LookaheadSGD", "LookaheadAdamW", "Ranger", "AdaBelief", "Yogi")
+
+
+
+def _no_tensor(text: str) -> Tensor:
+    raise ValueError("a setting cannot be a tensor")
+
+
+# torch takes tensors for some arguments that are numbers; jsonargparse would look for subclasses of Tensor
+register_type(Tensor, deserializer=_no_tensor, fail_already_registered=False)
 
 
 @dataclass

@@ -100,6 +100,7 @@ def _class(given: Any, option: str, kind: type[ClassSettings]) -> Any:
             f"{option} names code that would be imported and run: {path}; if you trust it, set "
             f"{TRUST}={path.partition('.')[0]} in the environment, or give --{option} {path} on the command line"
         )
+    kind.load(path, option)
     arguments = spec.get("init_args")
     if (NAMED.get() or {}).get(option, path) != path and isinstance(arguments, dict):
         arguments = kind.changed_arguments(path, arguments, option)
