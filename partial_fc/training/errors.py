@@ -7,3 +7,9 @@ class UserError(Exception):
 
 class Preempted(Exception):
     """A run was asked to stop and has saved its state; the exit code is PreemptionGuard.EXIT_CODE."""
+
+
+def check_at_least(setting: str, value: float, least: float) -> None:
+    """Raise UserError if the value of a setting is below `least`, or NaN."""
+    if not value >= least:
+        raise UserError(f"--{setting} is {value}; give at least {least}")

@@ -23,7 +23,7 @@ genuine pair. An impostor pair may contain an identity of another fold; no split
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations_with_replacement, islice
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from partial_fc.training.errors import UserError
+from partial_fc.training.errors import UserError, check_at_least
 
 BINS = 2**17  # of the cosine over [-1, 1]
 FOLDS = 10
@@ -337,3 +337,48 @@ def check_finite(embeddings: Tensor) -> None:
 def percent(share: float | None) -> str:
     """Return a share as a percentage, or "—" for None."""
     return "—" if share is None else f"{100 * share:.2f} %"
+
+
+@dataclass
+class EvaluationConfig:
+    """Verification, identification and retrieval, after training and during it."""
+
+    batch_size: int = 512
+    """Images of a forward, over all ranks."""
+    tile: int = 2048
+    """Side of the tiles in which pairs are compared, in images."""
+    verification: list[str] = field(default_factory=list)
+    """Files of image pairs (`lfw.bin`, `cfp_fp.bin`, ...) to verify, each under its name without the ending."""
+    templates: str | None = None
+    """Folder of a template protocol (IJB-B, IJB-C): images/, *face_tid_mid.txt, *template_pair_label.txt; null for none."""
+    align: bool = True
+    """Align the faces of `templates` by the points of its *name_5pts_score.txt, if there is one; false if its images are aligned."""
+    identification: str | None = None
+    """Folder with gallery/ and probes/, and distractors/ if there are any, of identity sub-folders; null for none."""
+    retrieval: str | None = None
+    """Folder with query/ and gallery/ or bounding_box_test/: identity sub-folders, or files that `label_pattern` is for; null for none."""
+    label_pattern: str | None = None
+    """Regular expression that finds the identity in a file's name, for a retrieval folder without sub-folders."""
+    camera_pattern: str | None = None
+    """Regular expression that finds the camera in a file's name; retrieval then skips the query's own camera."""
+    flip: bool = True
+    """Verify with the sum of the embeddings of an image and of its mirror image, as is usual for faces."""
+    every: int | None = None
+    """Epochs between two evaluations during training; null for only the one at the end."""
+    every_steps: int | None = None
+    """Optimizer steps between two evaluations during training, within epochs too; null for none."""
+    best: str | None = None
+    """Figure whose best checkpoint is kept beside the newest: lfw/accuracy, holdout/tar@1e-3, ...; null for none."""
+
+    def check(self) -> None:
+        """UserError for values that no run can have."""
+        check_at_least("evaluation.batch_size", self.batch_size, 1)
+        check_at_least("evaluation.tile", self.tile, 1)
+        for name in ("every", "every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--evaluation.{name} is {value}; give at least 1, or null for none")
+        if self.best is not None and self.every is None and self.every_steps is None:
+            raise UserError(
+                f"--evaluation.best {self.best} needs evaluations during training; give --evaluation.every as well"
+            )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from partial_fc.training.protocols.tasks import Task, Verification
 from partial_fc.training.report.hardest import note_hardest, note_pairs
 from partial_fc.training.report.report import write_report
 from partial_fc.training.run import RunFolder
+from partial_fc.training.settings_parser import plain_settings, with_arguments_beside
 
 
 def evaluate_sets(
@@ -236,7 +236,7 @@ def write_results(
         folder.path,
         title=title,
         metrics=metrics,
-        config={} if config is None else asdict(config),
+        config={} if config is None else with_arguments_beside(plain_settings(config)),
         environment=environment,
         history=history,
     )

@@ -20,18 +20,40 @@ import errno
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from accelerate.utils import LoggerType
 
 from partial_fc import Checkpointer
 from partial_fc.training.data import what_changed
-from partial_fc.training.errors import UserError
+from partial_fc.training.errors import UserError, check_at_least
 
 CONFIG, HISTORY, UNREADABLE, METRICS = "config.yaml", "history.jsonl", "unreadable.txt", "metrics.json"
 CURVES, DATA, PLOTS = "curves.json", "data.json", "plots"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # errors of file systems without hard links
+
+
+@dataclass
+class OutputConfig:
+    """Where results go."""
+
+    folder: str = "runs/run"
+    """Run folder to make; it must not be in use."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Experiment trackers of Accelerate to log to, by name."""
+    log_every: int = 10
+    """Optimizer steps between two logged points."""
+
+    def check(self) -> None:
+        """UserError for values that no run can have."""
+        check_at_least("output.log_every", self.log_every, 1)
+        known = [str(each) for each in LoggerType]
+        unknown = [name for name in self.trackers if name not in known]
+        if unknown:
+            raise UserError(f"--output.trackers names {', '.join(unknown)}; choose among {', '.join(known)}")
 
 
 class RunFolder:

@@ -64,7 +64,8 @@ def build_parts(
     head = config.head.build(width, images, config.seed, device, **policy)
     extra = ExtraHeads(config, train, device) if isinstance(train, MixedIdentities) else None
     center = config.center.build(width, identities, config.seed, device, **policy)
-    head_optimizer = config.optimizer.build_head(head)
+    optimizers = config.optimizers
+    head_optimizer = optimizers.build_head(head)
 
     # the same initial weights of the backbone on all ranks, and the same random numbers until the first epoch
     torch.manual_seed(config.seed)
@@ -74,7 +75,7 @@ def build_parts(
     counts = count_backbone(backbone, shape)
     trained = Trained(
         build=_first_then_new(backbone, config, shape),
-        optimizer=lambda module: config.optimizer.build(module.parameters()),
+        optimizer=lambda module: optimizers.build(module.parameters()),
         head=head,
         head_optimizer=head_optimizer,
     )

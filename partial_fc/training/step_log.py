@@ -19,6 +19,8 @@ from partial_fc.training.config import RunConfig, flat
 from partial_fc.training.micro_batches import Progress
 from partial_fc.training.run import RunFolder
 
+LOGGED_AS = {"CurricularFace": "curricular"}  # others by their name in lower case
+
 
 class StepLog:
     """The log of a run. `progress` has the number of the step. Every rank calls it; the main process writes."""
@@ -89,15 +91,13 @@ class StepLog:
 
     def _margin_state(self, head: PartialFC) -> dict[str, Tensor]:
         """Return the scalars of the margin's state: curricular_t, adaface_mean, adaface_std, sphereface2_offset."""
+        margin = self.config.head.margin.name
+        name_of_margin = LOGGED_AS.get(margin, margin.lower())
         found = {
             n: local_part(value.detach())
             for n, value in (*head.margin.named_buffers(), *head.margin.named_parameters())
         }
-        return {
-            f"{self.config.head.margin}_{name}": value.reshape(())
-            for name, value in found.items()
-            if value.numel() == 1
-        }
+        return {f"{name_of_margin}_{name}": value.reshape(()) for name, value in found.items() if value.numel() == 1}
 
 
 def _scalars(config: RunConfig) -> dict[str, Any]:

@@ -391,7 +391,7 @@ class Trainer:
             "left_out_batches": self.progress.left_out,
             "skipped_steps": self.head.skips,
         }
-        losses = self.config.head.margin if self.center is None else f"{self.config.head.margin} and center loss"
+        losses = self.config.head.margin.name + ("" if self.center is None else " and center loss")
         title = f"{self.config.backbone.name} with {losses} on {self.data.train.num_identities:,} identities"
         backbone = f"{self.config.backbone.name}, {self.counts}"
         environment = {"engine": self.engine.name, "backbone": backbone, **describe_environment(self.accelerator)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_fc import ArcFace, CurricularFace, PartialFC, Report, RowOptimizer, Softmax, doctor
-from partial_fc.training.optimizers import OptimizerConfig
+from partial_fc.training.optimizers import Optimizers, OptimizerSettings
 
 ROOT = Path(__file__).parents[2]
 D, C = 6, 11
@@ -378,7 +378,9 @@ def train(rank: int, world: int, kind: str, look: bool) -> list[Any]:
     head = PartialFC(D, C, margin, 0.5 if kind == "sampled" else 1.0)
     model = DistributedDataParallel(backbone(dropout=0.3), gradient_as_bucket_view=True)
     optimizers: list[Any] = [
-        OptimizerConfig("ranger" if kind == "ranger" else "adamw", lr=0.01).build(model.parameters())
+        OptimizerSettings("Ranger" if kind == "ranger" else "AdamW", {"lr": 0.01, "weight_decay": 5e-4}).build(
+            "optimizer", list(model.parameters())
+        )
     ]
     optimizers.append(RowOptimizer(torch.optim.Adam, head, lr=0.05, update_in_backward=kind == "in backward"))
     schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in optimizers]
@@ -449,14 +451,14 @@ def test_a_run_of_the_application(tmp_path, monkeypatch, capsys):
         "--output.folder",
         str(folder),
     ]
-    settings += ["--head.sample_rate", "0.5", "--optimizer.name", "lamb", "--optimizer.lr", "0.01"]
+    settings += ["--head.sample_rate", "0.5", "--optimizer", "LAMB", "--optimizer.lr", "0.01"]
     assert main(["doctor", *settings]) == 0
     out = capsys.readouterr().out
     assert "no problems found" in out and "✓ gradient scale" in out
     assert [p.name for p in folder.iterdir()] == ["in use"]
-    build = OptimizerConfig.build
+    build = Optimizers.build
     monkeypatch.setattr(
-        OptimizerConfig,
+        Optimizers,
         "build",
         lambda self, parameters: build(self, list(parameters)[1:] or [nn.Parameter(torch.ones(1))]),
     )

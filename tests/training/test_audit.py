@@ -24,7 +24,16 @@ from partial_fc.training.data import GlyphIdentities, scan_folder
 
 TWICE, OF, BROKEN = "twice", "id020", ("broken_a", "broken_b", "broken_c", "broken_d")
 IMAGES = ["--data.image_size", "32", "--data.channels", "1"]
-SETTINGS = ["--train.batch_size", "32", "--train.cpu", "true", "--head.scale", "32", "--backbone.embedding_size", "64"]
+SETTINGS = [
+    "--train.batch_size",
+    "32",
+    "--train.cpu",
+    "true",
+    "--head.margin.scale",
+    "32",
+    "--backbone.embedding_size",
+    "64",
+]
 
 
 def planted(root: Path) -> Path:

@@ -82,7 +82,7 @@ def settings(files: Path, out: Path, **more: object) -> list[str]:
     given: dict[str, object] = {
         "data.folder": files / "train", "data.image_size": 32, "data.holdout_identities": 3, "train.batch_size": 16, "train.cpu": "true",
         "train.epochs": 4, "train.keep_last": 1, "output.log_every": 1, "output.folder": out, "head.sample_rate": 0.6,
-        "backbone.embedding_size": 32, "head.scale": 16, **more,
+        "backbone.embedding_size": 32, "head.margin.scale": 16, **more,
     }  # fmt: skip
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 
-import jsonargparse
 import torch
 from accelerate import Accelerator
 
@@ -21,6 +20,7 @@ from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
 from partial_fc.training.results import claim_output, describe_environment, load_backbone, remove_if_empty
 from partial_fc.training.run import CONFIG, RunFolder
+from partial_fc.training.settings_parser import SettingsParser
 
 
 def audit_parser() -> argparse.ArgumentParser:
@@ -54,7 +54,7 @@ def audit_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def audit_command(arguments: list[str], train_parser: jsonargparse.ArgumentParser) -> None:
+def audit_command(arguments: list[str], train_parser: SettingsParser) -> None:
     """`partial-fc audit`: write an audit folder. Raises UserError, the same on every rank, if that is not possible."""
     options = audit_parser().parse_args(arguments)
     for name in ("threshold", "mean_threshold"):

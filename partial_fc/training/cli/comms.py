@@ -12,7 +12,6 @@ import statistics
 import time
 from typing import Any
 
-import jsonargparse
 import torch
 
 from partial_fc.planning.measure_comms import comms
@@ -22,6 +21,7 @@ from partial_fc.training.cli.plan import add_head_sizes
 from partial_fc.training.config import RunConfig, add_config, to_config
 from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
+from partial_fc.training.settings_parser import SettingsParser
 
 MAX_IMAGES = 16  # in the measurement of the backbone
 
@@ -45,8 +45,8 @@ def comms_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def config_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+def config_parser() -> SettingsParser:
+    parser = SettingsParser(
         prog="partial-fc comms", description="Measure the collectives of a run.", exit_on_error=False
     )
     add_config(parser)

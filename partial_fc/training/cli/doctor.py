@@ -11,18 +11,17 @@ import json
 import tempfile
 from pathlib import Path
 
-import jsonargparse
-
 from partial_fc.diagnosis.doctor import doctor
 from partial_fc.training.cli.parser import add_traceback, config_first
 from partial_fc.training.config import add_config, to_config
 from partial_fc.training.errors import UserError
+from partial_fc.training.settings_parser import SettingsParser
 
 MAX_IMAGES = 32  # of a rank's first batch
 
 
-def doctor_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+def doctor_parser() -> SettingsParser:
+    parser = SettingsParser(
         prog="partial-fc doctor",
         description="Run two training steps, report what they show, and restore everything; exit code 1 if something "
         "is wrong.",

@@ -51,6 +51,7 @@ try:
     from partial_fc.training.protocols.task_files import image_shape, open_tasks
     from partial_fc.training.ranks import check_devices, find_ranks, shows_errors
     from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
+    from partial_fc.training.settings_parser import SettingsParser
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(name=error.name))
 
@@ -144,8 +145,8 @@ def _one_line(error: Exception) -> str:
     return f"training diverged, {text}; lower --optimizer.lr" if isinstance(error, NonFiniteError) else text
 
 
-def train_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+def train_parser() -> SettingsParser:
+    parser = SettingsParser(
         prog="partial-fc train",
         description="Train a recogniser with a sharded head; configs/ has examples of CONFIG.yaml.",
         exit_on_error=False,
@@ -222,7 +223,7 @@ def _finish(trainer: Trainer, evaluations: list[Evaluation]) -> None:
     trainer.close()
 
 
-def _resolve(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
+def _resolve(parser: SettingsParser, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
     """Return (settings, whether to resume, whether only to check); a resumed run has its settings in its folder."""
     try:
         asked = parser.parse_args(arguments)

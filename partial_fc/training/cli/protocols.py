@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -57,6 +56,7 @@ from partial_fc.training.results import (
     write_results,
 )
 from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
+from partial_fc.training.settings_parser import SettingsParser
 
 DESCRIPTIONS = {
     "verify": "Verification on files of image pairs (lfw.bin, cfp_fp.bin, ...): ten-fold accuracy, TAR at FAR.",
@@ -243,7 +243,7 @@ def open_command_tasks(command: str, options: argparse.Namespace, shape: Shape) 
     return [task]
 
 
-def protocol_command(command: str, parser: Callable[[], jsonargparse.ArgumentParser], arguments: list[str]) -> None:
+def protocol_command(command: str, parser: Callable[[], SettingsParser], arguments: list[str]) -> None:
     """Run one of the commands; `parser` returns the parser of a run's settings.
 
     Raises UserError, the same on every rank, if the evaluation is not possible.

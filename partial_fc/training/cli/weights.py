@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from partial_fc.head import PartialFC
 from partial_fc.margins.fixed import NormFace
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.training.cli.parser import add_traceback
-from partial_fc.training.config import MARGIN_SETTINGS, HeadConfig
 from partial_fc.training.errors import UserError
+from partial_fc.training.heads import MarginSettings
 from partial_fc.training.run import RunFolder
+from partial_fc.training.settings_parser import SettingsParser
 from partial_fc.weights.rank_files import RankFiles
 from partial_fc.weights.safetensors_file import (
     RowWriter,
@@ -43,6 +43,7 @@ from partial_fc.weights.safetensors_file import (
 )
 from partial_fc.weights.single_file import SUFFIX, describe
 
+DEFAULT_MARGIN = MarginSettings("ArcFace")
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "momentum_buffer": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     "exp_avg": (torch.optim.AdamW, {"lr": 1e-3}),
@@ -169,7 +170,7 @@ def _progress_bar(what: str, rows: int) -> Any:
 
 def import_weights_command(arguments: list[str]) -> None:
     """`partial-fc import`: make a checkpoint of class weights that come from other files."""
-    parser = jsonargparse.ArgumentParser(
+    parser = SettingsParser(
         prog="partial-fc import",
         description="Make a checkpoint, for any number of ranks, of class weights in a safetensors file or in one "
         "file per rank.",
@@ -194,22 +195,23 @@ def import_weights_command(arguments: list[str]) -> None:
         "--name", default=None, help="name of the weights in the checkpoint (default: head, or center for centers)"
     )
     add_traceback(parser)
-    skipped = {f.name for f in fields(HeadConfig)} - {"margin", *MARGIN_SETTINGS}
-    parser.add_class_arguments(HeadConfig, skip=skipped)
+    words = "The margin of the head, with its arguments after it: --margin CosFace --margin.margin 0.35."
+    parser.add_class_option("margin", MarginSettings, DEFAULT_MARGIN, words)
     asked = parser.parse_args(arguments)
-    config = HeadConfig(**{f.name: asked[f.name] for f in fields(HeadConfig) if f.name not in skipped})
+    given = parser.parse_args(arguments, defaults=False).get("margin")
+    margin = DEFAULT_MARGIN if given is None else MarginSettings.read(given, "margin", DEFAULT_MARGIN)
     try:
-        config.check()
+        margin.build_margin(torch.ones(2), "margin")
         output = Path(asked.output)
         if (output / MANIFEST).exists():
             raise UserError(f"{output} already holds a checkpoint; choose another --output")
-        sources, kind, margin = _open_sources([Path(p) for p in asked.sources], asked.key)
-        if kind == "head" and margin is not None and not any(a.startswith("--margin") for a in arguments):
-            built = config.build_margin(torch.ones(sources["weight"].shape[0])).describe()
-            if margin != built:
+        sources, kind, described = _open_sources([Path(p) for p in asked.sources], asked.key)
+        if kind == "head" and described is not None and given is None:
+            built = margin.build_margin(torch.ones(sources["weight"].shape[0]), "margin").describe()
+            if described != built:
                 raise UserError(
-                    f"{asked.sources[0]} comes from a head with {margin}; give the margin of the checkpoint: --margin, "
-                    "--scale, --m"
+                    f"{asked.sources[0]} comes from a head with {described}; give the margin of the checkpoint: --margin, "
+                    "--margin.scale, ..."
                 )
         name = asked.name or kind
         if not name.isidentifier():
@@ -217,9 +219,7 @@ def import_weights_command(arguments: list[str]) -> None:
                 f"--name {name} is not a valid name; use letters, digits and _, because the checkpoint is loaded with "
                 f"load_checkpoint(path, {name}=...)"
             )
-        _import(output, name, sources, kind, config)
-    except UserError as error:
-        raise UserError(str(error).replace("--head.", "--")) from error
+        _import(output, name, sources, kind, margin)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -245,9 +245,9 @@ def _open_sources(paths: list[Path], key: str | None) -> tuple[dict[str, RowSour
     return sources, kind, header.metadata.get("margin")
 
 
-def _import(output: Path, name: str, sources: dict[str, RowSource], kind: str, config: HeadConfig) -> None:
+def _import(output: Path, name: str, sources: dict[str, RowSource], kind: str, margin: MarginSettings) -> None:
     main = next(iter(sources.values()))
-    state = _center_state(main) if kind == "center" else _head_state(sources, config)
+    state = _center_state(main) if kind == "center" else _head_state(sources, margin)
     optimizer = _optimizer_state(main) if isinstance(main, RankFiles) and main.state else None
     values = [*state.values(), *(optimizer["state"][0].values() if optimizer else ())]
     streamed = [value for value in values if isinstance(value, _ObservedRows)]
@@ -266,12 +266,12 @@ def _import(output: Path, name: str, sources: dict[str, RowSource], kind: str, c
         print(f"and {name}_optimizer with {', '.join(optimizer['state'][0])}; loading it also sets {options}")
 
 
-def _head_state(sources: dict[str, RowSource], config: HeadConfig) -> dict[str, Any]:
+def _head_state(sources: dict[str, RowSource], settings: MarginSettings) -> dict[str, Any]:
     """Return the state dict of a newly built head, with the rows of `sources`."""
     weight = sources["weight"]
     classes, width = weight.shape[0], weight.shape[-1]
-    margin = config.build_margin(torch.ones(classes))
-    head = PartialFC(width, classes, config.build_margin(torch.ones(classes)), device="meta", dtype=weight.dtype)
+    margin, of_head = (settings.build_margin(torch.ones(classes), "margin") for _ in range(2))
+    head = PartialFC(width, classes, of_head, device="meta", dtype=weight.dtype)
     state = dict(head.state_dict())
     margin.prepare(classes, classes)
     for key, parameter in margin.named_parameters():
@@ -280,13 +280,13 @@ def _head_state(sources: dict[str, RowSource], config: HeadConfig) -> dict[str, 
     start = {f"margin.{key}": value for key, value in margin.state_dict().items()}
     if state["weight"].shape != weight.shape:
         raise UserError(
-            f"the weight has the shape {list(weight.shape)}, but a head with --margin {config.margin} has "
-            f"{list(state['weight'].shape)}; --margin subcenter --centers K has K rows per class, every other margin "
-            "one"
+            f"the weight has the shape {list(weight.shape)}, but a head with --margin {settings.name} has "
+            f"{list(state['weight'].shape)}; --margin SubCenterArcFace --margin.centers K has K rows per class, every other "
+            "margin of the package one"
         )
     if "bias" in sources and "bias" not in state:
         raise UserError(
-            f"the file has a bias, but a head with --margin {config.margin} has none; give --margin softmax, or "
+            f"the file has a bias, but a head with --margin {settings.name} has none; give --margin Softmax, or "
             "--key weight"
         )
     for key, value in state.items():

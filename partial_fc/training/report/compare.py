@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from partial_fc.training.config import CLASS_OPTIONS
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.interval import split_history
@@ -28,6 +29,7 @@ from partial_fc.training.protocols.result import Result
 from partial_fc.training.report.formatting import DASH, figure_cell, flatten, is_share, leaves
 from partial_fc.training.report.report import PLOTS, TABLES
 from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder
+from partial_fc.training.settings_file import shown_settings
 
 OVERLAID = {
     "loss": "loss",
@@ -64,7 +66,7 @@ def read_run(path: str, name: str) -> Run:
     if not (folder.path / METRICS).is_file():
         folder.check_run()
     try:
-        settings = yaml.safe_load(_text_of(folder.path / CONFIG, "{}")) or {}
+        settings = shown_settings(yaml.safe_load(_text_of(folder.path / CONFIG, "{}")) or {}, CLASS_OPTIONS)
         metrics = json.loads(_text_of(folder.path / METRICS, "{}"))
         curves = json.loads(_text_of(folder.path / CURVES, "[]"))
         tables = {each["name"]: each for each in metrics.get("evaluations", [])}

@@ -42,7 +42,7 @@ COMMON = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
-    for name, more in (("arc", []), ("cos", ["--head.margin", "cosface", "--head.sample_rate", "0.5"])):
+    for name, more in (("arc", []), ("cos", ["--head.margin", "CosFace", "--head.sample_rate", "0.5"])):
         assert main([*COMMON, *more, "--output.folder", str(root / name)]) == 0
     return [root / "arc", root / "cos"]
 
@@ -169,9 +169,9 @@ def test_what_differs_is_told_and_the_best_is_marked(runs, tmp_path):
     assert main(["report", str(runs[0]), str(changed), str(unfinished), "--output", str(page)]) == 0
     text = page.read_text()
     settings = text[text.index("Settings that differ") : text.index("<h2>seen")]
-    assert settings.count("<tr>") == 4  # heads, margin, sample_rate, folder of the output
+    assert settings.count("<tr>") == 6  # heads, margin, its margin and gradient, sample_rate, folder of the output
     assert (
-        "<code>head.margin</code></td><td><code>arcface</code></td><td><code>cosface</code></td><td><code>arcface</code>"
+        "<code>head.margin</code></td><td><code>ArcFace</code></td><td><code>CosFace</code></td><td><code>ArcFace</code>"
         in settings
     )
     assert '<td class="best">0.00 %</td><td>—</td>' in text[text.index("<td>eer") :].split("</tr>")[0]
