@@ -1,7 +1,7 @@
 """Classification heads whose class weights are sharded over ranks, for recognisers with very many classes.
 
-The core imports torch alone. Someone with their own training loop needs nothing but the names below; `partial_fc.training` is an
-application built on them.
+The core imports torch alone. Someone with their own training loop needs nothing but the names below;
+`partial_fc.training` is an application built on them.
 """
 
 from partial_fc import old_paths

@@ -49,7 +49,7 @@ class PartialFC(HeadState):
         init_std: standard deviation of initial weights.
         ignore_index: label of samples that take no part.
         reduction: "mean" over the valid samples of the global batch (weighted by sample_weights), "sum", or "none".
-        scale_embedding_grad: multiply the embeddings' gradient by the number of ranks, as DDP, DeepSpeed, FSDP divide by it.
+        scale_embedding_grad: multiply the embeddings' gradient by the number of ranks, by which DDP and FSDP divide.
         logits_budget: bytes of kept logits `[N, S]` on a rank (default 1 GiB); beyond it backward computes them again.
         label_smoothing: ε in [0, 1), as in `F.cross_entropy`, over the selected classes: all at r = 1.
         interclass_filter: cosine in (-1, 1] beyond which another class is taken for the sample's own under a second
@@ -65,7 +65,7 @@ class PartialFC(HeadState):
         max_skips: how many steps in a row may be skipped before NonFiniteError is raised; None for any number.
         device, dtype: of the weights; float32 unless the default dtype is another.
 
-    Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64; N_local may be 0. The loss is a scalar, or `[N_local]`
+    Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64; N_local may be 0. The loss is 0-d, or `[N_local]`
     for "none". Raises ValueError for bad arguments or inputs, the same on every rank; RuntimeError for wrong wiring.
     """
 

@@ -3,7 +3,8 @@
     import partial_fc.queries             a module without contents
     partial_fc.queries.topk               looked up in the modules that took its place, with a DeprecationWarning
 
-CHANGELOG.md lists the new paths. `partial_fc.margins`, `.optim`, `.checkpoint` and `.nonfinite` are packages now and stay.
+CHANGELOG.md lists the new paths. `partial_fc.margins`, `.optim`, `.checkpoint` and `.nonfinite` are packages now and
+stay.
 """
 
 from __future__ import annotations

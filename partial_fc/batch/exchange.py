@@ -5,8 +5,8 @@
        payload  bytes        ── all-gather ──>  embeddings [N, D], labels [N], ... in the order of the ranks, N = Σ N_r
 
 On a 2-D mesh (replicas x shards) embeddings travel within a replica only; statuses and labels are gathered across
-replicas too, one more small collective each. With several label sets the status collective keeps the size of one set, so
-that ranks that disagree about the names do not hang; one more collective brings the statuses of the other sets.
+replicas too, one more small collective each. With several label sets the status collective keeps the size of one set,
+so that ranks that disagree about the names do not hang; one more collective brings the statuses of the other sets.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     embeddings [N_r, D], labels [N_r] or [N_r, L]  ── inspect ──>  int64 [label sets, 21]: a `Status` for each label set
 
-Every rank receives all statuses and checks them on the host, which must read the sample counts anyway. So a bad input on
-one rank raises the same error on every rank, without another wait for the device.
+Every rank receives all statuses and checks them on the host, which must read the sample counts anyway. So a bad input
+on one rank raises the same error on every rank, without another wait for the device.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ Gradient = Literal["exact", "straight_through"]
 
 
 def angular(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
-    """Return cos(factor · θ + added) `[P]`, continued monotonically past π; 1 below 0. added: radians, number or `[P]`."""
-    # acos has infinite slope at ±1: a step inside, the slope stays finite. The step is the dtype's resolution of an angle
-    # near 0, so the value is unharmed: cos changes by at most its own rounding.
+    """Return cos(factor · θ + added) `[P]`, continued monotonically past π; 1 below 0. added: radians."""
+    # acos has infinite slope at ±1: a step inside, the slope stays finite. The step is the dtype's resolution of an
+    # angle near 0, so the value is unharmed: cos changes by at most its own rounding.
     edge = 1 - torch.finfo(cosine.dtype).eps
     theta = torch.acos(cosine.clamp(-edge, edge))
     beyond = (cosine < -edge) | (cosine > edge)

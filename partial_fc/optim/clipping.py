@@ -36,7 +36,8 @@ def clip_grad_norm_(
     """Clip the gradients of replicated parameters and sharded heads by their one global norm; return the norm before.
 
     It checks the step, as `check_gradients` does: if a loss or the norm is not finite on any rank, all raise
-    NonFiniteError, or `head.skipped` becomes True on all and gradients are forgotten. Call it after a scaler's unscale_().
+    NonFiniteError, or `head.skipped` becomes True on all and gradients are forgotten. Call it after a scaler's
+    unscale_().
 
     Args:
         parameters: of the backbone, replicated (counted once) or FSDP2's DTensors (summed over their shards); those of

@@ -10,8 +10,8 @@ For a logit z_ij = s x_i·w_j of a class that is no target, with p_ij = exp(z_ij
 For the target l of sample i, with its margin: d_z_il = d_lse_i p_il − d_loss_i ((1 − ε) weight_il + ε/|S|)   [P], and
 d_cosine = d_z ∂z/∂cosine. These P rank-one terms are added apart.
 
-Exponentials that were kept, or are computed again, are e_ij = exp(z_ij − m_i) for some m_i: d_lse_i p_ij = e_ij factor_i
-with factor_i = d_lse_i exp(m_i − lse_i), one number a sample and tile, multiplied into x instead of into e.
+Exponentials that were kept, or are computed again, are e_ij = exp(z_ij − m_i) for some m_i: d_lse_i p_ij = e_ij
+factor_i with factor_i = d_lse_i exp(m_i − lse_i), one number a sample and tile, multiplied into x instead of into e.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class BackwardTiles:
         return e, d.d_lse * factor
 
     def _row_gradient(self, out: Tensor, e: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
-        """Write the gradient of rows a to b, but for the targets' share, to `out [T, D]`, which may be the memory of w."""
+        """Write the gradient of rows a to b, but for the targets' share, to `out [T, D]`, perhaps the memory of w."""
         product, rows = self.state.product, self.state.rows
         if product == self.stats == out.dtype and rows.held is None:
             grad = torch.mm(e.t(), weighted, out=out)

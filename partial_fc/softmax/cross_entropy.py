@@ -43,9 +43,9 @@ def sharded_cross_entropy(
     Its backward gives the gradients of the first five arguments.
 
     embeddings: `[N_local, D]` of this rank if `selection.scatter`, else the gathered `[N, D]`. weight: `[C_local, D]`
-    or `[C_local, K, D]`. bias: `[C_local]`. offset: `[1]`, added to all logits by a margin of binary decisions. anchor: a
-    scalar that requires grad where weight and bias are detached, because their rows' gradients go to the sink. The loss
-    is a scalar that is the same on every rank, or `[N_local]` for reduction "none".
+    or `[C_local, K, D]`. bias: `[C_local]`. offset: `[1]`, added to all logits by a margin of binary decisions. anchor:
+    a scalar that requires grad where weight and bias are detached, because their rows' gradients go to the sink. The
+    loss is a scalar that is the same on every rank, or `[N_local]` for reduction "none".
     """
     inputs = (embeddings, weight, bias, offset, anchor)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)

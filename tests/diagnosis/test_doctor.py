@@ -1,4 +1,5 @@
-"""doctor: each wrong wiring is named by the right check on every rank, right wiring is all right, and nothing of a run has moved."""
+"""doctor: each wrong wiring is named by the right check on every rank, right wiring is all right, and nothing of a run
+has moved."""
 
 from __future__ import annotations
 
@@ -343,7 +344,8 @@ def test_what_accelerate_was_given_is_seen():
     accelerator.free_memory()
 
 
-# ---------------------------------------------------------------------------------------------------- refused without being asked
+# ---------------------------------------------------------------------------------------------------- refused without
+# being asked
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
@@ -373,7 +375,8 @@ def test_a_weight_that_was_replaced_is_refused(ranks, world):
 
 
 def train(rank: int, world: int, kind: str, look: bool) -> list[Any]:
-    """Losses, weights and state of a short run, with the doctor looking in between or not, once with gradients pending."""
+    """Losses, weights and state of a short run, with the doctor looking in between or not, once with gradients
+    pending."""
     margin = CurricularFace(scale=8.0, momentum=0.3) if kind == "curricular" else ArcFace(scale=8.0)
     head = PartialFC(D, C, margin, 0.5 if kind == "sampled" else 1.0)
     model = DistributedDataParallel(backbone(dropout=0.3), gradient_as_bucket_view=True)

@@ -1,6 +1,8 @@
-"""A rank that does not come is named on the ranks that are left: stopped, killed, failed or ended, in every collective of the head.
+"""A rank that does not come is named on the ranks that are left: stopped, killed, failed or ended, in every collective
+of the head.
 
-Here every case has processes and a store of its own: what is left of a process group afterwards is of no use to other tests.
+Here every case has processes and a store of its own: what is left of a process group afterwards is of no use to other
+tests.
 """
 
 from __future__ import annotations
@@ -100,7 +102,8 @@ COLLECTIVES: dict[str, Callable[[PartialFC, Any], Callable[[], Any]]] = {
 
 
 def every_collective(rank: int, world: int, folder: str) -> list[Any]:
-    """One rank fails with an exception of its own before each, and goes on elsewhere; the last one it comes to too late."""
+    """One rank fails with an exception of its own before each, and goes on elsewhere; the last one it comes to too
+    late."""
     os.chdir(folder)
     inquiry.SETTLE = 0.3
     store, prepared = dist.distributed_c10d._get_default_store(), []  # type: ignore[attr-defined]
@@ -138,7 +141,8 @@ def test_a_rank_that_fails_before_a_collective_is_named_whichever_it_is(tmp_path
     )
 
 
-# ---------------------------------------------------------------------------------------------------- stopped, killed, ended
+# ---------------------------------------------------------------------------------------------------- stopped, killed,
+# ended
 
 
 def victim_of(rank: int, world: int, victim: int, number: int) -> tuple[str, tuple[int, ...], str, float]:
@@ -216,7 +220,8 @@ def test_on_a_mesh_the_rank_that_all_wait_for_is_named():
     assert [results[rank][1] for rank in range(3)] == [(3,)] * 3, results
 
 
-# ---------------------------------------------------------------------------------------------------- what is no peer's doing
+# ---------------------------------------------------------------------------------------------------- what is no peer's
+# doing
 
 
 def test_other_errors_pass_as_they_are():

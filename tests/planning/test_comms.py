@@ -144,7 +144,8 @@ def test_the_advice():
     assert slow.advice.startswith(
         "the reduce-scatter of the embedding gradient takes 83% of the step: network of 0.1 GB/s between 2 nodes; check that the fast "
     )
-    # rows of a rank: 10, or 20 where two nodes each have a whole head; of an all-reduce over two nodes each number is sent once
+    # rows of a rank: 10, or 20 where two nodes each have a whole head; of an all-reduce over two nodes each number is
+    # sent once
     assert "shard within a node and replicate across nodes" in slow.advice
     assert "480 B of class gradients between nodes instead of 190.73 MiB of embeddings" in slow.advice
     many = made(2, 0.1, 0.05, rows=10_000_000, embedding_gradient=1.0, payload=0.05).advice

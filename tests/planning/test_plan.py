@@ -1,4 +1,5 @@
-"""The plan of a head against sums made by hand, against the head's own choices and collectives, and against memory that was measured."""
+"""The plan of a head against sums made by hand, against the head's own choices and collectives, and against memory that
+was measured."""
 
 from __future__ import annotations
 
@@ -368,7 +369,8 @@ def small(monkeypatch):
 
 
 def allocated(made: Plan) -> dict[str, int]:
-    """Bytes of tensors of a head as planned, at most, in each phase of its first three steps, as torch's profiler sees them."""
+    """Bytes of tensors of a head as planned, at most, in each phase of its first three steps, as torch's profiler sees
+    them."""
     a = made.arguments
     cls, options = OPTIMIZERS[a["optimizer"]]
     head = PartialFC(

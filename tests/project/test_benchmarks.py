@@ -1,4 +1,5 @@
-"""The benchmark commands run from end to end at sizes that say nothing; the textbook peer computes the same as the head."""
+"""The benchmark commands run from end to end at sizes that say nothing; the textbook peer computes the same as the
+head."""
 
 from __future__ import annotations
 

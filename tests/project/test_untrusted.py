@@ -1,4 +1,5 @@
-"""Files that somebody else made: nothing in them is run, nothing outside their folder is touched, sizes are not believed."""
+"""Files that somebody else made: nothing in them is run, nothing outside their folder is touched, sizes are not
+believed."""
 
 from __future__ import annotations
 
@@ -340,7 +341,8 @@ def test_any_header_is_read_or_refused_by_name(tmp_path_factory, header, length)
     }  # no name was taken for a place to write to
 
 
-# ---------------------------------------------------------------------------------------------------- settings and run folders
+# ---------------------------------------------------------------------------------------------------- settings and run
+# folders
 
 
 MODULE = """

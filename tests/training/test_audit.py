@@ -1,4 +1,5 @@
-"""`partial-fc audit`: faults that were planted in a folder of images are found, at one rank and at two; mistakes are one line."""
+"""`partial-fc audit`: faults that were planted in a folder of images are found, at one rank and at two; mistakes are
+one line."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ SETTINGS = [
 
 
 def planted(root: Path) -> Path:
-    """56 characters, ten images each: five of one of them are under a second name; four identities have one image, which is damaged."""
+    """56 characters, ten images each: five of one of them are under a second name; four identities have one image,
+    which is damaged."""
     glyphs = GlyphIdentities("train", 56)
     for i in range(len(glyphs)):
         name = f"id{int(glyphs.labels[i]):03d}"
@@ -61,7 +63,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hardly_trained(trained: Path) -> Path:
-    """A run in which one class a step is drawn beside those of the batch, for 17 steps of one epoch: 43 of 60 are never drawn."""
+    """A run in which one class a step is drawn beside those of the batch, for 17 steps of one epoch: 43 of 60 are never
+    drawn."""
     run = trained / "short"
     own = [
         "--output.folder",

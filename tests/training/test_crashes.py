@@ -1,9 +1,11 @@
-"""Runs that end before their time: a rank killed in a named phase, a rank that hangs, a launcher gone, a request to stop.
+"""Runs that end before their time: a rank killed in a named phase, a rank that hangs, a launcher gone, a request to
+stop.
 
-Whatever it was, nothing of the run lives on, and started again (by hand or by its launcher, also on fewer ranks) it makes the losses of a
-run that nothing happened to.
+Whatever it was, nothing of the run lives on, and started again (by hand or by its launcher, also on fewer ranks) it
+makes the losses of a run that nothing happened to.
 
-    pytest tests/training/test_crashes.py -m "slow or not slow"      all phases and launchers, about ten minutes on two cores
+    pytest tests/training/test_crashes.py -m "slow or not slow"      all phases and launchers, about ten minutes on two
+    cores
 """
 
 from __future__ import annotations
@@ -286,7 +288,8 @@ def test_killed_in_each_phase_under_an_elastic_launcher(tiny, undisturbed, tmp_p
 
 @pytest.mark.slow
 def test_fewer_ranks(tiny, tmp_path):
-    """Three ranks crash; two go on with the losses of two that start from the same checkpoint and that nothing happens to."""
+    """Three ranks crash; two go on with the losses of two that start from the same checkpoint and that nothing happens
+    to."""
     out, twin = tmp_path / "run", tmp_path / "twin"
     assert killed(tiny, out, "kill:optimizer@step=6,rank=2", ranks=3)[1] == 4
     shutil.copytree(out, twin)
@@ -300,7 +303,8 @@ def test_fewer_ranks(tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["agent", "agent and rank"])
 def test_elastic_nodes_go_on_with_fewer(tiny, tmp_path, what):
-    """Two agents of a rank each on one machine; that which does not hold the meeting point is killed, alone or with its rank."""
+    """Two agents of a rank each on one machine; that which does not hold the meeting point is killed, alone or with its
+    rank."""
     out, endpoint = tmp_path / "run", f"localhost:{free_port()}"
     command = f"launch/torchrun_elastic.sh {tiny} --train.epochs 60 --train.checkpoint_every 200 --output.folder {out}"
     environment = {"NNODES": "1:2", "NPROC": "1", "RDZV_ENDPOINT": endpoint}
@@ -327,7 +331,8 @@ def test_elastic_nodes_go_on_with_fewer(tiny, tmp_path, what):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_at_the_timeout(tiny, undisturbed, tmp_path):
-    """The other rank ends at the process group's timeout; the launcher kills the one that hangs, half a minute later."""
+    """The other rank ends at the process group's timeout; the launcher kills the one that hangs, half a minute
+    later."""
     out, environment = tmp_path / "run", ports()
     command = by_hand(tiny, out) + " --train.timeout 5 --train.asynchronous_checkpoints true"
     with disturbed(command, PARTIAL_FC_FAULTS="stop:forward@step=6,rank=1", **environment) as (process, _):
@@ -417,7 +422,8 @@ def test_a_full_disk_ends_a_run_and_it_goes_on(tiny, alone, tmp_path, monkeypatc
     assert tell_tale(out) == alone
 
 
-# ---------------------------------------------------------------------------------------------------- what a crash leaves
+# ---------------------------------------------------------------------------------------------------- what a crash
+# leaves
 
 
 def test_a_folder_whose_claim_was_killed_is_free(tmp_path):
@@ -465,7 +471,8 @@ def test_a_line_of_the_history_that_was_cut_short(tmp_path):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- processes that load images
+# ---------------------------------------------------------------------------------------------------- processes that
+# load images
 
 
 def test_loading_processes_outlive_signals_to_the_whole_group(tmp_path):

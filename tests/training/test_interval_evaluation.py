@@ -1,4 +1,5 @@
-"""Evaluation during training leaves the training as it is; the best checkpoint is kept; the protocols as commands and in the report."""
+"""Evaluation during training leaves the training as it is; the best checkpoint is kept; the protocols as commands and
+in the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Several data sets in one run: what a batch has of each, the same at every world size; heads of their own, equal to dense ones."""
+"""Several data sets in one run: what a batch has of each, the same at every world size; heads of their own, equal to
+dense ones."""
 
 from __future__ import annotations
 
@@ -119,7 +120,8 @@ def mixed_config() -> RunConfig:
 
 
 def heads_on_ranks(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
-    """(rows that this rank holds, gradient) of each head after a backward, then the losses and the gradient of the embeddings."""
+    """(rows that this rank holds, gradient) of each head after a backward, then the losses and the gradient of the
+    embeddings."""
     torch.manual_seed(0)
     data, config = three(), mixed_config()
     labels = torch.tensor([0, 11, 3, 7, 7, 2, 5, 9, 12, 14, 13, 12, 15, 19])

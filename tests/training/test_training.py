@@ -1,4 +1,5 @@
-"""The application as its users start it: settings, bad input, a run on two ranks, resume after a kill, evaluation of a folder."""
+"""The application as its users start it: settings, bad input, a run on two ranks, resume after a kill, evaluation of a
+folder."""
 
 from __future__ import annotations
 
@@ -132,7 +133,8 @@ def test_the_head_has_the_filter_and_a_margin_of_each_classs_count():
     assert RunConfig().center.build(8, 4, 0, torch.device("cpu")) is None
 
 
-# ---------------------------------------------------------------------------------------------------- bad input, one line
+# ---------------------------------------------------------------------------------------------------- bad input, one
+# line
 
 
 def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
@@ -359,7 +361,8 @@ def test_a_run_leaves_everything(run):
 
 
 def test_what_is_measured_is_logged_now_and_then(tmp_path):
-    """Only in the steps that are logged, and on a tracker as in the history; a margin that normalises nothing has no angles."""
+    """Only in the steps that are logged, and on a tracker as in the history; a margin that normalises nothing has no
+    angles."""
     settings = [
         "--head.margin",
         "Softmax",
@@ -614,7 +617,8 @@ def test_ranks_that_read_no_image_fail_alike(tmp_path):
     assert err.count("partial-fc: error: 64 of 64 images of epoch 1 could not be read, the first of them ") == 1
 
 
-# ---------------------------------------------------------------------------------------------------- example and results
+# ---------------------------------------------------------------------------------------------------- example and
+# results
 
 
 def test_the_plain_ddp_example_learns(tmp_path):
@@ -628,7 +632,8 @@ def test_the_plain_ddp_example_learns(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2500)
 def test_the_results_that_the_readme_promises(tmp_path):
-    """Three seeds of the quick start at two ranks: ArcFace at FAR 1e-3 and its distance from the same run without a margin."""
+    """Three seeds of the quick start at two ranks: ArcFace at FAR 1e-3 and its distance from the same run without a
+    margin."""
     means: dict[str, list[float]] = {}
     for margin in ("ArcFace", "NormFace"):
         for seed in range(3):

@@ -1,4 +1,5 @@
-"""The end of an epoch in the application: whole steps, nothing trained that no step takes, data sets that are too small."""
+"""The end of an epoch in the application: whole steps, nothing trained that no step takes, data sets that are too
+small."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def settings(folder: Path, *more: str) -> RunConfig:
 
 
 def test_micro_batches_that_make_no_whole_step_are_left_out_and_counted(tmp_path, monkeypatch, capsys):
-    """Of each epoch's micro-batches so many cannot be read that two of the others make no step: no gradient of theirs waits at its end."""
+    """Of each epoch's micro-batches so many cannot be read that two of the others make no step: no gradient of theirs
+    waits at its end."""
     trainer = Trainer(settings(tmp_path / "run", "--train.epochs", "2", "--center.weight", "0.01"))
     whole, accumulation = len(trainer.loader), 4
     steps = whole // accumulation - 1

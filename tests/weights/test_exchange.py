@@ -1,4 +1,5 @@
-"""Class weights and centers as single files: bit for bit at every world size, in bounded memory, refused in words where they do not fit."""
+"""Class weights and centers as single files: bit for bit at every world size, in bounded memory, refused in words where
+they do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`partial-fc data convert`: any format into any other, killed and gone on with, verified, and nothing of others overwritten."""
+"""`partial-fc data convert`: any format into any other, killed and gone on with, verified, and nothing of others
+overwritten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every format is the same data set: the same images, order, batches on any number of ranks, mid-epoch resume; and what is found where."""
+"""Every format is the same data set: the same images, order, batches on any number of ranks, mid-epoch resume; and what
+is found where."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def test_a_format_is_found_and_gives_images_and_labels(source):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_format_is_shuffled_and_sharded_and_resumed_as_any_other(source, tmp_path):
-    """Mid-epoch at another world size: two ranks have taken 2 of 4 batches, three ranks take the rest. No format changes a bit of it."""
+    """Mid-epoch at another world size: two ranks have taken 2 of 4 batches, three ranks take the rest. No format
+    changes a bit of it."""
     _, path = source
     augment = AugmentConfig(flip_probability=0.5)
 
@@ -252,7 +254,8 @@ def test_a_split_is_of_no_use_where_there_are_none(tmp_path):
         open_data(DataConfig(split="train"), 0)
 
 
-# -------------------------------------------------------------------------------------------------------------- decoding
+# --------------------------------------------------------------------------------------------------------------
+# decoding
 
 
 def variants():
@@ -310,7 +313,8 @@ def test_a_jpeg_that_is_cut_short_is_unreadable_with_either_decoder(monkeypatch,
         dataset.load(1)
 
 
-# --------------------------------------------------------------------------------------------------------------- feeding
+# ---------------------------------------------------------------------------------------------------------------
+# feeding
 
 
 def test_mirroring_alone_moves_pixels_and_computes_none():
@@ -380,7 +384,8 @@ def test_training_and_evaluation_are_fed_alike(device, ranks, local, expected, m
         assert protocol_parser(command).get_default("workers") is None, "by the cores"
 
 
-# ------------------------------------------------------------------------------------------------------------- a whole run
+# ------------------------------------------------------------------------------------------------------------- a whole
+# run
 
 
 def test_a_run_names_what_is_damaged_and_finds_out_if_its_data_change(tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""Fonts made here, with every trap in them, become a data set in which a design counts once and nothing held out is trained on."""
+"""Fonts made here, with every trap in them, become a data set in which a design counts once and nothing held out is
+trained on."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def write_font(
 
 @pytest.fixture(scope="module")
 def fonts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Designs Aa, Bb, ..., Gg; a copy of Aa moved by less than a pixel, a bold Aa; a file that is no font, and one cut in the middle."""
+    """Designs Aa, Bb, ..., Gg; a copy of Aa moved by less than a pixel, a bold Aa; a file that is no font, and one cut
+    in the middle."""
     folder = tmp_path_factory.mktemp("fonts")
     (folder / "deep").mkdir()
     traps: dict[int, list[Rectangle]] = {BLANK: [], BOX: NOTDEF} | {code: [(0, 0, 800, 100)] for code in REPEATED}

@@ -1,4 +1,5 @@
-"""Retrieval against plain loops and scikit-learn's average precision, with cameras, ties and queries that have no answer."""
+"""Retrieval against plain loops and scikit-learn's average precision, with cameras, ties and queries that have no
+answer."""
 
 from __future__ import annotations
 
