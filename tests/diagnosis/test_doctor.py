@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from common import args
 from forked import succeed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -444,17 +445,8 @@ def test_a_run_of_the_application(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "in use").write_text("")
-    settings = [
-        "--data.identities",
-        "30",
-        "--train.batch_size",
-        "64",
-        "--train.cpu",
-        "true",
-        "--output.folder",
-        str(folder),
-    ]
-    settings += ["--head.sample_rate", "0.5", "--optimizer", "LAMB", "--optimizer.lr", "0.01"]
+    settings = [*args("--data.identities 30 --train.batch_size 64 --train.cpu true --output.folder"), str(folder)]
+    settings += args("--head.sample_rate 0.5 --optimizer LAMB --optimizer.lr 0.01")
     assert main(["doctor", *settings]) == 0
     out = capsys.readouterr().out
     assert "no problems found" in out and "✓ gradient scale" in out
@@ -473,14 +465,7 @@ def test_a_run_of_the_application(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_of_the_application_on_two_ranks(tmp_path):
-    command = [
-        "doctor",
-        "configs/quickstart.yaml",
-        "--train.batch_size",
-        "32",
-        "--output.folder",
-        str(tmp_path / "run"),
-    ]
+    command = [*args("doctor configs/quickstart.yaml --train.batch_size 32 --output.folder"), str(tmp_path / "run")]
     out = succeed(*command, "--train.mixed_precision", "bf16", "--head.sample_rate", "0.5")
     assert out.count("14 checks on 2 ranks: no problems found") == 1, out
     assert not (tmp_path / "run").exists()

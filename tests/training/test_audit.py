@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import args
 from forked import finish, fork
 from PIL import Image
 
@@ -71,10 +72,7 @@ def hardly_trained(trained: Path) -> Path:
         str(run),
         "--data.folder",
         str(trained / "data"),
-        "--train.epochs",
-        "1",
-        "--head.sample_rate",
-        "0.01",
+        *args("--train.epochs 1 --head.sample_rate 0.01"),
     ]
     assert main(["train", *own, *IMAGES, *SETTINGS]) == 0
     return run

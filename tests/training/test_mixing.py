@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from common import args
 from launched import logged
 from PIL import Image
 from torch import Tensor
@@ -203,12 +204,7 @@ def test_a_mixed_run_goes_on_exactly_and_evaluates_as_any(tmp_path, capsys):
         "20",
         "--data.mix",
         mix,
-        "--train.batch_size",
-        "50",
-        "--train.epochs",
-        "2",
-        "--train.cpu",
-        "true",
+        *args("--train.batch_size 50 --train.epochs 2 --train.cpu true"),
     ]
     settings += ["--backbone.embedding_size", "8", "--output.log_every", "1", "--train.checkpoint_steps", "3"]
     run, again = tmp_path / "run", tmp_path / "again"

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from common import args
 from launched import MPIRUN_OPTIONS, OTHERS, RANK_VARIABLES, ROOT, environment, finish, start
 from runner import free_port
 
@@ -300,11 +301,7 @@ def alone(tmp_path: Path, **more: str) -> str:
     """What `partial-fc train` says in a process that an mpirun of two is said to have started."""
     command = [
         sys.executable,
-        "-m",
-        "partial_fc",
-        "train",
-        "configs/quickstart.yaml",
-        "--output.folder",
+        *args("-m partial_fc train configs/quickstart.yaml --output.folder"),
         str(tmp_path / "run"),
     ]
     code, out, err = finish(start(command, OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="0", **more))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common import args
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,11 +25,7 @@ def test_two_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     command = [
         sys.executable,
         str(ROOT / "benchmarks/soak.py"),
-        "--minutes",
-        "2",
-        "--seed",
-        "1",
-        "--out",
+        *args("--minutes 2 --seed 1 --out"),
         str(tmp_path / "soak"),
     ]
     run = subprocess.run(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from common import args
 from data_files import image_folder
 from forked import finish, fork, succeed
 
@@ -37,18 +38,7 @@ def history(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
-FOLDER_RUN = [
-    "--data.image_size",
-    "32",
-    "--data.channels",
-    "3",
-    "--train.batch_size",
-    "16",
-    "--train.epochs",
-    "2",
-    "--train.cpu",
-    "true",
-]
+FOLDER_RUN = args("--data.image_size 32 --data.channels 3 --train.batch_size 16 --train.epochs 2 --train.cpu true")
 
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -206,10 +196,7 @@ def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
     if kind == "smoothing of binary decisions":
         return [
             *train,
-            "--head.margin",
-            "SphereFace2",
-            "--head.label_smoothing",
-            "0.1",
+            *args("--head.margin SphereFace2 --head.label_smoothing 0.1"),
         ], "label_smoothing must be 0 with SphereFace2"
     if kind == "centers":
         return [
@@ -311,17 +298,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-RUN = [
-    *SMALL,
-    "--train.epochs",
-    "6",
-    "--train.accumulation",
-    "2",
-    "--head.sample_rate",
-    "0.5",
-    "--train.mixed_precision",
-    "bf16",
-]
+RUN = [*SMALL, *args("--train.epochs 6 --train.accumulation 2 --head.sample_rate 0.5 --train.mixed_precision bf16")]
 
 
 def test_a_run_leaves_everything(run):
@@ -363,14 +340,7 @@ def test_a_run_leaves_everything(run):
 def test_what_is_measured_is_logged_now_and_then(tmp_path):
     """Only in the steps that are logged, and on a tracker as in the history; a margin that normalises nothing has no
     angles."""
-    settings = [
-        "--head.margin",
-        "Softmax",
-        "--output.log_every",
-        "4",
-        "--output.trackers",
-        "[tensorboard]",
-    ]
+    settings = args("--head.margin Softmax --output.log_every 4 --output.trackers [tensorboard]")
     config = to_config(
         train_parser(),
         [
@@ -437,14 +407,7 @@ def test_running_statistics_and_centers_go_on_exactly(tmp_path, settings):
 def test_centers_move_once_a_step_by_all_micro_batches_and_not_when_it_is_skipped(tmp_path, monkeypatch):
     settings = [
         *SMALL,
-        "--center.weight",
-        "0.01",
-        "--train.on_nonfinite",
-        "skip",
-        "--train.watch_every",
-        "4",
-        "--output.log_every",
-        "1",
+        *args("--center.weight 0.01 --train.on_nonfinite skip --train.watch_every 4 --output.log_every 1"),
     ]
     config = to_config(
         train_parser(),

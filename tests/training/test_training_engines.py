@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from common import args
 from launched import logged
 
 from partial_fc.training.cli.main import main
@@ -58,16 +59,7 @@ def json_of(tmp: Path, stage: int) -> list[str]:
 
 FSDP2 = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "NO_WRAP"}}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-DEEPSPEED = [
-    sys.executable,
-    "-m",
-    "deepspeed.launcher.runner",
-    "--num_gpus",
-    "2",
-    "--no_local_rank",
-    "--master_port",
-    "29611",
-]
+DEEPSPEED = [sys.executable, *args("-m deepspeed.launcher.runner --num_gpus 2 --no_local_rank --master_port 29611")]
 
 
 def train(launcher: list[str], *arguments: str) -> str:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from common import args
 from data_files import WRITERS, folder_of, insightface, list_file, picture, samples, shards
 
 from partial_fc.training.cli.main import main
@@ -128,10 +129,7 @@ def test_a_conversion_that_was_killed_goes_on(tmp_path):
         "convert",
         str(source),
         str(dest),
-        "--format",
-        "recordio",
-        "--part",
-        "50",
+        *args("--format recordio --part 50"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -245,9 +243,7 @@ def test_a_destination_that_is_not_what_was_written_is_found_out(tmp_path, monke
 
     def adds(change):
         monkeypatch.setattr(
-            writers.ListWriter,
-            "add",
-            lambda self, *given: add(self, *change(*given)) if change(*given) else None,
+            writers.ListWriter, "add", lambda self, *given: add(self, *change(*given)) if change(*given) else None
         )
 
     adds(lambda place, label, *rest: (place, (label + 1) % 4, *rest))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common import args
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
@@ -133,11 +134,7 @@ def test_the_command_tells_what_it_drops_and_counts_what_it_wrote(fonts, tmp_pat
         str(fonts),
         "--out",
         str(out),
-        "--holdout_identities",
-        "8",
-        "--holdout_designs",
-        "Ff",
-        "gg",
+        *args("--holdout_identities 8 --holdout_designs Ff gg"),
     ]
     assert main(arguments) == 0
     text = capsys.readouterr().out
@@ -300,17 +297,7 @@ def test_batches_come_from_worker_processes(made):
 
 def test_a_run_trains_on_it(made, tmp_path):
     out = tmp_path / "run"
-    run = [
-        "train",
-        "--data.folder",
-        str(made),
-        "--train.batch_size",
-        "32",
-        "--train.epochs",
-        "1",
-        "--train.cpu",
-        "true",
-    ]
+    run = ["train", "--data.folder", str(made), *args("--train.batch_size 32 --train.epochs 1 --train.cpu true")]
     assert main([*run, "--output.folder", str(out)]) == 0
     found = {each["name"]: each for each in json.loads((out / "metrics.json").read_text())["evaluations"]}
     assert {name: each["identities"] for name, each in found.items()} == {"seen": 8, "new": 8}

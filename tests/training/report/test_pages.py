@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser import Browser, find_browser
+from common import args
 
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import save_config, to_config
@@ -24,19 +25,7 @@ LOOK = """({
     headings: [...document.querySelectorAll("h2")].map(heading => heading.textContent),
     text: document.body.innerText,
 })"""
-COMMON = [
-    "train",
-    "--data.identities",
-    "40",
-    "--train.batch_size",
-    "64",
-    "--train.epochs",
-    "1",
-    "--train.cpu",
-    "true",
-    "--output.log_every",
-    "1",
-]
+COMMON = args("train --data.identities 40 --train.batch_size 64 --train.epochs 1 --train.cpu true --output.log_every 1")
 
 
 @pytest.fixture(scope="module")
