@@ -34,8 +34,8 @@ from ranks import interleaved, over_ranks, ratio, run_ranks  # noqa: E402
 
 from partial_fc import DivergenceWatch, PartialFC, RowOptimizer, clip_grad_norm_  # noqa: E402
 from partial_fc.batch.status import LabelSet  # noqa: E402
+from partial_fc.nonfinite.check_gradients import max_over_ranks as agree  # noqa: E402
 from partial_fc.nonfinite.describe import not_finite  # noqa: E402
-from partial_fc.nonfinite.step_check import max_over_ranks as agree  # noqa: E402
 
 INSPECTIONS = 100
 MARK = 1.0  # per cent of a step, at most

@@ -25,10 +25,10 @@ from partial_fc.batch.exchange import GlobalBatch, gradient_of_losses
 from partial_fc.batch.status import as_matrix
 from partial_fc.classes.class_means import Batches
 from partial_fc.classes.loss import ChangeableLoss
+from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.ranks import Group, all_gather, all_gather_mesh, start_reduce_scatter, sum_over_replicas
-from partial_fc.nonfinite.step_check import check_step
-from partial_fc.sharded import Reduction, SharedArguments, check_choice
-from partial_fc.shards import local_part
+from partial_fc.nonfinite.check_gradients import check_step
+from partial_fc.sharded_module import Reduction, SharedArguments, check_choice
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
 from partial_fc.targets import sample_weights_of, stats_dtype, targets_of
 

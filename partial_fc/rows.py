@@ -23,21 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from partial_fc.shards import ClassShards, local_part
+from partial_fc import errors
+from partial_fc.distributed.dtensors import local_part, wrap_rows
+from partial_fc.shards import ClassShards
 from partial_fc.step_record import StepRecord
 
 UpdateRows = Callable[[int, int, list[Tensor]], None]  # local rows a to b, their gradients: one tensor a parameter
-
-
-class RowUpdater(Protocol):
-    """What a loss knows of the `RowOptimizer` that moves its rows."""
-
-    update_in_backward: bool
-
-    @property
-    def moved_in_backward(self) -> bool: ...
-
-    def begin_update_in_backward(self) -> UpdateRows: ...
 
 
 class HasClassRows(Protocol):
@@ -76,8 +67,17 @@ class ClassRows:
 
     @property
     def live_optimizer(self) -> Any:
-        """The `RowOptimizer` that takes these gradients (a `RowUpdater`), or None."""
+        """The `RowOptimizer` that takes these gradients, or None."""
         return None if self.optimizer is None else self.optimizer()
+
+    @property
+    def begin_update_in_backward(self) -> Callable[[], UpdateRows] | None:
+        """How to begin an update of rows inside backward, if the `RowOptimizer` is to do that; else None."""
+        optimizer = self.live_optimizer
+        if optimizer is None or not optimizer.update_in_backward:
+            return None
+        begin: Callable[[], UpdateRows] = optimizer.update_for_forward()
+        return begin
 
     @property
     def everything(self) -> list[nn.Parameter]:
@@ -118,18 +118,19 @@ class ClassRows:
         before = self.gradients()
         if self.grad_rows is not None and len(before) == len(values):
             if self.used:
-                warnings.warn(
-                    "row gradients of the last step are still there and add up; call zero_grad() of the RowOptimizer",
-                    stacklevel=2,
+                stale = (
+                    "row gradients of the last step are still there and add up; call zero_grad() of the RowOptimizer"
                 )
+                warnings.warn(stale, stacklevel=2)
                 self.used = False
             union = torch.unique(torch.cat((self.grad_rows, rows)))
             old, new = torch.searchsorted(union, self.grad_rows), torch.searchsorted(union, rows)
-            sums = [v.new_zeros(len(union), *v.shape[1:]) for v in values]
-            for total, earlier, now in zip(sums, before, values, strict=True):
-                total[old] = earlier
-                total.index_add_(0, new, now)
-            rows, values = union, sums
+            sums = [
+                v.new_zeros(len(union), *v.shape[1:]).index_copy_(0, old, b)
+                for v, b in zip(values, before, strict=True)
+            ]
+            values = [total.index_add_(0, new, now) for total, now in zip(sums, values, strict=True)]
+            rows = union
         self.grad_rows = rows
         self.trainable[:] = [*(self._carrier(v, v) for v in values), *self.shared.values()]
 
@@ -145,15 +146,12 @@ class ClassRows:
     def _carrier(self, like: Tensor, grad: Tensor | None) -> nn.Parameter:
         size = len(like) * self.shards.ranks.world
         placeholder = like.new_empty(1).expand(like.shape)
-        carrier = nn.Parameter(self.shards.wrap(placeholder, rows=size))
+        carrier = nn.Parameter(wrap_rows(placeholder, self.shards.mesh, size))
         if grad is not None:
-            carrier.grad = self.shards.wrap(grad, rows=size)
+            carrier.grad = wrap_rows(grad, self.shards.mesh, size)
         return carrier
 
     def check_group(self) -> None:
         """Raise RuntimeError if the loss was built before its process group."""
         if self.shards.ranks.group is None and dist.is_initialized():
-            raise RuntimeError(
-                "this head was built before the process group: every rank would train a copy of its own. "
-                "Build it after torch.distributed.init_process_group (or Accelerator(), deepspeed.init_distributed())"
-            )
+            raise errors.built_before_group()

@@ -1,218 +1,31 @@
-"""`ShardedLoss`: what `PartialFC` and `CenterLoss` share, whatever they do with class rows.
+"""`ShardedLoss`: the part of a training step that `PartialFC` and `CenterLoss` share.
 
-parameters   class rows [C_local, ...] on this rank, DTensors [C, ...] outside; moves and casts keep their identity
-a batch      gathered from all ranks, checked alike on every rank
-wiring       errors for a loss that is built, wrapped or trained wrongly
+a batch   gathered from all ranks, checked alike on every rank
+wiring    errors for a loss that is built or trained wrongly
 """
 
 from __future__ import annotations
 
-import math
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.status import LabelSet
-from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh
-from partial_fc.distributed.wrapping import DDP, FSDP2, refuse
+from partial_fc.nonfinite.bad_step import count_skip
 from partial_fc.nonfinite.zero_loss import zero_loss
-from partial_fc.rows import ClassRows
-from partial_fc.shards import ClassShards, initial_rows, local_part
-from partial_fc.step_record import OnNonfinite, StepRecord, Validate
+from partial_fc.sharded_module import ShardedModule
+from partial_fc.shards import ClassShards
 from partial_fc.targets import check_batch
 
-Reduction = Literal["mean", "sum", "none"]
-Self = TypeVar("Self", bound="ShardedLoss")
 
-
-@dataclass(frozen=True)
-class SharedArguments:
-    """The arguments that `PartialFC` and `CenterLoss` have in common; `PartialFC` says what they mean."""
-
-    embedding_size: int
-    num_classes: int
-    group: Group
-    seed: int
-    init_std: float
-    ignore_index: int
-    reduction: Reduction
-    scale_embedding_grad: bool
-    validate: Validate
-    on_nonfinite: OnNonfinite
-    max_skips: int | None
-    device: torch.device | str | None
-
-    def check(self) -> None:
-        """Raise ValueError for values out of range."""
-        for name in ("embedding_size", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not (math.isfinite(self.init_std) and self.init_std >= 0):
-            raise ValueError(f"init_std must be at least 0, not {self.init_std}")
-        check_choice("reduction", self.reduction, ("mean", "sum", "none"))
-        check_choice("validate", self.validate, ("always", "first", "never"))
-        check_choice("on_nonfinite", self.on_nonfinite, ("raise", "skip", "log"))
-        if self.max_skips is not None and self.max_skips < 0:
-            raise ValueError(
-                "max_skips is how many steps in a row may be skipped, at least 0, or None for any number, not "
-                f"{self.max_skips}"
-            )
-
-
-def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
-    if choice not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {choice!r}")
-
-
-class ShardedLoss(nn.Module):
-    """Base of `PartialFC` and `CenterLoss`.
-
-    A subclass registers its sharded parameters with `_register` and then calls `_complete`. `class_rows` is what optimizers
-    and everything else outside take.
-    """
-
-    class_rows: ClassRows
-
-    def __init__(self, arguments: SharedArguments, *, sampled: bool) -> None:
-        super().__init__()
-        arguments.check()
-        self.embedding_size = arguments.embedding_size
-        self.num_classes = arguments.num_classes
-        self.seed = arguments.seed
-        self.ignore_index = arguments.ignore_index
-        self.reduction = arguments.reduction
-        self.scale_embedding_grad = arguments.scale_embedding_grad
-        self.init_std = arguments.init_std
-        self._seen_batch = False
-        self.class_changes = 0  # how often classes were added or removed, so that new rows are never drawn twice
-        ranks = Ranks.of(arguments.group)
-        self._device = _default_device(ranks) if arguments.device is None else torch.device(arguments.device)
-        shards = ClassShards.split(self.num_classes, ranks, self._device)
-        record = StepRecord(arguments.validate, arguments.on_nonfinite, arguments.max_skips)
-        self.class_rows = ClassRows(type(self).__name__, shards, sampled=sampled, seed=self.seed, record=record)
+class ShardedLoss(ShardedModule):
+    """Base of `PartialFC` and `CenterLoss`."""
 
     @property
     def shards(self) -> ClassShards:
         """The split of the classes over ranks."""
         return self.class_rows.shards
-
-    # ------------------------------------------------------------------------------------------------ parameters
-
-    def _register(self, name: str, local: Tensor | None) -> None:
-        self.register_parameter(name, None if local is None else nn.Parameter(self.shards.wrap(local)))
-
-    def _draw(self, parameter: nn.Parameter) -> None:
-        """Fill it with the initial rows of `seed` and `init_std`; do nothing on the meta device."""
-        local = local_part(parameter.detach())
-        if local.device.type != "meta":
-            lo, hi = self.shards.lo, self.shards.hi
-            local.copy_(initial_rows(lo, hi, local.shape[1:], std=self.init_std, seed=self.seed))
-
-    def _complete(self) -> None:
-        """Call it when all parameters are registered: checks that all ranks built the same."""
-        self.class_rows.hold(self._own_parameters(), self._shared_parameters(), self.shards)
-        if self.shards.ranks.group is not None and self._device.type != "meta":
-            self._check_agreement()
-
-    def _own_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self._parameters.items() if p is not None}
-
-    def _shared_parameters(self) -> dict[str, nn.Parameter]:
-        """Return parameters of submodules, which are equal on all ranks."""
-        return {name: p for name, p in self.named_parameters() if "." in name}
-
-    def extra_repr(self) -> str:
-        s = self.shards
-        share = f"classes {s.lo}..{s.hi} of {s.num_classes}" if s.mesh is not None else f"{s.num_classes} classes"
-        return f"embedding_size={self.embedding_size}, {share}"
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the weights, or of their rows."""
-        super().zero_grad(set_to_none=set_to_none)
-        self.class_rows.clear()
-        self.class_rows.record.end()
-
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move and cast the local rows, keeping the identity of the parameters, as torch's own modules do."""
-        own = self._own_parameters()
-        before = {name: local_part(p.detach()) for name, p in own.items()}
-        after = {name: fn(local) for name, local in before.items()}
-        everything, self._parameters = self._parameters, {}
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._parameters = everything
-        if all(after[name] is before[name] for name in own):
-            return self
-        shards, device = self.shards, next(iter(after.values())).device
-        if shards.mesh is not None and device.type != shards.mesh.device_type:
-            shards = ClassShards.split(self.num_classes, shards.ranks, device)
-        for name, parameter in own.items():
-            moved = nn.Parameter(shards.wrap(after[name]), requires_grad=parameter.requires_grad)
-            parameter.grad = None
-            torch.utils.swap_tensors(parameter, moved)
-        self.class_rows.hold(own, self._shared_parameters(), shards)
-        return self
-
-    def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
-        """As of any module; RuntimeError if DistributedDataParallel asks, which would wrap the rows."""
-        refuse(DDP, self, prefix)
-        return super().named_modules(memo, prefix, remove_duplicate)
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any module; RuntimeError if FSDP2 asks, which would wrap the rows."""
-        if not recurse:
-            refuse(FSDP2, self, prefix)
-        return super().named_parameters(prefix, recurse, remove_duplicate)
-
-    # ------------------------------------------------------------------------------------------------ skipped steps
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the training step in progress, or the last one, is skipped (on_nonfinite="skip"); equal on every rank.
-
-        It becomes True in forward where embeddings are bad. Bad losses and gradients are found by `clip_grad_norm_`,
-        `check_gradients`, or the step() of the `RowOptimizer` or center loss, whichever comes first. It covers all
-        micro-batches of a step and lasts until a training forward begins the next step. A step ends when it was checked,
-        or its gradients were used or cleared. Evaluation changes nothing.
-        """
-        return self.class_rows.record.skipped
-
-    @property
-    def skips(self) -> int:
-        """How many steps were skipped in all; a part of checkpoints. Overflows of a GradScaler do not count."""
-        return self.class_rows.record.skips
-
-    @property
-    def max_skips(self) -> int | None:
-        """How many steps in a row may be skipped before NonFiniteError is raised after all; None for any number."""
-        return self.class_rows.record.max_skips
-
-    @property
-    def validate(self) -> Validate:
-        """When to look for bad labels and non-finite values."""
-        return self.class_rows.record.validate
-
-    @validate.setter
-    def validate(self, value: Validate) -> None:
-        self.class_rows.record.validate = value
-
-    @property
-    def on_nonfinite(self) -> OnNonfinite:
-        """What to do about NaN and infinities."""
-        return self.class_rows.record.on_nonfinite
-
-    @on_nonfinite.setter
-    def on_nonfinite(self, value: OnNonfinite) -> None:
-        self.class_rows.record.on_nonfinite = value
 
     def _follow(self, loss: Tensor, losses: Tensor, batch: GlobalBatch) -> Tensor:
         """Return the loss, with a hook that makes the forward part of the step. losses: what it is the sum of."""
@@ -224,10 +37,7 @@ class ShardedLoss(nn.Module):
     def _zero_loss(self, x: Tensor, batch: GlobalBatch, gradient_of_all_rows: bool) -> Tensor:
         """Return the loss of a skipped step. gradient_of_all_rows: the parameters have a gradient, not selected rows."""
         samples = batch.counts[batch.ranks.rank] if self.reduction == "none" else None
-        loss = zero_loss(x, samples, self.class_rows, gradient_of_all_rows)
-        if loss.requires_grad:
-            loss.register_hook(self.class_rows.record.hook_of_skipped())
-        return loss
+        return zero_loss(x, samples, self.class_rows, gradient_of_all_rows)
 
     def _forget_notes(self) -> None:
         """Drop what the forwards of a skipped step have noted."""
@@ -241,10 +51,12 @@ class ShardedLoss(nn.Module):
         batch = embeddings if isinstance(embeddings, GlobalBatch) else self._gather(embeddings, labels)
         if not batch.ranks.same_as(self.shards.ranks):
             raise RuntimeError("the batch was gathered over another group than the head's")
-        reason = check_batch(batch, self.embedding_size, range(self.num_classes), self.ignore_index, self.on_nonfinite)
+        record = self.class_rows.record
+        valid = range(self.num_classes)
+        reason = check_batch(batch, self.embedding_size, valid, self.ignore_index, record.on_nonfinite)
         if reason and self.training:
-            self.class_rows.record.bad_forward = True
-            self.class_rows.record.skip(reason)
+            record.bad_forward = True
+            count_skip(record, reason)
         if isinstance(embeddings, GlobalBatch):
             return batch, batch.embeddings
         return batch, require_grad_like_others(embeddings, batch.status)
@@ -260,9 +72,10 @@ class ShardedLoss(nn.Module):
     def _gather(self, embeddings: Tensor, labels: Tensor | None) -> GlobalBatch:
         if labels is None and self.shards.ranks.group is None:  # else the other ranks must hear of it
             raise TypeError(
-                f"{type(self).__name__}(embeddings, labels) needs labels; only a GlobalBatch brings its own"
+                f"{self.class_rows.owner}(embeddings, labels) needs labels; only a GlobalBatch brings its own"
             )
-        look = self.validate == "always" or (self.validate == "first" and not self._seen_batch)
+        validate = self.class_rows.record.validate
+        look = validate == "always" or (validate == "first" and not self._seen_batch)
         self._seen_batch = True
         sets = [LabelSet(None, labels)]
         return exchange(embeddings, sets, self.shards.ranks, look=look, device=self.class_rows.device)[0]
@@ -281,48 +94,8 @@ class ShardedLoss(nn.Module):
         for key, parameter in rows.parameters.items():
             now = self._parameters.get(key)  # torch.func.functional_call puts plain tensors there, for one call
             if now is not parameter and isinstance(now, nn.Parameter):
-                raise RuntimeError(
-                    f"another tensor was put in the place of this {rows.owner}'s {key}, which its optimizer does not know: "
-                    "keep it out of fully_shard, and copy values into it (torch.no_grad(), or load_state_dict without "
-                    "assign=True)"
-                )
+                raise errors.replaced_parameter(rows.owner, key)
         if not (self.training and torch.is_grad_enabled() and rows.sampled) or rows.live_optimizer is not None:
             return
         if rows.grad_rows is not None or rows.lost > 1:
-            raise RuntimeError(
-                f"no RowOptimizer takes the row gradients of this {rows.owner}, so it would never train: "
-                "build RowOptimizer(torch.optim.SGD, it, ...) instead of passing its parameters() to an optimizer"
-            )
-
-    def _settings(self) -> dict[str, Any]:
-        """Return what must be the same on all ranks, by the name that a message gives it."""
-        names = ("label_smoothing", "reduction", "ignore_index", "on_nonfinite", "validate", "max_skips")
-        settings = [getattr(self, name, None) for name in (*names, "scale_embedding_grad")]
-        return {
-            "num_classes": self.num_classes,
-            "embedding_size": self.embedding_size,
-            "seed": self.seed,
-            "a digest of the settings": (settings, [p.dtype for p in self.class_rows.parameters.values()]),
-        }
-
-    def _check_agreement(self) -> None:
-        """Raise ValueError on every rank if ranks built different losses."""
-        mine = {k: v if isinstance(v, int) else zlib.crc32(repr(v).encode()) for k, v in self._settings().items()}
-        numbers = torch.tensor(list(mine.values()), device=self._device)
-        ranks = self.shards.ranks
-        table = all_gather_mesh(numbers, ranks, f"the building of a {type(self).__name__}").tolist()
-        for flat, values in enumerate(table):
-            for name, expected, value in zip(mine, table[0], values, strict=True):
-                if expected != value:
-                    raise ValueError(
-                        f"ranks disagree: {name} is {expected} on {ranks.name(0)} and {value} on {ranks.name(flat)}; "
-                        "all ranks must build the same head"
-                    )
-
-
-def _default_device(ranks: Ranks) -> torch.device:
-    """Return torch's default device, or the current GPU where the group cannot exchange tensors of the CPU (NCCL)."""
-    default = torch.get_default_device()
-    if ranks.group is not None and default.type == "cpu" and dist.get_backend(ranks.group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return default
+            raise errors.untaken_gradients(rows.owner)

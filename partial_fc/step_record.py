@@ -15,7 +15,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from partial_fc.batch.exchange import GlobalBatch
-from partial_fc.errors import NonFiniteError
 
 Validate = Literal["always", "first", "never"]
 OnNonfinite = Literal["raise", "skip", "log"]
@@ -26,21 +25,17 @@ MOST_BACKWARDS = 64  # backward passes of one step whose losses are kept apart
 
 @dataclass
 class BackwardPass:
-    """A forward whose backward has run in this step.
+    """A forward whose backward has run in this step."""
 
-    losses: `[N]` of the replica's batch, or the reduced loss. grad: ∂objective/∂loss.
-    """
-
-    losses: Tensor
-    grad: Tensor
+    losses: Tensor  # [N] of the replica's batch, or the reduced loss
+    grad: Tensor  # ∂objective/∂loss
     batch: GlobalBatch
 
 
 class StepRecord:
-    """The training step that one loss is in, and what is done about NaN and infinities.
+    """One training step: all backward passes since the gradients were last cleared, used or checked.
 
-    A training step is all backward passes since the gradients were last cleared, used or checked. A bad forward whose
-    backward never runs skips only itself.
+    A bad forward whose backward never runs skips only itself.
     """
 
     def __init__(self, validate: Validate, on_nonfinite: OnNonfinite, max_skips: int | None) -> None:
@@ -84,16 +79,14 @@ class StepRecord:
         return after_skip
 
     def _new_step(self) -> None:
-        self.bad_step = False
-        self.finished = False
-        self.backwards = []
+        self.bad_step, self.finished, self.backwards = False, False, []
 
     def hook(self, losses: Tensor, batch: GlobalBatch) -> Callable[[Tensor], None]:
         """Return a hook for the loss: when its backward runs, the forward becomes a part of the step."""
         slim = replace(batch, embeddings=batch.embeddings.new_empty(0))  # only labels and places outlive the backward
 
         def on_backward(grad: Tensor) -> None:
-            self._join_step()
+            self.join_step()
             if len(self.backwards) == MOST_BACKWARDS:  # the first one becomes the sum of the older ones
                 first = self.backwards[0]
                 second = self.backwards.pop(1)
@@ -103,16 +96,8 @@ class StepRecord:
 
         return on_backward
 
-    def hook_of_skipped(self) -> Callable[[Tensor], None]:
-        """Return the same for a forward that is skipped."""
-
-        def on_backward(grad: Tensor) -> None:
-            self._join_step()
-            self.bad_step = True
-
-        return on_backward
-
-    def _join_step(self) -> None:
+    def join_step(self) -> None:
+        """A backward runs: its forward becomes part of the step."""
         if self.finished:  # gradients were cleared between forward and backward
             self._new_step()
         self.checked = False
@@ -121,23 +106,7 @@ class StepRecord:
         """Gradients were cleared or used."""
         self.finished = True
 
-    def skip(self, reason: str) -> None:
-        """Count the step as skipped, once. Raise NonFiniteError after too many in a row."""
-        self.reason = reason
-        if self.counted:
-            return
-        self.counted = True
-        self.skips += 1
-        self.skips_in_a_row += 1
-        if self.max_skips is not None and self.skips_in_a_row > self.max_skips:
-            raise NonFiniteError(
-                f"{self.skips_in_a_row} steps in a row were not finite, and max_skips is {self.max_skips}; the last: "
-                f"{reason}. Lower the learning rate, or resume from an earlier checkpoint"
-            )
-
     def mark_checked(self) -> None:
         """All losses and gradients of the step were checked: it is finished."""
-        self.checked = True
-        self.finished = True
-        self.ever_checked = True
+        self.checked = self.finished = self.ever_checked = True
         self.backwards = []

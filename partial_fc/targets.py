@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from partial_fc.batch import refusals
 from partial_fc.batch.exchange import GlobalBatch
-from partial_fc.batch.status import NO_LABEL, as_matrix
+from partial_fc.batch.status import as_matrix
+from partial_fc.batch.weights import merge_repeated
 from partial_fc.errors import NonFiniteError, log
 
 
@@ -26,10 +28,7 @@ def targets_of(batch: GlobalBatch, ignore_index: int, dtype: torch.dtype) -> tup
     exists = labels != ignore_index
     weights = exists.to(dtype)
     if batch.label_weights is not None:
-        weights = weights * batch.label_weights.to(dtype)
-        # one class named twice in a sample (mixup of two of its images): the first takes the weight of both
-        same = (labels[:, :, None] == labels[:, None, :]) & exists[:, :, None] & exists[:, None, :]
-        weights = (same * weights[:, None, :]).sum(2) * ~same.tril(-1).any(2)
+        weights = merge_repeated(labels, weights * batch.label_weights.to(dtype), exists)
         exists = exists & (weights > 0)
     return torch.where(exists, labels, -1), weights * exists
 
@@ -83,16 +82,11 @@ def check_batch(batch: GlobalBatch, embedding_size: int, valid: range, ignore_in
     for flat, row in enumerate(batch.status):
         for label, at in row.extremes():
             if label != ignore_index and label not in valid:
-                where = at if row.labels_each == 0 else f"{at // row.labels_each}, {at % row.labels_each}"
-                hint = "; labels are counted from 0" if label == valid.stop and not valid.start else ""
-                raise ValueError(
-                    f"{batch.origin(flat)}: labels[{where}] is {label}; valid are {valid.start} to {valid.stop - 1} "
-                    f"and ignore_index {ignore_index}{hint}"
-                )
+                text = refusals.describe_bad_label(label, at, row, valid, ignore_index)
+                raise ValueError(f"{batch.origin(flat)}: {text}")
     for flat, row in enumerate(batch.status):
         if row.nonfinite_at >= 0:
-            of_class = "" if row.nonfinite_label == NO_LABEL else f" (label {row.nonfinite_label})"
-            message = f"{batch.origin(flat)}: embeddings[{row.nonfinite_at}]{of_class} holds a NaN or infinity"
+            message = f"{batch.origin(flat)}: {refusals.describe_nonfinite(row)}"
             if on_nonfinite == "raise":
                 raise NonFiniteError(message)
             skip = on_nonfinite == "skip"

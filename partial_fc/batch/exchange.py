@@ -4,12 +4,9 @@
        status   int64 [21]   ── all-gather ──>  the same table on every host: counts, and what is wrong on which rank
        payload  bytes        ── all-gather ──>  embeddings [N, D], labels [N], ... in the order of the ranks, N = Σ N_r
 
-On a 2-D mesh (replicas x shards) embeddings travel within a replica only; statuses and labels are gathered across
-replicas too, one more small collective each.
-
-With several label sets the status collective keeps the size of one set, so that ranks that disagree about the names find
-out instead of hanging; one more collective brings the statuses of the other sets. If any status reports a problem, the
-ranks exchange its description and all raise it.
+On a 2-D mesh (replicas x shards) embeddings travel within a replica only; statuses and labels are gathered across replicas
+too, one more small collective each. With several label sets the status collective keeps the size of one set, so that ranks
+that disagree about the names find out instead of hanging; one more collective brings the statuses of the other sets.
 """
 
 from __future__ import annotations
@@ -20,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.batch.checks import EMBEDDINGS_AGREED, LABELS_AGREED, check_agreement, check_weights, of_set, problem_of
-from partial_fc.batch.status import LabelSet, Status, inspect
-from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, gather_texts
+from partial_fc.batch import refusals
+from partial_fc.batch.status import LabelSet, Status, inspect, of_set, problem_of
+from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
 
 # names of the collectives in a `RankMissing`
 STATUS = "the exchange of counts and status of a batch"
@@ -33,22 +30,20 @@ PAYLOAD = "the exchange of embeddings and labels"
 class GlobalBatch:
     """One batch of all ranks (of this replica), in the order of the ranks: the input of heads and center losses.
 
-    embeddings `[N, D]`, connected to this rank's part in backward; labels `[N]` or `[N, L]`; label_weights `[N, L]` or
-    None; sample_weights `[N]` or None; counts: samples of each rank. mesh_labels, mesh_label_weights and
-    mesh_sample_weights cover all replicas. name: of the label set, where `gather` was given several.
+    mesh_labels, mesh_label_weights and mesh_sample_weights cover all replicas.
     """
 
-    embeddings: Tensor
-    labels: Tensor
-    label_weights: Tensor | None
-    sample_weights: Tensor | None
-    counts: tuple[int, ...]
+    embeddings: Tensor  # [N, D], connected to this rank's part in backward
+    labels: Tensor  # [N] or [N, L]
+    label_weights: Tensor | None  # [N, L]
+    sample_weights: Tensor | None  # [N]
+    counts: tuple[int, ...]  # samples of each rank
     mesh_labels: Tensor
     mesh_label_weights: Tensor | None
     mesh_sample_weights: Tensor | None
     status: tuple[Status, ...] = field(repr=False)
     ranks: Ranks = field(repr=False)
-    name: str | None = None
+    name: str | None = None  # of the label set, where `gather` was given several
 
     @property
     def local(self) -> slice:
@@ -107,25 +102,15 @@ def _exchange_status(mine: Tensor, sets: list[LabelSet], problem: str, ranks: Ra
     Raises the same ValueError on every rank if any of them has a batch that cannot be gathered, or invalid weights.
     """
     first = tuple(Status(*row) for row in all_gather_mesh(mine[0], ranks, STATUS).tolist())
-    if any(row.problem for row in first):
-        texts = gather_texts(problem, ranks, mine.device)
-        raise ValueError(next(ranks.name(flat) + text for flat, text in enumerate(texts) if text))
-    if any(row.names != first[0].names for row in first):
-        names = sorted(repr(each.name) for each in sets if each.name is not None)
-        texts = gather_texts(f"a dict of {', '.join(names)}" if names else "no dict", ranks, mine.device)
-        flat = next(flat for flat, row in enumerate(first) if row.names != first[0].names)
-        raise ValueError(
-            f"ranks disagree: labels are {texts[0]} on {ranks.name(0)} and {texts[flat]} on {ranks.name(flat)}; "
-            "every rank must bring the same names"
-        )
-    check_agreement(first, EMBEDDINGS_AGREED, ranks, None)
+    if any(row.problem or row.names != first[0].names for row in first):
+        refusals.raise_problem(first, problem, [each.name for each in sets], ranks, mine.device)
     status = [first]
     if len(sets) > 1:
         others = all_gather_mesh(mine[1:], ranks, STATUS).transpose(0, 1).tolist()
         status += [tuple(Status(*row) for row in table) for table in others]
     for each, rows in zip(sets, status, strict=True):
-        check_agreement(rows, LABELS_AGREED, ranks, each.name)
-        check_weights(rows, ranks, each.name)
+        if any(row.bad_weight or row.agreed != rows[0].agreed for row in rows):
+            refusals.raise_finding(rows, ranks, each.name)
     return status
 
 
@@ -160,10 +145,7 @@ def _row_bytes(part: Tensor) -> int:
 
 
 def require_grad_like_others(embeddings: Tensor, status: tuple[Status, ...]) -> Tensor:
-    """Return embeddings that require grad if those of any rank do.
-
-    An empty batch may not require grad by itself; without this its rank would be missing from the collective in backward.
-    """
+    """Return embeddings that require grad if those of any rank do: an empty batch, too, must join the backward's collective."""
     if torch.is_grad_enabled() and not embeddings.requires_grad and any(row.wants_grad for row in status):
         return embeddings.detach().requires_grad_()
     return embeddings

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.status import LabelSet
-from partial_fc.distributed.ranks import Group, Ranks, start_reduce_scatter
+from partial_fc.distributed.groups import ranks_of
+from partial_fc.distributed.ranks import Group, start_reduce_scatter
 
 GatherValidate = Literal["always", "never"]
 
@@ -78,7 +79,7 @@ def gather(
         raise ValueError(
             f'validate of gather must be "always" or "never", not {validate!r}; for the first batch alone say it there'
         )
-    ranks = Ranks.of(group)
+    ranks = ranks_of(group)
     sets, problem = _label_sets(labels, label_weights, sample_weights)
     batches = exchange(embeddings, sets, ranks, look=validate == "always", problem=problem)
     first = batches[0]

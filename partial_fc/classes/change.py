@@ -28,13 +28,14 @@ from partial_fc.classes.class_means import Batches, NewRows, new_rows_from_means
 from partial_fc.classes.interface import Change, Changeable
 from partial_fc.classes.mapping import ClassMoves, Mapped, class_moves, validate_mapping
 from partial_fc.classes.moves import move_rows
-from partial_fc.distributed.ranks import gather_texts
+from partial_fc.distributed.texts import gather_texts
 from partial_fc.margins.base import Margin
 from partial_fc.optim.optimizer_class import initial_state
 from partial_fc.optim.row_optimizer import RowOptimizer
-from partial_fc.optim.row_update import MASTER
+from partial_fc.optim.row_state import MASTER
 from partial_fc.sampling import mix
-from partial_fc.shards import INIT_BLOCK, ClassShards, initial_rows, local_part
+from partial_fc.sharded_module import INIT_BLOCK, initial_rows
+from partial_fc.shards import ClassShards, local_part
 
 Merge = Literal["mean", "first"]
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]

@@ -23,9 +23,10 @@ from partial_fc.batch.status import LabelSet
 from partial_fc.classes.interface import Changeable
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import all_gather_mesh
-from partial_fc.optim.row_update import MASTER
+from partial_fc.optim.row_state import MASTER
 from partial_fc.sampling import mix
-from partial_fc.shards import INIT_BLOCK, ClassShards, initial_rows, local_part
+from partial_fc.sharded_module import INIT_BLOCK, initial_rows
+from partial_fc.shards import ClassShards, local_part
 from partial_fc.targets import check_batch
 
 Batches = Iterable[tuple[Tensor, Tensor]]

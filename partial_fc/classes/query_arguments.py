@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partial_fc.batch.checks import embeddings_problem
-from partial_fc.batch.status import DTYPES
-from partial_fc.distributed.ranks import all_gather_mesh, gather_texts
+from partial_fc.batch.status import DTYPES, embeddings_problem
+from partial_fc.distributed.ranks import all_gather_mesh
+from partial_fc.distributed.texts import gather_texts
 from partial_fc.errors import NonFiniteError
 from partial_fc.rows import ClassRows
 

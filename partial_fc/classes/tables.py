@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from partial_fc.classes.interface import Change
+from partial_fc.distributed.dtensors import local_part
 from partial_fc.margins.base import Margin
-from partial_fc.shards import local_part
 
 
 def checked_class_weights(weights: Tensor | None, num_classes: int, device: torch.device) -> Tensor | None:

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.profiler import record_function
 
-from partial_fc.distributed.missing import introduce, naming_the_missing
+from partial_fc.distributed.missing import naming_the_missing
 
 Group = dist.ProcessGroup | DeviceMesh | None
 
@@ -40,29 +40,6 @@ class Ranks:
     replica_group: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = None
 
-    @classmethod
-    def of(cls, group: Group) -> Ranks:
-        """Return those of a process group, a 1-D or 2-D (replicate, shard) mesh, or of None.
-
-        None stands for all ranks, or for this process alone where there is no process group.
-        """
-        if group is None:
-            if not dist.is_initialized():
-                return cls()
-            group = dist.group.WORLD
-        introduce()
-        if isinstance(group, DeviceMesh):
-            if group.ndim not in (1, 2):
-                raise ValueError(
-                    f"group is a {group.ndim}-D mesh; a head takes a 1-D (shard) or 2-D (replicate, shard) one"
-                )
-            shard = group.get_group(group.ndim - 1)
-            replicate = group.get_group(0) if group.ndim == 2 else None
-            return cls(*_place(shard), *(_place(replicate) if replicate else (0, 1)), shard, replicate, group)
-        if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-            raise ValueError(f"group must be a ProcessGroup that holds this rank, a DeviceMesh or None, not {group!r}")
-        return cls(*_place(group), group=group)
-
     @property
     def total(self) -> int:
         """The number of all ranks, over which an engine averages the backbone's gradients."""
@@ -79,10 +56,6 @@ class Ranks:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Ranks:
         return self  # immutable, and process groups cannot be copied
-
-
-def _place(group: dist.ProcessGroup) -> tuple[int, int]:
-    return dist.get_rank(group), dist.get_world_size(group)
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup | None, what: str = "an exchange") -> Tensor:
@@ -105,19 +78,9 @@ def all_gather_mesh(tensor: Tensor, ranks: Ranks, what: str = "an exchange") -> 
 def sum_over_replicas(tensor: Tensor, ranks: Ranks, what: str) -> Tensor:
     """Sum it in place over the replicas of a 2-D mesh; without replicas it stays as it is."""
     if ranks.replica_group is not None:
-        with naming_the_missing(what, ranks.replica_group):
+        with record_function("partial_fc::replicas"), naming_the_missing(what, ranks.replica_group):
             dist.all_reduce(tensor, group=ranks.replica_group)
     return tensor
-
-
-def gather_texts(text: str, ranks: Ranks, device: torch.device) -> list[str]:
-    """Return every rank's text. Two collectives, for errors."""
-    mine = torch.tensor(list(text.encode(errors="replace")), dtype=torch.uint8, device=device)
-    lengths = all_gather_mesh(torch.tensor([len(mine)], device=device), ranks).flatten().tolist()
-    padded = mine.new_zeros(max(lengths))
-    padded[: len(mine)] = mine
-    rows = all_gather_mesh(padded, ranks).tolist()
-    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
 def start_reduce_scatter(grad: Tensor, ranks: Ranks, counts: tuple[int, ...]) -> Callable[[], Tensor]:

@@ -27,8 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from partial_fc.distributed.groups import ranks_of
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh, gather_texts
+from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh
+from partial_fc.distributed.texts import gather_texts
 
 Batch = TypeVar("Batch")
 
@@ -74,7 +76,7 @@ class JoinedBatches(Generic[Batch]):
         self._make_stand_in = stand_in or (lambda batch: _with_ignored_labels(batch, labels, ignore_index))
 
     def __iter__(self) -> Iterator[Batch]:
-        ranks, iterator = Ranks.of(self.group), iter(self.loader)
+        ranks, iterator = ranks_of(self.group), iter(self.loader)
         if ranks.group is None:
             self.ended = False
             yield from iterator

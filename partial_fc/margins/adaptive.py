@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from partial_fc.margins.base import Margin, angular, require
-from partial_fc.margins.fixed import ArcFace
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.margins.base import Margin, require
+from partial_fc.margins.fixed import ArcFace, angular
 from partial_fc.margins.positives import Positives
-from partial_fc.shards import local_part
 
 
 def _moved(old: Tensor, new: Tensor, rate: float) -> None:

@@ -1,4 +1,4 @@
-"""Margins that are the same for every sample: ArcFace, CosFace and their relatives."""
+"""Margins that are the same for every sample: cos(m1·θ + m2) − m3, of which ArcFace, CosFace, SphereFace and NormFace are cases."""
 
 from __future__ import annotations
 
@@ -8,10 +8,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from partial_fc.margins.base import Margin, angular, require
+from partial_fc.margins.base import Margin, require
 from partial_fc.margins.positives import Positives
 
 Gradient = Literal["exact", "straight_through"]
+
+
+def angular(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
+    """cos(factor · θ + added) `[P]`, continued monotonically past π; 1 where the argument is below 0. added: radians, a number or `[P]`."""
+    # acos has infinite slope at ±1: a step inside, the slope stays finite. The step is the dtype's resolution of an angle near 0,
+    # so the value is unharmed: cos changes by at most its own rounding.
+    edge = 1 - torch.finfo(cosine.dtype).eps
+    theta = torch.acos(cosine.clamp(-edge, edge))
+    beyond = (cosine < -edge) | (cosine > edge)
+    argument = (factor * theta + added).clamp(min=0)
+    turns = torch.floor(argument.detach() / math.pi)
+    extended = torch.where(turns % 2 == 0, 1.0, -1.0) * torch.cos(argument) - 2 * turns
+    # a clamped cosine passes no gradient; it gets that of cos θ itself, which is 1
+    return extended + torch.where(beyond, 1.0, 0.0) * (cosine - cosine.detach())
 
 
 class CombinedMargin(Margin):
@@ -26,14 +40,11 @@ class CombinedMargin(Margin):
         self, scale: float = 64.0, m1: float = 1.0, m2: float = 0.5, m3: float = 0.0, gradient: Gradient = "exact"
     ) -> None:
         super().__init__(scale)
-        if not (math.isfinite(m1) and m1 >= 1):
-            raise ValueError(f"m1 multiplies the target angle and must be at least 1, not {m1}")
-        if not 0 <= m2 < math.pi:
-            raise ValueError(f"m2 is an angle in radians in [0, pi), not {m2}")
-        if not (math.isfinite(m3) and m3 >= 0):
-            raise ValueError(f"m3 is taken from the target cosine and must be at least 0, not {m3}")
-        if gradient not in ("exact", "straight_through"):
-            raise ValueError(f'gradient must be "exact" or "straight_through", not {gradient!r}')
+        require("m1 multiplies the target angle and must be at least 1", m1, 1 <= m1 < math.inf)
+        require("m2 is an angle in radians in [0, pi)", m2, 0 <= m2 < math.pi)
+        require("m3 is taken from the target cosine and must be at least 0", m3, 0 <= m3 < math.inf)
+        known = gradient in ("exact", "straight_through")
+        require('gradient must be "exact" or "straight_through"', repr(gradient), known)
         self.m1, self.m2, self.m3, self.gradient = float(m1), float(m2), float(m3), gradient
 
     def target(self, cosine: Tensor, positives: Positives | None = None) -> Tensor:
@@ -79,34 +90,3 @@ class NormFace(CombinedMargin):
 
     def __init__(self, scale: float = 64.0) -> None:
         super().__init__(scale, m2=0.0)
-
-
-class Softmax(Margin):
-    """A plain linear classifier, `w·x + b`: features and weights as they are, no scale. bias: whether there is a b."""
-
-    normalize = False
-
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__(scale=1.0)
-        self.bias = bias
-
-    def target(self, cosine: Tensor, positives: Positives | None = None) -> Tensor:
-        return cosine
-
-
-class SubCenterArcFace(ArcFace):
-    """cos(θ + m) with K centers a class (Deng et al., "Sub-center ArcFace", ECCV 2020, equations 3 and 4): cos θ_j = max_k x·w_jk.
-
-    The head's weight is `[C, K, D]`; a sample's gradient goes to the nearest center of each class. centers: K >= 1.
-    """
-
-    def __init__(
-        self, scale: float = 64.0, margin: float = 0.5, centers: int = 3, gradient: Gradient = "exact"
-    ) -> None:
-        super().__init__(scale, margin, gradient)
-        require(
-            "centers, the rows a class has, must be a whole number of at least 1",
-            centers,
-            isinstance(centers, int) and centers >= 1,
-        )
-        self.centers = centers

@@ -1,14 +1,18 @@
-"""`check_gradients`: the check of a training step, for loops that do not clip."""
+"""`check_gradients`: the check of a training step, for loops that do not clip; and that of optimizers nobody checked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.nonfinite.step_check import check_step, others, rows_of
-from partial_fc.rows import HasClassRows
+from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import Ranks
+from partial_fc.nonfinite.describe import not_finite
+from partial_fc.nonfinite.step_check import decide, local_flags, others
+from partial_fc.rows import ClassRows, HasClassRows
 
 
 def check_gradients(parameters: Iterable[Tensor] | Tensor, *heads: HasClassRows, scaler: Any = None) -> bool:
@@ -34,7 +38,35 @@ def check_gradients(parameters: Iterable[Tensor] | Tensor, *heads: HasClassRows,
         raise ValueError(
             "check_gradients needs the heads of the step, whose ranks agree: check_gradients(parameters, head)"
         )
-    losses = rows_of(heads)
+    losses = [head.class_rows for head in heads]
     if not any(rows.record.watches for rows in losses):
         return not any(rows.record.skipped for rows in losses)
     return check_step(losses, others(parameters, losses), scaler)
+
+
+def check_step(losses: Sequence[ClassRows], parameters: Sequence[Tensor], scaler: Any = None) -> bool:
+    """Return whether the step may be taken: check losses and gradients, and agree. parameters: of the backbone."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    grads += [p.grad for rows in losses for p in (*rows.carriers, *rows.shared.values()) if p.grad is not None]
+    flags = agree_on_flags(local_flags(losses, [not_finite(grad) for grad in grads]), losses)
+    return decide(losses, flags, parameters, scaler)
+
+
+def agree_on_flags(flags: Tensor, losses: Sequence[ClassRows]) -> Tensor:
+    """Return the largest of every flag over the ranks of all losses, which as a rule are the same ranks."""
+    seen: list[Ranks] = []
+    for rows in losses:
+        ranks = rows.shards.ranks
+        if not any(ranks.same_as(other) for other in seen):
+            seen.append(ranks)
+            flags = max_over_ranks(flags, ranks)
+    return flags
+
+
+def max_over_ranks(flags: Tensor, ranks: Ranks) -> Tensor:
+    """Return the largest of every flag over all ranks: one small collective, two on a 2-D mesh."""
+    for group in (ranks.group, ranks.replica_group):
+        if group is not None:
+            with naming_the_missing("the agreement on a step", group):
+                dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+    return flags

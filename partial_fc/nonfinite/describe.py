@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from partial_fc.batch.status import as_matrix
-from partial_fc.distributed.ranks import gather_texts
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.texts import gather_texts
 from partial_fc.rows import ClassRows
-from partial_fc.shards import local_part
 
 BLOCK_BYTES = 8 << 20
 SEPARATOR = "\x1f"  # between the findings of one rank

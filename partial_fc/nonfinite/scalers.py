@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from partial_fc.shards import local_part
+from partial_fc.distributed.dtensors import local_part
 
 
 def active_scalers(scaler: Any) -> list[Any]:

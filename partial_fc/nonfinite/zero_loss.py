@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from partial_fc.distributed.dtensors import local_part
 from partial_fc.rows import ClassRows
-from partial_fc.shards import local_part
+from partial_fc.step_record import StepRecord
 
 
 def zero_loss(x: Tensor, samples: int | None, rows: ClassRows, gradient_of_all_rows: bool) -> Tensor:
@@ -16,14 +17,21 @@ def zero_loss(x: Tensor, samples: int | None, rows: ClassRows, gradient_of_all_r
     else, under sampling, gradients of no rows.
     """
     parameters = [local_part(p) for p in rows.parameters.values()]
-    if gradient_of_all_rows:
-        loss: Tensor = _ZeroLoss.apply(x, samples, None, *parameters)
-        return loss
-    if not x.requires_grad:
-        x = x.detach().requires_grad_(any(p.requires_grad for p in rows.parameters.values()))
-    sink = rows.accumulate if rows.sampled else None
-    loss = _ZeroLoss.apply(x, samples, sink, *(p.detach() for p in parameters))
+    sink = None
+    if not gradient_of_all_rows:
+        parameters = [p.detach() for p in parameters]
+        sink = rows.accumulate if rows.sampled else None
+        if not x.requires_grad:
+            x = x.detach().requires_grad_(any(p.requires_grad for p in rows.parameters.values()))
+    loss: Tensor = _ZeroLoss.apply(x, samples, sink, *parameters)
+    if loss.requires_grad:
+        loss.register_hook(lambda grad: _mark(rows.record))
     return loss
+
+
+def _mark(record: StepRecord) -> None:
+    record.join_step()
+    record.bad_step = True
 
 
 class _ZeroLoss(torch.autograd.Function):

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.nonfinite.step_check import decide, local_flags, others, rows_of
-from partial_fc.optim.row_update import HALF
+from partial_fc.nonfinite.step_check import decide, local_flags, others
+from partial_fc.optim.row_state import HALF
 from partial_fc.rows import ClassRows, HasClassRows
-from partial_fc.shards import local_part
 
 NORM = "the norm of gradients over ranks"  # in a `RankMissing`
 
@@ -36,8 +36,7 @@ def clip_grad_norm_(
     """Clip the gradients of replicated parameters and sharded heads by their one global norm; return the norm before.
 
     It checks the step, as `check_gradients` does: if a loss or the norm is not finite on any rank, NonFiniteError is raised
-    on all, or `head.skipped` becomes True on all and the gradients are forgotten. With a GradScaler, call it after
-    unscale_().
+    on all, or `head.skipped` becomes True on all and the gradients are forgotten. With a GradScaler, call it after unscale_().
 
     Args:
         parameters: of the backbone, replicated (counted once) or FSDP2's DTensors (summed over their shards); parameters
@@ -47,7 +46,7 @@ def clip_grad_norm_(
 
     One wait for the device; none if every head has on_nonfinite="log" or checks no more (validate).
     """
-    losses = rows_of(heads)
+    losses = [head.class_rows for head in heads]
     plain = others(parameters, losses)
     norms, flags = gradient_norms(plain, losses, norm_type, any(rows.record.watches for rows in losses))
     if not norms:
@@ -70,10 +69,7 @@ def clip_grad_norm_(
 def gradient_norms(
     parameters: Iterable[Tensor] | Tensor, losses: Sequence[ClassRows], norm_type: float, check: bool
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Return (norms of all gradients, those of each loss over its ranks; agreed flags for `decide`, if `check`).
-
-    Flags (gradient, loss) do not cover the losses' own norms, which all ranks have.
-    """
+    """Return (norms of all gradients, those of each loss over its ranks; agreed flags for `decide`, if `check`)."""
     for rows in losses:
         if rows.live_optimizer is not None and rows.live_optimizer.update_in_backward:
             raise RuntimeError(
@@ -100,10 +96,10 @@ def _norm(grad: Tensor, norm_type: float) -> Tensor:
 def _norm_over_ranks(rows: ClassRows, norm_type: float, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return (norm of all shards, flags of any rank): one collective, and one more between replicas if there are flags."""
     ranks = rows.shards.ranks
-    parts = [_norm(grad, norm_type) for grad in map(local_part, _grads(rows)) if grad.numel()]
-    norm = torch.zeros((), dtype=torch.float64, device=rows.device)
-    if parts:
-        norm = torch.linalg.vector_norm(torch.stack(parts), norm_type)
+    grads = [local_part(carrier.grad) for carrier in rows.carriers if carrier.grad is not None]
+    parts = [_norm(grad, norm_type) for grad in grads if grad.numel()]
+    parts = parts or [torch.zeros((), dtype=torch.float64, device=rows.device)]
+    norm = torch.linalg.vector_norm(torch.stack(parts), norm_type)
     if ranks.group is None:
         return norm, flags
     largest = math.isinf(norm_type)
@@ -114,13 +110,8 @@ def _norm_over_ranks(rows: ClassRows, norm_type: float, flags: Tensor | None) ->
     with naming_the_missing(NORM, ranks.group):
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=ranks.group)
     if flags is not None:
-        flags = numbers[1:]
+        flags = numbers[1:].contiguous()
         if ranks.replica_group is not None:
-            flags = flags.contiguous()
             with naming_the_missing(NORM, ranks.replica_group):
                 dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.replica_group)
     return numbers[0] if largest else numbers[0].pow(1 / norm_type), flags
-
-
-def _grads(rows: ClassRows) -> list[Tensor]:
-    return [carrier.grad for carrier in rows.carriers if carrier.grad is not None]

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from partial_fc.shards import local_part
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.rows import ClassRows, HasClassRows
+
+LowPrecision = Literal["master", "stochastic"]
+
+
+def check_arguments(
+    cls: type[torch.optim.Optimizer],
+    head: HasClassRows,
+    update_in_backward: bool,
+    low_precision: LowPrecision | None,
+    options: dict[str, Any],
+) -> ClassRows:
+    """Return the class rows of the head; TypeError or ValueError for what a `RowOptimizer` cannot do."""
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise TypeError(f"optimizer_class must be a torch.optim.Optimizer class such as torch.optim.SGD, not {cls!r}")
+    rows = getattr(head, "class_rows", None)
+    if not isinstance(rows, ClassRows):
+        raise TypeError(f"a RowOptimizer trains a PartialFC, not {type(head).__name__}")
+    if update_in_backward and rows.sampled:
+        raise ValueError(
+            "update_in_backward is for sample_rate=1.0; a sampled head has no gradient of the whole weight to save"
+        )
+    if low_precision not in (None, "master", "stochastic"):
+        raise ValueError(f'low_precision must be None, "master" or "stochastic", not {low_precision!r}')
+    if low_precision == "stochastic" and any(p.dtype == torch.float16 for p in rows.parameters.values()):
+        raise ValueError('low_precision="stochastic" rounds to bfloat16, and the weights are float16; use "master"')
+    check_rows_apart(cls, options)
+    return rows
 
 
 def construct(

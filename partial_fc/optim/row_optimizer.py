@@ -1,7 +1,6 @@
 """`RowOptimizer` runs any `torch.optim` class whose update treats rows apart over the class rows of a loss.
 
-For a block of rows it gathers weights and state, lets the class take its step on them as on a small dense parameter, and
-writes both back (`row_update`):
+A block of rows is stepped as a small dense parameter:
 
     sampled      rows [S] of the step: weight[rows], state[rows]  ──  class.step()  ──>  weight[rows], state[rows]
     all rows     row blocks of the shard, as views: no temporary of the shard's size
@@ -13,35 +12,36 @@ as Adam's step, counts optimizer steps.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partial_fc.nonfinite.describe import not_finite
-from partial_fc.nonfinite.step_check import agree_on_flags, check_step, decide, local_flags
-from partial_fc.optim.optimizer_class import check_rows_apart, construct, initial_state
-from partial_fc.optim.row_state import RowState
-from partial_fc.optim.row_update import RowUpdate, row_blocks
-from partial_fc.rows import ClassRows, HasClassRows, UpdateRows
-from partial_fc.shards import local_part
+from partial_fc import errors
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.nonfinite.check_gradients import check_step
+from partial_fc.optim.in_backward import begin_update, end_update
+from partial_fc.optim.optimizer_class import LowPrecision, check_arguments, construct, fused_moves, initial_state
+from partial_fc.optim.rounding import round_at_random
+from partial_fc.optim.row_state import COUNT, HALF, MASTER, RowState
+from partial_fc.rows import HasClassRows, UpdateRows
+from partial_fc.sampling import mix
 
-LowPrecision = Literal["master", "stochastic"]
+BLOCK_BYTES = 8 << 20  # bounds temporaries
 
 
 class RowOptimizer(RowState):
     """`optimizer_class` over the class rows of a head: `RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)`.
 
-    A `torch.optim.Optimizer`: schedulers, `GradScaler` and `zero_grad` work as with any other. Under sampling
-    `param_groups` holds a compact carrier whose gradient is that of the selected rows. State is allocated once, at the
-    first step, for the shard.
+    Schedulers, `GradScaler` and `zero_grad` work as with any torch optimizer. Under sampling `param_groups` holds a compact
+    carrier whose gradient is that of the selected rows. State is allocated once, at the first step, for the shard.
 
     Args:
-        update_in_backward: move the rows of a tile inside backward, as soon as their gradient is known, so that no gradient
-            of the whole weight exists; for sample_rate=1.0. step() is called as usual and does nothing more. Whatever
-            needs the whole gradient first (clipping, accumulation over micro-batches, a GradScaler) raises RuntimeError.
+        update_in_backward: move rows inside backward, tile by tile, so that no gradient of the whole weight exists; for
+            sample_rate=1.0. step() is called as usual and does nothing more. Whatever needs the whole gradient first
+            (clipping, accumulation over micro-batches, a GradScaler) raises RuntimeError.
         low_precision: for weights in bfloat16 or float16, whose updates are often below their resolution: "master" keeps
             float32 weights in the state; "stochastic" rounds up or down at random in proportion, keyed by seed, step and
             class id (bfloat16 only).
@@ -59,41 +59,21 @@ class RowOptimizer(RowState):
         low_precision: LowPrecision | None = None,
         **options: Any,
     ) -> None:
-        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
-            raise TypeError(
-                f"optimizer_class must be a torch.optim.Optimizer class such as torch.optim.SGD, not {optimizer_class!r}"
-            )
-        rows = getattr(head, "class_rows", None)
-        if not isinstance(rows, ClassRows):
-            raise TypeError(f"a RowOptimizer trains a PartialFC, not {type(head).__name__}")
-        if update_in_backward and rows.sampled:
-            raise ValueError(
-                "update_in_backward is for sample_rate=1.0; a sampled head has no gradient of the whole weight to save"
-            )
-        if low_precision not in (None, "master", "stochastic"):
-            raise ValueError(f'low_precision must be None, "master" or "stochastic", not {low_precision!r}')
-        if low_precision == "stochastic" and any(p.dtype == torch.float16 for p in rows.parameters.values()):
-            raise ValueError('low_precision="stochastic" rounds to bfloat16, and the weights are float16; use "master"')
-        check_rows_apart(optimizer_class, options)
+        rows = check_arguments(optimizer_class, head, update_in_backward, low_precision, options)
         self.class_rows = rows
         self.initial_state = initial_state(optimizer_class, options)  # row state of a row that never had a gradient
         self.inner = construct(optimizer_class, rows.everything, options)  # the class itself, stepped on blocks of rows
         self.update_in_backward = update_in_backward
         self.low_precision = low_precision
-        self._moved_in_backward = False
-        torch.optim.Optimizer.__init__(self, list(rows.trainable), self.inner.defaults)
+        self.moved_in_backward = False  # a backward has moved the rows since the last step()
+        super().__init__(list(rows.trainable), self.inner.defaults)
         self.param_groups[0]["params"] = rows.trainable  # this very list, which backward changes in place
         rows.optimizer = weakref.ref(self)
         # makes a GradScaler call step() in any case and say so: then what cannot work is refused instead of ignored
         self._step_supports_amp_scaling = update_in_backward
 
-    @property
-    def moved_in_backward(self) -> bool:
-        """Whether a backward has moved the rows since the last step() (update_in_backward)."""
-        return self._moved_in_backward
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients and which rows had one. They cannot be zeros: it would not be known of which rows."""
+        """Forget the gradients, and which rows had one."""
         self.class_rows.clear()
         self.class_rows.record.end()
 
@@ -105,20 +85,13 @@ class RowOptimizer(RowState):
         """
         rows, record = self.class_rows, self.class_rows.record
         if rows.live_optimizer not in (None, self):
-            raise RuntimeError(
-                "another RowOptimizer was built for this head after this one, and both would move its rows; "
-                "keep one, and build it again only where nothing steps the old one"
-            )
+            raise errors.second_optimizer()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self.update_in_backward:
-            if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-                raise RuntimeError(
-                    "update_in_backward cannot be joined with a GradScaler: rows moved before their gradient was unscaled"
-                )
-            self._moved_in_backward = False
+            end_update(self)
         if record.watches and not record.checked and not record.skipped:
             check_step([rows], [])
         record.end()
@@ -134,7 +107,7 @@ class RowOptimizer(RowState):
 
     def _update_rows(self) -> None:
         rows = self.class_rows
-        grads = [local_part(c.grad) if c.grad is not None else None for c in rows.carriers]
+        grads = [None if c.grad is None else local_part(c.grad) for c in rows.carriers]
         if all(grad is None for grad in grads):
             return
         rows.used = True
@@ -146,26 +119,81 @@ class RowOptimizer(RowState):
                     update.apply(None if selected is None else selected[a:b], a, b, grad[a:b])
 
     def begin_update_in_backward(self) -> UpdateRows:
-        """Begin a step inside backward; call the result with local rows a to b and their gradients, each row once."""
-        if self._moved_in_backward:
-            raise RuntimeError(
-                "update_in_backward cannot be joined with accumulation over micro-batches: call step() after every "
-                "backward, or build the RowOptimizer without update_in_backward"
-            )
-        self._moved_in_backward = True
-        if self.class_rows.record.watches and not self._loss_is_finite():
-            return lambda a, b, grads: None
-        updates = [RowUpdate(self, parameter) for parameter in self.class_rows.parameters.values()]
+        return begin_update(self, lambda: [RowUpdate(self, p) for p in self.class_rows.parameters.values()])
 
-        def update_rows(a: int, b: int, grads: list[Tensor]) -> None:
-            with record_function("partial_fc::update"), torch.no_grad():
-                for update, grad in zip(updates, grads, strict=True):
-                    update.apply(None, a, b, grad)
 
-        return update_rows
+class RowUpdate:
+    """One step of one parameter; call `apply` for each block of rows. All blocks start from the same scalar state."""
 
-    def _loss_is_finite(self) -> bool:
-        """Check the losses and their gradients alone: those of the rows do not exist yet."""
-        rows = [self.class_rows]
-        bad = [not_finite(backward.grad) for backward in self.class_rows.record.backwards]
-        return decide(rows, agree_on_flags(local_flags(rows, bad), rows), [])
+    def __init__(self, optimizer: RowOptimizer, parameter: nn.Parameter) -> None:
+        self.optimizer = optimizer
+        self.parameter = parameter
+        self.weight = local_part(parameter.detach())
+        self.state = optimizer.state[parameter]
+        self.wide = optimizer.low_precision if self.weight.dtype in HALF else None
+        if self.wide == "master" and MASTER not in self.state:
+            self.state[MASTER] = optimizer.allocate(parameter, torch.float32, MASTER)
+        self.before = {k: v for k, v in self.state.items() if k not in (MASTER, COUNT)}
+        group = optimizer.inner.param_groups[0]
+        group.update({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+        if group.get("fused") and not self.wide and self.weight.dtype in HALF and self.weight.device.type == "cpu":
+            group["fused"] = fused_moves(type(optimizer.inner), self.weight.dtype)  # type: ignore[arg-type]
+        if self.wide == "stochastic":
+            self.state[COUNT] = self.state.get(COUNT, 0) + 1
+
+    def apply(self, index: Tensor | None, a: int, b: int, grad: Tensor) -> None:
+        """Step the local rows `index`, or a to b, by `grad`; views are stepped in place."""
+        inner = self.optimizer.inner
+        source = local_part(self.state[MASTER]) if self.wide == "master" else self.weight
+        rows = _take(source, index, a, b)
+        block = nn.Parameter(rows.float() if self.wide else rows)
+        block.grad = grad.to(block.dtype)
+        inner.param_groups[0]["params"] = [block]
+        inner.state.clear()
+        if self.before:
+            inner.state[block] = {key: _of_rows(value, index, a, b) for key, value in self.before.items()}
+        inner.step()
+        self._put_back(block.detach(), index, a, b)
+        for key, value in inner.state[block].items():
+            if not isinstance(value, Tensor) or not value.ndim or value.shape != block.shape:  # scalar state
+                self.state[key] = value
+                continue
+            if key not in self.state:
+                self.state[key] = self.optimizer.allocate(self.parameter, value.dtype, key)
+            _put(local_part(self.state[key]), value, index, a, b)
+        inner.state.clear()
+        inner.param_groups[0]["params"] = []
+
+    def _put_back(self, block: Tensor, index: Tensor | None, a: int, b: int) -> None:
+        if self.wide == "master":
+            _put(local_part(self.state[MASTER]), block, index, a, b)
+        if self.wide == "stochastic":
+            rows = self.optimizer.class_rows
+            ids = rows.shards.lo + (torch.arange(a, b, device=block.device) if index is None else index)
+            block = round_at_random(block, ids, mix(rows.seed, self.state[COUNT]))
+        _put(self.weight, block.to(self.weight.dtype), index, a, b)
+
+
+def row_blocks(count: int, weight: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield blocks (a, b) of bounded size; one empty block without rows, so that scalar state counts as on other ranks."""
+    size = max(1, BLOCK_BYTES // max(1, weight[:1].nbytes if len(weight) else 1))
+    for a in range(0, max(count, 1), size):
+        yield a, min(a + size, count)
+
+
+def _take(tensor: Tensor, index: Tensor | None, a: int, b: int) -> Tensor:
+    return tensor[a:b] if index is None else tensor.index_select(0, index)
+
+
+def _put(tensor: Tensor, values: Tensor, index: Tensor | None, a: int, b: int) -> None:
+    if index is not None:
+        tensor.index_copy_(0, index, values)
+    elif tensor[a:b].data_ptr() != values.data_ptr():  # else the class worked in place, on a view
+        tensor[a:b] = values
+
+
+def _of_rows(value: Any, index: Tensor | None, a: int, b: int) -> Any:
+    """Return the rows of row state; a copy of scalar state, because the step of each block advances it."""
+    if isinstance(value, Tensor) and value.ndim:
+        return _take(local_part(value), index, a, b)
+    return value.clone() if isinstance(value, Tensor) else value

@@ -7,15 +7,19 @@ checkpoint loads at any world size. Everything else is scalar state.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from partial_fc.distributed.dtensors import local_part
 from partial_fc.optim.optimizer_class import is_row_state, trial
-from partial_fc.optim.row_update import COUNT, HALF, MASTER
-from partial_fc.rows import ClassRows
-from partial_fc.shards import local_part
+from partial_fc.rows import ClassRows, UpdateRows
+
+HALF = (torch.bfloat16, torch.float16)
+MASTER = "master_weight"  # state of this package's own, beside that of the wrapped class
+COUNT = "rounding_step"
 
 
 class RowState(torch.optim.Optimizer):
@@ -29,6 +33,19 @@ class RowState(torch.optim.Optimizer):
     inner: torch.optim.Optimizer
     initial_state: dict[str, float]
     low_precision: str | None
+
+    def update_for_forward(self) -> Callable[[], UpdateRows]:
+        """Return how the backward of a forward begins its update (update_in_backward); RuntimeError under float16."""
+        kind = self.class_rows.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            raise RuntimeError(
+                "update_in_backward cannot be joined with float16, which needs a GradScaler; use bfloat16"
+            )
+        return self.begin_update_in_backward
+
+    def begin_update_in_backward(self) -> UpdateRows:
+        """Begin a step inside backward; call the result with local rows a to b and their gradients, each row once."""
+        raise NotImplementedError
 
     def allocate(self, parameter: nn.Parameter, dtype: torch.dtype, key: str) -> Tensor:
         """Return new row state of a parameter."""

@@ -2,57 +2,44 @@
 
 For a logit z_ij = s x_i·w_j of a class that is no target, with p_ij = exp(z_ij − lse_i):
 
-    d_lse_i   = d_loss_i ((1 − ε) Σ_l weight_il + ε)                       [N]      ε: label smoothing
-    d_z_ij    = d_lse_i p_ij − d_loss_i ε/|S|                              [N, T]   a tile at a time, never stored whole
-    d_x_i     = s Σ_j d_z_ij w_j                                           [N, D]   then through the normalisation
-    d_w_j     = s Σ_i d_z_ij x_i                                           [T, D]   the same
+    d_lse_i   = d_loss_i ((1 − ε) Σ_l weight_il + ε)       [N]      ε: label smoothing
+    d_z_ij    = d_lse_i p_ij − d_loss_i ε/|S|              [N, T]   a tile at a time
+    d_x_i     = s Σ_j d_z_ij w_j                           [N, D]   then through the normalisation
+    d_w_j     = s Σ_i d_z_ij x_i                           [T, D]   the same
 
 For the target l of sample i, with its margin: d_z_il = d_lse_i p_il − d_loss_i ((1 − ε) weight_il + ε/|S|)   [P], and
 d_cosine = d_z ∂z/∂cosine. These P rank-one terms are added apart.
 
-Exponentials e that were kept, or are computed again, are exp(z_ij − m_i) for some m_i. So d_lse_i p_ij = e_ij factor_i with
-factor_i = d_lse_i exp(m_i − lse_i): one number a sample and tile, multiplied into x instead of into e.
+Exponentials that were kept, or are computed again, are e_ij = exp(z_ij − m_i) for some m_i. So d_lse_i p_ij = e_ij factor_i
+with factor_i = d_lse_i exp(m_i − lse_i): one number a sample and tile, multiplied into x instead of into e.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.batch.exchange import gradient_of_losses
-from partial_fc.distributed.ranks import all_gather, start_reduce_scatter, sum_over_replicas
+from partial_fc.distributed.ranks import start_reduce_scatter, sum_over_replicas
+from partial_fc.softmax import float16
 from partial_fc.softmax.decisions import decision_derivatives
 from partial_fc.softmax.forward import ForwardState, SavedTensors
 from partial_fc.softmax.row_tiles import tangent
-from partial_fc.softmax.ruled import ruled_logits
-from partial_fc.softmax.tiles import low_precision_product, mask_targets, tile_logits
+from partial_fc.softmax.ruled import ruled_gradient
+from partial_fc.softmax.tiles import tile_logits
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which gradients autograd wants. anchor: gradients of the rows go to the sink."""
-
-    embeddings: bool
-    weight: bool
-    bias: bool
-    anchor: bool
-    embedding_dtype: torch.dtype
-    offset_dtype: torch.dtype | None  # None where the offset needs no gradient
 
 
 class Derivatives(NamedTuple):
     """∂L/∂… of what each sample and each target contributes."""
 
-    d_lse: Tensor  # [N]
+    d_lse: Tensor  # [N, 1]: also the factor of exponentials of logits less lse
     from_zero: Tensor  # [N, 1] d_lse exp(−lse): the factor of exponentials of the logits themselves
-    from_lse: Tensor  # [N, 1] d_lse: the factor of exponentials of logits less lse
     d_every: Tensor  # [N] ∂L/∂(every selected logit), of label smoothing
     d_cosine: Tensor  # [P] ∂L/∂(target cosine), 0 on ranks that do not own the class
     d_norm: Tensor  # [N] ∂L/∂‖X‖, by the margin
@@ -63,17 +50,17 @@ def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Deriv
     """Return them from ∂L/∂(reduced loss)."""
     selection, options, targets = state.selection, state.options, state.targets
     scale, smoothing = options.margin.scale, options.label_smoothing
-    z, lse = saved.target_logits, saved.lse
+    z, lse = saved.target_logits, saved.lse[:, None]
     d_loss = gradient_of_losses(grad.to(saved.x.dtype), selection.batch, selection.sample_weights, options.reduction)
     d_offset = None
     if options.margin.binary:
-        d_lse, d_z, d_offset = decision_derivatives(selection, options.margin.binary, d_loss, z, lse)
-        from_zero = d_lse[:, None]
+        d_lse, d_z, d_offset = decision_derivatives(selection, options.margin.binary, d_loss, z, saved.lse)
+        from_zero = d_lse
     else:
-        d_lse = d_loss * ((1 - smoothing) * selection.target_weights.sum(1) + smoothing)
+        d_lse = (d_loss * ((1 - smoothing) * selection.target_weights.sum(1) + smoothing))[:, None]
         # bounded logits of others are at least -scale; where lse is less there are none, and nothing may become infinite
-        from_zero = d_lse[:, None] * (-lse[:, None]).clamp(max=scale + 1).exp()
-        d_z = d_lse[:, None] * (z - lse[:, None]).exp() - d_loss[:, None] * (1 - smoothing) * selection.target_weights
+        from_zero = d_lse * (-lse).clamp(max=scale + 1).exp()
+        d_z = d_lse * (z - lse).exp() - d_loss[:, None] * (1 - smoothing) * selection.target_weights
     d_every = torch.zeros_like(d_loss)
     if smoothing:
         d_every = -d_loss * smoothing / saved.smoothed_over
@@ -86,36 +73,35 @@ def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Deriv
     d_norm = torch.zeros_like(d_loss).index_add_(0, targets.sample, d_z * saved.d_norm)
     if selection.ranks.rank == 0:  # the penalty is every sample's own; gradients are summed over the ranks
         d_norm = d_norm + d_loss * saved.d_penalty
-    return Derivatives(d_lse, from_zero, d_lse[:, None], d_every, d_cosine, d_norm, d_offset)
+    return Derivatives(d_lse, from_zero, d_every, d_cosine, d_norm, d_offset)
 
 
-def backward(
-    grad: Tensor, weight: Tensor, bias: Tensor | None, saved: SavedTensors, state: ForwardState, wanted: Wanted
-) -> Gradients:
-    """Return the gradients of (embeddings, weight, bias, offset); rows' gradients go to the sink under an anchor."""
+def backward(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved: SavedTensors) -> Gradients:
+    """Return the gradients of (embeddings, weight, bias, offset); those of rows go to the sink under an anchor."""
+    state: ForwardState = ctx.state
     selection, sink = state.selection, state.sink
+    want_x, want_w, want_b, want_offset, anchored, _ = ctx.needs_input_grad
+    want_rows = want_w or want_b or anchored
     tiles = BackwardTiles(derivatives(grad, saved, state), weight, bias, saved, state)
-    want_rows = wanted.anchor or wanted.weight or wanted.bias
     # with kept logits the sum of embedding gradients over ranks travels while the class gradients are computed
-    overlap = wanted.embeddings and want_rows and selection.scatter and saved.kept.numel() > 0
+    overlap = want_x and want_rows and selection.scatter and saved.kept.numel() > 0
     overlap = overlap and selection.ranks.group is not None and sink.begin_update is None
     with record_function("partial_fc::backward_tiles"):
-        dx, grads = tiles.run(wanted.embeddings, want_rows and not overlap)
-    finish = _send(dx, state, wanted.embedding_dtype) if wanted.embeddings else None
+        dx, grads = tiles.run(want_x, want_rows and not overlap)
+    finish = _send(dx, state, ctx.embedding_dtype) if want_x else None
     if overlap:
         with record_function("partial_fc::backward_tiles"):
             _, grads = tiles.run(False, True)
-    d_offset = None
-    if wanted.offset_dtype is not None and tiles.d.d_offset is not None:
-        # every rank knows all it is made of, but for the samples of other replicas
-        d_offset = all_gather(tiles.d.d_offset, selection.ranks.replica_group).sum(0).to(wanted.offset_dtype)
-    d_weight, d_bias = None, None
-    if grads and wanted.anchor:
-        assert selection.rows is not None and sink.accumulate is not None
+    d_weight = d_bias = d_offset = None
+    if grads and anchored:
+        assert selection.rows is not None
         sink.accumulate(selection.rows, grads)
     elif grads:
-        d_weight = grads[0] if wanted.weight else None
-        d_bias = grads[1] if wanted.bias else None
+        d_weight, d_bias = grads[0] if want_w else None, grads[1] if want_b else None
+    if want_offset and tiles.d.d_offset is not None:
+        # every rank knows all it is made of, but for the samples of other replicas
+        d_offset = sum_over_replicas(tiles.d.d_offset, selection.ranks, "the gradient of the offset")
+        d_offset = d_offset.to(ctx.offset_dtype)
     return None if finish is None else finish(), d_weight, d_bias, d_offset, None, None
 
 
@@ -142,12 +128,10 @@ class BackwardTiles:
         self.bias = bias
         self.saved = saved
         self.state = state
-        self.rows = state.rows
-        self.targets = state.targets
         self.stats = saved.x.dtype
         self.scale = state.options.margin.scale
-        if self.rows.count:  # before any row is updated
-            self.target_rows, self.target_inverse = self.rows.at(self.targets.row)
+        if state.rows.count:  # before any row is updated
+            self.target_rows, self.target_inverse = state.rows.at(state.targets.row)
         # where logits are scaled cosines, the share of label smoothing is the same for all rows of a sample
         self.same_for_all = bool(state.options.label_smoothing) and not state.options.ruled
         if self.same_for_all:
@@ -155,14 +139,14 @@ class BackwardTiles:
 
     def run(self, want_x: bool, want_rows: bool) -> tuple[Tensor, list[Tensor]]:
         """Return (gradient of all embeddings from this rank's rows `[N, D]`, gradients of rows `[S, ...]` and biases)."""
-        saved, state, rows, x = self.saved, self.state, self.rows, self.saved.x
+        state, rows, x = self.state, self.state.rows, self.saved.x
         centers, ruled = state.options.margin.centers, state.options.ruled
         dx = x.new_zeros(len(x), x.shape[1] if want_x else 0)
         update = state.sink.begin_update() if want_rows and state.sink.begin_update is not None else None
         length = rows.count if update is None else min(state.tile, rows.count)
         dw = rows.gradient_memory(length) if want_rows else None
         db = x.new_empty(length, dtype=self.stats) if want_rows and self.bias is not None else None
-        if not saved.kept.numel():
+        if not self.saved.kept.numel():
             work = state.product if state.bounded and not ruled else self.stats
             self.scratch = x.new_empty(len(x) * min(state.tile, max(rows.count, 1)), dtype=work)
             self.scaled = (x if ruled else x * self.scale).to(state.product)
@@ -201,42 +185,30 @@ class BackwardTiles:
         samples, lse = len(saved.x), saved.lse[:, None]
         if saved.kept.numel():
             e = saved.kept[samples * a : samples * b].view(samples, b - a)
-            return e, d.from_zero if state.bounded else d.d_lse[:, None] * (saved.maxima[t] - lse).exp_()
+            return e, d.from_zero if state.bounded else d.d_lse * (saved.maxima[t] - lse).exp_()
         logits = self.scratch[: samples * (b - a)].view(samples, b - a)
-        logits = tile_logits(self.scaled, w, self.rows.tile_bias(a, b), logits)
+        logits = tile_logits(self.scaled, w, state.rows.tile_bias(a, b), logits)
         if state.options.ruled:
-            return self._ruled_gradient(logits, a)
-        mask_targets(logits, self.targets, samples, a)
+            return ruled_gradient(
+                logits, a, state.options, state.rule, state.targets, lse, d.d_lse, d.d_every, state.product
+            )
+        state.targets.mask(logits, a)
         if state.bounded:
             return logits.exp_().to(state.product), d.from_zero
         if state.product is not torch.float16:
-            return logits.sub_(lse).exp_().to(state.product), d.from_lse
-        # float16 has too little range for small probabilities: scale each row by its largest
-        peak = logits.amax(1, keepdim=True).clamp_(min=torch.finfo(self.stats).min)
-        return logits.sub_(peak).exp_().to(state.product), d.d_lse[:, None] * (peak - lse).exp_()
-
-    def _ruled_gradient(self, cosines: Tensor, a: int) -> tuple[Tensor, Tensor]:
-        """Return the same for logits that a rule makes of cosines."""
-        state, d = self.state, self.d
-        logits, slope = ruled_logits(state.options, state.rule, cosines, self.targets, a)
-        e = logits.sigmoid() if state.options.margin.binary else (logits - self.saved.lse[:, None]).exp_()
-        if state.options.label_smoothing:
-            share = torch.where(d.from_lse != 0, d.d_every[:, None] / d.from_lse, 0.0)
-            e += share * (logits > -torch.inf)
-        if slope is not None:
-            e *= slope
-        if state.product is not torch.float16:
-            return e.to(state.product), d.from_lse
-        peak = e.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(self.stats).tiny)
-        return (e / peak).to(state.product), d.from_lse * peak
+            return logits.sub_(lse).exp_().to(state.product), d.d_lse
+        e, factor = float16.scaled_exponentials(logits, lse)
+        return e, d.d_lse * factor
 
     def _row_gradient(self, out: Tensor, e: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
         """Write the gradient of rows a to b from all logits but the targets' to `out [T, D]`, which may be the memory of w."""
-        product, rows = self.state.product, self.rows
+        product, rows = self.state.product, self.state.rows
         if product == self.stats == out.dtype and rows.held is None:
             grad = torch.mm(e.t(), weighted, out=out)
+        elif product is torch.float16:
+            grad = float16.scaled_product(e, weighted).to(self.stats)
         else:
-            grad = low_precision_product(e, weighted, product).to(self.stats)
+            grad = torch.mm(e.t(), weighted.to(product)).to(self.stats)
         if self.same_for_all:
             grad += self.d_every_row
         if rows.inverse is not None:
@@ -246,23 +218,24 @@ class BackwardTiles:
 
     def _finish_embeddings(self, dx: Tensor) -> None:
         """Add the targets' share and go through the normalisation, in place."""
-        if self.rows.count:
-            dx.index_add_(0, self.targets.sample, self.target_rows * self.d.d_cosine[:, None])
+        if self.state.rows.count:
+            dx.index_add_(0, self.state.targets.sample, self.target_rows * self.d.d_cosine[:, None])
         if self.same_for_all:
             dx += self.d.d_every[:, None] * (self.saved.row_sum[:-1] * self.scale)
-        if self.rows.inverse is not None:
+        if self.state.rows.inverse is not None:
             tangent(dx, self.saved.x, self.saved.x_inverse, out=dx)
             dx.addcmul_(self.saved.x, self.d.d_norm[:, None])
 
     def _with_targets(self, dw: Tensor, db: Tensor | None, a: int) -> list[Tensor]:
         """Return the gradients of rows a, a + 1, ... with the targets' share in them, summed over replicas."""
+        targets, ranks = self.state.targets, self.state.selection.ranks
         if len(dw):
-            position = self.targets.row - a
-            here = self.targets.own & (position >= 0) & (position < len(dw))
+            position = targets.row - a
+            here = targets.own & (position >= 0) & (position < len(dw))
             position = torch.where(here, position, 0)
             d_cosine = torch.where(here, self.d.d_cosine, 0.0)
-            grad = self.saved.x[self.targets.sample] * d_cosine[:, None]
-            if self.rows.inverse is not None:
+            grad = self.saved.x[targets.sample] * d_cosine[:, None]
+            if self.state.rows.inverse is not None:
                 tangent(grad, self.target_rows, self.target_inverse, out=grad)
             dw.index_add_(0, position, grad.to(dw.dtype))
             if db is not None:
@@ -270,9 +243,4 @@ class BackwardTiles:
         grads = [dw.view(len(dw) // self.state.options.margin.centers, *self.weight.shape[1:])]
         if db is not None and self.bias is not None:
             grads.append(db.to(self.bias.dtype))
-        ranks = self.state.selection.ranks
-        if ranks.replica_group is not None:
-            with record_function("partial_fc::replicas"):
-                for each in grads:
-                    sum_over_replicas(each, ranks, "the sum of class gradients")
-        return grads
+        return [sum_over_replicas(each, ranks, "the sum of class gradients") for each in grads]

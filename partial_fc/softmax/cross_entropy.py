@@ -13,11 +13,6 @@ vectors `x = X/‖X‖`, `w = W/‖W‖` (or X and W as they are) and `P = N · 
 so that no mask, one-hot or second copy of the logits exists. *Kept* mode writes `e` of all tiles into one buffer `[N, S]`
 and uses it again in backward: three matrix products a step. *Tiled* mode keeps one tile and computes it again: four
 products, O(N · T) memory.
-
-Where a margin has a rule for other classes, several centers a class, or a filter is set, a tile goes through
-`ruled.ruled_logits` before the exponential, and what is kept are exponentials times the rule's derivative, so that
-backward does not know the difference. Only label smoothing then needs the logits themselves again: with both, logits are
-always tiled.
 """
 
 from __future__ import annotations
@@ -27,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partial_fc.softmax.backward import Gradients, Wanted, backward
+from partial_fc.softmax.backward import Gradients, backward
 from partial_fc.softmax.forward import Forwarded, SavedTensors, forward
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.measured import Measured
@@ -48,12 +43,10 @@ def sharded_cross_entropy(
 
     Its backward gives the gradients of the first five arguments.
 
-    embeddings: `[N_local, D]` of this rank if `selection.scatter`, else the gathered `[N, D]`; only their place in the
-    autograd graph counts. weight: `[C_local, D]` or `[C_local, K, D]`. bias: `[C_local]`. offset: `[1]`, added to all
-    logits by a margin of binary decisions. anchor: a scalar that requires grad where weight and bias are detached, because
-    their rows' gradients go to the sink instead of autograd.
-
-    The loss is a scalar that is the same on every rank, or `[N_local]` for reduction "none".
+    embeddings: `[N_local, D]` of this rank if `selection.scatter`, else the gathered `[N, D]`. weight: `[C_local, D]` or
+    `[C_local, K, D]`. bias: `[C_local]`. offset: `[1]`, added to all logits by a margin of binary decisions. anchor: a scalar
+    that requires grad where weight and bias are detached, because their rows' gradients go to the sink. The loss is a
+    scalar that is the same on every rank, or `[N_local]` for reduction "none".
     """
     inputs = (embeddings, weight, bias, offset, anchor)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -62,8 +55,8 @@ def sharded_cross_entropy(
         # detached: the state outlives backward and must not hold the parameters themselves
         of_bias = None if bias is None else bias.detach()
         forwarded = forward(selection, options, sink, weight.detach(), of_bias, dtypes, needs_grad)
-    loss = ShardedCrossEntropy.apply(*inputs, forwarded) if needs_grad else forwarded.loss
-    return loss, forwarded.losses, forwarded.measured
+    loss, losses, measured, *_ = forwarded
+    return ShardedCrossEntropy.apply(*inputs, forwarded) if needs_grad else loss, losses, measured
 
 
 class ShardedCrossEntropy(torch.autograd.Function):
@@ -71,25 +64,17 @@ class ShardedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        embeddings: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        offset: Tensor | None,
-        anchor: Tensor | None,
-        forwarded: Forwarded,
+        ctx: Any, embeddings: Tensor, weight: Tensor, bias: Any, offset: Any, anchor: Any, forwarded: Forwarded
     ) -> Tensor:
-        ctx.save_for_backward(weight, bias, *forwarded.saved)
-        ctx.state = forwarded.state
+        loss, _, _, saved, ctx.state = forwarded
+        ctx.save_for_backward(weight, bias, *saved)
         ctx.embedding_dtype = embeddings.dtype
         ctx.offset_dtype = None if offset is None else offset.dtype
-        return forwarded.loss
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         weight, bias, *saved = ctx.saved_tensors
-        x, w, b, offset, anchor, _ = ctx.needs_input_grad
-        wanted = Wanted(x, w, b, anchor, ctx.embedding_dtype, ctx.offset_dtype if offset else None)
         with torch.autocast(weight.device.type, enabled=False):
-            return backward(grad, weight, bias, SavedTensors(*saved), ctx.state, wanted)
+            return backward(ctx, grad, weight, bias, SavedTensors(*saved))

@@ -27,7 +27,7 @@ def decision_losses(
 def decision_derivatives(
     selection: Selection, weights: tuple[float, float], d_loss: Tensor, target_logits: Tensor, active: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ∂L/∂(Σ softplus of others) `[N]`, ∂L/∂(target logit) `[N, L]`, ∂L/∂offset `[1]`.
+    """Return ∂L/∂(Σ softplus of others) `[N, 1]`, ∂L/∂(target logit) `[N, L]`, ∂L/∂offset `[1]`.
 
     d_loss `[N]`: ∂L/∂loss_i. active `[N]`: Σ sigmoid of the other classes' logits; the offset is added to every logit.
     """
@@ -35,4 +35,4 @@ def decision_derivatives(
     d_others = d_loss * b
     d_target = -d_loss[:, None] * a * selection.target_weights * torch.sigmoid(-target_logits)
     d_offset = torch.where(selection.targets >= 0, d_target, 0.0).sum() + (d_others * active).sum()
-    return d_others, d_target, d_offset[None]
+    return d_others[:, None], d_target, d_offset[None]

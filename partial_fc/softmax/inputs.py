@@ -11,12 +11,12 @@ from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.distributed.ranks import Ranks
 from partial_fc.margins.base import Margin
 from partial_fc.rows import UpdateRows
-from partial_fc.softmax.workspace import Workspace
+from partial_fc.softmax.tiles import Workspace
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What the loss is, for all forwards. The names are those of `PartialFC`'s arguments."""
+    """What the loss is. The names are those of `PartialFC`'s arguments."""
 
     margin: Margin
     num_classes: int
@@ -54,8 +54,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class RowGradientSink:
-    """Where gradients of class rows go: written to memory of `workspace`, then to one of the other two or to autograd."""
+    """Where gradients of class rows go: into memory of `workspace`, then to one of the other two or to autograd."""
 
     workspace: Workspace
-    accumulate: Callable[[Tensor, list[Tensor]], None] | None  # under sampling: local rows, gradients
+    accumulate: Callable[[Tensor, list[Tensor]], None]  # under sampling: local rows, gradients
     begin_update: Callable[[], UpdateRows] | None  # rows are updated inside backward, tile by tile

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.softmax.inputs import Selection
-from partial_fc.softmax.workspace import Workspace
+from partial_fc.softmax.tiles import Workspace, mask_targets
 
 TINY = 1e-12  # a vector shorter than this has no direction: its cosines are 0 and it gets no gradient
 
@@ -41,17 +41,15 @@ def tangent(grad: Tensor, direction: Tensor, inverse: Tensor, out: Tensor) -> Te
 class RowTiles:
     """The selected class rows of this rank, tile by tile, in the dtype of the statistics.
 
-    weight: `[C_local, D]` or `[C_local, K, D]`. selected: sorted local classes, or None for all. normalize: give
-    directions; else rows as they are. Rows that are picked out of the shard are gathered once a forward, into the memory
-    that their gradient will take in backward.
+    index: sorted rows of the flat weight `[C_local · K, D]`, or None for all. normalize: give directions; else rows as they
+    are. Rows that are picked out of the shard are gathered once a forward, into the memory of their gradient.
     """
 
     def __init__(
         self,
         weight: Tensor,
         bias: Tensor | None,
-        selected: Tensor | None,
-        centers: int,
+        index: Tensor | None,
         normalize: bool,
         dtype: torch.dtype,
         workspace: Workspace,
@@ -59,14 +57,14 @@ class RowTiles:
     ) -> None:
         self.weight = weight.reshape(-1, weight.shape[-1])
         self.bias = bias
+        self.index = index
         self.dtype = dtype
         self.workspace = workspace
-        self.index = None if selected is None else _rows_of_classes(selected, centers)
-        self.count = len(self.weight) if self.index is None else len(self.index)
+        self.count = len(self.weight) if index is None else len(index)
         self.inverse = weight.new_empty(self.count, 1, dtype=dtype) if normalize else None
         self.measured = False  # the lengths of all tiles are known
         self.held: Tensor | None = None  # directions of gathered rows
-        if self.index is not None and needs_grad and weight.dtype == dtype:
+        if index is not None and needs_grad and weight.dtype == dtype:
             self.held = self.gradient_memory(self.count)
 
     def gradient_memory(self, length: int) -> Tensor:
@@ -81,9 +79,8 @@ class RowTiles:
         held = None if self.held is None else self.held[a:b]
         if held is not None and self.measured:
             return held
-        if self.index is None:
-            part = self.weight[a:b]
-        else:
+        part = self.weight[a:b]
+        if self.index is not None:
             part = torch.index_select(self.weight, 0, self.index[a:b], out=held)
         if self.inverse is None:
             return part.to(self.dtype)
@@ -94,31 +91,23 @@ class RowTiles:
     def tile_bias(self, a: int, b: int) -> Tensor | None:
         if self.bias is None:
             return None
-        return (self.bias[a:b] if self.index is None else self.bias.index_select(0, self.index[a:b])).to(self.dtype)
+        return (self.bias[a:b] if self.index is None else self.bias[self.index[a:b]]).to(self.dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return (directions `[P, D]`, 1/length `[P, 1]`; 1 where nothing is normalised) of single rows."""
-        part = self.weight.index_select(0, self._local(positions))
+        part = self.weight.index_select(0, positions if self.index is None else self.index[positions])
         if self.inverse is not None:
             return unit(part, self.dtype)
         return part.to(self.dtype), part.new_ones(len(part), 1, dtype=self.dtype)
 
     def bias_at(self, positions: Tensor) -> Tensor | float:
-        return 0.0 if self.bias is None else self.bias.index_select(0, self._local(positions)).to(self.dtype)
-
-    def _local(self, positions: Tensor) -> Tensor:
-        return positions if self.index is None else self.index[positions]
+        if self.bias is None:
+            return 0.0
+        return self.bias[positions if self.index is None else self.index[positions]].to(self.dtype)
 
     def tiles(self, size: int) -> Iterator[tuple[int, int]]:
         for a in range(0, self.count, size):
             yield a, min(a + size, self.count)
-
-
-def _rows_of_classes(classes: Tensor, centers: int) -> Tensor:
-    """Return the rows `[n · K]` of the K sub-centers of each class `[n]`."""
-    if centers == 1:
-        return classes
-    return (classes[:, None] * centers + torch.arange(centers, device=classes.device)).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -146,3 +135,8 @@ class OwnTargets:
         if each > 1:
             sample = sample.repeat_interleave(each)
         return cls(sample, first, first, own, selection.targets >= 0)
+
+    def mask(self, logits: Tensor, a: int, centers: int = 1) -> None:
+        """Write −inf at the targets in the tile `[N, T]` that begins with row a."""
+        shape = self.exists.shape
+        mask_targets(logits, (self.first - a).view(shape), self.own.view(shape), centers)

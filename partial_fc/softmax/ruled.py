@@ -1,16 +1,21 @@
-"""Logits of other classes that are more than scaled cosines: a margin's rule, the inter-class filter, sub-centers."""
+"""Logits of other classes that are more than scaled cosines: a margin's rule, the inter-class filter, sub-centers.
+
+A tile goes through `ruled_logits` before the exponential, and what is kept are exponentials times the rule's derivative, so
+that backward does not know the difference. Only label smoothing then needs the logits themselves again: with both, logits
+are always tiled.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from partial_fc.margins.base import Margin
+from partial_fc.softmax.float16 import scaled_values
 from partial_fc.softmax.inputs import LossOptions
-from partial_fc.softmax.row_tiles import OwnTargets
-from partial_fc.softmax.tiles import mask_targets
+from partial_fc.softmax.row_tiles import OwnTargets, RowTiles
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,19 @@ class Rule:
         total = weights.sum(1, keepdim=True)
         mean = (target_logits.view_as(weights) * weights).sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)
         return cls(margin.frozen(), mean / margin.scale)
+
+
+def rows_of_classes(classes: Tensor, centers: int) -> Tensor:
+    """Return the rows `[n · K]` of the K sub-centers of each class `[n]`."""
+    return (classes[:, None] * centers + torch.arange(centers, device=classes.device)).reshape(-1)
+
+
+def nearest_centers(x: Tensor, rows: RowTiles, targets: OwnTargets, centers: int) -> tuple[Tensor, OwnTargets]:
+    """Return the cosines `[P]` of the targets to the nearest of their class's centers; targets that know which it is."""
+    positions = targets.first[:, None] + torch.arange(centers, device=x.device)
+    directions = rows.at(positions.reshape(-1))[0].view(len(targets.first), centers, x.shape[1])
+    cosines, nearest = torch.linalg.vecdot(x[targets.sample][:, None], directions).max(1)
+    return cosines, replace(targets, row=targets.first + nearest)
 
 
 def ruled_logits(
@@ -57,5 +75,33 @@ def ruled_logits(
         nearest = by_class.argmax(2, keepdim=True)
         others = torch.ones_like(by_class, dtype=torch.bool).scatter_(2, nearest, False)
         logits.view_as(by_class).masked_fill_(others, -torch.inf)
-    mask_targets(logits, targets, len(cosines), a, margin.centers)
+    targets.mask(logits, a, margin.centers)
     return logits, slope
+
+
+def ruled_gradient(
+    cosines: Tensor,
+    a: int,
+    options: LossOptions,
+    rule: Rule | None,
+    targets: OwnTargets,
+    lse: Tensor,
+    d_lse: Tensor,
+    d_every: Tensor,
+    product: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return (e `[N, T]`, factor `[N, 1]`) with ∂L/∂(scaled cosine) = e · factor, where the class is no target.
+
+    lse, d_lse: `[N, 1]`. d_every `[N]`: ∂L/∂(every selected logit), of label smoothing.
+    """
+    logits, slope = ruled_logits(options, rule, cosines, targets, a)
+    e = logits.sigmoid() if options.margin.binary else (logits - lse).exp_()
+    if options.label_smoothing:
+        share = torch.where(d_lse != 0, d_every[:, None] / d_lse, 0.0)
+        e += share * (logits > -torch.inf)
+    if slope is not None:
+        e *= slope
+    if product is not torch.float16:
+        return e.to(product), d_lse
+    e, factor = scaled_values(e)
+    return e, d_lse * factor

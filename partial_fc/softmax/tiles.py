@@ -1,4 +1,4 @@
-"""Work on one tile of logits `[N, T]`: how large it is, in which dtype, its product, its targets."""
+"""One tile of logits `[N, T]`: how large it is, in which dtype, its product, its targets, and the memory of all tiles."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from partial_fc.softmax.inputs import LossOptions
-from partial_fc.softmax.row_tiles import OwnTargets
-
 TILE_BYTES = {"cpu": 4 << 20}  # a tile of logits stays in a core's cache; elsewhere large products matter more
 TILE_BYTES_ELSEWHERE = 256 << 20
+SLACK = 1.1  # the number of selected rows differs a little from step to step
 
 
 def tile_rows(samples: int, width: int, device_type: str) -> int:
@@ -35,19 +33,6 @@ def logits_bytes(samples: int, rows: int, product: torch.dtype) -> int:
     return samples * rows * product.itemsize
 
 
-def is_bounded(options: LossOptions, stats: torch.dtype, product: torch.dtype) -> bool:
-    """Return whether no sum of exponentials can leave the range of its dtype, so that no maximum need be subtracted.
-
-    A cosine times the scale is at most the scale; 64 and a thousand million classes fit into float32.
-    """
-    margin = options.margin
-    if margin.binary:
-        return True
-    if not margin.normalize or margin.has_rule or product is torch.float16:
-        return False
-    return margin.scale + math.log(options.num_classes) < math.log(torch.finfo(stats).max) - 2
-
-
 def tile_logits(scaled: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """Return `scaled wᵀ + bias` `[N, T]`, written into `out`."""
     if scaled.dtype == out.dtype:
@@ -57,15 +42,16 @@ def tile_logits(scaled: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> 
     return out if bias is None else out.add_(bias)
 
 
-def mask_targets(logits: Tensor, targets: OwnTargets, samples: int, a: int, centers: int = 1) -> None:
-    """Write −inf where row a + column is a target of the sample: targets count with their margin elsewhere."""
+def mask_targets(logits: Tensor, first: Tensor, own: Tensor, centers: int = 1) -> None:
+    """Write −inf where a column is the class of a target: targets count with their margin elsewhere.
+
+    first `[N, L]`: column of the first center of each target's class; own `[N, L]`: whether the class is on this rank.
+    """
     width = logits.shape[1]
     if not logits.numel():
         return
-    first = (targets.first - a).view(samples, -1)
-    own = targets.own.view(samples, -1)
-    # a sample whose targets are elsewhere writes back what it reads; several targets a sample go one by one, so that none
-    # undoes another
+    # a sample without a target in this tile writes back what it reads; several targets a sample go one by one, so that
+    # none undoes another
     for each in range(first.shape[1]):
         for center in range(centers):
             at = first[:, each : each + 1] + center
@@ -74,11 +60,36 @@ def mask_targets(logits: Tensor, targets: OwnTargets, samples: int, a: int, cent
             logits.scatter_(1, at, torch.where(here, -torch.inf, logits.gather(1, at)))
 
 
-def low_precision_product(e: Tensor, weighted: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `eᵀ weighted`, both in `dtype`. float16 has little range: `weighted` is divided by its largest value first."""
-    if dtype is not torch.float16:
-        return torch.mm(e.t(), weighted.to(dtype))
-    largest = weighted.new_ones(())
-    if weighted.numel():
-        largest = weighted.abs().amax().clamp_(min=torch.finfo(weighted.dtype).tiny)
-    return torch.mm(e.t(), (weighted / largest).to(dtype)).to(weighted.dtype) * largest
+class Workspace:
+    """Buffers by name; each is given out again in the next step, once nobody holds it any more.
+
+    The first write to fresh memory of the CPU costs far more than the write itself: the kernel maps and clears it by pages
+    (44 ms against 3 ms for 100 MB where `benchmarks/head.py` was run). GPU memory comes from torch's caching allocator,
+    which does the same. Names that start with "selected" have sizes that change: they get some slack.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return an uninitialised contiguous tensor, of remembered memory if it is free and large enough."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.dtype != dtype or not size <= buffer.numel() <= SLACK**2 * size or _held(buffer):
+            # drop the old one first: two at a time would be a higher peak than without this class
+            self._buffers.pop(name, None)
+            buffer = None
+            buffer = torch.empty(int(size * (SLACK if name.startswith("selected") else 1)), dtype=dtype)
+            self._buffers[name] = buffer
+        return buffer[:size].view(shape)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Workspace:
+        return Workspace()
+
+
+def _held(buffer: Tensor) -> bool:
+    """Return whether another tensor, view or saved variable holds this storage."""
+    holders = int(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata))  # the storage object made here included
+    return holders > 2

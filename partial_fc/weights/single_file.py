@@ -33,7 +33,7 @@ from partial_fc.distributed.ranks import Ranks, all_gather_mesh
 from partial_fc.errors import log
 from partial_fc.head import PartialFC
 from partial_fc.optim.row_optimizer import RowOptimizer
-from partial_fc.optim.row_update import MASTER
+from partial_fc.optim.row_state import MASTER
 from partial_fc.shards import local_part
 from partial_fc.weights.rank_files import RankFiles, described
 from partial_fc.weights.safetensors_file import (

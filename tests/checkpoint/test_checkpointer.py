@@ -21,7 +21,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from runner import forking
-from torch import Tensor, nn
+from shards import local
+from torch import nn
 
 import partial_fc.checkpoint.checkpointer
 from partial_fc import (
@@ -38,19 +39,15 @@ from partial_fc import (
 C, D = 23, 5
 
 
-def local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
-
-
 def head_of(value: float, classes: int = C) -> PartialFC:
     """A head all of whose weights are `value`."""
     head = PartialFC(D, classes, dtype=torch.float64)
-    local(head.weight).fill_(value)
+    local(head.weight.detach()).fill_(value)
     return head
 
 
 def values(head: PartialFC) -> set[float]:
-    return set(local(head.weight).flatten().tolist())
+    return set(local(head.weight.detach()).flatten().tolist())
 
 
 # ---------------------------------------------------------------------------------------------------- which are kept
@@ -62,7 +59,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, asynchronous):
     head = head_of(0)
     assert checkpointer.latest() is None and checkpointer.steps() == []
     for step, metric in enumerate([0.1, 0.9, 0.3, None, float("nan"), 0.5]):
-        local(head.weight).fill_(step)
+        local(head.weight.detach()).fill_(step)
         checkpointer.save(step, metric=metric, head=head)
     checkpointer.wait()
     assert checkpointer.steps() == [1, 4, 5]
@@ -169,7 +166,7 @@ def save_and_change(rank: int, world: int, folder: str) -> tuple[list[float], li
             go.clear()
             checkpointer.save(step, head=head, plain=plain, counter=State(counter))
             assert checkpointer.latest() is None if step == 1 else checkpointer.latest().name.endswith("1")
-            local(head.weight).fill_(step + 1)
+            local(head.weight.detach()).fill_(step + 1)
             nn.init.constant_(plain.weight, step + 1)
             counter["steps"].append(step)
             go.set()
@@ -243,7 +240,7 @@ def save_with_little_room(rank: int, world: int, folder: str, asynchronous: bool
     head = head_of(1.0, 4000)
     checkpointer.save(1, head=head)
     checkpointer.wait()
-    local(head.weight).fill_(2.0)
+    local(head.weight.detach()).fill_(2.0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == world - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
@@ -255,7 +252,7 @@ def save_with_little_room(rank: int, world: int, folder: str, asynchronous: bool
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert checkpointer.load(head=head) == 1 and values(head) <= {1.0}
-    local(head.weight).fill_(3.0)
+    local(head.weight.detach()).fill_(3.0)
     checkpointer.save(3, head=head)
     checkpointer.wait()
     assert checkpointer.load(head=head) == 3 and values(head) <= {3.0}
@@ -436,7 +433,7 @@ def save_until(folder: str, kill_at: int, asynchronous: bool, report: Any) -> No
     head = head_of(0.0)
     checkpointer = Checkpointer(folder, keep_last=1, asynchronous=asynchronous)
     checkpointer.load(head=head)
-    local(head.weight).fill_(2.0)
+    local(head.weight.detach()).fill_(2.0)
     count = 0
 
     def profile(frame: Any, event: str, argument: Any) -> None:
@@ -523,7 +520,7 @@ def save_for_ever(rank: int, world: int, folder: str, store: str) -> None:
     step = checkpointer.load(head=head) if checkpointer.latest() else 0
     while True:
         step += 1
-        local(head.weight).fill_(step)
+        local(head.weight.detach()).fill_(step)
         checkpointer.save(step, head=head)
 
 
@@ -638,13 +635,13 @@ def run_whole(rank: int, world: int, folder: str) -> tuple[list[Any], list[float
     train(parts, range(3), rank)
     Checkpointer(folder, asynchronous=True).save(3, **parts)
     rest = train(parts, range(3, 7), rank)
-    return rest, local(parts["head"].weight).flatten().tolist()
+    return rest, local(parts["head"].weight.detach()).flatten().tolist()
 
 
 def run_rest(rank: int, world: int, folder: str) -> tuple[list[Any], list[float]]:
     parts = build(rank)
     assert Checkpointer(folder).load(**parts) == 3
-    return train(parts, range(3, 7), rank), local(parts["head"].weight).flatten().tolist()
+    return train(parts, range(3, 7), rank), local(parts["head"].weight.detach()).flatten().tolist()
 
 
 @pytest.mark.filterwarnings("ignore:.*grad_scaler.*")
@@ -660,12 +657,12 @@ def test_a_run_goes_on_exactly(ranks, tmp_path):
 def load_another(rank: int, world: int, folder: str) -> list[str]:
     errors = []
     for head in (PartialFC(D, C, CosFace()), PartialFC(D + 1, C), PartialFC(D, C + 1)):
-        before = local(head.weight).clone()
+        before = local(head.weight.detach()).clone()
         try:
             Checkpointer(folder).load(head=head)
         except ValueError as error:
             errors.append(str(error))
-        assert torch.equal(local(head.weight), before)
+        assert torch.equal(local(head.weight.detach()), before)
     return errors
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import local
+from shards import local
 from torch import Tensor, nn
 
 from partial_fc import ArcFace, NormFace, PartialFC, RowOptimizer, Softmax, gather, load_checkpoint, save_checkpoint

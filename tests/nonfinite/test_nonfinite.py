@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from common import local, message_of
+from common import message_of
+from shards import local
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from watching import collectives
 
 from partial_fc import (
     ArcFace,
@@ -210,33 +212,23 @@ def test_a_sampled_row_is_named_by_its_class(ranks):
 # ---------------------------------------------------------------------------------------------------- who looks, and how often
 
 
-def collectives(rank: int, world: int, **options: Any) -> dict[str, int]:
+def reductions_of(rank: int, world: int, **options: Any) -> dict[str, int]:
     """How many all-reduces a step makes, by what judges it."""
     counts = {}
-    original = dist.all_reduce
     for how in HOWS:
         loop = Loop(rank, world, how, **options)
-        seen: list[int] = []
-
-        def counted(tensor: Tensor, *arguments: Any, seen: list[int] = seen, **named: Any) -> Any:
-            seen.append(tensor.numel())
-            return original(tensor, *arguments, **named)
-
         loop.world = 1  # no averaging of the backbone's gradients, which counts not here
-        dist.all_reduce = counted
-        try:
+        with collectives() as calls:
             loop.step(0)
-        finally:
-            dist.all_reduce = original
-        counts[how] = len(seen)
+        counts[how] = [name for name, _ in calls].count("all_reduce")
     return counts
 
 
 def run_collectives(rank: int, world: int) -> list[dict[str, int]]:
     return [
-        collectives(rank, world),
-        collectives(rank, world, on_nonfinite="log"),
-        collectives(rank, world, validate="never", rate=0.5),
+        reductions_of(rank, world),
+        reductions_of(rank, world, on_nonfinite="log"),
+        reductions_of(rank, world, validate="never", rate=0.5),
     ]
 
 

@@ -38,7 +38,7 @@ def tiny_run(folder: Path, **settings: Any) -> Path:
     config: dict[str, dict[str, Any]] = {
         "data": {"folder": str(folder / "images"), "image_size": 32},
         "backbone": {"embedding_size": 32},
-        "head": {"scale": 16.0},
+        "head": {"margin": {"class_path": "ArcFace", "init_args": {"scale": 16.0}}},
         "schedule": {"warmup_epochs": 0},
         "train": {"epochs": 1, "batch_size": 16, "cpu": True, "timeout": 60.0},
         "output": {"log_every": 1},

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 import time
@@ -20,8 +21,16 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+
+
+def seed(number: int) -> None:
+    """Of every generator that tests may draw from without a word."""
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
@@ -42,7 +51,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
             dist.destroy_process_group()
             return
         function, arguments = task
-        torch.manual_seed(1000 + rank)  # ranks have different global random states, as in life
+        seed(1000 + rank)  # ranks have different global random states, as in life
         try:
             pipe.send((True, function(rank, world, *arguments)))
         except BaseException:

@@ -127,7 +127,7 @@ def test_the_head_fits_the_stated_memory(path):
         config.train.batch_size
         // config.train.accumulation,  # with replicas a rank sees fewer embeddings, but the rows of all labels
         config.head.sample_rate,
-        {"sgd": "sgd-momentum", "adamw": "adamw"}[config.optimizer.name],
+        {"SGD": "sgd-momentum", "AdamW": "adamw"}[config.optimizer.name],
         memory=said["head_memory"],
         logits_budget=config.head.logits_budget,
         autocast=torch.bfloat16 if config.train.mixed_precision == "bf16" else None,

@@ -139,7 +139,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_exactly(
             signal.signal(number, handler)
     name = "SIGTERM" if fault.startswith("term") else "SIGUSR1"
     err = capsys.readouterr().err
-    assert f"partial-fc: stopped after step {saved} ({name}), which is saved; --resume {out}" in err
+    assert f"partial-fc: stopped after step {saved} ({name}), which is saved; continue with --resume {out}" in err
     assert RunFolder(out).checkpointer().steps()[-1] == saved and len(losses(out)) == saved
     monkeypatch.delenv(VARIABLE)
     assert main(command) == 0
@@ -153,7 +153,9 @@ def test_asked_on_one_rank_all_save(tiny, undisturbed, tmp_path):
     with disturbed(by_hand(tiny, out), PARTIAL_FC_FAULTS="usr1:backward@step=5,rank=1", **environment) as (process, _):
         code, _, err = finish(process)
     assert code == 1 and "exitcode: 75" in err
-    assert err.count("partial-fc: stopped after step 5 (asked on another rank), which is saved") == 1, "rank 0 speaks"
+    assert err.count("partial-fc: stopped after step 5 (requested on another rank), which is saved") == 1, (
+        "rank 0 speaks"
+    )
     assert can_be_used(environment["MASTER_PORT"])
     assert RunFolder(out).checkpointer().steps()[-1] == 5
     assert "resuming after epoch 1, step 5" in forked.succeed("train", "--resume", str(out))
@@ -172,7 +174,7 @@ def test_asked_during_the_evaluation(tmp_path):
     )
     with disturbed(command, PARTIAL_FC_FAULTS="term:evaluation@step=12,rank=1", **ports()) as (process, _):
         code, _, err = finish(process)
-    assert code == 1 and "exitcode: 75" in err and "stopped as asked, all steps being trained and saved" in err
+    assert code == 1 and "exitcode: 75" in err and "stopped as requested; all training steps are done and saved" in err
     assert not (out / "metrics.json").exists()
     history = tell_tale(out)
     assert "resuming after epoch 1, step 12" in succeed(command, **ports())
@@ -363,7 +365,7 @@ def test_an_asynchronous_save_has_the_timeout_of_the_run(ranks, tmp_path):
 )
 def test_what_is_no_fault_is_refused(text, monkeypatch):
     monkeypatch.setenv(VARIABLE, f"usr1:data@step=99; {text}")
-    with pytest.raises(UserError, match=f"{VARIABLE} has '{text}'; a fault is ACTION:PHASE@key=value"):
+    with pytest.raises(UserError, match=f"{VARIABLE} has an invalid fault: '{text}'; write ACTION:PHASE@key=value"):
         Faults.of_environment(0)
 
 
@@ -394,13 +396,13 @@ def test_batches_that_cannot_be_read(monkeypatch):
     left = []
     for number in range(4):
         batch = Batch(torch.ones(5, 1, 2, 2), torch.arange(5), torch.arange(10, 15), [])
-        spoilt = faults.spoil(batch, number)
+        spoilt = faults.make_unreadable(batch, number)
         assert spoilt is not None and len(spoilt.images) == len(spoilt.labels) == len(spoilt.indices) == 5 - len(
             spoilt.unreadable
         )
         left.append(spoilt.labels.tolist())
     assert left == [[0, 1, 2, 3, 4], [], [2, 3, 4], [0, 1, 2, 3, 4]]
-    assert faults.spoil(None, 1) is None
+    assert faults.make_unreadable(None, 1) is None
 
 
 def test_a_full_disk_ends_a_run_and_it_goes_on(tiny, alone, tmp_path, monkeypatch, capsys):
@@ -427,7 +429,7 @@ def test_a_folder_whose_claim_was_killed_is_free(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run.claim(die)
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         run.check_run()
     run.claim(lambda path: path.write_text("seed: 1\n"))
     assert (run.path / "config.yaml").read_text() == "seed: 1\n"
@@ -443,7 +445,7 @@ def test_of_two_that_claim_a_folder_one_gets_it(tmp_path):
         path.write_text("seed: 2\n")
         (run.path / "config.yaml").write_text("seed: 1\n")
 
-    with pytest.raises(UserError, match="is in use by another run that started now"):
+    with pytest.raises(UserError, match="is in use by another run that has just started"):
         run.claim(another_is_first)
     assert (run.path / "config.yaml").read_text() == "seed: 1\n"
 

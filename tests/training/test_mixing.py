@@ -20,10 +20,10 @@ from torch import Tensor
 from partial_fc import gather
 from partial_fc.shards import local_part
 from partial_fc.training.cli.main import main, train_parser
-from partial_fc.training.config import RunConfig, to_config
+from partial_fc.training.config import MarginSettings, RunConfig, to_config
 from partial_fc.training.data import DataConfig, IdentityDataset, open_data
+from partial_fc.training.data.config import MixedSet, check_mix
 from partial_fc.training.data.loader import BatchLoader
-from partial_fc.training.data.mixed_set import MixedSet, check_mix
 from partial_fc.training.data.samplers import make_sampler
 from partial_fc.training.errors import UserError
 from partial_fc.training.mixing import ExtraHeads, MixedIdentities, MixedSampler, mixed, shares
@@ -102,7 +102,7 @@ def test_every_world_and_every_resumption_has_the_same_mixed_batches_and_sets_go
 
     assert walk(1, 0) == taken[2].tolist()
     assert walk(3, 4) == taken[2].tolist()[4:]
-    with pytest.raises(UserError, match="the data set b has fewer images than the 24 of it"):
+    with pytest.raises(UserError, match="the data set b has fewer images than its 24 of a batch"):
         MixedSampler(data, 84, 3, make)
 
 
@@ -111,12 +111,9 @@ def test_every_world_and_every_resumption_has_the_same_mixed_batches_and_sets_go
 
 def mixed_config() -> RunConfig:
     config = RunConfig()
-    config.train.batch_size, config.backbone.embedding_size, config.head.margin, config.head.scale = (
-        14,
-        6,
-        "cosface",
-        8.0,
-    )
+    config.train.batch_size = 14
+    config.backbone.embedding_size = 6
+    config.head.margin = MarginSettings("CosFace", {"scale": 8.0})
     config.data.mix = [MixedSet("b", weight=0.5, m=0.1), MixedSet("c", weight=0.25, scale=4.0)]
     return config
 
@@ -183,7 +180,7 @@ def test_mixed_heads_equal_dense_ones_at_every_world_size(ranks):
     ("sets", "message"),
     [
         ([MixedSet("main")], "a set named 'main'"),
-        ([MixedSet("a"), MixedSet("a")], "a name of its own"),
+        ([MixedSet("a"), MixedSet("a")], "a unique name"),
         ([MixedSet("a b")], "named 'a b'"),
         ([MixedSet("a", weight=0.0)], r"the weight of a is 0\.0"),
     ],

@@ -187,7 +187,7 @@ def test_the_runs_settings_go_before_deepspeeds_configuration():
     ("environment", "settings", "expected"),
     [
         ({}, ["--train.deepspeed", "nowhere.json"], "nowhere.json does not exist"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "needs its processes started"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "DeepSpeed needs a launcher"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}, ["--train.mixed_precision", "fp16"], "fp16"),
     ],
     ids=["no such file", "no launcher", "fp16"],

@@ -62,17 +62,20 @@ def test_micro_batches_that_make_no_whole_step_are_left_out_and_counted(tmp_path
     assert trainer.progress.left_out == 2 * (unreadable + 2)
     count = len(trainer.data.train)
     taken = whole // accumulation * 64
-    assert taken < count and f"an epoch takes {taken:,} of {count:,} images" in capsys.readouterr().out
+    assert taken < count and f"an epoch uses {taken:,} of {count:,} images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--train.batch_size", "100000", "--train.accumulation", "1"], "fewer than one batch of 100000"),
-        (["--train.batch_size", "2000", "--train.accumulation", "100"], "training images make no batch of 2000"),
+        (
+            ["--train.batch_size", "2000", "--train.accumulation", "100"],
+            "training images are fewer than one batch of 2000",
+        ),
         (
             ["--train.batch_size", "4", "--train.accumulation", "4"],
-            "fewer than two images for each of 1 ranks and 4 micro-batches",
+            "fewer than 2 images for each of 1 ranks and 4 micro-batches",
         ),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from shards import local
 from torch import Tensor
 
 from partial_fc import ArcFace, PartialFC, RankFiles, RowOptimizer, import_weights, load_checkpoint
@@ -16,10 +17,6 @@ from partial_fc.training.cli.main import main
 
 C, D = 23, 6
 LAYOUTS = ["checkpoint", "softmax_fc", "bare", "bare old"]
-
-
-def local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
 
 
 def matrix(seed: int) -> Tensor:
@@ -150,13 +147,13 @@ def go_on(rank: int, world: int, path: str, kind: str, imported: bool) -> tuple[
         if kind == "sgd":
             assert optimizer.param_groups[0]["momentum"] == 0.8 and optimizer.param_groups[0]["lr"] == 0.05
             optimizer.param_groups[0]["weight_decay"] = 0.0
-    start = local(head.weight).clone()
+    start = local(head.weight.detach()).clone()
     shards = head.shards
     for step in range(3):
-        head.weight.grad = shards.wrap(local(head.weight) - matrix(10 + step)[shards.lo : shards.hi])
+        head.weight.grad = shards.wrap(local(head.weight.detach()) - matrix(10 + step)[shards.lo : shards.hi])
         optimizer.step()
         optimizer.zero_grad()
-    return start, local(head.weight).clone()
+    return start, local(head.weight.detach()).clone()
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

@@ -42,7 +42,7 @@ COMMON = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
-    for name, more in (("arc", []), ("cos", ["--head.margin", "cosface", "--head.sample_rate", "0.5"])):
+    for name, more in (("arc", []), ("cos", ["--head.margin", "CosFace", "--head.sample_rate", "0.5"])):
         assert main([*COMMON, *more, "--output.folder", str(root / name)]) == 0
     return [root / "arc", root / "cos"]
 
@@ -139,20 +139,20 @@ def test_a_report_opens_without_complaint_on_a_screen_and_on_a_phone(browser, ru
         "Configuration",
     ):
         assert title in seen.evaluated["headings"]
-    assert "images a second" in seen.evaluated["text"]
-    assert "of that waiting for data" in seen.evaluated["text"]
+    assert "images per second" in seen.evaluated["text"]
+    assert "of training time spent waiting for data" in seen.evaluated["text"]
 
 
 def test_runs_side_by_side_open_without_complaint(browser, runs, tmp_path, capsys):
     page = tmp_path / "both.html"
     assert main(["report", *map(str, runs), "--output", str(page)]) == 0
-    assert f"2 runs are on {page}" in capsys.readouterr().out
+    assert f"comparison of 2 runs written to {page}" in capsys.readouterr().out
     for width in (1100, 390):
         seen = browser.open(page, width=width, evaluate=LOOK)
         assert (seen.complaints, seen.requests, seen.evaluated["broken"]) == ([], [], 0)
         assert seen.evaluated["wider"] <= 0
         assert seen.evaluated["images"] == 6  # ROC of two sets, and four numbers of the log
-    assert seen.evaluated["headings"] == ["Settings that differ", "seen", "new", "everything else", "Curves"]
+    assert seen.evaluated["headings"] == ["Settings that differ", "seen", "new", "Other figures", "Curves"]
 
 
 def test_what_differs_is_told_and_the_best_is_marked(runs, tmp_path):
@@ -169,9 +169,9 @@ def test_what_differs_is_told_and_the_best_is_marked(runs, tmp_path):
     assert main(["report", str(runs[0]), str(changed), str(unfinished), "--output", str(page)]) == 0
     text = page.read_text()
     settings = text[text.index("Settings that differ") : text.index("<h2>seen")]
-    assert settings.count("<tr>") == 4  # heads, margin, sample_rate, folder of the output
+    assert settings.count("<tr>") == 6  # heads, margin, its margin and gradient, sample_rate, folder of the output
     assert (
-        "<code>head.margin</code></td><td><code>arcface</code></td><td><code>cosface</code></td><td><code>arcface</code>"
+        "<code>head.margin</code></td><td><code>ArcFace</code></td><td><code>CosFace</code></td><td><code>ArcFace</code>"
         in settings
     )
     assert '<td class="best">0.00 %</td><td>—</td>' in text[text.index("<td>eer") :].split("</tr>")[0]
@@ -229,7 +229,7 @@ def test_protocols_are_laid_side_by_side(browser, protocol_runs, tmp_path):
             assert f'<td>{key}</td><td class="best">{good}</td><td>{bad}</td>' in table, key
         assert f"<td>{'accuracy_std' if name == 'lfw' else keys[0]}</td>" in table
     assert "{" not in text[text.index("<body>") :]
-    rest = text[text.index("<h2>everything else") :].split("</table>")[0]
+    rest = text[text.index("<h2>Other figures") :].split("</table>")[0]
     assert "<td>best during training.lfw/accuracy</td><td>70.00 %</td><td>70.00 %</td>" in rest
     assert "rows" not in rest and "protocols" not in rest
     seen = browser.open(page, evaluate=LOOK)
@@ -262,13 +262,13 @@ def test_what_cannot_be_laid_side_by_side_is_said(runs, tmp_path, capsys):
     shutil.copytree(runs[0], damaged)
     (damaged / "metrics.json").write_text("[")
     for arguments, message in (
-        ([str(tmp_path)], "is no run folder"),
+        ([str(tmp_path)], "is not a run folder"),
         ([str(damaged)], "damaged cannot be read"),
-        ([str(runs[0]), str(runs[0])], "named twice"),
+        ([str(runs[0]), str(runs[0])], "given twice"),
         ([str(runs[0]), "--output", str(tmp_path)], "is a folder; give the name of a file"),
         (
             [str(damaged), "--output", str(damaged / "metrics.json" / "x.html")],
-            "is not a folder that can be written to",
+            "is not a writable folder",
         ),
         ([], "required"),
     ):
