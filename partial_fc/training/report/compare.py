@@ -10,7 +10,6 @@ The folder of an evaluation has no settings and no history; its figures and curv
 
 from __future__ import annotations
 
-import base64
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from partial_fc.training.config import CLASS_OPTIONS
 from partial_fc.training.errors import UserError
@@ -27,6 +25,7 @@ from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.interval import split_history
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.report.formatting import DASH, figure_cell, flatten, is_share, leaves
+from partial_fc.training.report.page import png_uri, render
 from partial_fc.training.report.report import PLOTS, TABLES
 from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder
 from partial_fc.training.settings_file import shown_settings
@@ -122,14 +121,8 @@ def run_names(paths: Sequence[str]) -> list[str]:
 
 def write_comparison(runs: Sequence[Run], path: Path) -> None:
     """Write the page to `path`."""
-    template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("compare.html.j2")
-    page = template.render(
+    page = render(
+        "compare.html.j2",
         title=f"Comparison of {len(runs)} runs" if len(runs) > 1 else runs[0].name,
         names=[run.name for run in runs],
         tables=list(_tables(runs)),
@@ -190,7 +183,7 @@ def _plots(runs: Sequence[Run]) -> list[dict[str, str]]:
         picture = Path(folder) / "plot.png"
 
         def add(caption: str) -> None:
-            found.append({"caption": caption, "uri": _uri(picture)})
+            found.append({"caption": caption, "uri": png_uri(picture.read_bytes())})
 
         for kind, name in dict.fromkeys((type(each), each.name) for run in runs for each in run.curves):
             of_set = [
@@ -233,7 +226,3 @@ def _evaluated_figures(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
         name, figure = key.rsplit("/", 1)
         found.setdefault(name, {})[key] = figure
     return found
-
-
-def _uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
