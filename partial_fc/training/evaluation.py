@@ -350,16 +350,14 @@ class EvaluationConfig:
     verification: list[str] = field(default_factory=list)
     """Files of image pairs (`lfw.bin`, `cfp_fp.bin`, ...) to verify, each under its name without the ending."""
     templates: str | None = None
-    """Folder of a template protocol (IJB-B, IJB-C): images/, *face_tid_mid.txt, *template_pair_label.txt; null for
-    none."""
+    """Folder of a template protocol, as of IJB-C: images/, *face_tid_mid.txt, *template_pair_label.txt; null for none."""
     align: bool = True
-    """Align the faces of `templates` by the points of its *name_5pts_score.txt, if there is one; false if its images
-    are aligned."""
+    """Align the faces of `templates` by the points of *name_5pts_score.txt, if it exists; false for aligned images."""
     identification: str | None = None
-    """Folder with gallery/ and probes/, and distractors/ if there are any, of identity sub-folders; null for none."""
+    """Folder with gallery/, probes/, optionally distractors/, each with identity sub-folders; null for none."""
     retrieval: str | None = None
-    """Folder with query/ and gallery/ or bounding_box_test/: identity sub-folders, or files that `label_pattern` is
-    for; null for none."""
+    """Folder with query/, and gallery/ or bounding_box_test/: with identity sub-folders, or files that `label_pattern`
+    matches; null for none."""
     label_pattern: str | None = None
     """Regular expression that finds the identity in a file's name, for a retrieval folder without sub-folders."""
     camera_pattern: str | None = None

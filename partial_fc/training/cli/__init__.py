@@ -10,10 +10,9 @@ export.py       export-backbone
 glyphs.py       data glyphs
 plan.py         plan
 protocols.py    verify, templates, identify, retrieve
+report.py       report
 weights.py      export, import
 parser.py       shared: the parser class, options that several commands have
-
-The command report is in partial_fc/training/report/compare.py.
 
 A new command gets a file of its own here: a function that builds its parser (`CommandParser` of parser.py), and a
 function `NAME_command(arguments)` that raises UserError for mistakes and returns None or an exit code. Then add it to

@@ -211,8 +211,7 @@ def import_weights_command(arguments: list[str]) -> None:
             if described != built:
                 raise UserError(
                     f"{asked.sources[0]} comes from a head with {described}; give the margin of the checkpoint: "
-                    "--margin, "
-                    "--margin.scale, ..."
+                    "--margin, --margin.scale, ..."
                 )
         name = asked.name or kind
         if not name.isidentifier():
@@ -282,9 +281,8 @@ def _head_state(sources: dict[str, RowSource], settings: MarginSettings) -> dict
     if state["weight"].shape != weight.shape:
         raise UserError(
             f"the weight has the shape {list(weight.shape)}, but a head with --margin {settings.name} has "
-            f"{list(state['weight'].shape)}; --margin SubCenterArcFace --margin.centers K has K rows per class, "
-            "every other "
-            "margin of the package one"
+            f"{list(state['weight'].shape)}; --margin SubCenterArcFace --margin.centers K has K rows per class, every "
+            "other margin of the package one"
         )
     if "bias" in sources and "bias" not in state:
         raise UserError(
