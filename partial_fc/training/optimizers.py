@@ -30,7 +30,6 @@ OF_TORCH = (
 OF_MORE = ("LARS", "LAMB", "LookaheadSGD", "LookaheadAdamW", "Ranger", "AdaBelief", "Yogi")
 
 
-
 def _no_tensor(text: str) -> Tensor:
     raise ValueError("a setting cannot be a tensor")
 
