@@ -1,18 +1,24 @@
-"""What agreement costs: looking for bad inputs, judging losses and gradients, watching for ranks that diverge; as shares of a step.
+"""What agreement costs: looking for bad inputs, judging losses and gradients, watching for ranks that diverge; as
+shares of a step.
 
     python benchmarks/agreement.py [--worlds 1 2] [--num_classes 100000] [--repetitions 15] [--quick]
 
-N = 512 samples, D = 512, float32, one thread a rank. A step is forward, backward, RowOptimizer(SGD, momentum 0.9), zero_grad. In turn, in
-the same processes, for each line of the table; shares are medians of ratios of neighbours in time:
+N = 512 samples, D = 512, float32, one thread a rank. A step is forward, backward, RowOptimizer(SGD, momentum 0.9),
+zero_grad. In turn, in the same processes, for each line of the table; shares are medians of ratios of neighbours in
+time:
 
-    always / never          whole steps of validate="always" against "never", both without clipping: all that is looked at
+    always / never          whole steps of validate="always" against "never", both without clipping: all that is looked
+                            at
     the same, clipped       both with clip_grad_norm_, whose norm judges the step
-    inspection              what the exchange of a step looks at on this rank, alone, over the step: 100 of them are timed
+    inspection              what the exchange of a step looks at on this rank, alone, over the step: 100 of them are
+                            timed
     its collective          one all-reduce of two numbers and the wait for it: what a step without clipping says besides
     gradients               the pass over the gradients of a step without clipping, alone, over the step
-    watch                   DivergenceWatch.step() of a backbone of --watched parameters (25 million: a ResNet-50) with the head, every=100
+    watch                   DivergenceWatch.step() of a backbone of --watched parameters (25 million: a ResNet-50) with
+                            the head, every=100
 
-The difference of two whole steps is less than what they vary by on most machines; the parts measured alone are the surer figures.
+The difference of two whole steps is less than what they vary by on most machines; the parts measured alone are the
+surer figures.
 """
 
 from __future__ import annotations
@@ -33,9 +39,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from ranks import interleaved, over_ranks, ratio, run_ranks  # noqa: E402
 
 from partial_fc import DivergenceWatch, PartialFC, RowOptimizer, clip_grad_norm_  # noqa: E402
-from partial_fc.batch_status import _inspect, _LabelSet  # noqa: E402
-from partial_fc.nonfinite.judge import over_ranks as agree  # noqa: E402
-from partial_fc.nonfinite.words import not_finite  # noqa: E402
+from partial_fc.batch.status import LabelSet  # noqa: E402
+from partial_fc.nonfinite.check_gradients import max_over_ranks as agree  # noqa: E402
+from partial_fc.nonfinite.describe import not_finite  # noqa: E402
 
 INSPECTIONS = 100
 MARK = 1.0  # per cent of a step, at most
@@ -68,19 +74,19 @@ def times(
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(samples // world, width, generator=generator).requires_grad_()
     labels = torch.randint(classes, (samples // world,), generator=generator)
-    sets, flags = [_LabelSet(None, labels)], torch.zeros(2, dtype=torch.float64)
-    gradient = torch.randn(head._shards.local, width)
+    sets, flags = [LabelSet(None, labels)], torch.zeros(2, dtype=torch.float64)
+    gradient = torch.randn(head.shards.local, width)
     torch.manual_seed(0)
     layers = [nn.Linear(width, width) for _ in range(max(1, watched // (width * (width + 1))))]
     watch = DivergenceWatch(nn.Sequential(*layers), head, every=100)
 
     def inspect() -> None:
         for _ in range(INSPECTIONS):
-            _inspect(x.detach(), sets, "", True, True)
+            inspect(x.detach(), sets, "", True, True)
 
     def collective() -> None:
         for _ in range(INSPECTIONS):
-            agree(flags, head._shards.ranks).tolist()
+            agree(flags, head.shards.ranks).tolist()
 
     def watch_some() -> None:
         for _ in range(4):

@@ -1,10 +1,12 @@
-"""What each loss reaches in the quick start's training: the same data, backbone, steps and seeds, verified on characters never trained on.
+"""What each loss reaches in the quick start's training: the same data, backbone, steps and seeds, verified on
+characters never trained on.
 
     python benchmarks/losses.py [--seeds 0 1 2] [--epochs 12] [--only NAME ...] [--out runs/losses]
 
-Each run is the quick start itself: `accelerate launch` with two CPU processes, a minute on two free cores. After every run the table of all
-that are finished is written to OUT/table.md, with the figures to OUT/results.json and a plot to OUT/losses.png. Started again, it goes on:
-finished runs are taken from OUT, an interrupted one is resumed. A folder that was run with other settings is refused.
+Each run is the quick start itself: `accelerate launch` with two CPU processes, a minute on two free cores. After every
+run the table of all that are finished is written to OUT/table.md, with the figures to OUT/results.json and a plot to
+OUT/losses.png. Started again, it goes on: finished runs are taken from OUT, an interrupted one is resumed. A folder
+that was run with other settings is refused.
 """
 
 from __future__ import annotations
@@ -39,13 +41,15 @@ Figures = dict[str, dict[str, float]]  # split -> figure -> value
 
 @dataclass
 class Loss:
-    """A row of the table: what it is called and what it sets beyond configs/quickstart.yaml (scale 32, SGD with lr 0.1)."""
+    """A row of the table: what it is called and what it sets beyond configs/quickstart.yaml (scale 32, SGD with lr
+    0.1)."""
 
     title: str
     settings: str
 
 
-# Settings other than the papers' (but for the scale) were chosen by one look at seed 0; docs/losses.md says which and why.
+# Settings other than the papers' (but for the scale) were chosen by one look at seed 0; docs/losses.md says which and
+# why.
 PLAIN = "--head.margin Softmax"
 LOSSES = {
     "softmax": Loss("softmax", PLAIN),

@@ -1,17 +1,20 @@
-"""What questions cost: `topk` and `nearest_classes` against the bare matrix products, and against the products with `torch.topk`.
+"""What questions cost: `topk` and `nearest_classes` against the bare matrix products, and against the products with
+`torch.topk`.
 
     python benchmarks/queries.py [--quick] [--worlds 1 2] [--only topk] [--nearest_classes 200000] [--nearest_width 512]
 
 Float32, one thread a rank. In the same processes, in turn:
 
     ours          head.topk of 1,024 embeddings, head.nearest_classes; k = 10, tiles of 64 MiB
-    product       the products of the same tiles into one buffer, rows as they are: no lengths, no selection, nothing sent
+    product       the products of the same tiles into one buffer, rows as they are: no lengths, no selection, nothing
+                  sent
     torch.topk    the same products, `torch.topk` of every tile, and of what was found with what was found before
 
-On one rank nearest_classes computes a tile [i, j] once for both sides; `product` is then of those tiles alone, which is half of all.
-`all products` are all tiles, what brute force computes. The defaults of nearest_classes are smaller than those of topk, since its work
-grows with C²: with --nearest_classes 200000 --nearest_width 512 every repetition is some half an hour of one core. Ratios of processor
-time are there for machines on which others work too. The table is on standard output.
+On one rank nearest_classes computes a tile [i, j] once for both sides; `product` is then of those tiles alone, which is
+half of all. `all products` are all tiles, what brute force computes. The defaults of nearest_classes are smaller than
+those of topk, since its work grows with C²: with --nearest_classes 200000 --nearest_width 512 every repetition is some
+half an hour of one core. Ratios of processor time are there for machines on which others work too. The table is on
+standard output.
 """
 
 from __future__ import annotations
@@ -64,9 +67,9 @@ def walk(left: Tensor, right: Tensor, tiles: Tiles, select: bool) -> Callable[[]
 def topk_times(classes: int, width: int, queries: int, repetitions: int) -> dict[str, list[tuple[float, float]]]:
     """On one rank: its share of the embeddings asks, its class rows are multiplied with all of them."""
     head = PartialFC(width, classes, NormFace())
-    rows, world = local_part(head.weight.detach()), head._shards.ranks.world
+    rows, world = local_part(head.weight.detach()), head.shards.ranks.world
     everyone = torch.randn(queries, width, generator=torch.Generator().manual_seed(1))
-    mine = everyone.chunk(world)[head._shards.ranks.rank]
+    mine = everyone.chunk(world)[head.shards.ranks.rank]
     tiles = [(slice(0, queries), b) for b in spans(len(rows), max(1, DEFAULT_TILE_BYTES // 4 // queries))]
     things = {
         "product": walk(everyone, rows, tiles, False),
@@ -79,7 +82,7 @@ def topk_times(classes: int, width: int, queries: int, repetitions: int) -> dict
 def nearest_times(classes: int, width: int, repetitions: int) -> dict[str, list[tuple[float, float]]]:
     """On one rank: its class rows against all; in the products rows of its own stand for those of other ranks."""
     head = PartialFC(width, classes, NormFace())
-    rows, world = local_part(head.weight.detach()), head._shards.ranks.world
+    rows, world = local_part(head.weight.detach()), head.shards.ranks.world
     blocks = spans(len(rows), math.isqrt(DEFAULT_TILE_BYTES // 4))
     whole = [(a, b) for _ in range(world) for b in blocks for a in blocks]
     once = [(a, b) for a, b in whole if b.start >= a.start]

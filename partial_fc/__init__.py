@@ -1,15 +1,17 @@
 """Classification heads whose class weights are sharded over ranks, for recognisers with very many classes.
 
-The core imports torch alone. Someone with their own training loop needs nothing but the names below; `partial_fc.training` is an
-application built on them.
+The core imports torch alone. Someone with their own training loop needs nothing but the names below;
+`partial_fc.training` is an application built on them.
 """
 
-from partial_fc.batch import GlobalBatch, gather
+from partial_fc import old_paths
+from partial_fc.batch.exchange import GlobalBatch
+from partial_fc.batch.gather import gather
 from partial_fc.centers import CenterLoss
 from partial_fc.checkpoint.checkpointer import Checkpointer
 from partial_fc.checkpoint.random_state import RandomState
 from partial_fc.checkpoint.save_load import load_checkpoint, save_checkpoint
-from partial_fc.classes.moves import class_mapping
+from partial_fc.classes.mapping import class_mapping
 from partial_fc.classes.queries import Neighbours
 from partial_fc.diagnosis.check_margin import check_margin
 from partial_fc.diagnosis.doctor import Report, doctor
@@ -21,15 +23,18 @@ from partial_fc.loop.joining import JoinedBatches
 from partial_fc.loop.preemption import PreemptionGuard
 from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
 from partial_fc.margins.base import Margin
-from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
-from partial_fc.nonfinite.judge import check_gradients
+from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, SphereFace
+from partial_fc.margins.variants import Softmax, SubCenterArcFace
+from partial_fc.nonfinite.check_gradients import check_gradients
 from partial_fc.optim.clipping import clip_grad_norm_
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.planning.plan import Plan, plan
 from partial_fc.weights.rank_files import RankFiles
 from partial_fc.weights.single_file import export_weights, import_weights
 
-__version__ = "0.1.0"
+old_paths.install()
+
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaFace",

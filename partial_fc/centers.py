@@ -1,12 +1,13 @@
-"""Center loss: class centers `[C, D]` split over ranks by rows, which draw the embeddings of their classes together.
+"""`CenterLoss`: class centers `[C, D]`, split over ranks by rows, that draw the embeddings of their classes together.
 
     embeddings [N_local, D], labels [N_local]
-       exchange (collectives)   counts and status, judged on every host; then the global batch
-       own targets              P of the N · L targets, those whose class is on this rank: differences x − c [P, D]; no other row is read
-       loss                     Σ ½ w ‖x − c‖² of own targets, summed over the ranks: one number of each, [N] for reduction "none"
-       backward                 dx = w (x − c) on the rank that owns the class, reduce-scattered
-       centers                  "paper": Σ (c − x) and n of each class in the batch, kept by forward until `step`
-                                "gradient": gradients of the rows of these classes, through `RowOptimizer`
+       gather        counts and status, checked on every host; then the global batch
+       own targets   P of the N · L targets, those whose class is on this rank: differences x − c [P, D]; no other row
+                     is read
+       loss          Σ ½ w ‖x − c‖² of own targets, summed over the ranks: one number of each, [N] for reduction "none"
+       backward      dx = w (x − c) on the rank that owns the class, reduce-scattered
+       centers       "paper": Σ (c − x) and n of each class in the batch, kept by forward until `step`
+                     "gradient": gradients of the rows of these classes, through `RowOptimizer`
 
 Wen, Y. et al.: A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016.
 """
@@ -18,19 +19,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partial_fc.batch import GlobalBatch, on_each_loss
-from partial_fc.batch_status import as_matrix
-from partial_fc.classes.change import Batches
-from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Group, all_gather, all_gather_mesh, start_reduce_scatter
-from partial_fc.nonfinite.judge import judge
-from partial_fc.nonfinite.step_record import DEFAULT_MAX_SKIPS
-from partial_fc.sharded import OnNonfinite, Reduction, ShardedLoss, Validate, check_choice
-from partial_fc.shards import local_part
+from partial_fc.batch.exchange import GlobalBatch, gradient_of_losses
+from partial_fc.batch.status import as_matrix
+from partial_fc.classes.class_means import Batches
+from partial_fc.classes.loss import ChangeableLoss
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import Group, all_gather, all_gather_mesh, start_reduce_scatter, sum_over_replicas
+from partial_fc.nonfinite.check_gradients import check_step
+from partial_fc.sharded_module import Reduction, SharedArguments, check_choice
+from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
+from partial_fc.targets import sample_weights_of, stats_dtype, targets_of
 
 if TYPE_CHECKING:
     from partial_fc.head import PartialFC
@@ -38,29 +39,35 @@ if TYPE_CHECKING:
 Update = Literal["paper", "gradient"]
 
 
-class CenterLoss(ShardedLoss):
-    """½ ‖x − c_y‖² of each embedding and the center of its class. Call it as `loss = center(embeddings, labels)` on every rank.
+class CenterLoss(ChangeableLoss):
+    """½ ‖x − c_y‖² of each embedding and the center of its class. Call it as `loss = center(embeddings, labels)` on
+    every rank.
 
-    With a head, on one exchange: `batch = gather(embeddings, labels); loss = head(batch) + 0.1 * center(batch)`. Several labels a sample
-    count by their weights, `Σ_l w_l ½ ‖x − c_l‖²`. Embeddings are taken as they are, not normalised.
+    With a head, on one exchange: `batch = gather(embeddings, labels); loss = head(batch) + 0.1 * center(batch)`.
+    Several labels a sample count by their weights, `Σ_l w_l ½ ‖x − c_l‖²`. Embeddings are taken as they are, not
+    normalised.
 
     Args:
         embedding_size: D, width of the embeddings.
         num_classes: C, classes over all ranks.
         alpha: α in (0, 1], how far `step` moves centers, for update="paper".
-        update: "paper": every training forward notes Σ_{y_i = j} (c_j − x_i) and n_j over the global batch, and `step` moves
-            c_j by −α Σ (c_j − x_i) / (1 + n_j), as eq. 4 of the paper; independent of the weight of the loss and of a GradScaler.
-            A sample counts as its sample weight times its label's weight; one that is ignored or of weight 0 does not count.
-            "gradient": centers receive the gradient of the loss, for the classes in the batch, and a `RowOptimizer` moves them.
-        group: a ProcessGroup or 1-D DeviceMesh to split classes over, or a 2-D mesh (replicate, shard); None for all ranks, or for this
-            process alone where there is no process group.
+        update: "paper": every training forward notes Σ_{y_i = j} (c_j − x_i) and n_j over the global batch, and `step`
+            moves c_j by −α Σ (c_j − x_i) / (1 + n_j), as eq. 4 of the paper; independent of the weight of the loss and
+            of a GradScaler. A sample counts as its sample weight times its label's weight; one that is ignored or of
+            weight 0 does not count. "gradient": centers receive the gradient of the loss, for the classes in the batch,
+            and a `RowOptimizer` moves them.
+        group: a ProcessGroup or 1-D DeviceMesh to split classes over, or a 2-D mesh (replicate, shard); None for all
+            ranks, or for this process alone where there is no process group.
         seed: of initial centers; must agree between ranks, as alpha and update must.
         init_std: standard deviation of initial centers.
-        ignore_index, reduction, scale_embedding_grad, validate, on_nonfinite, max_skips, device, dtype: as of `PartialFC`.
+        ignore_index, reduction, scale_embedding_grad, validate, on_nonfinite, max_skips, device, dtype: as of
+            `PartialFC`.
 
-    Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64 (or `[N_local, L]` within a `GlobalBatch`); N_local may be 0.
+    Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64 (or `[N_local, L]` within a `GlobalBatch`);
+    N_local may be 0.
 
-    Raises ValueError for bad arguments or bad inputs, with the same message on every rank; RuntimeError if it is wired wrongly.
+    Raises ValueError for bad arguments or bad inputs, with the same message on every rank; RuntimeError if it is wired
+    wrongly.
     """
 
     centers: nn.Parameter
@@ -87,25 +94,16 @@ class CenterLoss(ShardedLoss):
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha must be in (0, 1], not {alpha}")
         check_choice("update", update, ("paper", "gradient"))
-        super().__init__(
-            embedding_size,
-            num_classes,
-            sampled=update == "gradient",
-            group=group,
-            seed=seed,
-            init_std=init_std,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            scale_embedding_grad=scale_embedding_grad,
-            validate=validate,
-            on_nonfinite=on_nonfinite,
-            max_skips=max_skips,
-            device=device,
-        )
-        self.alpha, self.update = alpha, update
+        shared = SharedArguments(
+            embedding_size, num_classes, group, seed, init_std, ignore_index, reduction, scale_embedding_grad,
+            validate, on_nonfinite, max_skips, device,
+        )  # fmt: skip
+        super().__init__(shared, sampled=update == "gradient")
+        self.alpha = alpha
+        self.update = update
         # since the last step(): rows of classes seen [S], and for each Σ (c − x) and, in the last column, n: [S, D + 1]
         self._pending: tuple[Tensor, Tensor] | None = None
-        self._register("centers", torch.empty(self._shards.local, embedding_size, device=self._device, dtype=dtype))
+        self._register("centers", torch.empty(self.shards.local, embedding_size, device=self._device, dtype=dtype))
         self.centers.requires_grad_(update == "gradient")
         self.reset_parameters()
         self._complete()
@@ -122,66 +120,69 @@ class CenterLoss(ShardedLoss):
         self._check_wiring()
         with record_function("partial_fc::gather"):
             batch, x = self._take(embeddings, labels)
-        if self._record.bad_forward and self.training:
-            return self._zero_loss(x, batch, rows_of_all=not self._rows.sampled)
+        rows = self.class_rows
+        if self.training and rows.record.bad_forward:
+            return self._zero_loss(x, batch, gradient_of_all_rows=not rows.sampled)
         with record_function("partial_fc::centers"):
-            step = self._plan(batch, scatter=x is not batch.embeddings)
-            differences = self._differences(step)
-            anchor = self._anchor() if self.training and self._rows.sampled else None
-            loss = _CenterDistance.apply(x, anchor, differences, step)
+            targets = self._own_targets(batch, scatter=x is not batch.embeddings)
+            differences = self._differences(targets)
+            anchor = self._anchor() if self.training and rows.sampled else None
+            loss = _CenterDistance.apply(x, anchor, differences, targets)
             if self.training and self.update == "paper":
-                self._note(differences, step)
+                self._note(differences, targets)
         return self._follow(loss, loss.detach(), batch)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the centers of the classes seen in training forwards since the last step, by all of them together; then forget them.
+        """Move the centers of the classes seen in training forwards since the last step, by all of them together; then
+        forget them.
 
-        Does nothing if there were none, or if the step was left out (`skipped`): then it only forgets. Raises RuntimeError if update is
-        "gradient", NonFiniteError as `check_gradients` does if that was not called.
+        Does nothing if there were none, or if the step was left out (`skipped`): then it only forgets. Raises
+        RuntimeError if update is "gradient", NonFiniteError as `check_gradients` does if that was not called.
         """
         if self.update == "gradient":
             raise RuntimeError(
                 'update="gradient": centers are moved by the step() of a RowOptimizer(torch.optim.SGD, center, ...)'
             )
-        if self._watches and not self._record.judged and not self.skipped:
-            judge([self], [])
+        record = self.class_rows.record
+        if record.watches and not record.checked and not record.skipped:
+            check_step([self.class_rows], [])
         pending, self._pending = self._pending, None
-        self._record.end()
+        record.end()
         if pending is None or self.skipped:
             return
         rows, totals = pending
-        if self._shards.ranks.replica_group is not None:
-            with naming_the_missing("the sum of moves of centers", self._shards.ranks.replica_group):
-                dist.all_reduce(totals, group=self._shards.ranks.replica_group)
+        sum_over_replicas(totals, self.shards.ranks, "the sum of moves of centers")
         centers = local_part(self.centers.detach())
         moves = totals[:, :-1] * (self.alpha / (1 + totals[:, -1:]))
         centers.index_copy_(0, rows, (centers.index_select(0, rows) - moves).to(centers.dtype))
 
-    def _plan(self, batch: GlobalBatch, scatter: bool) -> _Step:
-        targets, label_weights = self._targets(batch)
+    def _own_targets(self, batch: GlobalBatch, scatter: bool) -> _OwnTargets:
+        dtype = stats_dtype(batch.embeddings, self.centers)
+        targets, label_weights = targets_of(batch, self.ignore_index, dtype)
         counts = label_weights
         if batch.sample_weights is not None:
             counts = label_weights * batch.sample_weights.to(label_weights.dtype)[:, None]
-        rows = targets - self._shards.lo
-        sample, place = ((rows >= 0) & (rows < self._shards.local) & (counts > 0)).nonzero(as_tuple=True)
-        return _Step(
+        rows = targets - self.shards.lo
+        sample, place = ((rows >= 0) & (rows < self.shards.local) & (counts > 0)).nonzero(as_tuple=True)
+        return _OwnTargets(
             batch=batch,
             sample=sample,
             row=rows[sample, place],
             label_weights=label_weights[sample, place],
             counts=counts[sample, place],
-            sample_weights=self._sample_weights(batch),
+            sample_weights=sample_weights_of(batch, self.ignore_index, self.reduction, dtype),
             mesh_rows=self._mesh_rows(batch),
             reduction=self.reduction,
             scale_embedding_grad=self.scale_embedding_grad,
             scatter=scatter,
-            on_row_grad=self._rows.accumulate,
+            accumulate=self.class_rows.accumulate,
             row_dtype=self.centers.dtype,
         )
 
     def _mesh_rows(self, batch: GlobalBatch) -> Tensor:
-        """On a 2-D mesh: own rows that targets of any replica are of, so that all replicas hold sums of the same rows. Else none."""
+        """On a 2-D mesh: own rows that targets of any replica are of, so that all replicas hold sums of the same rows.
+        Else none."""
         labels = as_matrix(batch.mesh_labels)
         if batch.ranks.replica_group is None:
             return labels.new_empty(0)
@@ -190,19 +191,19 @@ class CenterLoss(ShardedLoss):
             targets &= batch.mesh_label_weights > 0
         if batch.mesh_sample_weights is not None:
             targets &= batch.mesh_sample_weights[:, None] > 0
-        rows = labels[targets] - self._shards.lo
-        return rows[(rows >= 0) & (rows < self._shards.local)].unique()
+        rows = labels[targets] - self.shards.lo
+        return rows[(rows >= 0) & (rows < self.shards.local)].unique()
 
     @torch.no_grad()
-    def _differences(self, step: _Step) -> Tensor:
+    def _differences(self, own: _OwnTargets) -> Tensor:
         """x − c `[P, D]` of own targets, in the dtype of the statistics."""
-        centers, dtype = local_part(self.centers.detach()), step.label_weights.dtype
-        return step.batch.embeddings.index_select(0, step.sample).to(dtype).sub_(centers.index_select(0, step.row))
+        centers, dtype = local_part(self.centers.detach()), own.label_weights.dtype
+        return own.batch.embeddings.index_select(0, own.sample).to(dtype).sub_(centers.index_select(0, own.row))
 
     @torch.no_grad()
-    def _note(self, differences: Tensor, step: _Step) -> None:
-        counts = step.counts[:, None]
-        rows, totals = step.by_row(torch.cat((-differences * counts, counts), 1))
+    def _note(self, differences: Tensor, own: _OwnTargets) -> None:
+        counts = own.counts[:, None]
+        rows, totals = own.by_row(torch.cat((-differences * counts, counts), 1))
         if self._pending is not None:
             rows, totals = _sum_rows(torch.cat((self._pending[0], rows)), torch.cat((self._pending[1], totals)))
         self._pending = rows, totals
@@ -211,7 +212,7 @@ class CenterLoss(ShardedLoss):
 
     def _check_wiring(self) -> None:
         super()._check_wiring()
-        if self.update == "paper" and self._rows.live_optimizer is not None:
+        if self.update == "paper" and self.class_rows.live_optimizer is not None:
             raise RuntimeError(
                 'a RowOptimizer moves centers of update="gradient"; those of update="paper" are moved by center.step()'
             )
@@ -219,10 +220,11 @@ class CenterLoss(ShardedLoss):
     def _settings(self) -> dict[str, Any]:
         return {
             **super()._settings(),
-            "a digest of alpha, update and init_std": (self.alpha, self.update, self._init_std),
+            "a digest of alpha, update and init_std": (self.alpha, self.update, self.init_std),
         }
 
-    # ------------------------------------------------------------------------------------------------ parameters and state
+    # ------------------------------------------------------------------------------------------------ parameters and
+    # state
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -240,7 +242,7 @@ class CenterLoss(ShardedLoss):
             raise ValueError(
                 f"the head's weight is {list(head.weight.shape)}, the centers are {list(self.centers.shape)}"
             )
-        if not head._shards.ranks.same_as(self._shards.ranks):
+        if not head.shards.ranks.same_as(self.shards.ranks):
             raise ValueError("the head is split over another group than the centers")
         local_part(self.centers.detach()).copy_(local_part(head.weight.detach()))
         self._pending = None
@@ -251,18 +253,18 @@ class CenterLoss(ShardedLoss):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The number of changes of the classes, which says what is drawn next; how many steps were skipped."""
-        return {"class_changes": self._class_changes, "skips": self.skips}
+        return {"class_changes": self.class_changes, "skips": self.skips}
 
     def set_extra_state(self, state: Any) -> None:
-        self._class_changes, self._record.skips = int(state["class_changes"]), int(state.get("skips", 0))
+        self.class_changes, self.class_rows.record.skips = int(state["class_changes"]), int(state.get("skips", 0))
 
     def _forget_notes(self) -> None:
         self._pending = None
 
-    def _pending_work(self) -> str:
+    def pending_work(self) -> str:
         if self._pending is not None:
             return "forwards have noted moves of the centers: call step() first"
-        return super()._pending_work()
+        return super().pending_work()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CenterLoss:
         super()._apply(fn, recurse)
@@ -278,8 +280,8 @@ class CenterLoss(ShardedLoss):
 
 
 @dataclass
-class _Step:
-    """Everything about one forward besides the tensors that autograd follows. P: targets whose class this rank owns."""
+class _OwnTargets:
+    """One forward besides the tensors that autograd follows: the P targets whose class this rank owns."""
 
     batch: GlobalBatch
     sample: Tensor  # [P] which sample
@@ -291,11 +293,12 @@ class _Step:
     reduction: Reduction
     scale_embedding_grad: bool
     scatter: bool  # backward itself returns the gradient of this rank's embeddings
-    on_row_grad: Callable[[Tensor, list[Tensor]], None]
+    accumulate: Callable[[Tensor, list[Tensor]], None]  # takes row gradients
     row_dtype: torch.dtype
 
     def by_row(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(sorted rows `[S]` of own targets and of `mesh_rows`, for each the sum of the `values [P, K]` of its targets)."""
+        """(sorted rows `[S]` of own targets and of `mesh_rows`, for each the sum of the `values [P, K]` of its
+        targets)."""
         nothing = values.new_zeros(len(self.mesh_rows), values.shape[1])
         return _sum_rows(torch.cat((self.row, self.mesh_rows)), torch.cat((values, nothing)))
 
@@ -307,53 +310,53 @@ def _sum_rows(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _CenterDistance(torch.autograd.Function):
-    """(embeddings, anchor, differences, step) -> loss.
+    """(embeddings, anchor, differences, own targets) -> loss.
 
-    embeddings: [N_local, D] of this rank if step.scatter, else the global [N, D], whose gradient is then this rank's share of it.
-    anchor: a scalar that requires grad if the rows' gradients are to go to step.on_row_grad, or None. differences: x − c [P, D].
-    The loss is a scalar that is the same on every rank, or [N_local] for reduction "none".
+    embeddings: [N_local, D] of this rank if own.scatter, else the global [N, D], whose gradient is then this rank's
+    share of it.
+    anchor: a scalar that requires grad if the rows' gradients are to go to own.accumulate, or None. differences: x − c
+    [P, D]. The loss is a scalar that is the same on every rank, or [N_local] for reduction "none".
     """
 
     @staticmethod
-    def forward(ctx, embeddings, anchor, differences, step):  # type: ignore[no-untyped-def]
+    def forward(ctx, embeddings, anchor, differences, own):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(differences)
-        ctx.step, ctx.dtype = step, embeddings.dtype
-        batch = step.batch
-        losses = differences.square().sum(1).div_(2).mul_(step.label_weights)
-        if step.reduction != "none":
-            return all_gather_mesh((losses * step.sample_weights[step.sample]).sum(), batch.ranks).sum()
-        of_all = torch.zeros_like(step.sample_weights).index_add_(0, step.sample, losses).mul_(step.sample_weights)
+        ctx.own = own
+        ctx.dtype = embeddings.dtype
+        batch = own.batch
+        losses = differences.square().sum(1).div_(2).mul_(own.label_weights)
+        if own.reduction != "none":
+            return all_gather_mesh((losses * own.sample_weights[own.sample]).sum(), batch.ranks).sum()
+        of_all = torch.zeros_like(own.sample_weights).index_add_(0, own.sample, losses).mul_(own.sample_weights)
         return all_gather(of_all, batch.ranks.group).sum(0)[batch.local].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (differences,), step = ctx.saved_tensors, ctx.step
-        on_losses = on_each_loss(grad.to(differences.dtype), step.batch, step.sample_weights, step.reduction)
-        coefficients = on_losses[step.sample] * step.label_weights
-        own = differences * coefficients[:, None]
-        finish = _send(own, step) if ctx.needs_input_grad[0] else None
+        (differences,), own = ctx.saved_tensors, ctx.own
+        d_loss = gradient_of_losses(grad.to(differences.dtype), own.batch, own.sample_weights, own.reduction)
+        coefficients = d_loss[own.sample] * own.label_weights
+        grad_own = differences * coefficients[:, None]  # ∂L/∂x of each own target; ∂L/∂c is minus that
+        finish = _send(grad_own, own) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:  # while the embeddings' gradient travels
-            _hand_over(own, step)
+            _hand_over(grad_own, own)
         return None if finish is None else finish().to(ctx.dtype), None, None, None
 
 
-def _send(own: Tensor, step: _Step) -> Callable[[], Tensor]:
+def _send(grad: Tensor, own: _OwnTargets) -> Callable[[], Tensor]:
     """Begin to return the gradient by embeddings, from that of own targets `[P, D]`."""
-    batch = step.batch
-    dx = own.new_zeros(len(batch.embeddings), own.shape[1]).index_add_(0, step.sample, own)
-    if step.scale_embedding_grad:
+    batch = own.batch
+    dx = grad.new_zeros(len(batch.embeddings), grad.shape[1]).index_add_(0, own.sample, grad)
+    if own.scale_embedding_grad:
         dx.mul_(batch.ranks.total)
-    if not step.scatter:
+    if not own.scatter:
         return lambda: dx
     with record_function("partial_fc::scatter"):
         return start_reduce_scatter(dx, batch.ranks, batch.counts)
 
 
-def _hand_over(own: Tensor, step: _Step) -> None:
+def _hand_over(grad: Tensor, own: _OwnTargets) -> None:
     """Give the rows' gradients, summed over samples and replicas, to whoever keeps them for the optimizer."""
-    rows, grads = step.by_row(-own)
-    if step.batch.ranks.replica_group is not None:
-        with naming_the_missing("the sum of class gradients", step.batch.ranks.replica_group):
-            dist.all_reduce(grads, group=step.batch.ranks.replica_group)
-    step.on_row_grad(rows, [grads.to(step.row_dtype)])
+    rows, grads = own.by_row(-grad)
+    sum_over_replicas(grads, own.batch.ranks, "the sum of class gradients")
+    own.accumulate(rows, [grads.to(own.row_dtype)])

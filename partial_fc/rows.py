@@ -1,109 +1,156 @@
-"""Gradients of a few rows: what a sampled head hands to its optimizer instead of a dense `[C_local, ...]` gradient.
+"""`ClassRows`: the sharded parameters of one loss, and their gradients between backward and the optimizer.
 
-    backward 1:  rows [S1] sorted, values [S1, ...]      ─┐
-    backward 2:  rows [S2] sorted, values [S2, ...]      ─┴─>  rows of both, values summed where both have one
+    backward 1:  local rows [S1] sorted, values [S1, ...]   ─┐
+    backward 2:  local rows [S2] sorted, values [S2, ...]   ─┴─>  rows of both, values summed where both have one
 
-They are shown to the outside (optimizers' `param_groups`, `GradScaler`, clipping) as *carriers*: one parameter for each sharded one,
-without storage of its own, whose `.grad` is the values. A DTensor's `.grad` cannot be sparse, so the sharded parameter itself has none.
-The carriers are DTensors as their parameters are; `GradScaler.unscale_` therefore agrees on found_inf over the ranks.
+Optimizers, clipping, checks for NaN, queries, weight files, diagnosis and engines take `head.class_rows`.
+
+Under sampling only some rows have a gradient. Optimizers, `GradScaler` and clipping see it through *carriers*: one
+parameter for each sharded one, without storage, whose `.grad` is the values of the selected rows. (The `.grad` of a
+DTensor cannot be sparse, so the sharded parameter itself has none.) Carriers are DTensors too, which makes
+`GradScaler.unscale_` agree on found_inf across ranks.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from partial_fc.shards import ClassShards, local_part
+from partial_fc import errors
+from partial_fc.distributed.dtensors import local_part, wrap_rows
+from partial_fc.shards import ClassShards
+from partial_fc.step_record import StepRecord
 
-if TYPE_CHECKING:
-    from partial_fc.optim.row_optimizer import RowOptimizer
+UpdateRows = Callable[[int, int, list[Tensor]], None]  # local rows a to b, their gradients: one tensor a parameter
 
 
-class ShardedRows:
-    """The sharded parameters of one head, and the gradient of their rows between backward and `zero_grad`.
+class HasClassRows(Protocol):
+    """A `PartialFC` or `CenterLoss`."""
 
-    parameters: name -> parameter `[C, ...]`. shared: parameters of the same head that all ranks hold alike, and whose gradients are the
-    same on all. trainable: what optimizers hold: the parameters themselves when all rows have a gradient (`sampled=False`), else the
-    carriers, then the shared ones; one list object, changed in place. optimizer: a weak reference to the `RowOptimizer`, if any.
+    @property
+    def class_rows(self) -> ClassRows: ...
+
+
+class ClassRows:
+    """The class rows of one loss on this rank.
+
+    owner: class name of the loss, for messages. seed: of the loss. sampled: only selected rows get a gradient.
+    record: the training step in progress. parameters: sharded parameters `[C, ...]` by name. shared: parameters that
+    are equal on all ranks, as are their gradients. trainable: what an optimizer holds: the parameters themselves where
+    all rows get a gradient, else the carriers; then the shared ones. It stays one list object, changed in place.
+    grad_rows: sorted local rows `[S]` that have a gradient, or None.
     """
 
-    def __init__(self, shards: ClassShards, sampled: bool) -> None:
-        self.shards, self.sampled = shards, sampled
+    def __init__(self, owner: str, shards: ClassShards, *, sampled: bool, seed: int, record: StepRecord) -> None:
+        self.owner = owner
+        self.shards = shards
+        self.sampled = sampled
+        self.seed = seed
+        self.record = record
         self.parameters: dict[str, nn.Parameter] = {}
         self.shared: dict[str, nn.Parameter] = {}
         self.trainable: list[nn.Parameter] = []
-        self.rows: Tensor | None = None
-        self.optimizer: weakref.ref[RowOptimizer] | None = None
-        self.stepped = False  # an optimizer has used these gradients
+        self.grad_rows: Tensor | None = None
+        self.optimizer: weakref.ref[Any] | None = None  # the RowOptimizer
+        self.used = False  # an optimizer has used these gradients
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "optimizer": None}  # a copy gets an optimizer of its own
+
     @property
-    def live_optimizer(self) -> RowOptimizer | None:
-        """The `RowOptimizer` that takes these gradients, if it was built and still exists."""
+    def live_optimizer(self) -> Any:
+        """The `RowOptimizer` that takes these gradients, or None."""
         return None if self.optimizer is None else self.optimizer()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "optimizer": None}  # a copy's optimizer is another one
+    @property
+    def begin_update_in_backward(self) -> Callable[[], UpdateRows] | None:
+        """How to begin an update of rows inside backward, if the `RowOptimizer` is to do that; else None."""
+        optimizer = self.live_optimizer
+        if optimizer is None or not optimizer.update_in_backward:
+            return None
+        begin: Callable[[], UpdateRows] = optimizer.update_for_forward()
+        return begin
 
     @property
     def everything(self) -> list[nn.Parameter]:
         """All parameters, the sharded ones first."""
         return [*self.parameters.values(), *self.shared.values()]
 
+    @property
+    def main(self) -> nn.Parameter:
+        """The parameter `[C, D]` (or `[C, K, D]`) of class weights or centers."""
+        return next(iter(self.parameters.values()))
+
+    @property
+    def device(self) -> torch.device:
+        return local_part(self.main).device
+
     def hold(self, parameters: dict[str, nn.Parameter], shared: dict[str, nn.Parameter], shards: ClassShards) -> None:
-        """Take these parameters (again): after construction, a move to another device, a change of dtype."""
-        self.parameters, self.shared, self.shards = parameters, shared, shards
+        """Take these parameters: after construction, a move to another device, a change of dtype or of the classes."""
+        self.parameters = parameters
+        self.shared = shared
+        self.shards = shards
         self.clear()
 
     def clear(self) -> None:
         """Forget all gradients."""
-        self.lost += self.rows is not None and self.live_optimizer is None
-        self.rows, self.stepped = None, False
+        self.lost += self.grad_rows is not None and self.live_optimizer is None
+        self.grad_rows = None
+        self.used = False
         for parameter in self.everything:
             parameter.grad = None
         if self.sampled:
-            nothing = [local_part(p.detach())[:0] for p in self.parameters.values()]
-            self.trainable[:] = [*(self._carrier(values, None) for values in nothing), *self.shared.values()]
+            empty = [local_part(p.detach())[:0] for p in self.parameters.values()]
+            self.trainable[:] = [*(self._carrier(values, None) for values in empty), *self.shared.values()]
         else:
             self.trainable[:] = self.everything
 
     def accumulate(self, rows: Tensor, values: list[Tensor]) -> None:
         """Add the gradients `values[k] [S, ...]` of the sorted local rows `[S]`."""
-        before = self.values()
-        if self.rows is not None and len(before) == len(values):
-            if self.stepped:
-                warnings.warn(
-                    "row gradients of the last step are still there and add up; call zero_grad() of the RowOptimizer",
-                    stacklevel=2,
+        before = self.gradients()
+        if self.grad_rows is not None and len(before) == len(values):
+            if self.used:
+                stale = (
+                    "row gradients of the last step are still there and add up; call zero_grad() of the RowOptimizer"
                 )
-                self.stepped = False
-            union = torch.unique(torch.cat((self.rows, rows)))
-            old, new = torch.searchsorted(union, self.rows), torch.searchsorted(union, rows)
-            sums = [v.new_zeros(len(union), *v.shape[1:]) for v in values]
-            for total, earlier, now in zip(sums, before, values, strict=True):
-                total[old] = earlier
-                total.index_add_(0, new, now)
-            rows, values = union, sums
-        self.rows = rows
+                warnings.warn(stale, stacklevel=2)
+                self.used = False
+            union = torch.unique(torch.cat((self.grad_rows, rows)))
+            old, new = torch.searchsorted(union, self.grad_rows), torch.searchsorted(union, rows)
+            sums = [
+                v.new_zeros(len(union), *v.shape[1:]).index_copy_(0, old, b)
+                for v, b in zip(values, before, strict=True)
+            ]
+            values = [total.index_add_(0, new, now) for total, now in zip(sums, values, strict=True)]
+            rows = union
+        self.grad_rows = rows
         self.trainable[:] = [*(self._carrier(v, v) for v in values), *self.shared.values()]
 
-    def values(self) -> list[Tensor]:
-        """The gradients `[S, ...]` of `rows`, one tensor a parameter; what `GradScaler` or clipping did to them included."""
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients `[S, ...]` of `grad_rows`, one tensor a parameter, as clipping and scalers left them."""
         return [local_part(carrier.grad) for carrier in self.carriers if carrier.grad is not None]
 
     @property
     def carriers(self) -> list[nn.Parameter]:
-        """Of `trainable`, what stands for the sharded parameters."""
+        """The part of `trainable` that stands for the sharded parameters."""
         return self.trainable[: len(self.parameters)]
 
     def _carrier(self, like: Tensor, grad: Tensor | None) -> nn.Parameter:
         size = len(like) * self.shards.ranks.world
         placeholder = like.new_empty(1).expand(like.shape)
-        carrier = nn.Parameter(self.shards.wrap(placeholder, rows=size))
+        carrier = nn.Parameter(wrap_rows(placeholder, self.shards.mesh, size))
         if grad is not None:
-            carrier.grad = self.shards.wrap(grad, rows=size)
+            carrier.grad = wrap_rows(grad, self.shards.mesh, size)
         return carrier
+
+    def check_group(self) -> None:
+        """Raise RuntimeError if the loss was built before its process group."""
+        if self.shards.ranks.group is None and dist.is_initialized():
+            raise errors.built_before_group()

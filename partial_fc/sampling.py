@@ -1,15 +1,15 @@
 """Which classes take part in a step: the same draw on every rank, at every world size, on CPU and CUDA.
 
-A step needs its positives (classes in the batch) and a window of `round(r * C)` classes drawn from all of them. Negatives are drawn by
-walking a keyed permutation of the class ids in windows: step `t` of a cycle takes positions `[t * w, (t + 1) * w)`, the last window of
-a cycle wraps round to its beginning, and the next cycle uses another permutation. So every class is drawn at least once in every
-`ceil(C / w)` steps, no window holds a class twice, and a step costs O(w) integer operations: no random numbers or top-k over all
-classes, and no communication, because every rank evaluates the same function of (seed, step).
+A step needs its positives (classes of the batch) and a window of `w = round(r · C)` classes drawn from all. Windows
+walk a keyed permutation of the class ids: step `t` of a cycle takes positions `[t · w, (t + 1) · w)`, the last window
+of a cycle wraps round to its beginning, and the next cycle uses another permutation. So every class is drawn at least
+once in `ceil(C / w)` steps, no window holds a class twice, and a step costs O(w) integer operations and no
+communication: every rank evaluates the same function of (seed, step).
 
-The permutation is a Feistel network with additions modulo `a` and `b` on pairs (p // b, p % b), `a * b >= C > a * b - a`
-(Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Fewer than `a` of its values lie outside `[0, C)`; where each of
-them ends when the permutation is applied until it comes back inside ("cycle walking") is put in a table of at most `sqrt(C)` entries
-once a cycle, so that a step has no loop that depends on the data.
+The permutation is a Feistel network with additions modulo `a` and `b` on pairs (p // b, p % b), `a·b >= C > a·b - a`
+(Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Fewer than `a` of its values lie outside `[0, C)`.
+Where each ends if the permutation is applied until it comes back inside ("cycle walking") is put in a table of at most
+`sqrt(C)` entries once a cycle, so that a step has no loop that depends on the data.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def keyed_below(values: Tensor, key: int, bound: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Permutation:
-    """A keyed permutation of `range(size)` that is evaluated where it is needed and never stored."""
+    """A keyed permutation of `range(size)`, evaluated where it is needed and never stored."""
 
     size: int
     key: int
@@ -75,17 +75,17 @@ class Permutation:
         return left * b + right
 
     def outside(self) -> Tensor:
-        """For each value of the network in `[size, a * b)`: where cycle walking takes it. On the CPU, once a permutation."""
+        """Return where cycle walking takes each value in `[size, a * b)`. On the CPU, once a permutation."""
         a, b = self._sides
         start = torch.arange(self.size, a * b)
         values = self._walk_once(start)
-        # a value that comes back to its start is on a cycle that never gets inside; no position inside leads to it either
+        # a value that comes back to its start is on a cycle that never gets inside; nothing inside leads to it either
         while bool((walking := (values >= self.size) & (values != start)).any()):
             values = torch.where(walking, self._walk_once(values), values)
         return torch.where(values == start, 0, values)
 
     def __call__(self, positions: Tensor, outside: Tensor) -> Tensor:
-        """The permuted ids of `positions` (int64); `outside` is the table of `outside()` on the same device."""
+        """Return the permuted ids of `positions` (int64). outside: the table of `outside()` on the same device."""
         ids = self._walk_once(positions)
         if len(outside):
             ids = torch.where(ids >= self.size, outside[(ids - self.size).clamp_(min=0)], ids)
@@ -99,12 +99,12 @@ def _cycle(num_classes: int, seed: int, cycle: int, device: torch.device) -> tup
 
 
 def window_size(num_classes: int, sample_rate: float) -> int:
-    """How many classes a step draws from all ranks' together: `round(r * C)`, at least one."""
+    """Return how many classes a step draws on all ranks together: `round(r * C)`, at least one."""
     return max(1, round(sample_rate * num_classes))
 
 
 def draw_window(num_classes: int, sample_rate: float, *, seed: int, step: int, device: torch.device) -> Tensor:
-    """The global class ids `[round(r * C)]` that step `step` draws, distinct, unsorted: the same on every rank."""
+    """Return the class ids `[round(r * C)]` that `step` draws, distinct, unsorted: the same on every rank."""
     size = window_size(num_classes, sample_rate)
     steps_in_cycle = -(-num_classes // size)
     permutation, outside = _cycle(num_classes, seed, step // steps_in_cycle, device)
@@ -113,9 +113,9 @@ def draw_window(num_classes: int, sample_rate: float, *, seed: int, step: int, d
 
 
 def select_rows(window: Tensor, labels: Tensor, lo: int, hi: int) -> Tensor:
-    """This rank's rows of a step: its share of `window` united with its positives, as sorted local row numbers `[S]`.
+    """Return this rank's share of `window` united with its positives, as sorted local rows `[S]`.
 
-    `window` and `labels` hold global ids, in any order and number; those outside `[lo, hi)` belong to other ranks or to nobody.
+    window, labels: class ids in any order and number; those outside `[lo, hi)` belong to other ranks or to nobody.
     """
     ids = torch.cat((window, labels.reshape(-1)))
     return torch.unique(ids[(ids >= lo) & (ids < hi)]) - lo

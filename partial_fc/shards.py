@@ -1,30 +1,26 @@
-"""Which rank owns which class, and what its rows hold at the start.
+"""Which rank owns which class.
 
-`C` classes are split by rows over `world` ranks with the chunk rule of `torch.chunk` and of DTensor: `ceil(C / world)` rows a rank,
-the last ranks shorter, possibly empty. Rank `r` owns the global class ids `[lo, hi)`, its *shard*: a local tensor `[C_local, ...]`.
+`C` classes are split by rows over `world` ranks with the chunk rule of `torch.chunk` and of DTensor: `ceil(C / world)`
+rows a rank, the last ranks shorter, possibly empty. Rank `r` owns the class ids `[lo, hi)`, its *shard*: a local tensor
+`[C_local, ...]`.
 
-With a process group every sharded parameter is a `DTensor [C, ...]`, `Shard(0)` over a mesh of the group (and `Replicate` over the
-first dimension of a 2-D mesh). The maths runs on the local tensor; the DTensor is there for what surrounds it: DDP, Accelerate, ZeRO
-and FSDP refuse to wrap it instead of broadcasting or averaging it, and distributed checkpoints reshard it to any world size.
-
-Initial weights are keyed by the global class id and the seed, never by the rank or the global random state, so every world size starts
-from the same matrix.
+With a process group every sharded parameter is a `DTensor [C, ...]`, `Shard(0)` over a mesh of the group (and
+`Replicate` over the first dimension of a 2-D mesh). The mathematics runs on the local tensor. The DTensor is for the
+outside: DDP, Accelerate, ZeRO and FSDP refuse to wrap it instead of broadcasting or averaging it, and distributed
+checkpoints reshard it to any world size.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from partial_fc.distributed.dtensors import local_part as local_part
+from partial_fc.distributed.dtensors import wrap_rows, wrap_shared
 from partial_fc.distributed.ranks import Ranks
-from partial_fc.sampling import mix
-
-INIT_BLOCK = 1024  # rows drawn by one generator; part of the format of a seed, so never to be changed
 
 
 def shard_bounds(num_classes: int, rank: int, world: int) -> tuple[int, int]:
@@ -58,29 +54,13 @@ class ClassShards:
         """`C_local`, the number of rows on this rank."""
         return self.hi - self.lo
 
-    @property
-    def placements(self) -> list[Placement]:
-        """Replicated over the first dimension of a 2-D mesh, split by rows over the last one."""
-        assert self.mesh is not None
-        return [Replicate()] * (self.mesh.ndim - 1) + [Shard(0)]
-
-    def wrap(self, local: Tensor, rows: int | None = None) -> Tensor:
-        """The `[C, ...]` DTensor whose local part is `local [C_local, ...]`; `local` itself where there is no group.
-
-        `rows` replaces `C` for tensors that hold another number of rows than the shard (row gradients).
-        """
-        if self.mesh is None:
-            return local
-        shape = torch.Size((self.num_classes if rows is None else rows, *local.shape[1:]))
-        # without an explicit shape DTensor assumes that all ranks hold as many rows as this one, and is silently wrong
-        stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+    def wrap(self, local: Tensor) -> Tensor:
+        """Return the DTensor `[C, ...]` of `local [C_local, ...]`; `local` itself where there is no group."""
+        return wrap_rows(local, self.mesh, self.num_classes)
 
     def wrap_shared(self, local: Tensor) -> Tensor:
-        """A DTensor of a tensor that all ranks hold alike; `local` itself where there is no group."""
-        if self.mesh is None:
-            return local
-        return DTensor.from_local(local, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        """Return a DTensor of a tensor that is equal on all ranks; `local` itself where there is no group."""
+        return wrap_shared(local, self.mesh)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ClassShards:
         return self  # immutable, and process groups cannot be copied
@@ -92,27 +72,3 @@ def _mesh(ranks: Ranks, device_type: str) -> DeviceMesh | None:
     if ranks.group is None:
         return None
     return DeviceMesh.from_group(ranks.group, device_type, mesh_dim_names=("shard",))
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """The rows on this rank of a DTensor; a plain tensor as it is. Differentiable."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def initial_rows(lo: int, hi: int, row_shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:
-    """Rows `[lo, hi)` of the initial matrix, float32 `[hi - lo, *row_shape]`, normal with deviation `std`.
-
-    Drawn in fixed blocks of 1,024 rows with a generator each, keyed by (seed, block), because `normal_` draws other numbers for another
-    size of tensor: any rank can draw any rows, and all agree.
-    """
-    cpu = torch.device("cpu")  # whatever the default device and dtype are: the draw is part of the meaning of a seed
-    out = torch.empty(hi - lo, *row_shape, device=cpu, dtype=torch.float32)
-    for block in range(lo // INIT_BLOCK, -(-hi // INIT_BLOCK)):
-        start = block * INIT_BLOCK
-        generator = torch.Generator(cpu).manual_seed(mix(seed, block))
-        rows = torch.empty(INIT_BLOCK, *row_shape, device=cpu, dtype=torch.float32).normal_(
-            0.0, std, generator=generator
-        )
-        a, b = max(lo, start), min(hi, start + INIT_BLOCK)
-        out[a - lo : b - lo] = rows[a - start : b - start]
-    return out

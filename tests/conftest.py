@@ -1,3 +1,5 @@
+"""For all tests: ranks that are started once, seeded random numbers, a cache of their own."""
+
 from __future__ import annotations
 
 import gc
@@ -5,7 +7,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from runner import Ranks
+from runner import Ranks, seed
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    seed(0)  # before fixtures, of any scope
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    seed(0)  # the same numbers, whatever fixtures and tests ran before
 
 
 @pytest.fixture(scope="session", autouse=True)

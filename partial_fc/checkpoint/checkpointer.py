@@ -1,16 +1,16 @@
-"""Checkpoints of a run, step by step: which are kept, which is the newest complete one, and saving while training goes on.
+"""The checkpoints of a run: save during training, keep some of them, find the newest complete one.
 
     folder/
-      .lock                   held by the run that writes here
-      step-000000500/         one checkpoint each (checkpoint.py)
+      .lock                   held by the run that writes to this folder
+      step-000000500/         one checkpoint each (save_load.py)
       step-000001000/
 
     save(step)                 snapshot (if asynchronous) ── write, all ranks ──> step-000001000/ ── retention
-    latest(), load()           the newest checkpoint that is whole
+    latest(), load()           the newest complete checkpoint
 
-Asynchronous: the state is copied to CPU memory, which is what a step waits for, and a thread writes the copy; it talks to the other ranks'
-threads over a gloo group of its own, so that its messages and the step's never meet. The copy's memory is kept for the next save: the peak
-is the same, and memory that has been written to before is copied to several times faster.
+An asynchronous save copies the state to CPU memory, and a thread writes the copy; a training step waits only for the
+copy. The thread uses a gloo group of its own, so its messages never mix with those of a step. The memory of the copy is
+kept for the next save: the peak is the same, and memory that has been written before is copied to several times faster.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.checkpoint.locks import FolderLock
-from partial_fc.checkpoint.manifest import MANIFEST, damage, read_manifest, writing
+from partial_fc.checkpoint.manifest import MANIFEST, find_damage, naming_the_checkpoint, read_manifest
 from partial_fc.checkpoint.save_load import Stateful, collect, load_checkpoint, write_checkpoint
 from partial_fc.distributed.agreement import check_same, on_first_rank
 
@@ -41,22 +41,24 @@ STEP = re.compile(r"step-(\d{9,})")
 
 
 class Checkpointer:
-    """The checkpoints of one run in `folder`: `checkpointer.save(step, head=head, head_optimizer=head_optimizer, backbone=backbone)`.
+    """Save and load the checkpoints of one run in `folder`: `checkpointer.save(step, head=head, backbone=backbone)`.
 
     Args:
-        folder: where they are; made at the first save. All ranks must see the same one.
-        keep_last: how many of the newest to keep, at least 1.
-        keep_best: how many of those with the best `metric` to keep besides.
-        asynchronous: write while training goes on: save() returns when the state is copied. Takes CPU memory of the size of this rank's
-            state. Call wait() at the end of the run.
-        best: whether the "max" or the "min" of metric is best.
-        timeout: seconds after which an asynchronous save ends because a rank does not answer; torch's (1800) if not given. Give that of
-            your process group.
+        folder: folder of the checkpoints, created at the first save. All ranks must see the same one.
+        keep_last: how many of the newest checkpoints to keep, at least 1.
+        keep_best: how many of the checkpoints with the best `metric` to keep in addition.
+        asynchronous: write during training: save() returns once the state is copied. This takes CPU memory of the size
+            of this rank's state. Call wait() at the end of the run.
+        best: whether the "max" or the "min" of the metric is best.
+        timeout: seconds after which an asynchronous save fails if a rank does not respond; default: torch's (1800).
+            Use the timeout of your process group.
 
-    Every rank must construct it, and call save, load and wait together. Without a process group it works in one process.
+    Every rank must construct it, and all ranks must call save, load and wait together. It also works in one process
+    without a process group.
 
-    Only checkpoints that this object wrote or found by load() or latest() are ever removed. A folder that another process is writing to,
-    or that holds checkpoints of this step or later which are not this run's, is refused: BlockingIOError, FileExistsError.
+    Only checkpoints that this object wrote, or found by load() or latest(), are ever removed. It raises BlockingIOError
+    for a folder that another process is writing to, and FileExistsError for a folder with checkpoints of another run at
+    the same or a later step.
     """
 
     def __init__(
@@ -73,64 +75,69 @@ class Checkpointer:
             raise ValueError(f"keep_last must be at least 1 and keep_best at least 0, not {keep_last} and {keep_best}")
         if best not in ("max", "min"):
             raise ValueError(f'best must be "max" or "min", not {best!r}')
-        self.folder, self.keep_last, self.keep_best, self.best = Path(folder), keep_last, keep_best, best
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.best = best
         self.asynchronous = asynchronous
         self._lock = FolderLock(self.folder)
         self._own: set[int] = set()  # steps that this object wrote or found
-        self._damaged: set[int] = set()  # newer ones than it found, which were passed over: they are in nobody's way
+        self._damaged: set[int] = set()  # newer checkpoints that latest() skipped; they may be replaced
         self._copies: dict[str, Tensor] = {}
         self._writer: _Writer | None = None
         limit = None if timeout is None else datetime.timedelta(seconds=timeout)
         self._group = dist.new_group(backend="gloo", timeout=limit) if asynchronous and dist.is_initialized() else None
 
-    # ------------------------------------------------------------------------------------------------ what there is
+    # ------------------------------------------------------------------------------------------------ finding
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending. Looks at the folder; no communication."""
+        """Return the steps of the complete checkpoints, ascending. Reads the folder; not a collective."""
         found = (STEP.fullmatch(path.parent.name) for path in self.folder.glob(f"step-*/{MANIFEST}"))
         return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is or will be, for `load_checkpoint`."""
+        """Return the path of the checkpoint of a step, which need not exist yet; for `load_checkpoint`."""
         return self.folder / f"step-{step:09d}"
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, None if there is none; one that is not whole any more is passed over with a warning.
+        """Return the newest complete checkpoint, None if there is none. Damaged ones are skipped with a warning.
 
-        Looks at the folder; no communication. A save that is under way is not there yet.
+        Reads the folder; not a collective. A save that is still running does not count.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
-                problem = damage(self.path(step), read_manifest(self.path(step)))
+                problem = find_damage(self.path(step), read_manifest(self.path(step)))
             except (OSError, ValueError) as error:
                 problem = error
             if problem is None:
                 self._own.update(s for s in steps if s <= step)
                 self._damaged = {s for s in steps if s > step}
                 return self.path(step)
-            log.warning("%s; passed over", problem)
+            log.warning("%s; this checkpoint is skipped", problem)
         return None
 
     def best_so_far(self) -> Path | None:
-        """The complete checkpoint with the best `metric`, of equal ones the newest; None if none has one.
+        """Return the complete checkpoint with the best `metric`, the newest of equal ones; None if none has a metric.
 
-        Looks at the folder; no communication.
+        Reads the folder; not a collective.
         """
         ranked = self._ranked(self.steps())
         return self.path(ranked[-1]) if ranked else None
 
-    # ------------------------------------------------------------------------------------------------ saving and loading
+    # ------------------------------------------------------------------------------------------------ save and load
 
     def save(self, step: int, *, metric: float | None = None, **named: Stateful) -> None:
-        """Write the state of `named` objects as the checkpoint of `step`, then remove those that are not to be kept.
+        """Write the state of the `named` objects as the checkpoint of `step`. Then remove checkpoints not to be kept.
 
-        An earlier asynchronous save is waited for first, and its error raised here. metric: for keep_best, the first rank's counts; one
-        without is not among the best. Raises as `save_checkpoint` does, and ValueError if ranks disagree about step or names; in any case
-        the checkpoints there were are still there.
+        First waits for an earlier asynchronous save and raises its error. metric: for keep_best; the first rank's value
+        is used. A checkpoint without a metric is never among the best.
+
+        Raises as `save_checkpoint` does, and ValueError if ranks disagree about step or names. Existing checkpoints are
+        then unchanged.
         """
         self.wait()
-        check_same("what is to be saved", (step, sorted(named)))
+        check_same("(step, names to save)", (step, sorted(named)))
         on_first_rank(lambda: self._admit(step))
         state = collect(named, self._copy if self.asynchronous else None)
         if self.asynchronous:
@@ -148,7 +155,7 @@ class Checkpointer:
         self._own.add(step)
 
     def load(self, *, step: int | None = None, **named: Stateful) -> int:
-        """Read the newest complete checkpoint, or that of `step`, into the `named` objects; its step. Every rank must call it.
+        """Load the newest complete checkpoint, or that of `step`, and return its step. Every rank must call it.
 
         Raises FileNotFoundError if there is none, ValueError as `load_checkpoint` does.
         """
@@ -160,17 +167,20 @@ class Checkpointer:
         return found
 
     def wait(self) -> None:
-        """Return when an asynchronous save is complete; raise its error, the same on every rank. To be called at the end of a run."""
+        """Wait until an asynchronous save is complete and raise its error, if any. Call it at the end of a run."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.join()
 
     def claim(self) -> None:
-        """Take the folder now and not at the first save, so that a second run is refused before it has trained. Every rank must call it."""
+        """Lock the folder now instead of at the first save, so that a second run fails before it trains.
+
+        Every rank must call it.
+        """
         on_first_rank(self._claim)
 
     def release(self) -> None:
-        """Let another process write here. Happens by itself when this object is collected or its process ends."""
+        """Unlock the folder for other processes. Also happens when this object is deleted or its process ends."""
         self.wait()
         self._lock.release()
 
@@ -179,22 +189,27 @@ class Checkpointer:
     def _claim(self) -> None:
         if self._lock.held:
             return
-        with writing(self.folder):
+        with naming_the_checkpoint(self.folder):
             self._lock.acquire()
-            for path in self.folder.glob("step-*"):  # what a killed process left half written
-                if STEP.fullmatch(path.name) and path.is_dir() and not (path / MANIFEST).exists() and _only_ours(path):
+            for path in self.folder.glob("step-*"):  # remove what a killed process left incomplete
+                if (
+                    STEP.fullmatch(path.name)
+                    and path.is_dir()
+                    and not (path / MANIFEST).exists()
+                    and _is_incomplete_save(path)
+                ):
                     shutil.rmtree(path, ignore_errors=True)
 
     def _admit(self, step: int) -> None:
-        """Take the folder, and see that nothing of another run is in the way of `step`."""
+        """Lock the folder, and check that no checkpoint of another run is at `step` or later."""
         if step < 0:
             raise ValueError(f"step must be at least 0, not {step}")
         self._claim()
         others = [s for s in self.steps() if s >= step and s not in self._own | self._damaged]
         if others:
             raise FileExistsError(
-                f"{self.folder} holds a checkpoint of step {others[-1]}, which this run did not write, and step {step} is to be saved; "
-                "go on from it with load(), or choose another folder"
+                f"cannot save step {step}: {self.folder} holds a checkpoint of step {others[-1]}, which this run did "
+                "not write; continue from it with load(), or choose another folder"
             )
 
     def _find(self, step: int | None) -> Path:
@@ -206,19 +221,19 @@ class Checkpointer:
         return path
 
     def _retain(self, step: int) -> None:
-        """Remove this run's checkpoints that are neither among the newest nor among the best. A busy one is no failure."""
+        """Remove this run's checkpoints that are neither among the newest nor among the best. Errors are ignored."""
         own = [s for s in self.steps() if s in self._own or s == step]
         keep = set(own[-self.keep_last :])
         if self.keep_best:
             keep.update(self._ranked(own)[-self.keep_best :])
         for old in own:
             if old not in keep:
-                # without its manifest it is no checkpoint any more, whatever happens before the rest is gone
+                # remove the manifest first: from then on the folder is not a checkpoint, even if the rest stays
                 (self.path(old) / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(self.path(old), ignore_errors=True)
 
     def _ranked(self, steps: list[int]) -> list[int]:
-        """Those of the steps that have a metric, the best one last."""
+        """Return the steps that have a metric, the best one last."""
         sign = 1 if self.best == "max" else -1
         metrics = [(self._metric(s), s) for s in steps]
         return [s for _, s in sorted((sign * metric, s) for metric, s in metrics if metric is not None)]
@@ -226,18 +241,18 @@ class Checkpointer:
     def _metric(self, step: int) -> float | None:
         try:
             metric: float | None = read_manifest(self.path(step)).get("metric")
-        except (OSError, ValueError):  # a damaged one is no reason to lose the save that asks
+        except (OSError, ValueError):  # a damaged checkpoint must not make the current save fail
             return None
         return metric
 
     # ------------------------------------------------------------------------------------------------ the copy
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy of the tensor in CPU memory, which is that of the save before if it fits."""
+        """Return a copy of the tensor in CPU memory, in the memory of the previous save if it fits."""
         copy = self._copies.get(name)
         if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
             self._copies.pop(name, None)
-            pinned = tensor.device.type == "cuda"  # so that the copy does not wait for each tensor
+            pinned = tensor.device.type == "cuda"  # for a copy that does not block
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
             self._copies[name] = copy
         return copy.copy_(tensor, non_blocking=True)
@@ -247,19 +262,19 @@ class Checkpointer:
             torch.accelerator.synchronize()
 
 
-def _only_ours(path: Path) -> bool:
-    """Whether a folder holds nothing but what a half-written checkpoint consists of."""
+def _is_incomplete_save(path: Path) -> bool:
+    """Whether a folder holds only files of an incomplete checkpoint."""
     return all(
         re.fullmatch(rf"data-\d{{4,}}|{re.escape(MANIFEST)}\.tmp|\.lock", entry.name) for entry in path.iterdir()
     )
 
 
 class _Writer:
-    """One save in a thread; its exception comes out of join()."""
+    """One save in a thread. join() raises its exception."""
 
     def __init__(self, write: Callable[[], None]) -> None:
         self._error: BaseException | None = None
-        # not a daemon: a process that ends without wait() still finishes what it has begun to write
+        # not a daemon: a process that ends without wait() still finishes its save
         self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint")
         self._thread.start()
 

@@ -1,24 +1,22 @@
-"""How tensors lie in a checkpoint: `torch.distributed.checkpoint`, one file a rank, sharded matrices in blocks of rows.
+"""Tensors in a checkpoint: `torch.distributed.checkpoint` (DCP), one file per rank, matrices in blocks of rows.
 
-    RowBlocks     rows [first, first + n) of a matrix [C, ...], written in blocks of at most ROW_BLOCK_BYTES under one name
-    RowSource     a matrix that is read in blocks of rows from wherever it lies (a file of another format), never whole in memory
-    write / read  all ranks of a group together, or one process without a group
-    stream        a stored matrix block by block, for whoever writes it somewhere else
+    RowBlocks     rows [first, first + n) of a matrix [C, ...], written in blocks of at most ROW_BLOCK_BYTES
+    RowSource     a matrix that is read in row blocks from elsewhere (a file of another format), never whole in memory
+    write / read  collective over a group, or in one process without a group
+    stream        read a stored matrix block by block, to write it somewhere else
 
-Blocks keep memory flat: what is written or read at a time is one block, whatever the shard's size. Stock DCP would write a shard as one
+Only one block is in memory at a time, whatever the size of the shard. DCP's own planner would write a shard as one
 item and, when loading, hold each item beside the tensor that it fills.
 
-Nothing that is read can run code: tensors and plain values are loaded with `weights_only`, metadata by an unpickler that knows only the
-classes of the format.
+Reading runs no code from a file: tensors and plain values are loaded with `weights_only`, the metadata with an
+unpickler that knows only the classes of the format (safe_reader.py).
 """
 
 from __future__ import annotations
 
 import io
-import math
-import pickle
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,13 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -51,45 +47,55 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.futures import Future
 
+from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.shards import local_part
 
-ROW_BLOCK_BYTES = 16 << 20  # smaller ones are written more slowly (benchmarks/checkpoint.py)
+ROW_BLOCK_BYTES = 16 << 20  # smaller blocks are written more slowly (benchmarks/checkpoint.py)
 
 
 @runtime_checkable
 class RowSource(Protocol):
-    """A matrix `[C, ...]` that is read in blocks of rows from wherever it lies."""
+    """A matrix `[C, ...]` that is read in blocks of rows, from a file or elsewhere."""
 
     shape: torch.Size
     dtype: torch.dtype
 
     def rows(self, a: int, b: int) -> Tensor:
-        """Rows a to b, `[b - a, ...]`, on the CPU."""
+        """Return rows a to b, `[b - a, ...]`, on the CPU."""
         ...
 
 
 def block_rows(row_shape: torch.Size, dtype: torch.dtype, rows: int) -> int:
-    """How many of `rows` rows of that shape make a block: some blocks in flight are a small part of a small shard, too."""
+    """Return the number of rows per block for a matrix of `rows` rows.
+
+    A block has at most ROW_BLOCK_BYTES, and at most a 32nd of the matrix (or 1 MiB), so that a few blocks in memory are
+    little beside a small shard, too.
+    """
     row_bytes = max(1, row_shape.numel() * dtype.itemsize)
-    return max(1, min(ROW_BLOCK_BYTES, max(1 << 20, rows * row_bytes // 32)) // row_bytes)
+    block_bytes = min(ROW_BLOCK_BYTES, max(1 << 20, rows * row_bytes // 32))
+    return max(1, block_bytes // row_bytes)
 
 
 class RowBlocks:
-    """Rows `[first, first + count)` of a matrix, as `torch.distributed.checkpoint` writes them: in blocks under one name.
+    """Rows `[first, first + count)` of a matrix, which DCP writes in blocks under one name.
 
-    take(a, b) gives rows a to b, counted from `first`. It is called when they are written, block after block.
+    take(a, b) returns rows a to b, counted from `first`. It is called once per block, when the block is written.
     """
 
     def __init__(
         self, shape: torch.Size, dtype: torch.dtype, first: int, count: int, take: Callable[[int, int], Tensor]
     ) -> None:
-        self.shape, self.dtype, self.first, self.count, self.take = shape, dtype, first, count, take
-        self._rows = block_rows(shape[1:], dtype, count)
+        self.shape = shape
+        self.dtype = dtype
+        self.first = first
+        self.count = count
+        self.take = take
+        self._block_rows = block_rows(shape[1:], dtype, count)
 
     @classmethod
     def of_tensor(cls, tensor: DTensor, local: Tensor | None = None) -> RowBlocks:
-        """This rank's rows of a row-sharded or replicated DTensor; `local`: a copy of them to write instead."""
+        """Return this rank's rows of a row-sharded or replicated DTensor. local: a copy of them to write instead."""
         rows = local_part(tensor.detach()) if local is None else local
         _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         return cls(tensor.shape, rows.dtype, offset[0] if offset else 0, len(rows), lambda a, b: rows[a:b])
@@ -99,14 +105,14 @@ class RowBlocks:
         return cls(torch.Size(source.shape), source.dtype, 0, source.shape[0], source.rows)
 
     def _chunk(self, a: int) -> ChunkStorageMetadata:
-        rows = min(self._rows, self.count - a)
+        rows = min(self._block_rows, self.count - a)
         return ChunkStorageMetadata(
             torch.Size([self.first + a, *[0] * (len(self.shape) - 1)]), torch.Size([rows, *self.shape[1:]])
         )
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         properties = TensorProperties(dtype=self.dtype)
-        chunks = [self._chunk(a) for a in range(0, self.count, self._rows)]
+        chunks = [self._chunk(a) for a in range(0, self.count, self._block_rows)]
         return [
             WriteItem(
                 index=MetadataIndex(fqn, chunk.offsets),
@@ -119,11 +125,11 @@ class RowBlocks:
     def block(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
         a = index.offset[0] - self.first
-        return self.take(a, min(a + self._rows, self.count))
+        return self.take(a, min(a + self._block_rows, self.count))
 
 
 def splits_by_rows(tensor: DTensor) -> bool:
-    """Whether a DTensor is cut along its rows or not at all, so that `RowBlocks` can write it; others are left to stock DCP."""
+    """Whether a DTensor is sharded by rows or replicated, so that `RowBlocks` can write it. DCP writes others."""
     return tensor.ndim > 0 and all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in tensor.placements)
 
 
@@ -135,7 +141,7 @@ class _RowBlockPlanner(DefaultSavePlanner):
 
 class _Writer(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """As the base; where the disk is full, its error, and not what torch.save says of the position it then finds itself at."""
+        """Write as the base class does, but raise the OSError of a full disk instead of torch.save's error about it."""
         try:
             return super().write_data(plan, planner)
         except Exception as error:
@@ -148,9 +154,10 @@ class _Writer(FileSystemWriter):
 
 
 def write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Write `state` (name -> RowBlocks, Tensor or plain value) into the empty `folder`; every rank of the group (None: all) must call it.
+    """Write `state` (name -> RowBlocks, Tensor or plain value) into the empty `folder`, replicated values once.
 
-    What ranks hold alike is written once. Raises OSError, the same on every rank, naming the rank that failed.
+    Every rank of the group (None: all ranks) must call it. Raises OSError, the same on every rank, naming the rank that
+    failed.
     """
     try:
         with naming_the_missing("the writing of a checkpoint", group):
@@ -166,24 +173,21 @@ def write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None =
 
 
 def read(state: dict[str, Any], reader: SafeReader, *, alone: bool = False) -> None:
-    """Fill the tensors of `state` in place and replace its plain values; every rank must call it with the same names, unless `alone`.
+    """Fill the tensors of `state` in place and replace its plain values. alone: read in this process only.
 
-    Raises OSError, the same on every rank, naming the rank that failed.
+    Unless `alone`, every rank must call it with the same names. Raises OSError, the same on every rank, naming the rank
+    that failed.
     """
-    _read(
-        state,
-        reader,
-        _SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        dist.is_initialized() and not alone,
-    )
+    planner = _SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    _read(state, reader, planner, use_group=dist.is_initialized() and not alone)
 
 
 def stream(reader: SafeReader, name: str, take: Callable[[int, Tensor], None]) -> None:
-    """Call `take(first_row, rows)` for each stored block of a matrix, in any order, one at a time; this process alone."""
+    """Call `take(first_row, rows)` for each stored block of a matrix, in any order, one at a time. Not a collective."""
     stored = reader.read_metadata().state_dict_metadata.get(name)
     if not isinstance(stored, TensorStorageMetadata):
         raise ValueError(f"checkpoint {reader.path} has no tensor {name}")
-    _read({name: _Whole(stored)}, reader, _StreamPlanner(take), use_group=False)
+    _read({name: _AllRows(stored)}, reader, _StreamPlanner(take), use_group=False)
 
 
 def _read(state: dict[str, Any], reader: SafeReader, planner: DefaultLoadPlanner, use_group: bool) -> None:
@@ -199,8 +203,8 @@ def _first_failure(error: CheckpointException) -> str:
     return f"rank {rank}: {cause}" if dist.is_initialized() else str(cause)
 
 
-class _Whole:
-    """Stands for all rows of a stored matrix in a load plan; nothing of its size is allocated."""
+class _AllRows:
+    """Placeholder for all rows of a stored matrix in a load plan. It allocates nothing of that size."""
 
     def __init__(self, stored: TensorStorageMetadata) -> None:
         self._size = stored.size
@@ -220,13 +224,11 @@ class _StreamPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        # the base would first put tensors in the place of what is none
-        self.state_dict, self.original_state_dict, self.metadata, self.is_coordinator = (
-            state_dict,
-            state_dict,
-            metadata,
-            is_coordinator,
-        )
+        # the base class would replace `_AllRows`, which is not a tensor
+        self.state_dict = state_dict
+        self.original_state_dict = state_dict
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         assert self.metadata is not None
@@ -235,138 +237,6 @@ class _StreamPlanner(DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         self._take(read_item.dest_offsets[0] if read_item.dest_offsets else 0, tensor)
-
-
-# ---------------------------------------------------------------------------------------------------- reading without running
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Loads the metadata of a distributed checkpoint and nothing else."""
-
-    ALLOWED = {
-        ("collections", "OrderedDict"),
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "Metadata"),
-        ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED:
-            return super().find_class(module, name)
-        if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
-            return PurePosixPath  # where it was written; not used
-        if (module, name) == ("builtins", "getattr"):
-            return _memory_format
-        value = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(value, torch.dtype):
-            return value
-        raise pickle.UnpicklingError(
-            f"checkpoint metadata asks for {module}.{name}, which no checkpoint needs; the file is not to be trusted"
-        )
-
-
-def _memory_format(enum: object, name: object) -> Any:
-    """The one thing that is read by getattr: Python 3.11.0 to 3.11.3 write a member of an enum so."""
-    if enum is _MEM_FORMAT_ENCODING and name in _MEM_FORMAT_ENCODING.__members__:
-        return _MEM_FORMAT_ENCODING[str(name)]
-    raise pickle.UnpicklingError(
-        f"checkpoint metadata asks for {name!r} of {enum!r}, which no checkpoint needs; the file is not to be trusted"
-    )
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether it names a file beside the one that says it, and nothing elsewhere."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
-
-
-# what else a damaged pickle makes of the classes that it may name
-_RARE = (AttributeError, MemoryError, RecursionError, RuntimeError, AssertionError)
-
-
-class SafeReader(FileSystemReader):
-    """Reads a data folder; its metadata once."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Raises FileNotFoundError if there is none, ValueError if it is damaged or names a file outside its folder."""
-        if self._metadata is None:
-            self._metadata = self._read_metadata(Path(self.path) / ".metadata")
-        return self._metadata
-
-    def check(self) -> None:
-        """ValueError if the metadata places anything outside its file, or tensors where too few bytes are; nothing is read or allocated."""
-        metadata, path = self.read_metadata(), Path(self.path) / ".metadata"
-        sizes = {info.relative_path: 0 for info in metadata.storage_data.values()}  # type: ignore[union-attr]
-        for name in sizes:
-            sizes[name] = (Path(self.path) / name).stat().st_size
-        try:
-            for index, info in metadata.storage_data.items():  # type: ignore[union-attr]
-                if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[info.relative_path]:
-                    raise ValueError(
-                        f"{index.fqn} is at {info.offset} to {info.offset + info.length} of {info.relative_path}"
-                    )
-            for name, stored in metadata.state_dict_metadata.items():
-                if isinstance(stored, TensorStorageMetadata):
-                    _check_chunks(name, stored, metadata)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-
-    def _read_metadata(self, path: Path) -> Metadata:
-        try:
-            metadata: Metadata = _SafeUnpickler(io.BytesIO(path.read_bytes())).load()
-            files = {info.relative_path for info in metadata.storage_data.values()}  # type: ignore[union-attr]
-            assert isinstance(metadata.state_dict_metadata, dict), "it holds no table of tensors"
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete") from None
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            IndexError,
-            ArithmeticError,
-            LookupError,
-            TypeError,
-            ValueError,
-            *_RARE,
-        ) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        for file in files:
-            if not is_plain_name(file):
-                raise ValueError(
-                    f"{path} names {file!r}, which is no file beside it; the checkpoint is not to be trusted"
-                )
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
-        return metadata
-
-
-def _check_chunks(name: str, stored: TensorStorageMetadata, metadata: Metadata) -> None:
-    """ValueError unless the chunks of a tensor make up its shape, and each has the bytes for its share."""
-    count, each = 0, stored.properties.dtype.itemsize
-    for chunk in stored.chunks:
-        inside = all(
-            min(a, n) >= 0 and a + n <= size for a, n, size in zip(chunk.offsets, chunk.sizes, stored.size, strict=True)
-        )
-        length = metadata.storage_data[MetadataIndex(name, chunk.offsets)].length  # type: ignore[index]
-        numbers = math.prod(chunk.sizes)
-        if not inside or numbers * each > length:
-            raise ValueError(
-                f"{name} {list(stored.size)} has a piece {list(chunk.sizes)} at {list(chunk.offsets)} in {length} bytes"
-            )
-        count += numbers
-    if count != math.prod(stored.size):
-        raise ValueError(f"{name} is {list(stored.size)}, its pieces hold {count} numbers")
 
 
 class _SafeLoadPlanner(DefaultLoadPlanner):

@@ -1,9 +1,9 @@
-"""Locks that end with the process that holds them, however it ends: one writer a folder (FolderLock), one process after another (waiting).
+"""File locks that end with the process that holds them: one writer per folder (FolderLock), mutual exclusion (waiting).
 
-They are locks of POSIX (`lockf`); a folder's is on the file `.lock` in it. Unlike those of `flock` they are not inherited by forked
-children, so that data loading processes which outlive a killed run for a few seconds do not keep its folder from the run that goes on. The
-file says who holds it; it stays behind, and says nothing by being there. Where a file system has no locks, nothing is locked, and a warning
-is logged for a folder.
+They are POSIX locks (`lockf`). The lock of a folder is on the file `.lock` in it. Unlike `flock` locks they are not
+inherited by forked children, so data loading processes that outlive a killed run for a few seconds do not block its
+successor. The file names the holder. It is never removed: its existence alone does not mean that the folder is locked.
+On a file system without locks nothing is locked, and a warning is logged for a folder.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 @contextlib.contextmanager
 def waiting(path: Path) -> Iterator[None]:
-    """Wait until no other process is here with this file, which is made if need be; hold nothing where that cannot be had: no lock is
-    better than an error, since nothing but time is lost. Of one process, all threads may be here."""
+    """Hold the lock on a file, created if necessary; wait until no other process holds it.
+
+    If the file cannot be locked, continue without a lock: that costs duplicate work, not correctness. Threads of one
+    process do not exclude each other.
+    """
     file: IO[str] | None = None
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +52,9 @@ def waiting(path: Path) -> Iterator[None]:
 
 
 class FolderLock:
-    """The right to write into one folder. Objects of one process share it; it is free again when the last of them has released it."""
+    """The exclusive right to write to a folder. Objects of one process share it; it ends with the last release()."""
 
-    # closing any descriptor of a file ends all POSIX locks that the process has on it, so there must be one for each folder
+    # closing any descriptor of a file ends all POSIX locks of the process on it, so there must be one per folder
     _open: weakref.WeakValueDictionary[str, _Held] = weakref.WeakValueDictionary()
 
     def __init__(self, folder: Path) -> None:
@@ -59,7 +62,10 @@ class FolderLock:
         self._held: _Held | None = None
 
     def acquire(self) -> None:
-        """Take the folder, which is made if need be. BlockingIOError if another process has it, OSError if it cannot be written."""
+        """Lock the folder, created if necessary.
+
+        Raises BlockingIOError if another process holds it, OSError if it cannot be written.
+        """
         if self._held is not None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +85,8 @@ class FolderLock:
 
 
 class _Held:
+    """The open and locked file of one folder."""
+
     def __init__(self, folder: Path) -> None:
         self.file: IO[str] = (folder / LOCK).open("a+")
         if fcntl is None:
@@ -88,15 +96,14 @@ class _Held:
         except OSError as error:
             if error.errno in UNSUPPORTED:
                 log.warning(
-                    "%s is on a file system without locks (%s): nothing keeps two runs from writing into it",
-                    folder,
-                    error,
+                    "%s is on a file system without locks (%s): make sure that only one run writes to it", folder, error
                 )
                 return
             holder = self._holder()
             self.file.close()
             raise BlockingIOError(
-                f"{folder} is being written by another run{holder}; wait until it has ended, stop it, or choose another folder"
+                f"{folder} is being written by another run{holder}; wait for it to end, stop it, "
+                "or choose another folder"
             ) from None
         self.file.truncate(0)
         here = {

@@ -1,7 +1,7 @@
-"""The states of a process's random number generators, as one thing that can be saved with everything else.
+"""The state of a process's random number generators, as one object that can be saved in a checkpoint.
 
-`state_dict` gathers those of all ranks, a few kilobytes each; `load_state_dict` gives every rank its own back. Heads need none of it (their
-draws are keyed by seed and step); backbones with dropout, augmentation and data loaders do.
+`state_dict` gathers the states of all ranks, a few kilobytes each. `load_state_dict` restores each rank's own state.
+Heads do not need it (their draws are keyed by seed and forward count); dropout, augmentation and data loaders do.
 """
 
 from __future__ import annotations
@@ -21,22 +21,24 @@ from partial_fc.sampling import mix
 
 
 class RandomState:
-    """Python's, NumPy's (if it is imported) and torch's generators of the CPU and of this rank's GPU, for `save_checkpoint(random=...)`.
+    """Generators of Python, NumPy (if imported), torch on CPU and on this rank's GPU: `save_checkpoint(random=...)`.
 
-    Loaded on as many ranks as saved, every rank goes on with its own numbers. On more ranks, those that had none are seeded from the first
-    rank's state and their own number, so that no two draw alike. Every rank must call state_dict and load_state_dict.
+    At the same world size, every rank continues its own sequence. At a larger one, the additional ranks are seeded from
+    the first rank's state and their rank, so that all sequences differ. Every rank must call state_dict and
+    load_state_dict.
     """
 
     def state_dict(self) -> dict[str, Any]:
         ranks: list[Any] = [_state()]
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
-            with naming_the_missing("the exchange of random states"):
+            with naming_the_missing("the gather of random states"):
                 dist.all_gather_object(ranks, _state())
         return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        ranks, rank = state_dict["ranks"], dist.get_rank() if dist.is_initialized() else 0
+        ranks = state_dict["ranks"]
+        rank = dist.get_rank() if dist.is_initialized() else 0
         if rank < len(ranks):
             _restore(ranks[rank])
         else:
@@ -44,7 +46,7 @@ class RandomState:
 
 
 def _state() -> dict[str, Any]:
-    """Everything as text, which a checkpoint stores as one piece."""
+    """Return all states as text, which a checkpoint stores as one value."""
     state: dict[str, Any] = {"python": json.dumps(random.getstate()), "torch": _to_text(torch.get_rng_state())}
     numpy = sys.modules.get("numpy")
     if numpy is not None:

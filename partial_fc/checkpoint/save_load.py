@@ -1,17 +1,18 @@
-"""One global checkpoint of everything that has a state dict, written by all ranks, read at any world size.
+"""Save and load one checkpoint of everything that has a state dict: written by all ranks, read at any world size.
 
     path/
-      manifest.json      which data folder is complete, and the size of each of its files; replaced in one move, last of all
-      data-0007/         torch.distributed.checkpoint (storage.py): one file a rank, and .metadata
+      manifest.json      names the complete data folder and the size of each of its files; replaced atomically, last
+      data-0007/         a torch.distributed.checkpoint (layout.py): one file per rank, and .metadata
 
-Sharded tensors (DTensors) are written by the ranks that hold their rows; loading fills the tensors of the objects in place, however many
-ranks there are now. Replicated tensors are written once. Everything else of a state dict (numbers, names) is a *skeleton* with a mark in
-the place of each tensor.
+Sharded tensors (DTensors) are written by the ranks that hold their rows. Loading fills the tensors of the objects in
+place, at any world size. Replicated tensors are written once. The rest of a state dict (numbers, names) is a
+*skeleton*: a copy of the state dict with a placeholder for each tensor.
 
-    save    state dicts ── collect ──> name -> rows | tensor | skeleton ── write ──> data-0008/ ── publish ──> manifest.json
-    load    manifest.json, sizes, skeletons ── check ──> tensors in place ── load_state_dict
+    save    state dicts ── collect ──> name -> rows | tensor | skeleton ── write ──> data-0008/ ── publish ──> manifest
+    load    manifest.json, file sizes, skeletons ── check ──> fill tensors in place ── load_state_dict
 
-A process killed at any moment leaves the previous checkpoint: until the manifest is replaced it names the previous data folder.
+A process that is killed at any moment leaves the previous checkpoint intact, because the manifest names the previous
+data folder until it is replaced.
 """
 
 from __future__ import annotations
@@ -30,23 +31,32 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from partial_fc.checkpoint.layout import RowBlocks, RowSource, SafeReader, read, splits_by_rows, stream, write
+from partial_fc.checkpoint.layout import RowBlocks, RowSource, read, splits_by_rows, stream, write
 from partial_fc.checkpoint.locks import FolderLock
-from partial_fc.checkpoint.manifest import damage, discard, new_data_folder, publish, read_manifest, writing
+from partial_fc.checkpoint.manifest import (
+    discard,
+    find_damage,
+    naming_the_checkpoint,
+    new_data_folder,
+    publish,
+    read_manifest,
+)
+from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.distributed.agreement import on_every_rank, on_first_rank
 from partial_fc.shards import local_part
 
-MARK = "__tensor__"
+PLACEHOLDER = "__tensor__"  # {PLACEHOLDER: key} stands for a tensor in a skeleton
 
-Copy = Callable[[str, Tensor], Tensor]  # (name, tensor) -> what to write in its place
+Copy = Callable[[str, Tensor], Tensor]  # (name, tensor) -> the tensor to write instead
 
 
 class Stateful(Protocol):
     """Anything with a state dict.
 
-    It may also have `check_state(state)`, called before anything is loaded with what is not tensors of the stored state (tensors are
-    marks), which raises ValueError if the state is another thing's; and `state_template()`, a state dict with all tensors allocated, for
-    things that have none before their first step.
+    Two more methods are optional. `check_state(state)` is called before anything is loaded, with the skeleton of the
+    stored state (placeholders instead of tensors); it raises ValueError if the state does not fit this object.
+    `state_template()` returns a state dict with all tensors allocated, for objects that have none before their first
+    step.
     """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -55,13 +65,14 @@ class Stateful(Protocol):
 
 
 def save_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
-    """Write the state of `named` objects as one checkpoint, replacing the one at `path` when it is complete.
+    """Write the state of the `named` objects as one checkpoint. Replace the checkpoint at `path` once it is complete.
 
-    Every rank must call it with the same names, and see the same folder. Sharded heads are written by all ranks, all else by one.
-    A state dict may hold a `RowSource` (storage.py) in the place of a matrix, which is then read and written block by block.
+    Every rank must call it with the same names and see the same folder. All ranks write sharded heads; one rank writes
+    everything else. A state dict may hold a `RowSource` (layout.py) instead of a matrix; it is read and written block
+    by block.
 
-    Raises, the same on every rank: OSError if the folder cannot be written (full, read-only) or another process is writing it, TypeError
-    for a state that could not be read again. The previous checkpoint is untouched by then.
+    Raises, the same on every rank: OSError if the folder cannot be written (full, read-only) or another process is
+    writing to it; TypeError for a state that could not be loaded again. The previous checkpoint is then unchanged.
     """
     folder = Path(path)
     state = collect(named)
@@ -70,89 +81,79 @@ def save_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
 
 
 def load_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
-    """Read the state of `named` objects from a checkpoint that any number of ranks wrote; every rank must call it.
+    """Load the state of the `named` objects from a checkpoint of any world size. Every rank must call it.
 
-    Tensors are filled in place. Raises, the same on every rank and before anything has changed: FileNotFoundError if there is no complete
-    checkpoint, ValueError if a file is missing, truncated or damaged, or if the checkpoint holds other names, shapes, or a head of another
-    margin than the objects have.
+    Tensors are filled in place. Raises, the same on every rank and before anything has changed: FileNotFoundError if
+    there is no complete checkpoint; ValueError if a file is missing, truncated or damaged, or if names, shapes or the
+    head's margin do not match.
     """
     folder = Path(path)
     manifest = on_every_rank(lambda: read_manifest(folder))
     reader = SafeReader(folder / manifest["data"])
-    metadata = on_every_rank(lambda: _check_whole(folder, manifest, reader).state_dict_metadata)
+    metadata = on_every_rank(lambda: _verified_metadata(folder, manifest, reader).state_dict_metadata)
     missing = sorted(set(named) - set(manifest["names"]))
     if missing:
         raise ValueError(f"checkpoint {folder} has no {', '.join(missing)}; it has {', '.join(manifest['names'])}")
     skeletons: dict[str, Any] = dict.fromkeys(named, 0)
     read(skeletons, reader)
     tensors: dict[str, Tensor] = {}
-    for name, thing in named.items():
-        _check_state(thing, skeletons[name], f"checkpoint {folder}: {name}")
-        here: dict[str, Tensor] = {}
-        stored = [key for key in metadata if key.startswith(f"{name}/")]
-        flatten(thing.state_dict(), name, here)
-        template = getattr(thing, "state_template", None)
-        if template is not None and not here.keys() >= set(stored):
-            here.clear()
-            flatten(template(), name, here)
-        for key in stored:
-            own = here.get(key)
-            if own is None and isinstance(thing, torch.optim.Optimizer):
-                own = _like_its_parameter(thing, key.removeprefix(f"{name}/"), metadata[key])
-            tensors[key] = _target(key, metadata[key], own, folder)
+    for name, stateful in named.items():
+        _check_state(stateful, skeletons[name], f"checkpoint {folder}: {name}")
+        tensors.update(_destinations(stateful, name, metadata, folder))
     read(tensors, reader)
-    for name, thing in named.items():
-        thing.load_state_dict(_restore(skeletons[name], tensors))
+    for name, stateful in named.items():
+        stateful.load_state_dict(_restore(skeletons[name], tensors))
 
 
 def stored_tensors(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every tensor of a checkpoint, by its key: "head/weight", "head_optimizer/state/0/momentum_buffer".
+    """Return shape and dtype of every tensor of a checkpoint by its key, such as "head/weight".
 
-    For this process alone, without loading anything. Raises FileNotFoundError or ValueError as `load_checkpoint` does.
+    Other keys look like "head_optimizer/state/0/momentum_buffer". Not a collective; loads no tensor. Raises
+    FileNotFoundError or ValueError as `load_checkpoint` does.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    metadata = _check_whole(folder, manifest, SafeReader(folder / manifest["data"])).state_dict_metadata
+    metadata = _verified_metadata(folder, manifest, SafeReader(folder / manifest["data"])).state_dict_metadata
     return {k: (v.size, v.properties.dtype) for k, v in metadata.items() if isinstance(v, TensorStorageMetadata)}
 
 
 def stored_values(path: str | os.PathLike[str], name: str) -> Any:
-    """What is not tensors of the stored state of `name`; `{"__tensor__": key}` stands for each tensor. For this process alone."""
+    """Return the stored state of `name` with `{"__tensor__": key}` in place of each tensor. Not a collective."""
     folder = Path(path)
     skeleton: dict[str, Any] = {name: 0}
     manifest = read_manifest(folder)
     if name not in manifest["names"]:
         raise ValueError(f"checkpoint {folder} has no {name}; it has {', '.join(manifest['names'])}")
     reader = SafeReader(folder / manifest["data"])
-    _check_whole(folder, manifest, reader)
+    _verified_metadata(folder, manifest, reader)
     read(skeleton, reader, alone=True)
     return skeleton[name]
 
 
 def stream_tensor(path: str | os.PathLike[str], key: str, take: Callable[[int, Tensor], None]) -> None:
-    """Call `take(first_row, rows)` for each stored block of the matrix `key`, in any order, one block in memory at a time.
+    """Call `take(first_row, rows)` for each stored block of the matrix `key`, in any order; one block in memory.
 
-    For this process alone. Raises FileNotFoundError, ValueError or OSError as `load_checkpoint` does.
+    Not a collective. Raises FileNotFoundError, ValueError or OSError as `load_checkpoint` does.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
     reader = SafeReader(folder / manifest["data"])
-    _check_whole(folder, manifest, reader)
+    _verified_metadata(folder, manifest, reader)
     stream(reader, key, take)
 
 
-# ---------------------------------------------------------------------------------------------------- state dicts and skeletons
+# ---------------------------------------------------------------------------------------------------- state dicts
 
 
 def collect(named: dict[str, Stateful], copy: Copy | None = None) -> dict[str, Any]:
-    """name -> RowBlocks, tensor or skeleton of everything in `named`. `copy` makes what is written a copy of the tensors now.
+    """Return name -> RowBlocks, tensor or skeleton of everything in `named`. copy: replaces each tensor by a copy.
 
-    TypeError for a state that could be written but not read again.
+    Raises TypeError for a state that could be written but not loaded again.
     """
     state: dict[str, Any] = {}
-    for name, thing in named.items():
+    for name, stateful in named.items():
         tensors: dict[str, Any] = {}
-        state[name] = _as_loaded(flatten(thing.state_dict(), name, tensors), name)
+        state[name] = _after_reload(flatten(stateful.state_dict(), name, tensors), name)
         for key, tensor in tensors.items():
             state[key] = _to_write(key, tensor, copy)
     return state
@@ -175,10 +176,10 @@ def _to_write(key: str, tensor: Tensor | RowSource, copy: Copy | None) -> RowBlo
 
 
 def flatten(value: Any, path: str, tensors: dict[str, Any]) -> Any:
-    """The skeleton of `value`: as it is, with a mark for each tensor (or RowSource), which goes into `tensors` under its path."""
+    """Return the skeleton of `value`, with each tensor or RowSource moved to `tensors` under its path."""
     if isinstance(value, Tensor | RowSource):
         tensors[path] = value
-        return {MARK: path}
+        return {PLACEHOLDER: path}
     found = len(tensors)
     if isinstance(value, dict):
         parts: Any = {k: flatten(v, f"{path}/{k}", tensors) for k, v in value.items()}
@@ -189,8 +190,8 @@ def flatten(value: Any, path: str, tensors: dict[str, Any]) -> Any:
     return value.item() if type(value).__module__ == "numpy" and not getattr(value, "shape", ()) else value
 
 
-def _as_loaded(skeleton: Any, name: str) -> Any:
-    """A copy of the skeleton as loading will give it; TypeError, before anything is replaced, if it cannot be loaded."""
+def _after_reload(skeleton: Any, name: str) -> Any:
+    """Return the skeleton as loading returns it. TypeError, before anything is replaced, if it cannot be loaded."""
     buffer = io.BytesIO()
     torch.save(skeleton, buffer)
     buffer.seek(0)
@@ -198,14 +199,15 @@ def _as_loaded(skeleton: Any, name: str) -> Any:
         return torch.load(buffer, weights_only=True)
     except pickle.UnpicklingError as error:
         raise TypeError(
-            f"the state of {name} holds what is neither a tensor nor a plain value: {str(error).splitlines()[0]}"
+            f"the state of {name} holds an object that is neither a tensor nor a plain value: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 
 def _restore(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(skeleton, dict):
-        if set(skeleton) == {MARK}:
-            return tensors[skeleton[MARK]]
+        if set(skeleton) == {PLACEHOLDER}:
+            return tensors[skeleton[PLACEHOLDER]]
         return {k: _restore(v, tensors) for k, v in skeleton.items()}
     if isinstance(skeleton, list | tuple):
         restored = [_restore(v, tensors) for v in skeleton]
@@ -213,8 +215,8 @@ def _restore(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     return skeleton
 
 
-def _check_state(thing: Stateful, skeleton: Any, what: str) -> None:
-    check = getattr(thing, "check_state", None)
+def _check_state(stateful: Stateful, skeleton: Any, what: str) -> None:
+    check = getattr(stateful, "check_state", None)
     if check is not None:
         try:
             check(skeleton)
@@ -222,8 +224,11 @@ def _check_state(thing: Stateful, skeleton: Any, what: str) -> None:
             raise ValueError(f"{what}: {error}") from error
 
 
-def _like_its_parameter(optimizer: torch.optim.Optimizer, key: str, stored: Any) -> Tensor | None:
-    """Room for `state/INDEX/NAME` of an optimizer that has no state before its first step, split as its parameter is (FSDP2); else None."""
+def _empty_like_parameter(optimizer: torch.optim.Optimizer, key: str, stored: Any) -> Tensor | None:
+    """Return an empty tensor for `state/INDEX/NAME` of an optimizer without state, sharded like its parameter (FSDP2).
+
+    Return None for other keys, and if the parameter is not a DTensor of the stored shape.
+    """
     kind, index, *_ = [*key.split("/"), ""]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if kind != "state" or not index.isdecimal() or int(index) >= len(parameters):
@@ -234,18 +239,39 @@ def _like_its_parameter(optimizer: torch.optim.Optimizer, key: str, stored: Any)
     return torch.empty_like(parameter.detach(), dtype=stored.properties.dtype)
 
 
-def _target(key: str, stored: Any, here: Tensor | None, folder: Path) -> Tensor:
-    """The tensor to read `key` into: the object's own where it has one, a new one where it has none yet."""
+def _destinations(stateful: Stateful, name: str, metadata: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    """Return, for each stored tensor of `name`, the tensor to read it into."""
+    here: dict[str, Tensor] = {}
+    stored = [key for key in metadata if key.startswith(f"{name}/")]
+    flatten(stateful.state_dict(), name, here)
+    template = getattr(stateful, "state_template", None)
+    if template is not None and not here.keys() >= set(stored):
+        here.clear()
+        flatten(template(), name, here)
+    destinations = {}
+    for key in stored:
+        own = here.get(key)
+        if own is None and isinstance(stateful, torch.optim.Optimizer):
+            own = _empty_like_parameter(stateful, key.removeprefix(f"{name}/"), metadata[key])
+        destinations[key] = _destination(key, metadata[key], own, folder)
+    return destinations
+
+
+def _destination(key: str, stored: Any, here: Tensor | None, folder: Path) -> Tensor:
+    """Return the tensor to read `key` into: the object's own tensor, or a new one if it has none yet."""
     if here is None:
         return torch.empty(stored.size, dtype=stored.properties.dtype)
     if here.shape == stored.size:
         return here.detach()
-    problem = f"checkpoint {folder}: {key} is {list(stored.size)}, here it is {list(here.shape)}"
+    problem = f"checkpoint {folder}: {key} has shape {list(stored.size)}, but the shape here is {list(here.shape)}"
     if isinstance(here, DTensor) or here.ndim == len(stored.size) > 1:
         if here.shape[1:] == stored.size[1:]:
-            problem += f"; it is of {stored.size[0]} classes: build for as many, load, then expand() or remap() to what is wanted"
+            problem += (
+                f"; the checkpoint has {stored.size[0]} classes: build the head for as many, load, "
+                "then call expand() or remap()"
+            )
         elif here.shape[:1] == stored.size[:1]:
-            problem += "; it is of another width: build for that, or start a new run"
+            problem += "; the embedding size differs: build with the checkpoint's embedding size, or start a new run"
     raise ValueError(problem)
 
 
@@ -260,13 +286,16 @@ def write_checkpoint(
     note: dict[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write what `collect` made as the checkpoint at `folder`; every rank of the group (None: all) must call it. note: for the manifest."""
+    """Write the result of `collect` as the checkpoint at `folder`. note: extra entries of the manifest.
+
+    Every rank of the group (None: all ranks) must call it.
+    """
     data = folder / on_first_rank(lambda: new_data_folder(folder), group)
     try:
         write(data, state, group)
         on_first_rank(lambda: publish(folder, data, {"names": names, **(note or {})}), group)
     except BaseException:
-        # another rank's error has come to rank 0, too
+        # errors of other ranks are raised on rank 0, too
         if not dist.is_initialized() or dist.get_rank(group) == 0:
             discard(folder, data)
         raise
@@ -277,7 +306,7 @@ def _locked(folder: Path) -> Iterator[None]:
     lock = FolderLock(folder)
 
     def acquire() -> None:
-        with writing(folder):
+        with naming_the_checkpoint(folder):
             lock.acquire()
 
     on_first_rank(acquire)
@@ -287,9 +316,9 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_whole(folder: Path, manifest: dict[str, Any], reader: SafeReader) -> Metadata:
-    """The metadata; ValueError or FileNotFoundError if a file of the checkpoint is not as it was written."""
-    problem = damage(folder, manifest)
+def _verified_metadata(folder: Path, manifest: dict[str, Any], reader: SafeReader) -> Metadata:
+    """Return the metadata. ValueError or FileNotFoundError if a file is missing or not as it was written."""
+    problem = find_damage(folder, manifest)
     if problem is not None:
         raise problem
     reader.check()

@@ -1,1 +1,1 @@
-"""Class rows between steps: classes that come and go, rows from class means, nearest classes."""
+"""Classes between training steps: add, remove and merge them, start them from class means, find nearest classes."""

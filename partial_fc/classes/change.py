@@ -1,54 +1,47 @@
-"""Classes that come and go while a loss trains: added, removed, merged, started from class means. No rank ever holds the whole matrix.
+"""Change the classes of a loss during training: add, remove and merge them, or start them from class means.
 
-    expand     classes C..C'-1 are added: drawn, given, or the means of their samples; old ids stay as they are
-    remap      mapping [C]: the new id of each old class, -1 where it goes; classes with one new id are merged
-               every rank judges the arguments, and all hear of the first mistake before anything has changed
-               rows (moves)    weight, then bias, then each piece of optimizer state: one tensor at a time to the chunk rule of C'
-               parameters      stay the same objects, so what optimizers hold stays valid
-               tables          class weights and margins that hold a number for each class
-    init_from_embeddings       rows become means over the samples of a whole data set, streamed: sums of own classes on each rank
+    expand     adds classes C..C'-1: drawn, given, or the means of their samples; old ids stay as they are
+    remap      mapping [C]: the new id of each old class, -1 to drop it; classes with the same new id are merged
+               every rank validates the arguments, and all raise the first error before anything has changed
+               rows (moves.py)  weight, then bias, then each optimizer state: one tensor at a time, to the shards of C'
+               parameters       stay the same objects, so optimizers keep working
+               tables           class weights, and margins with a value per class
+    init_from_embeddings       rows become class means over a whole data set, streamed; each rank sums its own classes
 
-A row's optimizer state goes with it. New rows begin with the state that a row has which never had a gradient.
+The optimizer state of a row moves with it. New rows start with the state of a row that never had a gradient. No rank
+ever holds the whole matrix.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from partial_fc.classes import class_means as means
-from partial_fc.classes.class_means import Batches, NewRows, row_blocks, row_shape, rows_of_new_means, weight_rows
-from partial_fc.classes.moves import Mapped, Moves, move_rows, moves_of, new_ids
-from partial_fc.distributed.ranks import tell
+from partial_fc.classes.class_means import Batches, NewRows, new_rows_from_means, row_blocks, row_shape, weight_rows
+from partial_fc.classes.interface import Change, Changeable
+from partial_fc.classes.mapping import ClassMoves, Mapped, class_moves, validate_mapping
+from partial_fc.classes.moves import move_rows
+from partial_fc.distributed.texts import gather_texts
 from partial_fc.margins.base import Margin
-from partial_fc.optim.row_optimizer import MASTER, RowOptimizer, rows_of_state
+from partial_fc.optim.optimizer_class import initial_state
+from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.optim.row_state import MASTER
 from partial_fc.sampling import mix
-from partial_fc.shards import INIT_BLOCK, ClassShards, initial_rows, local_part
-
-if TYPE_CHECKING:
-    from partial_fc.sharded import ShardedLoss
+from partial_fc.sharded_module import INIT_BLOCK, initial_rows
+from partial_fc.shards import ClassShards, local_part
 
 Merge = Literal["mean", "first"]
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 Result = TypeVar("Result")
 
-FRESH = 0x66726573  # what is drawn; part of the format of a seed, so never to be changed
-
-
-@dataclass(frozen=True)
-class Change:
-    """What the classes are to become: `num_classes` of them, the last `added` of them new, the others from old ones by `moves`."""
-
-    moves: Moves
-    num_classes: int
-    added: int = 0
-    margin: Margin | None = None
-    class_weights: Tensor | None = None
+FRESH_ROWS = 0x66726573  # key of these draws; must never change, or a seed would give other rows
 
 
 # ---------------------------------------------------------------------------------------------------- expand and remap
@@ -56,88 +49,89 @@ class Change:
 
 @torch.no_grad()
 def expand(
-    loss: ShardedLoss,
+    loss: Changeable,
     new_classes: int,
     init: str | Tensor | Batches,
     optimizers: Optimizers,
     margin: Margin | None,
     class_weights: Any,
 ) -> None:
-    """What `ShardedLoss.expand` does."""
+    """See `ChangeableLoss.expand`."""
     before = loss.num_classes
-    _check_reachable(loss)
+    check_reachable(loss)
 
-    def prepare() -> tuple[_Plan, dict[str, Any]]:
+    def prepare() -> tuple[_PreparedChange, dict[str, Any]]:
         if not isinstance(new_classes, int) or new_classes < 1:
-            raise ValueError(f"new_classes must be a whole number of at least 1, not {new_classes!r}")
+            raise ValueError(f"new_classes must be an int of at least 1, not {new_classes!r}")
         _check_init(init, (new_classes, *row_shape(loss)))
-        change = Change(Moves.all_stay(before), before + new_classes, new_classes, margin, class_weights)
-        plan, facts = _prepare(loss, change, optimizers)
-        kind = _digest(init) if isinstance(init, Tensor) else "fresh" if isinstance(init, str) else "batches"
-        return plan, {"the call": "expand", "new_classes": new_classes, "init": kind, **facts}
+        change = Change(ClassMoves.identity(before), before + new_classes, new_classes, margin, class_weights)
+        prepared, facts = _prepare(loss, change, optimizers)
+        if isinstance(init, Tensor):
+            kind: Any = _digest(init)
+        else:
+            kind = "fresh" if isinstance(init, str) else "batches"
+        return prepared, {"the call": "expand", "new_classes": new_classes, "init": kind, **facts}
 
-    plan = _on_all(loss, prepare)
+    prepared = _prepare_on_every_rank(loss, prepare)
     rows = _fresh_rows(loss)
     if isinstance(init, Tensor):
         rows = _given_rows(init.detach(), before)
     elif not isinstance(init, str):
-        rows = rows_of_new_means(loss, init, loss._shards.resized(plan.change.num_classes), rows)
-    _rebuild(loss, plan, rows)
-
-
-def init_from_embeddings(loss: ShardedLoss, batches: Batches) -> None:
-    """What `ShardedLoss.init_from_embeddings` does."""
-    _check_reachable(loss)
-    means.init_from_embeddings(loss, batches)
+        rows = new_rows_from_means(loss, init, loss.class_rows.shards.resized(prepared.change.num_classes), rows)
+    _apply_change(loss, prepared, rows)
 
 
 @torch.no_grad()
 def remap(
-    loss: ShardedLoss, mapping: Mapped, merge: str, weights: Any, optimizers: Optimizers, margin: Margin | None
+    loss: Changeable, mapping: Mapped, merge: str, weights: Any, optimizers: Optimizers, margin: Margin | None
 ) -> None:
-    """What `ShardedLoss.remap` does."""
-    _check_reachable(loss)
+    """See `ChangeableLoss.remap`."""
+    check_reachable(loss)
 
-    def prepare() -> tuple[_Plan, dict[str, Any]]:
-        ids = new_ids(mapping, loss.num_classes)
-        moves = moves_of(ids, merge, weights)
+    def prepare() -> tuple[_PreparedChange, dict[str, Any]]:
+        ids = validate_mapping(mapping, loss.num_classes)
+        moves = class_moves(ids, merge, weights)
         if len(row_shape(loss)) > 1 and moves.share is not None:
             raise ValueError(
-                f'merge="mean" is for one center a class, and this {type(loss).__name__} has {row_shape(loss)[0]}: those of different '
-                'classes have no common order; use merge="first"'
+                f'merge="mean" needs one center per class, but this {type(loss).__name__} has {row_shape(loss)[0]}: '
+                'centers of different classes have no common order; use merge="first"'
             )
-        plan, facts = _prepare(loss, Change(moves, int(ids.max()) + 1, margin=margin), optimizers)
-        shares = None if weights is None else _digest(torch.as_tensor(weights))
-        return plan, {"the call": "remap", "mapping": _digest(ids), "merge": merge, "weights": shares, **facts}
+        prepared, facts = _prepare(loss, Change(moves, int(ids.max()) + 1, margin=margin), optimizers)
+        weights_digest = None if weights is None else _digest(torch.as_tensor(weights))
+        arguments = {"the call": "remap", "mapping": _digest(ids), "merge": merge, "weights": weights_digest}
+        return prepared, {**arguments, **facts}
 
-    _rebuild(loss, _on_all(loss, prepare), None)
+    _apply_change(loss, _prepare_on_every_rank(loss, prepare), None)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """A change that was judged. optimizers: those that hold a parameter, with what `rows_of_state` says of each by its name.
-    take_tables: makes class weights and margin those of the new classes.
+class _PreparedChange:
+    """A validated change.
+
+    optimizers: those that hold a parameter, each with `rows_of_state` of every parameter by name.
+    apply_tables: a function that replaces class weights and margin.
     """
 
     change: Change
     optimizers: list[tuple[torch.optim.Optimizer, dict[str, dict[str, float]]]]
-    take_tables: Callable[[], None]
+    apply_tables: Callable[[], None]
 
 
-def _prepare(loss: ShardedLoss, change: Change, optimizers: Optimizers) -> tuple[_Plan, dict[str, Any]]:
-    """(the plan, what must be the same on all ranks by the name that a message gives it); raises for what is wrong."""
-    pending = loss._pending_work()
+def _prepare(loss: Changeable, change: Change, optimizers: Optimizers) -> tuple[_PreparedChange, dict[str, Any]]:
+    """Return (the validated change, values that must be the same on all ranks, by their name in an error message)."""
+    pending = loss.pending_work()
     if pending:
-        raise RuntimeError(f"{pending}; they are of the classes as they were before")
-    for name, parameter in loss._rows.parameters.items():
-        if parameter._use_count() > 2:  # type: ignore[attr-defined]  # itself, and the place where gradients are collected
+        raise RuntimeError(f"{pending}; they belong to the classes before the change")
+    for name, parameter in loss.class_rows.parameters.items():
+        if parameter._use_count() > 2:  # type: ignore[attr-defined]  # itself and AccumulateGrad
             raise RuntimeError(
-                f"{name} is still held by the graph of a loss: call backward() on it or delete it before classes change"
+                f"{name} is still held by the autograd graph of a loss: call backward() on the loss or delete it "
+                "before changing classes"
             )
     held = []
     for optimizer in _optimizers_of(loss, optimizers):
-        held.append((optimizer, {name: rows_of_state(optimizer, p) for name, p in loss._rows.parameters.items()}))
-    take_tables = loss._change_tables(change)
+        held.append((optimizer, {name: rows_of_state(optimizer, p) for name, p in loss.class_rows.parameters.items()}))
+    apply_tables = loss.prepare_tables(change)
     states = [
         [type(optimizer).__name__, {name: list(rows) for name, rows in fills.items()}] for optimizer, fills in held
     ]
@@ -146,74 +140,79 @@ def _prepare(loss: ShardedLoss, change: Change, optimizers: Optimizers) -> tuple
         "margin": None if change.margin is None else _digest_of_margin(change.margin),
         "class_weights": None if weights is None else _digest(torch.as_tensor(weights)),
         "the state of the optimizers": states,
-        "the number of changes before": loss._class_changes,
+        "the number of changes before": loss.class_changes,
     }
-    return _Plan(change, held, take_tables), facts
+    return _PreparedChange(change, held, apply_tables), facts
 
 
-def _optimizers_of(loss: ShardedLoss, given: Optimizers) -> list[torch.optim.Optimizer]:
-    """The loss' own `RowOptimizer` and those that are given, each once; ValueError for one that does not hold its parameters."""
-    found: list[torch.optim.Optimizer] = [] if loss._rows.live_optimizer is None else [loss._rows.live_optimizer]
-    own = {id(p) for p in loss._rows.parameters.values()}
+def _optimizers_of(loss: Changeable, given: Optimizers) -> list[torch.optim.Optimizer]:
+    """Return the loss's own `RowOptimizer` and the given ones, each once. ValueError if one lacks its parameters."""
+    found: list[torch.optim.Optimizer] = (
+        [] if loss.class_rows.live_optimizer is None else [loss.class_rows.live_optimizer]
+    )
+    own = {id(p) for p in loss.class_rows.parameters.values()}
     for optimizer in [given] if isinstance(given, torch.optim.Optimizer) else list(given):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizers must be torch optimizers, not {type(optimizer).__name__}")
         if isinstance(optimizer, RowOptimizer):
-            fits = optimizer._sharded is loss._rows
+            fits = optimizer.class_rows is loss.class_rows
         else:
             fits = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
         if not fits:
             raise ValueError(
-                f"optimizers: a {type(optimizer).__name__} that does not hold the parameters of this {type(loss).__name__}"
+                f"optimizers holds a {type(optimizer).__name__} that does not hold the parameters "
+                f"of this {type(loss).__name__}"
             )
         if not any(optimizer is other for other in found):
             found.append(optimizer)
     return found
 
 
-def _rebuild(loss: ShardedLoss, plan: _Plan, rows: NewRows | None) -> None:
-    """Move all rows; one tensor at a time, so that no more than one of them exists twice. rows: of the classes that are added."""
-    change, before = plan.change, loss._shards
+def _apply_change(loss: Changeable, prepared: _PreparedChange, rows: NewRows | None) -> None:
+    """Apply a change one tensor at a time, so that at most one tensor exists twice. rows: rows of the added classes."""
+    change, before = prepared.change, loss.class_rows.shards
     after = before.resized(change.num_classes)
 
     def moved(local: Tensor, new: NewRows | float) -> Tensor:
+        """Return the local rows of the new shard; `new` fills the added classes."""
         out = move_rows(local, change.moves, before, after)
         first = max(after.lo, change.num_classes - change.added)
         if callable(new):
-            _write(out, after.lo, first, after.hi, new)
+            _write_rows(out, after.lo, first, after.hi, new)
         else:
             out[first - after.lo :] = new
         return out
 
-    parameters = loss._rows.parameters
+    parameters = loss.class_rows.parameters
     for k, (name, parameter) in enumerate(parameters.items()):
-        new: NewRows | float = rows if rows is not None and k == 0 else 0.0  # a bias begins at 0
+        new: NewRows | float = rows if rows is not None and k == 0 else 0.0  # a new bias is 0
         changed = nn.Parameter(
             after.wrap(moved(local_part(parameter.detach()), new)), requires_grad=parameter.requires_grad
         )
         torch.utils.swap_tensors(parameter, changed)
         del changed
-        for optimizer, fills in plan.optimizers:
+        for optimizer, fills in prepared.optimizers:
             for key, fill in fills[name].items():
                 state = optimizer.state[parameter]
                 state[key] = after.wrap(moved(local_part(state[key]), new if key == MASTER else fill))
                 if key == MASTER:
                     _round_merged(local_part(parameter.detach()), local_part(state[key]), change.moves, after)
-    loss._shards, loss.num_classes = after, change.num_classes
-    plan.take_tables()
-    loss._rows.hold(dict(parameters), loss._shared_parameters(), after)
-    loss._class_changes += 1
+    prepared.apply_tables()
+    loss.adopt(dict(parameters), after)
 
 
-def _round_merged(weight: Tensor, master: Tensor, moves: Moves, shards: ClassShards) -> None:
-    """Merged weights are the merged float32 ones, rounded: not the mean of rounded ones, which the next step would not start from."""
+def _round_merged(weight: Tensor, master: Tensor, moves: ClassMoves, shards: ClassShards) -> None:
+    """Set merged weights to the rounded float32 master weights, from which the next optimizer step starts.
+
+    The mean of rounded weights would differ.
+    """
     for ids in moves.merged_into(shards.lo, shards.hi).split(INIT_BLOCK):
         rows = (ids - shards.lo).to(weight.device)
         weight.index_copy_(0, rows, master.index_select(0, rows).to(weight.dtype))
 
 
-def _write(out: Tensor, lo: int, first: int, end: int, rows: NewRows) -> None:
-    """Rows of the global ids first to end into `out`, which begins at lo; block by block."""
+def _write_rows(out: Tensor, lo: int, first: int, end: int, rows: NewRows) -> None:
+    """Write the rows of class ids [first, end) into `out`, whose first row is that of id `lo`, block by block."""
     for a, b in row_blocks(first, end):
         out[a - lo : b - lo] = rows(a, b).to(out.device, out.dtype)
 
@@ -222,20 +221,21 @@ def _given_rows(vectors: Tensor, first: int) -> NewRows:
     return lambda a, b: vectors[a - first : b - first]
 
 
-def _fresh_rows(loss: ShardedLoss) -> NewRows:
-    """Rows drawn as at the start, but from a stream of their own for every change of classes."""
-    seed = mix(loss.seed, FRESH, loss._class_changes)
-    return lambda a, b: initial_rows(a, b, row_shape(loss), std=loss._init_std, seed=seed)
+def _fresh_rows(loss: Changeable) -> NewRows:
+    """Return new rows, drawn like the initial ones but with another key for each change of classes."""
+    seed = mix(loss.seed, FRESH_ROWS, loss.class_changes)
+    return lambda a, b: initial_rows(a, b, row_shape(loss), std=loss.init_std, seed=seed)
 
 
-# ---------------------------------------------------------------------------------------------------- what can be wrong
+# ---------------------------------------------------------------------------------------------------- checks
 
 
-def _check_reachable(loss: ShardedLoss) -> None:
-    loss._check_group()
+def check_reachable(loss: Changeable) -> None:
+    loss.class_rows.check_group()
     if weight_rows(loss).device.type == "meta":
         raise RuntimeError(
-            f"this {type(loss).__name__} is on the meta device and has no rows; call to_empty and reset_parameters first"
+            f"this {type(loss).__name__} is on the meta device and has no rows; "
+            "call to_empty() and reset_parameters() first"
         )
 
 
@@ -243,31 +243,35 @@ def _check_init(init: Any, shape: tuple[int, ...]) -> None:
     if isinstance(init, Tensor):
         if init.shape != shape or not init.is_floating_point():
             raise ValueError(
-                f"init as a tensor must be floating-point vectors {list(shape)}, not {list(init.shape)} {init.dtype}"
+                f"an init tensor must hold floating-point vectors {list(shape)}, not {list(init.shape)} {init.dtype}"
             )
         bad = (~init.detach().isfinite()).reshape(len(init), -1).any(1).nonzero()
         if len(bad):
             raise ValueError(f"init[{int(bad[0])}] holds a NaN or infinity")
     elif isinstance(init, str) and init != "fresh":
-        raise ValueError(f'init must be "fresh", a tensor of vectors or batches of (embeddings, labels), not {init!r}')
+        raise ValueError(f'init must be "fresh", a tensor of vectors, or batches of (embeddings, labels), not {init!r}')
     elif not isinstance(init, Iterable):
         raise TypeError(
-            f'init must be "fresh", a tensor of vectors or batches of (embeddings, labels), not {type(init).__name__}'
+            f'init must be "fresh", a tensor of vectors, or batches of (embeddings, labels), not {type(init).__name__}'
         )
 
 
-def _on_all(loss: ShardedLoss, prepare: Callable[[], tuple[Result, dict[str, Any]]]) -> Result:
-    """What `prepare` returns on this rank; the first failed rank's error on all, ValueError on all where its facts differ."""
-    ranks, device = loss._shards.ranks, weight_rows(loss).device
+def _prepare_on_every_rank(loss: Changeable, prepare: Callable[[], tuple[Result, dict[str, Any]]]) -> Result:
+    """Return the result of `prepare` on this rank.
+
+    If it fails anywhere, raise the first failed rank's error on every rank. If the values that it returns in addition
+    differ between ranks, raise ValueError on every rank.
+    """
+    ranks, device = loss.class_rows.shards.ranks, weight_rows(loss).device
     kinds = {kind.__name__: kind for kind in (ValueError, RuntimeError, TypeError)}
     result, failure = None, None
-    told: dict[str, Any] = {}
+    mine: dict[str, Any] = {}
     try:
-        result, told = prepare()
+        result, mine = prepare()
     except tuple(kinds.values()) as error:
         failure = error
-        told = {"error": next(name for name, kind in kinds.items() if isinstance(error, kind)), "text": str(error)}
-    everyone = [json.loads(text) for text in tell(json.dumps(told), ranks, device)]
+        mine = {"error": next(name for name, kind in kinds.items() if isinstance(error, kind)), "text": str(error)}
+    everyone = [json.loads(text) for text in gather_texts(json.dumps(mine), ranks, device)]
     failed = [flat for flat, each in enumerate(everyone) if "error" in each]
     if failed:
         first = everyone[failed[0]]
@@ -277,17 +281,18 @@ def _on_all(loss: ShardedLoss, prepare: Callable[[], tuple[Result, dict[str, Any
         for name, value in everyone[0].items():
             if each.get(name) != value:
                 raise ValueError(
-                    f"ranks disagree: {name} is not the same on {ranks.name(0)} and {ranks.name(flat)}; every rank must be given the same"
+                    f"ranks disagree: {name} differs between {ranks.name(0)} and {ranks.name(flat)}; "
+                    "pass the same on every rank"
                 )
     assert result is not None
     return result
 
 
 def _digest(values: Tensor) -> list[Any]:
-    """Shape and a number that other values hardly have."""
-    total, flat = 0, values.detach().reshape(-1)
-    for k, block in enumerate(flat.split(1 << 20)):
-        bits = block.cpu().long() if not block.is_floating_point() else block.cpu().double().view(torch.int64)
+    """Return the shape and a 64-bit hash of the values."""
+    total = 0
+    for k, block in enumerate(values.detach().reshape(-1).split(1 << 20)):
+        bits = block.cpu().double().view(torch.int64) if block.is_floating_point() else block.cpu().long()
         h = (bits + (torch.arange(len(bits)) + (k << 20)) * 0x1F83D9ABFB41BD6B) * 0x2545F4914F6CDD1D
         h = (h ^ (h >> 29)) * 0x27D4EB2F165667C5
         total = total * 31 + int((h ^ (h >> 32)).sum()) & (1 << 64) - 1
@@ -295,5 +300,37 @@ def _digest(values: Tensor) -> list[Any]:
 
 
 def _digest_of_margin(margin: Margin) -> list[Any]:
-    plain = {k: repr(v) for k, v in vars(margin).items() if not k.startswith("_")}
-    return [type(margin).__name__, plain, [_digest(b) for b in margin.buffers()]]
+    options = {k: repr(v) for k, v in vars(margin).items() if not k.startswith("_")}
+    return [type(margin).__name__, options, [_digest(b) for b in margin.buffers()]]
+
+
+# ---------------------------------------------------------------------------------------------------- optimizer state
+
+
+def rows_of_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, float]:
+    """Return the keys of state with one row per row of `parameter`, and its value for a row that never had a gradient.
+
+    Works for a `RowOptimizer` and others. The value of MASTER, the float32 weights, is NaN: its rows are those of the
+    weight. Raises ValueError if the optimizer holds state that is neither by row nor one number.
+    """
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    shape, local = parameter.shape, local_part(parameter.detach()).shape
+    by_row = []
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == shape and local_part(value).shape == local:
+            by_row.append(key)
+        elif isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds {key} {list(value.shape)} for a parameter {list(shape)}: it has no "
+                "row per class, so it cannot follow a change of classes; build the optimizer anew after the change"
+            )
+    if not by_row:
+        return {}
+    if isinstance(optimizer, RowOptimizer):
+        fill = optimizer.initial_state
+    else:
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        accepted = inspect.signature(type(optimizer)).parameters
+        options = {k: v for k, v in group.items() if k in accepted and k != "params"}
+        fill = initial_state(type(optimizer), options)
+    return {key: math.nan if key == MASTER else fill.get(key, 0.0) for key in sorted(by_row)}

@@ -1,81 +1,91 @@
-"""Rows that start from the means of embeddings, over a whole data set that no rank holds.
+"""Class rows from the means of embeddings, over a whole data set that no rank holds.
 
-    a batch of every rank ── exchange, as in a step ──>  sums [C_local, D], counts [C_local] of own classes; and the next
-    sums / counts         ── direction, length, centers apart ──>  rows [C_local, ...], block by block
+    each batch      embeddings, labels of every rank ── gather ──> global batch ── own classes ──>
+                    sums [C_local, D], counts [C_local]
+    at the end      sums / counts ── direction, length, sub-centers ──> rows [C_local, ...], block by block
 
-Where a loss normalises, a row's length has no effect on it, but the gradient of a row goes with 1/length and so its step, in angle, with
-1/length²: means are brought to the length that rows have.
+Where a loss normalizes rows, the length of a row has no effect on the loss, but its gradient is proportional to
+1 / length, so an optimizer step turns it by an angle proportional to 1 / length². The means are therefore scaled to the
+usual length of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from partial_fc.batch import exchange
+from partial_fc.batch.exchange import exchange
+from partial_fc.batch.status import LabelSet
+from partial_fc.classes.interface import Changeable
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import all_gather_mesh
-from partial_fc.optim.row_optimizer import MASTER
+from partial_fc.optim.row_state import MASTER
 from partial_fc.sampling import mix
-from partial_fc.shards import INIT_BLOCK, ClassShards, initial_rows, local_part
-
-if TYPE_CHECKING:
-    from partial_fc.sharded import ShardedLoss
+from partial_fc.sharded_module import INIT_BLOCK, initial_rows
+from partial_fc.shards import ClassShards, local_part
+from partial_fc.targets import check_batch
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-NewRows = Callable[[int, int], Tensor]  # (a, b) -> rows of the global ids a to b
+NewRows = Callable[[int, int], Tensor]  # (a, b) -> rows of the class ids [a, b)
 
-APART = 0x61706172  # what is drawn; part of the format of a seed, so never to be changed
-SPREAD = 0.1  # how far the further centers of a class are from its mean, in lengths of the mean
+CENTER_OFFSETS = 0x61706172  # key of these draws; must never change, or a seed would give other rows
+SPREAD = 0.1  # distance of the other centers of a class from its mean, relative to the length of the mean
 TINY = 1e-12  # a shorter vector has no direction
 
 
 @torch.no_grad()
-def init_from_embeddings(loss: ShardedLoss, batches: Batches) -> None:
-    """What `ShardedLoss.init_from_embeddings` does."""
-    lo, hi = loss._shards.lo, loss._shards.hi
+def init_from_embeddings(loss: Changeable, batches: Batches) -> None:
+    """See `ChangeableLoss.init_from_embeddings`."""
+    lo, hi = loss.class_rows.shards.lo, loss.class_rows.shards.hi
     means, counts = _class_means(loss, batches, lo, hi, range(loss.num_classes))
-    parameter = next(iter(loss._rows.parameters.values()))
-    weight, optimizer = local_part(parameter.detach()), loss._rows.live_optimizer
+    parameter = loss.class_rows.main
+    optimizer = loss.class_rows.live_optimizer
+    weight = local_part(parameter.detach())
     state = {} if optimizer is None or parameter not in optimizer.state else optimizer.state[parameter]
     for a, b in row_blocks(lo, hi):
         here = slice(a - lo, b - lo)
-        found = _usable(loss, means[here], counts[here])
-        lengths = _lengths(weight[here].to(means.dtype)) if loss._normalizes else None
-        rows = _around(loss, means[here], a, lengths)
+        found = _has_mean(loss, means[here], counts[here])
+        lengths = _lengths(weight[here].to(means.dtype)) if loss.normalizes else None
+        rows = _rows_from_means(loss, means[here], a, lengths)
         for tensor in (weight, *(local_part(state[key]) for key in (MASTER,) if key in state)):
-            tensor[here] = torch.where(_as_mask(found, tensor), rows.to(tensor.dtype), tensor[here])
+            tensor[here] = torch.where(_expand_mask(found, tensor), rows.to(tensor.dtype), tensor[here])
 
 
-def rows_of_new_means(loss: ShardedLoss, batches: Batches, after: ClassShards, fresh: NewRows) -> NewRows:
-    """Means of the samples of classes that are to be added, as long as the rows there are; `fresh` for those without samples."""
+def new_rows_from_means(loss: Changeable, batches: Batches, after: ClassShards, fresh: NewRows) -> NewRows:
+    """Return the rows of added classes: means of their samples, or `fresh` rows for classes without samples.
+
+    Where a loss normalizes rows, means get the mean length of the existing rows.
+    """
     first = loss.num_classes
     lo = max(after.lo, first)
     means, counts = _class_means(loss, batches, lo, max(lo, after.hi), range(first, after.num_classes))
-    lengths = _mean_length(loss).to(means.dtype) if loss._normalizes else None
+    lengths = _mean_length(loss).to(means.dtype) if loss.normalizes else None
 
     def rows(a: int, b: int) -> Tensor:
         here = slice(a - lo, b - lo)
-        around, drawn = _around(loss, means[here], a, lengths), fresh(a, b).to(means)
-        return torch.where(_as_mask(_usable(loss, means[here], counts[here]), around), around, drawn)
+        from_means = _rows_from_means(loss, means[here], a, lengths)
+        found = _has_mean(loss, means[here], counts[here])
+        return torch.where(_expand_mask(found, from_means), from_means, fresh(a, b).to(means))
 
     return rows
 
 
-def _class_means(loss: ShardedLoss, batches: Batches, lo: int, hi: int, valid: range) -> tuple[Tensor, Tensor]:
-    """(means `[hi - lo, D]`, number of samples `[hi - lo]`) of the classes lo to hi over the batches of all ranks."""
-    weight, ranks = weight_rows(loss), loss._shards.ranks
+def _class_means(loss: Changeable, batches: Batches, lo: int, hi: int, valid: range) -> tuple[Tensor, Tensor]:
+    """Return (means `[hi - lo, D]`, sample counts `[hi - lo]`) of classes [lo, hi) over the batches of all ranks.
+
+    valid: the labels that batches may have.
+    """
+    weight, ranks = weight_rows(loss), loss.class_rows.shards.ranks
     dtype = torch.promote_types(weight.dtype, torch.float32)
     sums = weight.new_zeros(hi - lo, loss.embedding_size, dtype=dtype)
     counts = weight.new_zeros(hi - lo, dtype=torch.int64)
-    for embeddings, labels in _batches_of_all(loss, batches, sums):
-        batch = exchange(embeddings, labels, None, None, ranks, inspect=True, device=weight.device)
-        if loss._judge(batch, valid):
+    for embeddings, labels in _equal_batches(loss, batches, sums):
+        batch = exchange(embeddings, [LabelSet(None, labels)], ranks, look=True, device=weight.device)[0]
+        if check_batch(batch, loss.embedding_size, valid, loss.ignore_index, loss.on_nonfinite):
             continue
         rows = torch.where(batch.labels == loss.ignore_index, -1, batch.labels - lo)
         own = ((rows >= 0) & (rows < hi - lo)).nonzero()[:, 0]
@@ -88,13 +98,13 @@ def _class_means(loss: ShardedLoss, batches: Batches, lo: int, hi: int, valid: r
     return sums.div_(counts.clamp(min=1)[:, None]), counts
 
 
-def _batches_of_all(loss: ShardedLoss, batches: Batches, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's batches in the dtype of `like`, which all ranks know; then empty ones until no rank has any more.
+def _equal_batches(loss: Changeable, batches: Batches, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's batches in the dtype of `like`, then empty ones until every rank has reached its end.
 
-    An exception of one rank's iterator ends all ranks' loops: there it is raised, elsewhere a RuntimeError that names the rank.
+    If one rank's iterator raises, that rank raises the exception, and the others raise a RuntimeError that names it.
     """
-    ranks = loss._shards.ranks
-    nothing = like.new_empty(0, loss.embedding_size), torch.empty(0, dtype=torch.int64, device=like.device)
+    ranks = loss.class_rows.shards.ranks
+    empty = like.new_empty(0, loss.embedding_size), torch.empty(0, dtype=torch.int64, device=like.device)
     iterator, failure = iter(batches), None
     while True:
         mine = None
@@ -105,31 +115,34 @@ def _batches_of_all(loss: ShardedLoss, batches: Batches, like: Tensor) -> Iterat
                 mine = (embeddings.to(like.dtype) if embeddings.is_floating_point() else embeddings), labels
         except Exception as error:
             failure = error
-        state = 2 if failure is not None else int(mine is not None)
+        state = 2 if failure is not None else int(mine is not None)  # 2: failed, 1: has a batch, 0: at its end
         everyone = all_gather_mesh(torch.tensor([state], device=like.device), ranks).flatten().tolist()
         if failure is not None:
             raise failure
         if 2 in everyone:
-            raise RuntimeError(f"{ranks.name(everyone.index(2))} failed while it read its batches; see its own error")
+            raise RuntimeError(
+                f"{ranks.name(everyone.index(2))} failed to read its batches; see the error on that rank"
+            )
         if 1 not in everyone:
             return
-        yield nothing if mine is None else mine
+        yield empty if mine is None else mine
 
 
-def _around(loss: ShardedLoss, means: Tensor, first: int, lengths: Tensor | None) -> Tensor:
-    """Rows `[n, ...]` at the means `[n, D]` of the classes from `first` on; with K centers a class the others near the first.
+def _rows_from_means(loss: Changeable, means: Tensor, first: int, lengths: Tensor | None) -> Tensor:
+    """Return rows `[n, ...]` from the means `[n, D]` of the classes from id `first` on.
 
-    lengths: how long each is to be, `[]`, `[n]` or `[n, K]`; as long as the means if None.
+    Of K centers per class the first is the mean, the others are near it. lengths: the lengths of the rows, `[]`, `[n]`
+    or `[n, K]`; None keeps the lengths of the means.
     """
     shape = row_shape(loss)
     rows = means[:, None]
     if len(shape) > 1:
         drawn = initial_rows(
-            first, first + len(means), shape, std=1.0, seed=mix(loss.seed, APART, loss._class_changes)
+            first, first + len(means), shape, std=1.0, seed=mix(loss.seed, CENTER_OFFSETS, loss.class_changes)
         ).to(means)
-        apart = F.normalize(drawn, dim=-1) * (SPREAD * _lengths(means)[:, None, None])
-        apart[:, 0] = 0
-        rows = rows + apart
+        offsets = F.normalize(drawn, dim=-1) * (SPREAD * _lengths(means)[:, None, None])
+        offsets[:, 0] = 0
+        rows = rows + offsets
     if lengths is not None:
         wanted = torch.where(lengths > TINY, lengths, 1.0)
         wanted = wanted if wanted.ndim == 0 else wanted.reshape(len(means), -1, 1)
@@ -137,14 +150,14 @@ def _around(loss: ShardedLoss, means: Tensor, first: int, lengths: Tensor | None
     return rows.reshape(len(means), *shape)
 
 
-def _usable(loss: ShardedLoss, means: Tensor, counts: Tensor) -> Tensor:
-    """`[n]`: where there is a mean, and a direction where only that counts."""
-    return (counts > 0) & (_lengths(means) > TINY) if loss._normalizes else counts > 0
+def _has_mean(loss: Changeable, means: Tensor, counts: Tensor) -> Tensor:
+    """`[n]`: whether a class has samples and, if the loss normalizes rows, its mean a direction."""
+    return (counts > 0) & (_lengths(means) > TINY) if loss.normalizes else counts > 0
 
 
-def _mean_length(loss: ShardedLoss) -> Tensor:
-    """Mean length of all rows of all ranks, float64 (0-d)."""
-    weight, group = weight_rows(loss), loss._shards.ranks.group
+def _mean_length(loss: Changeable) -> Tensor:
+    """Return the mean length of all rows of all ranks, float64 (0-d)."""
+    weight, group = weight_rows(loss), loss.class_rows.shards.ranks.group
     total = weight.new_zeros((), dtype=torch.float64)
     for block in weight.split(INIT_BLOCK):
         total += _lengths(block.to(torch.promote_types(block.dtype, torch.float32))).sum(dtype=torch.float64)
@@ -159,23 +172,24 @@ def _lengths(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1)
 
 
-def _as_mask(found: Tensor, rows: Tensor) -> Tensor:
+def _expand_mask(found: Tensor, rows: Tensor) -> Tensor:
+    """Return `found [n]` as a mask that broadcasts over `rows [n, ...]`."""
     return found.view(-1, *[1] * (rows.ndim - 1))
 
 
 def row_blocks(first: int, end: int) -> Iterator[tuple[int, int]]:
-    """The ids first to end, cut where `initial_rows` begins another generator."""
+    """Yield the ids [first, end) in parts, cut where `initial_rows` starts another generator."""
     while first < end:
         b = min(end, (first // INIT_BLOCK + 1) * INIT_BLOCK)
         yield first, b
         first = b
 
 
-def row_shape(loss: ShardedLoss) -> tuple[int, ...]:
-    """`(D,)`, or `(K, D)` with K centers a class."""
-    return tuple(next(iter(loss._rows.parameters.values())).shape[1:])
+def row_shape(loss: Changeable) -> tuple[int, ...]:
+    """Return `(D,)`, or `(K, D)` with K centers per class."""
+    return tuple(loss.class_rows.main.shape[1:])
 
 
-def weight_rows(loss: ShardedLoss) -> Tensor:
-    """The local rows `[C_local, ...]` of the weights or centers."""
-    return local_part(next(iter(loss._rows.parameters.values())).detach())
+def weight_rows(loss: Changeable) -> Tensor:
+    """Return the local rows `[C_local, ...]` of the weights or centers."""
+    return local_part(loss.class_rows.main.detach())

@@ -1,33 +1,36 @@
-"""The ranks of a head, and the collectives of a step."""
+"""The ranks of a loss, and the collectives of a training step.
+
+all_gather            [...] of each rank  ──>  [world, ...]
+all_gather_mesh       the same over all ranks of a 2-D mesh, two collectives there
+start_reduce_scatter  gradient [N, D]     ──>  [N_r, D], summed over the ranks
+sum_over_replicas     in place, between the replicas of a 2-D mesh
+gather_texts          words of every rank, on the way to an error
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.profiler import record_function
 
-from partial_fc.distributed.missing import introduce, naming_the_missing
+from partial_fc.distributed.missing import naming_the_missing
 
 Group = dist.ProcessGroup | DeviceMesh | None
 
-
 # torch 2.13 renamed them
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 
 IN_BACKWARD = "the sum of the embeddings' gradients in backward"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that share a head: `world` shards, repeated in `replicas` replicas of a 2-D mesh."""
+    """The ranks that share a loss: `world` shards, repeated in `replicas` replicas of a 2-D mesh."""
 
     rank: int = 0
     world: int = 1
@@ -37,33 +40,13 @@ class Ranks:
     replica_group: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = None
 
-    @classmethod
-    def of(cls, group: Group) -> Ranks:
-        """Of a process group, a 1-D or 2-D (replicate, shard) mesh, or None: all ranks if there is a group, else this process."""
-        if group is None:
-            if not dist.is_initialized():
-                return cls()
-            group = dist.group.WORLD
-        introduce()
-        if isinstance(group, DeviceMesh):
-            if group.ndim not in (1, 2):
-                raise ValueError(
-                    f"group is a {group.ndim}-D mesh; a head takes a 1-D (shard) or 2-D (replicate, shard) one"
-                )
-            shard = group.get_group(group.ndim - 1)
-            replicate = group.get_group(0) if group.ndim == 2 else None
-            return cls(*_place(shard), *(_place(replicate) if replicate else (0, 1)), shard, replicate, group)
-        if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-            raise ValueError(f"group must be a ProcessGroup that holds this rank, a DeviceMesh or None, not {group!r}")
-        return cls(*_place(group), group=group)
-
     @property
     def total(self) -> int:
-        """Ranks in all, over which an engine averages the backbone's gradients."""
+        """The number of all ranks, over which an engine averages the backbone's gradients."""
         return self.world * self.replicas
 
     def name(self, flat: int) -> str:
-        """What an error calls the `flat`-th rank of the mesh (a global rank where there is a group)."""
+        """Return how an error names the `flat`-th rank of the mesh (a global rank where there is a group)."""
         if self.mesh is not None:
             return f"rank {int(self.mesh.mesh.flatten()[flat])}"
         return f"rank {flat if self.group is None else dist.get_global_rank(self.group, flat)}"
@@ -75,12 +58,8 @@ class Ranks:
         return self  # immutable, and process groups cannot be copied
 
 
-def _place(group: dist.ProcessGroup) -> tuple[int, int]:
-    return dist.get_rank(group), dist.get_world_size(group)
-
-
 def all_gather(tensor: Tensor, group: dist.ProcessGroup | None, what: str = "an exchange") -> Tensor:
-    """`[world, *tensor.shape]`: the tensor of every rank of `group`; of this process alone without a group. what: in a `RankMissing`."""
+    """Return every rank's tensor, `[world, *tensor.shape]`; `[1, ...]` without a group. what: for a `RankMissing`."""
     tensor = tensor.contiguous()
     if group is None:
         return tensor[None]
@@ -91,23 +70,21 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup | None, what: str = "an 
 
 
 def all_gather_mesh(tensor: Tensor, ranks: Ranks, what: str = "an exchange") -> Tensor:
-    """`[replicas * world, *tensor.shape]`, in the order of the mesh."""
+    """Return `[replicas * world, *tensor.shape]`, in the order of the mesh."""
     gathered = all_gather(tensor, ranks.group, what)
     return all_gather(gathered, ranks.replica_group, what).flatten(0, 1) if ranks.replica_group else gathered
 
 
-def tell(text: str, ranks: Ranks, device: torch.device) -> list[str]:
-    """Every rank's text; two more collectives, on the way to an error."""
-    mine = torch.tensor(list(text.encode(errors="replace")), dtype=torch.uint8, device=device)
-    lengths = all_gather_mesh(torch.tensor([len(mine)], device=device), ranks).flatten().tolist()
-    padded = mine.new_zeros(max(lengths))
-    padded[: len(mine)] = mine
-    rows = all_gather_mesh(padded, ranks).tolist()
-    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+def sum_over_replicas(tensor: Tensor, ranks: Ranks, what: str) -> Tensor:
+    """Sum it in place over the replicas of a 2-D mesh; without replicas it stays as it is."""
+    if ranks.replica_group is not None:
+        with record_function("partial_fc::replicas"), naming_the_missing(what, ranks.replica_group):
+            dist.all_reduce(tensor, group=ranks.replica_group)
+    return tensor
 
 
 def start_reduce_scatter(grad: Tensor, ranks: Ranks, counts: tuple[int, ...]) -> Callable[[], Tensor]:
-    """Begin to sum `grad [N, D]` over the ranks, each keeping its own rows; call the result to wait and get `[N_local, D]`."""
+    """Begin to sum `grad [N, D]` over ranks, each keeping its own rows; call the result to wait for `[N_local, D]`."""
     if ranks.group is None:
         return lambda: grad
     longest = max(counts)

@@ -1,1 +1,1 @@
-"""Helpers of a training loop: data that end, signals, ranks that begin to differ."""
+"""Helpers for a training loop: data that end at different times, signals, ranks that diverge."""

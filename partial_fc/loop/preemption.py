@@ -1,11 +1,11 @@
-"""Asked to stop: signals that ranks agree on at a step boundary, so that all save together and leave.
+"""Stop on request: ranks agree at a step boundary that a signal has arrived, so that all save and exit together.
 
-    a rank          SIGTERM or SIGUSR1 ── handler ──> `noted`, nothing else; the step goes on
-    all ranks       requested(): the largest of their notes, one all-reduce of one number
-    the loop        at the end of a step: save, leave with EXIT_CODE
+    a rank          SIGTERM or SIGUSR1 ── handler ──> `noted`, nothing else; the step continues
+    all ranks       requested(): the maximum over all ranks, one all-reduce of one number
+    the loop        at the end of a step: save, exit with EXIT_CODE
 
-A signal may reach one rank or all, once or several times (a scheduler signals every process, and the launcher passes its own on), so that
-only the first counts. Ctrl-C stays what it is.
+A signal may reach one rank or all, once or several times (a scheduler signals every process, and the launcher forwards
+its own signal), so only the first one counts. Ctrl-C is not changed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ import torch.distributed as dist
 
 from partial_fc.distributed.missing import naming_the_missing
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)  # Windows has no SIGUSR1
+# Windows has no SIGUSR1
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class PreemptionGuard:
-    """Notes a request to stop and has all ranks agree on it.
+    """Record a request to stop, and let all ranks agree on it.
 
         with PreemptionGuard() as guard:
             for step, batch in enumerate(loader):
@@ -37,27 +36,28 @@ class PreemptionGuard:
                     checkpointer.wait()
                     sys.exit(guard.EXIT_CODE)
 
-    Inside `with`, the signals end nothing: what is to be done about them is the loop's business. Afterwards they are what they were.
+    Inside `with`, the signals do not end the process; the loop reacts to them. On exit the previous handlers return.
 
     Args:
-        signals: which to note.
+        signals: the signals to record.
         group: the ranks that agree; None for all, or for one process without a process group.
 
-    RuntimeError when entered outside the main thread, where Python handles no signals.
+    Raises RuntimeError when entered outside the main thread, because Python handles signals only there.
     """
 
     EXIT_CODE: ClassVar[int] = 75
-    """EX_TEMPFAIL of sysexits.h: nothing is wrong, run me again."""
+    """EX_TEMPFAIL of sysexits.h: not an error, run it again."""
 
     def __init__(self, signals: Iterable[signal.Signals] = SIGNALS, *, group: dist.ProcessGroup | None = None) -> None:
-        self._signals, self._group = tuple(signals), group
+        self._signals = tuple(signals)
+        self._group = group
         self._before: dict[signal.Signals, Any] = {}
         self.noted: signal.Signals | None = None
-        """The first signal that this rank got; no communication."""
+        """The first signal that this rank has received. Not a collective."""
 
     def __enter__(self) -> PreemptionGuard:
         if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("PreemptionGuard must be entered in the main thread: Python handles signals in no other")
+            raise RuntimeError("PreemptionGuard must be entered in the main thread: Python handles signals only there")
         for each in self._signals:
             self._before[each] = signal.signal(each, self._note)
         return self
@@ -73,17 +73,17 @@ class PreemptionGuard:
         self.noted = self.noted or signal.Signals(number)
 
     def requested(self) -> bool:
-        """Whether any rank was asked to stop, the same on every rank. Every rank must call it.
+        """Return whether any rank has received a signal, the same on every rank. Every rank must call it.
 
-        One all-reduce, and a wait for the device with NCCL; asking in every tenth step is as good.
+        One all-reduce, and with NCCL a wait for the device; calling it every tenth step is enough.
         """
         if not dist.is_initialized():
             return self.noted is not None
-        # a number on the CPU where the group takes it, else on this rank's GPU
+        # on the CPU if the group supports it, else on this rank's GPU
         on_cpu = "cpu:" in dist.get_backend_config(self._group)
         noted = torch.tensor(
             [int(self.noted is not None)], device="cpu" if on_cpu else torch.accelerator.current_accelerator()
         )
-        with naming_the_missing("the question whether to stop", self._group):
+        with naming_the_missing("the agreement whether to stop", self._group):
             dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
         return bool(noted)

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from partial_fc.margins.base import Margin, Positives, _check, angular
-from partial_fc.margins.fixed import ArcFace
-from partial_fc.shards import local_part
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.margins.base import Margin, require
+from partial_fc.margins.fixed import ArcFace, angular
+from partial_fc.margins.positives import Positives
 
 
 def _moved(old: Tensor, new: Tensor, rate: float) -> None:
@@ -20,10 +21,11 @@ def _moved(old: Tensor, new: Tensor, rate: float) -> None:
 
 
 class CurricularFace(ArcFace):
-    """cos(θ + m); another class that is nearer than that, cos θ_j > cos(θ + m), has cos θ_j (t + cos θ_j) (arXiv 2004.00288, equation 9).
+    """cos(θ + m); another class that is nearer than that, cos θ_j > cos(θ + m), has cos θ_j (t + cos θ_j) (arXiv
+    2004.00288, equation 9).
 
-    t, the running mean of target cosines over the global batches (equation 10, `momentum` for the new batch, 0 at first), grows while
-    embeddings come nearer to their classes, and with it the weight of hard negatives. A buffer `t`.
+    t, the running mean of target cosines over the global batches (equation 10, `momentum` for the new batch, 0 at
+    first), grows while embeddings come nearer to their classes, and with it the weight of hard negatives. A buffer `t`.
     """
 
     sees_all = True
@@ -31,7 +33,7 @@ class CurricularFace(ArcFace):
 
     def __init__(self, scale: float = 64.0, margin: float = 0.5, momentum: float = 0.01) -> None:
         super().__init__(scale, margin)
-        _check("momentum is the weight of the new batch, in (0, 1]", momentum, 0 < momentum <= 1)
+        require("momentum is the weight of the new batch, in (0, 1]", momentum, 0 < momentum <= 1)
         self.momentum = momentum
         self.register_buffer("t", torch.zeros((), dtype=torch.float64))
 
@@ -50,10 +52,10 @@ class CurricularFace(ArcFace):
 class AdaFace(Margin):
     """cos(θ − m·ẑ) − (m·ẑ + m), ẑ = clip(h (‖x‖ − μ)/σ, −1, 1) (arXiv 2204.00964, equations 14 to 17).
 
-    The length of an embedding stands for the quality of its image: a sharp one (ẑ = 1) gets a margin like CosFace's, a poor one like
-    ArcFace's, of which it feels less. μ, σ: running mean and deviation of the lengths over the global batches, buffers `mean` and `std`
-    that begin at 20 and 100 as the paper's code does; no gradient goes through ẑ. Embeddings must come unnormalised.
-    margin: m in [0, π/2). h: concentration, > 0. momentum: weight of the new batch.
+    The length of an embedding stands for the quality of its image: a sharp one (ẑ = 1) gets a margin like CosFace's, a
+    poor one like ArcFace's, of which it feels less. μ, σ: running mean and deviation of the lengths over the global
+    batches, buffers `mean` and `std` that begin at 20 and 100 as the paper's code does; no gradient goes through ẑ.
+    Embeddings must come unnormalised. margin: m in [0, π/2). h: concentration, > 0. momentum: weight of the new batch.
     """
 
     mean: Tensor
@@ -61,9 +63,9 @@ class AdaFace(Margin):
 
     def __init__(self, scale: float = 64.0, margin: float = 0.4, h: float = 0.333, momentum: float = 0.01) -> None:
         super().__init__(scale)
-        _check("margin is an angle in radians in [0, pi/2)", margin, 0 <= margin < math.pi / 2)
-        _check("h, the concentration of the lengths, must be a positive number", h, 0 < h < math.inf)
-        _check("momentum is the weight of the new batch, in (0, 1]", momentum, 0 < momentum <= 1)
+        require("margin is an angle in radians in [0, pi/2)", margin, 0 <= margin < math.pi / 2)
+        require("h, the concentration of the lengths, must be a positive number", h, 0 < h < math.inf)
+        require("momentum is the weight of the new batch, in (0, 1]", momentum, 0 < momentum <= 1)
         self.margin, self.h, self.momentum = margin, h, momentum
         self.register_buffer("mean", torch.empty((), dtype=torch.float64))
         self.register_buffer("std", torch.empty((), dtype=torch.float64))
@@ -87,10 +89,12 @@ class AdaFace(Margin):
 
 
 class MagFace(Margin):
-    """cos(θ + m(a)), a = ‖x‖ clamped to [l_a, u_a], m linear from l_m to u_m; each loss + λ g(a) (arXiv 2103.06627, equations 3 and 6).
+    """cos(θ + m(a)), a = ‖x‖ clamped to [l_a, u_a], m linear from l_m to u_m; each loss + λ g(a) (arXiv 2103.06627,
+    equations 3 and 6).
 
-    g(a) = a/u_a² + 1/a rewards length, the margin makes it costly for hard samples: length becomes a measure of quality. The gradient
-    goes through a. scale, l_a, u_a, l_m, u_m, penalty_weight λ: the paper's values for faces. Embeddings must come unnormalised.
+    g(a) = a/u_a² + 1/a rewards length, the margin makes it costly for hard samples: length becomes a measure of
+    quality. The gradient goes through a. scale, l_a, u_a, l_m, u_m, penalty_weight λ: the paper's values for faces.
+    Embeddings must come unnormalised.
     """
 
     def __init__(
@@ -103,9 +107,9 @@ class MagFace(Margin):
         penalty_weight: float = 35.0,
     ) -> None:
         super().__init__(scale)
-        _check("l_a and u_a are lengths with 0 < l_a < u_a", (l_a, u_a), 0 < l_a < u_a < math.inf)
-        _check("l_m and u_m are angles in radians with 0 <= l_m <= u_m < pi", (l_m, u_m), 0 <= l_m <= u_m < math.pi)
-        _check("penalty_weight must be at least 0", penalty_weight, 0 <= penalty_weight < math.inf)
+        require("l_a and u_a are lengths with 0 < l_a < u_a", (l_a, u_a), 0 < l_a < u_a < math.inf)
+        require("l_m and u_m are angles in radians with 0 <= l_m <= u_m < pi", (l_m, u_m), 0 <= l_m <= u_m < math.pi)
+        require("penalty_weight must be at least 0", penalty_weight, 0 <= penalty_weight < math.inf)
         self.l_a, self.u_a, self.l_m, self.u_m, self.penalty_weight = l_a, u_a, l_m, u_m, penalty_weight
 
     def target(self, cosine: Tensor, positives: Positives) -> Tensor:
@@ -118,11 +122,12 @@ class MagFace(Margin):
 
 
 class ElasticFace(Margin):
-    """cos(θ + m_i) or cos θ − m_i with m_i drawn for each sample from N(margin, deviation) (arXiv 2109.09416, equations 5 and 6).
+    """cos(θ + m_i) or cos θ − m_i with m_i drawn for each sample from N(margin, deviation) (arXiv 2109.09416, equations
+    5 and 6).
 
-    kind: "arc" (margin 0.5) or "cos" (margin 0.35). plus: the drawn margins are sorted and given out by distance, the largest to the
-    sample farthest from its class (ElasticFace+; deviation 0.0175 for arc, 0.025 for cos, else 0.0125). Draws are keyed by seed, step
-    and sample: the same at every world size. In eval() every sample has the mean.
+    kind: "arc" (margin 0.5) or "cos" (margin 0.35). plus: the drawn margins are sorted and given out by distance, the
+    largest to the sample farthest from its class (ElasticFace+; deviation 0.0175 for arc, 0.025 for cos, else 0.0125).
+    Draws are keyed by seed, step and sample: the same at every world size. In eval() every sample has the mean.
     """
 
     def __init__(
@@ -134,15 +139,15 @@ class ElasticFace(Margin):
         plus: bool = False,
     ) -> None:
         super().__init__(scale)
-        _check('kind must be "arc" or "cos"', repr(kind), kind in ("arc", "cos"))
+        require('kind must be "arc" or "cos"', repr(kind), kind in ("arc", "cos"))
         margin = {"arc": 0.5, "cos": 0.35}[kind] if margin is None else margin
         deviation = ({"arc": 0.0175, "cos": 0.025}[kind] if plus else 0.0125) if deviation is None else deviation
-        _check(
+        require(
             "margin is an angle in radians in [0, pi), or at least 0 for cos",
             margin,
             0 <= margin < (math.pi if kind == "arc" else math.inf),
         )
-        _check("deviation, of the drawn margins, must be at least 0", deviation, 0 <= deviation < math.inf)
+        require("deviation, of the drawn margins, must be at least 0", deviation, 0 <= deviation < math.inf)
         self.kind, self.margin, self.deviation, self.plus = kind, margin, deviation, plus
         self.sees_all = plus
 
@@ -166,10 +171,12 @@ class ElasticFace(Margin):
 
 
 class AdaptiveMargin(Margin):
-    """cos(θ + m_y), m_y by the number n of training samples of class y: the rarer the larger (arXiv 2010.05350, section 2.3).
+    """cos(θ + m_y), m_y by the number n of training samples of class y: the rarer the larger (arXiv 2010.05350, section
+    2.3).
 
-    n^(−exponent), brought linearly to [smallest, largest]: the rarest class has the largest margin. For long-tailed landmarks, products.
-    class_counts: samples of each class `[C]`, in the order of the labels; a class without samples counts as one with one.
+    n^(−exponent), brought linearly to [smallest, largest]: the rarest class has the largest margin. For long-tailed
+    landmarks, products. class_counts: samples of each class `[C]`, in the order of the labels; a class without samples
+    counts as one with one.
     """
 
     by_class = True
@@ -185,16 +192,18 @@ class AdaptiveMargin(Margin):
     ) -> None:
         super().__init__(scale)
         counts = torch.as_tensor(class_counts)
-        _check("class_counts must be one number a class, [C]", list(counts.shape), counts.ndim == 1 and len(counts) > 0)
+        require(
+            "class_counts must be one number a class, [C]", list(counts.shape), counts.ndim == 1 and len(counts) > 0
+        )
         bad = (~counts.double().isfinite() | (counts < 0)).nonzero()
         if len(bad):
             raise ValueError(f"class_counts[{int(bad[0])}] is {counts[int(bad[0])].item()}; a count is at least 0")
-        _check(
+        require(
             "0 <= smallest <= largest < pi must hold, in radians",
             (smallest, largest),
             0 <= smallest <= largest < math.pi,
         )
-        _check("exponent must be a positive number", exponent, 0 < exponent < math.inf)
+        require("exponent must be a positive number", exponent, 0 < exponent < math.inf)
         self.largest, self.smallest, self.exponent = largest, smallest, exponent
         weights = counts.double().clamp(min=1) ** -exponent
         low, high = weights.min(), weights.max()
@@ -210,7 +219,7 @@ class AdaptiveMargin(Margin):
         return angular(cosine, 1.0, self.margins[positives.label.clamp(min=0)].to(cosine.dtype))
 
     def prepare(self, num_classes: int, selected: int) -> None:
-        _check(
+        require(
             f"class_counts must hold {num_classes} numbers, one a class",
             f"{len(self.margins)}",
             len(self.margins) == num_classes,
@@ -223,9 +232,9 @@ class SphereFace2(Margin):
         λ/r · log(1 + exp(−(r (g(cos θ_y) − m) + b))) + (1 − λ)/r · Σ_{j≠y} log(1 + exp(r (g(cos θ_j) + m) + b)),
         g(z) = 2 ((z + 1)/2)^t − 1
 
-    No sum over classes is compared with another, so classes need no normalisation over ranks. b is one trained number for all classes,
-    the parameter `offset [1]`; a `RowOptimizer` of the head trains it. At the start it balances the pulls of one own and of all other
-    classes at right angles. Under sampling the sum is over the selected classes.
+    No sum over classes is compared with another, so classes need no normalisation over ranks. b is one trained number
+    for all classes, the parameter `offset [1]`; a `RowOptimizer` of the head trains it. At the start it balances the
+    pulls of one own and of all other classes at right angles. Under sampling the sum is over the selected classes.
     scale: r > 0. margin: m >= 0. t >= 1: makes room at large similarities. balance: λ in (0, 1).
     """
 
@@ -233,16 +242,17 @@ class SphereFace2(Margin):
 
     def __init__(self, scale: float = 40.0, margin: float = 0.4, t: float = 3.0, balance: float = 0.7) -> None:
         super().__init__(scale)
-        _check("margin is taken from the target cosine and must be at least 0", margin, 0 <= margin < math.inf)
-        _check("t, the exponent of the similarities, must be at least 1", t, 1 <= t < math.inf)
-        _check("balance, the share of the own class in the loss, must be in (0, 1)", balance, 0 < balance < 1)
+        require("margin is taken from the target cosine and must be at least 0", margin, 0 <= margin < math.inf)
+        require("t, the exponent of the similarities, must be at least 1", t, 1 <= t < math.inf)
+        require("balance, the share of the own class in the loss, must be in (0, 1)", balance, 0 < balance < 1)
         self.margin, self.t, self.balance = margin, t, balance
         self.binary = (balance / scale, (1 - balance) / scale)
         self._start = 0.0
         self.offset = nn.Parameter(torch.zeros(1))
 
     def prepare(self, num_classes: int, selected: int) -> None:
-        """`offset` at which λ σ(−(y + b)) = (1 − λ)(selected − 1) σ(o + b), y and o the logits at right angles without b."""
+        """`offset` at which λ σ(−(y + b)) = (1 − λ)(selected − 1) σ(o + b), y and o the logits at right angles without
+        b."""
         ratio = self.balance / ((1 - self.balance) * max(1, selected - 1))
         own, other = (self.scale * (2 * 0.5**self.t - 1 + sign * self.margin) for sign in (-1, 1))
         # a quadratic equation in exp(other + b), its positive root by the one of two formulas that does not cancel

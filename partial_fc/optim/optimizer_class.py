@@ -4,18 +4,47 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from partial_fc.shards import local_part
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.rows import ClassRows, HasClassRows
+
+LowPrecision = Literal["master", "stochastic"]
 
 
-def _construct(
+def check_arguments(
+    cls: type[torch.optim.Optimizer],
+    head: HasClassRows,
+    update_in_backward: bool,
+    low_precision: LowPrecision | None,
+    options: dict[str, Any],
+) -> ClassRows:
+    """Return the class rows of the head; TypeError or ValueError for what a `RowOptimizer` cannot do."""
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise TypeError(f"optimizer_class must be a torch.optim.Optimizer class such as torch.optim.SGD, not {cls!r}")
+    rows = getattr(head, "class_rows", None)
+    if not isinstance(rows, ClassRows):
+        raise TypeError(f"a RowOptimizer trains a PartialFC, not {type(head).__name__}")
+    if update_in_backward and rows.sampled:
+        raise ValueError(
+            "update_in_backward is for sample_rate=1.0; a sampled head has no gradient of the whole weight to save"
+        )
+    if low_precision not in (None, "master", "stochastic"):
+        raise ValueError(f'low_precision must be None, "master" or "stochastic", not {low_precision!r}')
+    if low_precision == "stochastic" and any(p.dtype == torch.float16 for p in rows.parameters.values()):
+        raise ValueError('low_precision="stochastic" rounds to bfloat16, and the weights are float16; use "master"')
+    check_rows_apart(cls, options)
+    return rows
+
+
+def construct(
     cls: type[torch.optim.Optimizer], parameters: list[nn.Parameter], options: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """The class on stand-ins of the parameters, with its fused kernel where it has one and the caller did not choose."""
+    """Build the class on stand-ins of the parameters, with its fused kernel where it has one and the caller did not
+    choose."""
     stand_ins = [nn.Parameter(local_part(p.detach())[:0]) for p in parameters]
     if "fused" in inspect.signature(cls).parameters and not {"fused", "foreach", "differentiable"} & set(options):
         try:
@@ -26,57 +55,59 @@ def _construct(
 
 
 @lru_cache
-def _fused_moves(cls: type[torch.optim.Optimizer], dtype: torch.dtype) -> bool:
-    """Whether the class's fused kernel moves half precision on the CPU: that of SGD leaves whole vectors where they are in torch 2.13."""
+def fused_moves(cls: type[torch.optim.Optimizer], dtype: torch.dtype) -> bool:
+    """Return whether the class's fused kernel moves half precision on the CPU; that of SGD in torch 2.13 does not
+    always."""
     parameter = nn.Parameter(torch.ones(64, dtype=dtype, device="cpu"))
     parameter.grad = torch.ones_like(parameter)
     cls([parameter], lr=0.5, fused=True).step()  # type: ignore[call-arg]
     return bool((parameter < 1).all())
 
 
-def _trial(
+def trial(
     cls: type[torch.optim.Optimizer], options: dict[str, Any], start: Tensor, steps: int, split: bool = False
 ) -> tuple[Tensor, dict[str, Any]]:
-    """(the parameter, its state) after some steps of a small problem; `split`: every row a parameter of its own."""
+    """Return (the parameter, its state) after some steps of a small problem. split: every row is a parameter of its
+    own."""
     generator = torch.Generator("cpu").manual_seed(1)
     parameters = [nn.Parameter(r.clone()) for r in (start.split(1) if split else [start])]
     optimizer = cls(parameters, **options)
     for _ in range(steps):
-        grad = (
-            torch.randn(start.shape, generator=generator, dtype=start.dtype, device="cpu")
-            if start.any()
-            else torch.zeros_like(start)
-        )
+        grad = torch.zeros_like(start)
+        if start.any():
+            grad = torch.randn(start.shape, generator=generator, dtype=start.dtype, device="cpu")
         for parameter, rows in zip(parameters, grad.split(1) if split else [grad], strict=True):
             parameter.grad = rows.clone()
         optimizer.step()
     return torch.cat([p.detach() for p in parameters]), optimizer.state[parameters[0]]
 
 
-def _initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> dict[str, float]:
-    """What row state holds for a row that never had a gradient: the state after a step of zero from zero."""
-    parameter, state = _trial(cls, options, torch.zeros(1, 2, dtype=torch.float64, device="cpu"), steps=1)
-    return {k: float(v.reshape(-1)[0]) for k, v in state.items() if _is_row_state(v, parameter)}
+def initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> dict[str, float]:
+    """Return what row state holds for a row that never had a gradient: the state after a step of zero from zero."""
+    parameter, state = trial(cls, options, torch.zeros(1, 2, dtype=torch.float64, device="cpu"), steps=1)
+    return {k: float(v.reshape(-1)[0]) for k, v in state.items() if is_row_state(v, parameter)}
 
 
-def _check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
-    """Raise unless the class moves a row alike whether or not it has neighbours; found by trying it."""
+def check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
+    """Raise ValueError unless the class moves a row alike whether or not it has neighbours."""
     start = torch.randn(4, 3, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
     try:
         with torch.random.fork_rng(devices=[]):
-            together = _trial(cls, options, start, steps=2)[0]
-            apart = _trial(cls, options, start, steps=2, split=True)[0]
+            together = trial(cls, options, start, steps=2)[0]
+            apart = trial(cls, options, start, steps=2, split=True)[0]
     except (RuntimeError, AssertionError, TypeError) as error:
         if isinstance(error, TypeError) and "unexpected keyword" in str(error):
             raise
         raise ValueError(f"{cls.__name__} cannot update rows one block at a time: {error}") from error
     if not torch.allclose(together, apart, rtol=1e-9, atol=1e-12):
         raise ValueError(
-            f"{cls.__name__} moves a row by what other rows hold (norms or factors of the whole matrix), but those are on other ranks "
-            "or not selected; use a class that treats elements apart for the head (SGD, Adam, AdamW, RMSprop, Adagrad), "
-            "and this one for the backbone"
+            f"{cls.__name__} moves a row by what other rows hold (norms or factors of the whole matrix), but "
+            "those are on "
+            "other ranks or not selected; use a class that treats elements apart for the head (SGD, Adam, "
+            "AdamW, RMSprop, "
+            "Adagrad), and this one for the backbone"
         )
 
 
-def _is_row_state(value: Any, block: Tensor) -> bool:
+def is_row_state(value: Any, block: Tensor) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape == block.shape

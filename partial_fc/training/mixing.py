@@ -1,13 +1,16 @@
-"""Several data sets in one run: a batch has samples of each in proportion to their weights, and each set has a head of its own.
+"""Several data sets in one run: each has a share of every batch by its weight, and a head of its own.
 
-the run's own data set (named main, weight 1) and those of data.mix, each with labels 0 .. C_s - 1
-  MixedIdentities   one data set: images and labels one set after another; a label minus its set's first is the row in that set's head
-  MixedSampler      a global batch of N has N_s = N w_s / sum w of set s (largest remainders), interleaved, so that every rank has some
-                    of each. The epoch is that of main; another set goes on through its own epochs, from batch to batch, at its own pace
-  ExtraHeads        labels int64 [n] -> for each set [n], ignore_index where a sample is another's; the loss is the sum over sets of
-                    N_s / N times the head's mean over its own samples, which is the mean over the batch
+The run's own data set (named main, weight 1) and those of data.mix (data/config.py), each with labels 0 .. C_s - 1:
 
-Like every order it is a function of labels, seed and epoch alone.
+    MixedIdentities   one data set: the images and labels of one set after another. A label minus the first label of its
+                      set is the class in that set's head
+    MixedSampler      a global batch of N has N_s = N w_s / sum(w) samples of set s (largest remainders), interleaved so
+                      that every rank has some of each. An epoch is an epoch of main; every other set continues through
+                      epochs of its own, from batch to batch
+    ExtraHeads        labels int64 [n] -> for each set [n], ignore_index for samples of other sets. The loss is the sum
+                      over sets of N_s / N times the mean of its head over its own samples: the mean over the batch
+
+Like every order, this one depends only on labels, seed and epoch.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ MAIN = "main"
 
 
 class MixedIdentities(IdentityDataset):
-    """The images of `sets`, one set after another; all must have one shape."""
+    """The images of `sets`, one set after another; all must have the same shape."""
 
     def __init__(self, sets: dict[str, IdentityDataset], weights: Sequence[float]) -> None:
         shapes = {name: each.image_shape for name, each in sets.items()}
@@ -44,7 +47,8 @@ class MixedIdentities(IdentityDataset):
             raise UserError(
                 f"the data sets have images of different shapes: {shapes}; give --data.image_size and --data.channels"
             )
-        self.sets, self.weights = sets, list(weights)
+        self.sets = sets
+        self.weights = list(weights)
         self.image_shape = next(iter(shapes.values()))
         self.first_image = np.cumsum([0, *(len(each) for each in sets.values())]).tolist()
         self.first_label = np.cumsum([0, *(each.num_identities for each in sets.values())]).tolist()
@@ -52,14 +56,17 @@ class MixedIdentities(IdentityDataset):
             [each.labels + first for each, first in zip(sets.values(), self.first_label, strict=False)]
         )
         self.identity_names = [
-            n if name == MAIN else f"{name}/{n}" for name, each in sets.items() for n in each.identity_names
+            identity if name == MAIN else f"{name}/{identity}"
+            for name, each in sets.items()
+            for identity in each.identity_names
         ]
         self._parts = list(sets.values())
-        self.left_out = [name for each in sets.values() for name in each.left_out]
+        self.skipped = [name for each in sets.values() for name in each.skipped]
         self.in_memory = all(each.in_memory for each in sets.values())
         self.label_maps: dict[str, LabelMap] = {}
 
     def _find(self, index: int) -> tuple[IdentityDataset, int]:
+        """Return (the set of image `index`, its index there)."""
         place = bisect.bisect_right(self.first_image, index) - 1
         return self._parts[place], index - self.first_image[place]
 
@@ -85,20 +92,24 @@ class MixedIdentities(IdentityDataset):
 
 
 def shares(weights: Sequence[float], batch_size: int) -> list[int]:
-    """How many samples of a batch each set has: in proportion to the weights, by largest remainders; UserError if one has none."""
+    """Return how many samples of a batch each set has, in proportion to the weights (largest remainders).
+
+    Raises UserError if a set would have none.
+    """
     exact = np.asarray(weights, dtype=np.float64) / sum(weights) * batch_size
     counts = np.floor(exact).astype(np.int64)
     rest = batch_size - int(counts.sum())
     counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
     if counts.min() < 1:
         raise UserError(
-            f"a batch of {batch_size} has no sample for a data set of weight {weights[int(counts.argmin())]}; raise either"
+            f"a batch of {batch_size} has no sample for a data set of weight {weights[int(counts.argmin())]}; raise "
+            "the batch size or the weight"
         )
     return [int(count) for count in counts]
 
 
 class MixedSampler(Sampler):
-    """Batches of `data` with `shares` of each set, whose own orders `make(labels, batch size, seed)` gives."""
+    """Batches with `shares` of each set of `data`; `make(labels, batch size, seed)` is the sampler of one set."""
 
     def __init__(
         self, data: MixedIdentities, batch_size: int, seed: int, make: Callable[[Tensor, int, int], Sampler]
@@ -113,9 +124,8 @@ class MixedSampler(Sampler):
         self.batches = [sampler.length // count for sampler, count in zip(self.samplers, self.counts, strict=True)]
         for name, count, batches in zip(data.sets, self.counts, self.batches, strict=True):
             if not batches:
-                raise UserError(
-                    f"the data set {name} has fewer images than the {count} of it in a batch; lower its weight"
-                )
+                raise UserError(f"the data set {name} has fewer images than its {count} of a batch; lower its weight")
+        # The samples of each set are spread evenly over the batch.
         places = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])
         self._interleaved = np.argsort(places, kind="stable")
 
@@ -124,22 +134,29 @@ class MixedSampler(Sampler):
         return self.batches[0] * self.batch_size
 
     def order(self, epoch: int) -> Integers:
-        columns = [self._of_set(place, epoch) for place in range(len(self.samplers))]
-        return np.concatenate(columns, axis=1)[:, self._interleaved].reshape(-1)
+        of_sets = [self._slots_of(place, epoch) for place in range(len(self.samplers))]
+        return np.concatenate(of_sets, axis=1)[:, self._interleaved].reshape(-1)
 
-    def _of_set(self, place: int, epoch: int) -> Integers:
-        """Slots `[batches of the epoch, N_s]` of one set: its own epochs, one after another, from where the last epoch of main ended."""
-        count, own, size = self.counts[place], self.batches[place], len(self.samplers[place].labels)
-        first, last = epoch * self.batches[0], (epoch + 1) * self.batches[0]
-        rows, before = [], 0
-        for own_epoch in range(first // own, -(-last // own)):
-            slots = self.samplers[place].order(own_epoch)
-            again, images = np.divmod(slots, size)
-            moved = (before + again) * len(self.labels) + self.first_image[place] + images
-            moved = moved[: own * count].reshape(own, count)
-            rows.append(moved[max(first - own_epoch * own, 0) : last - own_epoch * own])
-            before += int(again.max()) + 1
-        return np.concatenate(rows)
+    def _slots_of(self, place: int, epoch: int) -> Integers:
+        """Return the slots [batches of the epoch, N_s] of one set: parts of its own epochs, one after another.
+
+        They start where the previous epoch of main ended.
+        """
+        count = self.counts[place]
+        own_batches = self.batches[place]
+        size = len(self.samplers[place].labels)
+        first = epoch * self.batches[0]  # batches of the run, counted from its start
+        last = (epoch + 1) * self.batches[0]
+        parts = []
+        repeats_before = 0
+        for own_epoch in range(first // own_batches, -(-last // own_batches)):
+            repeats, images = np.divmod(self.samplers[place].order(own_epoch), size)
+            slots = (repeats_before + repeats) * len(self.labels) + self.first_image[place] + images
+            slots = slots[: own_batches * count].reshape(own_batches, count)
+            own_first = own_epoch * own_batches
+            parts.append(slots[max(first - own_first, 0) : last - own_first])
+            repeats_before += int(repeats.max()) + 1
+        return np.concatenate(parts)
 
 
 class ExtraHeads:
@@ -169,66 +186,72 @@ class ExtraHeads:
             self.heads[asked.name], self.optimizers[asked.name] = head, config.optimizers.build_head(head)
 
     def labels(self, labels: Tensor, ignore_index: int) -> dict[str, Tensor]:
-        """For each set the labels `[n]` of its head, `ignore_index` where a sample is of another."""
+        """Return, for each set, the labels [n] for its head: `ignore_index` for samples of other sets."""
         found = {}
         for name, first, last in zip(self.data.sets, self.data.first_label, self.data.first_label[1:], strict=False):
             found[name] = torch.where((labels >= first) & (labels < last), labels - first, ignore_index)
         return found
 
     def losses(self, main: PartialFC, everyone: dict[str, GlobalBatch]) -> dict[str, Tensor]:
-        """`loss`, the mean over the batch, and `loss_NAME` of each set, the mean over its own samples."""
+        """Return `loss`, the mean over the batch, and `loss_NAME` for each set, the mean over its own samples."""
         each = {name: (main if name == MAIN else self.heads[name])(everyone[name]) for name in self.data.sets}
         total = torch.stack([self.share[name] * value for name, value in each.items()]).sum()
         return {"loss": total, **{f"loss_{name}": value for name, value in each.items()}}
 
     def train(self) -> None:
-        """Before an epoch."""
+        """Put the heads into training mode; called before an epoch."""
         for head in self.heads.values():
             head.train()
 
     def schedules(self, of_main: LambdaLR) -> list[LambdaLR]:
-        """A schedule for each optimizer, as main's head has it."""
+        """Return a schedule for each optimizer, equal to that of main's head."""
         self._schedules = {name: LambdaLR(each, of_main.lr_lambdas[0]) for name, each in self.optimizers.items()}
         return list(self._schedules.values())
 
     def named(self) -> dict[str, Any]:
-        """For the run's checkpoints."""
-        kinds: dict[str, dict[str, Any]] = {"head": {**self.heads}, "head_optimizer": {**self.optimizers}}
-        kinds["head_schedule"] = {**self._schedules}
+        """Return everything that the run's checkpoints hold of these heads, by name."""
+        kinds: dict[str, dict[str, Any]] = {
+            "head": {**self.heads},
+            "head_optimizer": {**self.optimizers},
+            "head_schedule": {**self._schedules},
+        }
         return {f"{kind}_{name}": value for kind, values in kinds.items() for name, value in values.items()}
 
 
 def mixed(config: RunConfig, train: IdentityDataset) -> IdentityDataset:
-    """`train` with the sets of data.mix beside it, or as it is if there are none; UserError for what cannot be had."""
+    """Return `train` mixed with the sets of data.mix, or `train` itself if there are none.
+
+    Raises UserError for data that cannot be opened.
+    """
     if not config.data.mix:
         return train
     sets, maps = {MAIN: train}, {}
     channels, height, _ = train.image_shape
-    for asked in config.data.mix:
-        glyphs = asked.folder is None
+    for extra in config.data.mix:
+        glyphs = extra.folder is None
         data = replace(
             config.data,
-            folder=asked.folder,
-            format=asked.format,
-            image_column=asked.image_column,
-            label_column=asked.label_column,
-            split=asked.split,
-            identities=asked.identities,
+            folder=extra.folder,
+            format=extra.format,
+            image_column=extra.image_column,
+            label_column=extra.label_column,
+            split=extra.split,
+            identities=extra.identities,
             holdout_identities=0,
             image_size=None if glyphs else height,
             channels=None if glyphs else 1 if channels == 1 else 3,
             mix=[],
         )
         opened = open_data(data, config.seed)
-        sets[asked.name] = opened.train
-        maps[asked.name] = opened.label_map or LabelMap.of(opened.train.identity_names, opened.train.labels)
-    together = MixedIdentities(sets, [1.0, *(asked.weight for asked in config.data.mix)])
+        sets[extra.name] = opened.train
+        maps[extra.name] = opened.label_map or LabelMap.of(opened.train.identity_names, opened.train.labels)
+    together = MixedIdentities(sets, [1.0, *(extra.weight for extra in config.data.mix)])
     together.label_maps = maps
     return together
 
 
 def sampler_of(config: RunConfig, dataset: IdentityDataset) -> Sampler:
-    """The order of the training images; UserError if there is none in batches of the size that `config` says."""
+    """Return the sampler of the training images; raise UserError if it cannot make batches of the configured size."""
     settings = {"images_per_identity": config.data.images_per_identity, "class_exponent": config.data.class_exponent}
     make: Callable[[Tensor, int, int], Sampler] = partial(make_sampler, config.data.sampler, **settings)  # type: ignore[arg-type]
     if isinstance(dataset, MixedIdentities):

@@ -1,1 +1,1 @@
-"""Class weights as files: one safetensors file, or the files of each rank that other trainers leave."""
+"""Class weights to and from files: one safetensors file, or the per-rank files of other trainers."""

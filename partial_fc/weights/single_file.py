@@ -1,16 +1,17 @@
-"""Class weights and centers to and from single files that other programs read, at any world size.
+"""Export class weights and centers to a single file and import them, at any world size.
 
     export    shard [C_local, ...] of each rank ── row blocks ──> its place in one safetensors file [C, ...]
-    import    safetensors file | checkpoint | files of each rank | RowSource ── row blocks ──> shard of each rank
+    import    safetensors file | checkpoint | per-rank files | RowSource ── row blocks ──> shard of each rank
 
-The matrix `[C, ...]` is in no process: what a rank holds beside its shard is one block of rows. Everything that can be known beforehand
-(the path, shapes, every file's header and length) is judged before a row is moved, and what one rank finds wrong is raised on all.
-On a 2-D mesh the first replica writes, and each replica reads.
+No process holds the matrix `[C, ...]`: beside its shard, a rank holds one block of rows. Paths, shapes, and the header
+and length of every file are checked before any row is written, and an error of one rank is raised on every rank. On a
+2-D mesh the first replica writes, and each replica reads.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import zlib
@@ -23,14 +24,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.centers import CenterLoss
-from partial_fc.checkpoint.layout import RowSource, SafeReader, block_rows, read
+from partial_fc.checkpoint.layout import RowSource, block_rows, read
 from partial_fc.checkpoint.manifest import MANIFEST, read_manifest
+from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.checkpoint.save_load import stored_tensors
 from partial_fc.distributed.agreement import on_every_rank
 from partial_fc.distributed.ranks import Ranks, all_gather_mesh
+from partial_fc.errors import log
 from partial_fc.head import PartialFC
-from partial_fc.optim.row_optimizer import MASTER, RowOptimizer
-from partial_fc.sharded import log
+from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.optim.row_state import MASTER
 from partial_fc.shards import local_part
 from partial_fc.weights.rank_files import RankFiles, described
 from partial_fc.weights.safetensors_file import (
@@ -45,25 +48,27 @@ from partial_fc.weights.safetensors_file import (
 
 SUFFIX = ".safetensors"
 
-ClassRows = PartialFC | CenterLoss
+HeadOrCenters = PartialFC | CenterLoss
 Source = str | os.PathLike[str] | RowSource
 Result = TypeVar("Result")
 
 
-def export_weights(path: str | os.PathLike[str], rows_of: ClassRows, *, overwrite: bool = False) -> None:
-    """Write class weights or centers as one safetensors file; every rank of the head must call it, and see the same folder.
+def export_weights(path: str | os.PathLike[str], rows_of: HeadOrCenters, *, overwrite: bool = False) -> None:
+    """Write class weights or centers to one safetensors file. Every rank must call it and see the same folder.
 
-    A head gives `weight [C, D]` (`[C, K, D]` with sub-centers) and, of `Softmax`, `bias [C]`; a `CenterLoss` gives `centers [C, D]`; as
-    they are, in their dtype. The file's metadata says what they are of (`describe`). The file appears when it is complete.
+    A head exports `weight [C, D]` (`[C, K, D]` with sub-centers) and, with `Softmax`, `bias [C]`; a `CenterLoss`
+    exports `centers [C, D]`; all in their own dtype. The metadata describes them (`describe`). The file appears under
+    its name when it is complete.
 
-    Raises, the same on every rank: FileExistsError if `path` is there and not to be overwritten, OSError if it cannot be written (folder
-    missing or read-only, disk full, a rank that does not see it), ValueError if ranks name different files. Nothing is left then.
+    Raises, the same on every rank and without leaving a file: FileExistsError if `path` exists and `overwrite` is
+    False; OSError if it cannot be written (folder missing or read-only, disk full, a rank that does not see the
+    folder); ValueError if ranks pass different paths.
     """
-    rows_of._check_group()
-    path, ranks = Path(path), rows_of._shards.ranks
-    token = _agree(path, overwrite, rows_of)
+    rows_of.class_rows.check_group()
+    path, ranks = Path(path), rows_of.class_rows.shards.ranks
+    token = _agree_on_path(path, overwrite, rows_of)
     temporary = temporary_name(path, token)
-    parameters = rows_of._rows.parameters
+    parameters = rows_of.class_rows.parameters
     first = ranks.rank == ranks.replica == 0
     metadata = describe(
         "head" if isinstance(rows_of, PartialFC) else "center",
@@ -82,23 +87,22 @@ def export_weights(path: str | os.PathLike[str], rows_of: ClassRows, *, overwrit
             return
         if not temporary.exists():
             raise OSError(
-                f"{temporary.parent} does not show what the first rank has made there; export to a folder that all ranks share"
+                f"{temporary.parent} does not have the file that the first rank created; "
+                "export to a folder that all ranks share"
             )
         with RowWriter(temporary) as writer:
             for name, parameter in parameters.items():
                 local = local_part(parameter.detach())
                 for a, b in blocks(local.shape, local.dtype):
-                    writer.write_rows(name, rows_of._shards.lo + a, local[a:b])
+                    writer.write_rows(name, rows_of.class_rows.shards.lo + a, local[a:b])
+
+    def finish() -> None:
+        if first:
+            publish(temporary, path, overwrite)
 
     try:
-        _together(ranks, lambda: _saying(f"{path} cannot be written", prepare))
-        _together(ranks, lambda: _saying(f"{path} cannot be written", write))
-        _together(
-            ranks,
-            lambda: _saying(
-                f"{path} cannot be written", lambda: publish(temporary, path, overwrite) if first else None
-            ),
-        )
+        for action in (prepare, write, finish):
+            _on_every_rank(ranks, functools.partial(_naming, path, action))
     finally:
         if first:
             with contextlib.suppress(OSError):
@@ -106,65 +110,68 @@ def export_weights(path: str | os.PathLike[str], rows_of: ClassRows, *, overwrit
 
 
 def describe(kind: str, num_classes: int, embedding_size: int, margin: str | None) -> dict[str, str]:
-    """The metadata of an exported file: format (for readers that look for it), kind, num_classes, embedding_size, margin of a head."""
+    """Return the metadata of an exported file: format (some readers need it), kind, sizes, and the margin of a head."""
     sizes = {"kind": kind, "num_classes": str(num_classes), "embedding_size": str(embedding_size)}
     return {"format": "pt", **sizes, **({} if margin is None else {"margin": margin})}
 
 
 def import_weights(
-    source: Source, rows_of: ClassRows, *, key: str | None = None, optimizer: RowOptimizer | None = None
+    source: Source, rows_of: HeadOrCenters, *, key: str | None = None, optimizer: RowOptimizer | None = None
 ) -> None:
-    """Fill class weights or centers from a file or other source; every rank of the head must call it, and reads its own rows.
+    """Fill class weights or centers from a file or another source. Every rank must call it; each reads its own rows.
 
-    source: a safetensors file; a checkpoint of this project; a folder of files of each rank (`RankFiles`), or one such file; or anything
-        with `shape`, `dtype` and `rows(a, b)`. It must be of as many classes and as wide. Values are cast to the head's dtype.
-    key: the tensor to take, by its name in the source; without it `weight` (and `bias`, where head and source have one) or `centers`.
-        With it, and from a RowSource, a bias stays as it is.
-    optimizer: the head's `RowOptimizer`, to be given the momentum that files of each rank hold, too; its options stay as they are.
+    Args:
+        source: a safetensors file, a checkpoint of this project, a folder of per-rank files (`RankFiles`) or one such
+            file, or an object with `shape`, `dtype` and `rows(a, b)`. Number of classes and embedding size must match.
+            Values are cast to the head's dtype.
+        key: name of the tensor in the source. Default: `weight` (and `bias`, if head and source have one) or `centers`.
+            With a key, or from a RowSource, a bias is not imported.
+        optimizer: the head's `RowOptimizer`, to import the momentum in per-rank files, too; its options do not change.
 
-    Raises, the same on every rank and before a row has changed: FileNotFoundError, or ValueError for a source that is damaged, has no such
-    tensor or another shape; OSError for one that cannot be read. Rows that read as they should are not looked into: NaN is imported.
+    Raises, the same on every rank and before any row has changed: FileNotFoundError; ValueError for a source that is
+    damaged, lacks the tensor or has another shape; OSError for one that cannot be read. Values are not checked: a NaN
+    is imported.
     """
-    rows_of._check_group()
-    ranks, parameters = rows_of._shards.ranks, rows_of._rows.parameters
+    rows_of.class_rows.check_group()
+    ranks, parameters = rows_of.class_rows.shards.ranks, rows_of.class_rows.parameters
     main = next(iter(parameters))
-    if optimizer is not None and rows_of._rows.live_optimizer is not optimizer:
-        raise ValueError("optimizer must be the RowOptimizer of this very head")
-    found = _together(ranks, lambda: _open(source, rows_of, key))
+    if optimizer is not None and rows_of.class_rows.live_optimizer is not optimizer:
+        raise ValueError("optimizer must be the RowOptimizer of this head")
+    found = _on_every_rank(ranks, lambda: _open(source, rows_of, key))
     if optimizer is not None:
-        _together(ranks, lambda: _check_state(found, optimizer))
+        _on_every_rank(ranks, lambda: _check_state(found, optimizer))
     if isinstance(found, SafeReader):
         keys = _checkpoint_keys(found, rows_of, key)
         state = {stored: parameters[name].detach() for name, stored in keys.items()}
-        _together(ranks, lambda: read(state, found, alone=True))
+        _on_every_rank(ranks, lambda: read(state, found, alone=True))
     else:
-        _together(ranks, lambda: _fill(rows_of, {parameters[name]: rows for name, rows in found.items()}))
+        _on_every_rank(ranks, lambda: _fill(rows_of, {parameters[name]: rows for name, rows in found.items()}))
     if isinstance(rows_of, CenterLoss):
-        rows_of._pending = None  # differences from other centers
-    live = rows_of._rows.live_optimizer
+        rows_of._pending = None  # pending updates were computed for the old centers
+    live = rows_of.class_rows.live_optimizer
     if live is not None:
         for parameter in parameters.values():
             if MASTER in live.state.get(parameter, {}):
                 local_part(live.state[parameter][MASTER]).copy_(local_part(parameter.detach()))
     if optimizer is not None:
         files = found[main]  # type: ignore[index]
-        _together(ranks, lambda: _fill_state(files, rows_of, optimizer))  # type: ignore[arg-type]
-    log.info("%s of %d classes imported from %s", main, rows_of.num_classes, _named(source))
+        _on_every_rank(ranks, lambda: _fill_state(files, rows_of, optimizer))  # type: ignore[arg-type]
+    log.info("imported %s of %d classes from %s", main, rows_of.num_classes, _named(source))
 
 
 # ---------------------------------------------------------------------------------------------------- sources
 
 
-def _open(source: Source, rows_of: ClassRows, key: str | None) -> dict[str, RowSource] | SafeReader:
-    """name of a parameter -> where its rows are, or a checkpoint; all that can be judged now is."""
-    parameters = rows_of._rows.parameters
+def _open(source: Source, rows_of: HeadOrCenters, key: str | None) -> dict[str, RowSource] | SafeReader:
+    """Return parameter name -> RowSource, or the reader of a checkpoint. Make all checks that read no rows."""
+    parameters = rows_of.class_rows.parameters
     main, shape = next((name, p.shape) for name, p in parameters.items())
     if isinstance(source, RowSource):
-        check_shape(source.shape, shape, f"{_named(source)}")
+        check_shape(source.shape, shape, _named(source))
         return {main: source}
     path = Path(source)
     if path.is_dir() and (path / MANIFEST).exists():
-        stored = stored_tensors(path)  # all files are whole
+        stored = stored_tensors(path)  # also checks that all files are complete
         reader = SafeReader(path / read_manifest(path)["data"])
         for name, stored_key in _checkpoint_keys(reader, rows_of, key).items():
             check_shape(stored[stored_key][0], parameters[name].shape, f"{path}: {stored_key}")
@@ -178,48 +185,50 @@ def _open(source: Source, rows_of: ClassRows, key: str | None) -> dict[str, RowS
     if key is None and "bias" in parameters:
         if "bias" not in tensors:
             raise ValueError(
-                f"{path} has no bias, and the head has one: build it with Softmax(bias=False), or leave it as it is: key={main!r}"
+                f"{path} has no bias, but the head has one: build it with Softmax(bias=False), or keep the head's bias "
+                f"with key={main!r}"
             )
         wanted["bias"] = "bias"
     elif key is None and isinstance(rows_of, PartialFC) and "bias" in tensors:
         raise ValueError(
-            f"{path} has a bias, and the head has none: build it with Softmax(), or leave the bias out: key={main!r}"
+            f"{path} has a bias, but the head has none: build it with Softmax(), or ignore the bias with key={main!r}"
         )
     sources: dict[str, RowSource] = {}
     for name, stored_key in wanted.items():
         if stored_key not in tensors:
             names = ", ".join(sorted(tensors)) or "none"
-            raise ValueError(f"{path} has no tensor {stored_key}; it has {names}: name the one to take with key=")
+            raise ValueError(f"{path} has no tensor {stored_key}; it has {names}: choose one with key=")
         sources[name] = SafetensorsRows(path, stored_key)
         check_shape(sources[name].shape, parameters[name].shape, f"{path}: {stored_key}")
     return sources
 
 
-def _checkpoint_keys(reader: SafeReader, rows_of: ClassRows, key: str | None) -> dict[str, str]:
-    """name of a parameter -> key in a checkpoint."""
+def _checkpoint_keys(reader: SafeReader, rows_of: HeadOrCenters, key: str | None) -> dict[str, str]:
+    """Return parameter name -> key in a checkpoint."""
     stored = reader.read_metadata().state_dict_metadata
     prefix = "head" if isinstance(rows_of, PartialFC) else "center"
-    main, *others = rows_of._rows.parameters
+    main, *others = rows_of.class_rows.parameters
     keys = {main: key} if key is not None else {name: f"{prefix}/{name}" for name in (main, *others)}
     for each in keys.values():
         if each not in stored:
             candidates = [name for name in sorted(stored) if name.endswith(("/weight", "/centers", "/bias"))]
             raise ValueError(
-                f"checkpoint {Path(reader.path).parent} has no tensor {each}; it has {', '.join(candidates)}: name one with key="
+                f"checkpoint {Path(reader.path).parent} has no tensor {each}; it has {', '.join(candidates)}: "
+                "choose one with key="
             )
     return keys
 
 
 def check_shape(found: torch.Size | tuple[int, ...], wanted: torch.Size | tuple[int, ...], what: str) -> None:
-    """ValueError unless both are the same: what each is, and what to do."""
+    """ValueError, with both shapes and what to do, unless they are equal."""
     found, wanted = tuple(found), tuple(wanted)
     if found == wanted:
         return
-    problem = f"{what} has {described(found)}, here it is {described(wanted)}"
+    problem = f"{what} has {described(found)}, but {described(wanted)} are expected"
     if found[1:] == wanted[1:] and found:
-        problem += f"; build for {found[0]:,} classes, import, then expand() or remap() to what is wanted"
+        problem += f"; build for {found[0]:,} classes, import, then call expand() or remap()"
     elif len(found) == len(wanted):
-        problem += "; embeddings of another width do not fit these rows: build with that embedding_size"
+        problem += f"; the embedding size differs: build with embedding_size {found[-1]}"
     raise ValueError(problem)
 
 
@@ -231,41 +240,38 @@ def _named(source: Source) -> str:
 
 
 def blocks(shape: torch.Size, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    """Bounds of the row blocks of a matrix of this shape."""
+    """Yield the bounds of the row blocks of a matrix of this shape."""
     size = block_rows(shape[1:], dtype, shape[0])
     for a in range(0, shape[0], size):
         yield a, min(a + size, shape[0])
 
 
 @torch.no_grad()
-def _fill(rows_of: ClassRows, sources: dict[Tensor, RowSource]) -> None:
-    """Copy this rank's rows of each source into the tensor."""
+def _fill(rows_of: HeadOrCenters, sources: dict[Tensor, RowSource]) -> None:
+    """Copy this rank's rows of each source into its tensor."""
     for tensor, source in sources.items():
         local = local_part(tensor.detach())
         for a, b in blocks(local.shape, source.dtype):
-            local[a:b].copy_(source.rows(rows_of._shards.lo + a, rows_of._shards.lo + b))
+            local[a:b].copy_(source.rows(rows_of.class_rows.shards.lo + a, rows_of.class_rows.shards.lo + b))
 
 
 def _check_state(found: dict[str, RowSource] | SafeReader, optimizer: RowOptimizer) -> None:
-    """ValueError unless the source holds what the optimizer keeps of each row."""
+    """ValueError unless the source has exactly the row state of the optimizer."""
     source = next(iter(found.values())) if isinstance(found, dict) else found
     if not isinstance(source, RankFiles):
         raise ValueError(
-            "optimizer= is for files of each rank, which may hold momentum; of other sources only class weights are taken"
+            "optimizer= is only for per-rank files, which may hold momentum; from other sources only class weights are "
+            "imported"
         )
     if not source.state:
-        raise ValueError(
-            f"{source} hold no state of an optimizer for all rows; leave optimizer= out, and it starts anew"
-        )
-    wanted = set(optimizer._fill)
+        raise ValueError(f"{source} has no optimizer state for all rows; omit optimizer= to start with new state")
+    wanted = set(optimizer.initial_state)
     if wanted != set(source.state):
         mine = ", ".join(sorted(wanted)) or "nothing"
-        raise ValueError(
-            f"{source} hold {', '.join(source.state)} of each row, the optimizer as built here keeps {mine}"
-        )
+        raise ValueError(f"{source} has the row state {', '.join(source.state)}, but this optimizer needs {mine}")
 
 
-def _fill_state(source: RankFiles, rows_of: ClassRows, optimizer: RowOptimizer) -> None:
+def _fill_state(source: RankFiles, rows_of: HeadOrCenters, optimizer: RowOptimizer) -> None:
     state = optimizer.state_template()
     of_weight = state["state"][0]
     _fill(rows_of, {of_weight[name]: rows for name, rows in source.state.items()})
@@ -274,11 +280,11 @@ def _fill_state(source: RankFiles, rows_of: ClassRows, optimizer: RowOptimizer) 
     optimizer.load_state_dict(state)
 
 
-# ---------------------------------------------------------------------------------------------------- agreement over a mesh
+# ---------------------------------------------------------------------------------------------------- agreement
 
 
-def _together(ranks: Ranks, action: Callable[[], Result]) -> Result:
-    """`on_every_rank` over all ranks of a head: its group, and on a 2-D mesh the replicas, too."""
+def _on_every_rank(ranks: Ranks, action: Callable[[], Result]) -> Result:
+    """Call `on_every_rank` over all ranks of a head: its group and, on a 2-D mesh, the replicas."""
     if ranks.group is None:
         return action()
     if ranks.total == dist.get_world_size():
@@ -288,26 +294,27 @@ def _together(ranks: Ranks, action: Callable[[], Result]) -> Result:
     return on_every_rank(lambda: on_every_rank(action, ranks.group), ranks.replica_group)
 
 
-def _agree(path: Path, overwrite: bool, rows_of: ClassRows) -> int:
-    """A number that all ranks share and no other call; ValueError on every rank if they name different files."""
-    ranks, device = rows_of._shards.ranks, local_part(next(iter(rows_of._rows.parameters.values()))).device
+def _agree_on_path(path: Path, overwrite: bool, rows_of: HeadOrCenters) -> int:
+    """Return a random number, the same on every rank. ValueError on every rank if their arguments differ."""
+    ranks, device = rows_of.class_rows.shards.ranks, rows_of.class_rows.device
     mine = torch.tensor(
         [secrets.randbits(48), zlib.crc32(os.fsencode(path)), overwrite], dtype=torch.int64, device=device
     )
     table = all_gather_mesh(mine, ranks).tolist()
-    for flat, (_, *asked) in enumerate(table):
-        if asked != table[0][1:]:
+    for flat, (_, *arguments) in enumerate(table):
+        if arguments != table[0][1:]:
             raise ValueError(
-                f"ranks disagree: {ranks.name(0)} and {ranks.name(flat)} were given another path, or overwrite, to export to"
+                f"ranks disagree: path or overwrite differs between {ranks.name(0)} and {ranks.name(flat)}; "
+                "pass the same on every rank"
             )
     return int(table[0][0])
 
 
-def _saying(what: str, action: Callable[[], Result]) -> Result:
-    """An OSError of the system says what could not be done."""
+def _naming(path: Path, action: Callable[[], Result]) -> Result:
+    """Call `action`. Add to an OSError of the system which file cannot be written."""
     try:
         return action()
     except OSError as error:
-        if error.errno is None:  # words of this module
+        if error.errno is None:  # an error of this module: its message is complete
             raise
-        raise type(error)(f"{what}: {error.strerror}") from error
+        raise type(error)(f"{path} cannot be written: {error.strerror}") from error

@@ -1,4 +1,5 @@
-"""DivergenceWatch: equal replicas never differ; a planted difference is found at its very step, by name and rank; what is watched."""
+"""DivergenceWatch: equal replicas never differ; a planted difference is found at its very step, by name and rank; what
+is watched."""
 
 from __future__ import annotations
 
@@ -8,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from common import local
-from torch import Tensor, nn
+from shards import local
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from watching import collectives
 
 from partial_fc import AdaFace, ArcFace, DivergenceError, DivergenceWatch, PartialFC, RowOptimizer, SphereFace2
-from partial_fc.distributed import ranks as collectives
-from partial_fc.loop.divergence import checksums
+from partial_fc.loop.checksums import checksums
 
 D, C = 4, 9
 
@@ -61,12 +62,12 @@ def planted(rank: int, world: int, kind: str, at: int, margin: Any, options: dic
         run.step(number)
         if number == at and rank == world - 1:
             if kind == "forwards":
-                run.head._step += 1
+                run.head.forward_count += 1
             else:
                 target = targets[kind]().detach()
                 place = (-1, 0) if target.ndim == 2 else (0,) if target.ndim else ()
-                if kind == "rows" and run.head._selected_rows is not None:
-                    place = (int(run.head._selected_rows[0]), 0)
+                if kind == "rows" and run.head.selected_rows is not None:
+                    place = (int(run.head.selected_rows[0]), 0)
                 target[place] = torch.nextafter(target[place], torch.tensor(9.0, dtype=target.dtype))
         try:
             run.watch.step()
@@ -83,7 +84,7 @@ def planted(rank: int, world: int, kind: str, at: int, margin: Any, options: dic
         ("moment", ArcFace(), {}, "exp_avg of 0.bias"),
         ("margin", AdaFace(), {}, "PartialFC.margin.mean"),
         ("offset", SphereFace2(10.0), {}, "PartialFC.margin.offset"),
-        ("forwards", ArcFace(), {}, "PartialFC.the number of training forwards"),
+        ("forwards", ArcFace(), {}, "PartialFC.forward count"),
         ("statistics", ArcFace(), {"buffers": True}, "1.running_mean"),
     ],
 )
@@ -93,12 +94,12 @@ def test_a_planted_difference_is_found_at_its_step(ranks, world, kind, margin, o
     assert len(set(texts)) == 1, texts
     text, last = texts[0]
     if kind == "statistics":
-        assert last == 5 and "at step 1 1.running_mean" in text and "the first step that was looked at" in text
+        assert last == 5 and "at step 1 1.running_mean" in text and "no earlier step was equal on all ranks" in text
         return
-    others = "rank 0" if world == 2 else "the others"
+    others = "rank 0" if world == 2 else "the other ranks"
     assert (
         text
-        == f"ranks diverged: at step 7 {name} on rank {world - 1} is not as on {others} (after step 6 all were alike)"
+        == f"ranks diverged: at step 7 {name} on rank {world - 1} differs from {others} (all ranks were equal at step 6)"
     )
     assert last == 10, "looked at every fifth step, and yet the very step"
 
@@ -107,7 +108,7 @@ def test_a_planted_difference_is_found_at_its_step(ranks, world, kind, margin, o
 def test_replicas_of_rows_are_compared_with_those_of_the_same_shard(ranks, rate):
     (answer,) = set(ranks(2).run(planted, "rows", 4, ArcFace(), {"replicas": 2, "rate": rate}, timeout=120))
     assert answer == (
-        "ranks diverged: at step 4 PartialFC.weight on rank 1 is not as on rank 0 (after step 3 all were alike)",
+        "ranks diverged: at step 4 PartialFC.weight on rank 1 differs from rank 0 (all ranks were equal at step 3)",
         5,
     )
 
@@ -142,25 +143,18 @@ def test_a_log_names_each_tensor_once_and_goes_on(ranks):
         assert found == [("0.weight", 102, 101, (1,)), ("1.bias", 105, 101, (1,))]
 
 
-def exchanges(rank: int, world: int) -> list[int]:
-    """How many numbers are sent, by collective, over ten steps."""
-    run, sent = Run(rank, world, ArcFace(), every=5), []
-
-    def counted(out: Tensor, tensor: Tensor, **options: Any) -> Any:
-        sent.append(tensor.numel())
-        return gather(out, tensor, **options)
-
-    gather, collectives._all_gather_single = collectives._all_gather_single, counted
-    try:
+def exchanges(rank: int, world: int) -> list[tuple[str, int]]:
+    """What is sent over ten steps."""
+    run = Run(rank, world, ArcFace(), every=5)
+    with collectives() as sent:
         for _ in range(10):
             run.watch.step()
-    finally:
-        collectives._all_gather_single = gather
     return sent
 
 
 def test_one_small_exchange_every_so_many_steps(ranks):
-    assert ranks(2).run(exchanges, timeout=120) == [[12, 12]] * 2  # two kinds, five steps and the shard
+    exchange = ("all_gather", 12 * 8)  # two kinds, five steps and the shard
+    assert ranks(2).run(exchanges, timeout=120) == [[exchange] * 2] * 2
 
 
 def test_checksums_see_every_bit_and_no_layout():

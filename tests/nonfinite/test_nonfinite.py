@@ -1,4 +1,5 @@
-"""Non-finite losses and gradients: agreed on by all ranks before anything moves; skipped steps leave no trace; counts and limits."""
+"""Non-finite losses and gradients: agreed on by all ranks before anything moves; skipped steps leave no trace; counts
+and limits."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from common import local, message_of
+from common import message_of
+from shards import local
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from watching import collectives
 
 from partial_fc import (
     ArcFace,
@@ -33,7 +36,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 class Loop:
-    """A user's own loop: a backbone that all ranks hold alike and average the gradients of, a head, a center loss on the same batch.
+    """A user's own loop: a backbone that all ranks hold alike and average the gradients of, a head, a center loss on
+    the same batch.
 
     how: what judges a step: "clip", "check", or "step" (the head's optimizer alone).
     """
@@ -65,7 +69,7 @@ class Loop:
         embeddings = self.backbone(x)
         if bad == "backbone" and last:
             embeddings.register_hook(lambda grad: grad * INF)
-        batch = gather(embeddings, labels, group=self.head._shards.ranks.mesh)
+        batch = gather(embeddings, labels, group=self.head.shards.ranks.mesh)
         loss = self.head(batch)
         if self.center is not None:
             loss = loss + 0.1 * self.center(batch)
@@ -73,7 +77,7 @@ class Loop:
             loss = loss * INF
         loss.backward()
         if bad == "rows" and last:
-            grads = [local(c.grad) for c in self.head._rows.carriers if len(local(c.grad))]
+            grads = [local(c.grad) for c in self.head.class_rows.carriers if len(local(c.grad))]
             if grads:
                 grads[0][0, 1] = INF
 
@@ -116,7 +120,8 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------- skipped steps leave no trace
+# ---------------------------------------------------------------------------------------------------- skipped steps
+# leave no trace
 
 HOWS = {
     "clip": ("embedding", "backbone", "loss", "rows"),
@@ -126,7 +131,8 @@ HOWS = {
 
 
 def skipped_runs(rank: int, world: int, rates: tuple[float, ...], replicas: int, micro: int) -> int:
-    """A good step, bad ones, a good one; weights and state stay through every bad one, and end as those of a run that never saw them."""
+    """A good step, bad ones, a good one; weights and state stay through every bad one, and end as those of a run that
+    never saw them."""
     mesh = init_device_mesh("cpu", (replicas, world // replicas)) if replicas > 1 else None
     bad_steps = 0
     for rate in rates:
@@ -140,7 +146,7 @@ def skipped_runs(rank: int, world: int, rates: tuple[float, ...], replicas: int,
                 assert same(before, loop.state()), (rate, how, bad)
                 assert loop.head.skips == number and (not center or loop.center.skips == number)  # type: ignore[union-attr]
                 bad_steps += 1
-            other.head._step += micro * len(kinds)  # the forwards of skipped steps count
+            other.head.forward_count += micro * len(kinds)  # the forwards of skipped steps count
             assert loop.step(9, micro=micro) and other.step(9, micro=micro)
             assert not same(before, loop.state()) and same(loop.state(), other.state()), (rate, how)
             assert loop.head.skips == len(kinds) and not loop.head.skipped
@@ -156,7 +162,8 @@ def test_one_bad_micro_batch_leaves_the_whole_step_out(ranks):
     assert ranks(2).run(skipped_runs, (1.0, 0.5), 1, 2, timeout=120) == [20, 20]
 
 
-# ---------------------------------------------------------------------------------------------------- errors say what it was
+# ---------------------------------------------------------------------------------------------------- errors say what
+# it was
 
 
 def raised(rank: int, world: int, how: str, bad: str, rate: float) -> tuple[str, bool]:
@@ -194,7 +201,7 @@ def test_an_error_names_what_is_not_finite_on_all_ranks_and_nothing_moved(ranks,
     if bad in ("rows", "weight"):
         assert f"rank {world - 1}: {row_name(bad, world)}" in text
     if bad == "loss":
-        assert "rank 0: what the loss is multiplied with is not finite" in text
+        assert "rank 0: the factor of the loss is not finite" in text
     if bad == "weight":
         assert "rank 0: the loss of embeddings[0] (label " in text and ") is nan" in text
     if bad == "backbone":
@@ -207,36 +214,27 @@ def test_a_sampled_row_is_named_by_its_class(ranks):
     assert "rank 1: the gradient of weight of class " in text and int(text.split("of class ")[1].split()[0]) >= 5
 
 
-# ---------------------------------------------------------------------------------------------------- who looks, and how often
+# ---------------------------------------------------------------------------------------------------- who looks, and
+# how often
 
 
-def collectives(rank: int, world: int, **options: Any) -> dict[str, int]:
+def reductions_of(rank: int, world: int, **options: Any) -> dict[str, int]:
     """How many all-reduces a step makes, by what judges it."""
     counts = {}
-    original = dist.all_reduce
     for how in HOWS:
         loop = Loop(rank, world, how, **options)
-        seen: list[int] = []
-
-        def counted(tensor: Tensor, *arguments: Any, seen: list[int] = seen, **named: Any) -> Any:
-            seen.append(tensor.numel())
-            return original(tensor, *arguments, **named)
-
         loop.world = 1  # no averaging of the backbone's gradients, which counts not here
-        dist.all_reduce = counted
-        try:
+        with collectives() as calls:
             loop.step(0)
-        finally:
-            dist.all_reduce = original
-        counts[how] = len(seen)
+        counts[how] = [name for name, _ in calls].count("all_reduce")
     return counts
 
 
 def run_collectives(rank: int, world: int) -> list[dict[str, int]]:
     return [
-        collectives(rank, world),
-        collectives(rank, world, on_nonfinite="log"),
-        collectives(rank, world, validate="never", rate=0.5),
+        reductions_of(rank, world),
+        reductions_of(rank, world, on_nonfinite="log"),
+        reductions_of(rank, world, validate="never", rate=0.5),
     ]
 
 
@@ -403,7 +401,8 @@ def test_a_scaled_overflow_is_the_scalers_business_and_a_bad_forward_is_not(rank
         assert seen[3] == ("rank 0" if policy == "raise" else (True, True, 1, 8.0))
 
 
-# ---------------------------------------------------------------------------------------------------- inside backward, reductions
+# ---------------------------------------------------------------------------------------------------- inside backward,
+# reductions
 
 
 def in_backward(rank: int, world: int, policy: str) -> tuple[str, int]:
@@ -473,7 +472,7 @@ def one_rank_fails(rank: int, world: int) -> str:
     loop.optimizer.zero_grad()
     loop.head_optimizer.zero_grad()
     twin = copy.deepcopy(loop.head)
-    assert twin._record is not loop.head._record and twin.skipped == loop.head.skipped
+    assert twin.class_rows.record is not loop.head.class_rows.record and twin.skipped == loop.head.skipped
     assert loop.step(1) and not loop.head.skipped
     return on_every_rank(lambda: text)
 

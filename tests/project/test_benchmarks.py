@@ -1,4 +1,5 @@
-"""The benchmark commands run from end to end at sizes that say nothing; the textbook peer computes the same as the head."""
+"""The benchmark commands run from end to end at sizes that say nothing; the textbook peer computes the same as the
+head."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import args
 
 from partial_fc.training.cli.main import train_parser
 from partial_fc.training.config import MarginSettings, save_config, to_config
@@ -111,11 +113,7 @@ def test_new_rows_are_measured(tmp_path: Path) -> None:
     command = [
         sys.executable,
         str(ROOT / "benchmarks" / "classes.py"),
-        "--quick",
-        "--seeds",
-        "0",
-        "1",
-        "--out",
+        *args("--quick --seeds 0 1 --out"),
         str(tmp_path),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -191,16 +189,7 @@ def test_a_run_with_other_settings_is_refused(losses: Any, tmp_path: Path, capsy
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_loss_is_trained_and_an_interrupted_run_goes_on(losses: Any, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "losses.py"),
-        "--seeds",
-        "0",
-        "--epochs",
-        "2",
-        "--only",
-        "normface",
-    ]
+    command = [sys.executable, str(ROOT / "benchmarks" / "losses.py"), *args("--seeds 0 --epochs 2 --only normface")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for _ in range(2):
         run = subprocess.run(

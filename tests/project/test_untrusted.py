@@ -1,4 +1,5 @@
-"""Files that somebody else made: nothing in them is run, nothing outside their folder is touched, sizes are not believed."""
+"""Files that somebody else made: nothing in them is run, nothing outside their folder is touched, sizes are not
+believed."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from PIL import Image
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from partial_fc import ArcFace, PartialFC, RankFiles, import_weights, load_checkpoint, save_checkpoint
-from partial_fc.checkpoint.layout import SafeReader
+from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.checkpoint.save_load import stored_tensors, stored_values, stream_tensor
 from partial_fc.training.cli.main import main
 from partial_fc.training.data import DataConfig, FolderIdentities, UnreadableImage, open_data
@@ -87,7 +88,7 @@ def test_checkpoint_metadata_runs_nothing(checkpoint, marker, reader):
     (data_of(checkpoint) / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
     change_manifest(checkpoint)
     with pytest.raises(
-        ValueError, match=r"\.metadata is damaged: .*system, which no checkpoint needs; the file is not to be trusted"
+        ValueError, match=r"\.metadata is damaged: .*system, which no checkpoint needs; do not trust this file"
     ):
         READERS[reader](checkpoint)
     assert not marker.exists()
@@ -153,14 +154,14 @@ def test_checkpoint_data_runs_nothing(checkpoint, marker, name):
 def test_a_manifest_names_its_own_data_only(checkpoint, data):
     (checkpoint.parent / ".metadata").write_bytes((data_of(checkpoint) / ".metadata").read_bytes())
     change_manifest(checkpoint, data=data)
-    with pytest.raises(ValueError, match=r"manifest.json names .*, which is no folder beside it"):
+    with pytest.raises(ValueError, match=r"manifest.json names .*, which is not a folder next to it"):
         load_checkpoint(checkpoint, head=PartialFC(D, C))
 
 
 @pytest.mark.parametrize("name", ["../manifest.json", "/etc/passwd", "..", "", "a/b"])
 def test_files_outside_their_folder_are_refused(checkpoint, name):
     change_manifest(checkpoint, files={name: 1})
-    with pytest.raises(ValueError, match=r"manifest\.json names .*not to be trusted"):
+    with pytest.raises(ValueError, match=r"manifest\.json names .*do not trust this checkpoint"):
         load_checkpoint(checkpoint, head=PartialFC(D, C))
 
     def elsewhere(metadata: Any) -> None:
@@ -168,7 +169,7 @@ def test_files_outside_their_folder_are_refused(checkpoint, name):
             info.relative_path = name
 
     change_metadata(checkpoint, elsewhere)
-    with pytest.raises(ValueError, match=r"\.metadata names .*not to be trusted"):
+    with pytest.raises(ValueError, match=r"\.metadata names .*do not trust this checkpoint"):
         load_checkpoint(checkpoint, head=PartialFC(D, C))
 
 
@@ -240,7 +241,7 @@ def test_files_of_other_trainers_run_nothing(tmp_path, marker):
     for old in (False, True):
         path = tmp_path / "softmax_fc_gpu_0.pt"
         torch.save({"weight": torch.zeros(3, D), "more": Payload(marker)}, path, _use_new_zipfile_serialization=not old)
-        with pytest.raises(ValueError, match=r"softmax_fc_gpu_0.pt asks for .*system to be run"):
+        with pytest.raises(ValueError, match=r"softmax_fc_gpu_0.pt refers to .*system"):
             RankFiles([path])
         path.write_bytes(pickle.dumps(Payload(marker), protocol=2))
         with pytest.raises(ValueError, match=r"softmax_fc_gpu_0.pt"):
@@ -340,7 +341,8 @@ def test_any_header_is_read_or_refused_by_name(tmp_path_factory, header, length)
     }  # no name was taken for a place to write to
 
 
-# ---------------------------------------------------------------------------------------------------- settings and run folders
+# ---------------------------------------------------------------------------------------------------- settings and run
+# folders
 
 
 MODULE = """

@@ -1,4 +1,5 @@
-"""Settings that are classes: margins and optimizers by name and by import path, their help, files of earlier versions."""
+"""Settings that are classes: margins and optimizers by name and by import path, their help, files of earlier
+versions."""
 
 from __future__ import annotations
 
@@ -84,7 +85,8 @@ class Cut(torch.optim.Adam):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch, request) -> str:
-    """The name of a module with margins and optimizers; of its own in each test, because a name on a command line is trusted."""
+    """The name of a module with margins and optimizers; of its own in each test, because a name on a command line is
+    trusted."""
     name = f"own_{re.sub('[^a-z_]', '_', request.node.name)}"
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / f"{name}.py").write_text(OWN)
@@ -114,7 +116,8 @@ def same(margin: Any, expected: Any) -> bool:
     return margin.describe() == expected.describe() and buffers[0] == buffers[1]
 
 
-# ---------------------------------------------------------------------------------------------------- names and defaults
+# ---------------------------------------------------------------------------------------------------- names and
+# defaults
 
 
 def test_the_defaults_are_those_of_the_classes():
@@ -261,7 +264,8 @@ def test_the_help_of_a_misspelt_class_lists_the_classes(capsys):
     assert "choose one of AdaFace, AdaptiveMargin, ArcFace" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------- classes of the user
+# ---------------------------------------------------------------------------------------------------- classes of the
+# user
 
 
 def test_a_margin_of_ones_own(own, tmp_path, capsys):

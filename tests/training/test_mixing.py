@@ -1,4 +1,5 @@
-"""Several data sets in one run: what a batch has of each, the same at every world size; heads of their own, equal to dense ones."""
+"""Several data sets in one run: what a batch has of each, the same at every world size; heads of their own, equal to
+dense ones."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from common import args
 from launched import logged
 from PIL import Image
 from torch import Tensor
@@ -22,8 +24,8 @@ from partial_fc.shards import local_part
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import MarginSettings, RunConfig, to_config
 from partial_fc.training.data import DataConfig, IdentityDataset, open_data
+from partial_fc.training.data.config import MixedSet, check_mix
 from partial_fc.training.data.loader import BatchLoader
-from partial_fc.training.data.mixed_set import MixedSet, check_mix
 from partial_fc.training.data.samplers import make_sampler
 from partial_fc.training.errors import UserError
 from partial_fc.training.mixing import ExtraHeads, MixedIdentities, MixedSampler, mixed, shares
@@ -102,7 +104,7 @@ def test_every_world_and_every_resumption_has_the_same_mixed_batches_and_sets_go
 
     assert walk(1, 0) == taken[2].tolist()
     assert walk(3, 4) == taken[2].tolist()[4:]
-    with pytest.raises(UserError, match="the data set b has fewer images than the 24 of it"):
+    with pytest.raises(UserError, match="the data set b has fewer images than its 24 of a batch"):
         MixedSampler(data, 84, 3, make)
 
 
@@ -119,7 +121,8 @@ def mixed_config() -> RunConfig:
 
 
 def heads_on_ranks(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
-    """(rows that this rank holds, gradient) of each head after a backward, then the losses and the gradient of the embeddings."""
+    """(rows that this rank holds, gradient) of each head after a backward, then the losses and the gradient of the
+    embeddings."""
     torch.manual_seed(0)
     data, config = three(), mixed_config()
     labels = torch.tensor([0, 11, 3, 7, 7, 2, 5, 9, 12, 14, 13, 12, 15, 19])
@@ -180,7 +183,7 @@ def test_mixed_heads_equal_dense_ones_at_every_world_size(ranks):
     ("sets", "message"),
     [
         ([MixedSet("main")], "a set named 'main'"),
-        ([MixedSet("a"), MixedSet("a")], "a name of its own"),
+        ([MixedSet("a"), MixedSet("a")], "a unique name"),
         ([MixedSet("a b")], "named 'a b'"),
         ([MixedSet("a", weight=0.0)], r"the weight of a is 0\.0"),
     ],
@@ -201,12 +204,7 @@ def test_a_mixed_run_goes_on_exactly_and_evaluates_as_any(tmp_path, capsys):
         "20",
         "--data.mix",
         mix,
-        "--train.batch_size",
-        "50",
-        "--train.epochs",
-        "2",
-        "--train.cpu",
-        "true",
+        *args("--train.batch_size 50 --train.epochs 2 --train.cpu true"),
     ]
     settings += ["--backbone.embedding_size", "8", "--output.log_every", "1", "--train.checkpoint_steps", "3"]
     run, again = tmp_path / "run", tmp_path / "again"

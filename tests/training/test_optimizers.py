@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from common import args
 from launched import logged
 from torch import Tensor, nn
 
@@ -327,16 +328,7 @@ def test_a_head_may_have_a_schedule_of_its_own():
 def test_a_run_with_ranger_and_two_schedules_goes_on_exactly(tmp_path):
     """On Accelerate, which wraps the backbone's optimizer, and from a saved config.yaml."""
     settings = ["--data.identities", "30", "--train.batch_size", "64", "--train.epochs", "2", "--train.cpu", "true"]
-    settings += [
-        "--optimizer",
-        "Ranger",
-        "--optimizer.lr",
-        "0.005",
-        "--head_schedule.shape",
-        "constant",
-        "--train.keep_last",
-        "2",
-    ]
+    settings += args("--optimizer Ranger --optimizer.lr 0.005 --head_schedule.shape constant --train.keep_last 2")
     settings += ["--head.margin.scale", "16", "--output.log_every", "1"]
     folder = tmp_path / "run"
     trainer = Trainer(to_config(train_parser(), [*settings, "--output.folder", str(folder)]))

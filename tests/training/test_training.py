@@ -1,4 +1,5 @@
-"""The application as its users start it: settings, bad input, a run on two ranks, resume after a kill, evaluation of a folder."""
+"""The application as its users start it: settings, bad input, a run on two ranks, resume after a kill, evaluation of a
+folder."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from common import args
 from data_files import image_folder
 from forked import finish, fork, succeed
 
 from partial_fc.centers import CenterLoss
 from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
-from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
+from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, SphereFace
+from partial_fc.margins.variants import Softmax, SubCenterArcFace
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import CLASS_OPTIONS, MarginSettings, RunConfig, flat, to_config
 from partial_fc.training.run import RunFolder
@@ -35,18 +38,7 @@ def history(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
-FOLDER_RUN = [
-    "--data.image_size",
-    "32",
-    "--data.channels",
-    "3",
-    "--train.batch_size",
-    "16",
-    "--train.epochs",
-    "2",
-    "--train.cpu",
-    "true",
-]
+FOLDER_RUN = args("--data.image_size 32 --data.channels 3 --train.batch_size 16 --train.epochs 2 --train.cpu true")
 
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -131,7 +123,8 @@ def test_the_head_has_the_filter_and_a_margin_of_each_classs_count():
     assert RunConfig().center.build(8, 4, 0, torch.device("cpu")) is None
 
 
-# ---------------------------------------------------------------------------------------------------- bad input, one line
+# ---------------------------------------------------------------------------------------------------- bad input, one
+# line
 
 
 def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
@@ -203,10 +196,7 @@ def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
     if kind == "smoothing of binary decisions":
         return [
             *train,
-            "--head.margin",
-            "SphereFace2",
-            "--head.label_smoothing",
-            "0.1",
+            *args("--head.margin SphereFace2 --head.label_smoothing 0.1"),
         ], "label_smoothing must be 0 with SphereFace2"
     if kind == "centers":
         return [
@@ -251,9 +241,9 @@ def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
     if kind == "backbone":
         return [*train, "--backbone.name", "vgg"], "small"
     if kind == "resume nothing":
-        return ["train", "--resume", str(tmp_path / "run")], "no run folder"
+        return ["train", "--resume", str(tmp_path / "run")], "not a run folder"
     if kind == "evaluate nothing":
-        return ["evaluate", str(tmp_path / "run")], "no run folder"
+        return ["evaluate", str(tmp_path / "run")], "not a run folder"
     assert kind == "unknown command"
     return ["trian"], "trian"
 
@@ -308,17 +298,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-RUN = [
-    *SMALL,
-    "--train.epochs",
-    "6",
-    "--train.accumulation",
-    "2",
-    "--head.sample_rate",
-    "0.5",
-    "--train.mixed_precision",
-    "bf16",
-]
+RUN = [*SMALL, *args("--train.epochs 6 --train.accumulation 2 --head.sample_rate 0.5 --train.mixed_precision bf16")]
 
 
 def test_a_run_leaves_everything(run):
@@ -358,15 +338,9 @@ def test_a_run_leaves_everything(run):
 
 
 def test_what_is_measured_is_logged_now_and_then(tmp_path):
-    """Only in the steps that are logged, and on a tracker as in the history; a margin that normalises nothing has no angles."""
-    settings = [
-        "--head.margin",
-        "Softmax",
-        "--output.log_every",
-        "4",
-        "--output.trackers",
-        "[tensorboard]",
-    ]
+    """Only in the steps that are logged, and on a tracker as in the history; a margin that normalises nothing has no
+    angles."""
+    settings = args("--head.margin Softmax --output.log_every 4 --output.trackers [tensorboard]")
     config = to_config(
         train_parser(),
         [
@@ -433,14 +407,7 @@ def test_running_statistics_and_centers_go_on_exactly(tmp_path, settings):
 def test_centers_move_once_a_step_by_all_micro_batches_and_not_when_it_is_skipped(tmp_path, monkeypatch):
     settings = [
         *SMALL,
-        "--center.weight",
-        "0.01",
-        "--train.on_nonfinite",
-        "skip",
-        "--train.watch_every",
-        "4",
-        "--output.log_every",
-        "1",
+        *args("--center.weight 0.01 --train.on_nonfinite skip --train.watch_every 4 --output.log_every 1"),
     ]
     config = to_config(
         train_parser(),
@@ -613,7 +580,8 @@ def test_ranks_that_read_no_image_fail_alike(tmp_path):
     assert err.count("partial-fc: error: 64 of 64 images of epoch 1 could not be read, the first of them ") == 1
 
 
-# ---------------------------------------------------------------------------------------------------- example and results
+# ---------------------------------------------------------------------------------------------------- example and
+# results
 
 
 def test_the_plain_ddp_example_learns(tmp_path):
@@ -627,7 +595,8 @@ def test_the_plain_ddp_example_learns(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2500)
 def test_the_results_that_the_readme_promises(tmp_path):
-    """Three seeds of the quick start at two ranks: ArcFace at FAR 1e-3 and its distance from the same run without a margin."""
+    """Three seeds of the quick start at two ranks: ArcFace at FAR 1e-3 and its distance from the same run without a
+    margin."""
     means: dict[str, list[float]] = {}
     for margin in ("ArcFace", "NormFace"):
         for seed in range(3):

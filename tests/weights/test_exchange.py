@@ -1,4 +1,5 @@
-"""Class weights and centers as single files: bit for bit at every world size, in bounded memory, refused in words where they do not fit."""
+"""Class weights and centers as single files: bit for bit at every world size, in bounded memory, refused in words where
+they do not fit."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from shards import local, part_of, two_by_two
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from watching import Allocations
 
 from partial_fc import (
     CenterLoss,
@@ -42,10 +43,6 @@ D = 6
 KINDS = ("arc", "softmax", "subcenter", "center", "half")
 
 
-def local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
-
-
 def build(kind: str, classes: int, seed: int = 0, group: Any = None) -> PartialFC | CenterLoss:
     if kind == "center":
         return CenterLoss(D, classes, seed=seed, init_std=1.0, group=group, dtype=torch.float64)
@@ -54,13 +51,13 @@ def build(kind: str, classes: int, seed: int = 0, group: Any = None) -> PartialF
         D, classes, margin, seed=seed, init_std=1.0, group=group, dtype=torch.bfloat16 if kind == "half" else None
     )
     if head.bias is not None:  # drawn by class id, as the weights are
-        start = head._shards.lo
-        local(head.bias).copy_(torch.arange(start, start + head._shards.local) + 10.0 * seed)
+        start = head.shards.lo
+        local(head.bias.detach()).copy_(torch.arange(start, start + head.shards.local) + 10.0 * seed)
     return head
 
 
 def parts(rows_of: PartialFC | CenterLoss) -> dict[str, Tensor]:
-    return {name: local(p).clone() for name, p in rows_of.named_parameters()}
+    return {name: local(p.detach()).clone() for name, p in rows_of.named_parameters()}
 
 
 def export(rank: int, world: int, path: str, kind: str, classes: int, seed: int) -> dict[str, Tensor]:
@@ -110,14 +107,12 @@ def test_without_a_group_and_in_small_blocks(tmp_path, monkeypatch):
 
 
 def on_a_mesh(rank: int, world: int, path: str) -> tuple[Tensor, Tensor]:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = two_by_two()
     rows_of = build("arc", 5, seed=3, group=mesh)
     export_weights(path, rows_of)
     other = build("arc", 5, seed=4, group=mesh)
     import_weights(path, other)
-    return local(rows_of.weight).clone(), local(other.weight).clone()
+    return local(rows_of.weight.detach()).clone(), local(other.weight.detach()).clone()
 
 
 def test_a_mesh_of_replicas_writes_once_and_reads_everywhere(ranks, tmp_path):
@@ -185,36 +180,36 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 
 BAD = {
-    "empty": (b"", "no safetensors file"),
-    "short": (b"\x01\x02", "no safetensors file"),
-    "header beyond the file": (struct.pack("<Q", 500) + b"{}", "no safetensors file, or truncated"),
-    "header too long": (struct.pack("<Q", 2**60) + b"{}", "no safetensors file, or truncated"),
-    "no JSON": (b"not json", "header is no JSON"),
-    "not UTF-8": (b"\xff\xfe\xff", "header is no JSON"),
-    "deep": (b"[" * 100_000, "header is no JSON"),
-    "a list": ([1, 2], "no table of tensors"),
-    "metadata of numbers": ({"__metadata__": {"a": 1}}, "no table of tensors"),
-    "twice": (b'{"weight": {}, "weight": {}}', "a name is twice"),
-    "no offsets": ({"weight": {"dtype": "F32", "shape": [2, D]}}, "does not say where weight is"),
-    "entry of text": ({"weight": "here"}, "does not say where weight is"),
+    "empty": (b"", "not a safetensors file"),
+    "short": (b"\x01\x02", "not a safetensors file"),
+    "header beyond the file": (struct.pack("<Q", 500) + b"{}", "is truncated or not a safetensors file"),
+    "header too long": (struct.pack("<Q", 2**60) + b"{}", "is truncated or not a safetensors file"),
+    "no JSON": (b"not json", "header is not JSON"),
+    "not UTF-8": (b"\xff\xfe\xff", "header is not JSON"),
+    "deep": (b"[" * 100_000, "header is not JSON"),
+    "a list": ([1, 2], "not a table of tensors"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}}, "not a table of tensors"),
+    "twice": (b'{"weight": {}, "weight": {}}', "has a name twice"),
+    "no offsets": ({"weight": {"dtype": "F32", "shape": [2, D]}}, "the entry of weight in its header is incomplete"),
+    "entry of text": ({"weight": "here"}, "the entry of weight in its header is incomplete"),
     "shape of text": (entry(shape="ab"), "gives weight the shape"),
     "negative": (entry(shape=[-2, D]), "gives weight the shape"),
     "fraction": (entry(shape=[2.0, D]), "gives weight the shape"),
     "backwards": (entry(data_offsets=[48, 0]), "gives weight the shape"),
-    "other size": (entry(shape=[3, D]), "is \\[3, 6\\] of F32, but has 48 bytes"),
+    "other size": (entry(shape=[3, D]), "has shape \\[3, 6\\] of F32, but 48 bytes"),
     "truncated": (entry(shape=[4, D], data_offsets=[0, 96]), "is truncated: weight ends at byte"),
-    "unknown dtype": (entry(dtype="F4"), "dtype that is not known"),
+    "unknown dtype": (entry(dtype="F4"), "has an unknown dtype"),
     "a number": ({"weight": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}, "single number"),
     "other name": ({"fc": entry()["weight"]}, "has no tensor weight; it has fc"),
     "other classes": (
         entry(shape=[1, D], data_offsets=[0, 24]),
-        "has 1 classes of width 6, here it is 2 classes of width 6; build for 1",
+        "has 1 classes of width 6, but 2 classes of width 6 are expected; build for 1",
     ),
     "other width": (
         entry(shape=[6, 2]),
-        "has 6 classes of width 2, here it is 2 classes of width 6; embeddings of another width",
+        "has 6 classes of width 2, but 2 classes of width 6 are expected; the embedding size differs",
     ),
-    "sub-centers": (entry(shape=[2, 2, 3]), "has 2 classes of 2 rows of width 3, here it is 2 classes of width 6"),
+    "sub-centers": (entry(shape=[2, 2, 3]), "has 2 classes of 2 rows of width 3, but 2 classes of width 6 are"),
 }
 
 
@@ -251,7 +246,7 @@ def test_files_stay_and_folders_must_be_there(tmp_path):
     path = tmp_path / "w.safetensors"
     export_weights(path, head)
     first = path.read_bytes()
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         export_weights(path, other)
     assert path.read_bytes() == first
     export_weights(path, other, overwrite=True)
@@ -325,7 +320,7 @@ def name_another_file(rank: int, world: int, path: str) -> str:
 
 def see_another_file(rank: int, world: int, path: str) -> tuple[str, bool]:
     head = build("arc", 5)
-    before = local(head.weight).clone()
+    before = local(head.weight.detach()).clone()
     try:
         import_weights(path if rank == 0 else path + "-elsewhere", head)
     except FileNotFoundError as error:
@@ -336,7 +331,7 @@ def see_another_file(rank: int, world: int, path: str) -> tuple[str, bool]:
 def test_ranks_agree_on_errors(ranks, tmp_path):
     texts = ranks(2).run(name_another_file, str(tmp_path / "w"))
     assert len(set(texts)) == 1
-    assert "ranks disagree: rank 0 and rank 1 were given another path" in texts[0]
+    assert "ranks disagree: path or overwrite differs between rank 0 and rank 1" in texts[0]
     export_weights(tmp_path / "a", build("arc", 5))
     results = ranks(2).run(see_another_file, str(tmp_path / "a"))
     assert results[0] == results[1]
@@ -357,10 +352,10 @@ def test_biases_are_not_lost_in_silence(tmp_path):
     export_weights(tmp_path / "bias", build("softmax", 5, 3))
     export_weights(tmp_path / "none", build("arc", 5, 4))
     plain, linear = build("arc", 5), build("softmax", 5)
-    with pytest.raises(ValueError, match="has a bias, and the head has none"):
+    with pytest.raises(ValueError, match="has a bias, but the head has none"):
         import_weights(tmp_path / "bias", plain)
     import_weights(tmp_path / "bias", plain, key="weight")
-    with pytest.raises(ValueError, match="has no bias, and the head has one"):
+    with pytest.raises(ValueError, match="has no bias, but the head has one"):
         import_weights(tmp_path / "none", linear)
     bias = linear.bias.detach().clone()
     import_weights(tmp_path / "none", linear, key="weight")
@@ -402,13 +397,13 @@ class Columns:
 def take_source(rank: int, world: int) -> Tensor:
     head = build("arc", 23)
     import_weights(Columns(), head)
-    return local(head.weight).clone()
+    return local(head.weight.detach()).clone()
 
 
 def test_anything_with_rows_is_a_source(ranks):
     assert torch.equal(torch.cat(ranks(3).run(take_source)), Columns().rows(0, 23))
     with pytest.raises(
-        ValueError, match=r"the given Columns has 23 classes of width 6, here it is 5 classes of width 6"
+        ValueError, match=r"the given Columns has 23 classes of width 6, but 5 classes of width 6 are expected"
     ):
         import_weights(Columns(), build("arc", 5))
 
@@ -416,37 +411,21 @@ def test_anything_with_rows_is_a_source(ranks):
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation made, and of the largest that was copied into memory there was."""
-
-    made = copied = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.made = max(self.made, tensor.nbytes)
-        if function is torch.ops.aten.copy_.default:
-            self.copied = max(self.copied, args[1].nbytes)
-        return result
-
-
 def test_nothing_is_as_large_as_the_shard(tmp_path, monkeypatch):
     monkeypatch.setattr("partial_fc.checkpoint.layout.ROW_BLOCK_BYTES", 4096)
     head, other = build("arc", 20_000, 1), build("arc", 20_000, 2)
-    with Largest():  # what is imported and compiled once
+    with Allocations():  # what is imported and compiled once
         export_weights(tmp_path / "first", small := build("arc", 5))
         import_weights(tmp_path / "first", small)
     tracemalloc.start()
     try:
-        with Largest() as largest:
+        with Allocations() as seen:
             export_weights(tmp_path / "w", head)
             import_weights(tmp_path / "w", other)
         assert tracemalloc.get_traced_memory()[1] < head.weight.nbytes / 4  # buffers of files are Python's memory
     finally:
         tracemalloc.stop()
-    assert largest.made <= 4096 and 2048 < largest.copied <= 4096
+    assert seen.bytes <= 4096 and 2048 < seen.copied <= 4096
     assert torch.equal(head.weight, other.weight)
 
 
@@ -482,7 +461,7 @@ def train(head: PartialFC, optimizer: RowOptimizer, steps: int, rank: int = 0, w
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(12, D, generator=generator, dtype=torch.float64)
         labels = torch.randint(0, head.num_classes, (12,), generator=generator)
-        mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        mine = part_of(12, rank, world)
         loss = head(x[mine], labels[mine])
         loss.backward()
         optimizer.step()
@@ -534,22 +513,18 @@ def test_exported_bytes_are_those_of_the_checkpoint(tmp_path):
     assert torch.equal(other.centers, center.centers)
 
 
-def take_from_checkpoint(rank: int, world: int, path: str, kind: str) -> dict[str, Tensor]:
-    rows_of = build(kind, 23, seed=99)
-    import_weights(path, rows_of)
-    return parts(rows_of)
-
-
 @pytest.mark.parametrize("kind", ["arc", "softmax"])
 def test_a_checkpoint_is_a_source_too(ranks, tmp_path, kind):
     head = build(kind, 23, 3)
     save_checkpoint(tmp_path / "c", head=head, optimizer=RowOptimizer(torch.optim.SGD, head, lr=0.1))
     for world in (1, 3):
-        found = whole(ranks(world).run(take_from_checkpoint, str(tmp_path / "c"), kind))
+        found = whole(ranks(world).run(take, str(tmp_path / "c"), kind, 23))
         assert all(torch.equal(found[name], tensor) for name, tensor in parts(head).items())
     with pytest.raises(ValueError, match="has no tensor center/centers; it has head/"):
         import_weights(tmp_path / "c", build("center", 23))
-    with pytest.raises(ValueError, match="head/weight has 23 classes of width 6, here it is 24 classes of width 6"):
+    with pytest.raises(
+        ValueError, match="head/weight has 23 classes of width 6, but 24 classes of width 6 are expected"
+    ):
         import_weights(tmp_path / "c", build(kind, 24))
 
 
@@ -566,13 +541,13 @@ def test_commands_say_what_is_wrong(tmp_path, capsys):
     assert "there is no folder" in fails(capsys, "export", tmp_path / "none", file)
     assert "neither a checkpoint" in fails(capsys, "export", tmp_path, file)
     assert "name that ends in .safetensors" in fails(capsys, "export", tmp_path / "c", tmp_path / "w.bin")
-    assert "no class weights or centers of the name x; it has a, b, head" in fails(
+    assert "no class weights or centers named x; it has a, b, head" in fails(
         capsys, "export", tmp_path / "c", file, "--name", "x"
     )
     assert main(["export", str(tmp_path / "c"), str(file)]) == 0
-    assert "already; choose another name" in fails(capsys, "export", tmp_path / "c", file)
+    assert "already exists; choose another name" in fails(capsys, "export", tmp_path / "c", file)
     assert main(["export", str(tmp_path / "c"), str(file), "--overwrite"]) == 0
-    assert "say which margin" in fails(capsys, "import", file, "--output", output)
+    assert "give the margin of the checkpoint" in fails(capsys, "import", file, "--output", output)
     assert "has a bias" in fails(capsys, "import", file, "--output", output, "--margin", "CosFace")
     assert "--margin.scale: Softmax has no argument scale; it takes bias" in fails(
         capsys, "import", file, "--output", output, "--margin", "Softmax", "--margin.scale", "3"
@@ -580,14 +555,14 @@ def test_commands_say_what_is_wrong(tmp_path, capsys):
     assert "write --margin AdaFace --margin.h 0.5 --margin.margin 0.3" in fails(
         capsys, "import", file, "--output", output, "--margin", "adaface", "--h", "0.5", "--m", "0.3"
     )
-    assert "one safetensors file holds all rows" in fails(capsys, "import", file, file, "--output", output)
+    assert "a safetensors file holds all rows" in fails(capsys, "import", file, file, "--output", output)
     assert "there is no file" in fails(capsys, "import", tmp_path / "no.safetensors", "--output", output)
     assert "--margin SubCenterArcFace --margin.centers K" in fails(
         capsys, "import", file, "--output", output, "--margin", "SubCenterArcFace", "--key", "weight"
     )
     assert not output.exists()
     assert main(["import", str(file), "--output", str(output), "--margin", "Softmax"]) == 0
-    assert "holds a checkpoint already" in fails(capsys, "import", file, "--output", output, "--margin", "Softmax")
+    assert "already holds a checkpoint" in fails(capsys, "import", file, "--output", output, "--margin", "Softmax")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "out", "w.safetensors"]
 
 
@@ -628,5 +603,7 @@ def test_weights_that_do_not_fit_are_refused_before_training(tmp_path, monkeypat
     start = ["train", *RUN, "--output.folder", str(tmp_path / "run"), "--head.weights"]
     assert "--head.weights: there is no" in fails(capsys, *start, tmp_path / "none", "--check")
     text = fails(capsys, *start, tmp_path / "w.safetensors")
-    assert "--head.weights: " in text and "has 61 classes of width 128, here it is 60 classes of width 128" in text
+    assert (
+        "--head.weights: " in text and "has 61 classes of width 128, but 60 classes of width 128 are expected" in text
+    )
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
-"""Files of each rank that other trainers saved become one matrix, whatever their number, and what is wrong with them is said in words."""
+"""Files of each rank that other trainers saved become one matrix, whatever their number, and what is wrong with them is
+said in words."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from shards import local
 from torch import Tensor
 
 from partial_fc import ArcFace, PartialFC, RankFiles, RowOptimizer, import_weights, load_checkpoint
@@ -16,10 +18,6 @@ from partial_fc.training.cli.main import main
 
 C, D = 23, 6
 LAYOUTS = ["checkpoint", "softmax_fc", "bare", "bare old"]
-
-
-def local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
 
 
 def matrix(seed: int) -> Tensor:
@@ -96,11 +94,11 @@ def test_only_one_file_is_held(tmp_path, monkeypatch):
     import gc
     import weakref
 
-    import partial_fc.weights.rank_files as migration
+    from partial_fc.weights import rank_files
 
     held: list[Any] = []
     most = []
-    real = migration._load
+    real = rank_files.load_file
 
     def load(path: Path) -> Any:
         gc.collect()
@@ -109,18 +107,20 @@ def test_only_one_file_is_held(tmp_path, monkeypatch):
         most.append(sum(each() is not None for each in held))
         return content
 
-    monkeypatch.setattr(migration, "_load", load)
+    monkeypatch.setattr(rank_files, "load_file", load)
     files = RankFiles(write(tmp_path / "run", "bare", momentum=False))
     files.rows(0, C)
     files.rows(5, 20)
     assert len(most) > 6 and max(most) == 1
 
 
-# ---------------------------------------------------------------------------------------------------- into a head that trains
+# ---------------------------------------------------------------------------------------------------- into a head that
+# trains
 
 
 def dense_steps(weight: Tensor, state: dict[str, Tensor], kind: str, steps: int) -> Tensor:
-    """The class weights after some steps of an optimizer that goes on from `state`; the gradient is that of ½ ‖W − target‖²."""
+    """The class weights after some steps of an optimizer that goes on from `state`; the gradient is that of ½ ‖W −
+    target‖²."""
     parameter = torch.nn.Parameter(weight.clone())
     optimizer: torch.optim.Optimizer = (
         torch.optim.SGD([parameter], lr=0.05, momentum=0.8)
@@ -150,13 +150,13 @@ def go_on(rank: int, world: int, path: str, kind: str, imported: bool) -> tuple[
         if kind == "sgd":
             assert optimizer.param_groups[0]["momentum"] == 0.8 and optimizer.param_groups[0]["lr"] == 0.05
             optimizer.param_groups[0]["weight_decay"] = 0.0
-    start = local(head.weight).clone()
-    shards = head._shards
+    start = local(head.weight.detach()).clone()
+    shards = head.shards
     for step in range(3):
-        head.weight.grad = shards.wrap(local(head.weight) - matrix(10 + step)[shards.lo : shards.hi])
+        head.weight.grad = shards.wrap(local(head.weight.detach()) - matrix(10 + step)[shards.lo : shards.hi])
         optimizer.step()
         optimizer.zero_grad()
-    return start, local(head.weight).clone()
+    return start, local(head.weight.detach()).clone()
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
@@ -182,12 +182,12 @@ def test_state_must_be_that_of_the_optimizer(tmp_path):
     head = PartialFC(D, C)
     before = head.weight.detach().clone()
     with pytest.raises(
-        ValueError, match="hold momentum_buffer of each row, the optimizer as built here keeps exp_avg, exp_avg_sq"
+        ValueError, match="has the row state momentum_buffer, but this optimizer needs exp_avg, exp_avg_sq"
     ):
         import_weights(tmp_path / "sgd", head, optimizer=RowOptimizer(torch.optim.AdamW, head))
-    with pytest.raises(ValueError, match="leave optimizer= out"):
+    with pytest.raises(ValueError, match="omit optimizer="):
         import_weights(tmp_path / "none", head, optimizer=RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9))
-    with pytest.raises(ValueError, match="of this very head"):
+    with pytest.raises(ValueError, match="of this head"):
         import_weights(
             tmp_path / "sgd", head, optimizer=RowOptimizer(torch.optim.SGD, PartialFC(D, C), lr=0.1, momentum=0.9)
         )
@@ -196,7 +196,8 @@ def test_state_must_be_that_of_the_optimizer(tmp_path):
     assert torch.equal(head.weight, matrix(1).float())
 
 
-# ---------------------------------------------------------------------------------------------------- momentum that is left out
+# ---------------------------------------------------------------------------------------------------- momentum that is
+# left out
 
 
 def resave(path: Path, change: Any) -> None:
@@ -223,7 +224,7 @@ def of_another_step(content: dict[str, Any]) -> dict[str, Any]:
     [
         (drop("state_optimizer"), "sgd", "2 of 3 files have it"),
         (of_some_rows, "sgd", "only for the rows of the last step"),
-        (of_another_step, "adamw", "of different steps"),
+        (of_another_step, "adamw", "from different optimizer steps"),
     ],
 )
 def test_momentum_of_some_is_left_out_with_a_word(tmp_path, caplog, change, kind, words):
@@ -247,17 +248,17 @@ def test_files_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = write(tmp_path / "run", "softmax_fc")
     torch.save({"weight": torch.zeros(8, D), "more": Malicious()}, paths[1])
-    with pytest.raises(ValueError, match=r"softmax_fc_gpu_1.pt asks for .*system to be run.*not to be trusted"):
+    with pytest.raises(ValueError, match=r"softmax_fc_gpu_1.pt refers to .*system, .*do not trust this file"):
         RankFiles(tmp_path / "run")
     torch.save({"weight": torch.zeros(8, D), "more": Malicious()}, paths[1], _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match="not to be trusted"):
+    with pytest.raises(ValueError, match="do not trust this file"):
         RankFiles(tmp_path / "run")
     assert not Path("ran").exists()
 
 
 def test_lists_and_folders_that_are_not_one_of_each_rank(tmp_path):
     paths = write(tmp_path / "run", "softmax_fc")
-    with pytest.raises(ValueError, match=r"out of order: .*gpu_1.pt is of rank 1 and stands where rank 0 belongs"):
+    with pytest.raises(ValueError, match=r"out of order: .*gpu_1.pt is of rank 1, but is listed for rank 0"):
         RankFiles([paths[1], paths[0], paths[2]])
     with pytest.raises(FileNotFoundError, match=r"the file of rank 1 is missing: .*gpu_2.pt"):
         RankFiles([paths[0], paths[2]])
@@ -267,16 +268,16 @@ def test_lists_and_folders_that_are_not_one_of_each_rank(tmp_path):
     torch.save({"weight": torch.zeros(7, D)}, tmp_path / "other" / "softmax_fc_gpu_1.pt")
     with pytest.raises(ValueError, match="is a second file of rank 1"):
         RankFiles([*paths[:2], tmp_path / "other" / "softmax_fc_gpu_1.pt"])
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*no.pt, which is to hold the rows of rank 1"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*no.pt, listed for rank 1"):
         RankFiles([paths[0], tmp_path / "no.pt"])
-    with pytest.raises(ValueError, match="empty list"):
+    with pytest.raises(ValueError, match="list of files is empty"):
         RankFiles([])
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         RankFiles(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="holds no files of each rank"):
+    with pytest.raises(FileNotFoundError, match="has no per-rank files"):
         RankFiles(tmp_path)
     write(tmp_path / "run", "checkpoint")
-    with pytest.raises(ValueError, match=r"several kinds \(checkpoint_gpu_\d.pt and softmax_fc_gpu_\d.pt\)"):
+    with pytest.raises(ValueError, match=r"several layouts \(checkpoint_gpu_\d.pt and softmax_fc_gpu_\d.pt\)"):
         RankFiles(tmp_path / "run")
     paths[1].unlink()
     for path in (tmp_path / "run").glob("checkpoint*"):
@@ -292,15 +293,15 @@ def test_lists_and_folders_that_are_not_one_of_each_rank(tmp_path):
             {"weight": torch.zeros(8, D + 1, dtype=torch.float64)},
             "8 classes of width 7 in float64, .*8 classes of width 6 in float64",
         ),
-        ({"weight": torch.zeros(8, D)}, "in float32, .* in float64; they are not of one matrix"),
-        ({"fc.weight": torch.zeros(8, D), "epoch": 1}, "has no weight; it holds fc.weight, epoch: name the tensor"),
-        ({"weight": 3}, "weight is a int, no tensor"),
-        ({"weight": torch.zeros(8, D, dtype=torch.int64)}, "no matrix of floating-point rows"),
-        ({"weight": torch.zeros(8)}, "no matrix of floating-point rows"),
-        ([1, 2], "has no weight; it holds nothing|has no weight; it holds a list"),
-        (b"plain text, no file of torch", "no file of torch.save"),
-        (b"", "no file of torch.save"),
-        ("truncated", "truncated, or no file of torch.save"),
+        ({"weight": torch.zeros(8, D)}, "in float32, .* in float64; they are not parts of one matrix"),
+        ({"fc.weight": torch.zeros(8, D), "epoch": 1}, "has no weight; it has fc.weight, epoch: give the name"),
+        ({"weight": 3}, "weight is a int, not a tensor"),
+        ({"weight": torch.zeros(8, D, dtype=torch.int64)}, "must be a floating-point matrix, but is int64"),
+        ({"weight": torch.zeros(8)}, "must be a floating-point matrix, but is float32"),
+        ([1, 2], "has no weight; it has nothing|has no weight; it has a list"),
+        (b"plain text, no file of torch", "not a torch.save file"),
+        (b"", "not a torch.save file"),
+        ("truncated", "truncated or not a torch.save file"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, content, words):
@@ -323,12 +324,12 @@ def test_other_layouts_by_key_and_odd_sizes_with_a_word(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "partial_fc"):
         files = RankFiles([first, second], key="model/fc.weight")
     assert torch.equal(files.rows(0, C), matrix(1))
-    assert "[3, 20] rows, which is no usual split of 23 classes" in caplog.text
-    with pytest.raises(ValueError, match=r"has no model/weight; it holds fc.weight"):
+    assert "[3, 20] rows, which is not a usual split of 23 classes" in caplog.text
+    with pytest.raises(ValueError, match=r"has no model/weight; it has fc.weight"):
         RankFiles([first, second], key="model/weight")
     head = PartialFC(D, 24)
     with pytest.raises(
-        ValueError, match=r"23 classes of width 6, here it is 24 classes of width 6; build for 23 classes"
+        ValueError, match=r"23 classes of width 6, but 24 classes of width 6 are expected; build for 23 classes"
     ):
         import_weights(files, head)
 

@@ -1,15 +1,20 @@
-"""Backbones by name: images float [n, C, H, W] in [-1, 1] become embeddings float [n, D].
+"""Backbones by name: images float [n, C, H, W] in [-1, 1] -> embeddings float [n, D].
 
-Every module of this package is imported with it, and registers its backbones as it is imported. To add one, add one
-file here:
+    iresnet.py, mobilefacenet.py, vit.py, small.py    the networks
+    outside.py      models of timm and transformers: names that begin with `timm:` and `hf:`
+    weights.py      initial weights from a file or folder
+    counts.py       parameters and operations of a backbone
+    precision.py, recompute.py    what the networks share: a float32 output stage, gradient checkpointing
+
+All modules of this package are imported with it and register their backbones on import. To add a backbone, add a file:
 
     @register("mine")
     def mine(*, image_shape: tuple[int, int, int], embedding_size: int) -> nn.Module: ...
 
-`image_shape` is (C, H, W); the module's last layer gives `embedding_size` numbers an image. A module that can do more
-says so by what it has: `dropout`, an nn.Dropout before its last layer; `set_grad_checkpointing(enable)`, after which
-it computes its blocks again in the backward (timm's models have the same method). Names that begin with `timm:` and
-`hf:` are models of those packages (outside.py); weights.py reads files of weights, counts.py counts.
+`image_shape` is (C, H, W); the module returns `embedding_size` numbers per image. Two optional attributes of the
+module make more settings available: `dropout`, an nn.Dropout before the last layer, and
+`set_grad_checkpointing(enable)`, which makes it recompute its blocks in the backward pass (the models of timm have
+the same method).
 """
 
 import importlib
@@ -25,7 +30,7 @@ from partial_fc.training.errors import UserError
 
 
 class Builder(Protocol):
-    """What is registered: a function or class that makes a backbone."""
+    """The type of what is registered: a function or class that builds a backbone."""
 
     def __call__(self, *, image_shape: tuple[int, int, int], embedding_size: int) -> nn.Module: ...
 
@@ -35,15 +40,15 @@ Prefixed = Callable[[str, tuple[int, int, int], int], nn.Module]
 
 BACKBONES: dict[str, Builder] = {}
 PREFIXES: dict[str, Prefixed] = {}
-"""Prefix of a name, such as "timm:" -> what builds from (the rest of the name, image_shape, embedding_size)."""
+"""Prefix of a name, such as "timm:" -> function that builds from (rest of the name, image_shape, embedding_size)."""
 
 
 def register(name: str) -> Callable[[BuilderT], BuilderT]:
-    """Decorator: make a builder known as `name`. A name taken twice raises ValueError."""
+    """Decorator that registers a builder as `name`. Raises ValueError if the name is taken."""
 
     def add(builder: BuilderT) -> BuilderT:
         if name in BACKBONES:
-            raise ValueError(f"the backbone name {name!r} is registered already, by {BACKBONES[name]!r}")
+            raise ValueError(f"the backbone name {name!r} is already registered, by {BACKBONES[name]!r}")
         BACKBONES[name] = builder
         return builder
 
@@ -59,14 +64,16 @@ def build_backbone(
     gradient_checkpointing: bool = False,
     channels_last: bool = False,
 ) -> nn.Module:
-    """Build the backbone `name` for images of `image_shape` (C, H, W), with `embedding_size` outputs an image.
+    """Build the backbone `name` for images of `image_shape` (C, H, W), with `embedding_size` outputs per image.
 
-    dropout: probability before the last layer. gradient_checkpointing: keep the inputs of blocks alone and compute the
-    blocks again in the backward: the same gradients from less memory; batch statistics count a batch once.
-    channels_last: convolutions get their images as [n, H, W, C] in memory, which is faster on GPUs; weights stay as
-    they are, so that every engine and checkpoint takes them.
+    dropout: probability of the dropout before the last layer.
+    gradient_checkpointing: store only the inputs of blocks and recompute the blocks in the backward pass. Gradients
+    are the same, memory is less; batch statistics count a batch once.
+    channels_last: give the images to convolutions as [n, H, W, C] in memory, which is faster on GPUs. Weights keep
+    their layout, so every engine and checkpoint accepts them.
 
-    Raises UserError for an unknown name, for sizes that are not positive, and for what the backbone cannot do.
+    Raises UserError for an unknown name, for sizes that are not positive, and for options that the backbone does not
+    have.
     """
     if embedding_size < 1:
         raise UserError(f"the embedding size is {embedding_size}; give at least 1")
@@ -80,13 +87,15 @@ def build_backbone(
     else:
         others = "".join(f", {prefix}NAME" for prefix in sorted(PREFIXES))
         raise UserError(f"unknown backbone {name!r}; choose one of: {', '.join(sorted(BACKBONES))}{others}")
-    _set(backbone, name, dropout, gradient_checkpointing, channels_last)
+    _apply_options(backbone, name, dropout, gradient_checkpointing, channels_last)
     return backbone
 
 
-def _set(backbone: nn.Module, name: str, dropout: float, gradient_checkpointing: bool, channels_last: bool) -> None:
+def _apply_options(
+    backbone: nn.Module, name: str, dropout: float, gradient_checkpointing: bool, channels_last: bool
+) -> None:
     if not 0 <= dropout < 1:
-        raise UserError(f"dropout is {dropout}; give a probability from 0, and below 1")
+        raise UserError(f"dropout is {dropout}; give a probability of at least 0 and less than 1")
     if dropout:
         layer = getattr(backbone, "dropout", None)
         if not isinstance(layer, nn.Dropout):

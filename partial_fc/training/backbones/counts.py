@@ -1,9 +1,9 @@
-"""How large a backbone is: parameters, and operations of a forward an image, counted on shapes alone.
+"""The size of a backbone: its parameters, and the operations of a forward pass per image, from shapes alone.
 
-weights and one image on the meta device ── forward, in eval mode ──> floating-point operations by kernel ── sum ──> Counts
+weights and one image on the meta device ── forward, eval mode ──> operations per kernel ── sum ──> Counts
 
-A multiplication and the addition after it are two operations; only products (convolutions, linear layers, attention) are counted,
-which are nearly all of them. The backward takes about twice as many.
+A multiplication and an addition are two operations. Only matrix products are counted (convolutions, linear layers,
+attention), which are nearly all of the work. The backward pass takes about twice as many.
 """
 
 from __future__ import annotations
@@ -22,42 +22,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Counts:
-    """What `count_backbone` found."""
+    """The result of `count_backbone`."""
 
     parameters: int
-    """Numbers that are trained or fixed, without buffers."""
+    """Number of parameters, trained or frozen; without buffers."""
     operations: int | None
-    """Floating-point operations of a forward of one image; None where the module's code cannot run on shapes alone."""
+    """Floating-point operations of a forward pass of one image; None if the module cannot run on shapes alone."""
 
     def __str__(self) -> str:
-        work = "operations not counted" if self.operations is None else f"{self.operations / 1e9:.2f} GFLOP an image"
+        work = "operations not counted" if self.operations is None else f"{self.operations / 1e9:.2f} GFLOP per image"
         return f"{self.parameters / 1e6:.2f} M parameters, {work}"
 
 
 def count_backbone(backbone: nn.Module, image_shape: tuple[int, int, int]) -> Counts:
-    """Count `backbone`, wherever its weights are, for images of `image_shape` (C, H, W); it is left as it is."""
+    """Count parameters and operations of `backbone`, on any device, for images of `image_shape` (C, H, W)."""
     parameters = sum(p.numel() for p in backbone.parameters())
-    shapes: dict[int, torch.Tensor] = {id(p): nn.Parameter(p.detach().to("meta")) for p in backbone.parameters()}
-    shapes |= {id(b): b.detach().to("meta") for b in backbone.buffers()}
+    # A copy of the module with all tensors on the meta device: entries of `memo` are used in place of the originals.
+    memo: dict[int, torch.Tensor] = {id(p): nn.Parameter(p.detach().to("meta")) for p in backbone.parameters()}
+    memo |= {id(b): b.detach().to("meta") for b in backbone.buffers()}
     try:
-        shadow = copy.deepcopy(backbone, shapes).eval()  # the module around shapes: no weight is copied
+        shadow = copy.deepcopy(backbone, memo).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             shadow(torch.empty(1, *image_shape, device="meta"))
         return Counts(parameters, int(counter.get_total_flops()))
-    except Exception:  # a module's own code may need values, and then raises whatever it likes
+    except Exception:  # the module's code may need values, and can raise anything
         return Counts(parameters, None)
 
 
 def table(names: Iterable[str], image_shape: tuple[int, int, int], embedding_size: int) -> str:
-    """Lines of name, parameters in millions and GFLOP an image, of backbones built without memory."""
+    """Return lines of name, parameters in millions and GFLOP per image; the backbones are built on the meta device."""
     from partial_fc.training.backbones import build_backbone
 
-    lines = [f"{'name':<16}{'parameters':>12}{'GFLOP an image':>17}"]
+    lines = [f"{'name':<16}{'parameters':>12}{'GFLOP per image':>17}"]
     for name in names:
         with torch.device("meta"):
             counts = count_backbone(
                 build_backbone(name, image_shape=image_shape, embedding_size=embedding_size), image_shape
             )
-        assert counts.operations is not None, "the backbones here run on shapes"
+        assert counts.operations is not None, "all registered backbones can run on shapes"
         lines.append(f"{name:<16}{counts.parameters / 1e6:>10.2f} M{counts.operations / 1e9:>17.2f}")
     return "\n".join(lines)

@@ -1,14 +1,14 @@
-"""The residual network of face recognition ("improved" ResNet, the ArcFace paper, arXiv:1801.07698, section 3).
+"""The residual network of face recognition ("improved" ResNet; ArcFace, arXiv:1801.07698, section 3).
 
-Data's story, for faces of 112 x 112 in colour:
+Shapes, for faces of 112 x 112 in colour:
 
     [n, 3, 112, 112] -> conv1, bn1, prelu (no stride)  [n, 64, 112, 112]
       -> layer1 [n, 64, 56, 56] -> layer2 [n, 128, 28, 28] -> layer3 [n, 256, 14, 14] -> layer4 [n, 512, 7, 7]
       -> bn2 -> flatten -> dropout -> fc -> features  [n, 512]
 
 A block is bn1, conv1, bn2, prelu, conv2 (with the stride), bn3, added to its input; no activation follows the sum.
-The names of modules and parameters are those that the field's checkpoints use, so their state dicts load as they are.
-At other sizes than 112 the map before `fc` has other sides, and so has `fc`.
+Modules and parameters are named as in InsightFace, so its checkpoints load unchanged. At image sizes other than 112,
+the map before `fc` and the input of `fc` have other sizes.
 """
 
 import torch
@@ -27,7 +27,7 @@ def _conv(inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> nn.Co
 
 
 class IBasicBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut: [n, inputs, H, W] to [n, outputs, H / stride, W / stride] (up)."""
+    """Two 3 x 3 convolutions and a shortcut: [n, inputs, H, W] -> [n, outputs, H / stride, W / stride], rounded up."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -48,10 +48,10 @@ class IBasicBlock(nn.Module):
 
 
 class IResNet(nn.Module):
-    """Four stages of `blocks` IBasicBlocks each: images float [n, C, H, W] to embeddings [n, D].
+    """Four stages with `blocks` IBasicBlocks: images float [n, C, H, W] -> embeddings [n, D].
 
-    Height and width are halved, rounding up, four times; the input size of `fc` follows from them, so a model serves
-    one image size.
+    Height and width are halved four times, rounded up. The input size of `fc` depends on them, so a model works for one
+    image size.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class IResNet(nn.Module):
         self.fc = nn.Linear(_WIDTHS[-1] * -(-height // 16) * -(-width // 16), embedding_size)
         self.features = nn.BatchNorm1d(embedding_size, eps=_EPS)
         self._recompute = False
-        # The head normalises embeddings, or learns its own scale: a second, free one would only drift.
+        # The head normalises embeddings or learns its own scale, so a second learned scale would only drift.
         nn.init.constant_(self.features.weight, 1.0)
         self.features.weight.requires_grad_(False)
         for module in self.modules():
@@ -80,7 +80,7 @@ class IResNet(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block again in the backward, or keep what is inside of it."""
+        """Recompute each block in the backward pass, or store its intermediate results."""
         self._recompute = enable
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

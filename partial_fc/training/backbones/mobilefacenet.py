@@ -1,14 +1,16 @@
-"""MobileFaceNet, the small network for faces on phones (arXiv:1804.07573), at its own width and at the field's wider ones.
+"""MobileFaceNet, a small network for faces on phones (arXiv:1804.07573), and InsightFace's wider variants of it.
 
-Data's story, for faces of 112 x 112 in colour, at scale 1 (`mobilefacenet`; `mbf` has scale 2, `mbf_large` 4 and more blocks):
+Shapes, for faces of 112 x 112 in colour, at scale 1 (`mobilefacenet`; `mbf` has scale 2, `mbf_large` 4 and more
+blocks):
 
     [n, 3, 112, 112] -> convolution with stride 2, depthwise convolution  [n, 64, 56, 56]
       -> bottlenecks [n, 64, 28, 28] -> [n, 128, 14, 14] -> [n, 128, 7, 7]
-      -> conv_sep, 1 x 1  [n, 512, 7, 7] -> depthwise convolution of the whole map, 7 x 7  [n, 512, 1, 1] -> linear -> [n, D]
+      -> conv_sep, 1 x 1  [n, 512, 7, 7] -> depthwise convolution, 7 x 7  [n, 512, 1, 1] -> linear -> [n, D]
 
-A bottleneck is 1 x 1 (wider), depthwise 3 x 3, 1 x 1 without activation, added to its input where the shape stays. The last
-depthwise convolution weighs each place of the map on its own: in a face, where something is matters, which an average forgets.
-The names of modules and parameters, and the widths within bottlenecks, are those of the field's `mbf` checkpoints.
+A bottleneck is a 1 x 1 convolution (wider), a depthwise 3 x 3, and a 1 x 1 without activation, added to the input if
+the shape is the same. The last depthwise convolution has a weight for each position of the map; an average over the
+map would lose the positions, which matter in a face. Modules and parameters are named as in InsightFace's `mbf`, and
+bottlenecks have its widths, so its checkpoints load unchanged.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ _LAST = 512  # channels of the last map
 
 
 class _Layers(nn.Module):
-    """A sequence under the name `layers`."""
+    """A sequence of layers, whose parameters are named `layers.0...` as in InsightFace."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -49,7 +51,7 @@ def _convolution(
 
 
 class Bottleneck(_Layers):
-    """[n, inputs, H, W] to [n, outputs, H / stride, W / stride] (up), `between` channels wide inside."""
+    """[n, inputs, H, W] -> [n, outputs, H / stride, W / stride], rounded up; `between` channels inside."""
 
     def __init__(self, inputs: int, outputs: int, between: int, stride: int, residual: bool) -> None:
         super().__init__(
@@ -69,10 +71,10 @@ def _stage(width: int, blocks: int, between: int) -> _Layers:
 
 
 class MobileFaceNet(nn.Module):
-    """Images float [n, C, H, W] to embeddings [n, D]; `blocks` are those of each of four stages, `scale` multiplies the widths.
+    """Images float [n, C, H, W] -> embeddings [n, D]: four stages with `blocks` blocks, widths multiplied by `scale`.
 
-    Height and width are halved, rounding up, four times; the last depthwise convolution has the size of what is left, so a model
-    serves one image size.
+    Height and width are halved four times, rounded up. The last depthwise convolution has the size of the resulting
+    map, so a model works for one image size.
     """
 
     def __init__(
@@ -109,7 +111,7 @@ class MobileFaceNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each bottleneck again in the backward, or keep what is inside of it."""
+        """Recompute each bottleneck in the backward pass, or store its intermediate results."""
         self._recompute = enable
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """Vision models of timm and transformers, by name, with the output stage of face recognition on their features.
 
-    timm:NAME      a model of timm, its weights drawn
-    hf:FOLDER      a folder with a config.json of transformers, its weights drawn
+    timm:NAME      a model of timm
+    hf:FOLDER      the model that the config.json of transformers in FOLDER describes
     hf:TYPE        a model type of transformers with its default sizes, such as hf:vit or hf:resnet
 
 images [n, C, H, W] -> the model's pooled features [n, F] -> batch norm -> dropout -> linear -> batch norm  [n, D]
 
-Nothing is fetched from the network, and no code of a folder is run. Pretrained weights are a file: name it with --backbone.weights.
+Weights are initialised randomly; --backbone.weights names a file of pretrained ones. Nothing is downloaded, and no
+code in a folder is run.
 """
 
 import inspect
@@ -24,7 +25,7 @@ from partial_fc.training.errors import UserError
 
 
 class WithOutputStage(nn.Module):
-    """`trunk`, whose features (`pooled`) are `features` numbers, and the output stage of the ArcFace paper (section 3.2.2)."""
+    """`trunk` with pooled features of size `features`, and the output stage of the ArcFace paper (section 3.2.2)."""
 
     def __init__(self, trunk: nn.Module, features: int, embedding_size: int) -> None:
         super().__init__()
@@ -34,22 +35,22 @@ class WithOutputStage(nn.Module):
         self.dropout = nn.Dropout(p=0.0)
         self.fc = nn.Linear(features, embedding_size)
         self.features = nn.BatchNorm1d(embedding_size)
-        # The head normalises embeddings, or learns its own scale: a second, free one would only drift.
+        # The head normalises embeddings or learns its own scale, so a second learned scale would only drift.
         self.features.weight.requires_grad_(False)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Let the model compute its blocks again in the backward, if it can."""
+        """Make the model recompute its blocks in the backward pass. Raises UserError if it cannot."""
         if hasattr(self.trunk, "set_grad_checkpointing"):
             self.trunk.set_grad_checkpointing(enable)  # type: ignore[operator]
         elif getattr(self.trunk, "supports_gradient_checkpointing", False):
-            # its name since transformers 5; the former one, with the same first argument, before that
-            switch = (
-                getattr(self.trunk, "activation_checkpointing_enable", None) or self.trunk.gradient_checkpointing_enable
-            )
-            switch({"use_reentrant": False})  # type: ignore[operator]
+            # the name since transformers 5, or the earlier one; both take the same first argument
+            new_name = getattr(self.trunk, "activation_checkpointing_enable", None)
+            enable_checkpointing = new_name or self.trunk.gradient_checkpointing_enable
+            enable_checkpointing({"use_reentrant": False})  # type: ignore[operator]
         else:
             raise UserError(
-                f"{type(self.trunk).__name__} has no gradient checkpointing; leave --backbone.gradient_checkpointing out"
+                f"{type(self.trunk).__name__} has no gradient checkpointing; "
+                "leave --backbone.gradient_checkpointing out"
             )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -61,7 +62,10 @@ class WithOutputStage(nn.Module):
 
 
 def pooled(trunk: nn.Module, images: Tensor, class_token: bool) -> Tensor:
-    """The model's features `[n, F]`: what it gives itself, its pooler's, its class token, or the mean over its tokens or places."""
+    """Return the model's features `[n, F]`: the output of the model or, in transformers, of its pooler.
+
+    Without a pooler, tokens are reduced to the class token or else to their mean; a feature map is averaged.
+    """
     out: Any = trunk(images)
     if not isinstance(out, Tensor):
         found = getattr(out, "pooler_output", None)
@@ -74,44 +78,44 @@ def pooled(trunk: nn.Module, images: Tensor, class_token: bool) -> Tensor:
 
 
 def has_class_token(trunk: nn.Module) -> bool:
-    """Whether the first of the model's tokens stands for the whole image."""
+    """Return whether the model's first token is a class token, which stands for the whole image."""
     return any(name.endswith("cls_token") for name, _ in trunk.named_parameters())
 
 
 def _with_output_stage(
     trunk: nn.Module, name: str, image_shape: tuple[int, int, int], embedding_size: int
 ) -> WithOutputStage:
-    """The whole backbone; the number of features, and what takes part in them, is found with one image."""
+    """Add the output stage; one image shows the number of features and the parameters that have no gradient."""
     training = trunk.training
     parameters = [p for p in trunk.parameters() if p.requires_grad]
     try:
         with torch.enable_grad():
-            features = pooled(
-                trunk.eval(), torch.zeros(1, *image_shape, device=parameters[0].device), has_class_token(trunk)
-            )
+            image = torch.zeros(1, *image_shape, device=parameters[0].device)
+            features = pooled(trunk.eval(), image, has_class_token(trunk))
             gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-    except Exception as error:  # the model's own code
+    except Exception as error:  # the model's own code can raise anything
         raise UserError(
             f"the model {name!r} cannot take images of shape {image_shape}: {_reason(error)}; see --data.image_size"
         ) from error
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is None:  # of another task, such as a token for masked patches: DDP would wait for its gradient
+        if gradient is None:  # for another task, such as a mask token; DDP would wait for its gradient
             parameter.requires_grad_(False)
     return WithOutputStage(trunk.train(training), int(features.shape[1]), embedding_size)
 
 
 @contextmanager
 def _importing(package: str, name: str) -> Iterator[None]:
-    """UserError for whatever keeps `package` from being imported."""
+    """Raise UserError for any error on import of `package`."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise UserError(
             f"the backbone {name!r} needs {package} ({error.name} is missing): pip install {package}"
         ) from error
-    except Exception as error:  # RuntimeError of a torchvision that was built for another torch, OSError of a library
+    except Exception as error:  # such as RuntimeError of a torchvision built for another torch, OSError of a library
         raise UserError(
-            f"the backbone {name!r} needs {package}, which cannot be imported beside torch {torch.__version__}: {_reason(error)}"
+            f"the backbone {name!r} needs {package}, which cannot be imported with torch {torch.__version__}: "
+            f"{_reason(error)}"
         ) from error
 
 
@@ -120,7 +124,10 @@ def _reason(error: Exception) -> str:
 
 
 def timm_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: int) -> WithOutputStage:
-    """The timm model `name` without its classifier, for `image_shape`; of a name with a tag of weights, the model that they are of."""
+    """Build the timm model `name` without its classifier, for `image_shape`.
+
+    A name may end with the tag of pretrained weights ("resnet18.a1_in1k"); the weights are not loaded.
+    """
     with _importing("timm", f"timm:{name}"):
         import timm
     architecture = name.partition(".")[0]
@@ -128,24 +135,24 @@ def timm_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: 
         near = timm.list_models(f"*{architecture}*")[:5]
         raise UserError(
             f"timm has no model {name!r}"
-            + (f"; it has {', '.join(near)}" if near else "; timm.list_models() names them")
+            + (f"; similar names: {', '.join(near)}" if near else "; timm.list_models() lists its models")
         )
     settings: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": image_shape[0]}
     try:
         try:
             trunk = timm.create_model(name, img_size=image_shape[1:], **settings)
-        except TypeError:  # models without positions have no such argument
+        except TypeError:  # models without position embeddings have no img_size
             trunk = timm.create_model(name, **settings)
-    except Exception as error:  # a tag that it has not, or the model's own code
+    except Exception as error:  # an unknown tag, or the model's own code
         raise UserError(f"timm cannot build {name!r} for images of shape {image_shape}: {_reason(error)}") from error
     return _with_output_stage(trunk, f"timm:{name}", image_shape, embedding_size)
 
 
 def hf_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: int) -> WithOutputStage:
-    """The transformers model that the folder `name` describes, or of the type `name`, for `image_shape`."""
+    """Build the transformers model that the folder `name` describes, or of type `name`, for `image_shape`."""
     with _importing("transformers", f"hf:{name}"):
         from transformers import AutoConfig, AutoModel
-    own_code = _names_own_code(name)
+    needs_code = _has_auto_map(name)
     try:
         config = (
             AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
@@ -153,12 +160,12 @@ def hf_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: in
             else AutoConfig.for_model(name)
         )
     except (OSError, ValueError, KeyError) as error:
-        if own_code:
-            raise _own_code(name) from error
+        if needs_code:
+            raise _code_refused(name) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
         raise UserError(
-            f"'hf:{name}' is neither a folder with a config.json of transformers nor a model type that it knows, such as hf:vit "
-            f"(nothing is fetched from the network): {reason}"
+            f"'hf:{name}' is neither a folder with a config.json of transformers nor one of its model types, such as "
+            f"hf:vit (nothing is downloaded): {reason}"
         ) from error
     channels, height, width = image_shape
     if hasattr(config, "image_size"):
@@ -166,35 +173,36 @@ def hf_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: in
     if hasattr(config, "num_channels"):
         config.num_channels = channels
     try:
-        # float32 whatever its weights were saved in; and attention by transformers itself: a config may name code to download
+        # dtype: whatever the weights were saved in. attn_implementation: a config may name kernels to download.
         trunk = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32, attn_implementation=None)
     except (ValueError, TypeError, ImportError) as error:
-        if own_code:
-            raise _own_code(name) from error
+        if needs_code:
+            raise _code_refused(name) from error
         raise UserError(f"transformers cannot build 'hf:{name}': {_reason(error)}") from error
-    _leave_pooler_out(trunk)
+    _remove_dense_pooler(trunk)
     return _with_output_stage(trunk, f"hf:{name}", image_shape, embedding_size)
 
 
-def _names_own_code(name: str) -> bool:
-    """Whether the folder says that its model is made by Python files beside it."""
+def _has_auto_map(name: str) -> bool:
+    """Return whether the config.json in the folder `name` refers to Python files for its model."""
     try:
         return '"auto_map"' in (Path(name) / "config.json").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
 
 
-def _own_code(name: str) -> UserError:
+def _code_refused(name: str) -> UserError:
     return UserError(
-        f"the model in 'hf:{name}' needs Python code of its own (auto_map in config.json), which is not run; choose another"
+        f"the model in 'hf:{name}' needs Python code of its own (auto_map in config.json), which is not run; "
+        "choose another model"
     )
 
 
-def _leave_pooler_out(trunk: nn.Module) -> None:
-    """Make it the model that its classifiers hold, as `add_pooling_layer=False` does.
+def _remove_dense_pooler(trunk: nn.Module) -> None:
+    """Remove a pooler that is a dense layer with tanh (ViT, DeiT), as `add_pooling_layer=False` does.
 
-    A dense layer with tanh, as ViT's has it, is trained by few checkpoints and is in none of the classifiers': their feature is the class
-    token. Poolers without one (Swin's mean, BEiT's mean and norm) are those of the classifiers, and stay.
+    Checkpoints of classifiers do not contain such a layer, because they classify the class token, and in few other
+    checkpoints it is trained. Other poolers (Swin's mean, BEiT's mean and norm) are part of the classifiers and stay.
     """
     pooler = getattr(trunk, "pooler", None)
     if hasattr(pooler, "dense") and "add_pooling_layer" in inspect.signature(type(trunk).__init__).parameters:

@@ -1,5 +1,6 @@
-"""The output stage of every backbone is computed in float32, also under autocast: half precision costs accuracy just before the
-embedding is normalised.
+"""Every backbone computes its output stage in float32, even under autocast.
+
+Half precision costs accuracy just before the embedding is normalised.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +10,7 @@ import torch
 
 
 def in_full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """No autocast within; on devices that have none (meta, where operations are counted) nothing."""
+    """Return a context without autocast; it does nothing on devices without autocast, such as meta (see counts.py)."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

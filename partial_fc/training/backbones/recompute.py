@@ -1,10 +1,10 @@
-"""Blocks that are computed again in the backward instead of being kept (gradient checkpointing, arXiv:1604.06174).
+"""Gradient checkpointing (arXiv:1604.06174): blocks are recomputed in the backward pass instead of stored.
 
-forward    x -> block -> block -> ...    each block's input is kept, what is inside of it is not
-backward   each block again from its input, in the mode and under the autocast of the forward; then its gradients
+forward    x -> block -> block -> ...    the input of each block is stored, its intermediate results are not
+backward   each block is recomputed from its input, in the mode and with the autocast of the forward; then its gradients
 
-Batch normalisation adds the statistics of a batch to its running ones in every forward in training, so a block that is
-computed twice would count its batch twice. `keep_statistics` makes the second time leave them alone.
+In training, every forward of a batch normalisation updates its running statistics, so a recomputed block would count
+its batch twice. `keep_statistics` leaves the running statistics unchanged during recomputation.
 """
 
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-_KEPT = "_statistics_outside_of_recomputation"
+_SAVED = "_buffers_before_recomputation"  # attribute of a normalisation while it is recomputed
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: torch.Tensor, recompute: bool, random: bool = False) -> torch.Tensor:
-    """`x` through `blocks`, one after another; with `recompute` they are computed again in the backward.
+    """Apply `blocks` to `x` in order; with `recompute`, they are recomputed in the backward pass.
 
-    `random`: the blocks draw random numbers, and must draw the same ones again.
+    `random`: the blocks draw random numbers; the recomputation then draws the same ones.
     """
     for block in blocks:
         if recompute and torch.is_grad_enabled():
@@ -32,23 +32,22 @@ def run_blocks(blocks: Iterable[nn.Module], x: torch.Tensor, recompute: bool, ra
 
 
 def keep_statistics(module: nn.Module) -> None:
-    """Let batch normalisation within `module` leave its running statistics alone while a backward computes it again."""
+    """Leave the running statistics of batch normalisations in `module` unchanged when they are recomputed."""
     for each in module.modules():
         if isinstance(each, _BatchNorm):
-            each.register_forward_pre_hook(_before)
-            each.register_forward_hook(
-                _after, always_call=True
-            )  # a recomputation ends by an exception as soon as it can
+            each.register_forward_pre_hook(_save_buffers)
+            # always_call: torch ends a recomputation early by an exception
+            each.register_forward_hook(_restore_buffers, always_call=True)
 
 
-def _before(norm: nn.Module, inputs: Any) -> None:
-    # torch.utils.checkpoint asks the same question to tell one backward from another; -1 is outside of any
+def _save_buffers(norm: nn.Module, inputs: Any) -> None:
+    # The id is -1 outside of a backward pass; torch.utils.checkpoint identifies backward passes by it.
     if norm.training and torch._C._current_graph_task_id() != -1:
-        norm.__dict__[_KEPT] = dict(norm._buffers)
-        # copies: the kernel updates what it is given, and the second time must save as many tensors as the first
+        norm.__dict__[_SAVED] = dict(norm._buffers)
+        # The kernel updates copies. Without buffers it would save fewer tensors for the backward than the first time.
         norm._buffers.update({name: None if value is None else value.clone() for name, value in norm._buffers.items()})
 
 
-def _after(norm: nn.Module, inputs: Any, output: Any) -> None:
-    if _KEPT in norm.__dict__:
-        norm._buffers.update(norm.__dict__.pop(_KEPT))
+def _restore_buffers(norm: nn.Module, inputs: Any, output: Any) -> None:
+    if _SAVED in norm.__dict__:
+        norm._buffers.update(norm.__dict__.pop(_SAVED))

@@ -1,12 +1,12 @@
-"""A small convolutional network for small pictures: a minute on a CPU, not a day on a GPU.
+"""A small convolutional network for small images, such as the glyphs; it trains in a minute on a CPU.
 
-Data's story, for the 32 x 32 grey glyphs:
+Shapes, for the 32 x 32 grey glyphs:
 
     [n, 1, 32, 32] -> [n, 32, 16, 16] -> [n, 64, 8, 8] -> [n, 128, 4, 4] -> [n, 256, 2, 2] -> flat [n, 1024] -> [n, D]
 
-The first four arrows are a strided convolution, batch normalisation and PReLU. The map is flattened, not averaged:
-where a stroke is tells characters apart. Larger images are averaged into the same 2 x 2 map, so that the linear layer
-keeps its size.
+Each of the first four arrows is a strided convolution, batch normalisation and PReLU. The map is flattened, not
+averaged, because characters differ in the position of strokes. For larger images the map is pooled to 2 x 2, so that
+the linear layer has the same size.
 """
 
 import torch
@@ -20,7 +20,7 @@ _MAP = 2
 
 @register("small")
 class SmallBackbone(nn.Module):
-    """Four strided convolutions and a linear layer: images float [n, C, H, W] to embeddings [n, D]."""
+    """Four strided convolutions and a linear layer: images float [n, C, H, W] -> embeddings [n, D]."""
 
     def __init__(self, *, image_shape: tuple[int, int, int], embedding_size: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class SmallBackbone(nn.Module):
         self.blocks = nn.Sequential(*layers)
         cells = (min(height, _MAP), min(width, _MAP))
         self.pool = nn.Identity() if cells == (height, width) else nn.AdaptiveAvgPool2d(cells)
-        # No bias before a normalisation, which would take it away again.
+        # no bias: the normalisation that follows subtracts the mean
         self.fc = nn.Linear(_WIDTHS[-1] * cells[0] * cells[1], embedding_size, bias=False)
         self.features = nn.BatchNorm1d(embedding_size)
 

@@ -1,16 +1,18 @@
-"""Vision transformers for faces: no class token, every patch's features count (arXiv:2010.11929; for faces, arXiv:2203.15565).
+"""Vision transformers for faces, without a class token (arXiv:2010.11929; for faces, arXiv:2203.15565).
 
-Data's story, for faces of 112 x 112 in colour, T = 12 x 12 patches of 9 x 9 pixels (what is left over at the edges is cut off):
+Shapes, for faces of 112 x 112 in colour, T = 12 x 12 patches of 9 x 9 pixels (the remaining pixels at the edges are
+dropped):
 
     [n, 3, 112, 112] -> patch_embed  [n, T, E] -> + pos_embed
-      in training: a tenth of each image's patches, drawn anew, is left out  [n, 0.9 T, E]
+      in training: a random tenth of each image's patches is dropped  [n, 0.9 T, E]
       -> blocks (attention, then an MLP, each added to its input) -> norm
-      in training: mask_token in the place of those left out  [n, T, E]
+      in training: mask_token in place of the dropped patches  [n, T, E]
       -> flatten [n, T E] -> dropout -> feature (linear, batch norm, linear, batch norm)  [n, D]
 
-A patch is a twelfth of the shorter side, rounded, so that other sizes have about as many. In training a block is now and then
-left out for an image (stochastic depth, arXiv:1603.09382), deeper blocks more often. The names of modules and parameters are
-those of the field's checkpoints (vit_t, vit_s, vit_b, vit_l).
+The side of a patch is a twelfth of the shorter side of the image, rounded, so the number of patches is similar at all
+sizes. In training, blocks are skipped at random for some images (stochastic depth, arXiv:1603.09382), deeper blocks
+more often. Modules and parameters are named as in InsightFace (vit_t, vit_s, vit_b, vit_l), so its checkpoints load
+unchanged.
 """
 
 import torch
@@ -21,8 +23,8 @@ from partial_fc.training.backbones import register
 from partial_fc.training.backbones.precision import in_full_precision
 from partial_fc.training.backbones.recompute import run_blocks
 
-_MASKED = 0.1  # share of patches that a training step leaves out
-_DROPPED = 0.1  # how often the last block is left out for an image
+_MASKED = 0.1  # share of patches that are dropped in training
+_DROPPED = 0.1  # probability that the last block is skipped for an image
 _HEADS = 8
 
 
@@ -36,7 +38,7 @@ class _PatchEmbed(nn.Module):
 
 
 class _Attention(nn.Module):
-    """[n, T, E] to [n, T, E]: queries, keys and values by one product without bias, `_HEADS` heads."""
+    """[n, T, E] -> [n, T, E]: queries, keys and values from one linear layer without bias, `_HEADS` heads."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,33 +64,36 @@ class _MLP(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention and MLP; in training each is left out with probability `dropped` for an image, and counts more otherwise."""
+    """Attention and MLP, each added to its input; in training, each is skipped with probability `dropped` per image."""
 
     def __init__(self, width: int, dropped: float) -> None:
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width), _Attention(width)
-        self.norm2, self.mlp = nn.LayerNorm(width), _MLP(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = _Attention(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = _MLP(width)
         self.dropped = dropped
 
-    def _sometimes(self, x: Tensor) -> Tensor:
+    def _drop_path(self, x: Tensor) -> Tensor:
+        """Set `x` `[n, T, E]` to 0 for random images and scale it for the others, so that its mean stays the same."""
         if not self.training or not self.dropped:
             return x
         kept = torch.rand(len(x), 1, 1, device=x.device) >= self.dropped
         return x * (kept / (1 - self.dropped)).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._sometimes(self.attn(self.norm1(x)))
-        return x + self._sometimes(self.mlp(self.norm2(x)))
+        x = x + self._drop_path(self.attn(self.norm1(x)))
+        return x + self._drop_path(self.mlp(self.norm2(x)))
 
 
 class FaceTransformer(nn.Module):
-    """`depth` blocks of `width` numbers a patch: images float [n, C, H, W] to embeddings [n, D]. A model serves one image size."""
+    """`depth` blocks: images float [n, C, H, W] -> embeddings [n, D]. A model works for one image size."""
 
     def __init__(self, width: int, depth: int, *, image_shape: tuple[int, int, int], embedding_size: int) -> None:
         super().__init__()
-        channels, height, side = image_shape
-        patch = max(1, round(min(height, side) / 12))
-        tokens = (height // patch) * (side // patch)
+        channels, height, image_width = image_shape
+        patch = max(1, round(min(height, image_width) / 12))
+        tokens = (height // patch) * (image_width // patch)
         self.patch_embed = _PatchEmbed(channels, width, patch)
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
@@ -112,7 +117,7 @@ class FaceTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block again in the backward, or keep what is inside of it."""
+        """Recompute each block in the backward pass, or store its intermediate results."""
         self._recompute = enable
 
     def forward(self, images: Tensor) -> Tensor:
@@ -120,12 +125,12 @@ class FaceTransformer(nn.Module):
         n, tokens, width = x.shape
         order = None
         if self.training:
-            order = torch.rand(n, tokens, device=x.device).argsort(1)
+            order = torch.rand(n, tokens, device=x.device).argsort(1)  # a random permutation per image
             x = x.gather(1, order[:, : self.kept, None].expand(-1, -1, width))
         x = self.norm(run_blocks(self.blocks, x, self._recompute, random=True))
         if order is not None:
             x = torch.cat((x, self.mask_token.to(x.dtype).expand(n, tokens - self.kept, width)), 1)
-            x = x.gather(1, order.argsort(1)[:, :, None].expand(-1, -1, width))
+            x = x.gather(1, order.argsort(1)[:, :, None].expand(-1, -1, width))  # back to the original order
         x = self.dropout(x.flatten(1))
         with in_full_precision(images.device):
             out: Tensor = self.feature(x.to(self.pos_embed.dtype))

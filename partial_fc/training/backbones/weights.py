@@ -1,12 +1,12 @@
-"""Weights to start from: a file of parameters by name, from the field's trainers, from `partial-fc export-backbone`, or of another's model.
+"""Initial weights from a file: from another trainer, `partial-fc export-backbone`, timm or transformers.
 
-file             a state dict, by torch.save or as safetensors; torch's is read with weights_only, which runs no code of the file
+file             a state dict, from torch.save or as safetensors; torch.load with weights_only runs no code in the file
 or folder        of transformers: model.safetensors or pytorch_model.bin, or the parts that their index lists
-  1. unwrap      {"state_dict": ...} and its like, "module." (DDP) and "_orig_mod." (torch.compile) before every name
-  2. rename      of a model of transformers, as it does itself: its files keep the names of earlier versions
-  3. compare     names and shapes with the backbone's, or with those of the model inside of `timm:` and `hf:` backbones, whose
-                 output stage then stays as it was drawn, and whose classifier in the file is passed over
-  4. copy        in the backbone's own number format; nothing is changed if anything does not fit
+  1. unwrap      {"state_dict": ...} and similar; "module." (DDP) and "_orig_mod." (torch.compile) before every name
+  2. rename      only for models of transformers, by transformers itself: its files have the names of earlier versions
+  3. compare     names and shapes with the backbone, or with the model inside a `timm:` or `hf:` backbone; the output
+                 stage of these then keeps its random weights, and a classifier in the file is ignored
+  4. copy        in the backbone's dtype; if anything does not fit, nothing is changed
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _SHOWN = 3
 
 
 def load_weights(backbone: nn.Module, path: str | Path) -> None:
-    """Give `backbone` the weights and batch statistics that the file or folder `path` holds.
+    """Load weights and batch statistics from the file or folder `path` into `backbone`.
 
-    Raises UserError, and changes nothing, for a file that cannot be read or does not fit: which names are missing, which are unknown,
-    which shapes differ.
+    Raises UserError, and changes nothing, for a file that cannot be read or does not fit. The message lists missing
+    names, unknown names and shapes that differ.
     """
     state = read_weights(path)
     target, state = _match(backbone, state)
@@ -45,20 +45,19 @@ def load_weights(backbone: nn.Module, path: str | Path) -> None:
         for n in own
         if n in state and state[n].shape != own[n].shape
     ]
-    problems = [
-        f"{what} {_some(names)}"
-        for what, names in (
-            ("it lacks", missing),
-            ("it has names that the backbone has not:", unknown),
-            ("shapes differ:", shapes),
-        )
-        if names
-    ]
+    problems = []
+    if missing:
+        problems.append(f"missing in the file: {_some(missing)}")
+    if unknown:
+        problems.append(f"unknown to the backbone: {_some(unknown)}")
+    if shapes:
+        problems.append(f"different shapes: {_some(shapes)}")
+    if any("position" in shape or "pos_embed" in shape for shape in shapes):
+        problems.append("position embeddings are not interpolated: give the --data.image_size of the weights")
     if problems:
-        if any("position" in shape or "pos_embed" in shape for shape in shapes):
-            problems.append("positions are not interpolated: give --data.image_size as in training of the weights")
         raise UserError(
-            f"the weights {path} do not fit the backbone: {'; '.join(problems)}; check --backbone.name, its sizes and the images'"
+            f"the weights {path} do not fit the backbone: {'; '.join(problems)}; check --backbone.name, the embedding "
+            "size and the size and channels of the images"
         )
     with torch.no_grad():
         for name, value in state.items():
@@ -66,19 +65,23 @@ def load_weights(backbone: nn.Module, path: str | Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file or folder by name, without what wraps them; UserError for one that is none of these."""
+    """Return the tensors of a file or folder by name, unwrapped. Raises UserError if it cannot be read."""
     path = Path(path)
     if path.is_dir():
-        return _strip({name: value for part in _files_of(path) for name, value in _read(part).items()})
-    return _strip(_read(path))
+        return _without_prefixes({name: value for part in _files_of(path) for name, value in _read(part).items()})
+    return _without_prefixes(_read(path))
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """The files of weights in a folder of transformers; UserError if there are none, or if its index names files elsewhere."""
+    """Return the files of weights in a folder of transformers.
+
+    Raises UserError if there are none, or if the index names files outside the folder.
+    """
     found = next((folder / name for name in _IN_FOLDERS if (folder / name).is_file()), None)
     if found is None:
         raise UserError(
-            f"the folder {folder} has no file of weights ({', '.join(_IN_FOLDERS)}); name the file with --backbone.weights"
+            f"the folder {folder} has no file of weights ({', '.join(_IN_FOLDERS)}); "
+            "name the file with --backbone.weights"
         )
     if found.suffix != ".json":
         return [found]
@@ -86,23 +89,24 @@ def _files_of(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
         parts = [folder / name for name in names if Path(name).name == name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{found} is no index of weights (weight_map: the file of each name)") from error
+        raise UserError(f"{found} is not an index of weights (weight_map: name -> file)") from error
     if len(parts) != len(names) or not parts:
-        raise UserError(f"{found} must name files that lie beside it")
+        raise UserError(f"the index {found} must name files in its own folder, and at least one")
     return parts
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"there is no file of weights {path}; check --backbone.weights")
+        raise UserError(f"the file of weights {path} does not exist; check --backbone.weights")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling damaged or foreign files raises almost anything
+    except Exception as error:  # torch.load of a damaged or foreign file can raise nearly anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"the weights {path} cannot be read: {reason[0][:200]}; give a state dict that torch.save wrote, or safetensors"
+            f"the weights {path} cannot be read: {reason[0][:200]}; "
+            "give a state dict written by torch.save, or a safetensors file"
         ) from error
     while isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
         inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
@@ -115,7 +119,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         or not all(isinstance(value, Tensor) for value in content.values())
     ):
         raise UserError(
-            f"the weights {path} are no state dict (names and tensors), nor wrap one as {', '.join(_WRAPPERS)}"
+            f"the weights {path} are not a state dict (names and tensors), and have none under the keys "
+            f"{', '.join(_WRAPPERS)}"
         )
     return dict(content)
 
@@ -134,54 +139,59 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"the weights {path} are damaged: {error}") from error
 
 
-def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` without those of `_PREFIXES` that all names have."""
     while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
 def _match(backbone: nn.Module, state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """(what the file is of: the backbone, or the model inside of it; the file's tensors for it)."""
+    """Return the module that `state` is for, the backbone or the model inside it, and the tensors for that module."""
     trunk = getattr(backbone, "trunk", None)
     if not isinstance(trunk, nn.Module) or any(name.startswith("trunk.") for name in state):
         return backbone, state
     if hasattr(type(trunk), "from_pretrained"):
-        return trunk, _converted(trunk, state)
+        return trunk, _renamed_by_transformers(trunk, state)
     own = trunk.state_dict()
     return trunk, {name: value for name, value in state.items() if name in own or not name.startswith(_CLASSIFIERS)}
 
 
-def _converted(trunk: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` by the names of `trunk`, a model of transformers, as a second one loads it.
+def _renamed_by_transformers(trunk: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` with the names of `trunk`, a model of transformers, by loading it into a second such model.
 
-    What does not fit is there as a tensor without data: by its shape if that differs, and whatever the file has more of a part of the
-    model, such as blocks. Other parts are a classifier, a decoder, a pooler that is left out; a mask token is of their task.
+    Entries that do not fit are in the result as tensors without data, for the message of `load_weights`: tensors of
+    another shape, and tensors for parts of the model that it does not have, such as further blocks. The file's
+    tensors for other tasks are ignored: a classifier, a decoder, a removed pooler, a mask token.
     """
-    kept = {"add_pooling_layer": False} if getattr(trunk, "pooler", trunk) is None else {}
-    how = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32, **kept}
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
+    if getattr(trunk, "pooler", trunk) is None:
+        options["add_pooling_layer"] = False
     try:
         with _silent_transformers():
-            loaded, found = type(trunk).from_pretrained(None, config=trunk.config, state_dict=dict(state), **how)  # type: ignore[attr-defined]
-    except Exception as error:  # of tensors that it cannot split or join as their names ask for
+            loaded, info = type(trunk).from_pretrained(  # type: ignore[attr-defined]
+                None, config=trunk.config, state_dict=dict(state), **options
+            )
+    except Exception as error:  # tensors that cannot be split or joined as their names require
         raise UserError(
-            f"the weights do not become a {type(trunk).__name__}: {' '.join(str(error).split())[:200]}"
+            f"the weights cannot be loaded into {type(trunk).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
-    fitting = {name: value for name, value in loaded.state_dict().items() if name not in found["missing_keys"]}
-    fitting |= {name: torch.empty(shape, device="meta") for name, shape, _ in sorted(found["mismatched_keys"])}
+    renamed = {name: value for name, value in loaded.state_dict().items() if name not in info["missing_keys"]}
+    renamed |= {name: torch.empty(shape, device="meta") for name, shape, _ in sorted(info["mismatched_keys"])}
     parts = {name for name, _ in trunk.named_children()}
-    unknown = {
-        name.removeprefix(f"{loaded.base_model_prefix}.") for name in found["unexpected_keys"]
-    }  # models with a classifier hold it so
-    more = [name for name in sorted(unknown) if name.partition(".")[0] in parts and not name.endswith("mask_token")]
-    return fitting | dict.fromkeys(more, torch.empty(0, device="meta"))
+    # a model with a classifier has the backbone's names behind a prefix
+    unknown = sorted({name.removeprefix(f"{loaded.base_model_prefix}.") for name in info["unexpected_keys"]})
+    of_parts = [name for name in unknown if name.partition(".")[0] in parts and not name.endswith("mask_token")]
+    return renamed | dict.fromkeys(of_parts, torch.empty(0, device="meta"))
 
 
 @contextmanager
 def _silent_transformers() -> Iterator[None]:
-    """Without its bar and its table of what was missing: that is told in one line."""
+    """Silence the progress bar and the table of missing keys; `load_weights` reports these in one line."""
     from transformers.utils import logging
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    bar = logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:

@@ -1,20 +1,18 @@
-"""Random changes of training images that stand for the camera: affine, blur, light, erasing, noise.
-
-Data's story:
+"""Random changes of training images, like those of a camera: affine, blur, light, erasing, noise.
 
     images  uint8 [n, C, H, W] 0..255, or float [n, C, H, W] in [-1, 1];  indices int64 [n] (position in the data set)
-      1. draw      16 uniform numbers and C*H*W noise bytes, from a Philox stream keyed by (seed, epoch, index)
-      2. affine    flip, shear, rotation, scale and shift as one inverse map a sample; bilinear; the border is repeated
-      3. blur      separable Gaussian, a sigma a sample
+      1. draw      16 uniform numbers and C*H*W noise bytes per sample; Philox stream keyed by (seed, epoch, index)
+      2. affine    flip, shear, rotation, scale and shift as one inverse map per sample; bilinear; border repeated
+      3. blur      separable Gaussian, one sigma per sample
       4. light     x * contrast + brightness
       5. erase     one grey rectangle
       6. noise     white Gaussian; then clamp
     float32 [n, C, H, W] in [-1, 1]
 
-A sample's result depends on (seed, epoch, index) alone, bit for bit: not on its neighbours in the batch, on the
-order, on the number of ranks or workers, nor on the global random state. For that, everything over the batch is
-elementwise (or independent between samples), and a product is rounded before it is added: a fused multiply-add in the
-vectorised part of a loop, but not in its tail, would let a sample's place in memory show.
+The result for a sample depends only on (seed, epoch, index), bit for bit: not on the other samples of the batch, their
+order, the number of ranks or workers, or the global random state. So every operation on the batch is elementwise or
+independent between samples, and products are rounded before they are added: the vectorised part of a loop may use fused
+multiply-adds where its tail does not, and then the result would depend on a sample's place in memory.
 """
 
 import math
@@ -27,7 +25,7 @@ import torch.nn.functional as F
 
 from partial_fc.training.errors import UserError
 
-_UNIFORMS = 16  # numbers set aside for parameters; each parameter keeps its place, so that switching one moves no other
+_UNIFORMS = 16  # uniform numbers per sample; each parameter has its own, so that switching one off changes no other
 _ROTATION, _SHIFT_X, _SHIFT_Y, _SCALE, _SHEAR, _FLIP, _BLUR, _SIGMA, _CONTRAST, _BRIGHTNESS = range(10)
 _ERASE, _ERASE_W, _ERASE_H, _ERASE_X, _ERASE_Y = range(10, 15)
 
@@ -36,7 +34,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass
 class AugmentConfig:
-    """How strongly training images are changed; the defaults suit small pictures of characters."""
+    """How strongly training images are changed; the defaults suit small images of characters."""
 
     enabled: bool = True
     """Change training images at all."""
@@ -51,19 +49,19 @@ class AugmentConfig:
     shear: float = 4.0
     """Largest slant of vertical lines, in degrees, either way."""
     flip_probability: float = 0.0
-    """Share of images mirrored left to right (0 to 1); characters must not be, faces may be (0.5)."""
+    """Share of images that are mirrored left to right (0 to 1): 0 for characters, 0.5 for faces."""
     blur_probability: float = 0.3
     """Share of images that are blurred (0 to 1)."""
     blur_sigma: float = 0.8
-    """Largest standard deviation of the blur, in pixels; each blurred image draws its own."""
+    """Largest standard deviation of the blur, in pixels; drawn for each blurred image."""
     contrast: float = 0.2
     """Largest relative change of contrast, either way."""
     brightness: float = 0.1
     """Largest change of brightness, either way, where black is -1 and white is 1."""
     erase_probability: float = 0.3
-    """Share of images of which a rectangle is erased to mid-grey (0 to 1)."""
+    """Share of images in which a rectangle is erased to mid-grey (0 to 1)."""
     erase_size: float = 0.4
-    """Longest side of the erased rectangle, as a fraction of the image's side; the shortest is a quarter of it."""
+    """Longest side of the erased rectangle, as a fraction of the image's side; the shortest is a quarter of that."""
     noise_std: float = 0.05
     """Standard deviation of the noise of each pixel, where black is -1 and white is 1."""
 
@@ -80,23 +78,24 @@ class AugmentConfig:
             raise UserError(f"augment.shear is {self.shear}; give less than 80 degrees")
         low, high = self.scale_min, self.scale_max
         if not 0 < low <= high < math.inf:
-            raise UserError(f"augment.scale_min {low} to scale_max {high} is no range; give 0 < scale_min <= scale_max")
+            raise UserError(f"augment.scale_min is {low} and scale_max is {high}; give 0 < scale_min <= scale_max")
 
     def keeps_pixels(self) -> bool:
-        """Whether images are mirrored at most, so that no pixel is computed of others."""
+        """Return whether images are at most mirrored, so that no pixel is interpolated."""
         return self.rotation == self.translation == self.shear == 0 and self.scale_min == self.scale_max == 1
 
     def keeps_values(self) -> bool:
-        """Whether every pixel that is not moved stays as it is."""
-        blurs, erases = (
-            self.blur_probability > 0 and self.blur_sigma > 0,
-            self.erase_probability > 0 and self.erase_size > 0,
-        )
+        """Return whether no operation but the affine one changes a pixel's value."""
+        blurs = self.blur_probability > 0 and self.blur_sigma > 0
+        erases = self.erase_probability > 0 and self.erase_size > 0
         return not (blurs or erases or self.contrast > 0 or self.brightness > 0 or self.noise_std > 0)
 
 
 def to_float(images: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """A new float32 tensor in [-1, 1] (or `out`, of that shape): from uint8 0..255, or from floating images taken to be in [-1, 1]."""
+    """Return images as float32 in [-1, 1], in a new tensor or in `out`.
+
+    uint8 images are scaled from 0..255; floating images must be in [-1, 1] already.
+    """
     floats = torch.empty(images.shape, dtype=torch.float32) if out is None else out
     floats.copy_(images)
     return floats.div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else floats
@@ -113,8 +112,8 @@ def augment(
 ) -> torch.Tensor:
     """Return changed copies of `images` uint8 or float [n, C, H, W] as float32 [n, C, H, W] in [-1, 1].
 
-    `indices` int64 [n] are the samples' positions in their data set; with `seed` and `epoch` they alone decide what
-    is drawn. The input is left as it is. `out` float32 [n, C, H, W], if given, is used, and may be what is returned.
+    `indices` int64 [n] are the positions of the samples in their data set; they, `seed` and `epoch` decide all random
+    draws. The input is not changed. `out` float32 [n, C, H, W], if given, is overwritten; it may be what is returned.
     """
     if not config.enabled or images.numel() == 0:
         return to_float(images, out)
@@ -139,17 +138,20 @@ def augment(
 
 
 def stream_key(*parts: int) -> int:
-    """A 64-bit key for integers of any sign, well mixed: neighbouring seeds and epochs give unrelated streams."""
+    """Return a 64-bit key of a random stream for any integers; neighbouring seeds and epochs give unrelated streams."""
     entropy = [part % 2**64 for part in parts]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 def _draw(indices: torch.Tensor, seed: int, epoch: int, noise_bytes: int) -> tuple[FloatArray, torch.Tensor]:
-    """Numbers uniform in [0, 1), float64 [n, 16], and uniform bytes as int32 [n * noise_bytes], a stream a sample."""
+    """Return uniform numbers in [0, 1) float64 [n, 16], and uniform bytes as int32 [n * noise_bytes].
+
+    Every sample has its own random stream.
+    """
     words = _UNIFORMS + (noise_bytes + 7) // 8
     raw = np.empty((len(indices), words), dtype=np.uint64)
     key = np.array([stream_key(seed, epoch), 0], dtype=np.uint64)
-    # Setting the state is what constructing Philox(key=key) leaves behind, at a tenth of the time.
+    # Setting the state is equal to constructing Philox(key=key), in a tenth of the time.
     bits = np.random.Philox(key=key)
     state = bits.state
     for row, index in enumerate(indices.tolist()):
@@ -163,38 +165,36 @@ def _draw(indices: torch.Tensor, seed: int, epoch: int, noise_bytes: int) -> tup
 
 
 def _signed(uniform: FloatArray, column: int) -> FloatArray:
-    """Column `column` of the draws, spread over [-1, 1): float64 [n]."""
+    """Return column `column` of the uniform numbers, scaled to [-1, 1): float64 [n]."""
     return 2.0 * uniform[:, column] - 1.0
 
 
 def _per_sample(values: FloatArray) -> torch.Tensor:
-    """float64 [n] as float32 [n, 1, 1, 1], to be broadcast over the pixels."""
+    """Return float64 [n] as float32 [n, 1, 1, 1], to broadcast over the pixels."""
     return torch.from_numpy(values.astype(np.float32)).view(-1, 1, 1, 1)
 
 
 def _normal_quantiles() -> torch.Tensor:
-    """What a byte of noise stands for: the 256 mid-quantiles of the normal distribution, scaled to unit variance."""
+    """Return the value of each byte of noise: the 256 mid-quantiles of the normal distribution, at unit variance."""
     table: torch.Tensor = torch.special.ndtri((torch.arange(256, dtype=torch.float64) + 0.5) / 256)
     table /= table.square().mean().sqrt()
     return table.to(torch.float32)
 
 
 def _flip(images: torch.Tensor, uniform: FloatArray, config: AugmentConfig) -> torch.Tensor:
-    """The same images, mirrored left to right those that drew it."""
+    """Mirror the images that drew it left to right; return a new tensor unless there are none."""
     chosen = torch.from_numpy(np.flatnonzero(uniform[:, _FLIP] < config.flip_probability))
     if not len(chosen):
         return images
     out = images.clone()
     mirrored = images.index_select(0, chosen).flip(3)
-    for row, image in zip(
-        chosen.tolist(), mirrored, strict=True
-    ):  # a quarter of the time of index_copy, which goes byte by byte
+    for row, image in zip(chosen.tolist(), mirrored, strict=True):  # index_copy copies bytes one by one: 4 times slower
         out[row] = image
     return out
 
 
 def _affine(images: torch.Tensor, uniform: FloatArray, config: AugmentConfig) -> torch.Tensor:
-    """Rotate, slant, scale, shift and flip about the centre; outside, the border's pixels are repeated."""
+    """Flip, shear, rotate and scale about the centre, and shift; outside the image, its border is repeated."""
     n, _, height, width = images.shape
     angle = np.deg2rad(config.rotation) * _signed(uniform, _ROTATION)
     slant = np.tan(np.deg2rad(config.shear) * _signed(uniform, _SHEAR))
@@ -202,7 +202,7 @@ def _affine(images: torch.Tensor, uniform: FloatArray, config: AugmentConfig) ->
     mirror = np.where(uniform[:, _FLIP] < config.flip_probability, -1.0, 1.0)
     cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
     # Forward, in pixels from the centre: out = scale * R(angle) * [[1, slant], [0, 1]] * diag(mirror, 1) * in + shift.
-    # Its inverse, in = M (out - shift), says where each output pixel is read.
+    # Its inverse, in = M (out - shift), gives the place where each output pixel is read.
     m00, m01 = mirror * (cos + slant * sin), mirror * (sin - slant * cos)
     m10, m11 = -sin, cos
     shift_x = config.translation * width * _signed(uniform, _SHIFT_X)
@@ -220,7 +220,7 @@ def _affine(images: torch.Tensor, uniform: FloatArray, config: AugmentConfig) ->
 
 
 def _blur_(images: torch.Tensor, uniform: FloatArray, config: AugmentConfig) -> None:
-    """Blur in place the images that drew it; the kernel's width follows from the configuration, not from the batch."""
+    """Blur the images that drew it, in place. The kernel's width depends on the settings, not on the batch."""
     chosen = np.flatnonzero(uniform[:, _BLUR] < config.blur_probability)
     if len(chosen) == 0:
         return
@@ -235,14 +235,14 @@ def _blur_(images: torch.Tensor, uniform: FloatArray, config: AugmentConfig) -> 
         pad = (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0)
         padded = F.pad(out, pad, mode="replicate")
         out = out * _per_sample(taps[:, 0])
-        for step in range(1, radius + 1):
-            pair = padded.narrow(dim, radius - step, size) + padded.narrow(dim, radius + step, size)
-            out.add_(pair.mul_(_per_sample(taps[:, step])))
+        for distance in range(1, radius + 1):
+            pair = padded.narrow(dim, radius - distance, size) + padded.narrow(dim, radius + distance, size)
+            out.add_(pair.mul_(_per_sample(taps[:, distance])))
     images[rows] = out
 
 
 def _erase_(images: torch.Tensor, uniform: FloatArray, config: AugmentConfig) -> None:
-    """Set one rectangle of the images that drew it to mid-grey, in place."""
+    """Set one rectangle to mid-grey in the images that drew it, in place."""
     inside: list[torch.Tensor] = []
     for size, length_column, start_column in (
         (images.shape[2], _ERASE_H, _ERASE_Y),

@@ -1,16 +1,15 @@
-"""Which identities of a data set are trained on, and under which label: decided before a run, saved beside it.
+"""Which identities of a data set are trained on, and under which label: decided before a run, and saved with it.
 
-identities, by name, with their numbers of images
-  held out for evaluation          no label
-  fewer images than data.min_images  no label
-  beyond data.identities           no label
-  the others                       0 .. C - 1, in the order of the data set
+    held out for evaluation               no label
+    fewer images than data.min_images     no label
+    beyond data.identities                no label
+    the others                            0 .. C - 1, in the order of the data set
 
 labels.csv in a run folder has a line for every identity of the data set:
 
     label,identity,source_label,images
-    ,person_0001,0,2              left out
-    0,person_0002,1,17            row 0 of the head is person_0002
+    ,person_0001,0,2              not trained on
+    0,person_0002,1,17            class 0 of the head is person_0002
 """
 
 from __future__ import annotations
@@ -30,43 +29,48 @@ LABELS = "labels.csv"
 
 @dataclass
 class LabelMap:
-    """What became of each identity of a data set."""
+    """The label of every identity of a data set in this run."""
 
     names: Sequence[str]
     """[identities], in the order of the data set."""
     images: Tensor
-    """int64 [identities]."""
+    """int64 [identities], the number of images of each."""
     labels: Tensor
-    """int64 [identities]: the label in the run, -1 for those left out."""
+    """int64 [identities], the label in this run; -1 for identities that are not trained on."""
 
     @classmethod
     def of(cls, names: Sequence[str], image_labels: Tensor, kept: Sequence[int] | None = None) -> LabelMap:
-        """Of a data set with those names and `image_labels` `[n]`; `kept`: the identities trained on, in the order of their labels."""
+        """Return the map for a data set with these identity names and the labels `image_labels` [n] of its images.
+
+        kept: the identities that are trained on, in the order of their new labels; all if None.
+        """
         labels = torch.full((len(names),), -1, dtype=torch.int64)
         chosen = torch.arange(len(names)) if kept is None else torch.tensor(kept, dtype=torch.int64)
         labels[chosen] = torch.arange(len(chosen))
         return cls(names, torch.bincount(image_labels, minlength=len(names)), labels)
 
     def write(self, path: Path) -> None:
-        """labels.csv; the names may hold anything."""
+        """Write labels.csv. Names may contain any character."""
         with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             lines = csv.writer(file)
             lines.writerow(("label", "identity", "source_label", "images"))
-            rows = zip(self.labels.tolist(), self.names, self.images.tolist(), strict=True)
-            lines.writerows(
-                ("" if label < 0 else label, name, source, images) for source, (label, name, images) in enumerate(rows)
-            )
+            identities = zip(self.labels.tolist(), self.names, self.images.tolist(), strict=True)
+            for source_label, (label, name, images) in enumerate(identities):
+                lines.writerow(("" if label < 0 else label, name, source_label, images))
 
 
 def with_enough_images(identities: Sequence[int], image_labels: Tensor, least: int) -> list[int]:
-    """Those of `identities` that have at least `least` of the images with `image_labels` `[n]`; UserError if none is left of some."""
+    """Return those of `identities` that have at least `least` images; `image_labels` [n] are the labels of all images.
+
+    Raises UserError if no identity is left.
+    """
     if least <= 1 or not len(identities):
         return list(identities)
-    asked = torch.tensor(identities)
-    counts = torch.bincount(image_labels, minlength=int(asked.max()) + 1)[asked]
+    requested = torch.tensor(identities)
+    counts = torch.bincount(image_labels, minlength=int(requested.max()) + 1)[requested]
     if int(counts.max()) < least:
         raise UserError(
             f"no identity has {least} images (the largest has {int(counts.max())}); lower --data.min_images"
         )
-    kept: list[int] = asked[counts >= least].tolist()
+    kept: list[int] = requested[counts >= least].tolist()
     return kept

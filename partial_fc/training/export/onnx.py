@@ -1,10 +1,10 @@
-"""A backbone as an ONNX file, and what onnxruntime makes of images with it.
+"""A backbone as an ONNX file, and its embeddings by onnxruntime.
 
-backbone, in eval mode     ── torch.export, at a batch size that stays free ──>  graph of opset 18
-graph, without its traces  ── file ──>  backbone.onnx: "images" float32 [n, C, H, W] -> "embeddings" float32 [n, D]
+backbone in eval mode       ── torch.export with a variable batch size ──>  graph of opset 18
+graph without stack traces  ── file ──>  backbone.onnx: "images" float32 [n, C, H, W] -> "embeddings" float32 [n, D]
 
-Weights beyond protobuf's 2 GB go into a second file beside it. The exporter notes at every node which line of which file on this
-machine it came from; that is taken out.
+Weights of more than 2 GB, the limit of protobuf, go into a second file beside it. The exporter adds the source file
+and line to every node; these are removed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from torch import Tensor, nn
 from partial_fc.training.errors import UserError
 
 OPSET = 18
-INPUT, OUTPUT = "images", "embeddings"
+INPUT = "images"
+OUTPUT = "embeddings"
 
 
 def write_onnx(backbone: nn.Module, image_shape: tuple[int, int, int], path: Path, name: str) -> None:
-    """Write `backbone`, which is in eval mode on the CPU, to `path`; UserError if ONNX cannot express it. `name` is for the message."""
+    """Write `backbone`, in eval mode on the CPU, to `path`.
+
+    Raises UserError if ONNX cannot express it; `name` is the name of the backbone for the message.
+    """
     from onnx import checker
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -34,7 +38,7 @@ def write_onnx(backbone: nn.Module, image_shape: tuple[int, int, int], path: Pat
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 backbone,
-                (torch.zeros(2, *image_shape),),  # two: torch.export takes a size of 1 for one that never changes
+                (torch.zeros(2, *image_shape),),  # not 1: torch.export would treat this size as constant
                 dynamo=True,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
@@ -48,37 +52,41 @@ def write_onnx(backbone: nn.Module, image_shape: tuple[int, int, int], path: Pat
             checker.check_model(path, full_check=True)
     except OSError:
         raise
-    except Exception as error:  # the exporter runs the backbone's own code, and wraps whatever comes out of it
+    except Exception as error:  # the exporter runs the backbone's code and wraps whatever that raises
         raise UserError(
             f"the backbone {name!r} cannot be expressed in ONNX (opset {OPSET}): {_cause(error)}"
         ) from error
 
 
 def run_onnx(path: Path, images: Tensor, sizes: tuple[int, ...], name: str) -> list[Tensor]:
-    """What onnxruntime makes of `images` `[sum(sizes), C, H, W]`, in batches of those sizes; UserError if it refuses one of them."""
+    """Return the embeddings of `images` `[sum(sizes), C, H, W]` by onnxruntime, in batches of these sizes.
+
+    Raises UserError if it cannot run one of them.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what goes wrong is raised; it need not be printed as well
+    options.log_severity_level = 4  # errors are raised, so they are not logged
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        takes = session.get_inputs()[0].shape[0]
-        if isinstance(takes, int):
+        batch_size = session.get_inputs()[0].shape[0]
+        if isinstance(batch_size, int):
             raise UserError(
-                f"the backbone {name!r} would be exported for batches of {takes} alone: its code fixes the number of images"
+                f"the backbone {name!r} can be exported only for batches of {batch_size}: "
+                "its code fixes the number of images"
             )
         return [torch.from_numpy(session.run([OUTPUT], {INPUT: part.numpy()})[0]) for part in images.split(list(sizes))]
     except UserError:
         raise
-    except Exception as error:  # onnxruntime's errors have no class in common
+    except Exception as error:  # the errors of onnxruntime have no common class
         raise UserError(
             f"onnxruntime cannot run the exported backbone {name!r} on batches of {sizes}: {_cause(error)}"
         ) from error
 
 
 def _cause(error: BaseException) -> str:
-    """The first line, cut to a readable length, of the error that the others were raised from."""
+    """Return the first line of the error that the others were raised from, shortened to 300 characters."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -88,8 +96,11 @@ def _cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's own chatter: what it logs of packages it does not find, its use of torch's deprecated names, and the
-    whole graph, which it prints when it fails; the reason is in the error."""
+    """Silence the exporter.
+
+    It logs missing optional packages, warns about its own use of deprecated names, and prints the whole graph on
+    failure; the reason is in the error.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

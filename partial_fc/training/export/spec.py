@@ -1,9 +1,9 @@
-"""What preprocessing.json says: the way from an image file to the input of an exported backbone, and what to do with its output.
+"""The content of preprocessing.json: from an image file to the input of an exported backbone, and from its output on.
 
-file ── decode ──> grey or RGB, 8 bits ── resize ──> [H, W, C] ── x / 127.5 - 1, transpose ──> images float32 [n, C, H, W] in [-1, 1]
-embeddings float32 [n, D] ── over their length ──> their dot products are cosines
+file ── decode ──> grey or RGB, 8 bits ── resize ──> [H, W, C] ── x / 127.5 - 1, transpose ──> float32 [n, C, H, W]
+embeddings float32 [n, D] ── divide by length ──> their dot products are cosines
 
-It describes what data.py and augment.to_float do; a test follows it with Pillow and numpy alone and compares.
+It describes what the data sets and `augment.to_float` do; a test follows it with only Pillow and numpy and compares.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ session = onnxruntime.InferenceSession(folder / "backbone.onnx", providers=["CPU
 
 def prepare(path):
     image = Image.open(path)
-    if image.mode.startswith("I"):  # 16 bits of grey: their high byte
+    if image.mode.startswith("I"):  # 16-bit grey: keep the high byte
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     image = image.convert(spec["pillow_mode"]).resize((spec["width"], spec["height"]), Image.Resampling.BILINEAR)
     pixels = np.asarray(image, dtype=np.float32).reshape(spec["height"], spec["width"], spec["channels"])
@@ -48,7 +48,7 @@ from partial_fc.training.export.export import load_exported_backbone
 
 backbone = load_exported_backbone("exported")
 with torch.no_grad():
-    embeddings = torch.nn.functional.normalize(backbone(images))  # images [n, C, H, W], prepared as the keys here say
+    embeddings = torch.nn.functional.normalize(backbone(images))  # images [n, C, H, W], prepared as described here
 """,
 }
 
@@ -56,21 +56,22 @@ with torch.no_grad():
 def describe(
     config: RunConfig, shape: tuple[int, int, int], identity: dict[str, Any], differences: dict[str, dict[int, float]]
 ) -> dict[str, Any]:
-    """preprocessing.json: everything between an image file and a comparison of embeddings, in the order in which it is done."""
+    """Return the content of preprocessing.json: the steps from an image file to the similarity of embeddings."""
     channels, height, width = shape
     grey = channels == 1
     return {
         "format": FORMAT,
         "architecture": config.backbone.name,
-        "decoding": "the first frame; EXIF's orientation is not applied; of 16 bits of grey, clipped to 0..65535, the high byte",
+        "decoding": "first frame; EXIF orientation is not applied; 16-bit grey: clip to 0..65535, keep the high byte",
         "channels": channels,
         "color_order": "grey" if grey else "RGB",
         "pillow_mode": "L" if grey else "RGB",
         "alpha": "dropped",
         "height": height,
         "width": width,
-        "resize": "to width x height, whatever the shape was, Pillow's Image.resize with BILINEAR (a triangle, widened where it shrinks)",
-        "crop": "none; cut and align images as those of the training were",
+        "resize": "to width x height, without keeping the aspect ratio: Pillow's Image.resize with BILINEAR "
+        "(a triangle filter, wider when shrinking)",
+        "crop": "none; crop and align images in the same way as the training images",
         "divide_by": 127.5,
         "then_subtract": 1.0,
         "value_range": [-1.0, 1.0],
@@ -82,7 +83,8 @@ def describe(
         "output": {"name": OUTPUT, "dtype": "float32", "shape": ["n", config.backbone.embedding_size]},
         "embedding_size": config.backbone.embedding_size,
         "output_is_normalised": False,
-        "normalise": "divide each embedding by its Euclidean length; two images are compared by the cosine, their dot product then",
+        "normalise": "divide each embedding by its Euclidean length; the similarity of two images is then their dot "
+        "product, the cosine",
         "opset": OPSET if "onnx" in differences else None,
         "largest_difference_from_torch": {
             each: {str(n): v for n, v in found.items()} for each, found in differences.items()

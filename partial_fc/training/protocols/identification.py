@@ -1,17 +1,18 @@
-"""Identification 1:N: which of the enrolled identities is it (closed set), and is it any of them (open set)?
+"""Identification 1:N: which enrolled identity does a probe show (closed set), and does it show any of them (open set)?
 
-    gallery [g, D], labels [g]     images of the enrolled identities; an identity's score is that of its best image
-    distractors [m, D]             enrolled too, each an identity of its own that no probe has: a million of them is MegaFace's test
-    probes [p, D], labels [p]      of an identity in the gallery (mated), or not
-      -> own [p]                   the probe's score with its own identity
-      -> better [p]                how many other identities, distractors among them, score as high or higher
-      -> top [p]                   the highest score of any other identity
-    rank-k                         share of mated probes with better < k                                    (closed set, the CMC curve)
-    DIR at FPIR f                  share of mated probes with better = 0 and own >= t; t is the lowest threshold at which at most the
-                                   share f of the probes that are not mated has a top >= t                  (open set)
+    gallery [g, D], labels [g]     images of the enrolled identities; the score of an identity is that of its best image
+    distractors [m, D]             enrolled too, each an identity of its own that no probe has; MegaFace has a million
+    probes [p, D], labels [p]      mated (their identity is in the gallery) or not
+      -> own [p]                   score with the probe's own identity
+      -> better [p]                number of other identities, including distractors, that score as high or higher
+      -> best_other [p]            highest score of any other identity
+    rank-k                         share of mated probes with better < k                       (closed set, CMC curve)
+    DIR at FPIR f                  share of mated probes with better = 0 and own >= t, the lowest threshold at which at
+                                   most the share f of the non-mated probes has best_other >= t  (open set)
 
-A tie (a difference of less than 1e-6) counts against the probe, so that embeddings that are all alike identify nobody. Blocks of probes are
-dealt to the ranks, the gallery is walked through in tiles: beside the embeddings, memory is a block by a tile, and three numbers a probe.
+A tie (a difference below 1e-6) counts against the probe, so that embeddings that are all equal identify nobody.
+Blocks of probes are assigned to the ranks, and the gallery is visited in tiles: beside the embeddings, memory is a
+block by a tile and three numbers per probe.
 DIR, FPIR: Grother and Ngan, NIST Interagency Report 8009. MegaFace: Kemelmacher-Shlizerman et al. 2016.
 """
 
@@ -29,50 +30,57 @@ from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tiling import (
     TIE,
     Reduce,
-    Together,
+    RowValues,
     check_labels,
     check_tile,
-    dealt,
-    groups,
+    identity_ranges,
+    rank_blocks,
     unit_rows,
 )
 
 RANKS = (1, 5, 10, 20)
 FPIRS = {"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3}
-CURVE = 100  # k up to which the CMC curve is given
+CURVE = 100  # the CMC curve is given for k up to this
 DIR_POINTS = 500
+BELOW_ALL = -2.0  # a threshold below every cosine
 
 
 class _Gallery:
-    """Unit rows sorted by identity; identities 0..I-1 are the labels in rising order, then each distractor."""
+    """All enrolled images, sorted by identity: the labels in rising order are 0..I-1, the distractors follow."""
 
     def __init__(self, gallery: Tensor, labels: Tensor, distractors: Tensor) -> None:
         order = labels.argsort(stable=True)
         self.names, counts = labels.unique(return_counts=True)
-        self.unit, self.distractors = gallery[order], distractors
-        self.sizes = torch.cat((counts, counts.new_ones(len(distractors))))
+        self.unit = gallery[order]
+        self.distractors = distractors
+        self.sizes = torch.cat((counts, counts.new_ones(len(distractors))))  # images of each identity
         self.starts = self.sizes.cumsum(0) - self.sizes
         self.identities = torch.arange(len(self.sizes)).repeat_interleave(self.sizes)
 
-    def rows(self, lo: int, hi: int) -> Tensor:
-        """Unit rows of images lo to hi, gallery and distractors being one list."""
+    def images(self, lo: int, hi: int) -> Tensor:
+        """Return the embeddings of the images lo to hi, where the distractors follow the gallery."""
         known = len(self.unit)
         if lo >= known:
             return self.distractors[lo - known : hi - known]
-        return self.unit[lo:hi] if hi <= known else torch.cat((self.unit[lo:], self.distractors[: hi - known]))
+        if hi <= known:
+            return self.unit[lo:hi]
+        return torch.cat((self.unit[lo:], self.distractors[: hi - known]))
 
     def scores(self, block: Tensor, lo: int, hi: int, tile: int) -> Tensor:
-        """The best cosine of the probes `block` `[b, D]` with each of the identities lo to hi: `[b, hi - lo]`."""
-        first, last = int(self.starts[lo]), int(self.starts[hi - 1] + self.sizes[hi - 1])
-        if last - first == hi - lo:
-            return cosine_tile(block, self.rows(first, last).to(block.device))
+        """Return the best cosine of the probes `block` `[b, D]` with each of the identities lo to hi, `[b, hi - lo]`.
+
+        `tile` images are compared at a time.
+        """
+        first = int(self.starts[lo])
+        last = int(self.starts[hi - 1] + self.sizes[hi - 1])
+        if last - first == hi - lo:  # one image per identity
+            return cosine_tile(block, self.images(first, last).to(block.device))
         best = block.new_full((len(block), hi - lo), -torch.inf)
         for start in range(first, last, tile):
             stop = min(start + tile, last)
+            cosines = cosine_tile(block, self.images(start, stop).to(block.device))
             identity = (self.identities[start:stop] - lo).to(block.device)
-            best.scatter_reduce_(
-                1, identity.expand(len(block), -1), cosine_tile(block, self.rows(start, stop).to(block.device)), "amax"
-            )
+            best.scatter_reduce_(1, identity.expand(len(block), -1), cosines, "amax")
         return best
 
 
@@ -93,84 +101,102 @@ def identify_embeddings(
     progress: bool = False,
     device: torch.device | None = None,
 ) -> Result:
-    """Figures of `probes` `[p, D]` searched in `gallery` `[g, D]` and `distractors` `[m, D]`, labels being integers.
+    """Search `probes` `[p, D]` in `gallery` `[g, D]` and `distractors` `[m, D]`; labels are integers.
 
-    distractor_labels: only to see that none of them is a probe's or the gallery's. `tile` probes and gallery images are compared at a time;
-    three calls of `reduce`, with one number a probe. Embeddings need not be normalised. device: where tiles are compared, if not where the
-    embeddings are.
+    distractor_labels: only used to check that no distractor is an identity of the probes or of the gallery.
+    device: where tiles are computed, by default the device of the embeddings.
 
-    Figures: "rank-k" for k in `ranks`, of mated probes; "dir@FPIR", None where that share of the other probes is less than one.
-    Raises UserError for shapes that do not match, embeddings that are not finite, no mated probe, or a distractor that is somebody.
+    `tile` probes and gallery images are compared at a time. Calls `reduce` three times, with one number per probe.
+    Embeddings need not be normalised.
+
+    Figures: "rank-k" for k in `ranks`, of the mated probes; "dir@FPIR", None where the FPIR is less than one non-mated
+    probe. Raises UserError for shapes that do not match, embeddings that are not finite, if no probe is mated, or if a
+    distractor has the label of a probe or of the gallery.
     """
     check_tile(tile)
-    wide, enrolled = gallery.shape[-1], len(gallery_labels.unique())
-    labels, wanted = (
-        check_labels(gallery_labels, len(gallery), "gallery"),
-        check_labels(probe_labels, len(probes), "probe"),
-    )
-    others = gallery[:0] if distractors is None else distractors
-    _check_distractors(others, distractor_labels, labels, wanted, name)
-    enrolment = _Gallery(
+    width = gallery.shape[-1]
+    identity_count = len(gallery_labels.unique())
+    gallery_labels = check_labels(gallery_labels, len(gallery), "gallery")
+    probe_labels = check_labels(probe_labels, len(probes), "probe")
+    if distractors is None:
+        distractors = gallery[:0]
+    _check_distractors(distractors, distractor_labels, gallery_labels, probe_labels, name)
+    enrolled = _Gallery(
         unit_rows(gallery, "gallery"),
-        labels.cpu(),
-        unit_rows(others, "distractor", wide) if len(others) else gallery[:0].float(),
+        gallery_labels.cpu(),
+        unit_rows(distractors, "distractor", width) if len(distractors) else gallery[:0].float(),
     )
-    unit, wanted = unit_rows(probes, "probe", wide), wanted.cpu()
-    own_identity = (
-        torch.searchsorted(enrolment.names, wanted).clamp_(max=enrolled - 1) if enrolled else torch.zeros_like(wanted)
-    )
-    mated = enrolment.names[own_identity] == wanted if enrolled else torch.zeros_like(wanted, dtype=torch.bool)
+    unit = unit_rows(probes, "probe", width)
+    probe_labels = probe_labels.cpu()
+    if identity_count:
+        own_identity = torch.searchsorted(enrolled.names, probe_labels).clamp_(max=identity_count - 1)
+        mated = enrolled.names[own_identity] == probe_labels
+    else:
+        own_identity = torch.zeros_like(probe_labels)
+        mated = torch.zeros_like(probe_labels, dtype=torch.bool)
     if not bool(mated.any()):
-        raise UserError(
-            f"{name}: no probe is of an identity in the gallery, so there is nothing to find; check the labels of both"
-        )
-    own, better, top = (Together(len(unit), dtype=kind) for kind in (torch.float32, torch.int64, torch.float32))
-    for rows in dealt(len(unit), tile, rank, world, "probes", progress):
-        own[rows], better[rows], top[rows] = _search(
-            unit[rows].to(device or unit.device), torch.where(mated[rows], own_identity[rows], -1), enrolment, tile
-        )
+        raise UserError(f"{name}: no probe is of an identity in the gallery; check the labels of both")
+
+    own = RowValues(len(unit), dtype=torch.float32)
+    better = RowValues(len(unit), dtype=torch.int64)
+    best_other = RowValues(len(unit), dtype=torch.float32)
+    for rows in rank_blocks(len(unit), tile, rank, world, "probes", progress):
+        block = unit[rows].to(device or unit.device)
+        identity = torch.where(mated[rows], own_identity[rows], -1)
+        own[rows], better[rows], best_other[rows] = _search(block, identity, enrolled, tile)
     return _figures(
-        name, mated, own.everyone(reduce), better.everyone(reduce), top.everyone(reduce), ranks, enrolled, len(others)
+        name,
+        mated,
+        own.sum_over_ranks(reduce),
+        better.sum_over_ranks(reduce),
+        best_other.sum_over_ranks(reduce),
+        ranks,
+        identity_count,
+        len(distractors),
     )
 
 
-def _check_distractors(others: Tensor, given: Tensor | None, labels: Tensor, wanted: Tensor, name: str) -> None:
-    if given is None:
+def _check_distractors(
+    distractors: Tensor, labels: Tensor | None, gallery_labels: Tensor, probe_labels: Tensor, name: str
+) -> None:
+    """Raise UserError for a distractor with the label of a probe or of the gallery."""
+    if labels is None:
         return
-    given = check_labels(given, len(others), "distractor")
-    for known, what in ((wanted, "probes"), (labels, "gallery")):
-        found = given[torch.isin(given, known.to(given.device))]
-        if len(found):
+    labels = check_labels(labels, len(distractors), "distractor")
+    for known, what in ((probe_labels, "probes"), (gallery_labels, "gallery")):
+        shared = labels[torch.isin(labels, known.to(labels.device))]
+        if len(shared):
             raise UserError(
-                f"{name}: the distractors have the label {int(found[0])}, which is among the {what}; they must be of nobody else"
+                f"{name}: the distractors have the label {int(shared[0])}, which is among the {what}; "
+                "give distractors of other identities"
             )
 
 
-def _search(block: Tensor, identity: Tensor, enrolment: _Gallery, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(own score, how many others score as high, highest score of others) of the probes `block` `[b, D]`, on the CPU, `[b]` each.
+def _search(block: Tensor, identity: Tensor, enrolled: _Gallery, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (own, better, best_other) of the probes `block` `[b, D]` (see the module's docstring), `[b]` each.
 
-    identity: the probes' own, -1 for none, whose own score is 0.
+    identity: the probes' own identities `[b]`, -1 for probes that are not mated; the own score of these is 0.
     """
-    own = _own_scores(block, identity, enrolment, tile)
+    own = _own_scores(block, identity, enrolled, tile)
     better = torch.zeros(len(block), dtype=torch.int64, device=block.device)
-    top = block.new_full((len(block),), -1.0)  # no cosine is lower
-    mine = identity.to(block.device)
-    for lo, hi in groups(enrolment.sizes, tile):
-        scores = enrolment.scores(block, lo, hi, tile)
-        here = ((mine >= lo) & (mine < hi)).nonzero().flatten()
-        scores[here, mine[here] - lo] = -torch.inf
+    best_other = block.new_full((len(block),), -1.0)  # the lowest cosine
+    identity = identity.to(block.device)
+    for lo, hi in identity_ranges(enrolled.sizes, tile):
+        scores = enrolled.scores(block, lo, hi, tile)
+        own_in_range = ((identity >= lo) & (identity < hi)).nonzero().flatten()
+        scores[own_in_range, identity[own_in_range] - lo] = -torch.inf
         better += (scores >= own[:, None] - TIE).sum(1)
-        top = torch.maximum(top, scores.amax(1))
-    return own.cpu(), better.cpu(), top.cpu()
+        best_other = torch.maximum(best_other, scores.amax(1))
+    return own.cpu(), better.cpu(), best_other.cpu()
 
 
-def _own_scores(block: Tensor, identity: Tensor, enrolment: _Gallery, tile: int) -> Tensor:
-    """The best cosine of each probe with an image of its own identity, `[b]`; 0 where there is none."""
+def _own_scores(block: Tensor, identity: Tensor, enrolled: _Gallery, tile: int) -> Tensor:
+    """Return the best cosine of each probe with an image of its own identity, `[b]`; 0 for non-mated probes."""
     own = block.new_zeros(len(block))
-    known = (identity >= 0).nonzero().flatten()
-    for wanted in identity[known].unique().tolist():
-        probes = known[identity[known] == wanted].to(block.device)
-        own[probes] = enrolment.scores(block[probes], wanted, wanted + 1, tile)[:, 0]
+    mated = (identity >= 0).nonzero().flatten()
+    for wanted in identity[mated].unique().tolist():
+        probes = mated[identity[mated] == wanted].to(block.device)
+        own[probes] = enrolled.scores(block[probes], wanted, wanted + 1, tile)[:, 0]
     return own
 
 
@@ -179,49 +205,51 @@ def _figures(
     mated: Tensor,
     own: Tensor,
     better: Tensor,
-    top: Tensor,
+    best_other: Tensor,
     ranks: Sequence[int],
-    enrolled: int,
-    distractors: int,
+    identity_count: int,
+    distractor_count: int,
 ) -> Result:
-    found, first = better[mated], (better[mated] == 0)
-    strangers = torch.where(mated, torch.nan, top)[~mated].sort(descending=True).values
-    figures: dict[str, float | None] = {f"rank-{k}": float((found < k).double().mean()) for k in ranks}
+    """Return the figures from the values of all probes `[p]`."""
+    own = own[mated]
+    better = better[mated]
+    first = better == 0
+    nonmated_scores = best_other[~mated].sort(descending=True).values  # of the probes that are not mated
+    figures: dict[str, float | None] = {f"rank-{k}": float((better < k).double().mean()) for k in ranks}
     thresholds: dict[str, float | None] = {}
-    curves = {
-        "cmc": [
-            (float(k), float((found < k).double().mean())) for k in range(1, min(CURVE, enrolled + distractors) + 1)
-        ]
-    }
-    if len(strangers):
-        curves["dir"] = _open_set_curve(strangers, own[mated][first].double(), len(found))
+    highest_k = min(CURVE, identity_count + distractor_count)
+    curves = {"cmc": [(float(k), float((better < k).double().mean())) for k in range(1, highest_k + 1)]}
+    if len(nonmated_scores):
+        curves["dir"] = _open_set_curve(nonmated_scores, own[first].double(), len(better))
     for key, fpir in FPIRS.items():
-        allowed = int(fpir * len(strangers) + 1e-6)
+        allowed = int(fpir * len(nonmated_scores) + 1e-6)
         figures[f"dir@{key}"] = thresholds[f"dir@{key}"] = None
         if allowed:
-            # strictly above the highest score that must not pass: at a tie with it none passes
-            barred = strangers[allowed] if allowed < len(strangers) else torch.tensor(-2.0)
-            figures[f"dir@{key}"] = float((first & (own[mated] > barred)).double().mean())
-            thresholds[f"dir@{key}"] = float(torch.nextafter(barred, torch.tensor(2.0)))
+            # the highest score that must be rejected; probes with an equal score are rejected too
+            rejected = nonmated_scores[allowed] if allowed < len(nonmated_scores) else torch.tensor(BELOW_ALL)
+            figures[f"dir@{key}"] = float((first & (own > rejected)).double().mean())
+            thresholds[f"dir@{key}"] = float(torch.nextafter(rejected, torch.tensor(2.0)))
     counts = {
-        "mated probes": len(found),
-        "other probes": len(strangers),
-        "identities": enrolled,
-        "distractors": distractors,
+        "mated probes": len(better),
+        "other probes": len(nonmated_scores),
+        "identities": identity_count,
+        "distractors": distractor_count,
     }
     return Result("identification", name, counts, figures, thresholds, curves=curves)
 
 
-def _open_set_curve(strangers: Tensor, own: Tensor, mated: int) -> list[tuple[float, float]]:
-    """Points (FPIR, DIR) of rising FPIR > 0, at most `DIR_POINTS`, evenly thinned in log FPIR; the last accepts everything.
+def _open_set_curve(nonmated_scores: Tensor, own: Tensor, mated_count: int) -> list[tuple[float, float]]:
+    """Return at most `DIR_POINTS` points (FPIR, DIR), FPIR > 0 rising, evenly spaced in log FPIR; the last accepts all.
 
-    strangers: the highest scores of the other probes, falling; own: those of the mated probes that come first.
+    nonmated_scores: the highest score of each probe that is not mated, in falling order.
+    own: the own scores of the mated probes with better = 0.
     """
-    scores, count = strangers.double(), len(strangers)
-    allowed = (
-        torch.logspace(0, math.log10(count), DIR_POINTS, dtype=torch.float64).round().long().clamp_(1, count).unique()
-    )
-    barred = torch.cat((scores, scores.new_tensor([-2.0])))[allowed]  # as of the figures: only what is above it passes
-    passed = torch.searchsorted(-scores, -barred)  # how many of the strangers are above it
-    hits = len(own) - torch.searchsorted(own.sort().values, barred, right=True)
-    return [(p / count, h / mated) for p, h in dict(zip(passed.tolist(), hits.tolist(), strict=True)).items() if p]
+    scores = nonmated_scores.double()
+    count = len(scores)
+    allowed = torch.logspace(0, math.log10(count), DIR_POINTS, dtype=torch.float64).round().long()
+    allowed = allowed.clamp_(1, count).unique()
+    rejected = torch.cat((scores, scores.new_tensor([BELOW_ALL])))[allowed]  # as in `_figures`
+    false_positives = torch.searchsorted(-scores, -rejected)  # number of non-mated scores above `rejected`
+    hits = len(own) - torch.searchsorted(own.sort().values, rejected, right=True)
+    hits_at = dict(zip(false_positives.tolist(), hits.tolist(), strict=True))  # equal FPIRs become one point
+    return [(positives / count, hit / mated_count) for positives, hit in hits_at.items() if positives]

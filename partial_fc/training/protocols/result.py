@@ -1,12 +1,13 @@
-"""What a protocol found, in one form for all of them: the terminal, metrics.json, the report and the history of a run.
+"""The figures of a protocol in one form, for the terminal, metrics.json, the report and the history of a run.
 
-counts       "pairs", "probes", ...: integers, what the figures are of
-figures      "accuracy", "tar@1e-3", "rank-1", "mAP", ...: shares in [0, 1]; None where the data do not allow the figure
-thresholds   the cosines that figures at an operating point were taken at, under the figure's name
-notes        sentences: what was left out, and why
-curves       points (x, y) to draw: "roc" FAR and TAR, "dir" FPIR and DIR, "cmc" k and CMC
-histograms   "genuine" and "impostor" pairs in `evaluation.CURVE_BINS` equal bins of the cosine over [-1, 1]
-hardest      "genuine" pairs of the lowest and "impostor" pairs of the highest cosine, the hardest first: (cosine, position, position)
+counts       "pairs", "probes", ...: integers, the size of the data that the figures are of
+figures      "accuracy", "tar@1e-3", "rank-1", "mAP", ...: shares in [0, 1]; None where there are too few data
+thresholds   the cosine at which a figure was measured, by the name of the figure
+notes        sentences on what was skipped, and why
+curves       points (x, y) for plots: "roc" FAR and TAR, "dir" FPIR and DIR, "cmc" k and CMC
+histograms   counts of "genuine" and "impostor" pairs in `evaluation.CURVE_BINS` equal bins of the cosine over [-1, 1]
+hardest      "genuine" pairs of the lowest and "impostor" pairs of the highest cosine, hardest first:
+             (cosine, image index, image index)
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from partial_fc.training.evaluation import percent
 
 @dataclass
 class Result:
-    """The figures of one protocol on one data set; see the module's docstring."""
+    """The figures of one protocol on one data set; the module's docstring explains the fields."""
 
     protocol: str
     """"verification", "templates", "identification" or "retrieval"."""
     name: str
-    """Of the data set."""
+    """Name of the data set."""
     counts: dict[str, int]
     figures: dict[str, float | None]
     thresholds: dict[str, float | None] = field(default_factory=dict)
@@ -34,28 +35,30 @@ class Result:
     hardest: dict[str, list[tuple[float, int, int]]] = field(default_factory=dict)
 
     def to_dict(self, *, curves: bool = True) -> dict[str, Any]:
-        """The fields as JSON-ready values, but for `hardest`; without `curves` and `histograms` unless `curves`."""
-        fields = asdict(self) | {
-            "curves": {name: [list(point) for point in points] for name, points in self.curves.items()}
-        }
-        left_out = ("hardest",) if curves else ("hardest", "curves", "histograms")
-        return {key: value for key, value in fields.items() if key not in left_out}
+        """Return the fields except `hardest` as JSON-ready values; `curves=False` omits `curves` and `histograms`."""
+        fields = asdict(self)
+        fields["curves"] = {name: [list(point) for point in points] for name, points in self.curves.items()}
+        omitted = ("hardest",) if curves else ("hardest", "curves", "histograms")
+        return {key: value for key, value in fields.items() if key not in omitted}
 
     def metrics(self) -> dict[str, float]:
-        """The figures that there are, as "name/figure"."""
+        """Return the figures that are not None, keyed by "name/figure"."""
         return {f"{self.name}/{key}": value for key, value in self.figures.items() if value is not None}
 
     def summary(self) -> str:
-        """A text table for the terminal; "—" where a figure is None."""
-        head = f"{self.name} ({self.protocol}): " + ", ".join(
-            f"{count:,} {what}" for what, count in self.counts.items()
-        )
-        rows = []
+        """Return a text table for the terminal, with "—" for figures that are None."""
+        counts = ", ".join(f"{count:,} {what}" for what, count in self.counts.items())
+        lines = [f"{self.name} ({self.protocol}): {counts}"]
         for key, value in self.figures.items():
             if key.endswith("_std"):
                 continue
-            text, deviation, threshold = percent(value), self.figures.get(f"{key}_std"), self.thresholds.get(key)
-            text += "" if deviation is None else f" ± {100 * deviation:.2f}"
-            text += "" if threshold is None else f"   at cosine {threshold:.4f}"
-            rows.append(f"  {key:<20}{text}")
-        return "\n".join([head, *rows, *(f"  {note}" for note in self.notes)])
+            text = percent(value)
+            deviation = self.figures.get(f"{key}_std")
+            if deviation is not None:
+                text += f" ± {100 * deviation:.2f}"
+            threshold = self.thresholds.get(key)
+            if threshold is not None:
+                text += f"   at cosine {threshold:.4f}"
+            lines.append(f"  {key:<20}{text}")
+        lines += [f"  {note}" for note in self.notes]
+        return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""A protocol on files, ready to be run again and again: read once, with everything that can be wrong with the files found then.
+"""A protocol on one data set, ready to be measured repeatedly: at the end of a run, during it, and by the commands.
 
-    files          ── open ──>     Task: its images, its labels, the names of its figures
-    backbone       ── embed ──>    embeddings of the images, on every rank
-    embeddings     ── measure ──>  Result
+    files          ── task_files.py ──>  Task: its images and labels, the names of its figures
+    backbone       ── embed ──>          embeddings of the images, on every rank
+    embeddings     ── measure ──>        Result
 
-`open_tasks` makes those that a run's settings name; the commands make one each.
+The files are read once, when the task is opened; everything that can be wrong with them is reported then.
 """
 
 from __future__ import annotations
@@ -12,40 +12,39 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from partial_fc.training.data import IdentityDataset, open_data
-from partial_fc.training.data.packed import is_packed
+from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import UserError
 from partial_fc.training.protocols import identification, retrieval, templates, verification_bin
-from partial_fc.training.protocols.images import AlignedImages, Labelled, ListedImages, labelled_images, numbers_of
+from partial_fc.training.protocols.images import Labelled, ListedImages, numbers_of
 from partial_fc.training.protocols.result import Result
 
-if TYPE_CHECKING:
-    from partial_fc.training.config import EvaluationConfig, RunConfig
-
 Embed = Callable[[IdentityDataset, str, bool], tuple[Tensor, Tensor]]
-"""(data set, what to call it, whether to add mirrored images) -> (embeddings [m, D], positions in the data set [m])."""
-Shape = tuple[int, int, int]
+"""(data set, its name, add mirrored images or not) -> (embeddings [m, D], indices [m] of their images in the data set).
+
+m is less than the size of the data set if some images cannot be read."""
 
 
 class Task(ABC):
-    """One protocol on one data set, under `name`."""
+    """One protocol on one data set, called `name`."""
 
     name: str
     flip: bool = False
 
     @abstractmethod
     def figures(self) -> list[str]:
-        """The names of the figures that it can have."""
+        """Return the names of all figures that a measurement can give."""
 
     @abstractmethod
     def measure(self, embed: Embed, **how: Any) -> Result:
-        """Embed and measure; `how`: rank, world, reduce, tile, progress, device of the functions. Every rank must call it."""
+        """Embed the images and measure; every rank must call it.
+
+        how: `rank`, `world`, `reduce`, `tile`, `progress` and `device` of the protocol's function.
+        """
 
 
 @dataclass
@@ -60,14 +59,13 @@ class Verification(Task):
         return ["accuracy", *(f"tar@{far}" for far in verification_bin.FARS), "eer"]
 
     def measure(self, embed: Embed, **how: Any) -> Result:
-        found, positions = embed(self.images, self.name, self.flip)
+        found, indices = embed(self.images, self.name, self.flip)
         readable = torch.zeros(len(self.images), dtype=torch.bool)
-        readable[positions] = True
+        readable[indices] = True
         embeddings = found.new_zeros(len(self.images), found.shape[1])
-        embeddings[positions] = found
-        how = _without_tiles(how)
+        embeddings[indices] = found
         return verification_bin.verify_embeddings(
-            embeddings, self.images.same, name=self.name, readable=readable, **how
+            embeddings, self.images.same, name=self.name, readable=readable, **_ranks_only(how)
         )
 
 
@@ -77,8 +75,8 @@ class TemplatePairs(Task):
 
     name: str
     images: ListedImages
-    lines: Tensor
-    """Which image each line of the templates is of."""
+    image_of: Tensor
+    """Index of the image of each entry of `listed`, `[n]`."""
     listed: templates.Templates
     pairs: Tensor
     same: Tensor
@@ -91,27 +89,29 @@ class TemplatePairs(Task):
         return [*(f"tar@{far}" for far in templates.FARS), "eer"]
 
     def measure(self, embed: Embed, **how: Any) -> Result:
-        found, positions = embed(self.images, self.name, self.flip)
-        if not len(found):
+        embeddings, indices = embed(self.images, self.name, self.flip)
+        if not len(embeddings):
             raise UserError(f"{self.name}: no image of the templates can be read; check the folder of images")
-        row = torch.full((len(self.images),), -1)
-        row[positions] = torch.arange(len(positions))
-        kept = (row[self.lines] >= 0).nonzero().flatten()
+        row_of = torch.full((len(self.images),), -1)  # image -> row of embeddings, -1 if it cannot be read
+        row_of[indices] = torch.arange(len(indices))
+        rows = row_of[self.image_of]
+        kept = (rows >= 0).nonzero().flatten()
         ids, pooled = templates.pool_templates(
-            found[row[self.lines[kept]]],
+            embeddings[rows[kept]],
             self.listed.templates[kept],
             self.listed.media[kept],
             weights=None if self.weights is None else self.weights[kept],
             normalize_images=self.normalize_images,
         )
-        how = _without_tiles(how)
-        result, self.scores = templates.score_templates(ids, pooled, self.pairs, self.same, name=self.name, **how)
+        result, self.scores = templates.score_templates(
+            ids, pooled, self.pairs, self.same, name=self.name, **_ranks_only(how)
+        )
         return result
 
 
 @dataclass
 class Identification(Task):
-    """`identify_embeddings` on two or three folders."""
+    """`identify_embeddings` on a gallery, probes and, optionally, distractors."""
 
     name: str
     gallery: Labelled
@@ -123,21 +123,28 @@ class Identification(Task):
         return [*(f"rank-{k}" for k in identification.RANKS), *(f"dir@{fpir}" for fpir in identification.FPIRS)]
 
     def measure(self, embed: Embed, **how: Any) -> Result:
-        sets = [self.gallery, self.probes, *([] if self.distractors is None else [self.distractors])]
-        labels = numbers_of(*(each.names for each in sets))
-        parts = []
-        for each, numbers, what in zip(sets, labels, ("gallery", "probes", "distractors"), strict=False):
-            embeddings, positions = embed(each.images, f"{self.name} {what}", self.flip)
-            parts.append((embeddings, numbers[positions]))
-        others = (None, None) if self.distractors is None else parts[2]
+        sets = {"gallery": self.gallery, "probes": self.probes}
+        if self.distractors is not None:
+            sets["distractors"] = self.distractors
+        labels = numbers_of(*(each.names for each in sets.values()))
+        embedded: dict[str, tuple[Tensor, Tensor]] = {}
+        for (what, each), numbers in zip(sets.items(), labels, strict=True):
+            embeddings, indices = embed(each.images, f"{self.name} {what}", self.flip)
+            embedded[what] = (embeddings, numbers[indices])
+        distractors, distractor_labels = embedded.get("distractors", (None, None))
         return identification.identify_embeddings(
-            *parts[0], *parts[1], name=self.name, distractors=others[0], distractor_labels=others[1], **how
+            *embedded["gallery"],
+            *embedded["probes"],
+            name=self.name,
+            distractors=distractors,
+            distractor_labels=distractor_labels,
+            **how,
         )
 
 
 @dataclass
 class Retrieval(Task):
-    """`retrieve_embeddings` on two folders, or on one, each image being searched in the others."""
+    """`retrieve_embeddings` on queries and a gallery, or on one set whose images are searched in the others."""
 
     name: str
     queries: Labelled
@@ -150,169 +157,42 @@ class Retrieval(Task):
 
     def measure(self, embed: Embed, **how: Any) -> Result:
         sets = [self.queries] if self.gallery is None else [self.queries, self.gallery]
-        # an identity "-1" is junk by Market-1501's convention, whatever number the others get
+        names = ("queries", "gallery")[: len(sets)]
         labels = [
-            _junk_below_zero(numbers, each.names)
-            for numbers, each in zip(numbers_of(*(s.names for s in sets)), sets, strict=True)
+            _negative_if_junk(numbers, each.names)
+            for numbers, each in zip(numbers_of(*(each.names for each in sets)), sets, strict=True)
         ]
         cameras = None if self.queries.cameras is None else numbers_of(*(each.cameras or [] for each in sets))
-        found = [
-            embed(each.images, f"{self.name} {what}", self.flip)
-            for each, what in zip(sets, ("queries", "gallery"), strict=False)
-        ]
-        (queries, at), (gallery, there) = found[0], found[-1] if self.gallery else (None, None)
+
+        def embedded(i: int) -> tuple[Tensor, Tensor, Tensor | None]:
+            """Return embeddings, labels and cameras of the readable images of a set."""
+            embeddings, indices = embed(sets[i].images, f"{self.name} {names[i]}", self.flip)
+            return embeddings, labels[i][indices], None if cameras is None else cameras[i][indices]
+
+        queries, query_labels, query_cameras = embedded(0)
+        gallery, gallery_labels, gallery_cameras = (None, None, None) if self.gallery is None else embedded(1)
         return retrieval.retrieve_embeddings(
             queries,
-            labels[0][at],
+            query_labels,
             gallery,
-            None if there is None else labels[1][there],
+            gallery_labels,
             name=self.name,
-            query_cameras=None if cameras is None else cameras[0][at],
-            gallery_cameras=None if cameras is None or there is None else cameras[1][there],
+            query_cameras=query_cameras,
+            gallery_cameras=gallery_cameras,
             **how,
         )
 
 
-def _without_tiles(how: dict[str, Any]) -> dict[str, Any]:
-    """What listed pairs take of how the work is shared: their blocks are no tiles."""
-    return {key: value for key, value in how.items() if key in ("rank", "world", "reduce")}
-
-
-def _junk_below_zero(numbers: Tensor, names: list[str]) -> Tensor:
-    return torch.where(torch.tensor([name == "-1" for name in names]), -1, numbers)
-
-
-# ---------------------------------------------------------------------------------------------------- from files
-
-
-def open_verification(path: str | Path, shape: Shape, flip: bool = True) -> Verification:
-    """UserError as `read_pair_images`."""
-    return Verification(Path(path).stem, verification_bin.read_pair_images(path, shape), flip)
-
-
-def open_templates(
-    name: str,
-    shape: Shape,
-    *,
-    images: str | Path,
-    listed: str | Path,
-    pairs: str | Path,
-    detector_scores: str | Path | None = None,
-    points: str | Path | None = None,
-    normalize_images: bool = False,
-    flip: bool = True,
-) -> TemplatePairs:
-    """detector_scores, points: files of `read_detector_scores` and `read_points`; with points, faces are aligned by them.
-
-    UserError for lists that cannot be read, or that name a template without images.
-    """
-    lines = templates.read_templates(listed)
-    which, same = templates.read_pairs(pairs, lines.templates)
-    if len(same.unique()) < 2:
-        raise UserError(f"{pairs} has no pair of label {0 if bool(same[0]) else 1}, so there is nothing to tell apart")
-    (numbers,) = numbers_of(lines.names)
-    names = list(dict.fromkeys(lines.names))
-    weights = None if detector_scores is None else templates.read_detector_scores(detector_scores, lines.names)
-    if not Path(images).is_dir():
-        raise UserError(f"the image folder {images} does not exist")
-    if points is None:
-        dataset = ListedImages(images, names, torch.arange(len(names)), names, shape)
-    else:
-        dataset = AlignedImages(images, names, templates.read_points(points, names), shape)
-    return TemplatePairs(name, dataset, numbers, lines, which, same, weights, normalize_images, flip)
-
-
-def open_identification(
-    name: str,
-    shape: Shape,
-    gallery: str | Path,
-    probes: str | Path,
-    distractors: str | Path | None = None,
-    flip: bool = False,
-) -> Identification:
-    """UserError for folders that have no images, or a distractor's identity that is in the others."""
-    one, two = labelled_images(gallery, shape), labelled_images(probes, shape)
-    three = None if distractors is None else labelled_images(distractors, shape)
-    for other, what in ((two, "probes"), (one, "gallery")):
-        both = sorted(set(three.names) & set(other.names)) if three else []
-        if both:
-            raise UserError(
-                f"the distractors in {distractors} have the identity {both[0]!r}, which is among the {what}; remove it"
-            )
-    if not set(one.names) & set(two.names):
-        raise UserError(
-            f"no identity of the probes in {probes} is in the gallery {gallery}; their folders must have the same names"
-        )
-    return Identification(name, one, two, three, flip)
-
-
-def open_retrieval(
-    name: str,
-    shape: Shape,
-    query: str | Path,
-    gallery: str | Path | None = None,
-    label: str | None = None,
-    camera: str | None = None,
-    flip: bool = False,
-) -> Retrieval:
-    """UserError for folders that have no images, or patterns that do not match."""
-    one = labelled_images(query, shape, label=label, camera=camera)
-    two = None if gallery is None else labelled_images(gallery, shape, label=label, camera=camera)
-    return Retrieval(name, one, two, flip)
-
-
-def image_shape(config: RunConfig) -> Shape:
-    """(C, H, W) of the run's images, also where those of a folder are gone by now."""
-    if config.data.folder is None or is_packed(config.data.folder):
-        return open_data(config.data, config.seed).train.image_shape
-    size = config.data.image_size or 112
-    return (config.data.channels or 3, size, size)
-
-
 def first_twice(names: Sequence[str]) -> str | None:
-    """The first name that is there a second time: figures go by names."""
+    """Return the first name that occurs twice, or None. Figures are stored by name, so names must be unique."""
     return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
-def open_tasks(config: EvaluationConfig, shape: Shape) -> list[Task]:
-    """The protocols that a run's settings name, in the order of the fields. UserError for what cannot be had."""
-    tasks: list[Task] = [open_verification(path, shape, config.flip) for path in config.verification]
-    if config.templates is not None:
-        root = Path(config.templates)
-        files = [_only(root, pattern) for pattern in ("*face_tid_mid.txt", "*template_pair_label.txt")]
-        detected = next(iter(sorted(root.rglob("*name_5pts_score.txt"))), None)
-        images = root / "loose_crop" if (root / "loose_crop").is_dir() else root / "images"
-        tasks.append(
-            open_templates(
-                root.name,
-                shape,
-                images=images,
-                listed=files[0],
-                pairs=files[1],
-                detector_scores=detected,
-                points=detected if config.align else None,
-                flip=config.flip,
-            )
-        )
-    if config.identification is not None:
-        root = Path(config.identification)
-        others = root / "distractors"
-        tasks.append(
-            open_identification(
-                root.name, shape, root / "gallery", root / "probes", others if others.is_dir() else None
-            )
-        )
-    if config.retrieval is not None:
-        root = Path(config.retrieval)
-        gallery = root / "bounding_box_test" if (root / "bounding_box_test").is_dir() else root / "gallery"
-        tasks.append(
-            open_retrieval(root.name, shape, root / "query", gallery, config.label_pattern, config.camera_pattern)
-        )
-    return tasks
+def _ranks_only(how: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that functions on listed pairs take: these have no tiles."""
+    return {key: value for key, value in how.items() if key in ("rank", "world", "reduce")}
 
 
-def _only(root: Path, pattern: str) -> Path:
-    found = sorted(root.rglob(pattern))
-    if len(found) != 1:
-        raise UserError(f"{root} has {len(found)} files {pattern}; give a folder with one of them (docs/protocols.md)")
-    return found[0]
+def _negative_if_junk(numbers: Tensor, names: list[str]) -> Tensor:
+    """Return `numbers` with -1 for the identity "-1", which is junk in Market-1501."""
+    return torch.where(torch.tensor([name == "-1" for name in names]), -1, numbers)

@@ -1,16 +1,18 @@
-"""What to look at after a run: the hardest pairs of each evaluation set and the classes that are nearest to each other, as pictures.
+"""Pictures to look at after a run: the hardest pairs of each evaluation set, and the nearest classes.
 
-    embeddings [n, D] of a set, on every rank ── tiles of all pairs, dealt to the ranks ──>  the lowest cosine of each identity (genuine)
-      and the highest of each two (impostor), the `KEPT` hardest of them ── of all ranks the `SHOWN` hardest ──>  pictures
-    head rows ── nearest_classes ──>  the `SHOWN` nearest two classes ──>  a training image of each
+    embeddings [n, D] of a set, on every rank
+      ── tiles of all pairs, assigned round-robin to the ranks ──>
+         genuine pairs: the lowest cosine of each identity; impostor pairs: the highest cosine of each two identities
+      ── the `KEPT` hardest of each rank, of these the `SHOWN` hardest ──>  pictures
+    class rows ── nearest_classes ──>  the `SHOWN` nearest pairs of classes ──>  a training image of each class
 
-Both go to `pictures.json` in the run folder, images as PNG data URIs, for report.html. Memory: one tile of cosines, and what is kept.
-Nearest classes cost C · C · D products and are left out beyond `MOST_CLASSES`; `partial-fc audit` looks for them at any size.
+Both are written to `pictures.json` in the run folder, with images as PNG data URIs, for report.html. Memory: one tile
+of cosines and the pairs kept. Nearest classes need C · C · D products and are skipped beyond `MOST_CLASSES`;
+`partial-fc audit` finds them at any size.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -28,27 +30,28 @@ from torch.nn import functional as F
 
 from partial_fc import PartialFC
 from partial_fc.training.data import IdentityDataset, UnreadableImage
+from partial_fc.training.report.page import png_uri
 
 PICTURES = "pictures.json"
-KEPT, SHOWN = 256, 12
+KEPT = 256  # pairs of each kind that a rank keeps
+SHOWN = 12
 MOST_CLASSES = 100_000
 SIDE = 112  # pixels of a shown picture, at most
 Pair = tuple[float, int, int]
-"""(cosine, one, other): positions of two images or numbers of two classes, one < other."""
+"""(cosine, one, other): indices of two images or ids of two classes, one < other."""
 
 
 def hardest_pairs(
     embeddings: Tensor, labels: Tensor, *, tile: int = 2048, rank: int = 0, world: int = 1, kept: int = KEPT
 ) -> tuple[list[Pair], list[Pair]]:
-    """(genuine pairs of the lowest, impostor pairs of the highest cosine), the hardest first, of this rank's share of all pairs i < j.
+    """Return (genuine, impostor): the hardest pairs of this rank's share of all pairs i < j, hardest first.
 
-    embeddings `[n, D]`, labels `[n]`. Of the pairs of one identity, and of those of the same two identities, the hardest alone: two people
-    that are one would otherwise fill the list. The tiles of the upper triangle are dealt round-robin, as for the histograms. At most `kept`
-    of each.
+    embeddings: `[n, D]`; labels: `[n]`. At most `kept` of each kind. Only the hardest pair of each identity, and of
+    each two identities, is returned: an identity that is stored twice would fill the list otherwise. The tiles of the
+    upper triangle are assigned round-robin, as for the histograms.
     """
-    order = labels.argsort(
-        stable=True
-    )  # an identity's images together: a tile has few identities, and those of its rows come first
+    # Sorted by identity, a tile has few identities, and the identity of a row is never after that of its column.
+    order = labels.argsort(stable=True)
     identity = labels[order].unique_consecutive(return_inverse=True)[1]
     unit = F.normalize(embeddings.float(), dim=1)[order]
     starts = range(0, len(unit), tile)
@@ -64,19 +67,20 @@ def hardest_pairs(
 
 
 def _hardest(hardness: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor, kept: int) -> Tensor:
-    """Of the `wanted` pairs of a tile, the hardest of each two identities, for the `kept` hardest two: float64 [3, at least as many].
+    """Return the hardest of the `wanted` pairs of a tile for each two identities, for the `kept` hardest of these.
 
-    rows, columns: the identities, in rising order. A column of the answer is (hardness, row, column); of equals it has all.
+    rows, columns: the identities of the tile's rows and columns, in rising order. The result is float64 `[3, pairs]`
+    with columns (hardness, row, column); it has all pairs of equal hardness, so there may be more than `kept`.
     """
-    (row_names, row), (column_names, column) = (
-        each.unique_consecutive(return_inverse=True) for each in (rows, columns)
-    )
+    row_identities, row = rows.unique_consecutive(return_inverse=True)
+    column_identities, column = columns.unique_consecutive(return_inverse=True)
     hardness = hardness.masked_fill(~wanted, -torch.inf)
-    best = hardness.new_full((len(row_names), len(columns)), -torch.inf)
-    best.scatter_reduce_(0, row[:, None].expand_as(hardness), hardness, "amax")
-    best = best.new_full((len(row_names), len(column_names)), -torch.inf).scatter_reduce_(
-        1, column.expand_as(best), best, "amax"
-    )
+    # the maximum over the images of each two identities: first over rows, then over columns
+    over_rows = hardness.new_full((len(row_identities), len(columns)), -torch.inf)
+    over_rows.scatter_reduce_(0, row[:, None].expand_as(hardness), hardness, "amax")
+    best = hardness.new_full((len(row_identities), len(column_identities)), -torch.inf)
+    best.scatter_reduce_(1, column.expand_as(over_rows), over_rows, "amax")
+    # the pairs that reach the maximum of one of the `kept` hardest two identities
     values, places = best.flatten().topk(min(kept, best.numel()))
     sought = torch.full_like(best, torch.inf)
     sought.view(-1)[places] = torch.where(values > -torch.inf, values, torch.inf)
@@ -85,7 +89,7 @@ def _hardest(hardness: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor, ke
 
 
 def _merged(before: Tensor, tile: Tensor, i: int, j: int, identity: Tensor, kept: int) -> Tensor:
-    """The `kept` hardest of those before and of a tile whose corner is (i, j), of each two identities one: float64 [3, at most kept]."""
+    """Merge pairs with those of the tile at row i, column j; keep one per two identities, at most `kept`."""
     both = torch.cat((before, tile + torch.tensor([[0], [i], [j]], dtype=torch.float64)), dim=1)
     both = both[:, both[0].argsort(descending=True, stable=True)]
     one, other = identity.cpu()[both[1:].long()]  # numbered from 0 in rising order
@@ -94,11 +98,12 @@ def _merged(before: Tensor, tile: Tensor, i: int, j: int, identity: Tensor, kept
 
 
 def _listed(found: Tensor, order: Tensor) -> list[Pair]:
+    """Return the columns of `found` `[3, pairs]` as pairs, with the original indices of the images."""
     return [(value, *sorted(order[[int(a), int(b)]].tolist())) for value, a, b in found.T.tolist()]
 
 
-def spread(pairs: Sequence[Pair], labels: Tensor, shown: int = SHOWN) -> list[Pair]:
-    """The first `shown` pairs of which no earlier one is of the same two identities."""
+def one_per_identities(pairs: Sequence[Pair], labels: Tensor, shown: int = SHOWN) -> list[Pair]:
+    """Return the first `shown` pairs, skipping pairs whose two identities an earlier pair has."""
     seen: set[tuple[int, int]] = set()
     found: list[Pair] = []
     for pair in pairs:
@@ -110,22 +115,29 @@ def spread(pairs: Sequence[Pair], labels: Tensor, shown: int = SHOWN) -> list[Pa
 
 
 def nearest_class_pairs(head: PartialFC, accelerator: Accelerator) -> list[Pair]:
-    """The `SHOWN` nearest two classes, the nearest first, the same on every rank; every rank must call it."""
+    """Return the `SHOWN` nearest pairs of classes, nearest first, the same on every rank; every rank must call it."""
     near = head.nearest_classes(1)
-    first = head._shards.lo  # several replicas name the same pairs
+    first = head.shards.lo  # several replicas name the same pairs
     cosines, order = near.cosines[:, 0].float().cpu().sort(descending=True, stable=True)
     ids = near.ids[:, 0].cpu()
     mine = [
         (float(cosine), *sorted((first + int(row), int(ids[row]))))
         for cosine, row in zip(cosines[:KEPT], order[:KEPT], strict=True)
     ]
-    everyone = {(a, b): cosine for cosine, a, b in _gathered(mine, accelerator)}
-    return sorted(((cosine, a, b) for (a, b), cosine in everyone.items()), key=lambda pair: (-pair[0], *pair[1:]))[
-        :SHOWN
-    ]
+    # a dict, because a pair may come from both of its classes
+    cosine_of = {(a, b): cosine for cosine, a, b in _gathered(mine, accelerator)}
+    pairs = [(cosine, a, b) for (a, b), cosine in cosine_of.items()]
+    return sorted(pairs, key=_most_similar_first)[:SHOWN]
+
+
+def _most_similar_first(pair: Pair) -> tuple[float, int, int]:
+    """Sort key: falling cosine, then rising indices."""
+    cosine, one, other = pair
+    return -cosine, one, other
 
 
 def _gathered(mine: list[Any], accelerator: Accelerator) -> list[Any]:
+    """Return the lists of all ranks, concatenated."""
     if accelerator.num_processes == 1:
         return mine
     lists: list[list[Any]] = [[] for _ in range(accelerator.num_processes)]
@@ -144,29 +156,35 @@ def note_hardest(
     tile: int,
     accelerator: Accelerator,
 ) -> None:
-    """Add the hardest pairs of a set to pictures.json; `found`: embeddings, labels and indices in the data set. Every rank must call it."""
+    """Add the hardest pairs of a set to pictures.json; every rank must call it.
+
+    found: embeddings, labels and indices in the data set.
+    """
     embeddings, labels, indices = found
     mine = hardest_pairs(embeddings, labels, tile=tile, rank=accelerator.process_index, world=accelerator.num_processes)
     genuine, impostor = (_gathered(pairs, accelerator) for pairs in mine)
     if not accelerator.is_main_process:
         return
-    chosen = {"genuine": sorted(genuine), "impostor": sorted(impostor, key=lambda pair: (-pair[0], *pair[1:]))}
+    hardest_first = {"genuine": sorted(genuine), "impostor": sorted(impostor, key=_most_similar_first)}
     shown = {
-        kind: [(cosine, int(indices[a]), int(indices[b])) for cosine, a, b in spread(pairs, labels)]
-        for kind, pairs in chosen.items()
+        kind: [(cosine, int(indices[a]), int(indices[b])) for cosine, a, b in one_per_identities(pairs, labels)]
+        for kind, pairs in hardest_first.items()
     }
     note_pairs(folder, name, dataset, shown)
 
 
 def note_pairs(folder: Path, name: str, dataset: IdentityDataset, pairs: Mapping[str, Sequence[Pair]]) -> None:
-    """Add "genuine" and "impostor" pairs of images of a data set to pictures.json; one process calls it."""
+    """Add "genuine" and "impostor" pairs of images of a data set to pictures.json; only one process may call it."""
     pictures = read_pictures(folder)
     pictures["sets"][name] = {kind: [_pictured(dataset, *pair) for pair in of_kind] for kind, of_kind in pairs.items()}
     (folder / PICTURES).write_text(json.dumps(pictures))
 
 
 def note_confusions(folder: Path, head: PartialFC, dataset: IdentityDataset, accelerator: Accelerator) -> None:
-    """Add the nearest classes to pictures.json, with an image of each. Every rank must call it; nothing is done beyond MOST_CLASSES."""
+    """Add the nearest classes to pictures.json, with an image of each; every rank must call it.
+
+    Does nothing for heads with more than `MOST_CLASSES` classes.
+    """
     if not 1 < head.num_classes <= MOST_CLASSES:
         return
     pairs = nearest_class_pairs(head, accelerator)
@@ -179,13 +197,17 @@ def note_confusions(folder: Path, head: PartialFC, dataset: IdentityDataset, acc
 
 
 def read_pictures(folder: Path) -> dict[str, Any]:
-    """What pictures.json has: `sets`, name -> genuine and impostor pairs, and `confusions`; nothing if there is no such file."""
+    """Return the content of pictures.json, empty if there is no such file.
+
+    `sets`: name -> "genuine" and "impostor" -> pairs; `confusions`: pairs of classes.
+    """
     path = folder / PICTURES
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"sets": {}, "confusions": []}
     return found
 
 
 def _pictured(dataset: IdentityDataset, cosine: float, a: int, b: int) -> dict[str, Any]:
+    """Return the entry of a pair of images in pictures.json."""
     return {
         "cosine": cosine,
         "images": [{"name": dataset.name_of(index), "uri": _uri(dataset, index)} for index in (a, b)],
@@ -193,7 +215,7 @@ def _pictured(dataset: IdentityDataset, cosine: float, a: int, b: int) -> dict[s
 
 
 def _uri(dataset: IdentityDataset, index: int) -> str | None:
-    """The image as a PNG data URI, at most `SIDE` pixels wide and high; None if it cannot be read."""
+    """Return the image as a PNG data URI, at most `SIDE` pixels wide and high; None if it cannot be read."""
     try:
         image = dataset.load(index)
     except UnreadableImage:
@@ -203,4 +225,4 @@ def _uri(dataset: IdentityDataset, index: int) -> str | None:
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return png_uri(buffer.getvalue())

@@ -1,4 +1,5 @@
-"""Backbones: the registry, output shapes, sizes, the names that checkpoints of the field use, weights from files, recomputation."""
+"""Backbones: the registry, output shapes, sizes, the names that checkpoints of the field use, weights from files,
+recomputation."""
 
 import copy
 import io
@@ -113,11 +114,12 @@ def test_wrong_requests_say_what_to_do():
         build_backbone("small", image_shape=(1, 32, 32), embedding_size=0)
     with pytest.raises(UserError, match=r"the image shape is \(0, 32, 32\)"):
         build_backbone("small", image_shape=(0, 32, 32), embedding_size=8)
-    with pytest.raises(ValueError, match="'small' is registered already"):
+    with pytest.raises(ValueError, match="'small' is already registered"):
         register("small")(BACKBONES["iresnet18"])
 
 
-# ---------------------------------------------------------------------------------------------------- the field's networks
+# ---------------------------------------------------------------------------------------------------- the field's
+# networks
 
 # millions of parameters at 3 x 112 x 112 and 512 embeddings, and billions of operations of a forward
 SIZES = {
@@ -148,7 +150,8 @@ def test_mobilefacenet_at_its_papers_embedding_size_has_a_million_parameters():
 
 
 def names_of_mbf() -> dict[str, tuple[int, ...]]:
-    """The parameters of the field's mbf, written down from its layers: scale 2, (1, 4, 6, 2) blocks, 3 x 112 x 112, 512 embeddings."""
+    """The parameters of the field's mbf, written down from its layers: scale 2, (1, 4, 6, 2) blocks, 3 x 112 x 112, 512
+    embeddings."""
     found: dict[str, tuple[int, ...]] = {}
 
     def convolution(prefix: str, inputs: int, outputs: int, kernel: int, active: bool = True) -> None:
@@ -308,7 +311,8 @@ def test_dropout_is_before_the_last_layer_and_where_there_is_none_it_is_refused(
         build_backbone("iresnet18", image_shape=(1, 16, 16), embedding_size=8, dropout=1.0)
 
 
-# ---------------------------------------------------------------------------------------------------- weights from files
+# ---------------------------------------------------------------------------------------------------- weights from
+# files
 
 
 def drawn(seed: int, name: str = "iresnet18") -> nn.Module:
@@ -353,7 +357,8 @@ def test_weights_that_do_not_fit_are_named_and_nothing_changes(tmp_path):
     with pytest.raises(UserError) as caught:
         load_weights(target, file)
     message = str(caught.value)
-    assert "it lacks layer1.0.conv1.weight" in message and "the backbone has not: mystery.weight" in message
+    assert "missing in the file: layer1.0.conv1.weight" in message
+    assert "unknown to the backbone: mystery.weight" in message
     assert "fc.weight is [3, 4], not [8, 512]" in message and "\n" not in message
     assert all(torch.equal(before[key], value) for key, value in target.state_dict().items())
 
@@ -371,10 +376,10 @@ def test_files_that_are_no_weights_are_refused_and_run_no_code(tmp_path, capsys)
     expected = {
         "bomb.pth": "cannot be read",
         "text.pth": "cannot be read",
-        "numbers.pth": "no state dict",
+        "numbers.pth": "not a state dict",
         "damaged.safetensors": "damaged",
     }
-    for name, words in {**expected, "none.pth": "there is no file"}.items():
+    for name, words in {**expected, "none.pth": "does not exist"}.items():
         with pytest.raises(UserError, match=words) as caught:
             read_weights(tmp_path / name)
         assert "\n" not in str(caught.value)
@@ -416,7 +421,8 @@ def test_a_run_starts_from_weights_and_goes_on_without_them(tmp_path, capsys):
     assert "--backbone.weights: there is no file" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------- models of other packages
+# ---------------------------------------------------------------------------------------------------- models of other
+# packages
 
 
 def hf_folder(path, kind: str, **sizes) -> str:
@@ -462,7 +468,7 @@ def test_models_of_transformers_get_the_output_stage(tmp_path):
             "in the backward, the last block first"
         )
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    with pytest.raises(UserError, match=r"'hf:nonsense' is neither a folder .*nothing is fetched"):
+    with pytest.raises(UserError, match=r"'hf:nonsense' is neither a folder .*nothing is downloaded"):
         build_backbone("hf:nonsense", image_shape=(1, 32, 32), embedding_size=24)
 
 
@@ -510,7 +516,8 @@ def saved_by_transformers(folder: Path, kind: str, **how) -> nn.Module:
 
 
 def feature_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What a classifier's last layer gets; of a model without one, its pooler's features, or the class token if that is a dense layer."""
+    """What a classifier's last layer gets; of a model without one, its pooler's features, or the class token if that is
+    a dense layer."""
     if hasattr(model, "classifier"):
         got: list[torch.Tensor] = []
         handle = model.classifier.register_forward_pre_hook(lambda _, given: got.append(given[0]))
@@ -562,9 +569,9 @@ def test_weights_of_transformers_in_parts(tmp_path):
         assert torch.equal(backbone.trunk.state_dict()[name], value), name
     index = tmp_path / "model.safetensors.index.json"
     for text, words in (
-        ('{"weight_map": {"a": "../x.safetensors"}}', "lie beside it"),
-        ("[]", "no index"),
-        ('{"weight_map": {}}', "beside"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "files in its own folder"),
+        ("[]", "not an index"),
+        ('{"weight_map": {}}', "at least one"),
     ):
         index.write_text(text)
         with pytest.raises(UserError, match=words):
@@ -581,7 +588,7 @@ def test_weights_of_transformers_that_do_not_fit_are_named(tmp_path):
     before = copy.deepcopy(target.state_dict())
     with pytest.raises(
         UserError,
-        match=r"embeddings is \[1, 17, 16\], not \[1, 65, 16\]; positions are not interpolated: give --data.image_size",
+        match=r"embeddings is \[1, 17, 16\], not \[1, 65, 16\]; position embeddings are not interpolated: give the --data.image_size",
     ):
         load_weights(target, file)
     state = load_file(file)
@@ -590,8 +597,8 @@ def test_weights_of_transformers_that_do_not_fit_are_named(tmp_path):
     }
     lacking = {name: value for name, value in state.items() if ".layer.1." not in name}
     for changed, words in (
-        (state | extra, r"has not: layers\.2\..* and 13 more"),
-        (lacking, r"it lacks layers\.1\..* and 13 more"),
+        (state | extra, r"unknown to the backbone: layers\.2\..* and 13 more"),
+        (lacking, r"missing in the file: layers\.1\..* and 13 more"),
     ):
         save_file(changed, file)
         with pytest.raises(UserError, match=words) as caught:
@@ -672,7 +679,7 @@ def test_models_of_timm_get_the_output_stage_and_count_a_batch_once(monkeypatch)
         assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
     for mine, theirs in zip(models[1].buffers(), models[0].buffers(), strict=True):
         assert torch.equal(mine, theirs)
-    with pytest.raises(UserError, match="timm has no model 'tin'; it has tiny, tinier"):
+    with pytest.raises(UserError, match="timm has no model 'tin'; similar names: tiny, tinier"):
         build_backbone("timm:tin", image_shape=(1, 16, 16), embedding_size=8)
     build_backbone("timm:tiny.some_in1k", image_shape=(1, 16, 16), embedding_size=8)
     assert asked[-1] == {"name": "tiny.some_in1k", "pretrained": False, "num_classes": 0}

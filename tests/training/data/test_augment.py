@@ -218,7 +218,7 @@ def test_any_shape_goes(shape):
         ({"noise_std": -0.1}, r"augment\.noise_std is -0\.1; give a number of at least 0"),
         ({"rotation": float("nan")}, r"augment\.rotation is nan"),
         ({"shear": 90.0}, r"augment\.shear is 90\.0; give less than 80 degrees"),
-        ({"scale_min": 1.3}, r"augment\.scale_min 1\.3 to scale_max 1\.1 is no range"),
+        ({"scale_min": 1.3}, r"augment\.scale_min is 1\.3 and scale_max is 1\.1; give 0 < scale_min <= scale_max"),
     ],
 )
 def test_senseless_settings_are_refused(settings, message):

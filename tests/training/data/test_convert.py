@@ -1,4 +1,5 @@
-"""`partial-fc data convert`: any format into any other, killed and gone on with, verified, and nothing of others overwritten."""
+"""`partial-fc data convert`: any format into any other, killed and gone on with, verified, and nothing of others
+overwritten."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from common import args
 from data_files import WRITERS, folder_of, insightface, list_file, picture, samples, shards
 
 from partial_fc.training.cli.main import main
 from partial_fc.training.data import convert as convert_module
-from partial_fc.training.data import find_format, open_source
-from partial_fc.training.data.convert import FORMATS, STATE, convert
+from partial_fc.training.data import find_format, open_source, writers
+from partial_fc.training.data.convert import FORMATS, convert
+from partial_fc.training.data.formats.detect import CONVERSION_STATE
 from partial_fc.training.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -42,7 +45,7 @@ def test_every_format_becomes_every_other(tmp_path, source, dest):
     assert done == {"images": 12, "identities": 4, "left_out": 0}
     assert find_format(tmp_path / "dest")[0] == dest
     assert what(open_source(tmp_path / "dest")) == what(there)
-    assert [name for name in files(tmp_path / "dest") if name.startswith(".")] == [STATE]
+    assert [name for name in files(tmp_path / "dest") if name.startswith(".")] == [CONVERSION_STATE]
 
 
 def test_images_of_identities_in_any_order_get_ranges_in_recordio(tmp_path):
@@ -50,7 +53,7 @@ def test_images_of_identities_in_any_order_get_ranges_in_recordio(tmp_path):
     convert(open_source(shards(tmp_path / "source", mixed)), tmp_path / "dest", "recordio", part=2)
     dataset = open_source(tmp_path / "dest")
     assert dataset.labels.tolist() == [0, 1, 1, 2, 2, 3]
-    assert dataset._by_ranges() is not None
+    assert dataset._labels_from_ranges() is not None
     assert (tmp_path / "dest" / "property").read_text() == "4,20,20"
     insightface(tmp_path / "expected", sorted(mixed, key=lambda sample: sample[0]))
     for name in ("train.rec", "train.idx"):
@@ -58,10 +61,10 @@ def test_images_of_identities_in_any_order_get_ranges_in_recordio(tmp_path):
 
 
 def test_what_a_float32_cannot_count_has_no_ranges(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_module, "_LARGEST_COUNT", 14)
+    monkeypatch.setattr(writers, "MAX_EXACT", 14)
     convert(open_source(list_file(tmp_path / "source", CONTENT)), tmp_path / "dest", "recordio", part=5)
     dataset = open_source(tmp_path / "dest")
-    assert dataset._by_ranges() is None
+    assert dataset._labels_from_ranges() is None
     assert dataset.name_of(0) == "train.rec#0"
     assert what(dataset) == what(open_source(tmp_path / "source" / "faces.txt"))
 
@@ -84,7 +87,7 @@ def test_a_conversion_that_was_ended_anywhere_goes_on_to_the_same_files(tmp_path
             patch.setattr(convert_module, "read_header", failing)
             with pytest.raises(KeyboardInterrupt):
                 convert(source, tmp_path / "ended", dest, part=4)
-    assert json.loads((tmp_path / "ended" / STATE).read_text())["done"] >= 8
+    assert json.loads((tmp_path / "ended" / CONVERSION_STATE).read_text())["done"] >= 8
     with monkeypatch.context() as patch:
         patch.setattr(convert_module, "_verify", failing_verify)
         with pytest.raises(KeyboardInterrupt):
@@ -104,7 +107,7 @@ def test_pictures_are_on_the_disk_before_a_part_is_noted(tmp_path, monkeypatch, 
 
     def sync():
         pictures = sum(path.suffix == ".jpg" for path in (tmp_path / "dest").rglob("*"))
-        seen.append((pictures, json.loads((tmp_path / "dest" / STATE).read_text())["done"]))
+        seen.append((pictures, json.loads((tmp_path / "dest" / CONVERSION_STATE).read_text())["done"]))
 
     monkeypatch.setattr(os, "sync", sync)
     convert(open_source(WRITERS["list"](tmp_path / "source", CONTENT)), tmp_path / "dest", dest, part=5)
@@ -126,10 +129,7 @@ def test_a_conversion_that_was_killed_goes_on(tmp_path):
         "convert",
         str(source),
         str(dest),
-        "--format",
-        "recordio",
-        "--part",
-        "50",
+        *args("--format recordio --part 50"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -139,7 +139,7 @@ def test_a_conversion_that_was_killed_goes_on(tmp_path):
         time.sleep(0.002)
     process.kill()
     process.wait()
-    done = json.loads((dest / STATE).read_text())["done"]
+    done = json.loads((dest / CONVERSION_STATE).read_text())["done"]
     assert 0 < done < 1500, "killed in the middle"
     assert main(command[3:]) == 0
     assert what(open_source(dest)) == what(open_source(source))
@@ -152,17 +152,17 @@ def test_folders_of_others_are_left_alone(tmp_path):
     foreign.mkdir()
     (foreign / "precious").write_text("data")
     (tmp_path / "file").write_text("data")
-    with pytest.raises(UserError, match="is not empty, and no conversion of this kind was begun there"):
+    with pytest.raises(UserError, match="is not empty and holds no conversion; give a new"):
         convert(source, foreign, "webdataset")
-    with pytest.raises(UserError, match="is a file; name a folder"):
+    with pytest.raises(UserError, match="is a file; give a new or empty folder"):
         convert(source, tmp_path / "file", "webdataset")
     convert(source, tmp_path / "done", "webdataset")
     before = files(tmp_path / "done")
     assert convert(source, tmp_path / "done", "webdataset") == {"images": 12, "identities": 4, "left_out": 0}
-    with pytest.raises(UserError, match="holds a conversion to webdataset that was finished; name another folder"):
+    with pytest.raises(UserError, match="holds a finished conversion to webdataset; give another folder"):
         convert(source, tmp_path / "done", "recordio")
     (tmp_path / "source" / "id0000" / "00001.jpg").write_bytes(picture(99))
-    with pytest.raises(UserError, match="that was finished of other data"):
+    with pytest.raises(UserError, match="holds a finished conversion of other data"):
         convert(open_source(tmp_path / "source"), tmp_path / "done", "webdataset")
     assert files(tmp_path / "done") == before
     assert files(foreign) == {"precious": b"data"}
@@ -175,12 +175,10 @@ def test_half_a_conversion_is_no_data_set(tmp_path, monkeypatch, dest):
         patch.setattr(convert_module, "_verify", failing_verify)
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "half", dest)
-    with pytest.raises(
-        UserError, match=f"a conversion to {dest} was begun in .*half and is not finished; run the same command again"
-    ):
+    with pytest.raises(UserError, match=f"half holds an unfinished conversion to {dest}; run the same command again"):
         open_source(tmp_path / "half")
     if dest == "list":
-        with pytest.raises(UserError, match="is not finished"):
+        with pytest.raises(UserError, match="holds an unfinished conversion"):
             open_source(tmp_path / "half" / "list.txt")
     convert(source, tmp_path / "half", dest)
     assert what(open_source(tmp_path / "half")) == what(source)
@@ -190,7 +188,7 @@ def test_a_finished_conversion_that_lost_images_is_not_taken_for_whole(tmp_path)
     source = open_source(folder_of(tmp_path / "source", CONTENT))
     convert(source, tmp_path / "dest", "webdataset", part=5)
     (tmp_path / "dest" / "shard-000001.tar").unlink()
-    with pytest.raises(UserError, match="holds 7 images, and 12 were converted; remove it"):
+    with pytest.raises(UserError, match="holds 7 images, but 12 were converted; remove it"):
         convert(source, tmp_path / "dest", "webdataset", part=5)
 
 
@@ -200,10 +198,14 @@ def test_a_begun_conversion_of_something_else_is_refused(tmp_path, monkeypatch):
         patch.setattr(convert_module, "_verify", failing_verify)
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "begun", "webdataset")
-    with pytest.raises(UserError, match="holds a conversion to webdataset that was begun"):
+    with pytest.raises(
+        UserError, match="holds an unfinished conversion to webdataset; finish it, or give another folder"
+    ):
         convert(source, tmp_path / "begun", "recordio")
     (tmp_path / "source" / "id0000" / "00001.jpg").write_bytes(picture(99))
-    with pytest.raises(UserError, match=r"begun of other data \(id0000/00001\.jpg of the source set was"):
+    with pytest.raises(
+        UserError, match=r"an unfinished conversion of other data \(id0000/00001\.jpg of the source set was"
+    ):
         convert(open_source(tmp_path / "source"), tmp_path / "begun", "webdataset")
 
 
@@ -227,32 +229,31 @@ def test_what_was_left_out_of_the_source_is_counted_and_named_too(tmp_path, caps
     path.write_text(path.read_text() + "lonely\n")
     assert main(["data", "convert", str(path), str(tmp_path / "dest"), "--format", "webdataset"]) == 0
     assert (
-        "12 images of 4 identities as webdataset, counts and labels verified; 2 damaged ones" in capsys.readouterr().out
+        "12 images of 4 identities as webdataset, counts and labels verified; 2 damaged images"
+        in capsys.readouterr().out
     )
     first, second = (tmp_path / "dest" / "left_out.txt").read_text().splitlines()
-    assert first == "faces.txt line 16 (there is a path or a label, not both)"
+    assert first == "faces.txt line 16 (it has a path or a label, but not both)"
     assert second.startswith("pictures/a 012.jpg (cannot identify")
 
 
 def test_a_destination_that_is_not_what_was_written_is_found_out(tmp_path, monkeypatch):
     source = open_source(folder_of(tmp_path / "source", CONTENT))
-    add = convert_module.ListWriter.add
+    add = writers.ListWriter.add
 
     def adds(change):
         monkeypatch.setattr(
-            convert_module.ListWriter,
-            "add",
-            lambda self, *given: add(self, *change(*given)) if change(*given) else None,
+            writers.ListWriter, "add", lambda self, *given: add(self, *change(*given)) if change(*given) else None
         )
 
     adds(lambda place, label, *rest: (place, (label + 1) % 4, *rest))
-    with pytest.raises(UserError, match="has another label than was written; remove it"):
+    with pytest.raises(UserError, match="does not have the label that was written; remove"):
         convert(source, tmp_path / "labels", "list")
     adds(lambda place, label, data, suffix: (place, label, picture(7), suffix))
-    with pytest.raises(UserError, match="has other bytes than"):
+    with pytest.raises(UserError, match="does not have the bytes of"):
         convert(source, tmp_path / "bytes", "list")
     adds(lambda place, *rest: (place, *rest) if place else None)
-    with pytest.raises(UserError, match="holds 11 images, and 12 were written"):
+    with pytest.raises(UserError, match="holds 11 images, but 12 were written"):
         convert(source, tmp_path / "count", "list")
 
 
@@ -284,12 +285,12 @@ def test_the_command_says_what_it_did_and_mistakes_in_a_line(tmp_path, capsys):
     for arguments, words in (
         (
             ["convert", str(source), str(tmp_path / "dest"), "--format", "list"],
-            "holds a conversion to webdataset that was finished",
+            "holds a finished conversion to webdataset",
         ),
         (["convert", str(source), str(tmp_path / "x"), "--format", "zip"], "invalid choice: 'zip'"),
         (["convert", str(tmp_path / "absent"), str(tmp_path / "x"), "--format", "list"], "absent does not exist"),
         (["convert", str(source), str(tmp_path / "x"), "--format", "list", "--part", "0"], "--part is 0"),
-        (["inspect", str(source), "--source_format", "parquet"], "holds no parquet data"),
+        (["inspect", str(source), "--source_format", "parquet"], "has no parquet data"),
         (["turn"], "unknown command 'turn'; choose one of: inspect, convert"),
     ):
         assert main(["data", *arguments]) == 2

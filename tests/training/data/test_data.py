@@ -20,8 +20,8 @@ from partial_fc.training.data import (
     scan_folder,
     split_identities,
 )
-from partial_fc.training.data import glyphs as glyphs_module
 from partial_fc.training.data.augment import AugmentConfig, augment, to_float
+from partial_fc.training.data.formats import embedded_glyphs as glyphs_module
 from partial_fc.training.data.loader import Batch, BatchLoader
 from partial_fc.training.errors import UserError
 
@@ -56,7 +56,8 @@ def assert_equal_batches(first, second):
         assert a.unreadable == b.unreadable
 
 
-# ---------------------------------------------------------------------------------------------------------------- glyphs
+# ----------------------------------------------------------------------------------------------------------------
+# glyphs
 
 
 @pytest.mark.parametrize(("split", "identities", "designs"), [("train", 1000, 10), ("seen", 300, 10), ("new", 300, 6)])
@@ -116,11 +117,12 @@ def test_a_damaged_asset_says_to_install_again(tmp_path, monkeypatch):
     broken.write_bytes(b"nothing of the kind")
     monkeypatch.setattr(glyphs_module, "_GLYPHS", broken)
     glyphs_module._read_glyphs.cache_clear()
-    with pytest.raises(UserError, match=r"glyphs\.npz\.xz cannot be read .*; install the package again"):
+    with pytest.raises(UserError, match=r"glyphs\.npz\.xz cannot be read .*; reinstall the package"):
         GlyphIdentities("train")
 
 
-# ---------------------------------------------------------------------------------------------------------------- folder
+# ----------------------------------------------------------------------------------------------------------------
+# folder
 
 
 def test_a_folder_is_read_in_the_order_of_names(folder):
@@ -193,7 +195,7 @@ def test_bad_folders_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"file is a file; --data\.folder needs a folder"):
         scan_folder(tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="has no sub-folders; put each identity's images"):
+    with pytest.raises(UserError, match="has no sub-folders; put the images of each identity"):
         scan_folder(tmp_path / "empty")
     (tmp_path / "empty" / "nobody").mkdir()
     with pytest.raises(UserError, match=r"no sub-folder of the data folder .*empty has an image; the first is nobody"):
@@ -208,14 +210,14 @@ def test_identities_without_images_are_left_out_and_named_or_refused(tmp_path):
     write_folder(root / "val", identities=2)
     faces = open_data(DataConfig(folder=str(root)), 0).train
     assert faces.identity_names == [f"person{n:02d}" for n in range(6)]
-    assert list(faces.left_out) == [
+    assert list(faces.skipped) == [
         "nobody1 (there is no image in it)",
         "nobody2 (there is no image in it)",
-        f"val (its images lie a level deeper: name {root / 'val'} for them)",
+        f"val (its images are one level deeper: give {root / 'val'} to use them)",
     ]
     with pytest.raises(
         UserError,
-        match=r"cannot read nobody1 \(there is no image in it\), and 2 more like it; mend or remove it, or pass",
+        match=r"cannot read nobody1 \(there is no image in it\), and 2 more like it; fix or remove it, or pass",
     ):
         open_data(DataConfig(folder=str(root), on_error="raise"), 0)
 
@@ -223,7 +225,9 @@ def test_identities_without_images_are_left_out_and_named_or_refused(tmp_path):
 def test_splits_above_the_identities_are_explained(tmp_path):
     for split in ("train", "val"):
         write_folder(tmp_path / "faces" / split, identities=2)
-    with pytest.raises(UserError, match=r"faces lie a level deeper; name .*faces/train or .*faces/val$"):
+    with pytest.raises(
+        UserError, match=r"images of the data folder .*faces are one level deeper; give .*faces/train or .*faces/val$"
+    ):
         open_data(DataConfig(folder=str(tmp_path / "faces")), 0)
 
 
@@ -286,7 +290,7 @@ def test_open_data_gives_the_glyphs():
             {"folder": "FOLDER", "identities": 5, "holdout_identities": 2},
             "5 identities were asked for, but there are 4 in",
         ),
-        ({"folder": "FOLDER", "holdout_identities": 6}, "holding out 6 of 6 identities leaves none; lower"),
+        ({"folder": "FOLDER", "holdout_identities": 6}, "holding out 6 of 6 identities leaves none to train on; lower"),
     ],
 )
 def test_requests_that_the_data_cannot_meet_say_so(folder, settings, message):
@@ -297,7 +301,8 @@ def test_requests_that_the_data_cannot_meet_say_so(folder, settings, message):
     assert "\n" not in str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------------------------
+# batches
 
 
 def test_images_are_scaled_and_carry_their_labels():
@@ -469,7 +474,7 @@ class Deadly(IdentityDataset):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_worker_that_dies_is_a_users_error():
-    with pytest.raises(UserError, match=r"a process that loads images ended .*lower --data\.workers"):
+    with pytest.raises(UserError, match=r"a process that loads images died .*lower --data\.workers"):
         everything(BatchLoader(Deadly(), batch_size=2, workers=1))
 
 
@@ -480,9 +485,9 @@ def test_batches_that_cannot_be_made_are_refused():
     assert len(BatchLoader(glyphs, batch_size=11, drop_last=False)) == 1
     with pytest.raises(UserError, match="the batch size is 0; give at least 1"):
         BatchLoader(glyphs, batch_size=0)
-    with pytest.raises(UserError, match="a batch of 2 cannot be shared by 3 ranks; give at least 3"):
+    with pytest.raises(UserError, match="a batch of 2 cannot be divided among 3 ranks; give at least 3"):
         BatchLoader(glyphs, batch_size=2, world=3)
-    with pytest.raises(ValueError, match="rank is 2 of world 2"):
+    with pytest.raises(ValueError, match="rank is 2 of world size 2"):
         BatchLoader(glyphs, batch_size=4, rank=2, world=2)
 
 

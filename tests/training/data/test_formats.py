@@ -1,4 +1,5 @@
-"""Every format is the same data set: the same images, order, batches on any number of ranks, mid-epoch resume; and what is found where."""
+"""Every format is the same data set: the same images, order, batches on any number of ranks, mid-epoch resume; and what
+is found where."""
 
 from __future__ import annotations
 
@@ -32,10 +33,10 @@ from partial_fc.training.data import (
 )
 from partial_fc.training.data.augment import AugmentConfig
 from partial_fc.training.data.decode import decode_into, read_header
+from partial_fc.training.data.formats.packed import write_index
 from partial_fc.training.data.loader import BatchLoader, choose_workers
-from partial_fc.training.data.packed import write_index
 from partial_fc.training.errors import UserError
-from partial_fc.training.results import once_through
+from partial_fc.training.results import evaluation_loader
 from partial_fc.training.run import RunFolder
 from partial_fc.training.trainer import Trainer
 
@@ -55,7 +56,7 @@ def test_a_format_is_found_and_gives_images_and_labels(source):
     assert dataset.labels.tolist() == [label for label, _ in CONTENT]
     assert len(set(dataset.identity_names)) == dataset.num_identities == 6
     assert dataset.image_shape == (3, 20, 20)
-    assert list(dataset.left_out) == []
+    assert list(dataset.skipped) == []
     assert len({dataset.name_of(index) for index in range(len(dataset))}) == len(CONTENT)
     for index in (0, 7, 23):
         assert bytes(dataset.encoded(index)) == CONTENT[index][1]
@@ -64,7 +65,8 @@ def test_a_format_is_found_and_gives_images_and_labels(source):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_format_is_shuffled_and_sharded_and_resumed_as_any_other(source, tmp_path):
-    """Mid-epoch at another world size: two ranks have taken 2 of 4 batches, three ranks take the rest. No format changes a bit of it."""
+    """Mid-epoch at another world size: two ranks have taken 2 of 4 batches, three ranks take the rest. No format
+    changes a bit of it."""
     _, path = source
     augment = AugmentConfig(flip_probability=0.5)
 
@@ -96,7 +98,7 @@ def test_identities_are_held_out_of_any_format(source):
     for part in (splits.train, holdout):
         assert part.labels.unique().tolist() == list(range(part.num_identities))
         for index in range(len(part)):
-            row = part.row_of(index)
+            row = part.position_of(index)
             assert part.identity_names[int(part.labels[index])] == whole.identity_names[int(whole.labels[row])]
             assert part.name_of(index) == whole.name_of(row)
             assert torch.equal(part.load(index), whole.load(row))
@@ -135,7 +137,7 @@ def test_other_pictures_of_the_same_sizes_are_other_data(tmp_path):
     before = written(range(6)).fingerprint()
     assert what_changed(before, written(range(6)).fingerprint()) is None
     now = written(range(100, 106)).fingerprint()
-    assert what_changed(before, now) == "pictures of the training set are others than they were"
+    assert what_changed(before, now) == "images of the training set have other content"
     earlier = {"training": {key: value for key, value in before["training"].items() if key != "pictures"}}
     assert what_changed(earlier, now) is None
     (tmp_path / "faces" / "id0000" / "00000.jpg").unlink()
@@ -151,7 +153,7 @@ def test_a_packed_set_that_is_drawn_again_is_other_data(tmp_path):
     before = open_data(DataConfig(folder=str(packed)), 0).fingerprint()
     assert what_changed(before, open_data(DataConfig(folder=str(packed)), 0).fingerprint()) is None
     np.save(packed / "images.npy", 255 - np.load(packed / "images.npy"))
-    assert "pictures of the" in what_changed(before, open_data(DataConfig(folder=str(packed)), 0).fingerprint())
+    assert "set have other content" in what_changed(before, open_data(DataConfig(folder=str(packed)), 0).fingerprint())
 
 
 def test_what_is_not_there_is_said_with_what_was_looked_for(tmp_path):
@@ -159,18 +161,18 @@ def test_what_is_not_there_is_said_with_what_was_looked_for(tmp_path):
     empty.mkdir()
     with pytest.raises(
         UserError,
-        match=r"holds no data that is known; looked for: train\.rec.*\*\.tar.*parquet.*path label.*sub-folders",
+        match=r"has no known data format; looked for: train\.rec.*\*\.tar.*parquet.*path label.*sub-folders",
     ):
         find_format(empty)
-    with pytest.raises(UserError, match=r"holds no webdataset data: looked for \*\.tar"):
+    with pytest.raises(UserError, match=r"has no webdataset data: looked for \*\.tar"):
         find_format(empty, "webdataset")
     data_files.shards(tmp_path / "both", CONTENT[:3])
     data_files.insightface(tmp_path / "both", CONTENT[:3])
-    with pytest.raises(UserError, match=r"holds recordio and webdataset data; say which with --data\.format"):
+    with pytest.raises(UserError, match=r"has recordio and webdataset data; choose one with --data\.format"):
         find_format(tmp_path / "both")
     assert find_format(tmp_path / "both", "webdataset")[0] == "webdataset"
     (tmp_path / "model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"model\.bin holds no data that is known"):
+    with pytest.raises(UserError, match=r"model\.bin has no known data format"):
         find_format(tmp_path / "model.bin")
 
 
@@ -198,7 +200,7 @@ def test_files_of_several_splits_are_not_read_as_one_set(tmp_path, kind, capsys)
     assert open_data(DataConfig(folder=str(folder), split="train"), 0).train.identity_names == ["0", "1"]
     assert open_source(folder, split="test").identity_names == ["10", "11"]
     with pytest.raises(
-        UserError, match=r"hub has no split 'training', but test \(2 files\), .*; give another --data\.split"
+        UserError, match=r"hub has no split 'training', only test \(2 files\), .*; give another --data\.split"
     ):
         open_source(folder, split="training")
     assert main(["data", "inspect", str(folder)]) == 2
@@ -246,13 +248,14 @@ def test_the_splits_of_a_dataset_dict_are_its_folders(tmp_path):
 
 def test_a_split_is_of_no_use_where_there_are_none(tmp_path):
     folder = data_files.folder_of(tmp_path / "faces", CONTENT[:2])
-    with pytest.raises(UserError, match=r"holds folder data, which have no splits; drop --data\.split"):
+    with pytest.raises(UserError, match=r"has folder data, which have no splits; drop --data\.split"):
         open_source(folder, split="train")
-    with pytest.raises(UserError, match=r"the embedded glyphs have no splits to choose; drop --data\.split"):
+    with pytest.raises(UserError, match=r"the embedded glyphs have no splits to choose from; drop --data\.split"):
         open_data(DataConfig(split="train"), 0)
 
 
-# -------------------------------------------------------------------------------------------------------------- decoding
+# --------------------------------------------------------------------------------------------------------------
+# decoding
 
 
 def variants():
@@ -310,7 +313,8 @@ def test_a_jpeg_that_is_cut_short_is_unreadable_with_either_decoder(monkeypatch,
         dataset.load(1)
 
 
-# --------------------------------------------------------------------------------------------------------------- feeding
+# ---------------------------------------------------------------------------------------------------------------
+# feeding
 
 
 def test_mirroring_alone_moves_pixels_and_computes_none():
@@ -370,17 +374,18 @@ def test_training_and_evaluation_are_fed_alike(device, ranks, local, expected, m
     accelerator = SimpleNamespace(device=torch.device(device), process_index=ranks - 1, num_processes=ranks)
     config = RunConfig(data=DataConfig(prefetch=5, on_error="raise"), train=TrainConfig(batch_size=8))
     trainer = SimpleNamespace(config=config, accelerator=accelerator, data=SimpleNamespace(train=faces))
-    for found in (once_through(faces, accelerator, config), Trainer._loader(trainer)):
+    for found in (evaluation_loader(faces, accelerator, config), Trainer._loader(trainer)):
         assert (found.workers, found.pin, found.prefetch, found.on_error, found.rank, found.world) == (
             *expected, 5, "raise", ranks - 1, ranks,
         )  # fmt: skip
     config.data.workers = 0
-    assert once_through(faces, accelerator, config).workers == 0
+    assert evaluation_loader(faces, accelerator, config).workers == 0
     for command in ("verify", "templates", "identify", "retrieve"):
         assert protocol_parser(command).get_default("workers") is None, "by the cores"
 
 
-# ------------------------------------------------------------------------------------------------------------- a whole run
+# ------------------------------------------------------------------------------------------------------------- a whole
+# run
 
 
 def test_a_run_names_what_is_damaged_and_finds_out_if_its_data_change(tmp_path, capsys):
@@ -468,10 +473,10 @@ def test_a_run_is_evaluated_on_any_format_and_what_is_damaged_is_named(trained, 
         table = pyarrow.parquet.read_table(path)
         pyarrow.parquet.write_table(table.rename_columns(["image", "who"]).replace_schema_metadata(None), path)
     code, (said,), _ = evaluate("--data", tmp_path / "hub")
-    assert code == 2 and said.endswith("name it with --label_column")
+    assert code == 2 and said.endswith("choose one with --label_column")
     assert evaluate("--data", tmp_path / "hub", "--label_column", "who", "--source_format", "parquet")[0] == 0
     code, (said,), _ = evaluate("--split", "train")
-    assert code == 2 and "--split is about the data set of --data" in said
+    assert code == 2 and "--split applies to the data set of --data" in said
 
 
 @pytest.mark.parametrize(
@@ -486,7 +491,7 @@ def test_a_run_is_evaluated_on_what_a_packed_set_holds_out(trained, tmp_path, he
     assert {each["name"]: each["images"] for each in figures} == names
     other = write_packed(tmp_path / "grey", channels=1)
     assert main(["evaluate", str(trained), "--data", str(other), "--output", str(tmp_path / "no")]) == 2
-    assert "are (1, 16, 16), and those of the run (3, 16, 16)" in capsys.readouterr().err
+    assert "have the shape (1, 16, 16), but those of the run (3, 16, 16)" in capsys.readouterr().err
 
 
 def test_a_packed_set_is_inspected_split_by_split_and_not_converted(tmp_path, capsys):
@@ -501,6 +506,6 @@ def test_a_packed_set_is_inspected_split_by_split_and_not_converted(tmp_path, ca
     assert main(["data", "inspect", str(packed), "--split", "seen"]) == 0
     assert "images                6" in capsys.readouterr().out
     assert main(["data", "inspect", str(packed), "--split", "test"]) == 2
-    assert "has no split 'test', but train, seen, new" in capsys.readouterr().err
+    assert "has no split 'test', only train, seen, new" in capsys.readouterr().err
     assert main(["data", "convert", str(packed), str(tmp_path / "out"), "--format", "list"]) == 2
-    assert "it cannot be converted" in capsys.readouterr().err
+    assert "only data sets of encoded images can be converted" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Fonts made here, with every trap in them, become a data set in which a design counts once and nothing held out is trained on."""
+"""Fonts made here, with every trap in them, become a data set in which a design counts once and nothing held out is
+trained on."""
 
 from __future__ import annotations
 
@@ -12,17 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common import args
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
 from partial_fc.training.cli.glyphs import verify
 from partial_fc.training.cli.main import main
 from partial_fc.training.data import DataConfig, open_data
-from partial_fc.training.data.fonts import draw_set as glyphs_module
-from partial_fc.training.data.fonts.draw_set import GlyphSettings, build
-from partial_fc.training.data.fonts.font_files import SCRIPTS, Face, draw_face, font_files, parse_ranges
+from partial_fc.training.data.fonts import draw_face as drawing
+from partial_fc.training.data.fonts.draw_face import draw_face
+from partial_fc.training.data.fonts.draw_set import build
+from partial_fc.training.data.fonts.font_files import SCRIPTS, Face, font_files, parse_ranges
+from partial_fc.training.data.fonts.settings import GlyphSettings
+from partial_fc.training.data.formats.packed import PackedIdentities
 from partial_fc.training.data.loader import BatchLoader
-from partial_fc.training.data.packed import PackedIdentities
 from partial_fc.training.errors import UserError
 
 FIRST = 0xAC00
@@ -72,7 +76,8 @@ def write_font(
 
 @pytest.fixture(scope="module")
 def fonts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Designs Aa, Bb, ..., Gg; a copy of Aa moved by less than a pixel, a bold Aa; a file that is no font, and one cut in the middle."""
+    """Designs Aa, Bb, ..., Gg; a copy of Aa moved by less than a pixel, a bold Aa; a file that is no font, and one cut
+    in the middle."""
     folder = tmp_path_factory.mktemp("fonts")
     (folder / "deep").mkdir()
     traps: dict[int, list[Rectangle]] = {BLANK: [], BOX: NOTDEF} | {code: [(0, 0, 800, 100)] for code in REPEATED}
@@ -129,24 +134,20 @@ def test_the_command_tells_what_it_drops_and_counts_what_it_wrote(fonts, tmp_pat
         str(fonts),
         "--out",
         str(out),
-        "--holdout_identities",
-        "8",
-        "--holdout_designs",
-        "Ff",
-        "gg",
+        *args("--holdout_identities 8 --holdout_designs Ff gg"),
     ]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     for part in (
         "noise.ttf: ",
         "cut.otf: ",
-        "left out: 1 other weights and styles",
+        "skipped: 1 other weights and styles",
         "8 families are 7 designs",
         "Aa   (the same: Copy of Aa)",
         "1 glyphs: blank or nearly so",
-        "1 glyphs: the picture of a missing glyph (.notdef)",
-        "6 glyphs: a picture that more than 4 characters of the font share",
-        "40 identities, 214 pictures of 32 x 32",  # 32 characters in 5 designs, 8 in 7, 2 of Bb's missing
+        "1 glyphs: the image of the missing glyph (.notdef)",
+        "6 glyphs: an image that more than 4 characters of the font share",
+        "40 identities, 214 images of 32 x 32",  # 32 characters in 5 designs, 8 in 7, 2 of Bb's missing
         "hangul: 40",
         f"--data.folder {out}",
     ):
@@ -252,9 +253,9 @@ def test_drawings_beyond_their_em_are_made_to_fit(tmp_path):
     path = write_font(tmp_path / "large.ttf", "Large", large)
     drawn = draw_face(Face(str(path), 0, "Large", "Regular", 400, 4), None, SCRIPTS["hangul"], 32)
     assert len(drawn.codes) == 1
-    assert 30 <= drawn.pictures[0].any(0).sum() <= 32
-    assert 24 <= drawn.pictures[0].any(1).sum() <= 28  # 2,100 high, 2,600 wide
-    assert drawn.dropped == {"the picture of another character of the font": 3}
+    assert 30 <= drawn.images[0].any(0).sum() <= 32
+    assert 24 <= drawn.images[0].any(1).sum() <= 28  # 2,100 high, 2,600 wide
+    assert drawn.dropped == {"the image of another character of the font": 3}
 
 
 def test_a_stopped_build_goes_on_and_ends_alike(fonts, made, tmp_path, monkeypatch):
@@ -274,13 +275,13 @@ def test_a_stopped_build_goes_on_and_ends_alike(fonts, made, tmp_path, monkeypat
     with pytest.raises(UserError, match="begun with other settings or fonts \\(min_designs\\)"):
         make(fonts, out, min_designs=2)
     fonts_drawn: list[str] = []
-    original = glyphs_module._drawn
+    original = drawing.draw_face
 
     def counted(face: Face, codes: Any, *more: Any) -> Any:
         fonts_drawn.append(face.family)
         return original(face, codes, *more)
 
-    monkeypatch.setattr(glyphs_module, "_drawn", counted)
+    monkeypatch.setattr(drawing, "draw_face", counted)
     make(fonts, out)
     assert len(fonts_drawn) == 8 + 3  # all to be compared; the four that were drawn before are not drawn again
     for name in files:
@@ -296,17 +297,7 @@ def test_batches_come_from_worker_processes(made):
 
 def test_a_run_trains_on_it(made, tmp_path):
     out = tmp_path / "run"
-    run = [
-        "train",
-        "--data.folder",
-        str(made),
-        "--train.batch_size",
-        "32",
-        "--train.epochs",
-        "1",
-        "--train.cpu",
-        "true",
-    ]
+    run = ["train", "--data.folder", str(made), *args("--train.batch_size 32 --train.epochs 1 --train.cpu true")]
     assert main([*run, "--output.folder", str(out)]) == 0
     found = {each["name"]: each for each in json.loads((out / "metrics.json").read_text())["evaluations"]}
     assert {name: each["identities"] for name, each in found.items()} == {"seen": 8, "new": 8}
@@ -318,15 +309,15 @@ def test_a_run_trains_on_it(made, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fonts": ["/nowhere"]}, "/nowhere is no folder"),
+        ({"fonts": ["/nowhere"]}, "/nowhere is not a folder"),
         ({"scripts": "klingon"}, "klingon.*give han, hangul"),
-        ({"scripts": "AC10-AC00"}, "no range of code points"),
+        ({"scripts": "AC10-AC00"}, "not a range of code points"),
         ({"size": 4}, "--size is 4; give at least 8"),
         ({"min_designs": 9}, "no character has 9 designs"),
-        ({"holdout_identities": 0}, "--holdout_designs has an effect with --holdout_identities only"),
+        ({"holdout_identities": 0}, "--holdout_designs has no effect without --holdout_identities"),
         ({"holdout_identities": 39}, "1 characters are left to train on"),
         ({"holdout_identities": 41}, "--holdout_identities is 41, but 40 characters"),
-        ({"holdout_designs": ["Zz"]}, "no family begins with 'Zz'; there are Aa, Bb"),
+        ({"holdout_designs": ["Zz"]}, "no family begins with 'Zz'; the designs are Aa, Bb"),
         ({"holdout_designs": ["7"]}, "hold out all 7 designs"),
         ({"on_error": "raise"}, "the font .*cut.otf cannot be used: .*--on_error skip"),
     ],
@@ -387,7 +378,7 @@ def test_counting_finds_a_wrong_data_set(made, tmp_path):
     images = np.load(folder / "images.npy")
     images[7] = 0
     np.save(folder / "images.npy", images)
-    with pytest.raises(UserError, match="1 blank pictures"):
+    with pytest.raises(UserError, match="1 blank images"):
         verify(folder)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from partial_fc.training.cli.main import main
 from partial_fc.training.data import open_source
-from partial_fc.training.data.survey import plot_counts, survey
+from partial_fc.training.data.inspection import inspect_data, plot_counts
 
 CONTENT = [
     (0, picture(1)),
@@ -28,7 +28,7 @@ CONTENT = [
 
 @pytest.mark.parametrize("kind", ["recordio", "webdataset", "list", "parquet"])
 def test_what_is_wrong_is_counted_and_named(tmp_path, kind):
-    found = survey(open_source(data_files.WRITERS[kind](tmp_path, CONTENT)))
+    found = inspect_data(open_source(data_files.WRITERS[kind](tmp_path, CONTENT)))
     assert found.counts.tolist() == [3, 3, 1, 1]
     assert found.sizes.tolist() == [len(data) for _, data in CONTENT]
     assert found.pixels == {(20, 20): 5, (30, 30): 1}
@@ -51,7 +51,7 @@ def test_what_is_wrong_is_counted_and_named(tmp_path, kind):
 
 
 def test_headers_alone_find_what_headers_show(tmp_path):
-    found = survey(open_source(data_files.list_file(tmp_path / "f", CONTENT)), decode=False)
+    found = inspect_data(open_source(data_files.list_file(tmp_path / "f", CONTENT)), decode=False)
     assert len(found.unreadable) == 1
     assert found.pixels == {(20, 20): 6, (30, 30): 1}
 
@@ -59,13 +59,14 @@ def test_headers_alone_find_what_headers_show(tmp_path):
 def test_samples_without_a_place_are_named_too(tmp_path):
     path = data_files.list_file(tmp_path / "f", CONTENT[:2])
     path.write_text(path.read_text() + "lonely\n")
-    assert survey(open_source(path)).unreadable == ["faces.txt line 5 (there is a path or a label, not both)"]
+    assert inspect_data(open_source(path)).unreadable == ["faces.txt line 5 (it has a path or a label, but not both)"]
 
 
 def test_folders_have_no_gaps_and_numbers_far_apart_neither(tmp_path):
-    assert survey(open_source(data_files.folder_of(tmp_path / "a", CONTENT[:4]))).gaps == []
+    assert inspect_data(open_source(data_files.folder_of(tmp_path / "a", CONTENT[:4]))).gaps == []
     assert (
-        survey(open_source(data_files.list_file(tmp_path / "b", [(7_000_000, picture(1)), (3, picture(2))]))).gaps == []
+        inspect_data(open_source(data_files.list_file(tmp_path / "b", [(7_000_000, picture(1)), (3, picture(2))]))).gaps
+        == []
     )
 
 
@@ -76,7 +77,7 @@ def colours(path):
 
 @pytest.mark.parametrize("largest", [5, 400])
 def test_the_histogram_has_a_bar_for_what_there_is(tmp_path, largest):
-    found = survey(open_source(data_files.list_file(tmp_path / "f", samples(2, 1))))
+    found = inspect_data(open_source(data_files.list_file(tmp_path / "f", samples(2, 1))))
     found.counts = np.array([1, 1, 2, 2, 2, 3, largest])
     plot_counts(tmp_path / "counts.png", found, "faces")
     blue = (np.abs(colours(tmp_path / "counts.png").astype(int) - [0x3B, 0x6E, 0xA5]).max(1) < 4).sum()
@@ -87,7 +88,7 @@ def test_the_command_prints_and_draws(tmp_path, capsys):
     source = data_files.insightface(tmp_path / "set", CONTENT).parent
     assert main(["data", "inspect", str(source), "--plot", str(tmp_path / "counts.png")]) == 0
     out = capsys.readouterr().out
-    assert "duplicate pictures    2 groups, 1 of them across identities" in out
+    assert "duplicate images      2 groups, 1 of them across identities" in out
     assert "train.rec#1 = train.rec#3" in out
     with Image.open(io.BytesIO((tmp_path / "counts.png").read_bytes())) as image:
         assert image.format == "PNG"
@@ -109,7 +110,7 @@ def test_a_plot_that_cannot_be_made_is_said_before_anything_is_read(tmp_path, ca
     for plot, message in (
         ("x.jpg", "ends with .png or .svg or .pdf"),
         ("x", "ends with"),
-        ("file/x.png", "is not a folder"),
+        ("file/x.png", "is not a writable folder"),
     ):
         assert main(["data", "inspect", str(tmp_path / "nothing"), "--plot", str(tmp_path / plot)]) == 2
         err = capsys.readouterr().err.splitlines()
@@ -134,4 +135,4 @@ def test_the_format_and_the_split_are_said_first(tmp_path, capsys):
 def test_a_file_of_pairs_is_sent_to_verify(tmp_path, capsys):
     (tmp_path / "lfw.bin").write_bytes(b"pairs")
     assert main(["data", "inspect", str(tmp_path / "lfw.bin")]) == 2
-    assert f"partial-fc verify RUN {tmp_path / 'lfw.bin'} measures on them" in capsys.readouterr().err
+    assert f"evaluate on them with `partial-fc verify RUN {tmp_path / 'lfw.bin'}`" in capsys.readouterr().err

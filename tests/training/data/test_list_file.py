@@ -40,16 +40,14 @@ def test_lines_that_say_nothing_useful_are_left_out_and_named_or_refused(tmp_pat
     )
     faces = ListIdentities(path, 20, 3)
     assert faces.labels.tolist() == [0, 1]
-    assert [each.split(" (")[0] for each in faces.left_out] == [
-        f"faces.txt line {number}" for number in (2, 3, 4, 5, 6)
-    ]
+    assert [each.split(" (")[0] for each in faces.skipped] == [f"faces.txt line {number}" for number in (2, 3, 4, 5, 6)]
     for each, words in zip(
-        faces.left_out, ("not both", "leads upwards", "leads upwards", "'one' is no whole", "'1.0'"), strict=True
+        faces.skipped, ("not both", "contains `..`", "contains `..`", "'one' is not an integer", "'1.0'"), strict=True
     ):
         assert words in each
     with pytest.raises(UserError, match=r"cannot read faces\.txt line 2 .*, and 4 more like it"):
         ListIdentities(path, 20, 3, on_error="raise")
-    with pytest.raises(UserError, match="names no images; its lines are `path label`"):
+    with pytest.raises(UserError, match="names no images; its lines must be `path label`"):
         ListIdentities(written(tmp_path, ["# nothing"]), 20, 3)
 
 
@@ -57,7 +55,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     faces = ListIdentities(written(tmp_path, ["pipe.jpg 0", "folder.jpg 0", "absent.jpg 0", "/dev/zero 0"]), 20, 3)
-    for index, words in enumerate(("no regular file", "no regular file", "No such file", "no regular file")):
+    for index, words in enumerate(("not a regular file", "not a regular file", "No such file", "not a regular file")):
         with pytest.raises(UnreadableImage, match=words):
             faces.load(index)
 
@@ -96,11 +94,13 @@ def test_the_forms_that_lists_have_elsewhere(tmp_path, name, lines):
     written(tmp_path, lines, name=name)
     path.write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
     faces = open_source(path, 20, 3)
-    assert (faces.identity_names, faces.labels.tolist(), list(faces.left_out)) == (["4", "9"], [0, 0, 1], [])
+    assert (faces.identity_names, faces.labels.tolist(), list(faces.skipped)) == (["4", "9"], [0, 0, 1], [])
     assert [bytes(faces.encoded(index)) for index in range(3)] == [picture(0), picture(1), picture(2)]
     headers = [note for note in faces.notes if "header" in note]
     assert headers == (
-        ["faces.csv line 1 is a header: 'Path' is not there, and 'Label' names a column"] if "Label" in lines[0] else []
+        ["faces.csv line 1 is a header: 'Path' does not exist, and 'Label' names a column"]
+        if "Label" in lines[0]
+        else []
     )
 
 
@@ -114,26 +114,26 @@ def test_labels_with_spaces_in_tables_and_a_file_that_is_called_path(tmp_path):
 
 def test_a_header_elsewhere_and_lines_unlike_the_first_are_named(tmp_path):
     faces = ListIdentities(written(tmp_path, ["path label", "0.jpg 1", "1.jpg 2"]), 20, 3)
-    assert list(faces.left_out) == ["faces.txt line 1 (it looks like a header, which only .csv and .tsv may have)"]
+    assert list(faces.skipped) == ["faces.txt line 1 (it looks like a header, which only .csv and .tsv files may have)"]
     assert faces.identity_names == ["1", "2"]
     faces = ListIdentities(written(tmp_path, ["0.jpg,1", "1.jpg", "2.jpg,1,5"], name="a.csv"), 20, 3)
-    assert [each.split(" (")[1] for each in faces.left_out] == [
-        "it has 1 column, and should have a path and a label)",
-        "it has 3 columns, and should have a path and a label)",
+    assert [each.split(" (")[1] for each in faces.skipped] == [
+        "it has 1 column, and must have two: a path and a label)",
+        "it has 3 columns, and must have two: a path and a label)",
     ]
     faces = ListIdentities(written(tmp_path, ["0\t4.0\t0.jpg", "1\t1.jpg\t4", "2.jpg 3"], name="a.lst"), 20, 3)
-    assert [each.split(" (")[1] for each in faces.left_out] == [
-        "the label '1.jpg' is no whole number)",
-        "it is not `number<tab>label<tab>path`, as the first line is)",
+    assert [each.split(" (")[1] for each in faces.skipped] == [
+        "the label '1.jpg' is not an integer)",
+        "it does not have the form `number<tab>label<tab>path` of the first line)",
     ]
 
 
 def test_a_list_of_which_no_path_is_there_is_refused(tmp_path):
     lines = [f"gone/{number}.jpg {number}" for number in range(300)]
     with pytest.raises(
-        UserError, match=r"the first is looked for at .*gone/0\.jpg, and none of the first 100 is there; paths begin at"
+        UserError, match=r"none of the first 100 does, and the first should be at .*gone/0\.jpg; paths are relative to"
     ):
         ListIdentities(written(tmp_path, lines), 20, 3)
     assert len(ListIdentities(written(tmp_path, [*lines[:99], "0.jpg 7"]), 20, 3)) == 100
-    with pytest.raises(UserError, match=r"is no CSV file \(.*\); mend it"):
+    with pytest.raises(UserError, match=r"is not a CSV file \(.*\); fix it"):
         ListIdentities(written(tmp_path, ['"0.jpg,1', "1.jpg,1"], name="a.csv"), 20, 3)

@@ -1,4 +1,5 @@
-"""Parquet and Arrow files of Hugging Face `datasets`: which columns, which labels, what is refused; nothing of a data set is run."""
+"""Parquet and Arrow files of Hugging Face `datasets`: which columns, which labels, what is refused; nothing of a data
+set is run."""
 
 from __future__ import annotations
 
@@ -56,17 +57,17 @@ def test_plain_bytes_and_columns_by_name(tmp_path):
 def test_columns_that_are_not_clear_are_asked_for(tmp_path):
     path = table(tmp_path / "a", {"image": images(), "other": images(), "label": [0, 1, 2]}, other=datasets.Image())
     with pytest.raises(
-        UserError, match=r"2 columns of images among image, other, label; name it with --data\.image_column"
+        UserError, match=r"2 columns of images among image, other, label; choose one with --data\.image_column"
     ):
         ParquetIdentities([path], 20, 3)
     assert len(ParquetIdentities([path], 20, 3, image_column="other")) == 3
     path = table(tmp_path / "b", {"image": images(), "who": [0, 1, 2]}, who=datasets.Value("int64"))
     with pytest.raises(UserError, match=r"no column of labels among image, who .*--data\.label_column"):
         ParquetIdentities([path], 20, 3)
-    with pytest.raises(UserError, match=r"has no column 'name', but image, who"):
+    with pytest.raises(UserError, match=r"has no column 'name', only image, who"):
         ParquetIdentities([path], 20, 3, label_column="name")
     path = table(tmp_path / "c", {"image": images(), "label": [0.5, 1, 2]}, label=datasets.Value("float32"))
-    with pytest.raises(UserError, match=r"'label' of .* holds float, and not whole numbers or strings"):
+    with pytest.raises(UserError, match=r"'label' of .* holds float, not integers or strings"):
         ParquetIdentities([path], 20, 3)
 
 
@@ -79,9 +80,9 @@ def test_rows_without_label_or_image_are_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table(rows), path)
     (tmp_path / "near.jpg").write_bytes(picture(50))
     faces = ParquetIdentities([path], 20, 3)
-    assert list(faces.left_out) == ["train.parquet#1 (it has no label)"]
+    assert list(faces.skipped) == ["train.parquet#1 (it has no label)"]
     assert len(faces) == 4
-    for index, words in ((1, r"train\.parquet#2 \(there is no image"), (2, "leads out of the data folder")):
+    for index, words in ((1, r"train\.parquet#2 \(there is no image"), (2, "points outside the data folder")):
         with pytest.raises(UnreadableImage, match=words):
             faces.load(index)
     assert torch.equal(faces.load(3), pixels(picture(50), 20)), "a path below the data folder"

@@ -1,4 +1,5 @@
-"""RecordIO: the format byte by byte, labels by ranges and by themselves, and every way in which files can be damaged."""
+"""RecordIO: the format byte by byte, labels by ranges and by themselves, and every way in which files can be
+damaged."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ import torch
 from data_files import MAGIC, image_data, insightface, picture, pixels, record, samples, write_records
 
 from partial_fc.training.data import RecordIdentities, UnreadableImage, open_source
-from partial_fc.training.data import recordio as recordio_module
-from partial_fc.training.data.files import Files
-from partial_fc.training.data.recordio import frame, pack, read_index, read_record, unpack
+from partial_fc.training.data.formats import recordio as recordio_module
+from partial_fc.training.data.formats.record_file import frame, pack, read_index, read_record, unpack
+from partial_fc.training.data.safe_files import LargeFiles
 from partial_fc.training.errors import UserError
 
 CONTENT = samples(identities=4, images=3)
@@ -30,7 +31,7 @@ def test_records_are_joined_where_the_magic_number_was_cut_out(tmp_path):
     path.write_bytes(
         record(b"abcd", 1) + record(b"", 2) + record(b"efghijkl", 2) + record(b"xyz", 3) + record(b"alone")
     )
-    files = Files([path])
+    files = LargeFiles([path])
     assert read_record(files, 0) == b"abcd" + WORD + WORD + b"efghijkl" + WORD + b"xyz"
     assert read_record(files, path.stat().st_size - 16) == b"alone"
 
@@ -48,7 +49,7 @@ def test_what_is_written_is_read_wherever_the_magic_number_lies(tmp_path):
         aligned = sum(data[at : at + 4] == WORD for at in range(0, len(data) // 4 * 4, 4))
         assert written[4:8] == struct.pack("<I", (1 << 29 if aligned else 0) | written_length(data))
         path.write_bytes(written)
-        assert read_record(Files([path]), 0) == data
+        assert read_record(LargeFiles([path]), 0) == data
 
 
 def written_length(data):
@@ -60,7 +61,7 @@ def test_a_record_longer_than_one_read_is_whole(tmp_path):
     data = np.random.default_rng(0).bytes(70_001)
     path = tmp_path / "long.rec"
     path.write_bytes(record(b"first") + record(data))
-    assert read_record(Files([path]), 16) == data
+    assert read_record(LargeFiles([path]), 16) == data
 
 
 def test_packing_is_the_formats_own():
@@ -74,7 +75,7 @@ def test_packing_is_the_formats_own():
 @pytest.mark.parametrize("two_labels", [False, True])
 def test_labels_come_from_the_ranges_of_identities(tmp_path, monkeypatch, two_labels):
     insightface(tmp_path, CONTENT, two_labels)
-    monkeypatch.setattr(RecordIdentities, "_scan", None)  # no picture's label is read
+    monkeypatch.setattr(RecordIdentities, "_read_all_labels", None)  # no picture's label is read
     dataset = opened(tmp_path)
     assert dataset.labels.tolist() == [label for label, _ in CONTENT]
     assert torch.equal(dataset.load(5), pixels(CONTENT[5][1], 20))
@@ -119,7 +120,7 @@ def test_a_label_unlike_its_identitys_is_named_when_loaded(tmp_path):
     wrong = data.replace(image_data(1, CONTENT[4][1], 5), image_data(3, CONTENT[4][1], 5))
     assert wrong != data
     path.write_bytes(wrong)
-    with pytest.raises(UnreadableImage, match=r"train\.rec#5 \(its label is 3, but the identity's range says 1\)"):
+    with pytest.raises(UnreadableImage, match=r"train\.rec#5 \(its label is 3, but it is in the range of identity 1\)"):
         opened(tmp_path).load(4)
 
 
@@ -129,17 +130,17 @@ def damaged(kind):
     data = image_data(0, CONTENT[2][1])
     third, words = {
         "magic": (b"\xff\xff\xff\xff" + record(data)[4:], "its magic number is 0xffffffff, not 0xced7230a"),
-        "length": (struct.pack("<II", MAGIC, 2**27) + data[:100], "go past the end of the file"),
-        "huge": (struct.pack("<II", MAGIC, (1 << 29) - 1) + data[:100], "more than a picture may have"),
+        "length": (struct.pack("<II", MAGIC, 2**27) + data[:100], "continue past the end of the file"),
+        "huge": (struct.pack("<II", MAGIC, (1 << 29) - 1) + data[:100], "too many for an image"),
         "flag": (record(data, 2), "has flag 2, which cannot begin a record"),
         "unknown flag": (record(data, 7), "has flag 7"),
-        "no end": (record(data[:100], 1) + record(data[100:104], 0), "has flag 0, which cannot follow"),
+        "no end": (record(data[:100], 1) + record(data[100:104], 0), "has flag 0, which cannot continue a record"),
         "short": (record(b"tiny"), "4 bytes, too few for the header of an image"),
         "labels": (record(struct.pack("<IfQQ", 2**31, 0, 0, 0) + b"xx"), "too few for 2,147,483,648 labels"),
-        "half": (record(image_data(1.5, CONTENT[2][1])), "its label is 1.5, no whole number"),
+        "half": (record(image_data(1.5, CONTENT[2][1])), "its label is 1.5, and must be an integer"),
         "nan": (record(image_data(float("nan"), CONTENT[2][1])), "its label is nan"),
         "negative": (record(image_data(-1, CONTENT[2][1])), "its label is -1"),
-        "empty": (record(image_data(0, b"")), "there is no picture in it"),
+        "empty": (record(image_data(0, b"")), "there is no image in it"),
     }[kind]
     good[2] = (2, third)
     return good, words
@@ -173,7 +174,7 @@ def test_counts_that_a_float32_has_rounded_lose_no_picture(tmp_path, said):
     write_records(tmp_path, records, 4)
     dataset = opened(tmp_path, on_error="raise")
     assert dataset.labels.tolist() == [label for label, _ in CONTENT]
-    assert list(dataset.left_out) == [] and list(dataset.notes) == []
+    assert list(dataset.skipped) == [] and list(dataset.notes) == []
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -182,9 +183,9 @@ def test_a_damaged_record_is_left_out_and_named_or_refused(tmp_path, kind):
     write_records(tmp_path, records, 2)
     dataset = opened(tmp_path)
     assert len(dataset) == 4
-    assert len(dataset.left_out) == 1
-    assert dataset.left_out[0].startswith("train.rec#2 (")
-    assert words in dataset.left_out[0]
+    assert len(dataset.skipped) == 1
+    assert dataset.skipped[0].startswith("train.rec#2 (")
+    assert words in dataset.skipped[0]
     assert [bytes(dataset.encoded(index)) for index in range(4)] == [CONTENT[index][1] for index in (0, 1, 3, 4)]
     with pytest.raises(UserError, match=r"cannot read train\.rec#2 \(.*--data\.on_error skip"):
         opened(tmp_path, on_error="raise")
@@ -198,7 +199,7 @@ def test_a_last_record_that_is_cut_short(tmp_path):
         file.truncate(path.stat().st_size - 40)
     dataset = opened(tmp_path)
     assert len(dataset) == len(CONTENT) - 1
-    assert "train.rec#11 (the record is cut short" in dataset.left_out[0]
+    assert "train.rec#11 (the record is cut short" in dataset.skipped[0]
 
 
 @pytest.mark.parametrize(
@@ -206,15 +207,15 @@ def test_a_last_record_that_is_cut_short(tmp_path):
     [
         (
             "0\t0\n1\t99999999\n2\t88888888\n",
-            r"record 1 is at byte 99,999,999, past the end of train\.rec .*, and so it does of 1 more",
+            r"record 1 is at byte 99,999,999, outside train\.rec .*, and so are 1 more",
         ),
         ("0\t-4\n", "record 0 is at byte -4"),
-        ("0\t0\n1\tabc\n", r"train\.idx is no index: line 2 is b'1\\tabc'"),
-        ("0\t0\n1\n", "is no index: line 2"),
-        ("0\t0\n1\t" + "9" * 40 + "\n", "is no index: line 2 is b'1"),
-        ("0\t0\t1\t0\n", "is no index: line 1"),
-        ("\n0\t0.5\n", "is no index: line 2"),
-        ("", "is no index: it is empty"),
+        ("0\t0\n1\tabc\n", r"train\.idx is not a valid index: line 2 is b'1\\tabc'"),
+        ("0\t0\n1\n", "is not a valid index: line 2"),
+        ("0\t0\n1\t" + "9" * 40 + "\n", "is not a valid index: line 2 is b'1"),
+        ("0\t0\t1\t0\n", "is not a valid index: line 1"),
+        ("\n0\t0.5\n", "is not a valid index: line 2"),
+        ("", "is not a valid index: it is empty"),
         ("0\t0\n0\t0\n", "has record 0 twice"),
     ],
 )
@@ -244,7 +245,7 @@ def test_missing_and_damaged_neighbours_are_named(tmp_path):
     (tmp_path / "property").write_text("four")
     assert list(opened(tmp_path).notes) == ["`property` is not `classes,height,width` but 'four'"]
     path.write_bytes(b"\0" * 8 + path.read_bytes()[8:])
-    with pytest.raises(UserError, match=r"record 0, which says what the others are, cannot be read .*magic number"):
+    with pytest.raises(UserError, match=r"record 0, which describes the other records, cannot be read .*magic number"):
         opened(tmp_path)
     (tmp_path / "train.idx").unlink()
     with pytest.raises(UserError, match=r"train\.rec has no index: there is no train\.idx beside it"):
@@ -266,7 +267,7 @@ def test_names_of_identities_lie_beside_the_numbers(tmp_path):
     assert opened(tmp_path).identity_names == ["Ada", "Di"]
     for text in ('["Ada"]', '{"0": 1}', "[", "[1, 2, 3, 4]"):
         (tmp_path / "identities.json").write_text(text)
-        with pytest.raises(UserError, match=r"identities\.json is no list of the names of 2 identities"):
+        with pytest.raises(UserError, match=r"identities\.json is not a list of the names of 2 identities"):
             opened(tmp_path)
 
 

@@ -1,4 +1,5 @@
-"""WebDataset shards: read as the library writes them, grouped as it groups them; damaged, foreign and hostile members."""
+"""WebDataset shards: read as the library writes them, grouped as it groups them; damaged, foreign and hostile
+members."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from runner import forking
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from partial_fc.checkpoint import locks
-from partial_fc.training.data import TarIdentities, UnreadableImage, files, open_source
+from partial_fc.training.data import TarIdentities, UnreadableImage, open_source
+from partial_fc.training.data import index_cache as files
 from partial_fc.training.errors import UserError
 
 CONTENT = samples(identities=4, images=3)
@@ -102,15 +104,15 @@ def test_samples_that_are_not_whole_are_left_out_and_named_or_refused(tmp_path):
     )  # fmt: skip
     dataset = opened(path)
     assert [dataset.name_of(index) for index in range(len(dataset))] == ["mixed.tar/0", "mixed.tar/8"]
-    said = dict(each.split(" (", 1) for each in dataset.left_out)
+    said = dict(each.split(" (", 1) for each in dataset.skipped)
     words = {
-        "README": "no picture", "1": "no label", "2": "no picture", "3": "'three' is no whole number", "4": "no `label`",
-        "5": "'1.5' is no whole number", "6": "unlike the first", "7": "'True'", "9": "too many for a label",
+        "README": "no image", "1": "no label", "2": "no image", "3": "'three' is not an integer", "4": "no `label`",
+        "5": "'1.5' is neither an integer", "6": "unlike the first", "7": "'True'", "9": "too many for a label",
     }  # fmt: skip
     assert set(said) == {f"mixed.tar/{key}" for key in words}
     for key, text in words.items():
         assert text in said[f"mixed.tar/{key}"]
-    with pytest.raises(UserError, match=r"cannot read mixed\.tar/README .*, and 8 more like it; mend or remove it"):
+    with pytest.raises(UserError, match=r"cannot read mixed\.tar/README .*, and 8 more like it; fix or remove it"):
         opened(path, on_error="raise")
 
 
@@ -119,7 +121,7 @@ def test_a_name_that_comes_twice_is_left_out_and_named_or_refused(tmp_path):
     dup = [("dup.jpg", A), ("dup.cls", b"0"), ("dup.jpg", B), ("dup.cls", b"1")]
     path = write_tar(tmp_path / "a.tar", [*dup, ("fine.jpg", C), ("fine.side.jpg", B), ("fine.cls", b"1")])
     dataset = opened(path)
-    assert list(dataset.left_out) == ["a.tar/dup (there are two .jpg of this name, one after the other)"]
+    assert list(dataset.skipped) == ["a.tar/dup (two .jpg members have this name, one after the other)"]
     assert [bytes(dataset.encoded(index)) for index in range(len(dataset))] == [C]
     with pytest.raises(UserError, match=r"cannot read a\.tar/dup"):
         opened(path, on_error="raise")
@@ -145,8 +147,8 @@ def test_members_that_lead_out_or_are_no_files_are_left_out_and_nothing_is_writt
     dataset = opened(path)
     assert len(dataset) == 1
     assert bytes(dataset.encoded(0)) == B
-    assert sum("leads out of the archive" in each for each in dataset.left_out) == 4
-    assert sum("no plain file" in each for each in dataset.left_out) == 4
+    assert sum("points outside the archive" in each for each in dataset.skipped) == 4
+    assert sum("not a regular file" in each for each in dataset.skipped) == 4
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -163,7 +165,7 @@ def test_a_shard_that_is_cut_short_ends_there(tmp_path, cut):
     dataset = opened(path)
     assert len(dataset) == 1
     assert bytes(dataset.encoded(0)) == A
-    assert any("cut.tar" in each and "cut short" in each for each in dataset.left_out)
+    assert any("cut.tar" in each and "cut short" in each for each in dataset.skipped)
     with pytest.raises(UserError, match=r"cannot read cut\.tar"):
         opened(path, on_error="raise")
 
@@ -185,11 +187,11 @@ def damaged(path, change):
             lambda data, at: data[: at + 120] + bytes([data[at + 120] ^ 4]) + data[at + 121 :],
             "the header at byte {at:,} is damaged",
         ),
-        (lambda data, at: data[:at], "cut short: there is no end of the archive at byte {at:,}"),
-        (lambda data, at: data[: at + 200], "cut short: there is no end of the archive at byte {at:,}"),
+        (lambda data, at: data[:at], "cut short: there is no end-of-archive marker at byte {at:,}"),
+        (lambda data, at: data[: at + 200], "cut short: there is no end-of-archive marker at byte {at:,}"),
         (
             lambda data, at: data[:at] + bytes(512) + data[at + 512 :],
-            "a block of zeros at byte {at:,} ends the archive, and more follows",
+            "a block of zeros at byte {at:,} ends the archive, but data follow",
         ),
     ],
     ids=["a bit of a header", "between members", "within a header", "a header of zeros"],
@@ -199,7 +201,7 @@ def test_a_shard_that_ends_too_early_is_named_or_refused(tmp_path, change, words
     path = damaged(tmp_path / "damaged.tar", change)
     dataset = opened(path)
     assert len(dataset) == 5
-    (problem,) = dataset.left_out
+    (problem,) = dataset.skipped
     assert problem.startswith("damaged.tar (") and words.format(at=at) in problem
     with pytest.raises(UserError, match=r"cannot read damaged\.tar \("):
         opened(path, on_error="raise")
@@ -210,13 +212,13 @@ def test_shards_that_are_joined_are_named_and_any_number_of_zeros_ends_one(tmp_p
         write_tar(tmp_path / f"{n}.tar", [(f"{n}.jpg", A), (f"{n}.cls", b"0")]).read_bytes() for n in range(2)
     )
     (tmp_path / "joined.tar").write_bytes(first + second)
-    (problem,) = opened(tmp_path / "joined.tar").left_out
+    (problem,) = opened(tmp_path / "joined.tar").skipped
     assert "archives were joined by `cat`" in problem
     content = first.rstrip(b"\0")
     whole = -(-len(content) // 512) * 512
     for zeros in (512, 1024, 50 * 512):
         (tmp_path / "end.tar").write_bytes(content.ljust(whole, b"\0") + bytes(zeros))
-        assert list(opened(tmp_path / "end.tar", on_error="raise").left_out) == []
+        assert list(opened(tmp_path / "end.tar", on_error="raise").skipped) == []
 
 
 def test_files_that_are_no_plain_tar_files_are_refused(tmp_path):
@@ -226,10 +228,10 @@ def test_files_that_are_no_plain_tar_files_are_refused(tmp_path):
     (tmp_path / "none.tar").write_bytes(b"")
     write_tar(tmp_path / "others.tar", [("a.txt", b"text")])
     for name, words in {
-        "packed": "is compressed, so that no picture can be read by itself; unpack it",
-        "noise": "is no tar file",
-        "none": "is no tar file",
-        "others": "have no sample with a picture and a label; the first problem: others.tar/a",
+        "packed": "is compressed, so single images cannot be read from it; decompress it",
+        "noise": "is not a tar file",
+        "none": "is not a tar file",
+        "others": "have no sample with an image and a label; the first problem: others.tar/a",
     }.items():
         with pytest.raises(UserError, match=words) as caught:
             opened(tmp_path / f"{name}.tar")
@@ -237,9 +239,10 @@ def test_files_that_are_no_plain_tar_files_are_refused(tmp_path):
 
 
 def index_of(path, looked, builds, go, out):
-    """What a rank does at its start: the index from the cache, or built, once `go` is set. `looked`: it found none. `builds` counts."""
+    """What a rank does at its start: the index from the cache, or built, once `go` is set. `looked`: it found none.
+    `builds` counts."""
     os.environ["PARTIAL_FC_CACHE"] = str(path.parent / "cache")
-    kept = files._kept
+    kept = files._read
 
     def looks(*given):
         found = kept(*given)
@@ -252,7 +255,7 @@ def index_of(path, looked, builds, go, out):
         assert go.wait(60)
         return {"numbers": np.arange(3)}
 
-    files._kept = looks
+    files._read = looks
     out.put(files.cached("test", [path], build)["numbers"].tolist())
 
 

@@ -1,4 +1,5 @@
-"""Exported backbones: they equal the backbone in torch, their description suffices to feed them, and a failure leaves nothing behind."""
+"""Exported backbones: they equal the backbone in torch, their description suffices to feed them, and a failure leaves
+nothing behind."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from partial_fc.training.config import to_config
 from partial_fc.training.data import FolderIdentities
 from partial_fc.training.errors import UserError
 from partial_fc.training.export import export
-from partial_fc.training.export.export import BATCHES, TOLERANCE, compare, export_backbone, load_exported_backbone
+from partial_fc.training.export.check import BATCHES, TOLERANCE, compare
+from partial_fc.training.export.export import export_backbone, load_exported_backbone
 from partial_fc.training.export.spec import USAGE
 from partial_fc.training.results import embed_images, load_backbone
 from partial_fc.training.run import CONFIG, RunFolder
@@ -212,7 +214,8 @@ def test_few_images_suffice_and_damaged_ones_are_passed_over(run, tmp_path):
     assert list(made.differences["onnx"]) == list(BATCHES)
 
 
-# ---------------------------------------------------------------------------------------------------- from a file to an embedding
+# ---------------------------------------------------------------------------------------------------- from a file to an
+# embedding
 
 WITHOUT_THE_PROJECT = """
 import json, sys
@@ -259,7 +262,8 @@ def test_the_lines_of_the_page_are_those_of_the_file_and_run(data, run, tmp_path
     assert names["embeddings"].shape == (2, 16)
 
 
-# ---------------------------------------------------------------------------------------------------- what cannot be exported
+# ---------------------------------------------------------------------------------------------------- what cannot be
+# exported
 
 
 def refused(arguments: list[str], tmp_path: Path, capsys) -> str:
@@ -286,7 +290,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(kind, run, data, tmp_path, cap
     run, out = copied(run, tmp_path), tmp_path / "out"
     arguments, expected = [str(run), "--output", str(out)], ""
     if kind == "no run":
-        arguments, expected = [str(tmp_path)], "is no run folder"
+        arguments, expected = [str(tmp_path)], "is not a run folder"
     elif kind == "no checkpoint":
         shutil.rmtree(run / "checkpoints")
         expected = "has no complete checkpoint"
@@ -296,20 +300,20 @@ def test_a_mistake_is_one_line_and_leaves_nothing(kind, run, data, tmp_path, cap
         expected = "has no complete checkpoint"
     elif kind == "existing output":
         (out / "mine").mkdir(parents=True)
-        expected = f"{out} exists already; name another folder with --output"
+        expected = f"{out} already exists; name another folder with --output"
     elif kind == "empty output":
         out.mkdir()
-        expected = "exists already"
+        expected = "already exists"
     elif kind == "output is a file":
         out.write_text("mine")
-        expected = "exists already"
+        expected = "already exists"
     elif kind == "output below a file":
         out.write_text("mine")
         arguments, expected = [str(run), "--output", str(out / "below")], "cannot be "
     elif kind == "output in /proc":
         arguments, expected = (
             [str(run), "--output", "/proc/exported"],
-            "the output folder /proc/exported cannot be made",
+            "the output folder /proc/exported cannot be created",
         )
     elif kind == "unknown format":
         arguments, expected = (
@@ -339,7 +343,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(kind, run, data, tmp_path, cap
     else:
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr("partial_fc.training.cli.main.find_ranks", lambda: None)  # which looks for the other rank
-        expected = "the work of one process"
+        expected = "export-backbone runs in one process"
     assert expected in refused(arguments, tmp_path, capsys)
 
 
@@ -428,13 +432,13 @@ class TooWide(SmallBackbone):
     [
         (Branch, "cannot be expressed in ONNX (opset 18): Could not guard on data-dependent expression"),
         (NoSuchOperation, "cannot be expressed in ONNX (opset 18): No ONNX function found for"),
-        (BatchOfTwo, "would be exported for batches of 2 alone: its code fixes the number of images"),
+        (BatchOfTwo, "can be exported only for batches of 2: its code fixes the number of images"),
         (
             OtherWhenExported,
             "backbone.onnx differs from the backbone in torch by 1.0e-03 of the largest coordinate on a batch of 1",
         ),
-        (NotFinite, "gives no finite embeddings"),
-        (TooWide, "gives no finite embeddings [n, 16]"),
+        (NotFinite, "does not give finite embeddings"),
+        (TooWide, "does not give finite embeddings [n, 16]"),
     ],
 )
 def test_a_backbone_that_cannot_be_exported_leaves_nothing(backbone, expected, run, tmp_path, capsys, monkeypatch):
@@ -461,7 +465,7 @@ def test_an_output_that_appears_meanwhile_is_left_alone(run, tmp_path, monkeypat
         return describe(*arguments)
 
     monkeypatch.setattr(export, "describe", meanwhile)
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         export_backbone(run, tmp_path / "out", ["safetensors"])
     assert tree(tmp_path) == {tmp_path / "out"}
 
@@ -476,7 +480,7 @@ def test_a_checkpoint_that_appears_meanwhile_is_noticed(run, tmp_path, monkeypat
         return build(**sizes)
 
     monkeypatch.setitem(BACKBONES, "small", meanwhile)
-    with pytest.raises(UserError, match="got a new checkpoint while it was read"):
+    with pytest.raises(UserError, match="got a new checkpoint while it was being read"):
         export_backbone(run, tmp_path / "out")
 
 
@@ -502,8 +506,8 @@ def test_the_comparison_is_relative_and_knows_what_is_no_number():
         ("foreign", "has format None, this version reads 1"),
         ("newer", "has format 2, this version reads 1"),
         ("unregistered", "unknown backbone 'mine'"),
-        ("other size", "does not fit its own description"),
-        ("no shape", "does not fit its own description"),
+        ("other size", "does not match its own metadata"),
+        ("no shape", "does not match its own metadata"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(kind, expected, tmp_path):

@@ -191,7 +191,7 @@ def test_no_product_is_larger_than_a_tile(monkeypatch):
             "no probe is of an identity",
         ),
         ({"distractor_labels": torch.full((60,), 1)}, "the distractors have the label 1, which is among the probes"),
-        ({"probes": torch.ones(160, 8)}, r"the probe embeddings are \[160, 8\]; give \[n, 16\]"),
+        ({"probes": torch.ones(160, 8)}, r"the probe embeddings have shape \[160, 8\]; give \[n, 16\]"),
         ({"probes": torch.ones(16)}, "probe"),
         ({"probe_labels": torch.ones(3, dtype=torch.int64)}, "one integer for each of the 160"),
         ({"gallery_labels": torch.ones(100)}, "one integer for each"),

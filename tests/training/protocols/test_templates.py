@@ -17,12 +17,14 @@ from partial_fc.training.data import UnreadableImage
 from partial_fc.training.errors import UserError
 from partial_fc.training.protocols import pool_templates, read_pairs, read_templates, score_templates
 from partial_fc.training.protocols.images import REFERENCE, AlignedImages, ListedImages
-from partial_fc.training.protocols.tasks import TemplatePairs, open_tasks
+from partial_fc.training.protocols.task_files import open_tasks
+from partial_fc.training.protocols.tasks import TemplatePairs
 from partial_fc.training.protocols.templates import read_detector_scores, read_points
 
 
 def some_images(subjects: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(embeddings [n, 12], template ids, media ids, weights, subject of each template id): two templates a subject, of 1 to 6 images."""
+    """(embeddings [n, 12], template ids, media ids, weights, subject of each template id): two templates a subject, of
+    1 to 6 images."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(subjects, 12))
     rows, templates, media = [], [], []
@@ -187,15 +189,15 @@ def test_lists_are_read(tmp_path):
         ("tid", "a.jpg x 1\n", "line 1: give an image name"),
         ("tid", "", "are empty"),
         ("tid", None, "cannot be read"),
-        ("tid", b"\xff\xfe\xff", "it is no text"),
-        ("pairs", "5 -7 0\n5 8 1\n", "line 2: template 8 has no image in the file of templates"),
+        ("tid", b"\xff\xfe\xff", "it is not a text file"),
+        ("pairs", "5 -7 0\n5 8 1\n", "line 2: template 8 has no image in the list of templates"),
         ("pairs", "9 -7 0\n", "line 1: template 9 has no image"),
         ("pairs", "5 -7 2\n", "line 1: give two template ids and 1 or 0"),
         ("pairs", "5 -7\n", "line 1: give two template ids"),
         ("points", "a.jpg 0.1\n", "no line for the image b.jpg (and 1 others)"),
         ("points", "a.jpg good\n", "line 1: give an image name and numbers"),
-        ("points", "a.jpg 1\nb.jpg nan\n", "line 2: 'b.jpg nan' has a number that is not finite"),
-        ("points", "a.jpg 1\nb.jpg 1\nc.jpg -inf 1\n", "line 3: 'c.jpg -inf 1' has a number that is not finite"),
+        ("points", "a.jpg 1\nb.jpg nan\n", "line 2: 'b.jpg nan' has a non-finite number"),
+        ("points", "a.jpg 1\nb.jpg 1\nc.jpg -inf 1\n", "line 3: 'c.jpg -inf 1' has a non-finite number"),
         ("points", "a.jpg\n", "line 1: there are 0 numbers after the image name"),
     ],
 )
@@ -216,7 +218,8 @@ def test_a_list_that_is_none_is_a_user_error(which: str, text: str | bytes | Non
 
 @pytest.mark.parametrize("size", [112, 56])
 def test_faces_are_aligned_by_their_points(size, tmp_path):
-    """A picture with a bright blob at each of the five points: turned by 30 degrees, four times as large, shifted; then all lie right."""
+    """A picture with a bright blob at each of the five points: turned by 30 degrees, four times as large, shifted; then
+    all lie right."""
     angle, scale = np.radians(30), 4.0
     turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = REFERENCE @ turn.T + (300.0, 60.0)
@@ -233,7 +236,7 @@ def test_faces_are_aligned_by_their_points(size, tmp_path):
         near = found * ((columns - a).abs() < 7 * size / 112) * ((rows - b).abs() < 7 * size / 112)
         centre = (float((near * columns).sum() / near.sum()), float((near * rows).sum() / near.sum()))
         assert centre == (pytest.approx(a, abs=0.4), pytest.approx(b, abs=0.4))
-    with pytest.raises(UnreadableImage, match=r"none\.png \(its points are no face"):
+    with pytest.raises(UnreadableImage, match=r"none\.png \(its points are not those of a face"):
         images.load(1)
 
 

@@ -16,7 +16,13 @@ from PIL import Image
 
 from partial_fc import ArcFace, PartialFC
 from partial_fc.training.data import GlyphIdentities, IdentityDataset, UnreadableImage
-from partial_fc.training.report.hardest import hardest_pairs, nearest_class_pairs, note_hardest, read_pictures, spread
+from partial_fc.training.report.hardest import (
+    hardest_pairs,
+    nearest_class_pairs,
+    note_hardest,
+    one_per_identities,
+    read_pictures,
+)
 
 
 def cloud() -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,17 +40,21 @@ def test_hardest_pairs_are_those_of_each_two_identities(world, tile, kept):
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     every = [(float(unit[i] @ unit[j]), i, j) for i in range(70) for j in range(i + 1, 70)]
     expected = (
-        spread(sorted(pair for pair in every if labels[pair[1]] == labels[pair[2]]), labels, kept),
-        spread(sorted((pair for pair in every if labels[pair[1]] != labels[pair[2]]), reverse=True), labels, kept),
+        one_per_identities(sorted(pair for pair in every if labels[pair[1]] == labels[pair[2]]), labels, kept),
+        one_per_identities(
+            sorted((pair for pair in every if labels[pair[1]] != labels[pair[2]]), reverse=True), labels, kept
+        ),
     )
     parts = [hardest_pairs(embeddings, labels, tile=tile, rank=rank, world=world, kept=kept) for rank in range(world)]
     for kind, reverse in ((0, False), (1, True)):
-        found = spread(sorted((pair for part in parts for pair in part[kind]), reverse=reverse), labels, kept)
+        found = one_per_identities(
+            sorted((pair for part in parts for pair in part[kind]), reverse=reverse), labels, kept
+        )
         wanted = expected[kind]
         assert len(found) == len(wanted) == min(kept, (9, 36)[kind])
         assert [pair[1:] for pair in found] == [pair[1:] for pair in wanted]
         assert [pair[0] for pair in found] == pytest.approx([pair[0] for pair in wanted], abs=1e-5)
-        assert all(len(part[kind]) == len(spread(part[kind], labels, kept)) for part in parts), (
+        assert all(len(part[kind]) == len(one_per_identities(part[kind], labels, kept)) for part in parts), (
             "one of each two identities"
         )
 
@@ -58,7 +68,7 @@ def test_a_person_that_is_stored_twice_takes_one_place(world, tile):
     centres[1] = centres[0]
     embeddings = centres[labels] + 0.01 * torch.randn(len(labels), 8, generator=generator)
     parts = [hardest_pairs(embeddings, labels, tile=tile, rank=rank, world=world)[1] for rank in range(world)]
-    found = spread(sorted((pair for part in parts for pair in part), reverse=True), labels)
+    found = one_per_identities(sorted((pair for part in parts for pair in part), reverse=True), labels)
     assert len(found) == 12
     assert [sorted(labels[list(pair[1:])].tolist()) for pair in found].count([0, 1]) == 1
     alike = torch.ones(40, 3)  # a collapsed backbone: all pairs are equally hard
@@ -68,8 +78,8 @@ def test_a_person_that_is_stored_twice_takes_one_place(world, tile):
 def test_a_pair_an_identity_is_shown():
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     pairs = [(0.1, 0, 1), (0.2, 1, 2), (0.3, 3, 4), (0.4, 0, 3), (0.5, 4, 1), (0.6, 5, 0)]
-    assert spread(pairs, labels) == [(0.1, 0, 1), (0.3, 3, 4), (0.4, 0, 3), (0.6, 5, 0)]
-    assert spread(pairs, labels, shown=2) == [(0.1, 0, 1), (0.3, 3, 4)]
+    assert one_per_identities(pairs, labels) == [(0.1, 0, 1), (0.3, 3, 4), (0.4, 0, 3), (0.6, 5, 0)]
+    assert one_per_identities(pairs, labels, shown=2) == [(0.1, 0, 1), (0.3, 3, 4)]
 
 
 def _nearest(rank: int, world: int) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser import Browser, find_browser
+from common import args
 
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import save_config, to_config
@@ -24,19 +25,7 @@ LOOK = """({
     headings: [...document.querySelectorAll("h2")].map(heading => heading.textContent),
     text: document.body.innerText,
 })"""
-COMMON = [
-    "train",
-    "--data.identities",
-    "40",
-    "--train.batch_size",
-    "64",
-    "--train.epochs",
-    "1",
-    "--train.cpu",
-    "true",
-    "--output.log_every",
-    "1",
-]
+COMMON = args("train --data.identities 40 --train.batch_size 64 --train.epochs 1 --train.cpu true --output.log_every 1")
 
 
 @pytest.fixture(scope="module")
@@ -139,20 +128,20 @@ def test_a_report_opens_without_complaint_on_a_screen_and_on_a_phone(browser, ru
         "Configuration",
     ):
         assert title in seen.evaluated["headings"]
-    assert "images a second" in seen.evaluated["text"]
-    assert "of that waiting for data" in seen.evaluated["text"]
+    assert "images per second" in seen.evaluated["text"]
+    assert "of training time spent waiting for data" in seen.evaluated["text"]
 
 
 def test_runs_side_by_side_open_without_complaint(browser, runs, tmp_path, capsys):
     page = tmp_path / "both.html"
     assert main(["report", *map(str, runs), "--output", str(page)]) == 0
-    assert f"2 runs are on {page}" in capsys.readouterr().out
+    assert f"comparison of 2 runs written to {page}" in capsys.readouterr().out
     for width in (1100, 390):
         seen = browser.open(page, width=width, evaluate=LOOK)
         assert (seen.complaints, seen.requests, seen.evaluated["broken"]) == ([], [], 0)
         assert seen.evaluated["wider"] <= 0
         assert seen.evaluated["images"] == 6  # ROC of two sets, and four numbers of the log
-    assert seen.evaluated["headings"] == ["Settings that differ", "seen", "new", "everything else", "Curves"]
+    assert seen.evaluated["headings"] == ["Settings that differ", "seen", "new", "Other figures", "Curves"]
 
 
 def test_what_differs_is_told_and_the_best_is_marked(runs, tmp_path):
@@ -229,7 +218,7 @@ def test_protocols_are_laid_side_by_side(browser, protocol_runs, tmp_path):
             assert f'<td>{key}</td><td class="best">{good}</td><td>{bad}</td>' in table, key
         assert f"<td>{'accuracy_std' if name == 'lfw' else keys[0]}</td>" in table
     assert "{" not in text[text.index("<body>") :]
-    rest = text[text.index("<h2>everything else") :].split("</table>")[0]
+    rest = text[text.index("<h2>Other figures") :].split("</table>")[0]
     assert "<td>best during training.lfw/accuracy</td><td>70.00 %</td><td>70.00 %</td>" in rest
     assert "rows" not in rest and "protocols" not in rest
     seen = browser.open(page, evaluate=LOOK)
@@ -262,13 +251,13 @@ def test_what_cannot_be_laid_side_by_side_is_said(runs, tmp_path, capsys):
     shutil.copytree(runs[0], damaged)
     (damaged / "metrics.json").write_text("[")
     for arguments, message in (
-        ([str(tmp_path)], "is no run folder"),
+        ([str(tmp_path)], "is not a run folder"),
         ([str(damaged)], "damaged cannot be read"),
-        ([str(runs[0]), str(runs[0])], "named twice"),
+        ([str(runs[0]), str(runs[0])], "given twice"),
         ([str(runs[0]), "--output", str(tmp_path)], "is a folder; give the name of a file"),
         (
             [str(damaged), "--output", str(damaged / "metrics.json" / "x.html")],
-            "is not a folder that can be written to",
+            "is not a writable folder",
         ),
         ([], "required"),
     ):

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
-from partial_fc.training.report.plots import DPI, plot_histograms, plot_roc, plot_training
+from partial_fc.training.report.canvas import DPI
+from partial_fc.training.report.plots import plot_histograms, plot_roc
 from partial_fc.training.report.report import write_report
+from partial_fc.training.report.training_plots import plot_training
 
 HOSTILE = "<script>alert('x')</script>"
 

@@ -1,0 +1,163 @@
+"""The exchange of a batch: two collectives after which every rank holds the global batch.
+
+    rank r:  embeddings [N_r, D], labels [N_r] (or [N_r, L] with label_weights [N_r, L]), sample_weights [N_r]
+       status   int64 [21]   ── all-gather ──>  the same table on every host: counts, and what is wrong on which rank
+       payload  bytes        ── all-gather ──>  embeddings [N, D], labels [N], ... in the order of the ranks, N = Σ N_r
+
+On a 2-D mesh (replicas x shards) embeddings travel within a replica only; statuses and labels are gathered across
+replicas too, one more small collective each. With several label sets the status collective keeps the size of one set,
+so that ranks that disagree about the names do not hang; one more collective brings the statuses of the other sets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partial_fc.batch import refusals
+from partial_fc.batch.status import LabelSet, Status, inspect, of_set, problem_of
+from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
+
+# names of the collectives in a `RankMissing`
+STATUS = "the exchange of counts and status of a batch"
+PAYLOAD = "the exchange of embeddings and labels"
+
+
+@dataclass
+class GlobalBatch:
+    """One batch of all ranks (of this replica), in the order of the ranks: the input of heads and center losses.
+
+    mesh_labels, mesh_label_weights and mesh_sample_weights cover all replicas.
+    """
+
+    embeddings: Tensor  # [N, D], connected to this rank's part in backward
+    labels: Tensor  # [N] or [N, L]
+    label_weights: Tensor | None  # [N, L]
+    sample_weights: Tensor | None  # [N]
+    counts: tuple[int, ...]  # samples of each rank
+    mesh_labels: Tensor
+    mesh_label_weights: Tensor | None
+    mesh_sample_weights: Tensor | None
+    status: tuple[Status, ...] = field(repr=False)
+    ranks: Ranks = field(repr=False)
+    name: str | None = None  # of the label set, where `gather` was given several
+
+    @property
+    def local(self) -> slice:
+        """The place of this rank's samples."""
+        start = sum(self.counts[: self.ranks.rank])
+        return slice(start, start + self.counts[self.ranks.rank])
+
+    def origin(self, flat: int) -> str:
+        """Return how an error names the part of the `flat`-th rank of the mesh."""
+        return self.ranks.name(flat) + of_set(self.name)
+
+
+def exchange(
+    embeddings: Tensor,
+    sets: list[LabelSet],
+    ranks: Ranks,
+    *,
+    look: bool,
+    device: torch.device | None = None,
+    problem: str = "",
+) -> list[GlobalBatch]:
+    """Return a batch for each label set, all with the same embeddings, detached.
+
+    look: inspect values (`status.inspect`). device: where the caller's weights are; embeddings must be there too.
+    problem: something that is wrong already, which all ranks are to raise.
+    """
+    if not isinstance(embeddings, Tensor):  # the other ranks are waiting for the status
+        problem = problem or f": embeddings must be a tensor [N, D], not {type(embeddings).__name__}"
+        somewhere = next((s.labels.device for s in sets if isinstance(s.labels, Tensor)), None)
+        embeddings = torch.empty(0, 0, device=device or somewhere)
+    wants_grad = embeddings.requires_grad and torch.is_grad_enabled()
+    embeddings = embeddings.detach()
+    problem = problem or next(filter(None, (problem_of(embeddings, each, device) for each in sets)), "")
+    mine = inspect(embeddings, sets, problem, wants_grad, look).to(device or embeddings.device)
+    status = _exchange_status(mine, sets, problem, ranks)
+    counts = [row.samples for row in status[0]]
+    start = ranks.replica * ranks.world
+    own = tuple(counts[start : start + ranks.world])
+    parts = [embeddings, *(tensor for each in sets for tensor in each.tensors())]
+    gathered = exchange_payload(parts, own, max(counts), ranks.group)
+    across = gathered[1:]
+    if ranks.replica_group is not None:
+        sums = [sum(counts[i * ranks.world : (i + 1) * ranks.world]) for i in range(ranks.replicas)]
+        across = exchange_payload(gathered[1:], tuple(sums), max(sums), ranks.replica_group)
+    of_replica = iter(gathered[1:])
+    of_mesh = iter(across)
+    return [
+        GlobalBatch(gathered[0], *each.take(of_replica), own, *each.take(of_mesh), rows, ranks, each.name)
+        for each, rows in zip(sets, status, strict=True)
+    ]
+
+
+def _exchange_status(mine: Tensor, sets: list[LabelSet], problem: str, ranks: Ranks) -> list[tuple[Status, ...]]:
+    """Return every rank's status for each label set, from this rank's `mine [sets, 21]`.
+
+    Raises the same ValueError on every rank if any of them has a batch that cannot be gathered, or invalid weights.
+    """
+    first = tuple(Status(*row) for row in all_gather_mesh(mine[0], ranks, STATUS).tolist())
+    if any(row.problem or row.names != first[0].names for row in first):
+        refusals.raise_problem(first, problem, [each.name for each in sets], ranks, mine.device)
+    status = [first]
+    if len(sets) > 1:
+        others = all_gather_mesh(mine[1:], ranks, STATUS).transpose(0, 1).tolist()
+        status += [tuple(Status(*row) for row in table) for table in others]
+    for each, rows in zip(sets, status, strict=True):
+        if any(row.bad_weight or row.agreed != rows[0].agreed for row in rows):
+            refusals.raise_finding(rows, ranks, each.name)
+    return status
+
+
+def exchange_payload(
+    parts: list[Tensor], counts: tuple[int, ...], longest: int, group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """Return all ranks' rows of several tensors `[N_r, ...]`, by one all-gather of bytes.
+
+    Each rank's part is padded to `longest` rows, so that all ranks send equally much.
+    """
+    if group is None:
+        return parts
+    offsets, total = [], 0
+    for part in parts:
+        offsets.append(total)
+        total += -(-longest * _row_bytes(part) // 8) * 8  # every section starts where any dtype may be viewed
+    buffer = torch.empty(total, dtype=torch.uint8, device=parts[0].device)
+    for part, offset in zip(parts, offsets, strict=True):
+        if part.numel():
+            section = buffer[offset : offset + part.nbytes].view(part.dtype)
+            section.copy_(part.reshape(-1))
+    everyone = all_gather(buffer, group, PAYLOAD)
+    out = []
+    for part, offset in zip(parts, offsets, strict=True):
+        rows = [everyone[r, offset : offset + n * _row_bytes(part)] for r, n in enumerate(counts)]
+        out.append(torch.cat(rows).view(part.dtype).view(sum(counts), *part.shape[1:]))
+    return out
+
+
+def _row_bytes(part: Tensor) -> int:
+    return part[:0].new_empty(1, *part.shape[1:]).nbytes
+
+
+def require_grad_like_others(embeddings: Tensor, status: tuple[Status, ...]) -> Tensor:
+    """Return embeddings that require grad if any rank's do: an empty batch must join the backward's collective, too."""
+    if torch.is_grad_enabled() and not embeddings.requires_grad and any(row.wants_grad for row in status):
+        return embeddings.detach().requires_grad_()
+    return embeddings
+
+
+def gradient_of_losses(grad: Tensor, batch: GlobalBatch, sample_weights: Tensor, reduction: str) -> Tensor:
+    """Return ∂objective/∂loss_i `[N]` from ∂objective/∂(reduced loss). sample_weights: `[N]`, of the losses."""
+    if reduction != "none":
+        return grad * sample_weights
+    # each rank's scalar counts as averaged over the ranks, and each rank knows the gradient of its own samples only
+    padded = grad.new_zeros(max(batch.counts))
+    padded[: len(grad)] = grad
+    everyone = all_gather(padded, batch.ranks.group)
+    of_all = torch.cat([row[:n] for row, n in zip(everyone, batch.counts, strict=True)])
+    return of_all * sample_weights / batch.ranks.total

@@ -1,0 +1,185 @@
+"""The status of a batch: 21 integers with which each rank describes its part before anything large is sent.
+
+    embeddings [N_r, D], labels [N_r] or [N_r, L]  ── inspect ──>  int64 [label sets, 21]: a `Status` for each label set
+
+Every rank receives all statuses and checks them on the host, which must read the sample counts anyway. So a bad input
+on one rank raises the same error on every rank, without another wait for the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partial_fc.batch.weights import first_bad_weight, weights_problem
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NO_LABEL = 2**62  # stands for a smallest or largest label where there is none
+
+
+@dataclass(frozen=True)
+class Status:
+    """One rank's local batch and one of its label sets."""
+
+    samples: int
+    width: int
+    dtype: int  # index into DTYPES
+    labels_each: int  # L of labels [N_r, L]; 0 for labels [N_r]
+    weights: int  # bit 0: label weights, bit 1: sample weights
+    wants_grad: int  # whether its embeddings take part in backward; if those of any rank do, all must
+    names: int  # digest of the names of all label sets; 0 for labels without a name
+    problem: int  # 1: this batch cannot be gathered; the other fields mean nothing then
+    # the two smallest and two largest distinct labels, so that a head can ignore its own ignore_index; else NO_LABEL
+    smallest: int
+    smallest_at: int
+    second_smallest: int
+    second_smallest_at: int
+    largest: int
+    largest_at: int
+    second_largest: int
+    second_largest_at: int
+    nonfinite_at: int  # first sample with a NaN or infinity, or -1
+    nonfinite_label: int
+    bad_weight: int  # kind of the first invalid weight (`weights.py`), its flat index, the bits of its value
+    bad_weight_at: int
+    bad_weight_bits: int
+
+    @property
+    def agreed(self) -> tuple[int, ...]:
+        """What must be the same on every rank."""
+        return self.width, self.dtype, self.labels_each, self.weights
+
+    def extremes(self) -> tuple[tuple[int, int], ...]:
+        """Return (label, flat index) of the smallest and largest labels."""
+        low = (self.smallest, self.smallest_at), (self.second_smallest, self.second_smallest_at)
+        high = (self.largest, self.largest_at), (self.second_largest, self.second_largest_at)
+        return tuple((label, at) for label, at in (*low, *high) if label != NO_LABEL)
+
+
+NO_COUNTS = [0] * 7  # the fields before `problem`
+NO_FINDINGS = [NO_LABEL, 0] * 4 + [-1, NO_LABEL] + [0, 0, 0]  # the fields after it
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """What one rank passes for one head; unchecked until `problem_of` has seen it."""
+
+    name: str | None
+    labels: Any
+    label_weights: Any = None
+    sample_weights: Any = None
+
+    @property
+    def weighted(self) -> bool:
+        return self.label_weights is not None or self.sample_weights is not None
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that are sent to the other ranks."""
+        weights = (self.label_weights, self.sample_weights)
+        return [self.labels.detach(), *(w.detach().double() for w in weights if w is not None)]
+
+    def take(self, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return labels, label weights and sample weights from gathered tensors in the order of `tensors()`."""
+        labels = next(tensors)
+        label_weights = None if self.label_weights is None else next(tensors)
+        return labels, label_weights, None if self.sample_weights is None else next(tensors)
+
+
+def as_matrix(labels: Tensor) -> Tensor:
+    """Return labels `[N]` or `[N, L]` as `[N, L]`."""
+    return labels if labels.ndim == 2 else labels[:, None]
+
+
+def of_set(name: str | None) -> str:
+    """Return how a message names a label set."""
+    return "" if name is None else f", {name!r}"
+
+
+def problem_of(embeddings: Tensor, given: LabelSet, device: torch.device | None) -> str:
+    """Return what is wrong with types and shapes, as it follows the rank's name in an error; "" if nothing is."""
+    problem = embeddings_problem(embeddings)
+    if problem:
+        return f": {problem}"
+    problem = _labels_problem(embeddings, given.labels)
+    if not problem and (given.labels.ndim == 2 or given.weighted):
+        problem = weights_problem(embeddings, given.labels, given.label_weights, given.sample_weights)
+    if problem:
+        return f"{of_set(given.name)}: {problem}"
+    if device is not None and embeddings.device != device:
+        return f": the head is on {device}, embeddings on {embeddings.device}"
+    return ""
+
+
+def embeddings_problem(embeddings: Tensor) -> str:
+    if embeddings.ndim != 2:
+        return f"embeddings must be [N, D], but have {embeddings.ndim} dimensions"
+    if embeddings.dtype not in DTYPES:
+        return f"embeddings must be float32, float64, bfloat16 or float16, not {embeddings.dtype}"
+    return ""
+
+
+def _labels_problem(embeddings: Tensor, labels: Any) -> str:
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        return f"labels must be an int64 tensor, not {found}"
+    if labels.ndim not in (1, 2) or (labels.ndim == 2 and not labels.shape[1]):
+        return f"labels must be [N] or [N, L] with L at least 1, but are {list(labels.shape)}"
+    if len(labels) != len(embeddings):
+        return f"labels are for {len(labels)} samples, embeddings for {len(embeddings)}"
+    return (
+        ""
+        if labels.device == embeddings.device
+        else f"labels are on {labels.device}, embeddings on {embeddings.device}"
+    )
+
+
+def inspect(embeddings: Tensor, sets: list[LabelSet], problem: str, wants_grad: bool, look: bool) -> Tensor:
+    """Return this rank's statuses, int64 `[label sets, 21]`; a single one where there is a problem.
+
+    look: search for extreme labels, non-finite embeddings and invalid weights. Neither raises nor waits for the device.
+    """
+    if problem:
+        return torch.tensor([[*NO_COUNTS, 1, *NO_FINDINGS]])
+    samples, width = embeddings.shape
+    names = [each.name for each in sets if each.name is not None]
+    digest = 1 + int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=7).digest(), "big") if names else 0
+    counts = []
+    for each in sets:
+        labels_each = each.labels.shape[1] if each.labels.ndim == 2 else 0
+        weights = (each.label_weights is not None) + 2 * (each.sample_weights is not None)
+        dtype = DTYPES.index(embeddings.dtype)
+        counts.append([samples, width, dtype, labels_each, weights, int(wants_grad), digest, 0])
+    if not look or not samples:
+        return torch.tensor([row + NO_FINDINGS for row in counts])
+    bad = (embeddings * 0).sum(1) != 0  # NaN for a row with a NaN or infinity; a tenth of the time of isfinite().all(1)
+    found = []
+    for each in sets:
+        nonfinite = _first_nonfinite(bad, as_matrix(each.labels)[:, 0])
+        weight = each.labels.new_zeros(3)
+        if each.weighted:
+            weight = first_bad_weight(each.labels, each.label_weights, each.sample_weights)
+        found.append(torch.cat((_extremes(each.labels.reshape(-1)), nonfinite, weight)))
+    return torch.cat((torch.tensor(counts).to(embeddings.device), torch.stack(found)), 1)
+
+
+def _extremes(labels: Tensor) -> Tensor:
+    """Return the two smallest and two largest distinct labels of `[n]`, each with its index: int64 `[8]`."""
+    out = []
+    for find, nobody in ((torch.min, NO_LABEL), (torch.max, -NO_LABEL)):
+        value, at = find(labels, 0)
+        others = torch.where(labels == value, nobody, labels)
+        other, other_at = find(others, 0)
+        out += [value, at, torch.where(other == nobody, NO_LABEL, other), other_at]
+    return torch.stack(out)
+
+
+def _first_nonfinite(bad: Tensor, labels: Tensor) -> Tensor:
+    """Return (index of the first True of `bad [n]` or -1, its label)."""
+    any_bad, at = bad.max(0)
+    label = labels.take(at)  # `labels[at]` would wait for `at` on the host
+    return torch.stack((torch.where(any_bad, at, -1), torch.where(any_bad, label, NO_LABEL)))

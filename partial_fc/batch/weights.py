@@ -1,0 +1,94 @@
+"""Weights of labels and of samples: what can be wrong with them."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NO_WEIGHT, LABEL_WEIGHT, LABEL_SUM, SAMPLE_WEIGHT = range(4)  # kinds of an invalid weight
+SUM_TOLERANCE = 1e-3  # how far from 1 the weights of a sample's labels may sum to
+
+
+def weights_problem(embeddings: Tensor, labels: Tensor, label_weights: Any, sample_weights: Any) -> str:
+    """Return what is wrong with their types and shapes; "" if nothing is."""
+    for what, weights in (("label_weights", label_weights), ("sample_weights", sample_weights)):
+        if weights is not None and not isinstance(weights, Tensor):
+            return f"{what} must be a tensor, not {type(weights).__name__}"
+        if weights is not None and weights.device != embeddings.device:
+            return f"{what} are on {weights.device}, embeddings on {embeddings.device}"
+    if labels.ndim == 1 and label_weights is not None:
+        return (
+            "labels are [N], one a sample, which takes no label_weights; those go with labels [N, L] and have their "
+            "shape"
+        )
+    if labels.ndim == 2 and label_weights is None:
+        each = labels.shape[1]
+        if each == 1:
+            return "labels are [N, 1]; squeeze them, or give gather label_weights [N, L] for several labels a sample"
+        return (
+            f"labels are [N, {each}], {each} a sample; give gather label_weights [N, {each}], or bring one "
+            "label a sample, "
+            "[N]"
+        )
+    if label_weights is not None and label_weights.shape != labels.shape:
+        return f"label_weights must have the shape of labels, {list(labels.shape)}, but are {list(label_weights.shape)}"
+    if sample_weights is not None and sample_weights.shape != (len(embeddings),):
+        return f"sample_weights must be [N], here [{len(embeddings)}], but are {list(sample_weights.shape)}"
+    return ""
+
+
+def first_bad_weight(labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None) -> Tensor:
+    """Return (kind, flat index, bits of the value) of the first invalid weight or sum of weights: int64 `[3]`.
+
+    Does not wait for the device. A sample whose labels are all negative (some head's ignore_index) has no class: its
+    weights need not sum to 1.
+    """
+    found = labels.new_zeros(3)  # NO_WEIGHT
+    if sample_weights is not None:
+        values = sample_weights.detach().double()
+        found = _first_bad(SAMPLE_WEIGHT, ~_is_weight(values), values, found)
+    if label_weights is not None:
+        values = label_weights.detach().double()
+        sums = values.sum(1)
+        off = ((sums - 1).abs() > _tolerance(label_weights.dtype)) & (labels >= 0).any(1)
+        found = _first_bad(LABEL_SUM, off, sums, found)
+        found = _first_bad(LABEL_WEIGHT, ~_is_weight(values).reshape(-1), values.reshape(-1), found)
+    return found
+
+
+def describe_bad_weight(kind: int, at: int, bits: int, labels_each: int) -> str:
+    """Return what is wrong, from what `first_bad_weight` has found. labels_each: L of labels [N, L]."""
+    (value,) = struct.unpack("d", struct.pack("q", bits))
+    rule = "the weights of a sample's labels are a distribution: each at least 0, together 1"
+    if kind == LABEL_WEIGHT:
+        return f"label_weights[{at // labels_each}, {at % labels_each}] is {value:.6g}; {rule}"
+    if kind == LABEL_SUM:
+        return f"label_weights[{at}] sums to {value:.6g}; {rule}"
+    return f"sample_weights[{at}] is {value:.6g}; the weight of a sample is finite and at least 0"
+
+
+def merge_repeated(labels: Tensor, weights: Tensor, exists: Tensor) -> Tensor:
+    """Return label weights `[N, L]` where a class that a sample names twice has the weight of both at the first place.
+
+    Mixup of two images of one class does that. exists `[N, L]`: which labels count.
+    """
+    same = (labels[:, :, None] == labels[:, None, :]) & exists[:, :, None] & exists[:, None, :]
+    return (same * weights[:, None, :]).sum(2) * ~same.tril(-1).any(2)
+
+
+def _first_bad(kind: int, bad: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
+    """Return (kind, index, bits of the value) of the first of `values [n]` that is bad, or `otherwise`."""
+    any_bad, at = bad.max(0)
+    return torch.where(any_bad, torch.stack((any_bad * kind, at, values.take(at).view(torch.int64))), otherwise)
+
+
+def _is_weight(values: Tensor) -> Tensor:
+    return values.isfinite() & (values >= 0)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Return how far from 1 a sum may be: weights in half precision are rounded by more than SUM_TOLERANCE."""
+    return max(SUM_TOLERANCE, torch.finfo(dtype).eps) if dtype.is_floating_point else SUM_TOLERANCE

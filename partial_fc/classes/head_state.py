@@ -1,0 +1,199 @@
+"""`HeadState`: what a `PartialFC` reports, saves and changes between steps. Nothing here takes part in a training
+step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partial_fc.classes.interface import Change
+from partial_fc.classes.loss import ChangeableLoss
+from partial_fc.classes.tables import changed_class_weights, changed_margin, prepare_anew
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.errors import log
+from partial_fc.margins.base import Margin
+from partial_fc.sampling import window_size
+from partial_fc.softmax.measured import Measured
+
+
+class HeadState(ChangeableLoss):
+    """Base of `PartialFC`."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    class_weights: Tensor | None
+    margin: Margin
+    _sample_rate: float
+    interclass_filter: float | None
+    forward_count: int
+    logits_budget: int
+    logits_mode: str
+    selected_rows: Tensor | None
+    _measured: Measured | None
+
+    def _prepare_margin(self, dtype: torch.dtype) -> None:
+        """Fit the margin to the classes and the device; its parameters become parameters that all ranks share."""
+        self.margin.prepare(self.num_classes, self._drawn_of(self.num_classes))
+        self.margin.to(self._device)
+        wide = torch.promote_types(dtype, torch.float32)
+        for name, parameter in self.margin.named_parameters():
+            local = local_part(parameter.detach()).to(wide)
+            setattr(self.margin, name, nn.Parameter(self.shards.wrap_shared(local)))
+
+    # ------------------------------------------------------------------------------------------------ public state
+
+    @property
+    def sample_rate(self) -> float:
+        """r: share of all classes that a step draws."""
+        return self._sample_rate
+
+    @property
+    def selected(self) -> Tensor:
+        """Class ids `[S]` that this rank used in the last forward, ascending."""
+        lo, hi = self.shards.lo, self.shards.hi
+        if self.selected_rows is None:
+            return torch.arange(lo, hi, device=self.class_rows.device)
+        return self.selected_rows + lo
+
+    @property
+    def row_grad(self) -> tuple[Tensor, Tensor] | None:
+        """Under sampling: (class ids `[S]`, gradient of their weights `[S, D]`) since `zero_grad`; else None."""
+        rows = self.class_rows
+        if not rows.sampled or rows.grad_rows is None:
+            return None
+        return rows.grad_rows + self.shards.lo, rows.gradients()[0]
+
+    @property
+    def target_angle(self) -> Tensor:
+        """Mean angle in radians of embeddings to their own class in the last forward, without the margin (0-d; NaN if
+        none)."""
+        if self._measured is None:
+            raise RuntimeError("target_angle is known after a forward")
+        return self._measured.angles().mean()
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Figures of the last forward's global batch (`metrics=True`): 0-d tensors by name, equal on every rank.
+
+        accuracy: share of samples whose own class is the nearest of those selected, without the margin. margin_met:
+        share whose target logit with the margin is still the largest (or positive, where every class is a binary
+        decision). embedding_norm: mean length of the embeddings. Where vectors are normalised also angles in radians:
+        target_angle (mean), target_angle_p10, _p50, _p90 (percentiles), hardest_angle (mean, to the nearest other
+        class). NaN where there are no samples.
+        """
+        if self._measured is None or self._measured.hardest is None:
+            raise RuntimeError("metrics are known after a forward of a head that was built with metrics=True")
+        return self._measured.summary(self.margin)
+
+    def _report_mode(self, keep: bool, size: int) -> None:
+        self.logits_mode = "kept" if keep else "tiled"
+        message = "logits are %s: %d bytes of them on this rank, a budget of %d"
+        log.info(message, self.logits_mode, size, self.logits_budget)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sample_rate={self.sample_rate}"
+
+    def _settings(self) -> dict[str, Any]:
+        settings = super()._settings()
+        tables = [float(b.double().sum()) for b in self.buffers()]
+        own = self.init_std, self.sample_rate, self.interclass_filter, tables
+        digest = settings["a digest of the settings"], self.margin.describe(), own
+        return {**settings, "a digest of the settings": digest}
+
+    # ------------------------------------------------------------------------------------------------ saved state
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights again as `seed` says; set biases to 0 and the margin's state to its start.
+
+        Also after `to_empty` on a head that was built on the meta device.
+        """
+        self._draw(self.weight)
+        if self.bias is not None:
+            local_part(self.bias.detach()).zero_()
+        self.margin.reset()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the numbers of training forwards and of changes of classes, which key draws; the margin; skipped
+        steps."""
+        return {
+            "step": self.forward_count,
+            "class_changes": self.class_changes,
+            "margin": self.margin.describe(),
+            "skips": self.skips,
+        }
+
+    def set_extra_state(self, state: Any) -> None:
+        state = state if isinstance(state, dict) else {"step": state}  # a 0-d tensor, before classes could change
+        self.forward_count = int(state["step"])
+        self.class_changes = int(state.get("class_changes", 0))
+        self.class_rows.record.skips = int(state.get("skips", 0))
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if a state dict is that of a head with another margin; its tensors are not looked at."""
+        extra = state.get("_extra_state")
+        theirs = extra.get("margin") if isinstance(extra, dict) else None
+        if theirs is not None and theirs != self.margin.describe():
+            raise ValueError(
+                f"it is of a head with {theirs}, this one has {self.margin.describe()}; build the head with "
+                "that margin, "
+                "or start a new run from the class weights alone (export_weights, import_weights)"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # before a weight has changed
+        self.check_state({"_extra_state": state_dict.get(f"{prefix}_extra_state")})
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    # ------------------------------------------------------------------------------------------------ changes of
+    # classes
+
+    @property
+    def normalizes(self) -> bool:
+        return self.margin.normalize
+
+    def prepare_tables(self, change: Change) -> Callable[[], None]:
+        drawn = self._drawn_of(change.num_classes)
+        class_weights = changed_class_weights(self.class_weights, change)
+        margin = changed_margin(self.margin, change, drawn, self.class_rows.device)
+
+        def take() -> None:
+            self.class_weights = class_weights
+            self.margin = margin
+            self.selected_rows = None
+            if margin is not change.margin:
+                prepare_anew(margin, change.num_classes, drawn)
+
+        return take
+
+    def _drawn_of(self, num_classes: int) -> int:
+        return num_classes if self.sample_rate == 1 else window_size(num_classes, self.sample_rate)
+
+
+def check_head_arguments(
+    margin: Margin,
+    sample_rate: float,
+    label_smoothing: float,
+    interclass_filter: float | None,
+    logits_budget: int | None,
+) -> None:
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate is a share of the classes in (0, 1], not {sample_rate}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
+    if logits_budget is not None and logits_budget < 0:
+        raise ValueError(f"logits_budget is a number of bytes, at least 0, not {logits_budget}")
+    if not isinstance(margin, Margin):
+        raise TypeError(f"margin must be an instance such as ArcFace(scale=64.0), not {margin!r}")
+    name = type(margin).__name__
+    if [key for key, _ in margin.named_parameters()] != (["offset"] if margin.binary else []):
+        raise ValueError(f"{name} has parameters; a margin may have buffers, but nothing would train parameters")
+    if margin.binary and label_smoothing:
+        raise ValueError(f"label_smoothing must be 0 with {name}, whose classes are not one distribution")
+    if interclass_filter is not None and not (margin.normalize and -1 < interclass_filter <= 1):
+        raise ValueError(
+            f"interclass_filter is a cosine in (-1, 1], for margins that normalise, not {interclass_filter}"
+        )

@@ -1,0 +1,168 @@
+"""`ChangeableLoss`: a sharded loss that answers queries about its class rows, and whose classes may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from partial_fc.classes import change as changes
+from partial_fc.classes import class_means
+from partial_fc.classes.class_means import Batches
+from partial_fc.classes.interface import Change
+from partial_fc.classes.mapping import Mapped
+from partial_fc.classes.queries import DEFAULT_TILE_BYTES, Neighbours, nearest_classes, topk
+from partial_fc.margins.base import Margin
+from partial_fc.sharded import ShardedLoss
+from partial_fc.shards import ClassShards
+
+
+class ChangeableLoss(ShardedLoss):
+    """Base of `PartialFC` and `CenterLoss`. Nothing here takes part in a training step."""
+
+    # ------------------------------------------------------------------------------------------------ queries
+
+    @torch._disable_dynamo
+    def topk(
+        self, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
+    ) -> Neighbours:
+        """Return the k classes nearest to each of this rank's embeddings: ids and cosines `[N_local, k]`, descending.
+
+        The cosine to a class is that of its row, without bias, scale or margin, for every loss (also for `Softmax`);
+        with several centers it is the largest of them. The search is exact, over all classes of all ranks. Every rank
+        must call it with the same k; N_local may differ and be 0. Products are float32, or float64 if rows or
+        embeddings are. A row shorter than 1e-12 has cosine 0 to everything. Of equal cosines the lower id comes first.
+        Nothing is changed, and the result has no gradient.
+
+        Args:
+            embeddings: `[N_local, D]`, of this rank.
+            k: 1 to C.
+            tile_bytes: bytes of cosines in memory at a time on a rank; no other temporary is larger.
+            progress: show a tqdm bar on the first rank.
+
+        Raises ValueError, the same on every rank, for embeddings of another width, dtype or device than the head's;
+        NonFiniteError if the length of an embedding or a row is not finite. On a 2-D mesh each replica returns the
+        results of its own ranks.
+        """
+        return topk(self.class_rows, embeddings, k, tile_bytes=tile_bytes, progress=progress)
+
+    @torch._disable_dynamo
+    def nearest_classes(self, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False) -> Neighbours:
+        """Return the k nearest other classes of each class of this rank's shard: ids and cosines `[C_local, k]`.
+
+        Row i belongs to the i-th class of the shard, in the order of ids; k is 1 to C - 1. Every rank must call it.
+        With several centers, the cosine of two classes is the largest over the centers of both. Rows are sent one tile
+        at a time, C · D numbers to every rank in all; the work is C_local · C · D products. For the rest see `topk`.
+        """
+        return nearest_classes(self.class_rows, k, tile_bytes=tile_bytes, progress=progress)
+
+    # ------------------------------------------------------------------------------------------------ changes
+
+    def expand(
+        self,
+        new_classes: int,
+        init: str | Tensor | Batches = "fresh",
+        *,
+        optimizers: changes.Optimizers = (),
+        margin: Margin | None = None,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        """Add classes C to C + new_classes − 1. All others keep ids, rows and optimizer state bit for bit.
+
+        Every rank must call it.
+
+        Args:
+            new_classes: number of new classes, at least 1.
+            init: "fresh": drawn like the initial rows, keyed by seed and class id. Or vectors `[new_classes, D]`
+                (`[new_classes, K, D]` with K centers per class), used as they are, the same on every rank. Or batches
+                of (embeddings `[n, D]`, labels `[n]`) of this rank with the *new* ids as labels: class means, streamed
+                as by `init_from_embeddings`; if rows are normalized, the new ones get the mean length of the existing
+                rows; a class without samples is drawn.
+            optimizers: plain torch optimizers of the parameters, whose state is changed, too. A `RowOptimizer` is found
+                automatically.
+            margin: if the margin has one number per class (`AdaptiveMargin`), a new one for all C + new_classes.
+            class_weights: `[new_classes]`, of the new classes, if the head has class weights.
+
+        Biases and optimizer state of new rows are those of a row that never had a gradient. Parameters stay the same
+        objects, and training can continue at once. Rows are moved in blocks, one tensor at a time: at most one tensor
+        exists twice.
+
+        Raises ValueError for bad arguments, RuntimeError while gradients are pending; the same on every rank, with
+        nothing changed.
+        """
+        changes.expand(self, new_classes, init, optimizers, margin, class_weights)
+
+    def remap(
+        self,
+        mapping: Mapped,
+        *,
+        merge: changes.Merge = "mean",
+        weights: Tensor | None = None,
+        optimizers: changes.Optimizers = (),
+        margin: Margin | None = None,
+    ) -> None:
+        """Drop, merge and renumber classes; convert labels with `mapping[labels]`. Every rank must call it.
+
+        Args:
+            mapping: new id of each old class, `[C]` ints or a dict, the same on every rank; -1 drops the class. New ids
+                are 0 to C' − 1 without gaps; `class_mapping` builds such a mapping. Classes with the same new id are
+                merged.
+            merge: "mean" of the rows of merged classes, or "first", the row of the lowest old id; optimizer state in
+                the same way. "mean" is not possible with K centers per class, which have no common order.
+            weights: `[C]`, at least 0, the weight of each class in a mean (such as its number of samples); default:
+                equal weights.
+            optimizers, margin: as for `expand`; the margin for the C' classes.
+
+        Rows that are not merged keep weight and state bit for bit. Merged rows are summed in float32 or better, in the
+        order of old ids, so the result is the same at every world size. Scalar optimizer state, running statistics of
+        the margin and the forward count do not change.
+
+        Raises ValueError for bad arguments, RuntimeError while gradients are pending; the same on every rank, with
+        nothing changed.
+        """
+        changes.remap(self, mapping, merge, weights, optimizers, margin)
+
+    def init_from_embeddings(self, batches: Batches) -> None:
+        """Set rows to class means. `batches` yields (embeddings `[n, D]`, labels `[n]`) of this rank.
+
+        Classes without samples stay as they are. If rows are normalized, a row takes the *direction* of its mean and
+        keeps its own *length*: the length has no effect on the loss, but an optimizer step turns a row by an angle
+        proportional to 1/length², so rows as long as embeddings (20, say, while initial rows have 0.01·√D) would learn
+        far more slowly. Otherwise the row becomes the mean itself. Of K centers per class the first is the mean, and
+        the others are at a tenth of its length from it, in directions keyed by seed and class id. Float32 weights in a
+        `RowOptimizer` follow; other state does not change.
+
+        Every rank must call it; ranks may have different numbers of batches. Sums are at least float32, and of this
+        rank's classes only: a second copy of the shard during the call. Raises as forward does for a bad batch, and
+        nothing has changed then.
+        """
+        changes.check_reachable(self)
+        class_means.init_from_embeddings(self, batches)
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether only the direction of a row counts."""
+        return False
+
+    def pending_work(self) -> str:
+        """Return what must be finished before classes change, and how; "" if nothing is pending."""
+        rows = self.class_rows
+        if rows.live_optimizer is not None and rows.live_optimizer.moved_in_backward:
+            return "a backward has updated rows (update_in_backward) but step() was not called: call step() first"
+        if rows.grad_rows is not None or any(p.grad is not None for p in rows.everything):
+            return "there are gradients: call step() and zero_grad() of the optimizer first"
+        return ""
+
+    def prepare_tables(self, change: Change) -> Callable[[], None]:
+        """Check class weights and margin for the new classes; call the result after the rows have moved."""
+        for name in ("margin", "class_weights"):
+            if getattr(change, name) is not None:
+                raise ValueError(f"{type(self).__name__} has no {name}")
+        return lambda: None
+
+    def adopt(self, parameters: dict[str, nn.Parameter], shards: ClassShards) -> None:
+        """Hold the parameters of the new classes."""
+        self.num_classes = shards.num_classes
+        self.class_rows.hold(parameters, self._shared_parameters(), shards)
+        self.class_changes += 1

@@ -1,0 +1,70 @@
+"""What is done about a training step that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from partial_fc.errors import NonFiniteError, log
+from partial_fc.nonfinite.describe import describe
+from partial_fc.nonfinite.scalers import active_scalers, report_overflow
+from partial_fc.rows import ClassRows
+from partial_fc.step_record import StepRecord
+
+
+def refuse_step(
+    losses: Sequence[ClassRows], parameters: Sequence[Tensor], scaler: Any, bad_loss: bool, already_skipped: bool
+) -> None:
+    """Raise NonFiniteError or skip the step, on every rank alike, as the losses want it.
+
+    already_skipped: by the status of the batch, or by an earlier check of this step.
+    """
+    records = [rows.record for rows in losses]
+    watching = [record for record in records if record.watches]
+    reason = next((record.reason for record in records if record.skipped and record.reason), "")
+    scalers = active_scalers(scaler)
+    # a finite loss with a non-finite gradient is the scale's fault where a scaler is at work
+    overflow = not bad_loss and (not reason if already_skipped else bool(scalers))
+    if not overflow and not reason:
+        reason = describe(losses, parameters)
+    for record in records:
+        record.mark_checked()
+        record.bad_step = True
+        record.reason = reason
+    if not overflow:
+        if any(record.on_nonfinite == "raise" for record in watching):
+            raise NonFiniteError(reason)
+        if not already_skipped:
+            log.warning("%s; the step is skipped", reason)
+        for record in records:
+            count_skip(record, reason)
+    if scalers:
+        for each in scalers:
+            report_overflow(each)
+    else:
+        forget_gradients(losses, parameters)
+
+
+def count_skip(record: StepRecord, reason: str) -> None:
+    """Count the step as skipped, once. Raise NonFiniteError after too many in a row."""
+    record.reason = reason
+    if record.counted:
+        return
+    record.counted = True
+    record.skips += 1
+    record.skips_in_a_row += 1
+    if record.max_skips is not None and record.skips_in_a_row > record.max_skips:
+        raise NonFiniteError(
+            f"{record.skips_in_a_row} steps in a row were not finite, and max_skips is {record.max_skips}; the last: "
+            f"{reason}. Lower the learning rate, or resume from an earlier checkpoint"
+        )
+
+
+def forget_gradients(losses: Sequence[ClassRows], parameters: Sequence[Tensor]) -> None:
+    """Set gradients to None: an optimizer that steps nevertheless changes neither weights nor state."""
+    for parameter in parameters:
+        parameter.grad = None
+    for rows in losses:
+        rows.clear()

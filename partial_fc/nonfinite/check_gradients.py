@@ -1,0 +1,74 @@
+"""`check_gradients`: the check of a training step, for loops that do not clip; and that of optimizers nobody checked
+for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import Ranks
+from partial_fc.nonfinite.describe import not_finite
+from partial_fc.nonfinite.step_check import decide, local_flags, others
+from partial_fc.rows import ClassRows, HasClassRows
+
+
+def check_gradients(parameters: Iterable[Tensor] | Tensor, *heads: HasClassRows, scaler: Any = None) -> bool:
+    """Return whether the step may be taken: no loss and no gradient is NaN or infinite on any rank. Alike on every
+    rank.
+
+    For loops that do not clip, between backward and the optimizers; `clip_grad_norm_` includes the same check. If the
+    answer is no, `head.skipped` is True for all `heads`, all gradients are forgotten, and optimizers that step
+    nevertheless do nothing.
+
+    Args:
+        parameters: of the backbone; parameters of `heads` among them are ignored.
+        heads: every `PartialFC` and `CenterLoss` of the step.
+        scaler: the GradScaler, if there is one, after its unscale_() of every optimizer. A non-finite gradient of a
+            finite loss then makes all its optimizers skip; it is not counted and no error.
+
+    Costs one pass over the gradients, one small collective (two on a 2-D mesh) and one wait for the device. Does
+    nothing and returns True where every head has on_nonfinite="log" or checks no more (validate).
+
+    Raises NonFiniteError, the same on every rank, if a head has on_nonfinite="raise", or after more than `max_skips`
+    skips in a row; ValueError without a head.
+    """
+    if not heads:
+        raise ValueError(
+            "check_gradients needs the heads of the step, whose ranks agree: check_gradients(parameters, head)"
+        )
+    losses = [head.class_rows for head in heads]
+    if not any(rows.record.watches for rows in losses):
+        return not any(rows.record.skipped for rows in losses)
+    return check_step(losses, others(parameters, losses), scaler)
+
+
+def check_step(losses: Sequence[ClassRows], parameters: Sequence[Tensor], scaler: Any = None) -> bool:
+    """Return whether the step may be taken: check losses and gradients, and agree. parameters: of the backbone."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    grads += [p.grad for rows in losses for p in (*rows.carriers, *rows.shared.values()) if p.grad is not None]
+    flags = agree_on_flags(local_flags(losses, [not_finite(grad) for grad in grads]), losses)
+    return decide(losses, flags, parameters, scaler)
+
+
+def agree_on_flags(flags: Tensor, losses: Sequence[ClassRows]) -> Tensor:
+    """Return the largest of every flag over the ranks of all losses, which as a rule are the same ranks."""
+    seen: list[Ranks] = []
+    for rows in losses:
+        ranks = rows.shards.ranks
+        if not any(ranks.same_as(other) for other in seen):
+            seen.append(ranks)
+            flags = max_over_ranks(flags, ranks)
+    return flags
+
+
+def max_over_ranks(flags: Tensor, ranks: Ranks) -> Tensor:
+    """Return the largest of every flag over all ranks: one small collective, two on a 2-D mesh."""
+    for group in (ranks.group, ranks.replica_group):
+        if group is not None:
+            with naming_the_missing("the agreement on a step", group):
+                dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+    return flags

@@ -1,0 +1,55 @@
+"""`update_in_backward`: rows move tile by tile inside backward, so that no gradient of the whole weight exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from partial_fc.nonfinite.check_gradients import agree_on_flags
+from partial_fc.nonfinite.describe import not_finite
+from partial_fc.nonfinite.step_check import decide, local_flags
+from partial_fc.rows import ClassRows, UpdateRows
+
+
+class _Update(Protocol):
+    def apply(self, index: Tensor | None, a: int, b: int, grad: Tensor) -> None: ...
+
+
+def begin_update(optimizer: Any, start: Callable[[], Sequence[_Update]]) -> UpdateRows:
+    """Begin a step of a `RowOptimizer` inside backward. start: returns the update of each parameter."""
+    if optimizer.moved_in_backward:
+        raise RuntimeError(
+            "update_in_backward cannot be joined with accumulation over micro-batches: call step() after every "
+            "backward, or build the RowOptimizer without update_in_backward"
+        )
+    optimizer.moved_in_backward = True
+    rows: ClassRows = optimizer.class_rows
+    if rows.record.watches and not _loss_is_finite(rows):
+        return lambda a, b, grads: None
+    updates = start()
+
+    def update_rows(a: int, b: int, grads: list[Tensor]) -> None:
+        with record_function("partial_fc::update"), torch.no_grad():
+            for update, grad in zip(updates, grads, strict=True):
+                update.apply(None, a, b, grad)
+
+    return update_rows
+
+
+def end_update(optimizer: Any) -> None:
+    """The optimizer's step() was called; RuntimeError if by a GradScaler, which gives it these attributes."""
+    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+        raise RuntimeError(
+            "update_in_backward cannot be joined with a GradScaler: rows moved before their gradient was unscaled"
+        )
+    optimizer.moved_in_backward = False
+
+
+def _loss_is_finite(rows: ClassRows) -> bool:
+    """Check the losses and their gradients alone: those of the rows do not exist yet."""
+    bad = [not_finite(backward.grad) for backward in rows.record.backwards]
+    return decide([rows], agree_on_flags(local_flags([rows], bad), [rows]), [])

@@ -1,0 +1,139 @@
+"""The state of a `RowOptimizer`: how it is allocated, saved and loaded.
+
+Row state (momentum, moments) has the shape of its parameter, so it is a DTensor `[C, ...]` where there is a group, and
+a checkpoint loads at any world size. Everything else is scalar state.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.optim.optimizer_class import is_row_state, trial
+from partial_fc.rows import ClassRows, UpdateRows
+
+HALF = (torch.bfloat16, torch.float16)
+MASTER = "master_weight"  # state of this package's own, beside that of the wrapped class
+COUNT = "rounding_step"
+
+
+class RowState(torch.optim.Optimizer):
+    """Base of `RowOptimizer`: everything about state but the step.
+
+    class_rows: what it moves. inner: the wrapped class, on stand-ins. initial_state: row state of a row that never had
+    a gradient, by key.
+    """
+
+    class_rows: ClassRows
+    inner: torch.optim.Optimizer
+    initial_state: dict[str, float]
+    low_precision: str | None
+
+    def update_for_forward(self) -> Callable[[], UpdateRows]:
+        """Return how the backward of a forward begins its update (update_in_backward); RuntimeError under float16."""
+        kind = self.class_rows.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            raise RuntimeError(
+                "update_in_backward cannot be joined with float16, which needs a GradScaler; use bfloat16"
+            )
+        return self.begin_update_in_backward
+
+    def begin_update_in_backward(self) -> UpdateRows:
+        """Begin a step inside backward; call the result with local rows a to b and their gradients, each row once."""
+        raise NotImplementedError
+
+    def allocate(self, parameter: nn.Parameter, dtype: torch.dtype, key: str) -> Tensor:
+        """Return new row state of a parameter."""
+        local = local_part(parameter.detach())
+        if key == MASTER:
+            return self._wrap(parameter, local.float())
+        return self._wrap(parameter, torch.full_like(local, self.initial_state.get(key, 0.0), dtype=dtype))
+
+    def _wrap(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
+        """Return `local` as a DTensor that is split as the parameter is."""
+        rows = self.class_rows
+        if any(parameter is shared for shared in rows.shared.values()):
+            return rows.shards.wrap_shared(local)
+        return rows.shards.wrap(local)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; row state as DTensors `[C, ...]` where there is a group."""
+        parameters = self.class_rows.everything
+        state = {i: dict(self.state[p]) for i, p in enumerate(parameters) if p in self.state}
+        group = {**self.param_groups[0], "params": list(range(len(parameters)))}
+        return {"state": state, "param_groups": [group]}
+
+    def state_template(self) -> dict[str, Any]:
+        """Return a state dict with all state allocated, for `load_checkpoint` to read into before the first step."""
+        template = self.state_dict()
+        for i, parameter in enumerate(self.class_rows.everything):
+            if i in template["state"]:
+                continue
+            zeros = torch.zeros(1, 1, dtype=self._state_dtype(parameter), device="cpu")
+            moved, state = trial(type(self.inner), self._options(), zeros, steps=1)
+            template["state"][i] = {
+                key: self.allocate(parameter, value.dtype, key) if is_row_state(value, moved) else value
+                for key, value in state.items()
+            }
+            if self.low_precision == "master":
+                template["state"][i][MASTER] = self.allocate(parameter, torch.float32, MASTER)
+        return template
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if a state dict belongs to another class of optimizer; its tensors are not looked at."""
+        own = self._options()
+        options = {**own, **state["param_groups"][0]}
+        accepted = {k: v for k, v in options.items() if k in own and k not in ("fused", "foreach", "capturable")}
+        known = {MASTER, COUNT, *trial(type(self.inner), accepted, torch.zeros(1, 1, device="cpu"), steps=1)[1]}
+        for of_parameter in state["state"].values():
+            unknown = sorted(set(of_parameter) - known)
+            if unknown:
+                name = type(self.inner).__name__
+                raise ValueError(
+                    f"it is the state of another optimizer: it has {', '.join(unknown)}, which {name} as built "
+                    "here has not"
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load options and state; the row state must be of this class and of this head's shape, else ValueError."""
+        self.check_state(state_dict)
+        parameters = self.class_rows.everything
+        for i, state in state_dict["state"].items():
+            for key, value in state.items():
+                expected = parameters[int(i)].shape
+                if isinstance(value, Tensor) and value.ndim and value.shape != expected:
+                    raise ValueError(
+                        f"optimizer state {key} is {list(value.shape)}, the head's parameter is {list(expected)}"
+                    )
+        self.param_groups[0].update({k: v for k, v in state_dict["param_groups"][0].items() if k != "params"})
+        self.state.clear()
+        for i, state in state_dict["state"].items():
+            parameter = parameters[int(i)]
+            self.state[parameter] = {key: self._fitted(value, parameter) for key, value in state.items()}
+
+    def _fitted(self, value: Any, parameter: nn.Parameter) -> Any:
+        """Return a piece of state on the device and in the dtype that the class expects; the same object where it is
+        so."""
+        if not isinstance(value, Tensor):
+            return value
+        weight = local_part(parameter.detach())
+        if value.ndim:
+            local = local_part(value)
+            dtype = self._state_dtype(parameter) if local.is_floating_point() else local.dtype
+            fitted = local.to(weight.device, dtype)
+            return value if fitted is local else self._wrap(parameter, fitted)
+        # fused and capturable kernels read the step on the device
+        options = self.param_groups[0]
+        return value.to(weight.device) if options.get("fused") or options.get("capturable") else value
+
+    def _state_dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        return torch.float32 if self.low_precision and parameter.dtype in HALF else parameter.dtype
+
+    def _options(self) -> dict[str, Any]:
+        accepted = inspect.signature(type(self.inner)).parameters
+        return {k: v for k, v in self.inner.defaults.items() if k in accepted}

@@ -1,0 +1,266 @@
+"""`ShardedModule`: a module whose parameters are class rows, split over ranks. Nothing here takes part in a step.
+
+parameters   class rows [C_local, ...] on this rank, DTensors [C, ...] outside; moves and casts keep their identity
+agreement    every rank must have built the same
+refusals     errors for engines that would wrap the rows (`distributed/wrapping.py`)
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.groups import ranks_of
+from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh
+from partial_fc.distributed.wrapping import DDP, FSDP2, refuse
+from partial_fc.rows import ClassRows
+from partial_fc.sampling import mix
+from partial_fc.shards import ClassShards
+from partial_fc.step_record import OnNonfinite, StepRecord, Validate
+
+Reduction = Literal["mean", "sum", "none"]
+Self = TypeVar("Self", bound="ShardedModule")
+
+INIT_BLOCK = 1024  # rows drawn by one generator; part of the format of a seed, so never to be changed
+
+
+@dataclass(frozen=True)
+class SharedArguments:
+    """The arguments that `PartialFC` and `CenterLoss` have in common; `PartialFC` says what they mean."""
+
+    embedding_size: int
+    num_classes: int
+    group: Group
+    seed: int
+    init_std: float
+    ignore_index: int
+    reduction: Reduction
+    scale_embedding_grad: bool
+    validate: Validate
+    on_nonfinite: OnNonfinite
+    max_skips: int | None
+    device: torch.device | str | None
+
+    def check(self) -> None:
+        """Raise ValueError for values out of range."""
+        for name in ("embedding_size", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not (math.isfinite(self.init_std) and self.init_std >= 0):
+            raise ValueError(f"init_std must be at least 0, not {self.init_std}")
+        check_choice("reduction", self.reduction, ("mean", "sum", "none"))
+        check_choice("validate", self.validate, ("always", "first", "never"))
+        check_choice("on_nonfinite", self.on_nonfinite, ("raise", "skip", "log"))
+        if self.max_skips is not None and self.max_skips < 0:
+            raise ValueError(
+                "max_skips is how many steps in a row may be skipped, at least 0, or None for any number, not "
+                f"{self.max_skips}"
+            )
+
+
+def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {choice!r}")
+
+
+class ShardedModule(nn.Module):
+    """Base of `ShardedLoss`: parameters and settings.
+
+    A subclass registers its sharded parameters with `_register` and then calls `_complete`. `class_rows` is what
+    optimizers and everything else outside take.
+    """
+
+    class_rows: ClassRows
+
+    def __init__(self, arguments: SharedArguments, *, sampled: bool) -> None:
+        super().__init__()
+        arguments.check()
+        self.embedding_size = arguments.embedding_size
+        self.num_classes = arguments.num_classes
+        self.seed = arguments.seed
+        self.ignore_index = arguments.ignore_index
+        self.reduction = arguments.reduction
+        self.scale_embedding_grad = arguments.scale_embedding_grad
+        self.init_std = arguments.init_std
+        self._seen_batch = False
+        self.class_changes = 0  # how often classes were added or removed, so that new rows are never drawn twice
+        ranks = ranks_of(arguments.group)
+        self._device = _default_device(ranks) if arguments.device is None else torch.device(arguments.device)
+        shards = ClassShards.split(self.num_classes, ranks, self._device)
+        record = StepRecord(arguments.validate, arguments.on_nonfinite, arguments.max_skips)
+        self.class_rows = ClassRows(type(self).__name__, shards, sampled=sampled, seed=self.seed, record=record)
+
+    # ------------------------------------------------------------------------------------------------ parameters
+
+    def _register(self, name: str, local: Tensor | None) -> None:
+        self.register_parameter(name, None if local is None else nn.Parameter(self.class_rows.shards.wrap(local)))
+
+    def _draw(self, parameter: nn.Parameter) -> None:
+        """Fill it with the initial rows of `seed` and `init_std`; do nothing on the meta device."""
+        local = local_part(parameter.detach())
+        if local.device.type != "meta":
+            lo, hi = self.class_rows.shards.lo, self.class_rows.shards.hi
+            local.copy_(initial_rows(lo, hi, local.shape[1:], std=self.init_std, seed=self.seed))
+
+    def _complete(self) -> None:
+        """Call it when all parameters are registered: checks that all ranks built the same."""
+        self.class_rows.hold(self._own_parameters(), self._shared_parameters(), self.class_rows.shards)
+        if self.class_rows.shards.ranks.group is not None and self._device.type != "meta":
+            self._check_agreement()
+
+    def _own_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._parameters.items() if p is not None}
+
+    def _shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Return parameters of submodules, which are equal on all ranks."""
+        return {name: p for name, p in self.named_parameters() if "." in name}
+
+    def extra_repr(self) -> str:
+        s = self.class_rows.shards
+        share = f"classes {s.lo}..{s.hi} of {s.num_classes}" if s.mesh is not None else f"{s.num_classes} classes"
+        return f"embedding_size={self.embedding_size}, {share}"
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the weights, or of their rows."""
+        super().zero_grad(set_to_none=set_to_none)
+        self.class_rows.clear()
+        self.class_rows.record.end()
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move and cast the local rows, keeping the identity of the parameters, as torch's own modules do."""
+        own = self._own_parameters()
+        before = {name: local_part(p.detach()) for name, p in own.items()}
+        after = {name: fn(local) for name, local in before.items()}
+        everything, self._parameters = self._parameters, {}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters = everything
+        if all(after[name] is before[name] for name in own):
+            return self
+        shards, device = self.class_rows.shards, next(iter(after.values())).device
+        if shards.mesh is not None and device.type != shards.mesh.device_type:
+            shards = ClassShards.split(self.num_classes, shards.ranks, device)
+        for name, parameter in own.items():
+            moved = nn.Parameter(shards.wrap(after[name]), requires_grad=parameter.requires_grad)
+            parameter.grad = None
+            torch.utils.swap_tensors(parameter, moved)
+        self.class_rows.hold(own, self._shared_parameters(), shards)
+        return self
+
+    def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        """As of any module; RuntimeError if DistributedDataParallel asks, which would wrap the rows."""
+        refuse(DDP, self, prefix)
+        return super().named_modules(memo, prefix, remove_duplicate)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; RuntimeError if FSDP2 asks, which would wrap the rows."""
+        if not recurse:
+            refuse(FSDP2, self, prefix)
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
+    # ------------------------------------------------------------------------------------------------ skipped steps
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the training step in progress, or the last one, is skipped (on_nonfinite="skip"); equal on every
+        rank.
+
+        It becomes True in forward where embeddings are bad. Bad losses and gradients are found by `clip_grad_norm_`,
+        `check_gradients`, or the step() of the `RowOptimizer` or center loss, whichever comes first. It covers all
+        micro-batches of a step and lasts until a training forward begins the next step. A step ends when it was
+        checked, or its gradients were used or cleared. Evaluation changes nothing.
+        """
+        return self.class_rows.record.skipped
+
+    @property
+    def skips(self) -> int:
+        """How many steps were skipped in all; a part of checkpoints. Overflows of a GradScaler do not count."""
+        return self.class_rows.record.skips
+
+    @property
+    def max_skips(self) -> int | None:
+        """How many steps in a row may be skipped before NonFiniteError is raised after all; None for any number."""
+        return self.class_rows.record.max_skips
+
+    @property
+    def validate(self) -> Validate:
+        """When to look for bad labels and non-finite values."""
+        return self.class_rows.record.validate
+
+    @validate.setter
+    def validate(self, value: Validate) -> None:
+        self.class_rows.record.validate = value
+
+    @property
+    def on_nonfinite(self) -> OnNonfinite:
+        """What to do about NaN and infinities."""
+        return self.class_rows.record.on_nonfinite
+
+    @on_nonfinite.setter
+    def on_nonfinite(self, value: OnNonfinite) -> None:
+        self.class_rows.record.on_nonfinite = value
+
+    # ------------------------------------------------------------------------------------------------ agreement
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what must be the same on all ranks, by the name that a message gives it."""
+        names = ("label_smoothing", "reduction", "ignore_index", "on_nonfinite", "validate", "max_skips")
+        settings = [getattr(self, name, None) for name in (*names, "scale_embedding_grad")]
+        return {
+            "num_classes": self.num_classes,
+            "embedding_size": self.embedding_size,
+            "seed": self.seed,
+            "a digest of the settings": (settings, [p.dtype for p in self.class_rows.parameters.values()]),
+        }
+
+    def _check_agreement(self) -> None:
+        """Raise ValueError on every rank if ranks built different losses."""
+        mine = {k: v if isinstance(v, int) else zlib.crc32(repr(v).encode()) for k, v in self._settings().items()}
+        numbers = torch.tensor(list(mine.values()), device=self._device)
+        ranks = self.class_rows.shards.ranks
+        table = all_gather_mesh(numbers, ranks, f"the building of a {type(self).__name__}").tolist()
+        for flat, values in enumerate(table):
+            for name, expected, value in zip(mine, table[0], values, strict=True):
+                if expected != value:
+                    raise ValueError(
+                        f"ranks disagree: {name} is {expected} on {ranks.name(0)} and {value} on {ranks.name(flat)}; "
+                        "all ranks must build the same head"
+                    )
+
+
+def _default_device(ranks: Ranks) -> torch.device:
+    """Return torch's default device, or the current GPU where the group cannot exchange tensors of the CPU (NCCL)."""
+    default = torch.get_default_device()
+    if ranks.group is not None and default.type == "cpu" and dist.get_backend(ranks.group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return default
+
+
+def initial_rows(lo: int, hi: int, row_shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:
+    """Rows `[lo, hi)` of the initial matrix, float32 `[hi - lo, *row_shape]`, normal with deviation `std`.
+
+    Drawn in fixed blocks of 1,024 rows with a generator each, keyed by (seed, block), because `normal_` draws other
+    numbers for another size of tensor: any rank can draw any rows, and all agree.
+    """
+    cpu = torch.device("cpu")  # whatever the default device and dtype are: the draw is part of the meaning of a seed
+    out = torch.empty(hi - lo, *row_shape, device=cpu, dtype=torch.float32)
+    for block in range(lo // INIT_BLOCK, -(-hi // INIT_BLOCK)):
+        start = block * INIT_BLOCK
+        generator = torch.Generator(cpu).manual_seed(mix(seed, block))
+        rows = torch.empty(INIT_BLOCK, *row_shape, device=cpu, dtype=torch.float32).normal_(
+            0.0, std, generator=generator
+        )
+        a, b = max(lo, start), min(hi, start + INIT_BLOCK)
+        out[a - lo : b - lo] = rows[a - start : b - start]
+    return out

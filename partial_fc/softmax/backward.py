@@ -1,0 +1,246 @@
+"""The backward of the sharded cross-entropy. L is the objective; every name `d_…` is ∂L/∂… .
+
+For a logit z_ij = s x_i·w_j of a class that is no target, with p_ij = exp(z_ij − lse_i):
+
+    d_lse_i   = d_loss_i ((1 − ε) Σ_l weight_il + ε)       [N]      ε: label smoothing
+    d_z_ij    = d_lse_i p_ij − d_loss_i ε/|S|              [N, T]   a tile at a time
+    d_x_i     = s Σ_j d_z_ij w_j                           [N, D]   then through the normalisation
+    d_w_j     = s Σ_i d_z_ij x_i                           [T, D]   the same
+
+For the target l of sample i, with its margin: d_z_il = d_lse_i p_il − d_loss_i ((1 − ε) weight_il + ε/|S|)   [P], and
+d_cosine = d_z ∂z/∂cosine. These P rank-one terms are added apart.
+
+Exponentials that were kept, or are computed again, are e_ij = exp(z_ij − m_i) for some m_i: d_lse_i p_ij = e_ij
+factor_i with factor_i = d_lse_i exp(m_i − lse_i), one number a sample and tile, multiplied into x instead of into e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from partial_fc.batch.exchange import gradient_of_losses
+from partial_fc.distributed.ranks import start_reduce_scatter, sum_over_replicas
+from partial_fc.softmax import float16
+from partial_fc.softmax.decisions import decision_derivatives
+from partial_fc.softmax.forward import ForwardState, SavedTensors
+from partial_fc.softmax.row_tiles import tangent
+from partial_fc.softmax.ruled import ruled_gradient
+from partial_fc.softmax.tiles import tile_logits
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]
+
+
+class Derivatives(NamedTuple):
+    """∂L/∂… of what each sample and each target contributes."""
+
+    d_lse: Tensor  # [N, 1]: also the factor of exponentials of logits less lse
+    from_zero: Tensor  # [N, 1] d_lse exp(−lse): the factor of exponentials of the logits themselves
+    d_every: Tensor  # [N] ∂L/∂(every selected logit), of label smoothing
+    d_cosine: Tensor  # [P] ∂L/∂(target cosine), 0 on ranks that do not own the class
+    d_norm: Tensor  # [N] ∂L/∂‖X‖, by the margin
+    d_offset: Tensor | None  # [1] ∂L/∂offset, of margins of binary decisions
+
+
+def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Derivatives:
+    """Return them from ∂L/∂(reduced loss)."""
+    selection, options, targets = state.selection, state.options, state.targets
+    scale, smoothing = options.margin.scale, options.label_smoothing
+    z, lse = saved.target_logits, saved.lse[:, None]
+    d_loss = gradient_of_losses(grad.to(saved.x.dtype), selection.batch, selection.sample_weights, options.reduction)
+    d_offset = None
+    if options.margin.binary:
+        d_lse, d_z, d_offset = decision_derivatives(selection, options.margin.binary, d_loss, z, saved.lse)
+        from_zero = d_lse
+    else:
+        d_lse = (d_loss * ((1 - smoothing) * selection.target_weights.sum(1) + smoothing))[:, None]
+        # bounded logits of others are at least -scale; where lse is less there are none: nothing may become infinite
+        from_zero = d_lse * (-lse).clamp(max=scale + 1).exp()
+        d_z = d_lse * (z - lse).exp() - d_loss[:, None] * (1 - smoothing) * selection.target_weights
+    d_every = torch.zeros_like(d_loss)
+    if smoothing:
+        d_every = -d_loss * smoothing / saved.smoothed_over
+        d_z = d_z + d_every[:, None]
+    d_z = torch.where(targets.exists, d_z, 0.0).reshape(-1)
+    d_cosine = d_z * saved.d_cosine
+    if smoothing and not options.ruled:
+        # every row gets its share of label smoothing below; it is taken back where a margin replaces the logit
+        d_cosine = d_cosine - torch.where(targets.own, scale * d_every[targets.sample], 0.0)
+    d_norm = torch.zeros_like(d_loss).index_add_(0, targets.sample, d_z * saved.d_norm)
+    if selection.ranks.rank == 0:  # the penalty is every sample's own; gradients are summed over the ranks
+        d_norm = d_norm + d_loss * saved.d_penalty
+    return Derivatives(d_lse, from_zero, d_every, d_cosine, d_norm, d_offset)
+
+
+def backward(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved: SavedTensors) -> Gradients:
+    """Return the gradients of (embeddings, weight, bias, offset); those of rows go to the sink under an anchor."""
+    state: ForwardState = ctx.state
+    selection, sink = state.selection, state.sink
+    want_x, want_w, want_b, want_offset, anchored, _ = ctx.needs_input_grad
+    want_rows = want_w or want_b or anchored
+    tiles = BackwardTiles(derivatives(grad, saved, state), weight, bias, saved, state)
+    # with kept logits the sum of embedding gradients over ranks travels while the class gradients are computed
+    overlap = want_x and want_rows and selection.scatter and saved.kept.numel() > 0
+    overlap = overlap and selection.ranks.group is not None and sink.begin_update is None
+    with record_function("partial_fc::backward_tiles"):
+        dx, grads = tiles.run(want_x, want_rows and not overlap)
+    finish = _send(dx, state, ctx.embedding_dtype) if want_x else None
+    if overlap:
+        with record_function("partial_fc::backward_tiles"):
+            _, grads = tiles.run(False, True)
+    d_weight = d_bias = d_offset = None
+    if grads and anchored:
+        assert selection.rows is not None
+        sink.accumulate(selection.rows, grads)
+    elif grads:
+        d_weight, d_bias = grads[0] if want_w else None, grads[1] if want_b else None
+    if want_offset and tiles.d.d_offset is not None:
+        # every rank knows all it is made of, but for the samples of other replicas
+        d_offset = sum_over_replicas(tiles.d.d_offset, selection.ranks, "the gradient of the offset")
+        d_offset = d_offset.to(ctx.offset_dtype)
+    return None if finish is None else finish(), d_weight, d_bias, d_offset, None, None
+
+
+def _send(dx: Tensor, state: ForwardState, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Begin to sum the embeddings' gradient over ranks; call the result to get this rank's."""
+    selection = state.selection
+    if state.options.scale_embedding_grad:
+        dx.mul_(selection.ranks.total)
+    if not selection.scatter:
+        return lambda: dx.to(dtype)
+    with record_function("partial_fc::scatter"):
+        wait = start_reduce_scatter(dx, selection.ranks, selection.batch.counts)
+    return lambda: wait().to(dtype)
+
+
+class BackwardTiles:
+    """Gradients of embeddings `[N, D]` and of this rank's rows, tile by tile."""
+
+    def __init__(
+        self, d: Derivatives, weight: Tensor, bias: Tensor | None, saved: SavedTensors, state: ForwardState
+    ) -> None:
+        self.d = d
+        self.weight = weight
+        self.bias = bias
+        self.saved = saved
+        self.state = state
+        self.stats = saved.x.dtype
+        self.scale = state.options.margin.scale
+        if state.rows.count:  # before any row is updated
+            self.target_rows, self.target_inverse = state.rows.at(state.targets.row)
+        # where logits are scaled cosines, the share of label smoothing is the same for all rows of a sample
+        self.same_for_all = bool(state.options.label_smoothing) and not state.options.ruled
+        if self.same_for_all:
+            self.d_every_row = (d.d_every @ saved.x) * self.scale  # [D]
+
+    def run(self, want_x: bool, want_rows: bool) -> tuple[Tensor, list[Tensor]]:
+        """Return (gradient of all embeddings from this rank's rows `[N, D]`, of rows `[S, ...]` and biases)."""
+        state, rows, x = self.state, self.state.rows, self.saved.x
+        centers, ruled = state.options.margin.centers, state.options.ruled
+        dx = x.new_zeros(len(x), x.shape[1] if want_x else 0)
+        update = state.sink.begin_update() if want_rows and state.sink.begin_update is not None else None
+        length = rows.count if update is None else min(state.tile, rows.count)
+        dw = rows.gradient_memory(length) if want_rows else None
+        db = x.new_empty(length, dtype=self.stats) if want_rows and self.bias is not None else None
+        if not self.saved.kept.numel():
+            work = state.product if state.bounded and not ruled else self.stats
+            self.scratch = x.new_empty(len(x) * min(state.tile, max(rows.count, 1)), dtype=work)
+            self.scaled = (x if ruled else x * self.scale).to(state.product)
+        previous, weighted = None, x
+        for t, (a, b) in enumerate(rows.tiles(state.tile)):
+            w = rows.tile(a, b)
+            e, factor = self._exponentials(t, a, b, w)
+            if want_x:
+                dx.addcmul_(torch.mm(e, w.to(state.product)).to(self.stats), factor)
+            if dw is None:
+                continue
+            if factor is not previous:
+                previous, weighted = factor, x * (factor * self.scale)
+            at = slice(a, b) if update is None else slice(0, b - a)
+            self._row_gradient(dw[at], e, weighted, w, a, b)
+            if db is not None:
+                smoothing = self.d.d_every.sum() if self.same_for_all else 0.0
+                db[at] = torch.mv(e.t().to(self.stats), factor[:, 0]) + smoothing
+            if update is not None:
+                grads = self._with_targets(dw[at], None if db is None else db[at], a)
+                update(a // centers, b // centers, grads)
+        if want_x:
+            self._finish_embeddings(dx.mul_(self.scale))
+        if dw is None:
+            return dx, []
+        rows.held = None  # its memory holds the gradient now; a second backward gathers the rows again
+        if update is None:
+            return dx, self._with_targets(dw, db, 0)
+        if not rows.count:  # the optimizer's scalar state counts this step as on other ranks
+            update(0, 0, self._with_targets(dw, db, 0))
+        return dx, []
+
+    def _exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (e `[N, T]`, factor `[N, 1]`) of tile t: ∂L/∂logit = e · factor where the logit is no target."""
+        saved, state, d = self.saved, self.state, self.d
+        samples, lse = len(saved.x), saved.lse[:, None]
+        if saved.kept.numel():
+            e = saved.kept[samples * a : samples * b].view(samples, b - a)
+            return e, d.from_zero if state.bounded else d.d_lse * (saved.maxima[t] - lse).exp_()
+        logits = self.scratch[: samples * (b - a)].view(samples, b - a)
+        logits = tile_logits(self.scaled, w, state.rows.tile_bias(a, b), logits)
+        if state.options.ruled:
+            return ruled_gradient(
+                logits, a, state.options, state.rule, state.targets, lse, d.d_lse, d.d_every, state.product
+            )
+        state.targets.mask(logits, a)
+        if state.bounded:
+            return logits.exp_().to(state.product), d.from_zero
+        if state.product is not torch.float16:
+            return logits.sub_(lse).exp_().to(state.product), d.d_lse
+        e, factor = float16.scaled_exponentials(logits, lse)
+        return e, d.d_lse * factor
+
+    def _row_gradient(self, out: Tensor, e: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
+        """Write the gradient of rows a to b, but for the targets' share, to `out [T, D]`, perhaps the memory of w."""
+        product, rows = self.state.product, self.state.rows
+        if product == self.stats == out.dtype and rows.held is None:
+            grad = torch.mm(e.t(), weighted, out=out)
+        elif product is torch.float16:
+            grad = float16.scaled_product(e, weighted).to(self.stats)
+        else:
+            grad = torch.mm(e.t(), weighted.to(product)).to(self.stats)
+        if self.same_for_all:
+            grad += self.d_every_row
+        if rows.inverse is not None:
+            tangent(grad, w, rows.inverse[a:b], out=out if out.dtype == grad.dtype else grad)
+        if out.dtype != grad.dtype or rows.inverse is None:
+            out.copy_(grad)
+
+    def _finish_embeddings(self, dx: Tensor) -> None:
+        """Add the targets' share and go through the normalisation, in place."""
+        if self.state.rows.count:
+            dx.index_add_(0, self.state.targets.sample, self.target_rows * self.d.d_cosine[:, None])
+        if self.same_for_all:
+            dx += self.d.d_every[:, None] * (self.saved.row_sum[:-1] * self.scale)
+        if self.state.rows.inverse is not None:
+            tangent(dx, self.saved.x, self.saved.x_inverse, out=dx)
+            dx.addcmul_(self.saved.x, self.d.d_norm[:, None])
+
+    def _with_targets(self, dw: Tensor, db: Tensor | None, a: int) -> list[Tensor]:
+        """Return the gradients of rows a, a + 1, ... with the targets' share in them, summed over replicas."""
+        targets, ranks = self.state.targets, self.state.selection.ranks
+        if len(dw):
+            position = targets.row - a
+            here = targets.own & (position >= 0) & (position < len(dw))
+            position = torch.where(here, position, 0)
+            d_cosine = torch.where(here, self.d.d_cosine, 0.0)
+            grad = self.saved.x[targets.sample] * d_cosine[:, None]
+            if self.state.rows.inverse is not None:
+                tangent(grad, self.target_rows, self.target_inverse, out=grad)
+            dw.index_add_(0, position, grad.to(dw.dtype))
+            if db is not None:
+                db.index_add_(0, position, d_cosine)
+        grads = [dw.view(len(dw) // self.state.options.margin.centers, *self.weight.shape[1:])]
+        if db is not None and self.bias is not None:
+            grads.append(db.to(self.bias.dtype))
+        return [sum_over_replicas(each, ranks, "the sum of class gradients") for each in grads]

@@ -1,0 +1,281 @@
+"""The forward of the sharded cross-entropy: target logits, sums over tiles, one combination over ranks, losses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from partial_fc.distributed.ranks import all_gather
+from partial_fc.margins.positives import Positives
+from partial_fc.softmax.decisions import decision_losses, softplus
+from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
+from partial_fc.softmax.measured import Measured
+from partial_fc.softmax.penalty import penalty_of
+from partial_fc.softmax.row_tiles import OwnTargets, RowTiles, unit
+from partial_fc.softmax.ruled import Rule, nearest_centers, rows_of_classes, ruled_logits
+from partial_fc.softmax.smoothing import SmoothingSums
+from partial_fc.softmax.tiles import tile_logits, tile_rows
+
+
+class SavedTensors(NamedTuple):
+    """What backward needs, for `ctx.save_for_backward`."""
+
+    x: Tensor  # [N, D] embeddings as they enter the products: unit vectors where the margin normalises
+    x_inverse: Tensor  # [N, 1] 1/‖X‖
+    lse: Tensor  # [N] log Σ exp over all selected classes; Σ sigmoid of the other classes for binary decisions
+    target_logits: Tensor  # [N, L]
+    d_cosine: Tensor  # [P] ∂(target logit)/∂(target cosine), 0 on ranks that do not own the class
+    d_norm: Tensor  # [P] ∂(target logit)/∂‖X‖, the same
+    d_penalty: Tensor  # [N] ∂(the margin's penalty)/∂‖X‖
+    kept: Tensor  # [N · S] or empty
+    maxima: Tensor  # [tiles, N, 1] or empty
+    row_sum: Tensor  # [D + 1] or empty: sum of directions and biases, for label smoothing
+    smoothed_over: Tensor  # [1] or [N] or empty: how many classes label smoothing spreads over, on all ranks together
+
+
+@dataclass(frozen=True)
+class ForwardState:
+    """The rest of what backward needs."""
+
+    selection: Selection
+    options: LossOptions
+    sink: RowGradientSink
+    rows: RowTiles
+    targets: OwnTargets
+    rule: Rule | None
+    tile: int  # rows of a tile
+    product: torch.dtype  # of matrix products
+    bounded: bool  # exponentials are of the logits themselves, no maximum subtracted
+
+
+Forwarded = tuple[Tensor, Tensor, Measured, SavedTensors, ForwardState]
+
+
+def forward(
+    selection: Selection,
+    options: LossOptions,
+    sink: RowGradientSink,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    needs_grad: bool,
+) -> Forwarded:
+    """Return (the reduced loss, the losses `[N]` that it is the sum of, figures for metrics, two parts for backward).
+
+    weight: `[C_local, D]` or `[C_local, K, D]`. bias: `[C_local]`. dtypes: of the statistics, of the matrix products.
+    """
+    margin, X, (stats, product) = options.margin, selection.batch.embeddings, dtypes
+    centers = margin.centers
+    norms = torch.linalg.vector_norm(X, dim=1, dtype=stats)
+    x, x_inverse = unit(X, stats) if margin.normalize else (X.to(stats), X.new_empty(0))
+    index = selection.rows
+    if index is not None and centers > 1:
+        index = rows_of_classes(index, centers)
+    rows = RowTiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad)
+    tile = max(1, tile_rows(len(x), x.shape[1], X.device.type) // centers) * centers  # holds whole classes
+    with record_function("partial_fc::targets"):
+        targets = OwnTargets.locate(selection, len(weight), centers)
+        cosines, targets = target_cosines(x, rows, targets, centers)
+        z, d_cosine, d_norm, rule = apply_margin(cosines, norms, targets, selection, options, needs_grad)
+    # float16 has too little range for decisions, which have no maximum per sample that brings them near 1
+    keep = selection.keep_logits and needs_grad and not (margin.binary and product is torch.float16)
+    with record_function("partial_fc::forward_tiles"):
+        bounded = is_bounded(options, stats, product)
+        state = ForwardState(selection, options, sink, rows, targets, rule, tile, product, bounded)
+        sums = TileSums(x, state, keep)
+        for t, (a, b) in enumerate(rows.tiles(tile)):
+            sums.add(t, a, b)
+        rows.measured = True
+    with record_function("partial_fc::combine"):
+        found = combine(sums, z, cosines, selection)
+    target_logits = found["z"].sum(0).view_as(selection.targets)
+    hardest = found["hardest"].amax(0) if "hardest" in found else None
+    of_targets = found["cosines"].sum(0).view_as(selection.targets)
+    measured = Measured(of_targets, target_logits, targets.exists, norms, hardest)
+    smoothed_over = found["count"].sum(0).clamp_(min=1) if "count" in found else x.new_empty(0)
+    if margin.binary:
+        losses = decision_losses(selection, margin.binary, target_logits, found["total"].sum(0))
+        lse = found["active"].sum(0)
+    else:
+        losses, lse = softmax_losses(found, target_logits, selection, options.label_smoothing, smoothed_over)
+    d_penalty = torch.zeros_like(norms)
+    if margin.has_penalty:
+        penalty, d_penalty = penalty_of(margin, norms, needs_grad)
+        losses = losses + penalty
+    losses = torch.where(selection.sample_weights != 0, losses, 0.0) * selection.sample_weights
+    row_sum = x.new_empty(0) if sums.smoothing is None else sums.smoothing.row_sum
+    saved = SavedTensors(
+        x, x_inverse, lse, target_logits, d_cosine, d_norm, d_penalty, sums.kept, sums.maxima, row_sum, smoothed_over
+    )
+    return _reduce(losses, selection, options.reduction), losses, measured, saved, state
+
+
+def is_bounded(options: LossOptions, stats: torch.dtype, product: torch.dtype) -> bool:
+    """Return whether no sum of exponentials can leave the range of its dtype, so that no maximum need be subtracted."""
+    margin = options.margin
+    if not margin.normalize or margin.has_rule or product is torch.float16:
+        return margin.binary is not None
+    # a cosine times the scale is at most the scale; 64 and a thousand million classes fit into float32
+    return margin.scale + math.log(options.num_classes) < math.log(torch.finfo(stats).max) - 2 or bool(margin.binary)
+
+
+def target_cosines(x: Tensor, rows: RowTiles, targets: OwnTargets, centers: int) -> tuple[Tensor, OwnTargets]:
+    """Return cosines (plain logits) `[P]`, 0 on ranks that do not own the class; targets that know their rows."""
+    if not rows.count:
+        return x.new_zeros(len(targets.sample)), targets
+    if centers == 1:
+        cosines = torch.linalg.vecdot(x[targets.sample], rows.at(targets.row)[0]) + rows.bias_at(targets.row)
+    else:
+        cosines, targets = nearest_centers(x, rows, targets, centers)
+    return torch.where(targets.own, cosines, 0.0), targets
+
+
+def apply_margin(
+    cosines: Tensor, norms: Tensor, targets: OwnTargets, selection: Selection, options: LossOptions, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Rule | None]:
+    """Return target logits z = s · margin(cosine), ∂z/∂cosine, ∂z/∂‖X‖, each `[P]`, 0 on ranks that do not own the
+    class; and the margin's rule for other classes. The derivatives come from autograd, on vectors.
+    """
+    margin = options.margin
+    if margin.sees_all or margin.has_rule:
+        cosines = all_gather(cosines, selection.ranks.group).sum(0)
+    with torch.set_grad_enabled(needs_grad):
+        cosine = cosines.detach().requires_grad_(needs_grad)
+        norm = norms[targets.sample].requires_grad_(needs_grad)
+        positives = Positives(
+            label=selection.targets.reshape(-1),
+            sample=targets.sample + selection.first_sample,
+            norm=norm,
+            exists=targets.exists.reshape(-1),
+            draw=selection.draw_key,
+            replicas=selection.ranks.replica_group,
+        )
+        z = margin.target(cosine, positives) * margin.scale
+        grads: tuple[Tensor | None, ...] = (None, None)
+        if needs_grad and z.requires_grad:
+            grads = torch.autograd.grad(z.sum(), (cosine, norm), allow_unused=True)
+    d_cosine, d_norm = (torch.zeros_like(cosines) if g is None else torch.where(targets.own, g, 0.0) for g in grads)
+    z = z.detach()
+    rule = Rule.of(margin, z, selection.target_weights) if margin.has_rule else None
+    return torch.where(targets.own, z, 0.0), d_cosine, d_norm, rule
+
+
+class TileSums:
+    """Sums over the logits of this rank: call `add` for each tile of rows.
+
+    maximum `[N, 1]`: largest logit so far, 0 where logits are bounded. total `[N, 1]`: sum of exponentials less the
+    maximum. kept `[N · S]`: exponentials for backward, tile after tile; maxima `[tiles, N, 1]`: subtracted from them.
+    For binary decisions total is the sum of their losses, kept their derivatives, active `[N]` the sum of these.
+    """
+
+    def __init__(self, x: Tensor, state: ForwardState, keep: bool) -> None:
+        options, rows, product = state.options, state.rows, state.product
+        self.state = state
+        self.keep = keep
+        self.stats = x.dtype
+        self.samples = len(x)
+        self.maximum = x.new_full((len(x), 1), 0.0 if state.bounded else torch.finfo(x.dtype).min)
+        self.total = x.new_zeros(len(x), 1)
+        self.kept = x.new_empty(0)
+        if keep:
+            name = "logits" if rows.index is None else "selected logits"
+            self.kept = rows.workspace.take(name, (len(x) * rows.count,), product, x.device)
+        self.maxima = x.new_empty(-(-rows.count // state.tile) if keep else 0, len(x), 1)
+        # bounded exponentials may be computed in the products' dtype at once; their sum is in that of the statistics
+        work = product if state.bounded and not options.ruled else x.dtype
+        in_place = keep and product == work
+        self.scratch = None if in_place else x.new_empty(len(x) * min(state.tile, max(rows.count, 1)), dtype=work)
+        self.scaled = (x if options.ruled else x * options.margin.scale).to(product)
+        self.smoothing = SmoothingSums(x, options.ruled) if options.label_smoothing else None
+        self.active = x.new_zeros(len(x)) if options.margin.binary else None
+        self.hardest = x.new_full((len(x),), torch.finfo(x.dtype).min) if options.metrics else None
+
+    def add(self, t: int, a: int, b: int) -> None:
+        """Add tile t: rows a to b."""
+        state, options, samples = self.state, self.state.options, self.samples
+        w, bias = state.rows.tile(a, b), state.rows.tile_bias(a, b)
+        kept = self.kept[samples * a : samples * b] if self.keep else None
+        where = kept if self.scratch is None else self.scratch[: samples * (b - a)]
+        assert where is not None
+        logits = tile_logits(self.scaled, w, bias, where.view(samples, b - a))
+        slope = None
+        if options.ruled:
+            cosines = logits
+            logits, slope = ruled_logits(options, state.rule, cosines, state.targets, a)
+            if self.smoothing is not None:
+                self.smoothing.add_logits(logits)
+            if self.hardest is not None:
+                self._find_hardest(torch.where(logits > -torch.inf, cosines, -torch.inf), 1.0)
+        else:
+            state.targets.mask(logits, a)
+            self._find_hardest(logits, options.margin.scale)
+            if self.smoothing is not None:
+                self.smoothing.add_rows(w, bias)
+        if self.active is not None:
+            self.total.add_(softplus(logits).sum(1, keepdim=True))
+            self.active.add_(logits.sigmoid_().sum(1))
+        else:
+            self._exponentiate(logits)
+        if kept is not None:
+            self.maxima[t] = self.maximum
+            if slope is not None:
+                logits.mul_(slope)  # backward then needs no rule
+            if self.scratch is not None or options.ruled:
+                kept.view(samples, b - a).copy_(logits)
+
+    def _exponentiate(self, logits: Tensor) -> None:
+        """Replace a tile of logits by exponentials and add them up."""
+        if not self.state.bounded and self.samples:
+            before = self.maximum
+            self.maximum = torch.maximum(before, logits.amax(1, keepdim=True))
+            logits.sub_(self.maximum)
+            self.total.mul_((before - self.maximum).exp_())
+        self.total.add_(logits.exp_().sum(1, keepdim=True, dtype=self.stats))
+
+    def _find_hardest(self, logits: Tensor, scale: float) -> None:
+        if self.hardest is not None and logits.numel():
+            self.hardest = torch.maximum(self.hardest, logits.amax(1).to(self.stats) / scale)
+
+
+def combine(sums: TileSums, z: Tensor, cosines: Tensor, selection: Selection) -> dict[str, Tensor]:
+    """Return by name what every rank found, `[world, ...]`: one all-gather."""
+    parts = {"maximum": sums.maximum[:, 0], "total": sums.total[:, 0], "z": z, "cosines": cosines}
+    if sums.smoothing is not None:
+        scale, rows = sums.state.options.margin.scale, sums.state.rows
+        parts["logits"], parts["count"] = sums.smoothing.finish(sums.state.targets, z, cosines, scale, rows.count)
+    if sums.active is not None:
+        parts["active"] = sums.active
+    if sums.hardest is not None:
+        parts["hardest"] = sums.hardest
+    everyone = all_gather(torch.cat(list(parts.values())), selection.ranks.group, "the combination of the softmax")
+    return dict(zip(parts, everyone.split([len(p) for p in parts.values()], dim=1), strict=True))
+
+
+def softmax_losses(
+    found: dict[str, Tensor], target_logits: Tensor, selection: Selection, smoothing: float, smoothed_over: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (losses `[N]`, lse `[N]` = log Σ exp over all selected classes)."""
+    # in logarithms: where there is no class but the target, the exponential of its logit may be too small for float32
+    of_others = found["total"].log() + found["maximum"]  # [world, N]
+    of_targets = torch.where(selection.targets >= 0, target_logits, -torch.inf).t()  # [L, N]
+    lse = torch.cat((of_others, of_targets)).logsumexp(0)
+    lse = torch.where(lse == -torch.inf, 0.0, lse)  # an ignored sample behind a filter may have no class; NaN stays
+    losses = (1 - smoothing) * (selection.target_weights * (lse[:, None] - target_logits)).sum(1)
+    if smoothing:
+        losses = losses + smoothing * (lse - found["logits"].sum(0) / smoothed_over)
+    return losses, lse
+
+
+def _reduce(losses: Tensor, selection: Selection, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses[selection.batch.local].clone()
+    loss = losses.sum()
+    if selection.ranks.replica_group is None:
+        return loss
+    # the replicas of a 2-D mesh hold other samples, whose share of the loss is theirs to add
+    return all_gather(loss, selection.ranks.replica_group).sum(0)

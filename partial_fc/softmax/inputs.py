@@ -1,0 +1,61 @@
+"""What one forward takes besides the tensors that autograd follows. All of it is frozen: nothing writes into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from partial_fc.batch.exchange import GlobalBatch
+from partial_fc.distributed.ranks import Ranks
+from partial_fc.margins.base import Margin
+from partial_fc.rows import UpdateRows
+from partial_fc.softmax.tiles import Workspace
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What the loss is. The names are those of `PartialFC`'s arguments."""
+
+    margin: Margin
+    num_classes: int
+    label_smoothing: float
+    interclass_filter: float | None
+    reduction: str
+    scale_embedding_grad: bool
+    metrics: bool
+
+    @property
+    def ruled(self) -> bool:
+        """Whether logits of other classes are more than scaled cosines."""
+        return self.margin.has_rule or self.margin.centers > 1 or self.interclass_filter is not None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One forward: the global batch, its targets, and the class rows of this rank that take part."""
+
+    batch: GlobalBatch
+    rows: Tensor | None  # [S] sorted local rows (classes); None for the whole shard
+    lo: int  # first class id of the shard
+    targets: Tensor  # [N, L] class ids, -1 where there is no target
+    target_weights: Tensor  # [N, L], 0 where there is no target
+    sample_weights: Tensor  # [N]: what each sample's loss counts for in the reduced loss
+    keep_logits: bool  # for backward; else they are computed again
+    scatter: bool  # backward returns the gradient of this rank's embeddings, not of the gathered ones
+    first_sample: int  # place of this replica's first sample among those of all replicas
+    draw_key: int  # for what a margin draws: differs from forward to forward, the same on every rank
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.batch.ranks
+
+
+@dataclass(frozen=True)
+class RowGradientSink:
+    """Where gradients of class rows go: into memory of `workspace`, then to one of the other two or to autograd."""
+
+    workspace: Workspace
+    accumulate: Callable[[Tensor, list[Tensor]], None]  # under sampling: local rows, gradients
+    begin_update: Callable[[], UpdateRows] | None  # rows are updated inside backward, tile by tile

@@ -1,0 +1,18 @@
+"""What a margin adds to each loss, as MagFace does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from partial_fc.margins.base import Margin
+
+
+def penalty_of(margin: Margin, norms: Tensor, needs_grad: bool) -> tuple[Tensor | float, Tensor]:
+    """Return (what is added to the losses `[N]`, its derivative by the embeddings' lengths `[N]`)."""
+    with torch.set_grad_enabled(needs_grad):
+        leaf = norms.detach().requires_grad_(needs_grad)
+        penalty = margin.penalty(leaf)
+        if penalty is None or not needs_grad:
+            return 0.0 if penalty is None else penalty, torch.zeros_like(norms)
+        return penalty.detach(), torch.autograd.grad(penalty.sum(), leaf)[0]

@@ -1,0 +1,109 @@
+"""Logits of other classes that are more than scaled cosines: a margin's rule, the inter-class filter, sub-centers.
+
+A tile goes through `ruled_logits` before the exponential, and what is kept are exponentials times the rule's
+derivative, so that backward does not know the difference. Only label smoothing then needs the logits themselves again:
+with both, logits are always tiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from partial_fc.margins.base import Margin
+from partial_fc.softmax.float16 import scaled_values
+from partial_fc.softmax.inputs import LossOptions
+from partial_fc.softmax.row_tiles import OwnTargets, RowTiles
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A margin's rule for other classes as it was in one forward.
+
+    margin: a copy with buffers of its own, because logits that are computed again in backward must be those of the
+    forward.
+    target: `[N, 1]`, what the rule compares cosines with: the sample's target logits before scaling, averaged by the
+    targets' weights.
+    """
+
+    margin: Margin
+    target: Tensor
+
+    @classmethod
+    def of(cls, margin: Margin, target_logits: Tensor, weights: Tensor) -> Rule:
+        """Freeze the rule of a margin. target_logits: `[P]`, on every rank. weights: `[N, L]`."""
+        total = weights.sum(1, keepdim=True)
+        mean = (target_logits.view_as(weights) * weights).sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)
+        return cls(margin.frozen(), mean / margin.scale)
+
+
+def rows_of_classes(classes: Tensor, centers: int) -> Tensor:
+    """Return the rows `[n · K]` of the K sub-centers of each class `[n]`."""
+    return (classes[:, None] * centers + torch.arange(centers, device=classes.device)).reshape(-1)
+
+
+def nearest_centers(x: Tensor, rows: RowTiles, targets: OwnTargets, centers: int) -> tuple[Tensor, OwnTargets]:
+    """Return the cosines `[P]` of the targets to the nearest of their class's centers; targets that know which it
+    is."""
+    positions = targets.first[:, None] + torch.arange(centers, device=x.device)
+    directions = rows.at(positions.reshape(-1))[0].view(len(targets.first), centers, x.shape[1])
+    cosines, nearest = torch.linalg.vecdot(x[targets.sample][:, None], directions).max(1)
+    return cosines, replace(targets, row=targets.first + nearest)
+
+
+def ruled_logits(
+    options: LossOptions, rule: Rule | None, cosines: Tensor, targets: OwnTargets, a: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return (logits `[N, T]`, −inf where a class takes no part; ∂logit/∂(scaled cosine), None where it is 1).
+
+    Of the sub-centers of a class only the nearest takes part. Beyond `interclass_filter` a class is taken for the
+    sample's own under another label, and takes no part either.
+    """
+    margin, slope = options.margin, None
+    if rule is not None:
+        with torch.enable_grad():  # on one tile; the rule is elementwise, so the derivative of the sum is that of each
+            leaf = cosines.detach().requires_grad_()
+            ruled = rule.margin.negative(leaf, rule.target)
+            slope = torch.autograd.grad(ruled.sum(), leaf)[0]
+        logits = ruled.detach() * margin.scale
+    else:
+        logits = cosines * margin.scale
+    if options.interclass_filter is not None:
+        logits.masked_fill_(cosines > options.interclass_filter, -torch.inf)
+    if margin.centers > 1 and logits.numel():
+        by_class = cosines.view(len(cosines), -1, margin.centers)
+        nearest = by_class.argmax(2, keepdim=True)
+        others = torch.ones_like(by_class, dtype=torch.bool).scatter_(2, nearest, False)
+        logits.view_as(by_class).masked_fill_(others, -torch.inf)
+    targets.mask(logits, a, margin.centers)
+    return logits, slope
+
+
+def ruled_gradient(
+    cosines: Tensor,
+    a: int,
+    options: LossOptions,
+    rule: Rule | None,
+    targets: OwnTargets,
+    lse: Tensor,
+    d_lse: Tensor,
+    d_every: Tensor,
+    product: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return (e `[N, T]`, factor `[N, 1]`) with ∂L/∂(scaled cosine) = e · factor, where the class is no target.
+
+    lse, d_lse: `[N, 1]`. d_every `[N]`: ∂L/∂(every selected logit), of label smoothing.
+    """
+    logits, slope = ruled_logits(options, rule, cosines, targets, a)
+    e = logits.sigmoid() if options.margin.binary else (logits - lse).exp_()
+    if options.label_smoothing:
+        share = torch.where(d_lse != 0, d_every[:, None] / d_lse, 0.0)
+        e += share * (logits > -torch.inf)
+    if slope is not None:
+        e *= slope
+    if product is not torch.float16:
+        return e.to(product), d_lse
+    e, factor = scaled_values(e)
+    return e, d_lse * factor

@@ -1,0 +1,112 @@
+"""What one loss knows about the training step in progress: its losses, whether it was checked, whether it is skipped.
+
+forward     begin_forward        starts a new training step if the last one is finished
+backward    hook of the loss     adds the forward's losses to the step
+check       nonfinite.judge      reads the losses; marks the step as checked, and as skipped if it is bad
+update      end                  gradients were used or cleared: the next forward or backward starts a new step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from partial_fc.batch.exchange import GlobalBatch
+
+Validate = Literal["always", "first", "never"]
+OnNonfinite = Literal["raise", "skip", "log"]
+
+DEFAULT_MAX_SKIPS = 20
+MOST_BACKWARDS = 64  # backward passes of one step whose losses are kept apart
+
+
+@dataclass
+class BackwardPass:
+    """A forward whose backward has run in this step."""
+
+    losses: Tensor  # [N] of the replica's batch, or the reduced loss
+    grad: Tensor  # ∂objective/∂loss
+    batch: GlobalBatch
+
+
+class StepRecord:
+    """One training step: all backward passes since the gradients were last cleared, used or checked.
+
+    A bad forward whose backward never runs skips only itself.
+    """
+
+    def __init__(self, validate: Validate, on_nonfinite: OnNonfinite, max_skips: int | None) -> None:
+        self.validate: Validate = validate
+        self.on_nonfinite: OnNonfinite = on_nonfinite
+        self.max_skips = max_skips
+        self.skips = 0  # steps skipped in all
+        self.skips_in_a_row = 0
+        self.reason = ""  # why the last one was skipped
+        self.bad_forward = False  # the last training forward had bad embeddings
+        self.bad_step = False  # the step has a bad forward whose backward has run, or was checked and is bad
+        self.finished = True  # the next forward or backward begins a new step
+        self.checked = True  # all losses and gradients of the step were checked
+        self.counted = False  # the skipped step is in `skips`
+        self.ever_checked = False
+        self.backwards: list[BackwardPass] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "backwards": []}  # a copy has gradients of its own, and groups cannot be copied
+
+    @property
+    def skipped(self) -> bool:
+        return self.bad_forward or self.bad_step
+
+    @property
+    def watches(self) -> bool:
+        """Whether losses and gradients of this step are checked."""
+        first = self.validate == "first" and not self.ever_checked
+        return self.on_nonfinite != "log" and (self.validate == "always" or first)
+
+    def begin_forward(self, no_gradients: bool) -> bool:
+        """Begin a training forward; return whether it follows a skipped step. no_gradients: none to add to."""
+        new_step = no_gradients or self.finished
+        after_skip = new_step and self.bad_step
+        if new_step and not self.skipped:
+            self.skips_in_a_row = 0
+        if new_step:
+            self._new_step()
+        self.bad_forward = False
+        self.counted = self.counted and self.bad_step
+        return after_skip
+
+    def _new_step(self) -> None:
+        self.bad_step, self.finished, self.backwards = False, False, []
+
+    def hook(self, losses: Tensor, batch: GlobalBatch) -> Callable[[Tensor], None]:
+        """Return a hook for the loss: when its backward runs, the forward becomes a part of the step."""
+        slim = replace(batch, embeddings=batch.embeddings.new_empty(0))  # only labels and places outlive the backward
+
+        def on_backward(grad: Tensor) -> None:
+            self.join_step()
+            if len(self.backwards) == MOST_BACKWARDS:  # the first one becomes the sum of the older ones
+                first = self.backwards[0]
+                second = self.backwards.pop(1)
+                first.losses = first.losses.sum() + second.losses.sum()
+                first.grad = first.grad.sum() + second.grad.sum()
+            self.backwards.append(BackwardPass(losses, grad, slim))
+
+        return on_backward
+
+    def join_step(self) -> None:
+        """A backward runs: its forward becomes part of the step."""
+        if self.finished:  # gradients were cleared between forward and backward
+            self._new_step()
+        self.checked = False
+
+    def end(self) -> None:
+        """Gradients were cleared or used."""
+        self.finished = True
+
+    def mark_checked(self) -> None:
+        """All losses and gradients of the step were checked: it is finished."""
+        self.checked = self.finished = self.ever_checked = True
+        self.backwards = []
