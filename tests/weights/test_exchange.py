@@ -552,9 +552,8 @@ def test_commands_say_what_is_wrong(tmp_path, capsys):
     assert "--margin.scale: Softmax has no argument scale; it takes bias" in fails(
         capsys, "import", file, "--output", output, "--margin", "Softmax", "--margin.scale", "3"
     )
-    assert (
-        "--margin adaface --m 0.3 --h 0.5: of an earlier version; write --margin AdaFace --margin.margin 0.3"
-        in fails(capsys, "import", file, "--output", output, "--margin", "adaface", "--h", "0.5", "--m", "0.3")
+    assert "write --margin AdaFace --margin.h 0.5 --margin.margin 0.3" in fails(
+        capsys, "import", file, "--output", output, "--margin", "adaface", "--h", "0.5", "--m", "0.3"
     )
     assert "a safetensors file holds all rows" in fails(capsys, "import", file, file, "--output", output)
     assert "there is no file" in fails(capsys, "import", tmp_path / "no.safetensors", "--output", output)
