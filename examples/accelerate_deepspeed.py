@@ -1,6 +1,6 @@
-"""DeepSpeed through Accelerate, the head beside both: torchrun --nproc_per_node 2 examples/accelerate_deepspeed.py [STAGE] [EPOCHS]
+"""DeepSpeed through Accelerate: torchrun --nproc_per_node 2 examples/accelerate_deepspeed.py [STAGE] [EPOCHS]
 
-With `accelerate launch --config_file ...` leave the plugin out: Accelerate makes it of its configuration file.
+With `accelerate launch --config_file ...` omit the plugin: Accelerate creates it from its configuration file.
 """
 
 import sys
@@ -42,7 +42,7 @@ def main(stage: int = 2, epochs: int = 2, identities: int = 1000, micro_batches:
         for batch in loader:
             with accelerator.accumulate(model):
                 loss = head(model(batch.images.to(device)), batch.labels.to(device))
-                accelerator.backward(loss)  # at the end of accumulation also the step of backbone and head
+                accelerator.backward(loss)  # after the last micro-batch this also steps backbone and head
         accelerator.print(
             f"epoch {epoch + 1}: loss {loss.item():.3f}, gradient norm {beside.norm:.2f}, angle {head.target_angle:.2f}"
         )

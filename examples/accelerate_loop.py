@@ -1,4 +1,4 @@
-"""Accelerate: accelerate launch --config_file configs/accelerate/cpu2.yaml examples/accelerate_loop.py FOLDER [EPOCHS [IDENTITIES]]"""
+"""accelerate launch --config_file configs/accelerate/cpu2.yaml examples/accelerate_loop.py FOLDER [EPOCHS [CLASSES]]"""
 
 import os
 import sys
@@ -14,12 +14,10 @@ from partial_fc.training.data import GlyphIdentities
 
 
 def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
+    dataloader_config = DataLoaderConfiguration(split_batches=True)
+    logging = {"log_with": "tensorboard", "project_dir": folder}
     accelerator = Accelerator(
-        gradient_accumulation_steps=2,
-        mixed_precision="bf16",
-        log_with="tensorboard",
-        project_dir=folder,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        gradient_accumulation_steps=2, mixed_precision="bf16", dataloader_config=dataloader_config, **logging
     )
     accelerator.init_trackers("logs")
     data = GlyphIdentities("train", identities)
@@ -29,15 +27,12 @@ def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
     samples = [(data.load(i) / 255, label) for i, label in enumerate(data.labels)]
     loader = DataLoader(samples, batch_size=128, shuffle=True, drop_last=True)  # type: ignore[arg-type,var-annotated]
-    model, optimizer, schedule, loader = accelerator.prepare(
-        backbone, optimizer, schedule, loader
-    )  # everything but the head
+    model, optimizer, schedule, loader = accelerator.prepare(backbone, optimizer, schedule, loader)  # not the head
 
     head = PartialFC(128, data.num_identities, ArcFace(scale=32.0), sample_rate=0.5, device=accelerator.device)
     rows = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, weight_decay=5e-4)
-    head_optimizer, head_schedule = prepare_heads(
-        accelerator, rows, torch.optim.lr_scheduler.CosineAnnealingLR(rows, 1000)
-    )
+    rows_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(rows, 1000)
+    head_optimizer, head_schedule = prepare_heads(accelerator, rows, rows_schedule)
     save_heads_with(accelerator, head=head, head_optimizer=head_optimizer, head_schedule=head_schedule)
     if os.path.isdir(f"{folder}/state"):
         accelerator.load_state(f"{folder}/state")
@@ -49,12 +44,7 @@ def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
                     loss = head(model(images), labels)
                 accelerator.backward(loss)
                 clip_grad_norm_(accelerator, model.parameters(), head, max_norm=5.0)
-                for each in (
-                    head_optimizer,
-                    optimizer,
-                    head_schedule,
-                    schedule,
-                ):  # under a GradScaler the head's optimizer comes first
+                for each in (head_optimizer, optimizer, head_schedule, schedule):  # with fp16 the head's comes first
                     each.step()
                 head_optimizer.zero_grad()
                 optimizer.zero_grad()

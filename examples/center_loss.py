@@ -1,4 +1,4 @@
-"""A classifier of your own in DDP, with center loss on its features: torchrun --nproc_per_node 2 examples/center_loss.py [EPOCHS]"""
+"""Center loss on the features of your own classifier: torchrun --nproc_per_node 2 examples/center_loss.py [EPOCHS]"""
 
 import sys
 
@@ -17,7 +17,8 @@ from partial_fc.training.data.loader import BatchLoader
 class Classifier(nn.Module):
     def __init__(self, backbone: nn.Module, width: int, classes: int) -> None:
         super().__init__()
-        self.backbone, self.linear = backbone, nn.Linear(width, classes)
+        self.backbone = backbone
+        self.linear = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         embeddings = self.backbone(images)
@@ -35,22 +36,21 @@ def main(epochs: int = 4) -> None:
     model = DistributedDataParallel(Classifier(backbone, 128, data.num_identities))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     cross_entropy = nn.CrossEntropyLoss()
-    center = CenterLoss(128, data.num_identities)  # outside of the model: its rows are split over the ranks
+    center = CenterLoss(128, data.num_identities)  # outside the model, because its rows are sharded across ranks
 
     for epoch in range(epochs):
         loader.set_epoch(epoch)
         for batch in loader:
             embeddings, logits = model(batch.images)
-            ce, distance = cross_entropy(logits, batch.labels), center(embeddings, batch.labels)
+            ce = cross_entropy(logits, batch.labels)
+            distance = center(embeddings, batch.labels)
             optimizer.zero_grad()
             (ce + 0.1 * distance).backward()
             optimizer.step()
             center.step()
         if rank == 0:
-            print(
-                f"epoch {epoch + 1}: cross-entropy {ce.item():.3f}, ½ distance² to centers {distance.item():.3f}",
-                flush=True,
-            )
+            losses = f"cross-entropy {ce.item():.3f}, ½ distance² to centers {distance.item():.3f}"
+            print(f"epoch {epoch + 1}: {losses}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
 

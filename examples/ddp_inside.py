@@ -1,4 +1,4 @@
-"""A head inside the module that DDP wraps: torchrun --standalone --nproc_per_node 2 examples/ddp_inside.py [EPOCHS [IDENTITIES]]"""
+"""A head inside the module that DDP wraps: torchrun --nproc_per_node 2 examples/ddp_inside.py [EPOCHS [IDENTITIES]]"""
 
 import gc
 import sys
@@ -19,7 +19,8 @@ from partial_fc.training.data.loader import BatchLoader
 class Recogniser(nn.Module):
     def __init__(self, backbone: nn.Module, head: PartialFC) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone = backbone
+        self.head = head
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         return self.head(self.backbone(images), labels)
@@ -34,7 +35,7 @@ def main(epochs: int = 4, identities: int | None = None) -> None:
     torch.manual_seed(0)
     backbone = build_backbone("small", image_shape=data.image_shape, embedding_size=128)
     recogniser = Recogniser(backbone, PartialFC(128, data.num_identities, ArcFace(scale=32.0), sample_rate=0.5))
-    ignore_heads(recogniser)  # before wrapping, and on what is wrapped
+    ignore_heads(recogniser)  # before wrapping, and on the module that is wrapped
     model = DistributedDataParallel(recogniser)
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     head_optimizer = RowOptimizer(torch.optim.SGD, recogniser.head, lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -54,6 +55,6 @@ def main(epochs: int = 4, identities: int | None = None) -> None:
 
 if __name__ == "__main__":
     main(*(int(a) for a in sys.argv[1:]))
-    gc.collect()  # what holds the process group goes before it
+    gc.collect()  # frees the objects that use the process group
     dist.barrier()
     dist.destroy_process_group()

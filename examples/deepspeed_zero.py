@@ -1,4 +1,4 @@
-"""The backbone in a DeepSpeed engine, the head beside it: torchrun --nproc_per_node 2 examples/deepspeed_zero.py [ZERO_STAGE] [EPOCHS]"""
+"""A head beside a DeepSpeed engine: torchrun --nproc_per_node 2 examples/deepspeed_zero.py [ZERO_STAGE] [EPOCHS]"""
 
 import gc
 import sys
@@ -24,7 +24,6 @@ def main(stage: int = 2, epochs: int = 2, identities: int = 1000, micro_batches:
     rank, world, device = dist.get_rank(), dist.get_world_size(), deepspeed.get_accelerator().current_device_name()
     data = GlyphIdentities("train", identities)
     loader = BatchLoader(data, batch_size=256 // micro_batches, rank=rank, world=world, augment=AugmentConfig())
-
     torch.manual_seed(0)
     backbone = build_backbone("small", image_shape=data.image_shape, embedding_size=128)
     config = {
@@ -32,14 +31,13 @@ def main(stage: int = 2, epochs: int = 2, identities: int = 1000, micro_batches:
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": 5.0,
         "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,  # DeepSpeed's word for any optimizer of torch's
+        "zero_allow_untested_optimizer": True,  # torch's own optimizers count as untested
     }
-    engine, *_ = deepspeed.initialize(
-        model=backbone, optimizer=torch.optim.SGD(backbone.parameters(), **SGD), config=config
-    )
+    optimizer = torch.optim.SGD(backbone.parameters(), **SGD)
+    engine, *_ = deepspeed.initialize(model=backbone, optimizer=optimizer, config=config)
     head = PartialFC(128, data.num_identities, ArcFace(scale=32.0), sample_rate=0.5, device=device)
     head_optimizer = RowOptimizer(torch.optim.SGD, head, **SGD)
-    beside = DeepSpeedHead(engine, head_optimizer, joint_clipping=True)  # engine.step() is the head's step, too
+    beside = DeepSpeedHead(engine, head_optimizer, joint_clipping=True)  # engine.step() also steps the head
 
     for epoch in range(epochs):
         loader.set_epoch(epoch)
@@ -48,10 +46,7 @@ def main(stage: int = 2, epochs: int = 2, identities: int = 1000, micro_batches:
             engine.backward(loss)
             engine.step()
         if rank == 0:
-            print(
-                f"epoch {epoch + 1}: loss {loss.item():.3f}, gradient norm {beside.norm:.2f}, angle {head.target_angle:.2f}",
-                flush=True,
-            )
+            print(f"epoch {epoch + 1}: loss {loss.item():.3f}, gradient norm {beside.norm:.2f}", flush=True)
 
     folder = [tempfile.mkdtemp() if rank == 0 else ""]
     dist.broadcast_object_list(folder)
@@ -60,6 +55,6 @@ def main(stage: int = 2, epochs: int = 2, identities: int = 1000, micro_batches:
 
 if __name__ == "__main__":
     main(*(int(a) for a in sys.argv[1:]))
-    gc.collect()  # the engine first, then the group that it uses
+    gc.collect()  # frees the engine, which uses the process group
     dist.barrier()
     dist.destroy_process_group()

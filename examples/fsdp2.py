@@ -1,4 +1,4 @@
-"""FSDP2, with one checkpoint of everything: torchrun --standalone --nproc_per_node 2 examples/fsdp2.py FOLDER [EPOCHS [IDENTITIES]]"""
+"""FSDP2: torchrun --standalone --nproc_per_node 2 examples/fsdp2.py FOLDER [EPOCHS [IDENTITIES]]"""
 
 import gc
 import os
@@ -24,7 +24,7 @@ def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
 
     torch.manual_seed(0)
     backbone = build_backbone("small", image_shape=data.image_shape, embedding_size=128)
-    fully_shard(backbone)  # and the large parts of it first, each on its own
+    fully_shard(backbone)  # of a larger model shard the large parts first, each on its own
     head = PartialFC(128, data.num_identities, ArcFace(scale=32.0), sample_rate=0.5)
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=5e-3)
     head_optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -35,7 +35,7 @@ def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
         "head_optimizer": head_optimizer,
     }
     if os.path.isfile(f"{folder}/manifest.json"):
-        load_checkpoint(folder, **everything)  # whatever number of ranks wrote it
+        load_checkpoint(folder, **everything)  # written by any number of ranks
 
     for epoch in range(epochs):
         loader.set_epoch(epoch)
@@ -53,6 +53,6 @@ def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], *(int(a) for a in sys.argv[2:]))
-    gc.collect()  # what holds the process group goes before it
+    gc.collect()  # frees the objects that use the process group
     dist.barrier()
     dist.destroy_process_group()

@@ -21,7 +21,7 @@ class Recogniser(pl.LightningModule):
         super().__init__()
         self.data = data
 
-    def configure_model(self) -> None:  # the process group is there by now
+    def configure_model(self) -> None:  # called after the process group is created
         torch.manual_seed(0)
         self.backbone = build_backbone("small", image_shape=self.data.image_shape, embedding_size=128)
         self.head = PartialFC(128, self.data.num_identities, ArcFace(scale=32.0), sample_rate=0.5)
@@ -33,9 +33,7 @@ class Recogniser(pl.LightningModule):
         rows = RowOptimizer(torch.optim.SGD, self.head, lr=0.1, momentum=0.9, weight_decay=5e-4)
         return JointOptimizer(torch.optim.AdamW(self.backbone.parameters(), lr=5e-3), rows)
 
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-    ) -> None:
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, *_: Any, **__: Any) -> None:
         clip_grad_norm_(self.backbone.parameters(), self.head, max_norm=gradient_clip_val)
 
 

@@ -1,4 +1,4 @@
-"""transformers.Trainer: torchrun --standalone --nproc_per_node 2 examples/transformers_trainer.py FOLDER [EPOCHS [IDENTITIES]]"""
+"""transformers.Trainer: torchrun --nproc_per_node 2 examples/transformers_trainer.py FOLDER [EPOCHS [IDENTITIES]]"""
 
 import gc
 import os
@@ -19,14 +19,15 @@ from partial_fc.training.data import GlyphIdentities
 class Recogniser(nn.Module):
     def __init__(self, backbone: nn.Module, head: PartialFC) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone = backbone
+        self.head = head
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return {"loss": self.head(self.backbone(images), labels)}
 
 
 def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
-    args = TrainingArguments(  # makes the process group, which the head is built after
+    args = TrainingArguments(  # creates the process group; build the head after it
         folder,
         use_cpu=True,
         num_train_epochs=epochs,
@@ -51,6 +52,6 @@ def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], *(int(a) for a in sys.argv[2:]))
-    gc.collect()  # what holds the process group goes before it
+    gc.collect()  # frees the objects that use the process group
     if dist.is_initialized():
         dist.destroy_process_group()

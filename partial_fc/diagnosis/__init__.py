@@ -1,1 +1,1 @@
-"""Is it wired right? `doctor` and `check_margin`."""
+"""Is a training loop set up correctly (`doctor`), and is a margin (`check_margin`)?"""

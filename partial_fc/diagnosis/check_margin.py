@@ -1,12 +1,13 @@
-"""Is a margin of your own right? The sharded head with it, in 1, 2 and 3 processes, against one dense autograd computation in float64.
+"""Check a margin of your own: a sharded head with it, in 1, 2 and 3 processes, against a dense float64 reference.
 
     from partial_fc import check_margin
 
-    if __name__ == "__main__":  # processes are started
+    if __name__ == "__main__":  # because it starts processes
         check_margin(MyMargin())
 
-Found are gradients that are not those of the formula (a target that mixes samples, a cosine changed in place, a detached part), state that
-moves differently on different ranks, and results that depend on the number of ranks.
+The reference is written from the definition, with autograd through all of it. The check finds gradients that do not
+match the formula (a target that mixes samples, a cosine changed in place, a detached part), state that differs between
+ranks, and results that depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from partial_fc.sampling import mix
 from partial_fc.shards import local_part
 
 NUM_CLASSES, WIDTH, STEPS = 11, 6, 3
-COUNTS = (4, 0, 5)  # samples of each rank, dealt out in turn where there are fewer ranks
+COUNTS = (4, 0, 5)  # samples per rank, combined if there are fewer ranks
 IGNORED = -100
 
 
 @dataclass
-class _Found:
-    """What a step gave: the loss, gradients of embeddings [N, D] and class rows [C, ...], and the margin's buffers after it."""
+class _StepResult:
+    """Loss of a step, gradients of embeddings `[N, D]` and class rows `[C, ...]`, and the margin's buffers after it."""
 
     loss: Tensor
     embeddings: Tensor
@@ -52,16 +53,19 @@ class _Found:
 def check_margin(
     margin: Margin, *, worlds: Sequence[int] = (1, 2, 3), tolerance: float = 1e-8, timeout: float = 120.0
 ) -> None:
-    """Compare `margin` in a sharded head with a dense reference and print what was compared.
+    """Compare `margin` in a sharded head with a dense reference, and print what was compared.
 
-    worlds: numbers of ranks; more than one rank means processes, to which the margin is sent by pickle.
-    tolerance: largest difference allowed in loss, gradients and buffers, all in float64.
+    Args:
+        margin: the margin; it is sent to the processes by pickle.
+        worlds: the world sizes to check.
+        tolerance: the largest difference allowed in loss, gradients and buffers, all in float64.
+        timeout: seconds to wait for a rank.
 
-    Raises AssertionError that says at which number of ranks, in which step, and where they differ; RuntimeError with the traceback of a
-    rank that failed.
+    Raises AssertionError that names the world size, the step and the differing value, or RuntimeError with the
+    traceback of a rank that failed.
     """
     if not isinstance(margin, Margin):
-        raise TypeError(f"check_margin takes an instance of a Margin such as ArcFace(), not {margin!r}")
+        raise TypeError(f"margin must be an instance of a Margin such as ArcFace(), not {margin!r}")
     x, labels, weight = _inputs(margin)
     dense = _dense_steps(copy.deepcopy(margin), x, labels, weight)
     differences = []
@@ -70,15 +74,15 @@ def check_margin(
         for step, (mine, expected) in enumerate(zip(sharded, dense, strict=True)):
             differences += [f"{world} ranks, step {step}: {text}" for text in _differences(mine, expected, tolerance)]
     if differences:
-        raise AssertionError(f"{type(margin).__name__} is not what its formula says:\n  " + "\n  ".join(differences))
+        text = "\n  ".join(differences)
+        raise AssertionError(f"{type(margin).__name__} does not match its formula:\n  {text}")
     ranks = ", ".join(str(world) for world in worlds)
-    print(
-        f"{type(margin).__name__}: loss, gradients and state equal the dense reference in {STEPS} steps on {ranks} ranks"
-    )
+    equal = f"loss, gradients and state equal the dense reference in {STEPS} steps on {ranks} ranks"
+    print(f"{type(margin).__name__}: {equal}")
 
 
 def _inputs(margin: Margin) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings of all steps `[STEPS, N, D]`, labels `[STEPS, N]`, class rows `[C, D]` or `[C, K, D]`."""
+    """Return embeddings `[STEPS, N, D]`, labels `[STEPS, N]` and class rows `[C, D]` or `[C, K, D]`."""
     generator = torch.Generator().manual_seed(0)
     count = sum(COUNTS)
     x = torch.randn(STEPS, count, WIDTH, generator=generator, dtype=torch.float64) * 3
@@ -88,37 +92,37 @@ def _inputs(margin: Margin) -> tuple[Tensor, Tensor, Tensor]:
     return x, labels, torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def _dense_steps(margin: Margin, all_x: Tensor, all_labels: Tensor, weight: Tensor) -> list[_Found]:
+def _dense_steps(margin: Margin, all_x: Tensor, all_labels: Tensor, weight: Tensor) -> list[_StepResult]:
     found = []
     for step, (x, labels) in enumerate(zip(all_x, all_labels, strict=True)):
         x, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = _dense_loss(margin, x, labels, w, step)
         on_x, on_w = torch.autograd.grad(loss, (x, w))
-        found.append(_Found(loss.detach(), on_x, on_w, _state(margin)))
+        found.append(_StepResult(loss.detach(), on_x, on_w, _state(margin)))
     return found
 
 
 def _dense_loss(margin: Margin, x: Tensor, labels: Tensor, w: Tensor, step: int) -> Tensor:
-    """The mean loss as its definition says, with autograd through all of it."""
-    exists, norm = labels != IGNORED, x.norm(dim=1)
+    """Return the mean loss by its definition, with autograd through all of it."""
+    exists = labels != IGNORED
+    norm = x.norm(dim=1)
     if margin.normalize:
         directions = torch.nn.functional.normalize(w, dim=-1).view(NUM_CLASSES, -1, WIDTH)
         cosines = torch.einsum("nd,ckd->nck", torch.nn.functional.normalize(x, dim=1), directions).amax(2)
     else:
         cosines = x @ w.T
-    place = labels.clamp(min=0)[:, None]
-    cosine = cosines.gather(1, place)[:, 0]
-    target = margin.target(
-        cosine, Positives(torch.where(exists, labels, -1), torch.arange(len(x)), norm, exists, mix(0, step))
-    )
+    column = labels.clamp(min=0)[:, None]
+    cosine = cosines.gather(1, column)[:, 0]
+    positives = Positives(torch.where(exists, labels, -1), torch.arange(len(x)), norm, exists, mix(0, step))
+    target = margin.target(cosine, positives)
     others = margin.negative(cosines, target.detach()[:, None])
-    logits = others.scatter(1, place, target[:, None]) * margin.scale
+    logits = others.scatter(1, column, target[:, None]) * margin.scale
     if margin.binary:
-        of_own, of_others = margin.binary
-        own = torch.nn.functional.one_hot(place[:, 0], NUM_CLASSES).bool()
-        losses = torch.where(own, of_own * softplus(-logits), of_others * softplus(logits)).sum(1)
+        target_weight, other_weight = margin.binary
+        is_target = torch.nn.functional.one_hot(column[:, 0], NUM_CLASSES).bool()
+        losses = torch.where(is_target, target_weight * softplus(-logits), other_weight * softplus(logits)).sum(1)
     else:
-        losses = torch.nn.functional.cross_entropy(logits, place[:, 0], reduction="none")
+        losses = torch.nn.functional.cross_entropy(logits, column[:, 0], reduction="none")
     penalty = margin.penalty(norm)
     return (losses if penalty is None else losses + penalty)[exists].mean()
 
@@ -130,17 +134,16 @@ def _state(margin: Margin) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------- ranks
 
 
-def _run(margin: Margin, world: int, timeout: float) -> list[_Found]:
-    """The steps on `world` ranks, put together; each in a process of its own."""
+def _run(margin: Margin, world: int, timeout: float) -> list[_StepResult]:
+    """Run the steps on `world` ranks, each in its own process, and return the combined results."""
     context = multiprocessing.get_context("spawn")
-    sent = pickle.dumps(margin)  # as bytes: tensors themselves would be in memory that all ranks share
+    pickled = pickle.dumps(margin)  # bytes, because tensors would be sent as memory that all ranks share
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world):
             here, there = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_serve, args=(sent, rank, world, os.path.join(folder, "store"), there, timeout), daemon=True
-            )
+            arguments = (pickled, rank, world, os.path.join(folder, "store"), there, timeout)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             there.close()
             pipes.append(here)
@@ -151,48 +154,50 @@ def _run(margin: Margin, world: int, timeout: float) -> list[_Found]:
             for process in processes:
                 process.kill()
                 process.join()
-    return [_put_together(list(steps)) for steps in zip(*parts, strict=True)]
+    return [_combined(list(steps)) for steps in zip(*parts, strict=True)]
 
 
-def _put_together(steps: list[_Found]) -> _Found:
-    """One step of all ranks. Of the state it is the farthest from the first rank's: one rank that differs is enough."""
+def _combined(steps: list[_StepResult]) -> _StepResult:
+    """Combine one step of all ranks. The state is the first rank's, or that of the last rank that differs from it."""
     state = steps[0].state
     for each in steps[1:]:
         state = {k: v if float((v - steps[0].state[k]).abs().max()) > 0 else state[k] for k, v in each.state.items()}
-    return _Found(steps[0].loss, torch.cat([s.embeddings for s in steps]), torch.cat([s.weight for s in steps]), state)
+    return _StepResult(
+        steps[0].loss, torch.cat([s.embeddings for s in steps]), torch.cat([s.weight for s in steps]), state
+    )
 
 
-def _collect(pipes: list[Connection], timeout: float) -> list[list[_Found]]:
+def _collect(pipes: list[Connection], timeout: float) -> list[list[_StepResult]]:
     answers: dict[int, Any] = {}
     while len(answers) < len(pipes):
         ready = wait([p for rank, p in enumerate(pipes) if rank not in answers], timeout)
         if not ready:
-            raise RuntimeError(
-                f"no answer within {timeout:g} s from ranks {sorted(set(range(len(pipes))) - set(answers))}"
-            )
+            silent = sorted(set(range(len(pipes))) - set(answers))
+            raise RuntimeError(f"ranks {silent} did not respond within {timeout:g} s")
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                fine, answer = pipes[rank].recv()
+                succeeded, answer = pipes[rank].recv()
             except (EOFError, ConnectionResetError):
                 raise RuntimeError(
-                    f"rank {rank} did not start; call check_margin under `if __name__ == '__main__':`, with a class that can be imported"
+                    f"rank {rank} did not start; call check_margin under `if __name__ == '__main__':`, "
+                    "with a margin whose class can be imported"
                 ) from None
-            if not fine:
+            if not succeeded:
                 raise RuntimeError(f"rank {rank} of {len(pipes)}:\n{answer}")
-            answers[rank] = [_Found(**step) for step in torch.load(io.BytesIO(answer))]
+            answers[rank] = [_StepResult(**step) for step in torch.load(io.BytesIO(answer))]
     return [answers[rank] for rank in range(len(pipes))]
 
 
-def _serve(sent: bytes, rank: int, world: int, store: str, pipe: Connection, timeout: float) -> None:
+def _serve(pickled: bytes, rank: int, world: int, store: str, pipe: Connection, timeout: float) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     try:
         limit = timedelta(seconds=timeout)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
-        # as bytes, too: handles of shared memory would end with this process
+        # bytes here as well, because handles of shared memory would end with this process
         buffer = io.BytesIO()
-        torch.save([vars(step) for step in _sharded_steps(pickle.loads(sent), rank, world)], buffer)
+        torch.save([vars(step) for step in _sharded_steps(pickle.loads(pickled), rank, world)], buffer)
         pipe.send((True, buffer.getvalue()))
         dist.barrier()
         dist.destroy_process_group()
@@ -200,8 +205,8 @@ def _serve(sent: bytes, rank: int, world: int, store: str, pipe: Connection, tim
         pipe.send((False, traceback.format_exc()))
 
 
-def _sharded_steps(margin: Margin, rank: int, world: int) -> list[_Found]:
-    """This rank's part of every step."""
+def _sharded_steps(margin: Margin, rank: int, world: int) -> list[_StepResult]:
+    """Run the steps on this rank and return its part of them."""
     all_x, all_labels, weight = _inputs(margin)
     counts = [sum(COUNTS[i] for i in range(len(COUNTS)) if i * world // len(COUNTS) == r) for r in range(world)]
     here = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
@@ -214,12 +219,14 @@ def _sharded_steps(margin: Margin, rank: int, world: int) -> list[_Found]:
         loss = head(x, labels)
         loss.backward()
         assert x.grad is not None and head.weight.grad is not None
-        found.append(_Found(loss.detach(), x.grad / world, local_part(head.weight.grad).clone(), _state(head.margin)))
+        found.append(
+            _StepResult(loss.detach(), x.grad / world, local_part(head.weight.grad).clone(), _state(head.margin))
+        )
         head.zero_grad()
     return found
 
 
-def _differences(mine: _Found, expected: _Found, tolerance: float) -> list[str]:
+def _differences(mine: _StepResult, expected: _StepResult, tolerance: float) -> list[str]:
     texts = []
     if not abs(float(mine.loss - expected.loss)) <= tolerance:
         texts.append(f"the loss is {float(mine.loss):.10g}, dense {float(expected.loss):.10g}")

@@ -1,14 +1,16 @@
-"""Is it wired right? Two training steps that leave nothing behind, and what they show, check by check.
+"""Is a training loop set up correctly? Two training steps without a trace, and the checks that they allow.
 
-    wiring       group, wrappers, devices, optimizers: looked at from outside (wiring.py)
-    agreement    the head's settings and seed, the backbone's parameters: the same on all ranks
-    forward      embeddings [N_local, D] of the width and on the device of the head; labels in range
-    backward     gradients reach both; the backbone's equals that of one process with the global batch
-    steps        both move, the replicas stay equal, found_inf is the same on all ranks (trial.py)
-                 ── all is put back (undo.py) ──
+    wiring       group, wrappers, devices, optimizers: seen from outside (wiring.py)
+    agreement    the head's settings and seed and the backbone's parameters are the same on all ranks
+    forward      embeddings [N_local, D] have the width and the device that the head expects; labels are in range
+                 (trial.py)
+    backward     gradients reach both; the backbone's equals that of one process with the global batch (gradients.py)
+    steps        both change, all ranks keep the same backbone, found_inf is the same on all ranks (trial.py)
+                 ── everything is restored (undo.py) ──
 
-The one process: every rank's embeddings go through the bare backbone, the gradient of the same global loss goes back through it, and the
-ranks' shares are summed. What DDP, or whatever is there, made of the gradients must be that sum; a factor or a difference has a name.
+The gradient of one process is computed without the model's wrapper: every rank's batch goes through the bare backbone,
+the gradient of the same global loss goes back through it, and the shares of all ranks are summed. The gradients of the
+wrapped model must equal this sum.
 """
 
 from __future__ import annotations
@@ -22,37 +24,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from partial_fc.diagnosis.trial import DYNAMIC, Embed, Trial, agreed, gather_objects
+from partial_fc.diagnosis.checks import Check, agreed, gather_objects
+from partial_fc.diagnosis.trial import DYNAMIC, Embed, Trial
 from partial_fc.diagnosis.undo import Undo
-from partial_fc.diagnosis.wiring import Check, Wiring
+from partial_fc.diagnosis.wiring import Wiring
 
-NEEDED = ("group", "wrapping", "device", "settings")  # without them a step would hang, or mean nothing
+NEEDED = ("group", "wrapping", "device", "settings")  # if one of them fails, a step would hang or be meaningless
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `doctor` found, the same on every rank. Print it, or look at `ok` and `checks`."""
+    """The result of `doctor`, the same on every rank. Print it, or use `ok` and `checks`."""
 
     checks: tuple[Check, ...]
     ranks: int = 1
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong; what could not be checked is not counted."""
+        """Whether no check failed; checks that could not be made are not counted."""
         return all(check.ok is not False for check in self.checks)
 
     def __getitem__(self, name: str) -> Check:
-        """A check by its name."""
+        """Return a check by its name."""
         return next(check for check in self.checks if check.name == name)
 
     def raise_if_wrong(self) -> None:
-        """RuntimeError that says what is wrong and how to mend it, if anything is."""
+        """Raise RuntimeError if a check failed; the message says what is wrong and how to fix it."""
         wrong = [check for check in self.checks if check.ok is False]
         if wrong:
             raise RuntimeError("\n".join(f"{c.name}: {c.words}" + (f"; {c.mend}" if c.mend else "") for c in wrong))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Return everything for JSON."""
         return {"ok": self.ok, "ranks": self.ranks, "checks": [vars(check) for check in self.checks]}
 
     def __str__(self) -> str:
@@ -61,9 +64,9 @@ class Report:
         for check in self.checks:
             lines.append(f"{ {True: '✓', False: '✗', None: '–'}[check.ok] } {check.name:{width}}  {check.words}")
             if check.ok is False and check.mend:
-                lines.append(f"  {'':{width}}  to mend: {check.mend}")
-        wrong = sum(check.ok is False for check in self.checks)
-        verdict = "all is right" if not wrong else f"{wrong} {'is' if wrong == 1 else 'are'} wrong"
+                lines.append(f"  {'':{width}}  fix: {check.mend}")
+        failed = sum(check.ok is False for check in self.checks)
+        verdict = f"{failed or 'no'} problem{'s' * (failed != 1)} found"
         return "\n".join([*lines, f"{len(self.checks)} checks on {self.ranks} rank{'s' * (self.ranks > 1)}: {verdict}"])
 
 
@@ -78,24 +81,26 @@ def doctor(
     scaler: Any = None,
     accelerator: Any = None,
 ) -> Report:
-    """Run two steps of a training loop on every rank, put everything back, and say what is right and what is wrong.
+    """Run two steps of a training loop on every rank, restore everything, and report what is set up wrongly.
 
     Args:
-        model: the backbone as the loop calls it: wrapped by DDP, FSDP2 or Accelerate, or bare; or a model that has the head inside and is
-            called as `model(inputs, labels)`.
+        model: the backbone as the loop calls it: wrapped by DDP, FSDP2 or Accelerate, or bare. Or a model that contains
+            the head and is called as `model(inputs, labels)`.
         head: the PartialFC.
-        optimizers: all that the loop steps, the `RowOptimizer` among them.
-        batch: this rank's (inputs, labels `[N_local]`), as of the loop.
-        input_shape: of one sample, for random inputs, where no batch is given. With neither, what needs the backbone's forward is not
-            checked.
-        embed: `embed(model, inputs)` gives embeddings `[N_local, D]`, where that is not `model(inputs)`.
-        scaler: the GradScaler of the loop, to see that ranks agree on overflows; Accelerate's own is found.
-        accelerator: the Accelerator, to see what it was given to prepare.
+        optimizers: all optimizers of the loop, including the `RowOptimizer`.
+        batch: (inputs, labels `[N_local]`) of this rank, as in the loop.
+        input_shape: shape of one sample, for random inputs if there is no batch. Without either, checks that need the
+            backbone's forward are skipped.
+        embed: `embed(model, inputs)` returns embeddings `[N_local, D]`, if `model(inputs)` does not.
+        scaler: the GradScaler of the loop, to check that ranks agree on overflows; not needed for Accelerate's own.
+        accelerator: the Accelerator, to check what was passed to its prepare().
 
-    Every rank must call it. The steps take a gradient of the whole backbone and head, also with update_in_backward, and CPU memory of the
-    size of weights, gradients and optimizer state for what is put back. Under DeepSpeed the engine's steps are not run.
+    Every rank must call it. The steps compute a gradient of the whole backbone and head, also with update_in_backward,
+    and need CPU memory of the size of weights, gradients and optimizer state to restore them. Under DeepSpeed the
+    engine's steps are not run.
 
-    Raises TypeError for a head that is no PartialFC; else wrong wiring is in the report. `report.raise_if_wrong()` raises.
+    Raises TypeError if the head is not a PartialFC. All other mistakes are in the report; `report.raise_if_wrong()`
+    raises them.
     """
     given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
     for each in given:
@@ -107,55 +112,54 @@ def doctor(
     checks = agreed([*wiring.checks(), _labels(wiring, batch)])
     checks.append(_settings(wiring))
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    found = {check.name: check for check in checks}
-    wrong = [name for name in (*NEEDED, "labels") if found[name].ok is False]
-    if found["head optimizer"].ok is False and wiring.refuses_to_step:
-        wrong.append("head optimizer")
-    if wrong:
-        checks += [Check(name, None, f"not checked: {', '.join(wrong)} must be right first") for name in DYNAMIC]
+    by_name = {check.name: check for check in checks}
+    failed = [name for name in (*NEEDED, "labels") if by_name[name].ok is False]
+    if by_name["head optimizer"].ok is False and wiring.refuses_to_step:
+        failed.append("head optimizer")
+    if failed:
+        checks += [Check(name, None, f"not checked: fix {', '.join(failed)} first") for name in DYNAMIC]
         return Report(tuple(checks), ranks)
     scaler = scaler or getattr(accelerator, "scaler", None)
-    layers = [*wiring.layers[:-1], *([wiring.bare] if wiring.engine and len(wiring.layers) == 1 else [])]
-    with Undo([model, head], given, layers) as undo:
+    wrappers = wiring.layers[:-1]
+    if wiring.engine and len(wiring.layers) == 1:  # FSDP2 has no wrapper: it changes the class of the model
+        wrappers = [wiring.bare]
+    with Undo([model, head], given, wrappers) as undo:
         trial = Trial(wiring, undo, batch, input_shape, embed, scaler, checks)
         trial.run()
     return Report(tuple(trial.checks), ranks)
 
 
-# ---------------------------------------------------------------------------------------------------- before anything runs
+# ---------------------------------------------------------------------------------------------------- before the steps
 
 
 def _labels(wiring: Wiring, batch: tuple[Any, Tensor] | None) -> Check:
-    head, name = wiring.head, "labels"
+    name = "labels"
+    head = wiring.head
     if batch is None:
         return Check(name, None, "not checked: no batch was given")
     labels = batch[1]
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         what = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        return Check(name, False, f"labels are {what}, not int64 [N]", "one class id a sample: labels.long()")
+        return Check(name, False, f"labels are {what}, not int64 [N]", "pass one class id per sample: labels.long()")
     bad = labels[(labels != head.ignore_index) & ((labels < 0) | (labels >= head.num_classes))]
     if len(bad):
-        mend = (
-            "labels count from 0; num_classes is the largest label of all data and one"
-            if int(bad[0]) >= head.num_classes
-            else ""
-        )
-        return Check(name, False, f"label {int(bad[0])} is not among 0 to {head.num_classes - 1}", mend)
-    return Check(name, True, f"all are among 0 to {head.num_classes - 1}")
+        too_large = int(bad[0]) >= head.num_classes
+        mend = "count labels from 0; num_classes is the largest label of all data plus 1" if too_large else ""
+        return Check(name, False, f"label {int(bad[0])} is out of range: valid are 0 to {head.num_classes - 1}", mend)
+    return Check(name, True, f"all labels are in the range 0 to {head.num_classes - 1}")
 
 
 def _settings(wiring: Wiring) -> Check:
-    """Whether all ranks built the same head and backbone: by name, so that it is known what differs."""
+    """Check that all ranks built the same head and backbone; by name, so that the message says what differs."""
     head = wiring.head
-    mine: dict[str, object] = {k: str(v) for k, v in head._settings().items()}
+    mine: dict[str, object] = {k: str(v) for k, v in head.agreed_settings().items()}
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in wiring.backbone.items()]
     mine["the backbone's parameters"] = hashlib.blake2b(repr(shapes).encode(), digest_size=8).hexdigest()
-    everyone = gather_objects(mine)
-    for rank, other in enumerate(everyone):
-        for key, value in everyone[0].items():
+    all_ranks = gather_objects(mine)
+    for rank, other in enumerate(all_ranks):
+        for key, value in all_ranks[0].items():
             if other[key] != value:
                 words = f"ranks disagree: {key} is {value} on rank 0 and {other[key]} on rank {rank}"
-                return Check(
-                    "settings", False, words, "build the same head and backbone, with the same seed, on every rank"
-                )
+                mend = "build the same head and backbone, with the same seed, on every rank"
+                return Check("settings", False, words, mend)
     return Check("settings", True, f"all ranks built the same head, seed {head.seed}")

@@ -1,10 +1,11 @@
-"""A trial that leaves nothing behind: what a few training steps move is copied before, and put back after.
+"""Training steps without a trace: everything that they change is copied before and restored afterwards.
 
-weights, buffers, gradients     copied to CPU memory, put back in place
-optimizers                      state (in place, what is new removed), groups' options, flags; also of an optimizer inside another
-heads                           rows and carriers, the step that says what is drawn next, what the last forward left
+weights, buffers, gradients     copied to CPU memory, restored in place
+optimizers                      state (in place; new entries removed), options of groups, flags; also of an optimizer
+                                inside another
+heads                           rows and carriers, the count that keys the next draw, the results of the last forward
 modules                         their own Python attributes, train() or eval()
-random numbers                  of this process: Python, NumPy, torch on the CPU and the current GPU
+random number generators        of this process: Python, NumPy, torch on the CPU and the current GPU
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partial_fc.checkpoint.random_state import _restore, _state
+from partial_fc.checkpoint.random_state import restore_random_state, take_random_state
 from partial_fc.sharded import ShardedLoss
 from partial_fc.shards import local_part
 
 
 class Undo:
-    """`with Undo(modules, optimizers): ...` and nothing has happened.
+    """Context manager that restores modules, optimizers and random number generators at its end.
 
-    modules: whatever runs; those whose class is a wrapper (`wrappers`) keep their own attributes, which belong to their engine.
     Takes CPU memory of the size of this rank's weights, gradients and optimizer state.
+
+    modules: all modules that run.
+    wrappers: those of them that belong to an engine, whose Python attributes are not restored.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class Undo:
         self.own = [m for m in self.modules if id(m) not in engines]
 
     def __enter__(self) -> Undo:
-        self.random = _state()
+        self.random = take_random_state()
         self.training = [(m, m.training) for m in self.modules]
         tensors = {
             id(t): t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
@@ -57,7 +60,7 @@ class Undo:
             for o in self.optimizers
             for g in o.param_groups
         ]
-        self.states = [(o, {p: _copied(values) for p, values in o.state.items()}) for o in self.optimizers]
+        self.states = [(o, {p: _with_copies(values) for p, values in o.state.items()}) for o in self.optimizers]
         self.clear()
         return self
 
@@ -74,33 +77,33 @@ class Undo:
                 module._buffers.clear()
                 module._buffers.update(buffers)
             for tensor, value in self.tensors:
-                _put(tensor, value)
+                _set(tensor, value)
             for leaf, grad, of_grad in self.grads:
-                _put(grad, of_grad)
+                _set(grad, of_grad)
                 leaf.grad = grad
             for rows, trainable, carried in self.carriers:
                 rows.trainable[:] = trainable
                 for carrier, row_grad in carried:
                     carrier.grad = row_grad
             for optimizer, states in self.states:
-                _put_back(optimizer, states)
+                _restore_state(optimizer, states)
             for group, options in self.groups:
                 for name in set(group) - set(options) - {"params"}:
                     del group[name]
                 group.update(options)
         for module, training in self.training:
             module.training = training
-        _restore(self.random)
+        restore_random_state(self.random)
 
     def clear(self) -> None:
-        """No gradients, whose tensors stay as they are."""
+        """Remove all gradients without changing their tensors."""
         for tensor in self.leaves:
             tensor.grad = None
         for head in self.heads:
             head.zero_grad()
 
     def rewind(self) -> None:
-        """Draws and margins of the heads as they were at the beginning; weights and optimizers stay where they are."""
+        """Restore the draws and margins of the heads, but not weights and optimizers."""
         buffers = {id(b) for head in self.heads for b in head.buffers()}
         for head in self.heads:
             before, record = (
@@ -112,10 +115,10 @@ class Undo:
         with torch.no_grad():
             for tensor, value in self.tensors:
                 if id(tensor) in buffers:
-                    _put(tensor, value)
+                    _set(tensor, value)
 
-    def moved(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether any of these parameters is not as it was, on this rank."""
+    def changed(self, parameters: Iterable[Tensor]) -> bool:
+        """Return whether any of these parameters has changed on this rank."""
         wanted = {id(p) for p in parameters}
         return any(
             id(t) in wanted and not torch.equal(local_part(t.detach()).cpu(), value) for t, value in self.tensors
@@ -123,7 +126,7 @@ class Undo:
 
 
 def chain(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """An optimizer and those inside it (Lookahead, Accelerate's)."""
+    """Return an optimizer and those inside it (Lookahead's, Accelerate's)."""
     inside = getattr(optimizer, "optimizer", None)
     return [optimizer, *(chain(inside) if isinstance(inside, torch.optim.Optimizer) else [])]
 
@@ -133,23 +136,23 @@ def _copy(tensor: Tensor) -> Tensor:
     return local.clone() if local.device.type == "meta" else local.to("cpu", copy=True)
 
 
-def _put(tensor: Tensor, value: Tensor) -> None:
+def _set(tensor: Tensor, value: Tensor) -> None:
     local = local_part(tensor.detach())
     if local.device.type != "meta":
         local.copy_(value)
 
 
-def _copied(values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """By name: the value itself, and a copy of what is in it."""
+def _with_copies(values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return for each name the value itself and a copy of its content."""
     return {k: (v, _copy(v) if isinstance(v, Tensor) else copy.deepcopy(v)) for k, v in values.items()}
 
 
-def _put_back(optimizer: torch.optim.Optimizer, states: dict[Any, dict[str, tuple[Any, Any]]]) -> None:
+def _restore_state(optimizer: torch.optim.Optimizer, states: dict[Any, dict[str, tuple[Any, Any]]]) -> None:
     for parameter in [p for p in optimizer.state if p not in states]:
         del optimizer.state[parameter]
     for parameter, values in states.items():
         optimizer.state[parameter].clear()
         for name, (value, before) in values.items():
             if isinstance(value, Tensor):
-                _put(value, before)
+                _set(value, before)
             optimizer.state[parameter][name] = value if isinstance(value, Tensor) else before

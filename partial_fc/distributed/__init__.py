@@ -1,1 +1,1 @@
-"""Ranks: who they are, what they tell each other, who is missing."""
+"""Ranks: their groups, collectives and agreements, and errors that name a missing rank."""

@@ -1,10 +1,11 @@
-"""Errors that all ranks agree on: what one rank finds wrong outside the step (files, arguments) is raised on every rank alike.
+"""The same error on every rank, for what goes wrong on one rank outside a training step (files, arguments).
 
-    on_every_rank(action)    each rank does it; if any failed, the first failed rank's error is raised on all
-    on_first_rank(action)    rank 0 does it; its result, or its error, is everybody's
-    check_same(what, value)  ValueError on every rank if ranks were given different things
+    on_every_rank(action)    every rank calls it; if any fails, all ranks raise the error of the first that failed
+    on_first_rank(action)    rank 0 calls it; every rank returns its result, or raises its error
+    check_same(what, value)  ValueError on every rank unless all ranks pass an equal value
 
-All are collectives of objects that only the ranks themselves made. Without a process group they are plain calls.
+All three are collectives. They send pickled objects, which come from the ranks themselves and never from a file.
+Without a process group they are plain calls.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ import torch.distributed as dist
 from partial_fc.distributed.missing import naming_the_missing
 
 Result = TypeVar("Result")
-AGREEMENT = "an agreement of all ranks"  # on files or arguments, in a `RankMissing`
-Failure = tuple[
-    type[Exception], str
-]  # never the exception itself: some cannot be pickled, and their traceback holds tensors
+AGREEMENT = "an agreement of all ranks"  # what a `RankMissing` calls these collectives
+
+# A class and a message, never the exception itself: some cannot be pickled, and their traceback holds tensors.
+Failure = tuple[type[Exception], str]
 
 
 def on_every_rank(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """The result of `action` on this rank; the first failed rank's OSError or ValueError on all, with its name if not all failed."""
-    result, error = None, None
+    """Call `action` on every rank and return this rank's result.
+
+    If any rank fails with an OSError or a ValueError, all raise that of the first failed rank. It names that rank
+    unless all failed.
+    """
+    result = None
+    error = None
     try:
         result = action()
     except (OSError, ValueError) as caught:
@@ -44,7 +50,7 @@ def on_every_rank(action: Callable[[], Result], group: dist.ProcessGroup | None 
 
 
 def on_first_rank(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """The result of `action` on the first rank of the group, or its OSError or ValueError, on every rank."""
+    """Call `action` on the first rank of the group; return its result or raise its OSError or ValueError everywhere."""
     if not dist.is_initialized():
         return action()
     shared: list[Result | Failure | None] = [None, None]
@@ -53,7 +59,8 @@ def on_first_rank(action: Callable[[], Result], group: dist.ProcessGroup | None 
         try:
             shared[0] = action()
         except (OSError, ValueError) as caught:
-            error, shared[1] = caught, _failure(caught)
+            error = caught
+            shared[1] = _failure(caught)
     with naming_the_missing(AGREEMENT, group):
         dist.broadcast_object_list(shared, group=group, group_src=0)
     if shared[1] is not None:
@@ -63,7 +70,7 @@ def on_first_rank(action: Callable[[], Result], group: dist.ProcessGroup | None 
 
 
 def check_same(what: str, value: object, group: dist.ProcessGroup | None = None) -> None:
-    """ValueError on every rank unless all were given an equal `value`, which must be small and of plain types."""
+    """Raise ValueError on every rank unless all pass an equal `value`, which must be small and of plain types."""
     if not dist.is_initialized():
         return
     values: list[object] = [None] * dist.get_world_size(group)
@@ -76,7 +83,7 @@ def check_same(what: str, value: object, group: dist.ProcessGroup | None = None)
 
 
 def _failure(error: OSError | ValueError | None) -> Failure | None:
-    """What can be raised again: the plainest class that callers tell apart, and the words."""
+    """Return the error's class (or the base class that callers distinguish) and its message; None for no error."""
     if error is None:
         return None
     kinds = (FileNotFoundError, FileExistsError, BlockingIOError, PermissionError, OSError, ValueError)

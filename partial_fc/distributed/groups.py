@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from partial_fc.distributed.missing import introduce
+from partial_fc.distributed.inquiry import register_process
 from partial_fc.distributed.ranks import Group, Ranks
 
 
@@ -18,7 +18,7 @@ def ranks_of(group: Group) -> Ranks:
         if not dist.is_initialized():
             return Ranks()
         group = dist.group.WORLD
-    introduce()
+    register_process()
     if isinstance(group, DeviceMesh):
         if group.ndim not in (1, 2):
             raise ValueError(

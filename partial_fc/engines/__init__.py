@@ -1,1 +1,4 @@
-"""Thin adapters to engines and launchers, one module each; what one needs is imported when it is used: the core needs none of them."""
+"""Thin adapters to training engines and launchers, one module each.
+
+An adapter imports its engine's package when it is used; the core needs none of them.
+"""

@@ -1,16 +1,17 @@
-"""Heads beside what `accelerator.prepare` wraps: stepped, clipped, scheduled and saved together with it.
+"""Heads beside an Accelerate loop: they step, are clipped, scheduled and saved together with the prepared backbone.
 
     model, optimizer, schedule = accelerator.prepare(backbone, optimizer, schedule)              everything but the head
-    head_optimizer, head_schedule = prepare_heads(accelerator, head_optimizer, head_schedule)    wrapped alike, registered nowhere
+    head_optimizer, head_schedule = prepare_heads(accelerator, head_optimizer, head_schedule)    wrapped, not registered
     save_heads_with(accelerator, head=head, head_optimizer=head_optimizer, head_schedule=head_schedule)
 
     with accelerator.accumulate(model):
         accelerator.backward(head(model(images), labels))
-        clip_grad_norm_(accelerator, model.parameters(), head, max_norm=5.0)     one norm, at the end of an accumulation
+        clip_grad_norm_(accelerator, model.parameters(), head, max_norm=5.0)    one norm, at the end of an accumulation
         head_optimizer.step(), optimizer.step(), head_schedule.step(), schedule.step(), zero_grad() of both
 
-What is prepared is replicated by DDP, and saved from the main process alone; neither is right for rows that lie on all ranks.
-`accelerator.save_state(folder)` then writes them to folder/partial_fc, for any number of ranks to read.
+`accelerator.prepare` lets DDP replicate a module, and saves it from the main process alone. Both are wrong for rows
+that are sharded across ranks. With `save_heads_with`, `accelerator.save_state(folder)` writes the heads to
+folder/partial_fc, which any number of ranks can read.
 """
 
 from __future__ import annotations
@@ -36,30 +37,31 @@ from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 from accelerate.scheduler import AcceleratedScheduler  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 
-HEADS = "partial_fc"  # the heads' folder within one of save_state
+HEADS = "partial_fc"  # the heads' folder within a folder of save_state
 
-_unscaled: weakref.WeakSet[RowOptimizer] = weakref.WeakSet()  # by clip_grad_norm_, since their last step
+_unscaled: weakref.WeakSet[RowOptimizer] = weakref.WeakSet()  # unscaled by clip_grad_norm_ since their last step
 
 
 class HeadOptimizer(AcceleratedOptimizer):
-    """A `RowOptimizer` that steps and clears its gradients only at the end of an accumulation, and not where a GradScaler skips the step.
+    """A `RowOptimizer` that steps and clears its gradients only at the end of an accumulation.
 
-    Under a GradScaler call its step() before that of the prepared optimizer, which moves the scale on.
+    It skips the step if a GradScaler does. Under a GradScaler call its step() before the prepared optimizer's, which
+    updates the scale.
     """
 
-    _accelerate_step_called: bool  # the base's note that the scaler did not skip the step
+    _accelerate_step_called: bool  # set by the base class if the scaler did not skip the step
 
     def step(self, closure: Any = None) -> None:
         if self.scaler is None or not self.gradient_state.sync_gradients:
             super().step(closure)
             return
-        # as the base does, but for scaler.update(): that is the prepared optimizer's, once a step
+        # as the base class does, but without scaler.update(), which the prepared optimizer calls once per step
         if (
             self.optimizer in _unscaled
             and self.scaler._per_optimizer_states[id(self.optimizer)]["stage"].name == "READY"
         ):
             raise RuntimeError(
-                "under a GradScaler the head's optimizer steps before the prepared one, which forgets what was unscaled"
+                "under a GradScaler call the head's step() before the prepared optimizer's, which updates the scale"
             )
         _unscaled.discard(self.optimizer)
         self.optimizer.step = self._optimizer_patched_step_method
@@ -70,13 +72,15 @@ class HeadOptimizer(AcceleratedOptimizer):
 
 
 def prepare_heads(accelerator: Accelerator, *things: Any) -> Any:
-    """What accelerator.prepare is for a backbone's optimizer and schedule, for those of heads; call it after `accelerator.prepare`.
+    """Wrap the optimizers and schedules of heads, as `accelerator.prepare` wraps a backbone's. Call it after `prepare`.
 
-    things: `RowOptimizer`s and learning-rate schedulers on them, returned wrapped, in the same order (one alone: itself). Schedules step
-    as prepared ones do: at the end of an accumulation, `num_processes` times a call unless split_batches.
+    things: `RowOptimizer`s and their learning-rate schedulers. Returns the wrapped ones in the same order; for a single
+    thing, that one. Schedules step as prepared ones do: at the end of an accumulation, `num_processes` times per call
+    unless split_batches is set.
 
-    Raises TypeError for other things (the head itself stays as it is), ValueError if a head or its optimizer was given to
-    `accelerator.prepare`, or with DeepSpeed, whose engine steps by its own rules (partial_fc.engines.deepspeed).
+    Raises TypeError for anything else (the head itself needs no preparation), and ValueError if a head or its optimizer
+    was passed to `accelerator.prepare`, or with DeepSpeed, whose engine decides when to step (use
+    partial_fc.engines.deepspeed).
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
@@ -85,7 +89,7 @@ def prepare_heads(accelerator: Accelerator, *things: Any) -> Any:
     _check_not_prepared(accelerator)
     optimizers: dict[int, HeadOptimizer] = {}
     for thing in things:
-        if isinstance(thing, RowOptimizer):  # its state is where its head is; placing it would go through a state dict
+        if isinstance(thing, RowOptimizer):  # its state is on the head's device; placing it would copy it
             optimizers[id(thing)] = HeadOptimizer(thing, device_placement=False, scaler=accelerator.scaler)
     prepared = []
     for thing in things:
@@ -99,7 +103,7 @@ def prepare_heads(accelerator: Accelerator, *things: Any) -> Any:
         else:
             raise TypeError(
                 f"prepare_heads takes RowOptimizers and their learning-rate schedulers, not {type(thing).__name__}; "
-                "a head needs no preparation, everything else is for accelerator.prepare"
+                "a head needs no preparation, and everything else must be passed to accelerator.prepare"
             )
     return prepared[0] if len(prepared) == 1 else tuple(prepared)
 
@@ -111,9 +115,10 @@ def clip_grad_norm_(
     max_norm: float,
     norm_type: float = 2.0,
 ) -> Tensor | None:
-    """`partial_fc.clip_grad_norm_` at the end of an accumulation, of gradients without their loss scale; None in between.
+    """At the end of an accumulation, unscale gradients and call `partial_fc.clip_grad_norm_`; before that, return None.
 
-    If it is not finite, backbone and heads skip the step together under a GradScaler; without one it goes by the heads' on_nonfinite.
+    If the norm is not finite, backbone and heads skip the step together under a GradScaler. Without one the heads'
+    on_nonfinite applies.
     """
     if not accelerator.sync_gradients:
         return None
@@ -129,10 +134,12 @@ def clip_grad_norm_(
 
 
 def save_heads_with(accelerator: Accelerator, **named: checkpoint.Stateful) -> None:
-    """From now on accelerator.save_state also writes `named`, and load_state reads them: heads, their optimizers, their schedules.
+    """Make accelerator.save_state also write `named`, and load_state read it.
 
-    They go through `save_checkpoint` into a folder `partial_fc` within Accelerate's, which any number of ranks reads. Every rank must
-    call save_state and load_state, with the same folder.
+    named: heads, their optimizers, their schedules.
+
+    They are saved by `save_checkpoint` to a folder `partial_fc` within Accelerate's, which any number of ranks can
+    read. Every rank must call save_state and load_state, with the same folder.
     """
     _check_not_prepared(accelerator)
     plain: dict[str, Any] = {name: _unwrapped(thing) for name, thing in named.items()}
@@ -158,11 +165,11 @@ def _check_not_prepared(accelerator: Accelerator) -> None:
     for model in accelerator._models:
         if isinstance(accelerator.unwrap_model(model), ShardedLoss):
             raise ValueError(
-                "a head was given to accelerator.prepare, which is for what all ranks hold alike; leave it as it is"
+                "a head was passed to accelerator.prepare, which is for replicated modules; do not prepare heads"
             )
     for optimizer in accelerator._optimizers:
         if isinstance(_unwrapped(optimizer), RowOptimizer):
             raise ValueError(
-                "a RowOptimizer was given to accelerator.prepare, which saves it from the main process alone, and reads it on all ranks; "
-                "give it to partial_fc.engines.accelerate.prepare_heads instead"
+                "a RowOptimizer was passed to accelerator.prepare, which saves the state of the main process alone; "
+                "pass it to partial_fc.engines.accelerate.prepare_heads instead"
             )

@@ -1,9 +1,11 @@
-"""One optimizer where a framework takes one: a backbone's and those of the heads, in one step and under one schedule.
+"""One optimizer for frameworks that take only one: it joins the backbone's and those of the heads.
 
 JointOptimizer(torch.optim.SGD(backbone.parameters(), lr=0.1), RowOptimizer(torch.optim.SGD, head, lr=0.2))
-param_groups     of all, the very ones: a schedule moves every learning rate, each from its own start
-a bad step       neither moves: what clip_grad_norm_ has not judged is judged here, before either (partial_fc.check_gradients)
-state dict       the backbone's alone, which frameworks write from one rank; the heads' belong into `save_checkpoint`
+
+param_groups    the groups of all of them, not copies: a schedule changes every learning rate from its own initial value
+bad steps       all skip a step with non-finite gradients: if clip_grad_norm_ has not checked them, step() does
+                (partial_fc.check_gradients)
+state dict      the backbone's alone, which frameworks write from one rank; save the heads' by `save_checkpoint`
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ from partial_fc.optim.row_optimizer import RowOptimizer
 
 
 class JointOptimizer(torch.optim.Optimizer):
-    """A backbone's optimizer and those of heads as one.
+    """A backbone's optimizer and those of heads as one optimizer.
 
-    Not for a GradScaler, which would take plain and split gradients together and raises ("got mixed torch.Tensor and DTensor").
+    Not for use with a GradScaler, which cannot handle plain and sharded gradients together ("got mixed torch.Tensor and
+    DTensor").
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *heads: RowOptimizer) -> None:
-        # the base's own groups and state are not wanted: they are those of the parts
-        self.optimizer, self.heads = optimizer, heads
+        # without super().__init__(): groups and state are those of the parts
+        self.optimizer = optimizer
+        self.heads = heads
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -40,7 +44,7 @@ class JointOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         loss = None
-        if closure is not None:  # it makes the gradients, which are judged before any optimizer steps
+        if closure is not None:  # computes the gradients, which must be checked before any optimizer steps
             with torch.enable_grad():
                 loss = closure()
         records = [head.class_rows.record for head in self.heads]

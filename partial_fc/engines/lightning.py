@@ -1,17 +1,19 @@
-"""Lightning modules with heads inside: `HeadStrategy`, a DDPStrategy that leaves the heads' rows to the heads.
+"""Lightning modules with heads inside: `HeadStrategy`, a DDPStrategy in which DDP ignores the heads.
 
 class Recogniser(LightningModule):
-    configure_model         build the head here: the process group is there by then
+    configure_model         build the head here, because the process group exists by then
     training_step           return self.head(self.backbone(images), labels)
-    configure_optimizers    return JointOptimizer(an optimizer of self.backbone.parameters(), a RowOptimizer of self.head)
+    configure_optimizers    return JointOptimizer(an optimizer of self.backbone.parameters(), a RowOptimizer of
+                            self.head)
     configure_gradient_clipping
                             clip_grad_norm_(self.backbone.parameters(), self.head, max_norm=gradient_clip_val)
 
 Trainer(strategy=HeadStrategy(), ...)
 
-what the strategy does                     with heads
-wraps the module in DDP                    their parameters and buffers are on DDP's list of names to ignore
-writes FILE.ckpt from the main process     all else, as ever; all ranks write FILE.ckpt.heads, for any number of ranks to read
+what a DDPStrategy does                    what HeadStrategy changes
+wraps the module in DDP                    DDP ignores the heads' parameters and buffers
+writes FILE.ckpt from the main process     without the heads; all ranks write them to FILE.ckpt.heads, which any number
+                                           of ranks can read
 """
 
 from __future__ import annotations
@@ -32,13 +34,14 @@ need("lightning", "2.6")
 from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 
-SUFFIX = ".heads"  # of the folder beside a checkpoint file
+SUFFIX = ".heads"  # added to the name of a checkpoint file, for the folder of the heads
 
 
 class HeadStrategy(DDPStrategy):
-    """A `DDPStrategy` for modules with heads, of which `configure_optimizers` returns a `JointOptimizer`; its arguments are DDPStrategy's.
+    """A `DDPStrategy` for modules with heads; it takes the same arguments.
 
-    Checkpoints need a folder that all ranks see, and every rank to call Trainer.save_checkpoint, as Lightning asks anyway.
+    `configure_optimizers` must return a `JointOptimizer`. Checkpoints need a folder that all ranks can see, and every
+    rank must call Trainer.save_checkpoint, as Lightning requires anyway.
     """
 
     strategy_name = "partial_fc"
@@ -47,8 +50,8 @@ class HeadStrategy(DDPStrategy):
         assert self.lightning_module is not None
         if not heads_of(self.lightning_module):
             raise ValueError(
-                f"there is no PartialFC or CenterLoss in this {type(self.lightning_module).__name__}: build it in configure_model(), "
-                'or use strategy="ddp"'
+                f"there is no PartialFC or CenterLoss in this {type(self.lightning_module).__name__}; "
+                'build it in configure_model(), or use strategy="ddp"'
             )
         ignore_heads(self.lightning_module)
         super().setup(trainer)
@@ -74,7 +77,8 @@ class HeadStrategy(DDPStrategy):
         prefixes = tuple(f"{name}." for name in heads_of(self.lightning_module))
         missing = [name for name in result.missing_keys if not name.startswith(prefixes)]
         if strict and (missing or result.unexpected_keys):
-            raise RuntimeError(f"the checkpoint has no {missing}, and the module has no {result.unexpected_keys}")
+            unexpected = result.unexpected_keys
+            raise RuntimeError(f"checkpoint and module do not match: missing keys {missing}, unexpected {unexpected}")
         _load(self._loaded, self._heads())
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -97,6 +101,7 @@ class HeadStrategy(DDPStrategy):
         }
 
 
+# `checkpoint` is an argument in the methods above
 def _save(folder: str, named: dict[str, Any]) -> None:
     checkpoint.save_checkpoint(folder, **named)
 

@@ -1,4 +1,4 @@
-"""What an adapter says when its engine is not installed, or older than what it was written for."""
+"""The error of an adapter whose engine is not installed or too old."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ INSTALL = "pip install 'partial_fc[engines]'"
 
 
 def need(package: str, oldest: str) -> None:
-    """ModuleNotFoundError if the distribution `package` is not installed, RuntimeError if it is older than `oldest` ("5.24")."""
+    """Raise ModuleNotFoundError if `package` is not installed, RuntimeError if it is older than `oldest` ("5.24")."""
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise ModuleNotFoundError(f"{package} is not installed: {INSTALL}", name=package) from None
     if _numbers(version) < _numbers(oldest):
-        raise RuntimeError(f"{package} {version} is too old: {oldest} or newer is needed; {INSTALL} --upgrade")
+        raise RuntimeError(f"{package} {version} is too old: {oldest} or newer is required; {INSTALL} --upgrade")
 
 
 def _numbers(version: str) -> list[int]:

@@ -1,14 +1,15 @@
-"""A backbone's weights and its optimizer's state in one form, whatever engine holds them, for `save_checkpoint` or `Checkpointer`.
+"""A backbone's weights and optimizer state in one format for all engines, for `save_checkpoint` or `Checkpointer`.
 
-    Checkpointer(folder).save(step, backbone=BackboneState(model), optimizer=OptimizerState(model, optimizer), head=head, ...)
+    Checkpointer(folder).save(step, backbone=BackboneState(model), optimizer=OptimizerState(model, optimizer), ...)
 
-    DDP, no engine, ZeRO-0       the module and the optimizer as they are
-    FSDP2                        as they are: rows of each parameter on their rank (DTensor)
+    DDP, no engine, ZeRO-0       the module and the optimizer themselves
+    FSDP2                        themselves: each rank has its rows of each parameter (DTensor)
     DeepSpeed, ZeRO 1, 2, 3      flat pieces of float32 weights and state on each rank
                                      ── gather, one parameter at a time ──>  this rank's rows of it (DTensor)
 
-The names and shapes are those of the plain module and the plain optimizer, so that a checkpoint of one engine loads in another, on any
-number of ranks, and in a module without any. No rank holds more than its share and one parameter. All methods are collectives.
+Names and shapes are those of the plain module and the plain optimizer, so that a checkpoint of one engine loads in
+another, on any number of ranks, or without an engine. No rank holds more than its share and one whole parameter. All
+methods are collectives.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from partial_fc.shards import ClassShards
 
 
 def BackboneState(model: nn.Module) -> Any:  # noqa: N802
-    """Something with the state dict of the plain module; model: what DDP, FSDP2, Accelerate or DeepSpeed made of it, or itself.
+    """Return an object with the state dict of the plain module.
 
-    Raises ValueError for an engine whose float32 weights cannot be reached (bf16 with ZeRO-0).
+    model: the module, or its wrapper of DDP, FSDP2, Accelerate or DeepSpeed.
+
+    Raises ValueError for an engine whose float32 weights cannot be read (bf16 with ZeRO-0).
     """
     if _zero(model) is not None:
         return _ZeroBackbone(model)
@@ -38,12 +41,12 @@ def BackboneState(model: nn.Module) -> Any:  # noqa: N802
 
 
 def OptimizerState(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:  # noqa: N802
-    """Something with the state dict of the plain optimizer; optimizer: as it was given to the engine."""
+    """Return an object with the state dict of the plain optimizer; optimizer: the one that was passed to the engine."""
     return _ZeroOptimizer(model, optimizer) if _zero(model) is not None else optimizer
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the weights and buffers of the plain module, whole on every rank: for evaluation, or export."""
+    """Return copies of the plain module's weights and buffers, whole on every rank, for evaluation or export."""
     state = BackboneState(model).state_dict()
     return {
         name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
@@ -52,26 +55,26 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _zero(model: nn.Module) -> Any:
-    """The ZeRO optimizer of a DeepSpeed engine; None for other models, and for an engine that leaves all in place."""
+    """Return the ZeRO optimizer of a DeepSpeed engine; None for other models and for ZeRO-0, which has none."""
     if not hasattr(model, "zero_optimization_stage"):
         return None
-    engine: Any = model  # which has these beside what a module has
+    engine: Any = model  # has attributes that a module does not have
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() > 0:
         if getattr(optimizer, "swap_optimizer", False):
             raise ValueError(
-                "optimizer state on NVMe cannot be saved in a form for all engines; use engine.save_checkpoint"
+                "optimizer state on NVMe cannot be saved in the format for all engines; use engine.save_checkpoint"
             )
         return optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(
-            "half precision with ZeRO-0 keeps its float32 weights to itself; use ZeRO-1 or engine.save_checkpoint"
+            "half precision with ZeRO-0 does not expose its float32 weights; use ZeRO-1 or engine.save_checkpoint"
         )
     return None
 
 
 class _Rows:
-    """Full tensors to this rank's rows, and back."""
+    """Splits full tensors into DTensors with this rank's rows."""
 
     def __init__(self, device: torch.device) -> None:
         group: Any = dist.group.WORLD
@@ -96,7 +99,8 @@ def _whole(value: Tensor) -> Tensor:
 
 class _ZeroBackbone:
     def __init__(self, engine: Any) -> None:
-        self._engine, self._module = engine, engine.module
+        self._engine = engine
+        self._module = engine.module
         self._rows = _Rows(engine.device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,7 +112,7 @@ class _ZeroBackbone:
             if name in parameters:
                 parameter = parameters[name]
                 full = safe_get_full_fp32_param(parameter)
-                if full is None:  # frozen: it has no float32 weights of its own
+                if full is None:  # frozen: DeepSpeed keeps no float32 weights of it
                     with _gathered(parameter):
                         full = parameter.detach().clone()
                 state[name] = self._rows.of(full)
@@ -116,7 +120,8 @@ class _ZeroBackbone:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        parameters, buffers = dict(self._module.named_parameters()), dict(self._module.named_buffers())
+        parameters = dict(self._module.named_parameters())
+        buffers = dict(self._module.named_buffers())
         for name, value in state_dict.items():
             full = _whole(value)
             if name in parameters:
@@ -128,7 +133,10 @@ class _ZeroBackbone:
 
 
 def _gathered(parameter: nn.Parameter) -> Any:
-    """Within it a ZeRO-3 parameter is whole, and what rank 0 changes in it stays; any other is so anyway."""
+    """Return a context manager in which a ZeRO-3 parameter is whole, and which keeps changes by rank 0.
+
+    Other parameters are always whole.
+    """
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id"))
@@ -141,23 +149,27 @@ def _set_piece(parameter: nn.Parameter, full: Tensor, key: str | None = None) ->
     if not parameter.requires_grad:
         return
     if not hasattr(parameter, "ds_id"):
-        utils.safe_set_full_fp32_param(parameter, full) if key is None else utils.safe_set_full_optimizer_state(
-            parameter, full, key
-        )
+        if key is None:
+            utils.safe_set_full_fp32_param(parameter, full)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, full, key)
         return
-    # pieces of ZeRO-3 are of one size, the last ones filled up, which DeepSpeed's setter of whole tensors does not know
+    # ZeRO-3 pads the last pieces to the size of the others, which DeepSpeed's setter of whole tensors does not support
     sharded: Any = parameter
-    size, rank = sharded.ds_tensor.numel(), dist.get_rank(sharded.ds_process_group)
+    size = sharded.ds_tensor.numel()
+    rank = dist.get_rank(sharded.ds_process_group)
     part = full.flatten()[rank * size : (rank + 1) * size]
     piece = torch.cat((part, part.new_zeros(size - len(part))))
-    utils.safe_set_local_fp32_param(parameter, piece) if key is None else utils.safe_set_local_optimizer_state(
-        parameter, piece, key
-    )
+    if key is None:
+        utils.safe_set_local_fp32_param(parameter, piece)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, piece, key)
 
 
 class _ZeroOptimizer:
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
-        self._zero, self._device = engine.optimizer, engine.device
+        self._zero = engine.optimizer
+        self._device = engine.device
         self._optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
         self._rows = _Rows(engine.device)
         self._groups = [[p for p in group if p.requires_grad] for group in _parameter_groups(engine.optimizer)]
@@ -179,15 +191,13 @@ class _ZeroOptimizer:
 
     def state_template(self) -> dict[str, Any]:
         of_element = state_of_a_step(self._optimizer)
-        state = {
-            i: {
-                k: v.clone()
-                if v.ndim == 0
-                else self._rows.empty(getattr(p, "ds_shape", p.shape), torch.float32, self._device)
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, parameter in self._parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            state[i] = {
+                k: self._rows.empty(shape, torch.float32, self._device) if v.ndim else v.clone()
                 for k, v in of_element.items()
             }
-            for i, p in self._parameters()
-        }
         return {**self._options(), "state": state, "loss_scaler": self._loss_scaler()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -206,7 +216,7 @@ class _ZeroOptimizer:
                     _set_piece(parameter, _whole(value).to(self._device), key)
 
     def _allocate(self, stored: dict[str, Any]) -> None:
-        """The state that the first step would make, for each flat piece; numbers as they are stored."""
+        """Create the state that the first step would create for each flat piece, with numbers from `stored`."""
         for flat in _flat_pieces(self._zero):
             state = self._optimizer.state[flat]
             for key, value in stored.items():
@@ -230,22 +240,22 @@ class _ZeroOptimizer:
 
     def _loss_scaler(self) -> dict[str, Any]:
         scaler = getattr(self._zero, "loss_scaler", None)
-        return (
-            {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)} if scaler is not None else {}
-        )
+        if scaler is None:
+            return {}
+        return {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)}
 
 
 def _flat_pieces(zero: Any) -> list[Tensor]:
-    """The float32 weights of this rank, which the wrapped optimizer steps and keys its state by."""
-    # of ZeRO 1 and 2; 3; 1 with bfloat16 weights and float32 accumulation
+    """Return this rank's flat float32 weights, which are the parameters of the wrapped optimizer."""
+    # ZeRO 1 and 2; ZeRO 3; ZeRO 1 with bfloat16 weights and float32 accumulation
     for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
         if hasattr(zero, name):
             return list(getattr(zero, name))
-    raise ValueError(f"the weights of DeepSpeed's {type(zero).__name__} cannot be reached; use engine.save_checkpoint")
+    raise ValueError(f"the weights of DeepSpeed's {type(zero).__name__} cannot be read; use engine.save_checkpoint")
 
 
 def _parameter_groups(zero: Any) -> list[list[nn.Parameter]]:
-    """The parameters of each group of the optimizer, in the order in which it was given them."""
+    """Return the parameters of each group of the optimizer, in their original order."""
     if hasattr(zero, "bit16_groups"):  # ZeRO 1, 2
         return [list(group) for group in zero.bit16_groups]
     groups: list[list[nn.Parameter]] = [[] for _ in range(len({*zero.sub_group_to_group_id.values()}))]
@@ -255,7 +265,10 @@ def _parameter_groups(zero: Any) -> list[list[nn.Parameter]]:
 
 
 def state_of_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What state the optimizer's class keeps for a parameter: learned from a step of a `[1, 1]` one, by the options of the first group."""
+    """Return the state tensors that the optimizer's class keeps per parameter.
+
+    They are those of one step on a `[1, 1]` parameter with the options of the first group.
+    """
     accepted = inspect.signature(type(optimizer)).parameters
     options = {k: v for k, v in optimizer.param_groups[0].items() if k in accepted and k != "params"}
     parameter = nn.Parameter(torch.zeros(1, 1))

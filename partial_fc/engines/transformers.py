@@ -1,16 +1,18 @@
-"""`transformers.Trainer` for models with a head inside: `HeadTrainer`, a Trainer that leaves the head's rows to the head.
+"""`transformers.Trainer` for models with heads inside: `HeadTrainer`, a Trainer in which DDP ignores the heads.
 
-args = TrainingArguments(...)                           makes the process group; then the model may be built
+args = TrainingArguments(...)                           creates the process group; build the model after it
 model(**inputs) -> {"loss": head(backbone(...), labels)}
 HeadTrainer(model=model, args=args, head_optimizers=[RowOptimizer(torch.optim.SGD, model.head, lr=0.1)], ...).train()
 
-what the Trainer does                        with a head
-wraps the model in DDP                       its parameters and buffers are on DDP's list of names to ignore
-create_optimizer                             the Trainer's own optimizer for all else, joined with the heads': one step, and one schedule,
-                                             which moves every learning rate by the same factor (joint.py)
+what a Trainer does                          what HeadTrainer changes
+wraps the model in DDP                       DDP ignores the heads' parameters and buffers
+create_optimizer                             the Trainer's optimizer for everything else is joined with the heads': one
+                                             step, and one schedule, which changes every learning rate by the same
+                                             factor (joint.py)
 clips by max_grad_norm                       one norm of backbone and heads
-writes checkpoint-N from the main process    the backbone and its optimizer, as ever; all ranks write checkpoint-N/partial_fc (heads)
-                                             and partial_fc_optimizer, for any number of ranks to read
+writes checkpoint-N from the main process    without the heads; all ranks write them to checkpoint-N/partial_fc and
+                                             their optimizers to partial_fc_optimizer, which any number of ranks can
+                                             read
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ HEADS, OPTIMIZERS = "partial_fc", "partial_fc_optimizer"  # folders within a che
 
 
 class _ClearRows(TrainerCallback):
-    """The Trainer clears model.zero_grad(), which does not reach the rows of sampled heads."""
+    """Clears row gradients: the Trainer calls model.zero_grad(), which does not clear those of sampled heads."""
 
     def __init__(self, optimizers: Sequence[RowOptimizer]) -> None:
         self.optimizers = optimizers
@@ -49,40 +51,44 @@ class _ClearRows(TrainerCallback):
 
 
 class HeadTrainer(Trainer):
-    """A `transformers.Trainer` whose model holds heads; head_optimizers: a `RowOptimizer` for each of them.
+    """A `transformers.Trainer` for a model that contains heads; head_optimizers: a `RowOptimizer` for each of them.
 
-    train(), evaluate() and save_model() are to be called by every rank: all write and read the heads. Accumulation, clipping, bf16,
-    schedules and resumption at another number of ranks work as with any Trainer; learning rates of heads follow the Trainer's schedule,
-    each from its own start.
+    Every rank must call train(), evaluate() and save_model(), because all write and read the heads. Accumulation,
+    clipping, bf16, schedules and resuming on another number of ranks work as with any Trainer. The learning rates of
+    heads follow the Trainer's schedule, each from its own initial value.
 
-    Raises ValueError for a model without heads, a head without an optimizer, fp16 (use bf16: a GradScaler cannot take plain and split
-    gradients in one optimizer), and for DeepSpeed or FSDP, which the Trainer would hand the whole model to.
+    Raises ValueError for a model without heads, for a head without an optimizer, for fp16 (a GradScaler cannot handle
+    plain and sharded gradients in one optimizer; use bf16), and for DeepSpeed or FSDP, to which the Trainer would pass
+    the whole model.
     """
 
     def __init__(self, model: nn.Module, args: Any, *, head_optimizers: Sequence[RowOptimizer], **options: Any) -> None:
         heads = heads_of(model)
         if not heads:
             raise ValueError(
-                f"there is no PartialFC or CenterLoss in this {type(model).__name__}; transformers.Trainer trains it as it is"
+                f"there is no PartialFC or CenterLoss in this {type(model).__name__}; use transformers.Trainer"
             )
         if args.fp16:
-            raise ValueError("fp16 is not supported with heads in a Trainer; use bf16=True")
+            raise ValueError("fp16 is not supported by HeadTrainer; use bf16=True")
         if args.deepspeed or args.fsdp:
-            raise ValueError("a HeadTrainer is for DDP; with DeepSpeed or FSDP write the loop (docs/engines.md)")
+            raise ValueError(
+                "HeadTrainer supports DDP only; for DeepSpeed or FSDP write the loop yourself (docs/engines.md)"
+            )
         trained = {id(optimizer.class_rows) for optimizer in head_optimizers}
         for name, head in heads.items():
             if id(head.class_rows) not in trained and any(p.requires_grad for p in head.parameters()):
                 raise ValueError(
-                    f"head_optimizers has no RowOptimizer for {name or 'the model'}, so it would never train"
+                    f"head_optimizers has no RowOptimizer for {name or 'the model'}, which would never be trained"
                 )
         ignore_heads(model)
-        self._module, self.head_optimizers = model, list(head_optimizers)
+        self._module = model
+        self.head_optimizers = list(head_optimizers)
         self._heads: dict[str, Any] = {name or "model": head for name, head in heads.items()}
         super().__init__(model, args, **options)
         self.add_callback(_ClearRows(self.head_optimizers))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer for all but the heads, joined with theirs."""
+        """Return the Trainer's optimizer for everything but the heads, joined with theirs."""
         if not isinstance(self.optimizer, JointOptimizer):
             with _frozen(self._heads.values()):
                 self.optimizer = JointOptimizer(super().create_optimizer(model), *self.head_optimizers)
@@ -109,7 +115,7 @@ class HeadTrainer(Trainer):
         super()._save(output_dir, without_heads(self._module) if state_dict is None else state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As of the Trainer, and the heads beside it, in the folder `partial_fc`; every rank must call it."""
+        """Save the model as the Trainer does, and the heads to its folder `partial_fc`. Every rank must call it."""
         super().save_model(output_dir, _internal_call)
         checkpoint.save_checkpoint(os.path.join(output_dir or str(self.args.output_dir), HEADS), **self._heads)
 
@@ -134,14 +140,14 @@ class HeadTrainer(Trainer):
         return {f"optimizer_{index}": optimizer for index, optimizer in enumerate(self.head_optimizers)}
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        names = tuple(f"{name}." for name in self._heads)  # these come from the other folder
+        names = tuple(f"{name}." for name in self._heads)  # these are loaded from another folder
         load_result.missing_keys[:] = [key for key in load_result.missing_keys if not key.startswith(names)]
         super()._issue_warnings_after_load(load_result)
 
 
 @contextmanager
 def _frozen(heads: Any) -> Iterator[None]:
-    """The parameters of heads do not ask to be trained, so that an optimizer of all others leaves them out."""
+    """Freeze the parameters of heads, so that the Trainer's optimizer does not include them."""
     parameters = [p for head in heads for p in head.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

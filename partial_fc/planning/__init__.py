@@ -1,1 +1,1 @@
-"""What a head costs, computed before anything is allocated; what share of a step is communication, measured."""
+"""The cost of a head: memory and work, computed before anything is allocated; communication, measured."""

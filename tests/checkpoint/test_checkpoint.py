@@ -102,7 +102,8 @@ def test_any_world_size_reads_what_any_other_wrote(ranks, tmp_path, kind, classe
 
 
 def stateful(group: Any = None) -> dict[str, Any]:
-    """Everything that has a state of its own: a margin with statistics, a trained offset, both kinds of centers, K centers a class."""
+    """Everything that has a state of its own: a margin with statistics, a trained offset, both kinds of centers, K
+    centers a class."""
     options: Any = {"init_std": 1.0, "dtype": torch.float64, "group": group}
     curricular, sphere = (
         PartialFC(D, 11, CurricularFace(momentum=0.5), **options),

@@ -90,7 +90,8 @@ def test_one_that_is_not_whole_is_passed_over(tmp_path, caplog):
 
 
 def test_one_that_is_not_whole_is_in_nobodys_way(tmp_path):
-    """A run that goes on from an older one comes to the step again; the damaged one counts among neither the newest nor the best."""
+    """A run that goes on from an older one comes to the step again; the damaged one counts among neither the newest nor
+    the best."""
     checkpointer = Checkpointer(tmp_path)
     for step in (1, 2, 4):
         checkpointer.save(step, metric=step, head=head_of(step))
@@ -144,7 +145,8 @@ def test_arguments(tmp_path):
         Checkpointer(tmp_path).load(head=head_of(0))
 
 
-# ---------------------------------------------------------------------------------------------------- while training goes on
+# ---------------------------------------------------------------------------------------------------- while training
+# goes on
 
 
 def save_and_change(rank: int, world: int, folder: str) -> tuple[list[float], list[str]]:
@@ -230,7 +232,8 @@ def test_saving_asynchronously_changes_nothing(ranks, tmp_path):
         assert torch.equal(heads[0].weight, heads[1].weight)
 
 
-# ---------------------------------------------------------------------------------------------------- what cannot be written
+# ---------------------------------------------------------------------------------------------------- what cannot be
+# written
 
 
 def save_with_little_room(rank: int, world: int, folder: str, asynchronous: bool) -> list[str]:
@@ -327,7 +330,8 @@ def test_an_asynchronous_error_comes_with_the_next_call(tmp_path, monkeypatch):
     assert checkpointer.steps() == [1, 3]
 
 
-# ---------------------------------------------------------------------------------------------------- one writer a folder
+# ---------------------------------------------------------------------------------------------------- one writer a
+# folder
 
 HOLD = """
 import sys, time, os, torch
@@ -424,7 +428,8 @@ def test_ranks_that_disagree_about_the_step(ranks, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------- killed at any point
+# ---------------------------------------------------------------------------------------------------- killed at any
+# point
 
 
 def save_until(folder: str, kill_at: int, asynchronous: bool, report: Any) -> None:
@@ -527,7 +532,8 @@ def save_for_ever(rank: int, world: int, folder: str, store: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_ranks_killed_at_random_moments(tmp_path, capsys):
-    """Two ranks that save without pause; one of them is killed at a random moment, then the other; the newest is whole each time."""
+    """Two ranks that save without pause; one of them is killed at a random moment, then the other; the newest is whole
+    each time."""
     context = forking()
     folder, generator, steps = tmp_path / "run", random.Random(0), [0]
     for trial in range(60):

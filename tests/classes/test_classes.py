@@ -1,7 +1,8 @@
-"""Classes that come and go: rows and optimizer state against one dense float64 process that trains on a matrix it edits as a whole.
+"""Classes that come and go: rows and optimizer state against one dense float64 process that trains on a matrix it edits
+as a whole.
 
-The dense reference indexes and concatenates the full matrix; it shares no code with the core, except that under sampling it is told which
-classes a step drew, and for fresh rows what was drawn.
+The dense reference indexes and concatenates the full matrix; it shares no code with the core, except that under
+sampling it is told which classes a step drew, and for fresh rows what was drawn.
 """
 
 from __future__ import annotations
@@ -67,12 +68,14 @@ def batch(step: int, classes: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, classes, (N,), generator=generator)
 
 
-# ---------------------------------------------------------------------------------------------------- against a dense process
+# ---------------------------------------------------------------------------------------------------- against a dense
+# process
 
 
 @dataclass
 class Case:
-    """margin: "arc", "softmax" (with a bias). optimizer: "sgd", "adamw"; plain: a torch optimizer in the place of a RowOptimizer."""
+    """margin: "arc", "softmax" (with a bias). optimizer: "sgd", "adamw"; plain: a torch optimizer in the place of a
+    RowOptimizer."""
 
     margin: str = "arc"
     optimizer: str = "sgd"
@@ -170,7 +173,8 @@ def build(case: Case, classes: int = 11) -> tuple[PartialFC, torch.optim.Optimiz
 
 
 def check(rank: int, world: int, case: Case) -> list[float]:
-    """Train, remap, train, expand, train; after each step the same loss and matrix as the dense process, and the same state at the end."""
+    """Train, remap, train, expand, train; after each step the same loss and matrix as the dense process, and the same
+    state at the end."""
     head, optimizer = build(case)
     parameters = list(head.parameters())
     given: Any = {"optimizers": optimizer} if case.plain else {}
@@ -244,7 +248,8 @@ def test_replicas_of_shards_equal_dense_float64(ranks, name):
     ranks(4).run(check, Case(**{**vars(CASES[name]), "mesh": True}))
 
 
-# ---------------------------------------------------------------------------------------------------- bit for bit, at every world size
+# ---------------------------------------------------------------------------------------------------- bit for bit, at
+# every world size
 
 
 def edited(rank: int, world: int, dtype: torch.dtype, low_precision: str | None, update: str) -> dict[str, Tensor]:
@@ -311,7 +316,8 @@ def test_the_same_bits_at_every_world_size(ranks, dtype, low_precision, update):
 
 
 def fresh(rank: int, world: int) -> Tensor:
-    """Half of the classes go and as many are added, twice; then also at once. 2,400 classes, so that draws are cut by rows and blocks."""
+    """Half of the classes go and as many are added, twice; then also at once. 2,400 classes, so that draws are cut by
+    rows and blocks."""
     head = PartialFC(D, 2400, init_std=1.0)
     rows = [full(head.weight)]
     for _ in range(2):
@@ -333,7 +339,8 @@ def test_fresh_rows_are_the_same_everywhere_and_never_drawn_again(ranks):
 
 
 def class_batches(rank: int, world: int, low: int, high: int) -> tuple[list[tuple[Tensor, Tensor]], dict[int, Tensor]]:
-    """Rank r brings r batches with labels from low on, the first none; (this rank's, the mean of every class that has samples)."""
+    """Rank r brings r batches with labels from low on, the first none; (this rank's, the mean of every class that has
+    samples)."""
     batches: list[list[tuple[Tensor, Tensor]]] = []
     for r in range(4):
         generator = torch.Generator().manual_seed(r)
@@ -468,7 +475,8 @@ def test_a_mean_without_direction_leaves_its_row():
     assert torch.equal(full(head.weight), before)
 
 
-# ---------------------------------------------------------------------------------------------------- tables and margins
+# ---------------------------------------------------------------------------------------------------- tables and
+# margins
 
 
 def test_class_weights_follow():
@@ -565,7 +573,8 @@ def test_a_table_that_is_not_declared_is_found():
 
 
 def grown(rank: int, world: int, path: str, kind: str, load: bool) -> tuple[list[float], Tensor]:
-    """Train 11 classes, change them to 14, train, save, go on; or load at 14 and go on. A change after loading draws the same rows."""
+    """Train 11 classes, change them to 14, train, save, go on; or load at 14 and go on. A change after loading draws
+    the same rows."""
 
     def build(classes: int) -> tuple[Any, Any]:
         if kind == "center":
@@ -674,7 +683,8 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 def wrong(rank: int, world: int, only_last: bool) -> dict[str, str]:
-    """The message of each mistake, of all ranks or of the last one alone; nothing has changed, and then a right call works."""
+    """The message of each mistake, of all ranks or of the last one alone; nothing has changed, and then a right call
+    works."""
     head = PartialFC(D, 4, ArcFace())
     before, texts = full(head.weight), {}
     for name, (mapping, options, _) in WRONG.items():

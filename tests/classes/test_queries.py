@@ -1,4 +1,5 @@
-"""topk and nearest_classes against one dense float64 matrix of cosines: shards of every kind, tiles of every size, ties, errors, memory."""
+"""topk and nearest_classes against one dense float64 matrix of cosines: shards of every kind, tiles of every size,
+ties, errors, memory."""
 
 from __future__ import annotations
 
@@ -139,7 +140,8 @@ def test_groups_of_32_on_two_ranks(ranks):
     ranks(2).run(_of_default_groups)
 
 
-# ---------------------------------------------------------------------------------------------------- ties and rows without direction
+# ---------------------------------------------------------------------------------------------------- ties and rows
+# without direction
 
 
 def _ties(rank: int, world: int) -> None:

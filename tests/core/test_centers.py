@@ -33,7 +33,8 @@ SGD = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01}
 Batch = dict[str, Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------- against dense float64
+# ---------------------------------------------------------------------------------------------------- against dense
+# float64
 
 
 @dataclass
@@ -203,7 +204,8 @@ def test_replicas_of_shards_equal_dense_float64(ranks, name):
 
 
 def joined_with_a_head(rank: int, world: int, mesh: bool) -> None:
-    """head(batch) + 0.1 · center(batch): gradients of embeddings, class weights and centers of the one dense objective."""
+    """head(batch) + 0.1 · center(batch): gradients of embeddings, class weights and centers of the one dense
+    objective."""
     group = two_by_two() if mesh else None
     head = PartialFC(D, 11, ArcFace(scale=8.0), group=group, dtype=torch.float64, init_std=1.0)
     paper = CenterLoss(D, 11, group=group, dtype=torch.float64, init_std=1.0, seed=1)
@@ -335,7 +337,8 @@ def test_evaluation_moves_nothing(update):
 
 
 def skip_a_batch(rank: int, world: int, update: str) -> None:
-    """A bad micro-batch leaves the whole step out, with what the good one has noted; the next step moves as if nothing had been."""
+    """A bad micro-batch leaves the whole step out, with what the good one has noted; the next step moves as if nothing
+    had been."""
     center, other = (CenterLoss(D, 10, update=update, on_nonfinite="skip") for _ in range(2))  # type: ignore[arg-type]
     optimizers = [RowOptimizer(torch.optim.SGD, c, lr=0.1) if update == "gradient" else c for c in (center, other)]
     x, labels = torch.randn(2, D, requires_grad=True), torch.tensor([0, 9])
@@ -495,7 +498,8 @@ def test_wrapped_centers_raise_instead_of_being_broadcast(ranks, update):
         assert all("whose rows are split over the ranks" in text for text in texts), texts
 
 
-# ---------------------------------------------------------------------------------------------------- where centers start
+# ---------------------------------------------------------------------------------------------------- where centers
+# start
 
 
 def from_weights(rank: int, world: int) -> None:

@@ -1,7 +1,8 @@
-"""The faults that users meet, at worlds 2 and 3: the same exception on every rank, and what is usable afterwards is used.
+"""The faults that users meet, at worlds 2 and 3: the same exception on every rank, and what is usable afterwards is
+used.
 
-The last rank of a world brings the fault; after each, all ranks take one good step, whose loss and gradients are those of one
-dense process. docs/faults.md says which faults are tested elsewhere.
+The last rank of a world brings the fault; after each, all ranks take one good step, whose loss and gradients are those
+of one dense process. docs/faults.md says which faults are tested elsewhere.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def build(classes: int = C, rate: float = 1.0, **options: Any) -> PartialFC:
 
 
 def equals_dense(head: PartialFC, rank: int, parts: list[tuple[Tensor, Tensor]]) -> float:
-    """A step with each rank's part, against one dense process: loss, gradient of this rank's embeddings, gradient of the classes."""
+    """A step with each rank's part, against one dense process: loss, gradient of this rank's embeddings, gradient of
+    the classes."""
     x, labels = parts[rank][0].clone().requires_grad_(), parts[rank][1]
     loss = head(x, labels)
     loss.backward()
@@ -178,7 +180,8 @@ def test_non_finite_embeddings(ranks, world):
     assert of_ignored == messages[0].replace("label 7", "label -100")
 
 
-# ---------------------------------------------------------------------------------------------------- ranks that are gone
+# ---------------------------------------------------------------------------------------------------- ranks that are
+# gone
 
 
 def dies_while_saving(rank: int, world: int, folder: str) -> tuple[str, tuple[int, ...]]:
@@ -206,7 +209,7 @@ def test_process_killed_while_saving(world, tmp_path):
     """At the end of its writing; test_checkpointer.py kills runs at any moment."""
     results = answers(world, dies_while_saving, str(tmp_path), silent=(world - 1,))
     for message, missing in results.values():
-        assert missing == (world - 1,) and f"rank {world - 1} did not come to the writing of a checkpoint" in message
+        assert missing == (world - 1,) and f"rank {world - 1} did not reach the writing of a checkpoint" in message
     found = Checkpointer(tmp_path)
     assert found.latest() == tmp_path / "step-000000001"
     head = PartialFC(D, C, ArcFace(scale=8.0), dtype=torch.float64, seed=0)
@@ -214,7 +217,8 @@ def test_process_killed_while_saving(world, tmp_path):
     assert torch.equal(head.weight, build().weight)
 
 
-# ---------------------------------------------------------------------------------------------------- classes and numbers
+# ---------------------------------------------------------------------------------------------------- classes and
+# numbers
 
 
 def selects_nothing(rank: int, world: int) -> None:
@@ -270,7 +274,8 @@ def test_theta_plus_m_beyond_pi_and_cosines_of_1(ranks, world):
 
 
 def test_more_than_2_to_the_31_logits():
-    """Such a step is tiled, as no default budget is that large, and no tile has as many. test_proof.py compares tiled steps."""
+    """Such a step is tiled, as no default budget is that large, and no tile has as many. test_proof.py compares tiled
+    steps."""
     for dtype in (torch.bfloat16, torch.float32):
         assert logits_bytes(1 << 16, (1 << 15) + 1, dtype) > DEFAULT_LOGITS_BUDGET
     for device in ("cpu", "cuda"):

@@ -1,4 +1,5 @@
-"""One gather for several heads with label spaces of their own: the same numbers, the fewest collectives, errors that agree."""
+"""One gather for several heads with label spaces of their own: the same numbers, the fewest collectives, errors that
+agree."""
 
 from __future__ import annotations
 
@@ -442,7 +443,8 @@ def test_a_plain_gather_names_no_set():
 
 
 def test_weights_that_are_allowed():
-    """Rounded to half precision, off by less than 0.001, not added up where a sample is of no class, whole numbers, truth values."""
+    """Rounded to half precision, off by less than 0.001, not added up where a sample is of no class, whole numbers,
+    truth values."""
     labels, x = torch.tensor([[0, 1, 2]] * 3), torch.randn(3, D)
     thirds = torch.tensor([0.1, 0.2, 0.7]).expand(3, 3)
     for weights in (

@@ -1,4 +1,5 @@
-"""The head's behaviour beside its numbers: errors, state that stays, initial weights, precision, wrappers, public names."""
+"""The head's behaviour beside its numbers: errors, state that stays, initial weights, precision, wrappers, public
+names."""
 
 from __future__ import annotations
 
@@ -84,7 +85,8 @@ def test_different_seeds_raise_on_every_rank(ranks):
     assert "seed is 0 on rank 0 and 1 on rank 1" in texts[0]
 
 
-# ---------------------------------------------------------------------------------------------------- non-finite policies
+# ---------------------------------------------------------------------------------------------------- non-finite
+# policies
 
 
 def test_log_goes_on(caplog):
@@ -187,7 +189,8 @@ def test_target_angle_is_the_angle_without_the_margin():
     assert head.target_angle.item() == pytest.approx(math.pi / 8, abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------- weights and layout
+# ---------------------------------------------------------------------------------------------------- weights and
+# layout
 
 
 def initial_weights(rank: int, world: int, classes: int) -> Tensor:
@@ -325,7 +328,8 @@ def test_soft_labels_and_sample_weights(ranks, rate):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_low_precision_products_stay_near_float64(dtype, rate):
-    """Errors of a few roundings of the products: the target's cosine, the exponentials' sums and what is accumulated are float32."""
+    """Errors of a few roundings of the products: the target's cosine, the exponentials' sums and what is accumulated
+    are float32."""
     errors = []
     for margin in (ArcFace(), NormFace(scale=30.0)):
         head, exact = (PartialFC(64, 500, margin, rate, dtype=d, init_std=0.1) for d in (torch.float32, torch.float64))

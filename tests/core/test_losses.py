@@ -33,7 +33,8 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def alone_with_the_target(rank: int, world: int) -> None:
-    """Where no other class takes part, the loss is 0 and nothing has a gradient, however small the exponential of the target logit is."""
+    """Where no other class takes part, the loss is 0 and nothing has a gradient, however small the exponential of the
+    target logit is."""
     for dtype, (classes, beyond), budget in itertools.product(
         (torch.float32, torch.float64), ((1, None), (5, -0.99999)), (None, 0)
     ):
@@ -91,7 +92,8 @@ def test_equals_dense_float64(ranks, world, name):
 
 
 def soft_labels(rank: int, world: int) -> None:
-    """Two labels a sample, some of them twice the same or ignored; rules compare with the mean of the targets, weighted as they are."""
+    """Two labels a sample, some of them twice the same or ignored; rules compare with the mean of the targets, weighted
+    as they are."""
     for name, rate, budget in itertools.product(
         ("ArcFace", "SubCenterArcFace", "CurricularFace", "SphereFace2"), (1.0, 0.4), (0, None)
     ):

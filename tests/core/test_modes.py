@@ -1,4 +1,5 @@
-"""Ways to make a step cheaper: rows updated in backward, half-precision weights; and what a step says over the network."""
+"""Ways to make a step cheaper: rows updated in backward, half-precision weights; and what a step says over the
+network."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def batch(step: int, n: int, classes: int, rank: int = 0) -> tuple[Tensor, Tenso
     )
 
 
-# ---------------------------------------------------------------------------------------------------- update in the backward
+# ---------------------------------------------------------------------------------------------------- update in the
+# backward
 
 
 def updated_in_backward(
@@ -106,7 +108,8 @@ def test_what_cannot_be_joined_with_it_is_refused():
         scaler.step(optimizer)
 
 
-# ---------------------------------------------------------------------------------------------------- half-precision weights
+# ---------------------------------------------------------------------------------------------------- half-precision
+# weights
 
 
 def train_low(rank: int, world: int, dtype: torch.dtype, low: Any, rate: float) -> Tensor:
@@ -132,7 +135,8 @@ def train_low(rank: int, world: int, dtype: torch.dtype, low: Any, rate: float) 
 @pytest.mark.parametrize("rate", [1.0, 0.4])
 @pytest.mark.parametrize("low", ["master", "stochastic"])
 def test_bf16_weights_follow_float32(ranks, low, rate):
-    """Steps below bfloat16's resolution: plain bfloat16 weights stay behind, with either option they go where float32 goes."""
+    """Steps below bfloat16's resolution: plain bfloat16 weights stay behind, with either option they go where float32
+    goes."""
     start = PartialFC(D, 23, init_std=1.0).weight.detach()
     exact, plain, mine = (
         train_low(0, 1, dtype, option, rate)
@@ -212,7 +216,8 @@ def test_a_step_makes_three_small_gathers_and_one_scatter(ranks, rate, joint):
         assert calls[-1][0] == "all_reduce", "two flags, since nobody has judged the step before"
 
 
-# ---------------------------------------------------------------------------------------------------- compile, profiler, mode
+# ---------------------------------------------------------------------------------------------------- compile,
+# profiler, mode
 
 
 @pytest.mark.filterwarnings("default")

@@ -81,7 +81,7 @@ def test_at_all_worlds(capsys):
 def test_mistakes_are_found(margin, worlds, message):
     with pytest.raises(AssertionError, match=message.replace("[", r"\[")) as caught:
         check_margin(margin, worlds=worlds)
-    assert "not what its formula says" in str(caught.value)
+    assert "does not match its formula" in str(caught.value)
     if len(worlds) > 1:
         assert "1 ranks" not in str(caught.value)
 
@@ -90,5 +90,5 @@ def test_mistakes_are_found(margin, worlds, message):
 def test_a_failing_rank_and_a_wrong_argument_say_what():
     with pytest.raises((RuntimeError, KeyError), match="the reason"):
         check_margin(Fails(), worlds=(2,))
-    with pytest.raises(TypeError, match="instance of a Margin such as ArcFace"):
+    with pytest.raises(TypeError, match="margin must be an instance of a Margin such as ArcFace"):
         check_margin(Own)  # type: ignore[arg-type]

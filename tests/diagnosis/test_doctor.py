@@ -1,4 +1,5 @@
-"""doctor: each wrong wiring is named by the right check on every rank, right wiring is all right, and nothing of a run has moved."""
+"""doctor: each wrong wiring is named by the right check on every rank, right wiring is all right, and nothing of a run
+has moved."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_fc import ArcFace, CurricularFace, PartialFC, Report, RowOptimizer, Softmax, doctor
-from partial_fc.training.optimizers import OptimizerConfig
+from partial_fc.training.optimizers import Optimizers, OptimizerSettings
 
 ROOT = Path(__file__).parents[2]
 D, C = 6, 11
@@ -134,7 +135,7 @@ def right(rank: int, world: int, kind: str) -> None:
     report.raise_if_wrong()
     assert (
         f"{len(report.checks)} checks on {world} rank" in str(report)
-        and "all is right" in str(report)
+        and "no problems found" in str(report)
         and "✗" not in str(report)
     )
 
@@ -163,7 +164,7 @@ def test_one_process_without_a_group(rate):
     assert report.to_dict()["checks"][0] == {
         "name": "group",
         "ok": True,
-        "words": "the head is over 1 rank",
+        "words": "the head is on 1 rank",
         "mend": "",
     }
     plain = PartialFC(D, C, Softmax())
@@ -261,7 +262,7 @@ def _wrong(rank: int, world: int, kind: str) -> tuple[list[str], str]:
     report = agreed(doctor(model, given, [o for o in optimizers if o is not None], **options))
     with pytest.raises(RuntimeError) as caught:
         report.raise_if_wrong()
-    assert (not report.ok and "to mend: " in str(report)) or kind in ("labels", "forward")
+    assert (not report.ok and "fix: " in str(report)) or kind in ("labels", "forward")
     return [check.name for check in report.checks if check.ok is False], f"{report}\n{caught.value}"
 
 
@@ -280,35 +281,35 @@ def pair(model: nn.Module, inputs: Tensor) -> Any:
 
 
 WRONG = {  # kind: (checks that are wrong, what their words hold), at any world size
-    "no head optimizer": (["head optimizer"], "no optimizer that was given holds the head's weight"),
-    "not given": (["head optimizer"], "the head's RowOptimizer is not among the optimizers that were given"),
+    "no head optimizer": (["head optimizer"], "none of the given optimizers holds the head's weight"),
+    "not given": (["head optimizer"], "the head's RowOptimizer is not among the given optimizers"),
     "in two": (["head optimizer"], "are in 2 optimizers (RowOptimizer, SGD)"),
     "two of rows": (["head optimizer"], "are in 2 optimizers (RowOptimizer, RowOptimizer)"),
     "sampled in a plain one": (["head optimizer"], "the sampled head's parameters are in SGD"),
     "one left out": (["backbone optimizer"], "1 of 6 parameters are in no optimizer: 0.weight"),
     "backbone in two": (["backbone optimizer"], "1 of 6 parameters are in two optimizers: 0.weight"),
     "before the group": (["group"], "built before the process group"),
-    "head in DDP": (["group", "wrapping"], "the head is in DistributedDataParallel"),
-    "head inside DDP": (["group", "wrapping", "backbone optimizer"], "the head is in DistributedDataParallel"),
-    "DeepSpeed": (["wrapping"], "the head is in a DeepSpeed engine"),
-    "FSDP2": (["group", "wrapping"], "the head is in FSDP2"),
-    "all in FSDP2": (["group", "wrapping"], "the head is in FSDP2"),
+    "head in DDP": (["group", "wrapping"], "the head is inside DistributedDataParallel"),
+    "head inside DDP": (["group", "wrapping", "backbone optimizer"], "the head is inside DistributedDataParallel"),
+    "DeepSpeed": (["wrapping"], "the head is inside a DeepSpeed engine"),
+    "FSDP2": (["group", "wrapping"], "the head is inside FSDP2"),
+    "all in FSDP2": (["group", "wrapping"], "the head is inside FSDP2"),
     "device": (["device"], "the head is on meta, the backbone on cpu"),
-    "width": (["forward"], "embeddings are [5, 5], the head takes [N, 6]"),
-    "tuple": (["forward"], "the model gives tuple, not a tensor"),
+    "width": (["forward"], "embeddings are [5, 5], the head expects [N, 6]"),
+    "tuple": (["forward"], "the model returns tuple, not a tensor"),
     "forward": (["forward"], "raises KeyError: 'no such layer'"),
-    "labels": (["labels"], "label 11 is not among 0 to 10"),
-    "detached": (["backbone gradient"], "the loss reaches no parameter of the backbone"),
+    "labels": (["labels"], "label 11 is out of range: valid are 0 to 10"),
+    "detached": (["backbone gradient"], "no gradient reaches the backbone's parameters"),
     "one optimizer and a scaler": (["found_inf"], "the scaler cannot unscale the backbone's optimizer: "),
-    "stale": (["steps"], "two steps did not move the head"),
+    "stale": (["steps"], "two steps did not change the head"),
 }
 WRONG_ON_TWO = {
-    "other group": (["group"], "the head is over ranks [0, 1], the backbone's gradients are averaged over ranks [0]"),
+    "other group": (["group"], "the head is on ranks [0, 1], but the backbone's gradients are averaged over ranks [0]"),
     "scale": (["gradient scale"], "is 0.5 times that of one process"),
     "not averaged": (["gradient scale", "steps"], "differ between ranks: nothing averages them"),
-    "replicas": (["replicas"], "at the start the backbone's 0.weight is not the same on rank 0 and rank 1"),
+    "replicas": (["replicas"], "at the start the backbone's 0.weight differs between rank 0 and rank 1"),
     "seed": (["settings"], "ranks disagree: seed is 0 on rank 0 and 1 on rank 1"),
-    "deaf scaler": (["found_inf"], "an infinity in the head's gradient on one rank is not noticed on rank 0"),
+    "deaf scaler": (["found_inf"], "an infinity in the head's gradient on one rank is not detected on rank 0"),
 }
 
 
@@ -334,17 +335,18 @@ def test_what_accelerate_was_given_is_seen():
     assert report.ok, str(report)
     prepared = accelerator.prepare(optimizers[1])
     report = doctor(model, head, [optimizers[0], prepared], batch=data(0))
-    assert "an optimizer that accelerator.prepare was given" in report["wrapping"].words
+    assert "the head's RowOptimizer was passed to accelerator.prepare" in report["wrapping"].words
     report = doctor(model, head, optimizers, batch=data(0), accelerator=accelerator)
-    assert "an optimizer that accelerator.prepare was given" in report["wrapping"].words
+    assert "the head's RowOptimizer was passed to accelerator.prepare" in report["wrapping"].words
     accelerator.free_memory()
     accelerator.prepare(head)
     report = doctor(model, head, optimizers, batch=data(0), accelerator=accelerator)
-    assert "the head is in what accelerator.prepare was given" in report["wrapping"].words
+    assert "the head was passed to accelerator.prepare" in report["wrapping"].words
     accelerator.free_memory()
 
 
-# ---------------------------------------------------------------------------------------------------- refused without being asked
+# ---------------------------------------------------------------------------------------------------- refused without
+# being asked
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
@@ -374,12 +376,15 @@ def test_a_weight_that_was_replaced_is_refused(ranks, world):
 
 
 def train(rank: int, world: int, kind: str, look: bool) -> list[Any]:
-    """Losses, weights and state of a short run, with the doctor looking in between or not, once with gradients pending."""
+    """Losses, weights and state of a short run, with the doctor looking in between or not, once with gradients
+    pending."""
     margin = CurricularFace(scale=8.0, momentum=0.3) if kind == "curricular" else ArcFace(scale=8.0)
     head = PartialFC(D, C, margin, 0.5 if kind == "sampled" else 1.0)
     model = DistributedDataParallel(backbone(dropout=0.3), gradient_as_bucket_view=True)
     optimizers: list[Any] = [
-        OptimizerConfig("ranger" if kind == "ranger" else "adamw", lr=0.01).build(model.parameters())
+        OptimizerSettings("Ranger" if kind == "ranger" else "AdamW", {"lr": 0.01, "weight_decay": 5e-4}).build(
+            "optimizer", list(model.parameters())
+        )
     ]
     optimizers.append(RowOptimizer(torch.optim.Adam, head, lr=0.05, update_in_backward=kind == "in backward"))
     schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in optimizers]
@@ -441,14 +446,14 @@ def test_a_run_of_the_application(tmp_path, monkeypatch, capsys, mistake):
     folder.mkdir()
     (folder / "in use").write_text("")
     settings = [*args("--data.identities 30 --train.batch_size 64 --train.cpu true --output.folder"), str(folder)]
-    settings += ["--head.sample_rate", "0.5", "--optimizer.name", "lamb", "--optimizer.lr", "0.01"]
+    settings += args("--head.sample_rate 0.5 --optimizer LAMB --optimizer.lr 0.01")
     assert main(["doctor", *settings]) == 0
     out = capsys.readouterr().out
-    assert "all is right" in out and "✓ gradient scale" in out
+    assert "no problems found" in out and "✓ gradient scale" in out
     assert [p.name for p in folder.iterdir()] == ["in use"]
-    build = OptimizerConfig.build
+    build = Optimizers.build
     monkeypatch.setattr(
-        OptimizerConfig,
+        Optimizers,
         "build",
         lambda self, parameters: build(self, list(parameters)[1:] or [nn.Parameter(torch.ones(1))]),
     )
@@ -461,7 +466,7 @@ def test_a_run_of_the_application(tmp_path, monkeypatch, capsys, mistake):
 def test_a_run_of_the_application_on_two_ranks(tmp_path):
     command = [*args("doctor configs/quickstart.yaml --train.batch_size 32 --output.folder"), str(tmp_path / "run")]
     out = succeed(*command, "--train.mixed_precision", "bf16", "--head.sample_rate", "0.5")
-    assert out.count("14 checks on 2 ranks: all is right") == 1, out
+    assert out.count("14 checks on 2 ranks: no problems found") == 1, out
     assert not (tmp_path / "run").exists()
 
 

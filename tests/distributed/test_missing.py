@@ -1,6 +1,8 @@
-"""A rank that does not come is named on the ranks that are left: stopped, killed, failed or ended, in every collective of the head.
+"""A rank that does not come is named on the ranks that are left: stopped, killed, failed or ended, in every collective
+of the head.
 
-Here every case has processes and a store of its own: what is left of a process group afterwards is of no use to other tests.
+Here every case has processes and a store of its own: what is left of a process group afterwards is of no use to other
+tests.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from missing_ranks import answers, set_timeout, told
 from runner import forking
 from torch import Tensor, nn
 
-import partial_fc.distributed.missing
 from partial_fc import (
     JoinedBatches,
     PartialFC,
@@ -31,7 +32,8 @@ from partial_fc import (
     naming_the_missing,
     save_checkpoint,
 )
-from partial_fc.distributed.missing import is_of_a_peer
+from partial_fc.distributed import inquiry
+from partial_fc.distributed.missing import is_peer_error
 
 D, C, VICTIM = 6, 10, 1
 SECONDS = 3.0  # the timeout of the groups, once all ranks are there
@@ -100,9 +102,10 @@ COLLECTIVES: dict[str, Callable[[PartialFC, Any], Callable[[], Any]]] = {
 
 
 def every_collective(rank: int, world: int, folder: str) -> list[Any]:
-    """One rank fails with an exception of its own before each, and goes on elsewhere; the last one it comes to too late."""
+    """One rank fails with an exception of its own before each, and goes on elsewhere; the last one it comes to too
+    late."""
     os.chdir(folder)
-    partial_fc.distributed.missing.SETTLE = 0.3
+    inquiry.SETTLE = 0.3
     store, prepared = dist.distributed_c10d._get_default_store(), []  # type: ignore[attr-defined]
     groups = [
         None if make is _saving else dist.new_group(timeout=timedelta(seconds=60)) for make in COLLECTIVES.values()
@@ -125,19 +128,21 @@ def test_a_rank_that_fails_before_a_collective_is_named_whichever_it_is(tmp_path
     for rank in (0, 2):
         for what, (message, missing, cause) in zip(COLLECTIVES, results[rank], strict=True):
             assert missing == (VICTIM,), (rank, what, results[rank])
-            assert message.startswith(f"rank {VICTIM} did not come to {what}"), message
-            assert "the process group cannot be used any more" in message.lower()
+            assert message.startswith(f"rank {VICTIM} did not reach {what}"), message
+            assert "the process group can no longer be used" in message.lower()
             assert cause.startswith("RuntimeError") and "gloo" in cause
         assert "waited 1 s, the timeout" in results[rank][0][0]
-        assert "is there, but elsewhere in its program" in results[rank][0][0]
+        assert "is running, but elsewhere in its program" in results[rank][0][0]
     ((message, missing, _),) = results[VICTIM]
     assert missing == (VICTIM,)
     assert message.startswith(
-        f"rank {VICTIM}, this one, came to the exchange of counts and status of a batch after the others had given it up"
+        f"rank {VICTIM} (this rank) reached the exchange of counts and status of a batch "
+        "after the other ranks had given up"
     )
 
 
-# ---------------------------------------------------------------------------------------------------- stopped, killed, ended
+# ---------------------------------------------------------------------------------------------------- stopped, killed,
+# ended
 
 
 def victim_of(rank: int, world: int, victim: int, number: int) -> tuple[str, tuple[int, ...], str, float]:
@@ -159,11 +164,11 @@ def test_a_stopped_rank_is_named_at_the_timeout(world, victim):
     for message, missing, cause, seconds in results.values():
         assert (
             missing == (victim,)
-            and f"rank {victim} did not come to the exchange of counts and status of a batch" in message
+            and f"rank {victim} did not reach the exchange of counts and status of a batch" in message
         )
         assert "waited 3 s, the timeout" in message and "imed out" in cause and seconds > SECONDS - 0.5
         assert (
-            ("the store that it hosts at" in message and "does not answer" in message)
+            ("the store that it hosts at" in message and "does not respond" in message)
             if victim == 0
             else "is stopped" in message
         )
@@ -186,13 +191,13 @@ def test_a_rank_that_was_killed_or_has_ended_is_named_before_the_timeout(world, 
         assert "its data ended before the others'" in message and "cannot be used any more" in message
         assert (
             missing == (victim,)
-            and f"rank {victim} did not come to the exchange of counts and status of a batch" in message
+            and f"rank {victim} did not reach the exchange of counts and status of a batch" in message
         )
-        assert "before a timeout" in message and "imed out" not in cause
+        assert "before the timeout" in message and "imed out" not in cause
         assert (
-            ("the store that it hosts at" in message and "has gone" in message)
+            ("the store that it hosts at" in message and "is gone" in message)
             if victim == 0
-            else "has ended" in message
+            else "has exited" in message
         )
 
 
@@ -215,7 +220,8 @@ def test_on_a_mesh_the_rank_that_all_wait_for_is_named():
     assert [results[rank][1] for rank in range(3)] == [(3,)] * 3, results
 
 
-# ---------------------------------------------------------------------------------------------------- what is no peer's doing
+# ---------------------------------------------------------------------------------------------------- what is no peer's
+# doing
 
 
 def test_other_errors_pass_as_they_are():
@@ -226,12 +232,12 @@ def test_other_errors_pass_as_they_are():
         OSError("x"),
     )
     for error in others:
-        assert not is_of_a_peer(error)
+        assert not is_peer_error(error)
         with pytest.raises(type(error)) as caught, naming_the_missing("a step"):
             raise error
         assert caught.value is error
-    assert is_of_a_peer(RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5"))
-    assert is_of_a_peer(dist.DistBackendError("NCCL error in: ..."))
+    assert is_peer_error(RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5"))
+    assert is_peer_error(dist.DistBackendError("NCCL error in: ..."))
     gone = RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer")
     with pytest.raises(RuntimeError) as without_group, naming_the_missing():
         raise gone
@@ -248,13 +254,13 @@ def one_that_is_named_already(rank: int, world: int) -> tuple[bool, list[str]]:
         same = error is inner and error.ranks == (5,)
     PartialFC(D, C)
     dist.barrier()
-    store = partial_fc.distributed.missing._default_store()
-    return same, [partial_fc.distributed.missing._state_of(r, store) for r in range(world)]
+    store = inquiry._default_store()
+    return same, [inquiry._state_of(r, store) for r in range(world)]
 
 
 def test_a_named_error_passes_and_processes_are_known(ranks):
     for same, states in ranks(2).run(one_that_is_named_already):
-        assert same and all("is there, but elsewhere" in state for state in states)
+        assert same and all("is running, but elsewhere" in state for state in states)
 
 
 def test_the_state_of_processes_is_seen(tmp_path):
@@ -266,20 +272,20 @@ def test_the_state_of_processes_is_seen(tmp_path):
 
     def seen(started: str) -> str:
         store.set(
-            f"{partial_fc.distributed.missing.PROCESS}/7",
-            json.dumps([partial_fc.distributed.missing._machine(), process.pid, started]),
+            f"{inquiry.PROCESS}/7",
+            json.dumps([inquiry._machine(), process.pid, started]),
         )
-        return partial_fc.distributed.missing._state_of(7, store)
+        return inquiry._state_of(7, store)
 
     assert process.pid is not None and Path(f"/proc/{process.pid}").exists()
-    started = partial_fc.distributed.missing._stat(process.pid)[1]
-    assert "is there, but elsewhere" in seen(started)
-    assert "has ended" in seen("1"), "another process has its number"
+    started = inquiry._stat(process.pid)[1]
+    assert "is running, but elsewhere" in seen(started)
+    assert "has exited" in seen("1"), "another process has its number"
     os.kill(process.pid, signal.SIGSTOP)
-    while partial_fc.distributed.missing._stat(process.pid)[0] != "T":
+    while inquiry._stat(process.pid)[0] != "T":
         time.sleep(0.01)
     assert "is stopped" in seen(started)
     process.kill()
     process.join()
-    assert "has ended" in seen(started)
-    assert partial_fc.distributed.missing._state_of(8, store) == ""
+    assert "has exited" in seen(started)
+    assert inquiry._state_of(8, store) == ""

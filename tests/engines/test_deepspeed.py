@@ -115,9 +115,9 @@ def test_a_loss_that_the_engine_only_scaled_is_divided_as_well(ranks, stage):
         assert max(of_backbone, of_head) <= 1e-5
 
 
-# Weights of about 1 are used to 2⁻⁹ in bfloat16 and 2⁻¹² in float16, as are activations and their gradients, which 5 steps of
-# learning rate 0.3 add up; unclipped steps are several times as long. With clipping apart the head is off by 0.28, with half its
-# learning rate by 0.06.
+# Weights of about 1 are used to 2⁻⁹ in bfloat16 and 2⁻¹² in float16, as are activations and their gradients, which 5
+# steps of learning rate 0.3 add up; unclipped steps are several times as long. With clipping apart the head is off by
+# 0.28, with half its learning rate by 0.06.
 TOLERANCE = {"bf16": 1e-2, "fp16": 1e-3}
 UNCLIPPED = 4
 
@@ -140,7 +140,8 @@ def test_half_precision_is_as_near_as_its_resolution(ranks, stage, precision, jo
         assert max(of_backbone, of_head) <= TOLERANCE[precision] * (1 if joint else UNCLIPPED)
 
 
-# ---------------------------------------------------------------------------------------------------- steps that are left out
+# ---------------------------------------------------------------------------------------------------- steps that are
+# left out
 
 
 def poisoned(rank: int, world: int, stage: int, precision: str, where: str, joint: bool) -> dict[str, Any]:
@@ -193,7 +194,8 @@ def test_an_overflow_on_one_rank_is_skipped_by_all_and_by_both(ranks, stage, pre
         assert seen["error"] <= TOLERANCE.get(precision, 1e-5) * (1 if joint else UNCLIPPED)
 
 
-# ---------------------------------------------------------------------------------------------------- sampled heads, checkpoints
+# ---------------------------------------------------------------------------------------------------- sampled heads,
+# checkpoints
 
 
 def resumed(rank: int, world: int, stage: int, folder: str) -> dict[str, bool]:
@@ -303,7 +305,8 @@ def test_an_old_deepspeed_and_none_are_said(monkeypatch):
         import_deepspeed()
 
 
-# ---------------------------------------------------------------------------------------------------- through Accelerate, examples
+# ---------------------------------------------------------------------------------------------------- through
+# Accelerate, examples
 
 
 def through_accelerate(rank: int, world: int, stage: int) -> tuple[float, float]:

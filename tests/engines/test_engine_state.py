@@ -1,4 +1,5 @@
-"""Weights and optimizer state of one engine's backbone go on in another engine, on another number of ranks, or without any."""
+"""Weights and optimizer state of one engine's backbone go on in another engine, on another number of ranks, or without
+any."""
 
 from __future__ import annotations
 

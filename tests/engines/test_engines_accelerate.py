@@ -1,4 +1,5 @@
-"""Heads beside Accelerate's prepared backbone: accumulation, autocast, clipping, schedules, saving; against one dense process."""
+"""Heads beside Accelerate's prepared backbone: accumulation, autocast, clipping, schedules, saving; against one dense
+process."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ DECAY = 0.9
 
 
 def accelerator(precision: str = "no", *, split_batches: bool = True) -> Accelerator:
-    """A new one in processes that had others before. "fp16", which Accelerate passes over on a CPU, gets what it has on a GPU."""
+    """A new one in processes that had others before. "fp16", which Accelerate passes over on a CPU, gets what it has on
+    a GPU."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     engine = Accelerator(
@@ -106,7 +108,8 @@ def test_schedules_stay_aligned_where_accelerate_steps_them_once_a_process(ranks
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision(ranks, precision):
-    """Within the rounding of the products' inputs, 2^-8 of each (2^-11 in fp16), in weights that move by half a unit."""
+    """Within the rounding of the products' inputs, 2^-8 of each (2^-11 in fp16), in weights that move by half a
+    unit."""
     tolerance = 1e-2 if precision == "bf16" else 2e-3
     error = compare(
         ranks(2).run(train, {"precision": precision}), tolerance, rates=[DECAY**step for step in range(STEPS)]
@@ -115,7 +118,8 @@ def test_mixed_precision(ranks, precision):
 
 
 def overflow(rank: int, world: int, where: str) -> tuple[list[bool], list[float]]:
-    """One gradient of one rank's head, or of its backbone, is infinite: nobody steps; the scale is halved; then all step."""
+    """One gradient of one rank's head, or of its backbone, is infinite: nobody steps; the scale is halved; then all
+    step."""
     run = Run(rank, world, precision="fp16")
     before = {k: v.clone() for k, v in run.joint.state_dict().items() if not k.endswith("_extra_state")}
 
@@ -165,7 +169,7 @@ def wrong_order(rank: int, world: int) -> str:
 
 def test_the_heads_optimizer_comes_first_under_a_scaler(ranks):
     for text in ranks(2).run(wrong_order):
-        assert "before the prepared one" in text
+        assert "before the prepared optimizer's" in text
 
 
 SAVED_AFTER = 2
@@ -226,7 +230,7 @@ def test_what_is_not_for_prepare_is_refused(ranks):
             "TypeError: prepare_heads takes RowOptimizers and their learning-rate schedulers, not PartialFC",
             "RuntimeError: DistributedDataParallel was given a PartialFC (weight)",
             "RuntimeError: DistributedDataParallel was given a PartialFC (head.weight)",
-            "ValueError: a RowOptimizer was given to accelerator.prepare",
+            "ValueError: a RowOptimizer was passed to accelerator.prepare",
         ],
         strict=True,
     ):
@@ -237,5 +241,5 @@ def test_one_process_without_a_group():
     compare([Run(0, 1).steps(0, STEPS).result()], rates=[DECAY**step for step in range(STEPS)])
     engine = accelerator()
     engine.prepare(nn.Sequential(backbone()), new_head())
-    with pytest.raises(ValueError, match="a head was given"):
+    with pytest.raises(ValueError, match="a head was passed"):
         prepare_heads(engine)

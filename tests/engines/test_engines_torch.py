@@ -1,4 +1,5 @@
-"""Plain DDP and FSDP2, with the head beside the wrapped module and inside it, against one dense process; and what they refuse."""
+"""Plain DDP and FSDP2, with the head beside the wrapped module and inside it, against one dense process; and what they
+refuse."""
 
 from __future__ import annotations
 
@@ -113,7 +114,7 @@ def test_the_heads_of_a_module_and_the_rest():
     assert set(without_heads(model["a"])) == {"weight", "bias"}
     with pytest.raises(ValueError, match="no PartialFC or CenterLoss in this Linear"):
         ignore_heads(nn.Linear(3, 4))
-    with pytest.raises(ValueError, match="leave it as it is"):
+    with pytest.raises(ValueError, match="do not wrap it"):
         ignore_heads(PartialFC(4, 9))
 
 
@@ -246,7 +247,8 @@ def test_a_head_that_an_engine_would_wrap_is_refused_in_words(ranks):
         assert ("CenterLoss (1.centers)" if "center" in name else "PartialFC (") in text, (name, text)
 
 
-# ---------------------------------------------------------------------------------------------------- engines that are not there
+# ---------------------------------------------------------------------------------------------------- engines that are
+# not there
 
 
 def test_an_engine_that_is_missing_or_too_old_says_what_to_install(monkeypatch):

@@ -1,4 +1,5 @@
-"""transformers.Trainer with a head inside its model, against one dense process: accumulation, clipping, saving, resuming."""
+"""transformers.Trainer with a head inside its model, against one dense process: accumulation, clipping, saving,
+resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""DivergenceWatch: equal replicas never differ; a planted difference is found at its very step, by name and rank; what is watched."""
+"""DivergenceWatch: equal replicas never differ; a planted difference is found at its very step, by name and rank; what
+is watched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Ranks whose data end at different times train as one dense process over the samples there are; nobody waits, nothing counts twice."""
+"""Ranks whose data end at different times train as one dense process over the samples there are; nobody waits, nothing
+counts twice."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def batch_of(rank: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def trained(rank: int, world: int, counts: tuple[int, ...], form: str) -> tuple[list[float], int, Tensor, Tensor]:
-    """(losses, samples given that count, backbone weight, class weights) after an epoch of ranks with `counts` batches."""
+    """(losses, samples given that count, backbone weight, class weights) after an epoch of ranks with `counts`
+    batches."""
     pack, unpack = FORMS[form]
     torch.manual_seed(5)
     model = nn.parallel.DistributedDataParallel(nn.Linear(WIDTH, D, dtype=torch.float64))

@@ -178,7 +178,8 @@ def test_one_norm_over_backbone_and_shards(ranks, world, rate, norm_type):
 
 
 def scale(rank: int, world: int, rate: float) -> tuple[list[float], bool]:
-    """A GradScaler over head and backbone: the same steps as without; an infinity in one shard skips the head everywhere."""
+    """A GradScaler over head and backbone: the same steps as without; an infinity in one shard skips the head
+    everywhere."""
     heads = [PartialFC(D, 11, ArcFace(scale=8.0), rate, dtype=torch.float64, init_std=1.0) for _ in range(2)]
     optimizers = [RowOptimizer(torch.optim.SGD, h, lr=0.1, momentum=0.9) for h in heads]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -142,13 +142,14 @@ def test_the_advice():
     slow = made(2, 0.1, 0.05, embedding_gradient=1.0, payload=0.05)
     assert slow.share("embedding") == pytest.approx(1 / 1.2)
     assert slow.advice.startswith(
-        "the reduce-scatter of the embedding gradient takes 83% of the step: network of 0.1 GB/s between 2 nodes; see that the fast "
+        "the reduce-scatter of the embedding gradient takes 83% of the step: network of 0.1 GB/s between 2 nodes; check that the fast "
     )
-    # rows of a rank: 10, or 20 where two nodes each have a whole head; of an all-reduce over two nodes each number is sent once
+    # rows of a rank: 10, or 20 where two nodes each have a whole head; of an all-reduce over two nodes each number is
+    # sent once
     assert "shard within a node and replicate across nodes" in slow.advice
     assert "480 B of class gradients between nodes instead of 190.73 MiB of embeddings" in slow.advice
     many = made(2, 0.1, 0.05, rows=10_000_000, embedding_gradient=1.0, payload=0.05).advice
-    assert "leave the head sharded over all nodes" in many and "457.76 MiB of class gradients" in many
+    assert "leave the head sharded across all nodes" in many and "457.76 MiB of class gradients" in many
     assert "nodes" not in made(1, 0.1, 0.0, embedding_gradient=1.0).advice
     assert "accumulate gradients over micro-batches" in made(2, 0.1, 0.0, backbone_gradient=1.0).advice
     assert "latency of 450 ms" in made(1, 0.1, 0.0, status=0.5).advice

@@ -1,4 +1,5 @@
-"""The plan of a head against sums made by hand, against the head's own choices and collectives, and against memory that was measured."""
+"""The plan of a head against sums made by hand, against the head's own choices and collectives, and against memory that
+was measured."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ from watching import collectives
 from partial_fc import PartialFC, Plan, RowOptimizer, SubCenterArcFace, plan
 from partial_fc.batch.status import Status
 from partial_fc.optim import row_optimizer as optim
-from partial_fc.planning import costs
-from partial_fc.planning.costs import OPTIMIZERS, PHASES
+from partial_fc.planning import memory
+from partial_fc.planning.costs import OPTIMIZERS
+from partial_fc.planning.memory import PHASES
 from partial_fc.softmax import tiles
 from partial_fc.softmax.tiles import Workspace
 from partial_fc.training.cli.main import main
@@ -198,8 +200,8 @@ def test_the_budget_counts_all_centers(over):
         ({"embedding_size": 2.5}, "embedding_size must be an integer of at least 1, not 2.5"),
         ({"world_size": True}, "world_size must be an integer of at least 1, not True"),
         ({"batch_size": -1}, "batch_size must be an integer of at least 1, not -1"),
-        ({"sample_rate": 1.5}, r"sample_rate is a share of the classes in \(0, 1\], not 1.5"),
-        ({"sample_rate": float("nan")}, r"sample_rate is a share of the classes in \(0, 1\], not nan"),
+        ({"sample_rate": 1.5}, r"sample_rate must be in \(0, 1\], not 1.5"),
+        ({"sample_rate": float("nan")}, r"sample_rate must be in \(0, 1\], not nan"),
         ({"optimizer": "lion"}, "optimizer must be one of sgd, sgd-momentum, adam, .*, not 'lion'"),
         ({"optimizer": torch.nn.Linear}, "optimizer must be one of"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS cannot update rows one block at a time"),
@@ -208,10 +210,10 @@ def test_the_budget_counts_all_centers(over):
         ({"low_precision": "none"}, "low_precision must be None"),
         ({"memory": 0}, "memory must be a number of bytes of at least 1, or None, not 0"),
         ({"logits_budget": -1}, "logits_budget must be a number of bytes of at least 0, or None, not -1"),
-        ({"update_in_backward": True, "sample_rate": 0.5}, "update_in_backward is for sample_rate=1.0, not 0.5"),
+        ({"update_in_backward": True, "sample_rate": 0.5}, "update_in_backward requires sample_rate=1.0, not 0.5"),
         (
             {"update_in_backward": True, "autocast": torch.float16},
-            "update_in_backward cannot be joined with autocast float16",
+            "update_in_backward is incompatible with autocast float16",
         ),
         ({"device": "gpu"}, "device must be a type of device such as"),
     ],
@@ -261,7 +263,7 @@ def test_every_change_that_is_advised_makes_it_fit(asked, gigabytes):
     if gigabytes == 3:
         assert made.fit.largest_rate is None
         assert any("world_size" in change.arguments for change in made.fit.changes)
-        assert "no sampling rate makes them fit; any one of these does:" in str(made)
+        assert "no sampling rate makes it fit; each of these changes does:" in str(made)
 
 
 def test_savers_are_joined_where_one_is_not_enough():
@@ -277,7 +279,7 @@ def test_savers_are_joined_where_one_is_not_enough():
 def test_what_never_fits():
     made = plan(2_000_000, 512, 8, 4096, memory=10**6)
     assert made.fit is not None and made.fit.changes == () and made.fit.largest_rate is None
-    assert "nothing that was tried makes them fit" in str(made)
+    assert "none of the changes that were tried makes it fit" in str(made)
 
 
 def test_text_and_dictionary():
@@ -338,7 +340,10 @@ def test_the_command(capsys):
         ("--num_classes 10", "required: --batch_size"),
         ("--num_classes 10 --batch_size 0", "batch_size must be an integer of at least 1, not 0"),
         ("--num_classes x --batch_size 1", "--num_classes: invalid int value: 'x'"),
-        ("--num_classes 10 --batch_size 1 --memory 80XB", "--memory: '80XB' is no number of bytes; write it as 80GB"),
+        (
+            "--num_classes 10 --batch_size 1 --memory 80XB",
+            "--memory: '80XB' is not a number of bytes; write it as 80GB",
+        ),
         ("--num_classes 10 --batch_size 1 --optimizer lamb", "--optimizer: invalid choice: 'lamb'"),
         ("--num_classes 10 --batch_size 1 --speed 3", "unrecognized arguments: --speed 3"),
     ],
@@ -358,13 +363,14 @@ def small(monkeypatch):
     """Tiles and blocks as small as the problems here, and buffers that end with the step, as on a GPU."""
     monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 1 << 18)
     monkeypatch.setattr(tiles, "TILE_BYTES_ELSEWHERE", 1 << 18)
-    for module in (optim, costs):
+    for module in (optim, memory):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 18)
     monkeypatch.setattr(Workspace, "take", lambda self, name, shape, dtype, device: torch.empty(shape, dtype=dtype))
 
 
 def allocated(made: Plan) -> dict[str, int]:
-    """Bytes of tensors of a head as planned, at most, in each phase of its first three steps, as torch's profiler sees them."""
+    """Bytes of tensors of a head as planned, at most, in each phase of its first three steps, as torch's profiler sees
+    them."""
     a = made.arguments
     cls, options = OPTIMIZERS[a["optimizer"]]
     head = PartialFC(

@@ -1,4 +1,5 @@
-"""The benchmark commands run from end to end at sizes that say nothing; the textbook peer computes the same as the head."""
+"""The benchmark commands run from end to end at sizes that say nothing; the textbook peer computes the same as the
+head."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import torch
 from common import args
 
 from partial_fc.training.cli.main import train_parser
-from partial_fc.training.config import MARGINS, save_config, to_config
+from partial_fc.training.config import MarginSettings, save_config, to_config
 
 ROOT = Path(__file__).parents[2]
 CASES = {"exact", "sampled", "many", "bf16", "memory", "memory_in_backward", "peers", "growth"}
@@ -152,8 +153,8 @@ def test_the_settings_of_every_loss_are_valid(losses: Any, tmp_path: Path) -> No
         config = to_config(
             train_parser(), ["--config", losses.QUICKSTART, *losses.Run(name, 0, 12, tmp_path).arguments]
         )
-        used.add(config.head.margin)
-    assert used == set(MARGINS) - {"combined", "elastic_cos", "adaptive"}
+        used.add(config.head.margin.name)
+    assert used == set(MarginSettings.names) - {"CombinedMargin", "AdaptiveMargin"}
 
 
 def test_finished_runs_are_tabled_and_not_run_again(
@@ -182,7 +183,7 @@ def test_a_run_with_other_settings_is_refused(losses: Any, tmp_path: Path, capsy
     (folder / "config.yaml").write_text(config.replace("scale: 32.0", "scale: 16.0"))
     with pytest.raises(SystemExit):
         losses.main(["--out", str(tmp_path), "--only", "arcface", "--seeds", "0"])
-    assert "head.scale = 16.0" in capsys.readouterr().err
+    assert "head.margin.scale = 16.0" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
     x       [N, D]      embeddings of the global batch
     w       [S, D]      rows of the selected classes; [S, K, D] with K sub-centers a class
-    share   [N, S]      weight of each class in each sample, 0 where the sample has no such label; a plain label has weight 1
+    share   [N, S]      weight of each class in each sample, 0 where the sample has no such label; a plain label has
+            weight 1
     cosines [N, S]      of x and w, the largest over sub-centers
     own     [N, S]      cosines of the samples' own classes, 0 elsewhere
     losses  [N]         before they are weighted and reduced
@@ -45,7 +46,8 @@ def unit(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def turned(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
-    """cos(factor · θ + added), continued monotonically: each further half turn is mirrored and lowered by 2; 1 below an angle of 0.
+    """cos(factor · θ + added), continued monotonically: each further half turn is mirrored and lowered by 2; 1 below an
+    angle of 0.
 
     At cosines of ±1 the angle's slope is infinite; the value is right there and has no gradient.
     """
@@ -111,7 +113,8 @@ class Loss:
         """The reduced loss.
 
         labels: positions in w, `[N]` int64, negative where ignored; or the share of each row of w, `[N, S]` float64.
-        classes `[S]`: global ids of w, None for all in order. offset: SphereFace2's. drawn `[N]`: ElasticFace's margins.
+        classes `[S]`: global ids of w, None for all in order. offset: SphereFace2's. drawn `[N]`: ElasticFace's
+        margins.
         """
         share = labels
         if not labels.is_floating_point():

@@ -1,4 +1,5 @@
-"""A backbone and class rows trained together in one process: dense, float64, SGD by its formulas. Shares no code with partial_fc."""
+"""A backbone and class rows trained together in one process: dense, float64, SGD by its formulas. Shares no code with
+partial_fc."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 @dataclass
 class Trained:
-    """What a run ends with, and the loss of each micro-batch and the norm of all gradients in each step before clipping."""
+    """What a run ends with, and the loss of each micro-batch and the norm of all gradients in each step before
+    clipping."""
 
     backbone: dict[str, Tensor]
     rows: Tensor
@@ -38,10 +40,11 @@ def dense_training(
     rates: Sequence[float] | None = None,
     skip: int | None = None,
 ) -> Trained:
-    """Train copies of backbone and rows `[C, D]`; `batch(index)` gives the inputs and labels of each micro-batch over all ranks.
+    """Train copies of backbone and rows `[C, D]`; `batch(index)` gives the inputs and labels of each micro-batch over
+    all ranks.
 
-    max_norm: of all gradients together. selected: the classes of each micro-batch, None for all. rates: factors of the learning rate by
-    step. skip: a step whose gradients are not used.
+    max_norm: of all gradients together. selected: the classes of each micro-batch, None for all. rates: factors of the
+    learning rate by step. skip: a step whose gradients are not used.
     """
     module, w = copy.deepcopy(backbone).double(), rows.detach().clone().double()
     parameters = list(module.parameters())

@@ -1,7 +1,8 @@
 """What every engine is compared with: one process, dense, float64, from formulas; the same data, cut over the ranks.
 
     micro-batch m     images [N, 3], labels [N], the same on every rank; rank r takes its part of the rows
-    step              ACCUMULATION micro-batches, their mean gradient, clipped by one norm of backbone and head, SGD with momentum
+    step              ACCUMULATION micro-batches, their mean gradient, clipped by one norm of backbone and head, SGD
+                      with momentum
     compared          all weights of backbone and head after STEPS steps, and the norms before clipping
 
 An engine's test trains `backbone()` and `new_head()` its own way and returns `finish(...)`; `compare` does the rest.
@@ -31,7 +32,8 @@ IMPORTING = 170.0  # seconds until ranks that have to import an engine first mus
 
 @dataclass
 class Result:
-    """What one rank ended with: the whole backbone, its rows of the head, the norms, and the classes it used in each micro-batch."""
+    """What one rank ended with: the whole backbone, its rows of the head, the norms, and the classes it used in each
+    micro-batch."""
 
     backbone: dict[str, Tensor]
     rows: Tensor
@@ -131,7 +133,8 @@ def compare(
 
 
 def compare_resumed(straight: list[Result], again: list[Result]) -> None:
-    """A resumed run ends as the straight one: with its bits on as many ranks, else within the rounding of sums in another order."""
+    """A resumed run ends as the straight one: with its bits on as many ranks, else within the rounding of sums in
+    another order."""
     exact = {"rtol": 0.0, "atol": 0.0 if len(again) == len(straight) else 2e-6}
     torch.testing.assert_close(torch.cat([r.rows for r in again]), torch.cat([r.rows for r in straight]), **exact)
     for result in again:

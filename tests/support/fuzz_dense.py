@@ -1,18 +1,21 @@
-"""What a case of the property tests is compared with: one process, dense, float64, from the papers' formulas. Shares no code with the core.
+"""What a case of the property tests is compared with: one process, dense, float64, from the papers' formulas. Shares no
+code with the core.
 
-Every stage starts from what the ranks had before it, so that its error is its own: losses and gradients from the weights before the step,
-weights after the step from the gradients of the step. How far a stage may be off follows from the dtypes (`Bounds`); with u the unit
-roundoff of the statistics (2⁻²⁴ for float32, 2⁻⁵³ for float64), u_p of the matrix products, u_w and u_e of weights and embeddings:
+Every stage starts from what the ranks had before it, so that its error is its own: losses and gradients from the
+weights before the step, weights after the step from the gradients of the step. How far a stage may be off follows from
+the dtypes (`Bounds`); with u the unit roundoff of the statistics (2⁻²⁴ for float32, 2⁻⁵³ for float64), u_p of the
+matrix products, u_w and u_e of weights and embeddings:
 
     a cosine             a sum of D products: k·u, k = D + N + S + 16 operations; 3 u_p where products are rounded
     a target's angle     θ = arccos(c): k·u / sin θ, never more than √(2 k u)
     a logit              δ = s (slope · cosine + factor · angle)
     a loss               2 δ, and its own rounding
-    a probability        a share of 4 δ; so a gradient |c| s ‖∂cos‖ (4 δ + k·u + 8 u_p), and what is lost when it is stored in u_w or u_e
+    a probability        a share of 4 δ; so a gradient |c| s ‖∂cos‖ (4 δ + k·u + 8 u_p), and what is lost when it is
+                         stored in u_w or u_e
     a weight             some u_w of itself and of what is added to it
 
-Where a result jumps (a filter's threshold, the nearest center, a rule for harder classes) and an input is within its own error of the
-jump, both sides are right: `NearJump`.
+Where a result jumps (a filter's threshold, the nearest center, a rule for harder classes) and an input is within its
+own error of the jump, both sides are right: `NearJump`.
 """
 
 from __future__ import annotations
@@ -125,7 +128,8 @@ class Losses:
         return (self.dense.cosines.detach() > beyond) & (share == 0)
 
     def _slopes(self) -> tuple[float, float, float]:
-        """(the largest slope of other classes' logits by their cosines, of the target's by its angle, error of the margin itself)."""
+        """(the largest slope of other classes' logits by their cosines, of the target's by its angle, error of the
+        margin itself)."""
         s, state = self.dense.settings, self.dense.state
         match self.case.margin:
             case "SphereFace2":
@@ -364,7 +368,8 @@ class Check:
         return chosen
 
     def drawn(self, found: list[Numbers], batch: Batch, chosen: Tensor, x: Tensor, w: Tensor) -> Tensor | None:
-        """`[N, S]`: margins that ElasticFace drew for each sample's targets; draws are its own, what is made of them is compared."""
+        """`[N, S]`: margins that ElasticFace drew for each sample's targets; draws are its own, what is made of them is
+        compared."""
         case = self.case
         if case.margin != "ElasticFace":
             return None
@@ -586,5 +591,6 @@ class Check:
 
 
 def check(case: Case, results: list[Numbers]) -> float:
-    """The largest error as a share of what is allowed; AssertionError if one is larger, NearJump if there is no telling."""
+    """The largest error as a share of what is allowed; AssertionError if one is larger, NearJump if there is no
+    telling."""
     return Check(case, results).run()

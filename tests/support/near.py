@@ -17,5 +17,6 @@ def assert_near(what: str, mine: Any, expected: Any, tolerance: float = 1e-9) ->
 
 
 def near(mine: Any, expected: Any, tolerance: float = 1e-12) -> None:
-    """Tensors, or tuples, lists and dicts of tensors: same shapes and dtypes, and no number is off by more than `tolerance`."""
+    """Tensors, or tuples, lists and dicts of tensors: same shapes and dtypes, and no number is off by more than
+    `tolerance`."""
     torch.testing.assert_close(mine, expected, rtol=0, atol=tolerance)

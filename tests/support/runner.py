@@ -1,8 +1,11 @@
-"""Runs test functions on several ranks: gloo processes on the loopback, started once a world size and used by all tests.
+"""Runs test functions on several ranks: gloo processes on the loopback, started once a world size and used by all
+tests.
 
-    ranks = Ranks(3); results = ranks.run(function, *arguments)     # function(rank, world, *arguments), importable at top level
+    ranks = Ranks(3); results = ranks.run(function, *arguments)     # function(rank, world, *arguments), importable at
+    top level
 
-Every case has a time limit. When a rank fails, its traceback is raised here and the ranks are started anew for the next case.
+Every case has a time limit. When a rank fails, its traceback is raised here and the ranks are started anew for the next
+case.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     Case ── on every rank: check_case(rank, world, case) ── AssertionError where a number is off by more than 1e-9
 
-Compared in each step: the loss, the gradients of embeddings, class rows, bias and offset, the rows after the optimizer's step, the margin's
-state; and rows that were not selected, which must keep their bits.
+Compared in each step: the loss, the gradients of embeddings, class rows, bias and offset, the rows after the
+optimizer's step, the margin's state; and rows that were not selected, which must keep their bits.
 """
 
 from __future__ import annotations

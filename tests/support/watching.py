@@ -25,7 +25,8 @@ OF_TORCH = ("all_reduce", "broadcast", "all_gather", "barrier", "reduce", "all_t
 
 @contextmanager
 def collectives() -> Iterator[list[tuple[str, int]]]:
-    """(name, bytes that this rank brings) of every collective of tensors, in their order; torch's all_gather is "list_all_gather"."""
+    """(name, bytes that this rank brings) of every collective of tensors, in their order; torch's all_gather is
+    "list_all_gather"."""
     calls: list[tuple[str, int]] = []
 
     def noting(name: str, function: Any) -> Any:

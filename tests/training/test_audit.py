@@ -1,4 +1,5 @@
-"""`partial-fc audit`: faults that were planted in a folder of images are found, at one rank and at two; mistakes are one line."""
+"""`partial-fc audit`: faults that were planted in a folder of images are found, at one rank and at two; mistakes are
+one line."""
 
 from __future__ import annotations
 
@@ -25,11 +26,21 @@ from partial_fc.training.data import GlyphIdentities, scan_folder
 
 TWICE, OF, BROKEN = "twice", "id020", ("broken_a", "broken_b", "broken_c", "broken_d")
 IMAGES = ["--data.image_size", "32", "--data.channels", "1"]
-SETTINGS = ["--train.batch_size", "32", "--train.cpu", "true", "--head.scale", "32", "--backbone.embedding_size", "64"]
+SETTINGS = [
+    "--train.batch_size",
+    "32",
+    "--train.cpu",
+    "true",
+    "--head.margin.scale",
+    "32",
+    "--backbone.embedding_size",
+    "64",
+]
 
 
 def planted(root: Path) -> Path:
-    """56 characters, ten images each: five of one of them are under a second name; four identities have one image, which is damaged."""
+    """56 characters, ten images each: five of one of them are under a second name; four identities have one image,
+    which is damaged."""
     glyphs = GlyphIdentities("train", 56)
     for i in range(len(glyphs)):
         name = f"id{int(glyphs.labels[i]):03d}"
@@ -53,7 +64,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hardly_trained(trained: Path) -> Path:
-    """A run in which one class a step is drawn beside those of the batch, for 17 steps of one epoch: 43 of 60 are never drawn."""
+    """A run in which one class a step is drawn beside those of the batch, for 17 steps of one epoch: 43 of 60 are never
+    drawn."""
     run = trained / "short"
     own = [
         "--output.folder",
@@ -147,7 +159,7 @@ def _initial(rank: int, world: int) -> list[bool]:
     for c in (0, 1500, 2099):
         if lo <= c < head.shards.hi:
             rows[c - lo, 3] = rows[c - lo, 3].nextafter(torch.tensor(1.0))
-    return audit._moved(rows, lo, std=0.01, seed=7).tolist()
+    return audit._updated(rows, lo, std=0.01, seed=7).tolist()
 
 
 def test_one_bit_tells_a_row_from_its_draw(ranks):
@@ -179,13 +191,13 @@ def test_the_threshold_is_an_outer_fence():
 def wrong(kind: str, trained: Path, tmp_path: Path) -> tuple[list[str], str]:
     run, out = str(trained / "run"), ["--output", str(tmp_path / "out")]
     if kind == "no run":
-        return [str(tmp_path), *out], "is no run folder"
+        return [str(tmp_path), *out], "is not a run folder"
     if kind == "no checkpoint":
         shutil.copytree(trained / "run", tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
         return [str(tmp_path / "copy"), *out], "has no complete checkpoint"
     if kind == "other classes":
         shutil.copytree(trained / "data", tmp_path / "data", ignore=shutil.ignore_patterns(OF))
-        return [run, *out, "--data", str(tmp_path / "data")], "is not of the 60 classes of the data"
+        return [run, *out, "--data", str(tmp_path / "data")], "does not fit the 60 classes of the data set"
     if kind == "no data":
         return [run, *out, "--data", str(tmp_path / "nowhere")], "nowhere does not exist"
     if kind == "threshold":

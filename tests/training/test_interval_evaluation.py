@@ -1,4 +1,5 @@
-"""Evaluation during training leaves the training as it is; the best checkpoint is kept; the protocols as commands and in the report."""
+"""Evaluation during training leaves the training as it is; the best checkpoint is kept; the protocols as commands and
+in the report."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from launched import logged
 from PIL import Image
 
 from partial_fc import Checkpointer
-from partial_fc.training import trainer as trainer_module
+from partial_fc.training import run_evaluation
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import to_config
 from partial_fc.training.errors import UserError
@@ -82,7 +83,7 @@ def settings(files: Path, out: Path, **more: object) -> list[str]:
     given: dict[str, object] = {
         "data.folder": files / "train", "data.image_size": 32, "data.holdout_identities": 3, "train.batch_size": 16, "train.cpu": "true",
         "train.epochs": 4, "train.keep_last": 1, "output.log_every": 1, "output.folder": out, "head.sample_rate": 0.6,
-        "backbone.embedding_size": 32, "head.scale": 16, **more,
+        "backbone.embedding_size": 32, "head.margin.scale": 16, **more,
     }  # fmt: skip
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
@@ -225,13 +226,13 @@ def test_the_best_checkpoint_is_kept_through_a_resume_and_can_be_evaluated(
 ):
     """The first epoch is the best, of accuracies and of error rates. The run is cut back to it, and goes on."""
     by_step = dict(zip((2, 4, 6, 8), values, strict=True))
-    real = trainer_module.figures_of
+    real = run_evaluation.figures_of
     current: list[Trainer] = []
 
     def figures_of(*found: Any) -> dict[str, float]:
         return real(*found) | {metric: by_step[current[-1].progress.step]}
 
-    monkeypatch.setattr(trainer_module, "figures_of", figures_of)
+    monkeypatch.setattr(run_evaluation, "figures_of", figures_of)
     monkeypatch.setattr(Trainer, "train", lambda self, train=Trainer.train: (current.append(self), train(self)))
     folder = tmp_path / "run"
     given = {"evaluation.every": 1, "evaluation.best": metric, "evaluation.verification": f"[{files / 'lfw.bin'}]"}
@@ -364,7 +365,10 @@ def test_embeddings_from_elsewhere(ending, files, tmp_path, capsys, mistake):
     cosines, same = (unit[::2] * unit[1::2]).sum(1), np.arange(20) % 2 == 1
     allowed = np.sort(cosines[~same])[-2]  # one of ten impostors may pass
     assert found["figures"]["tar@1e-1"] == pytest.approx((cosines[same] > allowed).mean())
-    for command, expected in (("identify", "those up to"), ("retrieve", "there are 27 images")):
+    for command, expected in (
+        ("identify", "but the images up to probes probes need 22"),
+        ("retrieve", "there are 27 images"),
+    ):
         if command == "identify":
             np.save(tmp_path / "few.npy", rows[:10])
         assert main(commands(files, tmp_path / "few.npy" if command == "identify" else file)[command]) == 2
@@ -379,7 +383,7 @@ def test_mistakes_are_one_line(files, evaluated, tmp_path, mistake):
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     (tmp_path / "bad.npy").write_bytes(b"no numbers")
     assert "the following arguments are required: PAIRS.bin" in mistake("verify", str(evaluated))
-    assert "no run folder" in mistake("verify", str(tmp_path), str(files / "lfw.bin"))
+    assert "not a run folder" in mistake("verify", str(tmp_path), str(files / "lfw.bin"))
     assert "cannot be read" in mistake("verify", str(evaluated), str(tmp_path / "none.bin"))
     assert "posix.system" in mistake("verify", str(evaluated), str(files / "evil.bin"))
     assert "allow_pickle" in mistake("verify", str(tmp_path / "objects.npy"), str(files / "lfw.bin"))
@@ -401,7 +405,7 @@ def test_mistakes_are_one_line(files, evaluated, tmp_path, mistake):
     assert "give at least 1" in mistake(*given["verify"], "--tile", "0")
     train = ["train", *settings(files, tmp_path / "run")]
     assert "needs evaluations during training" in mistake(*train, "--evaluation.best", "holdout/eer")
-    assert "is no figure of this run; choose one of holdout/tar@1e-2" in mistake(
+    assert "is not a figure of this run; choose one of holdout/tar@1e-2" in mistake(
         *train, "--evaluation.every=1", "--evaluation.best", "x/y", "--check"
     )
     assert "evaluation.every is 0" in mistake(*train, "--evaluation.every=0")
@@ -412,7 +416,7 @@ def test_mistakes_are_one_line(files, evaluated, tmp_path, mistake):
 
 def test_two_sets_of_one_name_are_refused():
     config = to_config(train_parser(), []).evaluation
-    with pytest.raises(UserError, match="two sets to evaluate on are called 'seen'"):
+    with pytest.raises(UserError, match="two evaluation sets are called 'seen'"):
         check_metric(config, ["seen", "seen"], [])
     config.every = 1
     with pytest.raises(UserError, match="nothing to evaluate on"):

@@ -1,4 +1,5 @@
-"""The application as its users start it: settings, bad input, a run on two ranks, resume after a kill, evaluation of a folder."""
+"""The application as its users start it: settings, bad input, a run on two ranks, resume after a kill, evaluation of a
+folder."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace,
 from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, SphereFace
 from partial_fc.margins.variants import Softmax, SubCenterArcFace
 from partial_fc.training.cli.main import main, train_parser
-from partial_fc.training.config import HeadConfig, RunConfig, flat, to_config
+from partial_fc.training.config import CLASS_OPTIONS, MarginSettings, RunConfig, flat, to_config
 from partial_fc.training.run import RunFolder
 from partial_fc.training.trainer import Trainer
 
@@ -45,15 +46,12 @@ FOLDER_RUN = args("--data.image_size 32 --data.channels 3 --train.batch_size 16 
 
 def test_the_command_line_goes_before_the_file_before_the_defaults(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("head: {scale: 20.0, margin: cosface}\ntrain: {epochs: 3}\n")
-    config = to_config(train_parser(), ["--config", str(file), "--head.scale", "8", "--head.m", "0.2"])
-    assert (config.head.scale, config.head.margin, config.head.m, config.train.epochs, config.train.batch_size) == (
-        8,
-        "cosface",
-        0.2,
-        3,
-        256,
+    file.write_text("head: {margin: {class_path: CosFace, init_args: {scale: 20.0}}}\ntrain: {epochs: 3}\n")
+    config = to_config(
+        train_parser(), ["--config", str(file), "--head.margin.scale", "8", "--head.margin.margin", "0.2"]
     )
+    assert config.head.margin == MarginSettings("CosFace", {"scale": 8.0, "margin": 0.2})
+    assert (config.train.epochs, config.train.batch_size) == (3, 256)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.name)
@@ -65,7 +63,10 @@ def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit):
         train_parser().parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split("options:", 1)[1].split())
+    of_classes = tuple(f"{option}." for option in CLASS_OPTIONS)
     for name in flat(RunConfig()):
+        if name.startswith(of_classes):  # an argument of a class, which has a help of its own
+            continue
         found = max(re.findall(rf"--{re.escape(name)} \S+ (.*?)(?= --|\Z)", text), key=len, default="")
         assert len(found) > 40, f"--{name} has no explanation: {found!r}"
         assert "default: " in found
@@ -74,37 +75,39 @@ def test_help_explains_every_field(capsys):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ("softmax", Softmax()),
-        ("normface", NormFace(32.0)),
-        ("sphereface", SphereFace(32.0, 1.35)),
-        ("cosface", CosFace(32.0, 0.35)),
-        ("arcface", ArcFace(32.0, 0.5)),
-        ("combined --head.m1 1.1 --head.m3 0.1", CombinedMargin(32.0, 1.1, 0.5, 0.1)),
-        ("subcenter", SubCenterArcFace(32.0, 0.5, 3)),
-        ("subcenter --head.m 0.3 --head.centers 2", SubCenterArcFace(32.0, 0.3, 2)),
-        ("curricular --head.statistics_momentum 0.2", CurricularFace(32.0, 0.5, 0.2)),
-        ("adaface --head.h 0.5 --head.statistics_momentum 0.2", AdaFace(32.0, 0.4, 0.5, 0.2)),
-        ("magface", MagFace(32.0, 10, 110, 0.45, 0.8, 35)),
-        (
-            "magface --head.l_a 5 --head.u_a 50 --head.l_m 0.2 --head.u_m 0.3 --head.lambda_g 7",
-            MagFace(32.0, 5.0, 50.0, 0.2, 0.3, 7.0),
-        ),
-        ("elastic_arc", ElasticFace(32.0, "arc", 0.5, 0.0125)),
-        ("elastic_cos --head.sigma 0.1 --head.plus true", ElasticFace(32.0, "cos", 0.35, 0.1, plus=True)),
-        ("elastic_cos --head.plus true", ElasticFace(32.0, "cos", plus=True)),
-        ("adaptive", AdaptiveMargin([1, 16, 81], 32.0)),
-        ("adaptive --head.l_m 0.1 --head.u_m 0.2", AdaptiveMargin([1, 16, 81], 32.0, 0.2, 0.1)),
-        ("sphereface2 --head.t 4 --head.balance 0.6", SphereFace2(32.0, 0.4, 4.0, 0.6)),
+        ("Softmax", Softmax()),
+        ("Softmax bias=false", Softmax(bias=False)),
+        ("NormFace", NormFace(32.0)),
+        ("SphereFace", SphereFace(32.0, 1.35)),
+        ("SphereFace margin=1.4", SphereFace(32.0, 1.4)),
+        ("CosFace", CosFace(32.0, 0.35)),
+        ("CosFace margin=0.4", CosFace(32.0, 0.4)),
+        ("ArcFace", ArcFace(32.0, 0.5)),
+        ("ArcFace gradient=straight_through", ArcFace(32.0, 0.5, "straight_through")),
+        ("CombinedMargin m1=1.1 m3=0.1", CombinedMargin(32.0, 1.1, 0.5, 0.1)),
+        ("SubCenterArcFace", SubCenterArcFace(32.0, 0.5, 3)),
+        ("SubCenterArcFace margin=0.3 centers=2", SubCenterArcFace(32.0, 0.3, 2)),
+        ("CurricularFace momentum=0.2", CurricularFace(32.0, 0.5, 0.2)),
+        ("AdaFace h=0.5 momentum=0.2", AdaFace(32.0, 0.4, 0.5, 0.2)),
+        ("MagFace", MagFace(32.0, 10, 110, 0.45, 0.8, 35)),
+        ("MagFace l_a=5 u_a=50 l_m=0.2 u_m=0.3 penalty_weight=7", MagFace(32.0, 5.0, 50.0, 0.2, 0.3, 7.0)),
+        ("ElasticFace", ElasticFace(32.0, "arc", 0.5, 0.0125)),
+        ("ElasticFace kind=cos deviation=0.1 plus=true", ElasticFace(32.0, "cos", 0.35, 0.1, plus=True)),
+        ("ElasticFace kind=cos plus=true", ElasticFace(32.0, "cos", plus=True)),
+        ("AdaptiveMargin", AdaptiveMargin([1, 16, 81], 32.0)),
+        ("AdaptiveMargin smallest=0.1 largest=0.2", AdaptiveMargin([1, 16, 81], 32.0, 0.2, 0.1)),
+        ("SphereFace2 t=4 balance=0.6", SphereFace2(32.0, 0.4, 4.0, 0.6)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_margin_has_the_papers_settings_or_those_given(settings, expected):
-    scale = [] if settings == "softmax" else ["--head.scale", "32"]
-    config = to_config(train_parser(), ["--head.margin", *settings.split(), *scale])
-    margin = config.head.build_margin(torch.tensor([1, 16, 81]))
+    name, *arguments = settings.split()
+    arguments += [] if name == "Softmax" else ["scale=32"]
+    config = to_config(train_parser(), ["--head.margin", name, *(f"--head.margin.{each}" for each in arguments)])
+    margin = config.head.margin.build_margin(torch.tensor([1, 16, 81]))
     assert type(margin) is type(expected)
-    unset = {"arcface": 64.0, "sphereface2": 40.0, "softmax": 1.0}
-    assert all(HeadConfig(name).build_margin(torch.ones(3)).scale == scale for name, scale in unset.items())  # type: ignore[arg-type]
+    unset = {"ArcFace": 64.0, "SphereFace2": 40.0, "Softmax": 1.0}
+    assert all(MarginSettings(name).build_margin(torch.ones(3)).scale == scale for name, scale in unset.items())
     plain = {k: v for k, v in vars(expected).items() if not k.startswith("_")}
     assert {k: v for k, v in vars(margin).items() if not k.startswith("_")} == plain
     assert [(name, b.tolist()) for name, b in margin.named_buffers()] == [
@@ -113,43 +116,56 @@ def test_every_margin_has_the_papers_settings_or_those_given(settings, expected)
 
 
 def test_the_head_has_the_filter_and_a_margin_of_each_classs_count():
-    config = to_config(train_parser(), ["--head.margin", "adaptive", "--head.interclass_filter", "0.4"])
+    config = to_config(train_parser(), ["--head.margin", "AdaptiveMargin", "--head.interclass_filter", "0.4"])
     head = config.head.build(8, torch.tensor([1, 16, 81, 0]), 0, torch.device("cpu"))
     assert (head.num_classes, head.interclass_filter) == (4, 0.4)
     assert head.margin.margins.tolist() == pytest.approx([0.5, 0.05 + 0.45 * (1 / 2 - 1 / 3) / (1 - 1 / 3), 0.05, 0.5])
     assert RunConfig().center.build(8, 4, 0, torch.device("cpu")) is None
 
 
-# ---------------------------------------------------------------------------------------------------- bad input, one line
+# ---------------------------------------------------------------------------------------------------- bad input, one
+# line
 
 
 # settings beside those of the quick start, and what the line must say
 WRONG = {
     "unknown key": ("--head.nonsense 3", "head.nonsense"),
-    "wrong type": ("--head.scale wide", "head.scale"),
+    "wrong type": ("--head.margin.scale wide", 'head.margin": Problem with given class_path'),
     "missing data": ("--data.folder {tmp}/nowhere", "nowhere does not exist"),
     "fewer identities than asked": ("--data.identities 1001", "1000"),
     "batch too large": ("--train.batch_size 20000", "20000"),
     "batch too small": ("--train.batch_size 1", "at least 2"),
     "batch and accumulation": ("--train.accumulation 3", "multiple"),
-    "margin out of range": ("--head.m 4", "[0, pi)"),
+    "margin out of range": (
+        "--head.margin.margin 4",
+        "--head.margin ArcFace: margin is an angle in radians in [0, pi)",
+    ),
     "sample rate": ("--head.sample_rate 0", "sample_rate"),
     "label_smoothing": ("--head.label_smoothing -1", "label_smoothing"),
     "logits_budget": ("--head.logits_budget -1", "logits_budget"),
     "init_std": ("--head.init_std -1", "init_std"),
     "m without effect": (
-        "--head.margin normface --head.m 0.5",
-        "--head.m is 0.5, which has no effect with --head.margin normface",
+        "--head.margin NormFace --head.margin.margin 0.5",
+        "--head.margin.margin: NormFace has no argument margin; it takes scale",
     ),
-    "setting of another margin": ("--head.l_a 5", "it is for magface"),
-    "scale of the file without effect": ("--head.margin softmax", "give null if a file sets it"),
-    "combined's default without effect": ("--head.m2 0.4", "--head.m2 is 0.4"),
-    "no such margin": ("--head.margin arc", "head.margin"),
+    "setting of another margin": (
+        "--head.margin.l_a 5",
+        "ArcFace has no argument l_a; it takes scale, margin, gradient",
+    ),
+    "scale of a margin": (
+        "--head.margin.scale -1",
+        "--head.margin ArcFace: scale must be a positive number, not -1.0",
+    ),
+    "argument of another margin": ("--head.margin.m2 0.4", "(--head.margin.help ArcFace explains them)"),
+    "no such margin": (
+        "--head.margin ArcFaze",
+        "--head.margin is ArcFaze; choose one of AdaFace, AdaptiveMargin, Arc",
+    ),
     "smoothing of binary decisions": (
-        "--head.margin sphereface2 --head.label_smoothing 0.1",
+        "--head.margin SphereFace2 --head.label_smoothing 0.1",
         "label_smoothing must be 0 with SphereFace2",
     ),
-    "centers": ("--head.margin subcenter --head.centers 0", "centers, the rows a class has"),
+    "centers": ("--head.margin SubCenterArcFace --head.margin.centers 0", "centers, the rows a class has"),
     "interclass_filter": ("--head.interclass_filter 2", "interclass_filter"),
     "weight of center loss": ("--center.weight -1", "center.weight"),
     "alpha without effect": ("--center.alpha 0.1", "--center.alpha is 0.1, which has no effect"),
@@ -195,8 +211,8 @@ def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
         return [*train, *out], "in use"
     return {
         "unwritable folder": ([*train, *args("--output.folder /proc/run/here")], "/proc"),
-        "resume nothing": (["train", "--resume", str(run)], "no run folder"),
-        "evaluate nothing": (["evaluate", str(run)], "no run folder"),
+        "resume nothing": (["train", "--resume", str(run)], "not a run folder"),
+        "evaluate nothing": (["evaluate", str(run)], "not a run folder"),
         "unknown command": (["trian"], "trian"),
     }[kind]
 
@@ -260,7 +276,7 @@ def test_a_run_leaves_everything(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (
         config["head"]["sample_rate"] == 0.5
-        and config["head"]["margin"] == "arcface"
+        and config["head"]["margin"]["class_path"] == "ArcFace"
         and config["train"]["clip_norm"] == 5.0
     )
     metrics = json.loads((run / "metrics.json").read_text())
@@ -280,8 +296,9 @@ def test_a_run_leaves_everything(run):
 
 
 def test_what_is_measured_is_logged_now_and_then(tmp_path):
-    """Only in the steps that are logged, and on a tracker as in the history; a margin that normalises nothing has no angles."""
-    settings = args("--head.margin softmax --head.scale null --output.log_every 4 --output.trackers [tensorboard]")
+    """Only in the steps that are logged, and on a tracker as in the history; a margin that normalises nothing has no
+    angles."""
+    settings = args("--head.margin Softmax --output.log_every 4 --output.trackers [tensorboard]")
     config = to_config(
         train_parser(),
         [
@@ -318,7 +335,7 @@ def test_what_is_measured_is_logged_now_and_then(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(["--head.margin", "adaface", "--head.statistics_momentum", "0.1"], marks=pytest.mark.slow),
+        pytest.param(["--head.margin", "AdaFace", "--head.margin.momentum", "0.1"], marks=pytest.mark.slow),
         ["--center.weight", "0.01", "--train.accumulation", "2"],
     ],
     ids=["adaface", "center"],
@@ -334,7 +351,7 @@ def test_running_statistics_and_centers_go_on_exactly(tmp_path, settings):
     assert "resuming after epoch 1" in succeed("train", "--resume", str(again))
     rows = history(folder)
     assert history(again) == rows
-    if "adaface" in settings:
+    if "AdaFace" in settings:
         assert (
             0.1 < rows[-1]["adaface_std"] < rows[0]["adaface_std"]
             and rows[-1]["adaface_mean"] < rows[0]["adaface_mean"] < 20
@@ -505,7 +522,8 @@ def test_ranks_that_read_no_image_fail_alike(tmp_path):
     assert err.count("partial-fc: error: 64 of 64 images of epoch 1 could not be read, the first of them ") == 1
 
 
-# ---------------------------------------------------------------------------------------------------- example and results
+# ---------------------------------------------------------------------------------------------------- example and
+# results
 
 
 def test_the_plain_ddp_example_learns(tmp_path):
@@ -519,9 +537,10 @@ def test_the_plain_ddp_example_learns(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2500)
 def test_the_results_that_the_readme_promises(tmp_path):
-    """Three seeds of the quick start at two ranks: ArcFace at FAR 1e-3 and its distance from the same run without a margin."""
+    """Three seeds of the quick start at two ranks: ArcFace at FAR 1e-3 and its distance from the same run without a
+    margin."""
     means: dict[str, list[float]] = {}
-    for margin in ("arcface", "normface"):
+    for margin in ("ArcFace", "NormFace"):
         for seed in range(3):
             folder = tmp_path / f"{margin}{seed}"
             settings = ["--output.folder", str(folder), "--seed", str(seed), "--head.margin", margin]
@@ -531,5 +550,5 @@ def test_the_results_that_the_readme_promises(tmp_path):
             for i, evaluation in enumerate(evaluations):
                 means[margin][i] += evaluation["tar"]["1e-3"] / 3
     print(means)
-    assert means["arcface"][0] >= 0.84 and means["arcface"][1] >= 0.60
-    assert means["arcface"][0] - means["normface"][0] >= 0.08 and means["arcface"][1] - means["normface"][1] >= 0.08
+    assert means["ArcFace"][0] >= 0.84 and means["ArcFace"][1] >= 0.60
+    assert means["ArcFace"][0] - means["NormFace"][0] >= 0.08 and means["ArcFace"][1] - means["NormFace"][1] >= 0.08

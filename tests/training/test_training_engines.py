@@ -1,7 +1,8 @@
-"""The application in every engine and under every launcher that has processes of its own: the numbers of plain DDP, and exact resumption.
+"""The application in every engine and under every launcher that has processes of its own: the numbers of plain DDP, and
+exact resumption.
 
-One run an engine, on the quick start's data, with accumulation and clipping; it is resumed from a checkpoint within its epoch by another
-launcher, and once by another engine.
+One run an engine, on the quick start's data, with accumulation and clipping; it is resumed from a checkpoint within its
+epoch by another launcher, and once by another engine.
 """
 
 from __future__ import annotations
@@ -97,10 +98,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.slow  # tests/project/test_launch.py and tests/engines/test_engine_state.py start and resume engines in the normal suite
+# tests/project/test_launch.py and tests/engines/test_engine_state.py start and resume engines in the normal suite
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["DeepSpeed ZeRO-3", "DeepSpeed ZeRO-2", "FSDP2"])
 def test_every_engine_gives_the_losses_of_ddp_and_goes_on_exactly(plain, tmp_path, engine):
-    """ZeRO-2 by accelerate launch and resumed by deepspeed, ZeRO-3 by torchrun and resumed by accelerate launch, FSDP2 resumed as DDP."""
+    """ZeRO-2 by accelerate launch and resumed by deepspeed, ZeRO-3 by torchrun and resumed by accelerate launch, FSDP2
+    resumed as DDP."""
     first, again, more = accelerate(tmp_path, **FSDP2), accelerate(tmp_path, **FSDP2), []
     if engine == "DeepSpeed ZeRO-2":
         first, again = accelerate(tmp_path, **zero(2)), DEEPSPEED
@@ -168,7 +171,7 @@ def test_the_runs_settings_go_before_deepspeeds_configuration():
     )
     assert found["gradient_clipping"] == 0 and found["bf16"] == {"enabled": False}
     assert found["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    with pytest.raises(UserError, match=r"enables fp16, and --train\.mixed_precision is no"):
+    with pytest.raises(UserError, match=r"enables fp16, but --train\.mixed_precision is no"):
         settings_for({"fp16": {"enabled": True}})
     with pytest.raises(UserError, match="names a scheduler"):
         settings_for({"scheduler": {"type": "WarmupLR"}})
@@ -178,7 +181,7 @@ def test_the_runs_settings_go_before_deepspeeds_configuration():
     ("environment", "settings", "expected"),
     [
         ({}, ["--train.deepspeed", "nowhere.json"], "nowhere.json does not exist"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "needs its processes started"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "DeepSpeed needs a launcher"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}, ["--train.mixed_precision", "fp16"], "fp16"),
     ],
     ids=["no such file", "no launcher", "fp16"],

@@ -1,4 +1,5 @@
-"""Class weights and centers as single files: bit for bit at every world size, in bounded memory, refused in words where they do not fit."""
+"""Class weights and centers as single files: bit for bit at every world size, in bounded memory, refused in words where
+they do not fit."""
 
 from __future__ import annotations
 
@@ -470,12 +471,8 @@ def train(head: PartialFC, optimizer: RowOptimizer, steps: int, rank: int = 0, w
 
 
 def margin_of(name: str) -> Any:
-    return {
-        "cosface": CosFace(scale=32.0),
-        "curricular": CurricularFace(),
-        "sphereface2": SphereFace2(),
-        "softmax": Softmax(),
-    }[name]
+    margins = (CosFace(scale=32.0), CurricularFace(), SphereFace2(), Softmax())
+    return next(margin for margin in margins if type(margin).__name__ == name)
 
 
 def train_from(rank: int, world: int, path: str, margin: str) -> list[float]:
@@ -484,13 +481,13 @@ def train_from(rank: int, world: int, path: str, margin: str) -> list[float]:
     return train(head, RowOptimizer(torch.optim.SGD, head, lr=0.1), 4, rank, world)
 
 
-@pytest.mark.parametrize("margin", ["cosface", "curricular", "sphereface2", "softmax"])
+@pytest.mark.parametrize("margin", ["CosFace", "CurricularFace", "SphereFace2", "Softmax"])
 def test_an_imported_checkpoint_trains_as_the_head_it_came_from(ranks, tmp_path, capsys, margin):
     head = PartialFC(D, 23, margin_of(margin), seed=3, init_std=1.0, dtype=torch.float64)
     file, checkpoint = str(tmp_path / "w.safetensors"), str(tmp_path / "checkpoint")
     save_checkpoint(tmp_path / "first", head=head)
     assert main(["export", str(tmp_path / "first"), file]) == 0
-    given = ["--margin", margin, *(["--scale", "32"] if margin == "cosface" else [])]
+    given = ["--margin", margin, *(["--margin.scale", "32"] if margin == "CosFace" else [])]
     assert main(["import", file, "--output", checkpoint, *given]) == 0
     assert "head, 23 classes of width 6" in capsys.readouterr().out
     expected = train(head, RowOptimizer(torch.optim.SGD, head, lr=0.1), 4)
@@ -537,25 +534,29 @@ def test_commands_say_what_is_wrong(tmp_path, mistake):
     assert "there is no folder" in mistake("export", tmp_path / "none", file)
     assert "neither a checkpoint" in mistake("export", tmp_path, file)
     assert "name that ends in .safetensors" in mistake("export", tmp_path / "c", tmp_path / "w.bin")
-    assert "no class weights or centers of the name x; it has a, b, head" in mistake(
+    assert "no class weights or centers named x; it has a, b, head" in mistake(
         "export", tmp_path / "c", file, "--name", "x"
     )
     assert main(["export", str(tmp_path / "c"), str(file)]) == 0
     assert "already exists; choose another name" in mistake("export", tmp_path / "c", file)
     assert main(["export", str(tmp_path / "c"), str(file), "--overwrite"]) == 0
-    assert "say which margin" in mistake("import", file, "--output", output)
-    assert "has a bias" in mistake("import", file, "--output", output, "--margin", "cosface")
-    assert "has no effect with --margin softmax" in mistake(
-        "import", file, "--output", output, "--margin", "softmax", "--scale", "3"
+    assert "give the margin of the checkpoint" in mistake("import", file, "--output", output)
+    assert "has a bias" in mistake("import", file, "--output", output, "--margin", "CosFace")
+    assert "--margin.scale: Softmax has no argument scale; it takes bias" in mistake(
+        "import", file, "--output", output, "--margin", "Softmax", "--margin.scale", "3"
     )
-    assert "one safetensors file holds all rows" in mistake("import", file, file, "--output", output)
+    assert (
+        "--margin adaface --m 0.3 --h 0.5: of an earlier version; write --margin AdaFace --margin.margin 0.3"
+        in mistake("import", file, "--output", output, "--margin", "adaface", "--h", "0.5", "--m", "0.3")
+    )
+    assert "a safetensors file holds all rows" in mistake("import", file, file, "--output", output)
     assert "there is no file" in mistake("import", tmp_path / "no.safetensors", "--output", output)
-    assert "--margin subcenter --centers K" in mistake(
-        "import", file, "--output", output, "--margin", "subcenter", "--key", "weight"
+    assert "--margin SubCenterArcFace --margin.centers K" in mistake(
+        "import", file, "--output", output, "--margin", "SubCenterArcFace", "--key", "weight"
     )
     assert not output.exists()
-    assert main(["import", str(file), "--output", str(output), "--margin", "softmax"]) == 0
-    assert "holds a checkpoint already" in mistake("import", file, "--output", output, "--margin", "softmax")
+    assert main(["import", str(file), "--output", str(output), "--margin", "Softmax"]) == 0
+    assert "already holds a checkpoint" in mistake("import", file, "--output", output, "--margin", "Softmax")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "out", "w.safetensors"]
 
 

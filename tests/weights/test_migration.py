@@ -1,4 +1,5 @@
-"""Files of each rank that other trainers saved become one matrix, whatever their number, and what is wrong with them is said in words."""
+"""Files of each rank that other trainers saved become one matrix, whatever their number, and what is wrong with them is
+said in words."""
 
 from __future__ import annotations
 
@@ -113,11 +114,13 @@ def test_only_one_file_is_held(tmp_path, monkeypatch):
     assert len(most) > 6 and max(most) == 1
 
 
-# ---------------------------------------------------------------------------------------------------- into a head that trains
+# ---------------------------------------------------------------------------------------------------- into a head that
+# trains
 
 
 def dense_steps(weight: Tensor, state: dict[str, Tensor], kind: str, steps: int) -> Tensor:
-    """The class weights after some steps of an optimizer that goes on from `state`; the gradient is that of ½ ‖W − target‖²."""
+    """The class weights after some steps of an optimizer that goes on from `state`; the gradient is that of ½ ‖W −
+    target‖²."""
     parameter = torch.nn.Parameter(weight.clone())
     optimizer: torch.optim.Optimizer = (
         torch.optim.SGD([parameter], lr=0.05, momentum=0.8)
@@ -193,7 +196,8 @@ def test_state_must_be_that_of_the_optimizer(tmp_path):
     assert torch.equal(head.weight, matrix(1).float())
 
 
-# ---------------------------------------------------------------------------------------------------- momentum that is left out
+# ---------------------------------------------------------------------------------------------------- momentum that is
+# left out
 
 
 def resave(path: Path, change: Any) -> None:

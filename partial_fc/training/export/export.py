@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +37,7 @@ from partial_fc.training.export.onnx import run_onnx, write_onnx
 from partial_fc.training.export.output_folder import check_free, publish, work_folder
 from partial_fc.training.export.spec import FORMAT, describe
 from partial_fc.training.run import CONFIG, RunFolder
+from partial_fc.training.settings_parser import SettingsParser
 
 SAFETENSORS = "backbone.safetensors"
 ONNX = "backbone.onnx"
@@ -168,7 +168,7 @@ def _check_installed(formats: Sequence[str]) -> None:
 
 def _config(folder: RunFolder) -> RunConfig:
     """Return the run's settings with full precision: a run in fp16 may be exported on a machine without a GPU."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser = SettingsParser(exit_on_error=False)
     add_config(parser)
     return to_config(parser, ["--config", str(folder.path / CONFIG), "--train.mixed_precision", "no"])
 

@@ -1,4 +1,5 @@
-"""`partial-fc data convert`: any format into any other, killed and gone on with, verified, and nothing of others overwritten."""
+"""`partial-fc data convert`: any format into any other, killed and gone on with, verified, and nothing of others
+overwritten."""
 
 from __future__ import annotations
 
@@ -228,7 +229,8 @@ def test_what_was_left_out_of_the_source_is_counted_and_named_too(tmp_path, caps
     path.write_text(path.read_text() + "lonely\n")
     assert main(["data", "convert", str(path), str(tmp_path / "dest"), "--format", "webdataset"]) == 0
     assert (
-        "12 images of 4 identities as webdataset, counts and labels verified; 2 damaged ones" in capsys.readouterr().out
+        "12 images of 4 identities as webdataset, counts and labels verified; 2 damaged images"
+        in capsys.readouterr().out
     )
     first, second = (tmp_path / "dest" / "left_out.txt").read_text().splitlines()
     assert first == "faces.txt line 16 (it has a path or a label, but not both)"

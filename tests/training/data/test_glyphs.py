@@ -1,4 +1,5 @@
-"""Fonts made here, with every trap in them, become a data set in which a design counts once and nothing held out is trained on."""
+"""Fonts made here, with every trap in them, become a data set in which a design counts once and nothing held out is
+trained on."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def write_font(
 
 @pytest.fixture(scope="module")
 def fonts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Designs Aa, Bb, ..., Gg; a copy of Aa moved by less than a pixel, a bold Aa; a file that is no font, and one cut in the middle."""
+    """Designs Aa, Bb, ..., Gg; a copy of Aa moved by less than a pixel, a bold Aa; a file that is no font, and one cut
+    in the middle."""
     folder = tmp_path_factory.mktemp("fonts")
     (folder / "deep").mkdir()
     traps: dict[int, list[Rectangle]] = {BLANK: [], BOX: NOTDEF} | {code: [(0, 0, 800, 100)] for code in REPEATED}
@@ -145,7 +147,7 @@ def test_the_command_tells_what_it_drops_and_counts_what_it_wrote(fonts, tmp_pat
         "1 glyphs: blank or nearly so",
         "1 glyphs: the image of the missing glyph (.notdef)",
         "6 glyphs: an image that more than 4 characters of the font share",
-        "40 identities, 214 pictures of 32 x 32",  # 32 characters in 5 designs, 8 in 7, 2 of Bb's missing
+        "40 identities, 214 images of 32 x 32",  # 32 characters in 5 designs, 8 in 7, 2 of Bb's missing
         "hangul: 40",
         f"--data.folder {out}",
     ):
@@ -375,7 +377,7 @@ def test_counting_finds_a_wrong_data_set(made, tmp_path):
     images = np.load(folder / "images.npy")
     images[7] = 0
     np.save(folder / "images.npy", images)
-    with pytest.raises(UserError, match="1 blank pictures"):
+    with pytest.raises(UserError, match="1 blank images"):
         verify(folder)
 
 

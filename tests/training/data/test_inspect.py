@@ -110,7 +110,7 @@ def test_a_plot_that_cannot_be_made_is_said_before_anything_is_read(tmp_path, ca
     for plot, message in (
         ("x.jpg", "ends with .png or .svg or .pdf"),
         ("x", "ends with"),
-        ("file/x.png", "is not a folder"),
+        ("file/x.png", "is not a writable folder"),
     ):
         assert main(["data", "inspect", str(tmp_path / "nothing"), "--plot", str(tmp_path / plot)]) == 2
         err = capsys.readouterr().err.splitlines()

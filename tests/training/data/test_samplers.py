@@ -1,4 +1,5 @@
-"""The order of an epoch: what each sampler promises, the same at every world size and after every resumption; labels that are mapped."""
+"""The order of an epoch: what each sampler promises, the same at every world size and after every resumption; labels
+that are mapped."""
 
 from __future__ import annotations
 

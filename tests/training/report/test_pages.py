@@ -31,7 +31,7 @@ COMMON = args("train --data.identities 40 --train.batch_size 64 --train.epochs 1
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
-    for name, more in (("arc", []), ("cos", ["--head.margin", "cosface", "--head.sample_rate", "0.5"])):
+    for name, more in (("arc", []), ("cos", ["--head.margin", "CosFace", "--head.sample_rate", "0.5"])):
         assert main([*COMMON, *more, "--output.folder", str(root / name)]) == 0
     return [root / "arc", root / "cos"]
 
@@ -158,9 +158,9 @@ def test_what_differs_is_told_and_the_best_is_marked(runs, tmp_path):
     assert main(["report", str(runs[0]), str(changed), str(unfinished), "--output", str(page)]) == 0
     text = page.read_text()
     settings = text[text.index("Settings that differ") : text.index("<h2>seen")]
-    assert settings.count("<tr>") == 4  # heads, margin, sample_rate, folder of the output
+    assert settings.count("<tr>") == 6  # heads, margin, its margin and gradient, sample_rate, folder of the output
     assert (
-        "<code>head.margin</code></td><td><code>arcface</code></td><td><code>cosface</code></td><td><code>arcface</code>"
+        "<code>head.margin</code></td><td><code>ArcFace</code></td><td><code>CosFace</code></td><td><code>ArcFace</code>"
         in settings
     )
     assert '<td class="best">0.00 %</td><td>—</td>' in text[text.index("<td>eer") :].split("</tr>")[0]
@@ -251,13 +251,13 @@ def test_what_cannot_be_laid_side_by_side_is_said(runs, tmp_path, mistake):
     shutil.copytree(runs[0], damaged)
     (damaged / "metrics.json").write_text("[")
     for arguments, message in (
-        ([str(tmp_path)], "is no run folder"),
+        ([str(tmp_path)], "is not a run folder"),
         ([str(damaged)], "damaged cannot be read"),
         ([str(runs[0]), str(runs[0])], "given twice"),
         ([str(runs[0]), "--output", str(tmp_path)], "is a folder; give the name of a file"),
         (
             [str(damaged), "--output", str(damaged / "metrics.json" / "x.html")],
-            "is not a folder that can be written to",
+            "is not a writable folder",
         ),
         ([], "required"),
     ):

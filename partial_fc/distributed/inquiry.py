@@ -1,0 +1,238 @@
+"""After a failed collective: which ranks did not reach it?
+
+    note       each rank that reached the collective and saw it fail writes a note to the process group's store
+    wait       for the notes of the other ranks: up to GRACE, but only SETTLE once a single note is absent
+    conclude   members of the group without a note are missing, and the conclusion is written to the store. If no note
+               is absent, the other ranks' conclusions are used: some of them may have failed because of a rank in
+               another group
+    report     the message and the ranks of a `RankMissing` (missing.py)
+
+None of this uses collectives, which would fail as well. If the store does not respond, the rank that hosts it is
+missing. Each rank registers its process in the store when it builds its first head (one message): a rank on the same
+machine can then tell whether that process has exited, is stopped or is running.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+import weakref
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+GRACE = 10.0  # seconds to wait for the notes of ranks that were still computing when the collective failed
+SETTLE = 1.0  # seconds to wait for the last note, once all ranks but one have written theirs
+SILENCE = 5.0  # seconds after which a store is considered not to respond
+POLL = 0.05  # seconds between two looks at the store
+
+# keys in the store, each followed by "/" and a global rank
+REACHED = "partial_fc/reached"  # this rank reached a collective that failed
+CONCLUDED = "partial_fc/concluded"  # JSON list of the ranks that this rank found missing
+PROCESS = "partial_fc/process"  # JSON [machine, pid, start time]
+
+CAUSES = (
+    "Usual causes: its data ended before the others' (use JoinedBatches), it raised an exception (see its own output), "
+    "it was killed (out of memory?) or stopped, or it is slower than the timeout."
+)
+END = "The process group can no longer be used: let this process end, and restart all ranks from the last checkpoint."
+
+_TIMEOUT = re.compile(r"[Tt]imed out (?:after )?waiting (?:for )?(\d+) ?ms")
+
+
+# --------------------------------------------------------------------------------------------------- processes of ranks
+
+_registered_in: weakref.ref[dist.ProcessGroup] | None = None  # the default group whose store has this process
+
+
+def register_process() -> None:
+    """Write to the store which process this rank is, once per default process group."""
+    global _registered_in
+    world = dist.group.WORLD
+    if world is None or (_registered_in is not None and _registered_in() is world):
+        return
+    _registered_in = weakref.ref(world)
+    process = [_machine(), os.getpid(), _stat(os.getpid())[1]]
+    try:
+        _default_store().set(f"{PROCESS}/{dist.get_rank()}", json.dumps(process))
+    except (RuntimeError, OSError, NotImplementedError):
+        return  # the store cannot be written to: a later message will not contain the state of the process
+
+
+def _machine() -> str:
+    """Return an id of this machine and of its process namespace; "" if there is none."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _stat(pid: int) -> tuple[str, str]:
+    """Return (state, start time) of a process as in /proc, ("", "") if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
+
+
+def _state_of(rank: int, store: Any) -> str:
+    """Return the state of a rank's process in words; "" if it is on another machine or was not registered."""
+    key = f"{PROCESS}/{rank}"
+    if not store.check([key]):
+        return ""
+    machine, pid, started = json.loads(store.get(key))
+    if not machine or machine != _machine():
+        return ""
+    state, since = _stat(pid)
+    if not state or since != started or state in "ZX":
+        return f"its process (pid {pid}) has exited"
+    return f"its process (pid {pid}) {'is stopped' if state in 'Tt' else 'is running, but elsewhere in its program'}"
+
+
+# ---------------------------------------------------------------------------------------------- which ranks are missing
+
+
+class _Inquiry(threading.Thread):
+    """Writes this rank's note, waits for the others' and concludes.
+
+    It is a thread, because a store whose host is stopped never responds.
+
+    missing: global ranks of `members` without a note, or those that other ranks found missing
+    seen: the state of each missing rank's process, in words
+    late: other ranks found this rank missing
+    """
+
+    def __init__(self, rank: int, members: list[int]) -> None:
+        super().__init__(daemon=True, name="partial_fc missing ranks")
+        self.rank = rank
+        self.members = members
+        self.answered = threading.Event()  # the store has responded, or failed
+        self.missing: set[int] = set()
+        self.seen: dict[int, str] = {}
+        self.late = False
+        self.failure: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._ask(_own_connection(_default_store()))
+        except Exception as error:  # the host of the store has exited, or this kind of store has no such operation
+            self.failure = error
+        finally:
+            self.answered.set()
+
+    def _ask(self, store: Any) -> None:
+        store.set(f"{REACHED}/{self.rank}", "1")
+        absent = self._wait(store, REACHED, self.members, time.monotonic() + GRACE)
+        self.missing = absent
+        store.set(f"{CONCLUDED}/{self.rank}", json.dumps(sorted(absent)))
+        if not absent:
+            self._read_conclusions(store)
+        self.seen = {rank: _state_of(rank, store) for rank in sorted(self.missing)}
+        if self.rank == 0:  # it may host the store: keep it until the others have read from it
+            present = [rank for rank in self.members if rank not in absent]
+            self._wait(store, CONCLUDED, present, time.monotonic() + SETTLE)
+
+    def _wait(self, store: Any, key: str, ranks: list[int], deadline: float) -> set[int]:
+        """Wait until all `ranks` have written `key`, or time is up; return the ranks that have not."""
+        absent = set(ranks)
+        one_absent_since = None
+        while True:
+            absent = {rank for rank in absent if not store.check([f"{key}/{rank}"])}
+            self.answered.set()
+            now = time.monotonic()
+            if len(absent) == 1 and one_absent_since is None:
+                one_absent_since = now
+            settled = one_absent_since is not None and now > one_absent_since + SETTLE
+            if not absent or now > deadline or settled:
+                return absent
+            time.sleep(POLL)
+
+    def _read_conclusions(self, store: Any) -> None:
+        """All ranks reached the collective: one failed because of a rank in another group, or this rank was late."""
+        others = [rank for rank in self.members if rank != self.rank]
+        self._wait(store, CONCLUDED, others, time.monotonic() + SETTLE)
+        for rank in others:
+            key = f"{CONCLUDED}/{rank}"
+            if store.check([key]):
+                self.missing.update(json.loads(store.get(key)))
+        self.late = self.rank in self.missing
+
+
+def _default_store() -> Any:
+    return dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+
+
+def _own_connection(store: Any) -> Any:
+    """Return the same store on a connection of its own, because the existing one may be locked by a waiting thread."""
+    tcp = _tcp_store(store)
+    if tcp is not None:
+        # fails within SILENCE if the host has exited; the store itself would retry for its whole timeout
+        socket.create_connection((tcp.host, tcp.port), SILENCE).close()
+    if hasattr(store, "clone"):  # from torch 2.7 on
+        store = store.clone()
+        store.set_timeout(timedelta(seconds=SILENCE))
+    return store
+
+
+def _tcp_store(store: Any) -> Any:
+    """Return the TCPStore below all prefixes; None if the store is of another kind."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store if isinstance(store, dist.TCPStore) else None
+
+
+# ---------------------------------------------------------------------------------------------------- the message
+
+
+def explain_failure(error: str, what: str, group: dist.ProcessGroup | None, seconds: float) -> tuple[str, list[int]]:
+    """Return the message of a `RankMissing` and its ranks.
+
+    error: torch's message. what: what the collective was for. seconds: from its start to its failure.
+    """
+    members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    inquiry = _Inquiry(dist.get_rank(), members)
+    inquiry.start()
+    inquiry.answered.wait(SILENCE)
+    if inquiry.answered.is_set():
+        inquiry.join(GRACE + 2 * SETTLE + SILENCE)
+    timeout = _TIMEOUT.search(error)
+    how = (
+        f"waited {int(timeout[1]) / 1000:g} s, the timeout"
+        if timeout
+        else f"the connection was closed after {seconds:.1f} s, before the timeout"
+    )
+    missing = sorted(inquiry.missing)
+    if inquiry.late:
+        late = "after the other ranks had given up waiting for it: it was stopped, or is slower than the timeout"
+        return f"rank {inquiry.rank} (this rank) reached {what} {late}. {END}", missing
+    if missing:
+        seen = "".join(f"; rank {rank}: {state}" for rank, state in inquiry.seen.items() if state)
+        return f"{_names(missing)} did not reach {what} ({how}{seen}). {CAUSES} {END}", missing
+    if inquiry.failure is None and inquiry.answered.is_set() and not inquiry.is_alive():
+        return f"all ranks reached {what}, but the connection between them failed ({how}): check the network. {END}", []
+    return _explain_by_store(inquiry, what, how)
+
+
+def _explain_by_store(inquiry: _Inquiry, what: str, how: str) -> tuple[str, list[int]]:
+    """Return the message and the ranks if the store has failed or does not respond."""
+    store = _tcp_store(_default_store())
+    agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if store is None or inquiry.rank == 0 or agent_hosts_it:
+        address = "" if store is None else f" at {store.host}:{store.port}"
+        unknown = f"which rank is unknown, because the store{address} does not respond"
+        return f"a rank did not reach {what} ({how}; {unknown}). {CAUSES} {END}", []
+    state = "is gone" if inquiry.failure else "does not respond"
+    hosted = f"the store that it hosts at {store.host}:{store.port} {state}"
+    return f"rank 0 did not reach {what} ({how}; {hosted}). {CAUSES} {END}", [0]
+
+
+def _names(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"

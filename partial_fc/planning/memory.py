@@ -1,0 +1,200 @@
+"""The memory of a training step on one rank: bytes of every large tensor, in each phase of the step that has it.
+
+    build       the head is constructed: initial rows (not part of a step)
+    gather      the global batch is collected
+    select      classes are drawn, their rows selected
+    forward     logits, tile by tile
+    combine     statistics of all ranks become the loss
+    backward    gradients, tile by tile
+    update      the optimizer updates the rows, block by block
+
+Each item adds its bytes to its phases; the peak is the largest sum over a phase. On the CPU the two largest buffers,
+kept logits and gradient, are held from step to step, and the heap does not reuse all freed memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from partial_fc.optim.row_optimizer import BLOCK_BYTES
+from partial_fc.planning.costs import Sizes, payload_bytes
+from partial_fc.sharded_module import INIT_BLOCK
+
+PHASES = ("build", "gather", "select", "forward", "combine", "backward", "update")
+WINDOW_TEMPORARIES = 41  # most bytes per class of the window that `draw_window` holds: five numbers and a mask
+ROUNDING_TEMPORARIES = 24  # most bytes per number that stochastic rounding of a block holds
+
+
+@dataclass(frozen=True)
+class Item:
+    """One kind of tensor on a rank: its size as a formula, and its bytes in every phase of a step that has it."""
+
+    name: str
+    formula: str
+    bytes: dict[str, int]
+
+    @property
+    def largest(self) -> int:
+        return max(self.bytes.values(), default=0)
+
+
+def items(z: Sizes) -> tuple[Item, ...]:
+    """Return every large tensor of a rank with its bytes in each phase."""
+    step = PHASES[1:]
+    shard = z.C_local * z.D
+    master = 4 * (z.wide == "master")
+    logits = _tile_logits(z)
+    tiles = {"forward": _tile_forward(z), "backward": _tile_backward(z)}
+    block = 0 if z.in_backward else block_bytes(z, _block_elements(z))
+    # glibc does not reuse all freed memory: up to as much again as tiles and blocks take (docs/cost-model.md)
+    heap = block + max(logits[phase] + rows for phase, rows in tiles.items()) if z.cpu else 0
+    return (
+        Item("weights", "C_local·D", dict.fromkeys(PHASES, shard * z.w)),
+        Item("initial rows", "C_local·D, float32", {"build": (shard + 2 * INIT_BLOCK * z.D) * 4 if z.cpu else 0}),
+        Item(
+            "optimizer state",
+            f"{z.states + bool(master)}·C_local·D",
+            dict.fromkeys(step, shard * (z.states * z.q + master)),
+        ),
+        _gradient(z),
+        Item(
+            "kept logits",
+            "N·S",
+            dict.fromkeys(step if z.cpu else ("forward", "combine", "backward"), z.logits if z.kept else 0),
+        ),
+        Item("logits of a tile", "N·T", logits),
+        Item("rows of a tile", "T·D, several", tiles),
+        Item("embeddings and their gradient", "N·D, several", _embeddings(z)),
+        Item("selection", "row numbers and lengths", _selection(z)),
+        Item("collectives' buffers", "", _collective_buffers(z)),
+        Item("blocks of the optimizer", "", {"update": block}),
+        Item("heap", "freed tiles and blocks, on the CPU", dict.fromkeys(step, heap)),
+    )
+
+
+def _gradient(z: Sizes) -> Item:
+    """The gradient of the weight or of its selected rows. Rows that are held occupy its memory from forward on."""
+    if z.cpu:
+        since = "gather"
+    else:
+        since = "forward" if z.held else "backward"
+    until = "backward" if z.in_backward and not z.cpu else "update"
+    phases = PHASES[PHASES.index(since) : PHASES.index(until) + 1]
+    name = "row gradients" if z.window else "weight gradient"
+    if z.in_backward:
+        return Item(name, "T·D, a tile at a time", dict.fromkeys(phases, z.T * z.D * z.w))
+    return Item(name, "S·D, before that the rows" if z.held else "S·D", dict.fromkeys(phases, z.S * z.D * z.w))
+
+
+# ---------------------------------------------------------------------------------------------------- tiles
+
+
+def _tile_logits(z: Sizes) -> dict[str, int]:
+    """A tile of logits that is not a view of the kept ones.
+
+    It has the dtype of the products, or is computed in the dtype of the statistics and then lowered.
+    """
+    one = z.N * z.T
+    computed = z.p if z.bounded else z.s
+    forward = 0 if z.kept and z.bounded else one * computed
+    backward = 0 if z.kept else one * (computed if z.bounded else computed + z.p)
+    return {"forward": forward, "combine": forward, "backward": backward}
+
+
+def _directions(z: Sizes) -> tuple[int, int]:
+    """Return (bytes of a tile's directions, bytes while they are computed); both 0 if rows are held.
+
+    They are computed from rows that are gathered, widened and divided.
+    """
+    elements = z.T * z.D
+    if z.held:
+        return 0, 0
+    return elements * z.s, elements * (z.w * (z.window > 0) + z.s * (z.w != z.s) + z.s)
+
+
+def _tile_forward(z: Sizes) -> int:
+    """Bytes beside the logits while forward computes a tile: the largest of the moments between two operations."""
+    directions, computing = _directions(z)
+    lowered = z.T * z.D * z.p * z.low
+    narrow = 0 if z.bounded else z.N * z.T * z.p  # logits before they are widened
+    summed = z.N * z.T * z.s * (z.cpu and z.low and z.bounded)  # the CPU widens what it sums
+    return max(computing, directions + lowered + narrow, directions + summed)
+
+
+def _tile_backward(z: Sizes) -> int:
+    """As `_tile_forward`, for backward."""
+    directions, computing = _directions(z)
+    rows = z.T * z.D
+    samples = z.N * z.D
+    narrow = 0 if z.bounded else z.N * z.T * z.p
+    # the gradient, unless the product can be written to its final place
+    own = 0 if z.p == z.s == z.w and not z.held else rows * z.s
+    product = rows * z.p * z.low + own
+    if not z.bounded:  # float16 is unscaled after it is widened
+        product = 2 * rows * z.s
+    transposed = z.N * z.T * z.p * (z.cpu and z.low and z.bounded)  # the CPU transposes half precision
+    return max(
+        computing + directions * (z.tiles > 1),  # beside the directions of the previous tile
+        directions + rows * z.p * z.low + max(narrow, samples * z.p * z.low),
+        directions + product + transposed + samples * z.p * z.low,
+        directions + own + rows * z.s,  # the component of the gradient along the directions
+        directions + 2 * samples * z.s,  # the terms of the targets
+        directions + block_bytes(z, rows) if z.in_backward else 0,
+    )
+
+
+# -------------------------------------------------------------------------------------------------- batch and selection
+
+
+def _embeddings(z: Sizes) -> dict[str, int]:
+    one = z.N * z.D
+    gathered = one * z.s * (z.world > 1)
+    # unit vectors, their gradient, the targets' rows, weighted unit vectors [s each]; scaled unit vectors [p];
+    # without overlap a tile's share of the gradient [s]
+    backward = one * (4 * z.s + z.p + (0 if z.overlap else z.s))
+    return {
+        "gather": gathered,
+        "select": gathered,
+        "forward": gathered + one * 4 * z.s,  # unit vectors, those of the targets, the targets' rows, their product
+        "combine": gathered + one * (z.s + z.p),
+        "backward": gathered + backward,
+        "update": gathered + z.N_local * z.D * z.s,
+    }
+
+
+def _selection(z: Sizes) -> dict[str, int]:
+    """Row numbers, which are kept until the next selection, and 1/length of the rows."""
+    numbers = 8 * z.S * (z.window > 0)
+    drawing = max(WINDOW_TEMPORARIES * z.window, 8 * (2 * (z.window + z.N) + 4 * z.S)) if z.window else 0
+    after = dict.fromkeys(("forward", "combine", "backward", "update"), numbers + z.S * z.s)
+    return {"gather": numbers, "select": numbers + drawing, **after}
+
+
+def _collective_buffers(z: Sizes) -> dict[str, int]:
+    if z.world == 1:
+        return {"combine": 7 * z.N * z.s}
+    return {
+        "gather": (1 + z.world) * payload_bytes(z),
+        "combine": (4 + 7 * z.world) * z.N * z.s,  # this rank's, those of all ranks, three temporaries of [world, N]
+        "backward": z.N_local * z.D * z.s,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- optimizer
+
+
+def _block_elements(z: Sizes) -> int:
+    return min(z.S, max(1, BLOCK_BYTES // (z.D * z.w))) * z.D
+
+
+def block_bytes(z: Sizes, elements: int) -> int:
+    """Bytes that the optimizer allocates for a block: gathered rows and state, widened copies, temporaries.
+
+    Without sampling a block has state of its own in the first step only, which is counted.
+    """
+    state = z.states * z.q
+    rows = (4 if z.wide == "master" else z.w) * (z.window > 0)
+    rows += 4 * (z.wide == "stochastic") + 4 * bool(z.wide)  # widened, and their gradient
+    working = 0 if z.fused else z.q
+    storing = {None: 0, "master": z.w, "stochastic": ROUNDING_TEMPORARIES}[z.wide]
+    return elements * (rows + state + max(working, storing))
