@@ -39,3 +39,17 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Indices of data sets go to a folder of the session, not to the user's."""
     monkeypatch.setenv("PARTIAL_FC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`mistake("train", ...)`: the one line that the command prints of what is wrong; it ends with exit code 2."""
+    from partial_fc.training.cli.main import main
+
+    def error_of(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(each) for each in arguments]) == 2
+        (line,) = (each for each in capsys.readouterr().err.splitlines() if each.startswith("partial-fc: error: "))
+        return line
+
+    return error_of

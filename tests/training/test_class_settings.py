@@ -259,9 +259,8 @@ def test_the_help_of_all_settings_names_the_classes(capsys):
     assert "known subclasses" not in text and len(text) < 25_000
 
 
-def test_the_help_of_a_misspelt_class_lists_the_classes(capsys):
-    assert main(["train", "--head.margin.help", "ArcFaze"]) == 2
-    assert "choose one of AdaFace, AdaptiveMargin, ArcFace" in capsys.readouterr().err
+def test_the_help_of_a_misspelt_class_lists_the_classes(mistake):
+    assert "choose one of AdaFace, AdaptiveMargin, ArcFace" in mistake("train", "--head.margin.help", "ArcFaze")
 
 
 # ---------------------------------------------------------------------------------------------------- classes of the
@@ -465,7 +464,7 @@ def old_form(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "head": {**unset, **config["head"]}, "optimizer": {**given, **more}}
 
 
-def test_a_run_of_an_earlier_version_goes_on_exactly(tmp_path, capsys):
+def test_a_run_of_an_earlier_version_goes_on_exactly(tmp_path, mistake):
     """Its folder has settings in the old form: it is resumed and evaluated, and laid beside a run of today."""
     settings = ["--data.identities", "30", "--train.batch_size", "64", "--train.epochs", "2", "--output.log_every", "1"]
     settings += ["--head_lr_factor", "2", "--output.folder", str(tmp_path / "run")]
@@ -476,10 +475,12 @@ def test_a_run_of_an_earlier_version_goes_on_exactly(tmp_path, capsys):
     shutil.rmtree(max((again / "checkpoints").glob("step-*")))
     old = old_form(yaml.safe_load((again / "config.yaml").read_text()))
     (again / "config.yaml").write_text(yaml.safe_dump(old, sort_keys=False))
-    assert main(["train", "--resume", str(again), "--head.margin.scale", "16"]) == 2
-    assert "was run with head.margin.scale = 32.0, and this asks for 16.0" in capsys.readouterr().err
-    assert main(["train", "--resume", str(again), "--head.scale", "32"]) == 2
-    assert "--head.scale 32: of an earlier version; write --head.margin.scale 32" in capsys.readouterr().err
+    assert "was run with head.margin.scale = 32.0, and this asks for 16.0" in mistake(
+        "train", "--resume", str(again), "--head.margin.scale", "16"
+    )
+    assert "--head.scale 32: of an earlier version; write --head.margin.scale 32" in mistake(
+        "train", "--resume", str(again), "--head.scale", "32"
+    )
     assert main(["train", "--resume", str(again)]) == 0
     assert logged(again) == rows
     assert "name: sgd" in (again / "config.yaml").read_text(), "the folder keeps its settings"

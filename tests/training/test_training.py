@@ -127,139 +127,97 @@ def test_the_head_has_the_filter_and_a_margin_of_each_classs_count():
 # line
 
 
-def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
-    """(arguments, what the line must say)."""
-    out = ["--output.folder", str(tmp_path / "run")]
-    train = ["train", str(ROOT / "configs/quickstart.yaml"), *out]
-    if kind == "unknown key":
-        return [*train, "--head.nonsense", "3"], "head.nonsense"
-    if kind == "wrong type":
-        return [*train, "--head.margin.scale", "wide"], 'head.margin": Problem with given class_path'
-    if kind == "unknown key in the file":
-        (tmp_path / "c.yaml").write_text("head: {skale: 3}\n")
-        return ["train", str(tmp_path / "c.yaml"), *out], "skale"
-    if kind == "no such file":
-        return ["train", str(tmp_path / "none.yaml"), *out], "none.yaml"
-    if kind == "no YAML":
-        (tmp_path / "c.yaml").write_text("head: [3\n")
-        return ["train", str(tmp_path / "c.yaml"), *out], "c.yaml"
-    if kind == "missing data":
-        return [*train, "--data.folder", str(tmp_path / "nowhere")], "nowhere does not exist"
-    if kind == "identity without images":
-        image_folder(tmp_path / "data", 3, 2)
-        (tmp_path / "data" / "empty").mkdir()
-        return [
-            "train",
-            *out,
-            "--data.folder",
-            str(tmp_path / "data"),
-            *FOLDER_RUN,
-            "--data.on_error",
-            "raise",
-        ], "cannot read empty (there is no image"
-    if kind == "fewer identities than asked":
-        return [*train, "--data.identities", "1001"], "1000"
-    if kind == "folder in use":
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "precious").write_text("data")
-        return train, "in use"
-    if kind == "folder is a file":
-        (tmp_path / "run").write_text("data")
-        return train, "in use"
-    if kind == "unwritable folder":
-        return [*train[:-1], "/proc/run/here"], "/proc"
-    if kind == "batch too large":
-        return [*train, "--train.batch_size", "20000"], "20000"
-    if kind == "batch and accumulation":
-        return [*train, "--train.accumulation", "3"], "multiple"
-    if kind == "margin out of range":
-        return [*train, "--head.margin.margin", "4"], "--head.margin ArcFace: margin is an angle in radians in [0, pi)"
-    if kind == "sample rate":
-        return [*train, "--head.sample_rate", "0"], "sample_rate"
-    if kind in ("label_smoothing", "logits_budget", "init_std"):
-        return [*train, f"--head.{kind}", "-1"], kind
-    if kind == "m without effect":
-        more = ["--head.margin", "NormFace", "--head.margin.margin", "0.5"]
-        return [*train, *more], "--head.margin.margin: NormFace has no argument margin; it takes scale"
-    if kind == "setting of another margin":
-        return [*train, "--head.margin.l_a", "5"], "ArcFace has no argument l_a; it takes scale, margin, gradient"
-    if kind == "scale of a margin":
-        return [*train, "--head.margin.scale", "-1"], "--head.margin ArcFace: scale must be a positive number, not -1.0"
-    if kind == "argument of another margin":
-        return [*train, "--head.margin.m2", "0.4"], "(--head.margin.help ArcFace explains them)"
-    if kind == "no such margin":
-        return [
-            *train,
-            "--head.margin",
-            "ArcFaze",
-        ], "--head.margin is ArcFaze; choose one of AdaFace, AdaptiveMargin, Arc"
-    if kind == "smoothing of binary decisions":
-        return [
-            *train,
-            *args("--head.margin SphereFace2 --head.label_smoothing 0.1"),
-        ], "label_smoothing must be 0 with SphereFace2"
-    if kind == "centers":
-        return [
-            *train,
-            "--head.margin",
-            "SubCenterArcFace",
-            "--head.margin.centers",
-            "0",
-        ], "centers, the rows a class has"
-    if kind == "interclass_filter":
-        return [*train, "--head.interclass_filter", "2"], "interclass_filter"
-    if kind == "weight of center loss":
-        return [*train, "--center.weight", "-1"], "center.weight"
-    if kind == "alpha without effect":
-        return [*train, "--center.alpha", "0.1"], "--center.alpha is 0.1, which has no effect"
-    if kind == "alpha":
-        return [*train, "--center.weight", "0.1", "--center.alpha", "2"], "alpha must be in (0, 1]"
-    if kind == "momentum":
-        return [*train, "--optimizer.momentum", "-1"], "momentum"
-    if kind == "tracker":
-        return [*train, "--output.trackers", "[nonsense]"], "nonsense"
-    if kind == "batch too small":
-        return [*train, "--train.batch_size", "1"], "at least 2"
-    if kind == "holdout of one":
-        image_folder(tmp_path / "data", 3, 2)
-        return [
-            "train",
-            *out,
-            "--data.folder",
-            str(tmp_path / "data"),
-            *FOLDER_RUN,
-            "--data.holdout_identities",
-            "1",
-            "--check",
-        ], "at least 2"
-    if kind == "power":
-        return [*train, "--schedule.power", "-1"], "schedule.power"
-    if kind == "seed":
-        return [*train, "--seed", "99999999999999999999999"], "2**62"
-    if kind == "backbone when checking":
-        return [*train, "--backbone.name", "vgg", "--check"], "small"
-    if kind == "backbone":
-        return [*train, "--backbone.name", "vgg"], "small"
-    if kind == "resume nothing":
-        return ["train", "--resume", str(tmp_path / "run")], "not a run folder"
-    if kind == "evaluate nothing":
-        return ["evaluate", str(tmp_path / "run")], "not a run folder"
-    assert kind == "unknown command"
-    return ["trian"], "trian"
-
-
-KINDS = [
-    "unknown key", "wrong type", "unknown key in the file", "no such file", "no YAML", "missing data", "identity without images",
-    "fewer identities than asked", "folder in use", "folder is a file", "unwritable folder", "batch too large",
-    "batch and accumulation", "margin out of range", "label_smoothing", "logits_budget", "init_std", "momentum", "tracker",
-    "holdout of one", "power", "seed", "backbone when checking", "batch too small", "sample rate", "backbone", "resume nothing",
-    "evaluate nothing", "unknown command", "m without effect", "setting of another margin", "scale of a margin",
-    "argument of another margin", "no such margin", "centers", "interclass_filter", "weight of center loss",
-    "alpha without effect", "alpha", "smoothing of binary decisions",
+# settings beside those of the quick start, and what the line must say
+WRONG = {
+    "unknown key": ("--head.nonsense 3", "head.nonsense"),
+    "wrong type": ("--head.margin.scale wide", 'head.margin": Problem with given class_path'),
+    "missing data": ("--data.folder {tmp}/nowhere", "nowhere does not exist"),
+    "fewer identities than asked": ("--data.identities 1001", "1000"),
+    "batch too large": ("--train.batch_size 20000", "20000"),
+    "batch too small": ("--train.batch_size 1", "at least 2"),
+    "batch and accumulation": ("--train.accumulation 3", "multiple"),
+    "margin out of range": (
+        "--head.margin.margin 4",
+        "--head.margin ArcFace: margin is an angle in radians in [0, pi)",
+    ),
+    "sample rate": ("--head.sample_rate 0", "sample_rate"),
+    "label_smoothing": ("--head.label_smoothing -1", "label_smoothing"),
+    "logits_budget": ("--head.logits_budget -1", "logits_budget"),
+    "init_std": ("--head.init_std -1", "init_std"),
+    "m without effect": (
+        "--head.margin NormFace --head.margin.margin 0.5",
+        "--head.margin.margin: NormFace has no argument margin; it takes scale",
+    ),
+    "setting of another margin": (
+        "--head.margin.l_a 5",
+        "ArcFace has no argument l_a; it takes scale, margin, gradient",
+    ),
+    "scale of a margin": (
+        "--head.margin.scale -1",
+        "--head.margin ArcFace: scale must be a positive number, not -1.0",
+    ),
+    "argument of another margin": ("--head.margin.m2 0.4", "(--head.margin.help ArcFace explains them)"),
+    "no such margin": (
+        "--head.margin ArcFaze",
+        "--head.margin is ArcFaze; choose one of AdaFace, AdaptiveMargin, Arc",
+    ),
+    "smoothing of binary decisions": (
+        "--head.margin SphereFace2 --head.label_smoothing 0.1",
+        "label_smoothing must be 0 with SphereFace2",
+    ),
+    "centers": ("--head.margin SubCenterArcFace --head.margin.centers 0", "centers, the rows a class has"),
+    "interclass_filter": ("--head.interclass_filter 2", "interclass_filter"),
+    "weight of center loss": ("--center.weight -1", "center.weight"),
+    "alpha without effect": ("--center.alpha 0.1", "--center.alpha is 0.1, which has no effect"),
+    "alpha": ("--center.weight 0.1 --center.alpha 2", "alpha must be in (0, 1]"),
+    "momentum": ("--optimizer.momentum -1", "momentum"),
+    "tracker": ("--output.trackers [nonsense]", "nonsense"),
+    "power": ("--schedule.power -1", "schedule.power"),
+    "seed": ("--seed 99999999999999999999999", "2**62"),
+    "backbone": ("--backbone.name vgg", "small"),
+    "backbone when checking": ("--backbone.name vgg --check", "small"),
+}
+OTHER_MISTAKES = [
+    "unknown key in the file", "no such file", "no YAML", "identity without images", "folder in use", "folder is a file",
+    "unwritable folder", "holdout of one", "resume nothing", "evaluate nothing", "unknown command",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def bad_run(tmp_path: Path, kind: str) -> tuple[list[str], str]:
+    """(arguments, what the line must say)."""
+    run, file, data = tmp_path / "run", tmp_path / "c.yaml", tmp_path / "data"
+    train, out = ["train", str(ROOT / "configs/quickstart.yaml")], ["--output.folder", str(run)]
+    if kind in WRONG:
+        settings, expected = WRONG[kind]
+        return [*train, *out, *args(settings.format(tmp=tmp_path))], expected
+    if kind in ("unknown key in the file", "no YAML"):
+        file.write_text("head: {skale: 3}\n" if kind == "unknown key in the file" else "head: [3\n")
+        return ["train", str(file), *out], "skale" if kind == "unknown key in the file" else "c.yaml"
+    if kind == "no such file":
+        return ["train", str(tmp_path / "none.yaml"), *out], "none.yaml"
+    if kind in ("identity without images", "holdout of one"):
+        image_folder(data, 3, 2)
+        folder_run = ["train", *out, "--data.folder", str(data), *FOLDER_RUN]
+        if kind == "holdout of one":
+            return [*folder_run, *args("--data.holdout_identities 1 --check")], "at least 2"
+        (data / "empty").mkdir()
+        return [*folder_run, *args("--data.on_error raise")], "cannot read empty (there is no image"
+    if kind == "folder in use":
+        run.mkdir()
+        (run / "precious").write_text("data")
+        return [*train, *out], "in use"
+    if kind == "folder is a file":
+        run.write_text("data")
+        return [*train, *out], "in use"
+    return {
+        "unwritable folder": ([*train, *args("--output.folder /proc/run/here")], "/proc"),
+        "resume nothing": (["train", "--resume", str(run)], "not a run folder"),
+        "evaluate nothing": (["evaluate", str(run)], "not a run folder"),
+        "unknown command": (["trian"], "trian"),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", [*WRONG, *OTHER_MISTAKES])
 def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, kind):
     arguments, expected = bad_run(tmp_path, kind)
     before = sorted((p, p.read_bytes() if p.is_file() else b"") for p in tmp_path.rglob("*"))
@@ -480,31 +438,28 @@ def test_a_run_goes_on_at_another_world_size(run, tmp_path, capsys):
     assert rows[-1]["loss"] == pytest.approx(before[-1]["loss"], rel=0.2)
 
 
-def test_a_run_goes_on_where_its_data_have_moved(tmp_path, capsys):
+def test_a_run_goes_on_where_its_data_have_moved(tmp_path, mistake):
     data, run = image_folder(tmp_path / "data", 8, 4), tmp_path / "run"
     settings = ["--data.folder", str(data), "--data.holdout_identities", "3", *FOLDER_RUN]
     assert main(["train", *settings, "--output.folder", str(run)]) == 0
     data.rename(tmp_path / "moved")
-    assert main(["train", "--resume", str(run)]) == 2
-    assert f"the data folder {data} does not exist; check --data.folder" in capsys.readouterr().err
-    assert main(["train", "--resume", str(run), "--data.folder", str(image_folder(tmp_path / "other", 8, 5))]) == 2
-    assert "the data have changed since the run began" in capsys.readouterr().err
+    assert f"the data folder {data} does not exist; check --data.folder" in mistake("train", "--resume", str(run))
+    assert "the data have changed since the run began" in mistake(
+        "train", "--resume", str(run), "--data.folder", str(image_folder(tmp_path / "other", 8, 5))
+    )
     assert main(["train", "--resume", str(run), "--data.folder", str(tmp_path / "moved")]) == 0
     assert main(["evaluate", str(run), "--output", str(tmp_path / "again")]) == 0, "later commands find them, too"
     assert json.loads((tmp_path / "again/metrics.json").read_text())["checkpoint"] == "newest (step 2)"
 
 
-def test_a_resume_with_other_settings_is_refused(run, capsys):
-    assert main(["train", "--resume", str(run), "--head.margin.scale", "16"]) == 2
-    assert "head.margin.scale = 32.0" in capsys.readouterr().err
-    assert (
-        main(["train", str(ROOT / "configs/quickstart.yaml"), "--output.folder", str(run), "--resume", "--check"]) == 2
-    )
-    assert "data.identities = 60" in capsys.readouterr().err
+def test_a_resume_with_other_settings_is_refused(run, capsys, mistake):
+    assert "head.scale = 32.0" in mistake("train", "--resume", str(run), "--head.scale", "16")
+    resumed = [ROOT / "configs/quickstart.yaml", "--output.folder", run, "--resume", "--check"]
+    assert "data.identities = 60" in mistake("train", *resumed)
     assert main(["train", "--resume", str(run), "--train.keep_last", "5", "--check"]) == 0
 
 
-def test_evaluate_a_run_and_a_folder(run, tmp_path, capsys):
+def test_evaluate_a_run_and_a_folder(run, tmp_path, capsys, mistake):
     assert main(["evaluate", str(run), "--output", str(tmp_path / "again")]) == 0
     again = json.loads((tmp_path / "again/metrics.json").read_text())["evaluations"]
     before = json.loads((run / "metrics.json").read_text())["evaluations"]
@@ -517,24 +472,11 @@ def test_evaluate_a_run_and_a_folder(run, tmp_path, capsys):
     assert (evaluation["images"], evaluation["identities"]) == (22, 6)
     assert len((tmp_path / "out/unreadable.txt").read_text().splitlines()) == 2
     assert evaluation["tar"]["1e-5"] is None
-    assert main(["evaluate", str(run), "--data", str(tmp_path / "faces"), "--output", str(tmp_path / "out")]) == 2
-    assert "in use" in capsys.readouterr().err
-    assert (
-        main(
-            [
-                "evaluate",
-                str(run),
-                "--data",
-                str(tmp_path / "faces"),
-                "--output",
-                str(tmp_path / "new"),
-                "--on_error",
-                "raise",
-            ]
-        )
-        == 2
+    assert "in use" in mistake(
+        "evaluate", str(run), "--data", str(tmp_path / "faces"), "--output", str(tmp_path / "out")
     )
-    assert "0.png" in capsys.readouterr().err
+    new = ["--data", tmp_path / "faces", "--output", tmp_path / "new", "--on_error", "raise"]
+    assert "0.png" in mistake("evaluate", run, *new)
 
 
 def test_folder_training_skips_or_refuses_unreadable_images(tmp_path):

@@ -528,41 +528,34 @@ def test_a_checkpoint_is_a_source_too(ranks, tmp_path, kind):
         import_weights(tmp_path / "c", build(kind, 24))
 
 
-def fails(capsys: Any, *arguments: Any) -> str:
-    assert main([str(a) for a in arguments]) == 2
-    text = capsys.readouterr().err.strip().splitlines()[-1]
-    assert text.startswith("partial-fc: error: ")
-    return text
-
-
-def test_commands_say_what_is_wrong(tmp_path, capsys):
+def test_commands_say_what_is_wrong(tmp_path, mistake):
     save_checkpoint(tmp_path / "c", head=build("softmax", 5, 3), a=build("center", 5), b=build("center", 5))
     file, output = tmp_path / "w.safetensors", tmp_path / "out"
-    assert "there is no folder" in fails(capsys, "export", tmp_path / "none", file)
-    assert "neither a checkpoint" in fails(capsys, "export", tmp_path, file)
-    assert "name that ends in .safetensors" in fails(capsys, "export", tmp_path / "c", tmp_path / "w.bin")
-    assert "no class weights or centers named x; it has a, b, head" in fails(
-        capsys, "export", tmp_path / "c", file, "--name", "x"
+    assert "there is no folder" in mistake("export", tmp_path / "none", file)
+    assert "neither a checkpoint" in mistake("export", tmp_path, file)
+    assert "name that ends in .safetensors" in mistake("export", tmp_path / "c", tmp_path / "w.bin")
+    assert "no class weights or centers named x; it has a, b, head" in mistake(
+        "export", tmp_path / "c", file, "--name", "x"
     )
     assert main(["export", str(tmp_path / "c"), str(file)]) == 0
-    assert "already exists; choose another name" in fails(capsys, "export", tmp_path / "c", file)
+    assert "already exists; choose another name" in mistake("export", tmp_path / "c", file)
     assert main(["export", str(tmp_path / "c"), str(file), "--overwrite"]) == 0
-    assert "give the margin of the checkpoint" in fails(capsys, "import", file, "--output", output)
-    assert "has a bias" in fails(capsys, "import", file, "--output", output, "--margin", "CosFace")
-    assert "--margin.scale: Softmax has no argument scale; it takes bias" in fails(
-        capsys, "import", file, "--output", output, "--margin", "Softmax", "--margin.scale", "3"
+    assert "give the margin of the checkpoint" in mistake("import", file, "--output", output)
+    assert "has a bias" in mistake("import", file, "--output", output, "--margin", "CosFace")
+    assert "--margin.scale: Softmax has no argument scale; it takes bias" in mistake(
+        "import", file, "--output", output, "--margin", "Softmax", "--margin.scale", "3"
     )
-    assert "write --margin AdaFace --margin.h 0.5 --margin.margin 0.3" in fails(
-        capsys, "import", file, "--output", output, "--margin", "adaface", "--h", "0.5", "--m", "0.3"
+    assert "write --margin AdaFace --margin.h 0.5 --margin.margin 0.3" in mistake(
+        "import", file, "--output", output, "--margin", "adaface", "--h", "0.5", "--m", "0.3"
     )
-    assert "a safetensors file holds all rows" in fails(capsys, "import", file, file, "--output", output)
-    assert "there is no file" in fails(capsys, "import", tmp_path / "no.safetensors", "--output", output)
-    assert "--margin SubCenterArcFace --margin.centers K" in fails(
-        capsys, "import", file, "--output", output, "--margin", "SubCenterArcFace", "--key", "weight"
+    assert "a safetensors file holds all rows" in mistake("import", file, file, "--output", output)
+    assert "there is no file" in mistake("import", tmp_path / "no.safetensors", "--output", output)
+    assert "--margin SubCenterArcFace --margin.centers K" in mistake(
+        "import", file, "--output", output, "--margin", "SubCenterArcFace", "--key", "weight"
     )
     assert not output.exists()
     assert main(["import", str(file), "--output", str(output), "--margin", "Softmax"]) == 0
-    assert "already holds a checkpoint" in fails(capsys, "import", file, "--output", output, "--margin", "Softmax")
+    assert "already holds a checkpoint" in mistake("import", file, "--output", output, "--margin", "Softmax")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "out", "w.safetensors"]
 
 
@@ -597,12 +590,12 @@ def test_a_run_starts_from_given_weights_and_is_exported(tmp_path, monkeypatch, 
     resumed.close()
 
 
-def test_weights_that_do_not_fit_are_refused_before_training(tmp_path, monkeypatch, capsys):
+def test_weights_that_do_not_fit_are_refused_before_training(tmp_path, monkeypatch, mistake):
     monkeypatch.chdir(Path(__file__).parents[2])
     export_weights(tmp_path / "w.safetensors", PartialFC(128, 61))
     start = ["train", *RUN, "--output.folder", str(tmp_path / "run"), "--head.weights"]
-    assert "--head.weights: there is no" in fails(capsys, *start, tmp_path / "none", "--check")
-    text = fails(capsys, *start, tmp_path / "w.safetensors")
+    assert "--head.weights: there is no" in mistake(*start, tmp_path / "none", "--check")
+    text = mistake(*start, tmp_path / "w.safetensors")
     assert (
         "--head.weights: " in text and "has 61 classes of width 128, but 60 classes of width 128 are expected" in text
     )

@@ -132,7 +132,8 @@ def test_the_format_and_the_split_are_said_first(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("format: webdataset, split train (train-")
 
 
-def test_a_file_of_pairs_is_sent_to_verify(tmp_path, capsys):
+def test_a_file_of_pairs_is_sent_to_verify(tmp_path, mistake):
     (tmp_path / "lfw.bin").write_bytes(b"pairs")
-    assert main(["data", "inspect", str(tmp_path / "lfw.bin")]) == 2
-    assert f"evaluate on them with `partial-fc verify RUN {tmp_path / 'lfw.bin'}`" in capsys.readouterr().err
+    assert f"evaluate on them with `partial-fc verify RUN {tmp_path / 'lfw.bin'}`" in mistake(
+        "data", "inspect", str(tmp_path / "lfw.bin")
+    )
