@@ -173,7 +173,7 @@ def test_the_runs_settings_go_before_deepspeeds_configuration():
     assert found["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     with pytest.raises(UserError, match=r"enables fp16, but --train\.mixed_precision is no"):
         settings_for({"fp16": {"enabled": True}})
-    with pytest.raises(UserError, match="names a scheduler"):
+    with pytest.raises(UserError, match="has a scheduler"):
         settings_for({"scheduler": {"type": "WarmupLR"}})
 
 
