@@ -1,18 +1,24 @@
-"""What agreement costs: looking for bad inputs, judging losses and gradients, watching for ranks that diverge; as shares of a step.
+"""What agreement costs: looking for bad inputs, judging losses and gradients, watching for ranks that diverge; as
+shares of a step.
 
     python benchmarks/agreement.py [--worlds 1 2] [--num_classes 100000] [--repetitions 15] [--quick]
 
-N = 512 samples, D = 512, float32, one thread a rank. A step is forward, backward, RowOptimizer(SGD, momentum 0.9), zero_grad. In turn, in
-the same processes, for each line of the table; shares are medians of ratios of neighbours in time:
+N = 512 samples, D = 512, float32, one thread a rank. A step is forward, backward, RowOptimizer(SGD, momentum 0.9),
+zero_grad. In turn, in the same processes, for each line of the table; shares are medians of ratios of neighbours in
+time:
 
-    always / never          whole steps of validate="always" against "never", both without clipping: all that is looked at
+    always / never          whole steps of validate="always" against "never", both without clipping: all that is looked
+                            at
     the same, clipped       both with clip_grad_norm_, whose norm judges the step
-    inspection              what the exchange of a step looks at on this rank, alone, over the step: 100 of them are timed
+    inspection              what the exchange of a step looks at on this rank, alone, over the step: 100 of them are
+                            timed
     its collective          one all-reduce of two numbers and the wait for it: what a step without clipping says besides
     gradients               the pass over the gradients of a step without clipping, alone, over the step
-    watch                   DivergenceWatch.step() of a backbone of --watched parameters (25 million: a ResNet-50) with the head, every=100
+    watch                   DivergenceWatch.step() of a backbone of --watched parameters (25 million: a ResNet-50) with
+                            the head, every=100
 
-The difference of two whole steps is less than what they vary by on most machines; the parts measured alone are the surer figures.
+The difference of two whole steps is less than what they vary by on most machines; the parts measured alone are the
+surer figures.
 """
 
 from __future__ import annotations

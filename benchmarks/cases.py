@@ -1,18 +1,21 @@
 """What is measured of the head itself: whole steps against the floor of their matrix products, and memory.
 
-A *step* is forward, backward, step of RowOptimizer(SGD, momentum 0.9), zero_grad, on embeddings that are leaves. The *floor* is the three
-matrix products of a step, `L = X Wᵀ`, `L W`, `Lᵀ X`, for X [N, D], W [S, D] and L [N, S] in memory that is allocated beforehand; S is the
-number of rows that the rank really selects. Both are timed in the same processes, in turn.
+A *step* is forward, backward, step of RowOptimizer(SGD, momentum 0.9), zero_grad, on embeddings that are leaves. The
+*floor* is the three matrix products of a step, `L = X Wᵀ`, `L W`, `Lᵀ X`, for X [N, D], W [S, D] and L [N, S] in memory
+that is allocated beforehand; S is the number of rows that the rank really selects. Both are timed in the same
+processes, in turn.
 
 Memory is measured in new processes, in the unit in which it is paid: resident pages of a rank's process.
 
     a few steps of a small one, dropped   libraries are loaded; trim; `start`: RSS of a process that has nothing
     the thing itself is built, two steps  optimizer state exists, and whatever buffers are used again in every step
-    reset of the peak (clear_refs)        two whole steps; `peak`: VmHWM; beside it `sampled`: the largest RSS that a thread saw
+    reset of the peak (clear_refs)        two whole steps; `peak`: VmHWM; beside it `sampled`: the largest RSS that a
+                                          thread saw
 
-`held` are the bytes of weights and optimizer state, counted from the tensors, `gradient` those of one gradient of the weights. The figure
-of the tiled case is `peak − start − held − gradient`: all that a step needs besides, buffers that are kept between steps included. Where
-rows are updated inside backward the gradient is not subtracted. "trim" is glibc's malloc_trim: without it `start` would hold freed memory.
+`held` are the bytes of weights and optimizer state, counted from the tensors, `gradient` those of one gradient of the
+weights. The figure of the tiled case is `peak − start − held − gradient`: all that a step needs besides, buffers that
+are kept between steps included. Where rows are updated inside backward the gradient is not subtracted. "trim" is
+glibc's malloc_trim: without it `start` would hold freed memory.
 """
 
 from __future__ import annotations

@@ -1,15 +1,21 @@
-"""What saving and loading cost: time against torch.save of the same bytes, memory against the shard, a step while a save is under way.
+"""What saving and loading cost: time against torch.save of the same bytes, memory against the shard, a step while a
+save is under way.
 
-    python benchmarks/checkpoint.py [--classes 1000000] [--width 512] [--repetitions 5] [--quick] [--out runs/bench-checkpoint]
+    python benchmarks/checkpoint.py [--classes 1000000] [--width 512] [--repetitions 5] [--quick] [--out
+    runs/bench-checkpoint]
 
-Two ranks (gloo, one thread each) hold a head of C classes and its SGD momentum, fp32; a rank's *shard* is the bytes of both on it.
+Two ranks (gloo, one thread each) hold a head of C classes and its SGD momentum, fp32; a rank's *shard* is the bytes of
+both on it.
 
-    time      save_checkpoint, load_checkpoint, and in the same processes torch.save and torch.load(mmap) of the same bytes, a file a rank,
+    time      save_checkpoint, load_checkpoint, and in the same processes torch.save and torch.load(mmap) of the same
+              bytes, a file a rank,
               flushed to the disk (fsync) as checkpoints are; in turn, medians
     memory    new processes for each: peak of resident memory (VmHWM, reset before) over what was resident when it began
-    step      steps of training with no save, and those during which an asynchronous save was under way; the call of save() itself
+    step      steps of training with no save, and those during which an asynchronous save was under way; the call of
+              save() itself
 
-Prints one Markdown table; writes it to OUT/table.md and raw figures to OUT/results.json. Files are written below OUT and removed.
+Prints one Markdown table; writes it to OUT/table.md and raw figures to OUT/results.json. Files are written below OUT
+and removed.
 """
 
 from __future__ import annotations

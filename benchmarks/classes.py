@@ -1,17 +1,18 @@
-"""What the rows of new classes should start from: the first steps of training after `PartialFC.expand`, on the embedded characters.
+"""What the rows of new classes should start from: the first steps of training after `PartialFC.expand`, on the embedded
+characters.
 
     python benchmarks/classes.py [--seeds 0 1 2] [--out runs/classes]
 
-One process trains the quick start's backbone and head (ArcFace, scale 32, SGD with momentum and lr 0.1) on 800 characters, then adds 200
-and trains on all 1,000; only what the 200 rows start from differs:
+One process trains the quick start's backbone and head (ArcFace, scale 32, SGD with momentum and lr 0.1) on 800
+characters, then adds 200 and trains on all 1,000; only what the 200 rows start from differs:
 
     fresh         drawn, as at the beginning
     directions    expand(init=batches): class means, as long as the rows that are there are on average
     raw means     expand(init=means): the same means at their own length
 
-By the number of steps since: the mean training loss of these steps, and the share of the new characters' images (all ten typefaces,
-without the margin) that are nearest to their own row of 1,000. Writes table.md and results.json to OUT; little more than a minute a seed
-on one free core.
+By the number of steps since: the mean training loss of these steps, and the share of the new characters' images (all
+ten typefaces, without the margin) that are nearest to their own row of 1,000. Writes table.md and results.json to OUT;
+little more than a minute a seed on one free core.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
-"""How fast images are fed: 112 x 112 JPEG through decode, flip, normalise, collate, from every format, beside DataLoader over Pillow.
+"""How fast images are fed: 112 x 112 JPEG through decode, flip, normalise, collate, from every format, beside
+DataLoader over Pillow.
 
     python benchmarks/feeding.py [--quick] [--images 4096] [--batch_size 128] [--workers 0] [--formats recordio folder]
 
 One process, one thread, in turn, each the whole data set in shuffled batches; files are in the page cache:
 
     ours          BatchLoader over the format, mirrored with probability ½
-    DataLoader    torch.utils.data.DataLoader over the folder: Pillow, to RGB, to float, (x − ½) / ½, mirrored with probability ½ one by
+    DataLoader    torch.utils.data.DataLoader over the folder: Pillow, to RGB, to float, (x − ½) / ½, mirrored with
+                  probability ½ one by
                   one; the default collate
 
-The pictures are made here: smooth colour with noise, quality 90, about as many bytes as crops of faces have. Images a second are of
-processor time; with --workers, of time on the clock, since the work is in other processes. Ratios are of neighbours in time.
-The table is on standard output.
+The pictures are made here: smooth colour with noise, quality 90, about as many bytes as crops of faces have. Images a
+second are of processor time; with --workers, of time on the clock, since the work is in other processes. Ratios are of
+neighbours in time. The table is on standard output.
 """
 
 from __future__ import annotations

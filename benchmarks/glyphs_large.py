@@ -1,13 +1,14 @@
-"""What sampling costs and saves at 40,000 identities and more: the same run with all classes and with a share of them as negatives.
+"""What sampling costs and saves at 40,000 identities and more: the same run with all classes and with a share of them
+as negatives.
 
     launch/glyphs                                                                       the data set, once
     python benchmarks/glyphs_large.py [--data data/glyphs] [--rates 1.0 0.3 0.1] [--steps N] [--out runs/glyphs-large]
 
-Every rate has the same data, backbone, order of images, number of steps and ranks (two processes of this machine); it is verified on
-characters never trained on, in the designs of training (seen) and in others (new). To OUT go table.md, results.json, glyphs_large.png,
-and a run folder with a report for each rate; a rate that is finished there is not run again. Memory is private memory of a rank (resident
-less shared), looked at five times a second while it trains and evaluates; the mapped pictures are not in it. A step's seconds contain all
-that a step does, loading too.
+Every rate has the same data, backbone, order of images, number of steps and ranks (two processes of this machine); it
+is verified on characters never trained on, in the designs of training (seen) and in others (new). To OUT go table.md,
+results.json, glyphs_large.png, and a run folder with a report for each rate; a rate that is finished there is not run
+again. Memory is private memory of a rank (resident less shared), looked at five times a second while it trains and
+evaluates; the mapped pictures are not in it. A step's seconds contain all that a step does, loading too.
 """
 
 from __future__ import annotations

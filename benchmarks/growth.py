@@ -1,9 +1,9 @@
 """How the time of a step grows: with the classes at one sample rate, with the samples, with the ranks.
 
-All sizes of one sweep are timed in turn in the same processes. The slope of log(time) against log(size) is fitted over the upper half of
-the sizes, because the lower ones are ruled by what every step costs whatever its size; 1 is linear growth. Ranks share the processors that
-there are: with more ranks than processors a step cannot get quicker, so what is shown against the ranks is time × processors in use, which
-stays level where being many costs nothing.
+All sizes of one sweep are timed in turn in the same processes. The slope of log(time) against log(size) is fitted over
+the upper half of the sizes, because the lower ones are ruled by what every step costs whatever its size; 1 is linear
+growth. Ranks share the processors that there are: with more ranks than processors a step cannot get quicker, so what is
+shown against the ranks is time × processors in use, which stays level where being many costs nothing.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
-"""How fast the head is and how much memory it takes: against the matrix products it cannot do without, against others, against size.
+"""How fast the head is and how much memory it takes: against the matrix products it cannot do without, against others,
+against size.
 
     python benchmarks/head.py [--cases exact sampled ...] [--quick] [--profile] [--out runs/bench]
 
-Starts ranks by itself: gloo processes on the loopback with one thread each, two but for the sweep over ranks. Every figure is a ratio of
-things timed in turn in the same processes, the median of several repetitions, or resident memory of new processes (cases.py says what of).
-Prints one Markdown table; writes it to OUT/table.md, all raw figures to OUT/results.json and a plot to OUT/head.png.
+Starts ranks by itself: gloo processes on the loopback with one thread each, two but for the sweep over ranks. Every
+figure is a ratio of things timed in turn in the same processes, the median of several repetitions, or resident memory
+of new processes (cases.py says what of). Prints one Markdown table; writes it to OUT/table.md, all raw figures to
+OUT/results.json and a plot to OUT/head.png.
 
-Other work on the machine disturbs two ranks that wait for each other more than a floor in which neither waits: the ratio of processor time,
-given beside that of wall time, does not count waiting. `--quick` shows that all of it runs; its figures say nothing.
+Other work on the machine disturbs two ranks that wait for each other more than a floor in which neither waits: the
+ratio of processor time, given beside that of wall time, does not count waiting. `--quick` shows that all of it runs;
+its figures say nothing.
 """
 
 from __future__ import annotations

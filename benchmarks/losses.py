@@ -1,10 +1,12 @@
-"""What each loss reaches in the quick start's training: the same data, backbone, steps and seeds, verified on characters never trained on.
+"""What each loss reaches in the quick start's training: the same data, backbone, steps and seeds, verified on
+characters never trained on.
 
     python benchmarks/losses.py [--seeds 0 1 2] [--epochs 12] [--only NAME ...] [--out runs/losses]
 
-Each run is the quick start itself: `accelerate launch` with two CPU processes, a minute on two free cores. After every run the table of all
-that are finished is written to OUT/table.md, with the figures to OUT/results.json and a plot to OUT/losses.png. Started again, it goes on:
-finished runs are taken from OUT, an interrupted one is resumed. A folder that was run with other settings is refused.
+Each run is the quick start itself: `accelerate launch` with two CPU processes, a minute on two free cores. After every
+run the table of all that are finished is written to OUT/table.md, with the figures to OUT/results.json and a plot to
+OUT/losses.png. Started again, it goes on: finished runs are taken from OUT, an interrupted one is resumed. A folder
+that was run with other settings is refused.
 """
 
 from __future__ import annotations
@@ -39,31 +41,33 @@ Figures = dict[str, dict[str, float]]  # split -> figure -> value
 
 @dataclass
 class Loss:
-    """A row of the table: what it is called and what it sets beyond configs/quickstart.yaml (scale 32, sgd with lr 0.1)."""
+    """A row of the table: what it is called and what it sets beyond configs/quickstart.yaml (scale 32, SGD with lr
+    0.1)."""
 
     title: str
     settings: str
 
 
-# Settings other than the papers' (but for the scale) were chosen by one look at seed 0; docs/losses.md says which and why.
-PLAIN = "--head.margin softmax --head.scale null"
+# Settings other than the papers' (but for the scale) were chosen by one look at seed 0; docs/losses.md says which and
+# why.
+PLAIN = "--head.margin Softmax"
 LOSSES = {
     "softmax": Loss("softmax", PLAIN),
     "softmax-center": Loss("softmax + center loss", f"{PLAIN} --center.weight 0.003"),
-    "normface": Loss("NormFace (no margin)", "--head.margin normface"),
-    "sphereface": Loss("SphereFace", "--head.margin sphereface"),
-    "cosface": Loss("CosFace", "--head.margin cosface"),
-    "arcface": Loss("ArcFace", "--head.margin arcface"),
-    "arcface-r0.5": Loss("ArcFace, r = 0.5", "--head.margin arcface --head.sample_rate 0.5"),
-    "arcface-r0.3": Loss("ArcFace, r = 0.3", "--head.margin arcface --head.sample_rate 0.3"),
-    "arcface-r0.1": Loss("ArcFace, r = 0.1", "--head.margin arcface --head.sample_rate 0.1"),
-    "arcface-center": Loss("ArcFace + center loss", "--head.margin arcface --center.weight 0.1"),
-    "subcenter": Loss("sub-center ArcFace, K = 3", "--head.margin subcenter"),
-    "curricular": Loss("CurricularFace", "--head.margin curricular"),
-    "adaface": Loss("AdaFace", "--head.margin adaface --head.statistics_momentum 0.1"),
-    "magface": Loss("MagFace", "--head.margin magface"),
-    "elastic": Loss("ElasticFace-Arc", "--head.margin elastic_arc"),
-    "sphereface2": Loss("SphereFace2", "--head.margin sphereface2 --optimizer.lr 1.0 --optimizer.head_lr_factor 10"),
+    "normface": Loss("NormFace (no margin)", "--head.margin NormFace"),
+    "sphereface": Loss("SphereFace", "--head.margin SphereFace"),
+    "cosface": Loss("CosFace", "--head.margin CosFace"),
+    "arcface": Loss("ArcFace", "--head.margin ArcFace"),
+    "arcface-r0.5": Loss("ArcFace, r = 0.5", "--head.margin ArcFace --head.sample_rate 0.5"),
+    "arcface-r0.3": Loss("ArcFace, r = 0.3", "--head.margin ArcFace --head.sample_rate 0.3"),
+    "arcface-r0.1": Loss("ArcFace, r = 0.1", "--head.margin ArcFace --head.sample_rate 0.1"),
+    "arcface-center": Loss("ArcFace + center loss", "--head.margin ArcFace --center.weight 0.1"),
+    "subcenter": Loss("sub-center ArcFace, K = 3", "--head.margin SubCenterArcFace"),
+    "curricular": Loss("CurricularFace", "--head.margin CurricularFace"),
+    "adaface": Loss("AdaFace", "--head.margin AdaFace --head.margin.momentum 0.1"),
+    "magface": Loss("MagFace", "--head.margin MagFace"),
+    "elastic": Loss("ElasticFace-Arc", "--head.margin ElasticFace"),
+    "sphereface2": Loss("SphereFace2", "--head.margin SphereFace2 --optimizer.lr 1.0 --head_lr_factor 10"),
 }
 
 

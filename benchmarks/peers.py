@@ -1,13 +1,18 @@
 """The same work done by others, for comparison: each with torch.optim.SGD over dense gradients, as its users run it.
 
-    textbook          Partial FC as it is commonly written: gathers, indexes `weight[index]`, materialises logits and a one-hot of them
-    loss_parallel     torch's DTensor classifier: rows of the weight sharded, F.cross_entropy under `loss_parallel`; no margin
-    metric learning   pytorch_metric_learning's ArcFaceLoss in DDP: the whole weight on every rank, each its share of the samples
-    linear CE         torch.nn.functional.linear_cross_entropy in DDP: the whole weight on every rank; no margin. Its chunked form is for
-                      more samples a rank than D (torch's own advice) and took eight times as long here, so it is left out
+    textbook          Partial FC as it is commonly written: gathers, indexes `weight[index]`, materialises logits and a
+                      one-hot of them
+    loss_parallel     torch's DTensor classifier: rows of the weight sharded, F.cross_entropy under `loss_parallel`; no
+                      margin
+    metric learning   pytorch_metric_learning's ArcFaceLoss in DDP: the whole weight on every rank, each its share of
+                      the samples
+    linear CE         torch.nn.functional.linear_cross_entropy in DDP: the whole weight on every rank; no margin. Its
+                      chunked form is for
+                      more samples a rank than D (torch's own advice) and took eight times as long here, so it is left
+                      out
 
-Those without a margin do not normalise either: they have less to do. All have the same number of logits a rank, N · C / world.
-Those that cannot sample classes take part at r = 1 alone.
+Those without a margin do not normalise either: they have less to do. All have the same number of logits a rank, N · C /
+world. Those that cannot sample classes take part at r = 1 alone.
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ def of_rank(work: Work) -> tuple[Tensor, Tensor]:
     return batch(work, dist.get_world_size(), dist.get_rank())
 
 
-# ---------------------------------------------------------------------------------------------------- textbook Partial FC
+# ---------------------------------------------------------------------------------------------------- textbook Partial
+# FC
 
 
 class Gather(torch.autograd.Function):
@@ -56,7 +62,8 @@ class Gather(torch.autograd.Function):
 
 
 class ShardedSoftmax(torch.autograd.Function):
-    """Mean cross-entropy of logits [N, S] whose columns are split over ranks; labels are columns, -1 where another rank has them."""
+    """Mean cross-entropy of logits [N, S] whose columns are split over ranks; labels are columns, -1 where another rank
+    has them."""
 
     @staticmethod
     def forward(ctx, logits, labels):  # type: ignore[no-untyped-def]
@@ -82,7 +89,8 @@ class ShardedSoftmax(torch.autograd.Function):
 
 
 class TextbookPartialFC(nn.Module):
-    """ArcFace over class rows that are split over ranks, with sampled negatives; the number of classes is divisible by the ranks."""
+    """ArcFace over class rows that are split over ranks, with sampled negatives; the number of classes is divisible by
+    the ranks."""
 
     def __init__(
         self, embedding_size: int, num_classes: int, sample_rate: float, scale: float = 64.0, margin: float = 0.5

@@ -1,17 +1,20 @@
-"""What questions cost: `topk` and `nearest_classes` against the bare matrix products, and against the products with `torch.topk`.
+"""What questions cost: `topk` and `nearest_classes` against the bare matrix products, and against the products with
+`torch.topk`.
 
     python benchmarks/queries.py [--quick] [--worlds 1 2] [--only topk] [--nearest_classes 200000] [--nearest_width 512]
 
 Float32, one thread a rank. In the same processes, in turn:
 
     ours          head.topk of 1,024 embeddings, head.nearest_classes; k = 10, tiles of 64 MiB
-    product       the products of the same tiles into one buffer, rows as they are: no lengths, no selection, nothing sent
+    product       the products of the same tiles into one buffer, rows as they are: no lengths, no selection, nothing
+                  sent
     torch.topk    the same products, `torch.topk` of every tile, and of what was found with what was found before
 
-On one rank nearest_classes computes a tile [i, j] once for both sides; `product` is then of those tiles alone, which is half of all.
-`all products` are all tiles, what brute force computes. The defaults of nearest_classes are smaller than those of topk, since its work
-grows with C²: with --nearest_classes 200000 --nearest_width 512 every repetition is some half an hour of one core. Ratios of processor
-time are there for machines on which others work too. The table is on standard output.
+On one rank nearest_classes computes a tile [i, j] once for both sides; `product` is then of those tiles alone, which is
+half of all. `all products` are all tiles, what brute force computes. The defaults of nearest_classes are smaller than
+those of topk, since its work grows with C²: with --nearest_classes 200000 --nearest_width 512 every repetition is some
+half an hour of one core. Ratios of processor time are there for machines on which others work too. The table is on
+standard output.
 """
 
 from __future__ import annotations

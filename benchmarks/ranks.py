@@ -1,10 +1,11 @@
 """Ranks for a measurement: gloo processes on the loopback with one thread each, new ones for every call.
 
-    run_ranks(2, function, *arguments)      # [function(*arguments) on rank 0, on rank 1]; function importable at top level
+    run_ranks(2, function, *arguments)      # [function(*arguments) on rank 0, on rank 1]; function importable at top
+                                            level
 
-Within a rank, `interleaved` times several things in turn, A B, B A, A B, ..., so that drift of the machine meets all of them alike, and
-`profile` says which torch operations a thing consists of. Ranks are forked off a server that has imported torch and done nothing else, so
-starting them is quick and each begins with nothing allocated.
+Within a rank, `interleaved` times several things in turn, A B, B A, A B, ..., so that drift of the machine meets all of
+them alike, and `profile` says which torch operations a thing consists of. Ranks are forked off a server that has
+imported torch and done nothing else, so starting them is quick and each begins with nothing allocated.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def _leave_with_parent() -> None:
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 1200.0) -> list[Any]:
-    """What `function(*arguments)` returned on each of `world` ranks; RuntimeError with the traceback of the first rank that failed."""
+    """What `function(*arguments)` returned on each of `world` ranks; RuntimeError with the traceback of the first rank
+    that failed."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -150,7 +152,8 @@ def ratio(a: list[float], b: list[float]) -> float:
 
 
 def profile(thing: Callable[[], Any], steps: int = 3, memory: bool = False) -> list[dict[str, Any]]:
-    """The operations of a thing, largest first: own milliseconds a step, calls a step, bytes allocated and not freed by itself."""
+    """The operations of a thing, largest first: own milliseconds a step, calls a step, bytes allocated and not freed by
+    itself."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=memory, acc_events=True) as profiler:
         for _ in range(steps):

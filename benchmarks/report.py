@@ -35,7 +35,8 @@ def table(rows: Sequence[Row], quick: bool = False) -> str:
 
 
 def profiles(rows: Sequence[Row], count: int = 5) -> str:
-    """The largest operations of the cases that miss their mark, by their own time (memory cases: by what they allocate)."""
+    """The largest operations of the cases that miss their mark, by their own time (memory cases: by what they
+    allocate)."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows if missed(row)):
         for name, operations in next(

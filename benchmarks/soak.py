@@ -1,23 +1,27 @@
-"""A soak: train the embedded characters under a fault injector, and compare every step with a run that nothing disturbed.
+"""A soak: train the embedded characters under a fault injector, and compare every step with a run that nothing
+disturbed.
 
     python benchmarks/soak.py --minutes 60 --seed 0      about an hour on two cores; the report is in runs/soak
     python benchmarks/soak.py --minutes 2                at a size that says nothing of the metric; also a slow test
 
-Two ranks on the CPU. First the run is left alone (the reference). Then it is trained again in rounds, until the time is up, while
+Two ranks on the CPU. First the run is left alone (the reference). Then it is trained again in rounds, until the time is
+up, while
 
-    killed        a rank gets SIGKILL: at a random time, while it starts, or in a named phase (partial_fc/training/faults.py)
+    killed        a rank gets SIGKILL: at a random time, while it starts, or in a named phase
+                  (partial_fc/training/faults.py)
     slow          a rank is stopped for seconds, then goes on
     hung          a rank is stopped for good: the other ends at the process group's timeout, the launcher kills it
     asked         SIGTERM to the launcher, SIGTERM or SIGUSR1 to a rank: the run saves and leaves
-    full disk     the run's own small file system is filled up, and room made when the run has ended of it; where none can be mounted, a
+    full disk     the run's own small file system is filled up, and room made when the run has ended of it; where none
+                  can be mounted, a
                   write is made to fail as it would
 
-and is started again, by `launch/torchrun.sh` (by hand) and `launch/torchrun_elastic.sh` (which restarts by itself) in turn, with and
-without asynchronous checkpoints and loading processes. Batches whose images cannot be read are the same in all runs, so that *every*
-logged figure of *every* step must be equal, and the final metrics.
+and is started again, by `launch/torchrun.sh` (by hand) and `launch/torchrun_elastic.sh` (which restarts by itself) in
+turn, with and without asynchronous checkpoints and loading processes. Batches whose images cannot be read are the same
+in all runs, so that *every* logged figure of *every* step must be equal, and the final metrics.
 
-Exit code 1, and why in the report, if a run ends or restarts without a fault, takes longer than it may, leaves a process behind, or differs
-from the reference in any figure.
+Exit code 1, and why in the report, if a run ends or restarts without a fault, takes longer than it may, leaves a
+process behind, or differs from the reference in any figure.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ CHECKPOINT_STEPS = 10
 
 
 class Soak:
-    """Rounds of one run. `open` is the fault that has happened and is not yet survived, `armed` one that the ranks were started with."""
+    """Rounds of one run. `open` is the fault that has happened and is not yet survived, `armed` one that the ranks were
+    started with."""
 
     def __init__(self, asked: argparse.Namespace, out: Path, disk: Disk) -> None:
         self.minutes, self.seed, self.out, self.disk = asked.minutes, asked.seed, out, disk
@@ -76,7 +81,8 @@ class Soak:
     # ------------------------------------------------------------------------------------------------ what is run
 
     def _spoilt(self) -> str:
-        """Batches of which a rank can read no image (left out by all) or all but three: about one in thirty, alike in all runs."""
+        """Batches of which a rank can read no image (left out by all) or all but three: about one in thirty, alike in
+        all runs."""
         chosen = random.Random(self.seed + 1)
         batches = self.epochs * (9 if self.quick else 39)
         numbers = sorted(chosen.sample(range(batches), max(2, batches // 30)))

@@ -1,4 +1,5 @@
-"""What the soak (soak.py) found: faults by kind as a table, the final metrics beside the undisturbed run's, JSON, a picture."""
+"""What the soak (soak.py) found: faults by kind as a table, the final metrics beside the undisturbed run's, JSON, a
+picture."""
 
 from __future__ import annotations
 
@@ -124,7 +125,8 @@ read none of its images, and {part} were trained on without three of them.
 
 
 def plot(results: Results, reference: Watch, began: float, path: Path) -> None:
-    """Above, how far the rounds came by the time, with the faults; below, the loss of every step that was computed, however often."""
+    """Above, how far the rounds came by the time, with the faults; below, the loss of every step that was computed,
+    however often."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8), layout="constrained")

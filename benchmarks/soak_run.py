@@ -151,7 +151,8 @@ class Watch:
 
 
 class Disk:
-    """A small file system of its own to be filled up, where this process may mount one; else an ordinary folder that never is full."""
+    """A small file system of its own to be filled up, where this process may mount one; else an ordinary folder that
+    never is full."""
 
     def __init__(self, folder: Path, megabytes: int) -> None:
         self.folder, self.megabytes, self.real = folder, megabytes, False

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# By torchrun, started again after a failure, up to MAX_RESTARTS times: the run goes on from its newest checkpoint, also with fewer nodes.
+# Train with torchrun, restarted after a failure up to MAX_RESTARTS times. The run resumes from its newest checkpoint,
+# also with fewer nodes. One node; two nodes, with the same command on each:
 #   NPROC=8 launch/torchrun_elastic.sh configs/faces_2m.yaml --data.folder FACES --train.checkpoint_steps 1000
-#   NNODES=1:2 RDZV_ENDPOINT=10.0.0.1:29400 NPROC=8 launch/torchrun_elastic.sh configs/faces_10m.yaml ...  the same on each node
-# TORCH_DISABLE_SHARE_RDZV_TCP_STORE gives every start a store of its own; with the shared one, restarts hung now and then (torch 2.13).
+#   NNODES=1:2 RDZV_ENDPOINT=10.0.0.1:29400 NPROC=8 launch/torchrun_elastic.sh configs/faces_10m.yaml ...
+# TORCH_DISABLE_SHARE_RDZV_TCP_STORE makes a new store for every restart; with the shared store, restarts sometimes hung
+# (torch 2.13).
 set -euo pipefail
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC:-gpu}" --max_restarts "${MAX_RESTARTS:-3}" \

@@ -1,9 +1,10 @@
 """Classification heads whose class weights are sharded over ranks, for recognisers with very many classes.
 
-The core imports torch alone. Someone with their own training loop needs nothing but the names below; `partial_fc.training` is an
-application built on them.
+The core imports torch alone. Someone with their own training loop needs nothing but the names below;
+`partial_fc.training` is an application built on them.
 """
 
+from partial_fc import old_paths
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.gather import gather
 from partial_fc.centers import CenterLoss
@@ -30,6 +31,8 @@ from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.planning.plan import Plan, plan
 from partial_fc.weights.rank_files import RankFiles
 from partial_fc.weights.single_file import export_weights, import_weights
+
+old_paths.install()
 
 __version__ = "0.2.0"
 

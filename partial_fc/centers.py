@@ -2,7 +2,8 @@
 
     embeddings [N_local, D], labels [N_local]
        gather        counts and status, checked on every host; then the global batch
-       own targets   P of the N · L targets, those whose class is on this rank: differences x − c [P, D]; no other row is read
+       own targets   P of the N · L targets, those whose class is on this rank: differences x − c [P, D]; no other row
+                     is read
        loss          Σ ½ w ‖x − c‖² of own targets, summed over the ranks: one number of each, [N] for reduction "none"
        backward      dx = w (x − c) on the rank that owns the class, reduce-scattered
        centers       "paper": Σ (c − x) and n of each class in the batch, kept by forward until `step`
@@ -39,28 +40,34 @@ Update = Literal["paper", "gradient"]
 
 
 class CenterLoss(ChangeableLoss):
-    """½ ‖x − c_y‖² of each embedding and the center of its class. Call it as `loss = center(embeddings, labels)` on every rank.
+    """½ ‖x − c_y‖² of each embedding and the center of its class. Call it as `loss = center(embeddings, labels)` on
+    every rank.
 
-    With a head, on one exchange: `batch = gather(embeddings, labels); loss = head(batch) + 0.1 * center(batch)`. Several labels a sample
-    count by their weights, `Σ_l w_l ½ ‖x − c_l‖²`. Embeddings are taken as they are, not normalised.
+    With a head, on one exchange: `batch = gather(embeddings, labels); loss = head(batch) + 0.1 * center(batch)`.
+    Several labels a sample count by their weights, `Σ_l w_l ½ ‖x − c_l‖²`. Embeddings are taken as they are, not
+    normalised.
 
     Args:
         embedding_size: D, width of the embeddings.
         num_classes: C, classes over all ranks.
         alpha: α in (0, 1], how far `step` moves centers, for update="paper".
-        update: "paper": every training forward notes Σ_{y_i = j} (c_j − x_i) and n_j over the global batch, and `step` moves
-            c_j by −α Σ (c_j − x_i) / (1 + n_j), as eq. 4 of the paper; independent of the weight of the loss and of a GradScaler.
-            A sample counts as its sample weight times its label's weight; one that is ignored or of weight 0 does not count.
-            "gradient": centers receive the gradient of the loss, for the classes in the batch, and a `RowOptimizer` moves them.
-        group: a ProcessGroup or 1-D DeviceMesh to split classes over, or a 2-D mesh (replicate, shard); None for all ranks, or for this
-            process alone where there is no process group.
+        update: "paper": every training forward notes Σ_{y_i = j} (c_j − x_i) and n_j over the global batch, and `step`
+            moves c_j by −α Σ (c_j − x_i) / (1 + n_j), as eq. 4 of the paper; independent of the weight of the loss and
+            of a GradScaler. A sample counts as its sample weight times its label's weight; one that is ignored or of
+            weight 0 does not count. "gradient": centers receive the gradient of the loss, for the classes in the batch,
+            and a `RowOptimizer` moves them.
+        group: a ProcessGroup or 1-D DeviceMesh to split classes over, or a 2-D mesh (replicate, shard); None for all
+            ranks, or for this process alone where there is no process group.
         seed: of initial centers; must agree between ranks, as alpha and update must.
         init_std: standard deviation of initial centers.
-        ignore_index, reduction, scale_embedding_grad, validate, on_nonfinite, max_skips, device, dtype: as of `PartialFC`.
+        ignore_index, reduction, scale_embedding_grad, validate, on_nonfinite, max_skips, device, dtype: as of
+            `PartialFC`.
 
-    Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64 (or `[N_local, L]` within a `GlobalBatch`); N_local may be 0.
+    Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64 (or `[N_local, L]` within a `GlobalBatch`);
+    N_local may be 0.
 
-    Raises ValueError for bad arguments or bad inputs, with the same message on every rank; RuntimeError if it is wired wrongly.
+    Raises ValueError for bad arguments or bad inputs, with the same message on every rank; RuntimeError if it is wired
+    wrongly.
     """
 
     centers: nn.Parameter
@@ -127,10 +134,11 @@ class CenterLoss(ChangeableLoss):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the centers of the classes seen in training forwards since the last step, by all of them together; then forget them.
+        """Move the centers of the classes seen in training forwards since the last step, by all of them together; then
+        forget them.
 
-        Does nothing if there were none, or if the step was left out (`skipped`): then it only forgets. Raises RuntimeError if update is
-        "gradient", NonFiniteError as `check_gradients` does if that was not called.
+        Does nothing if there were none, or if the step was left out (`skipped`): then it only forgets. Raises
+        RuntimeError if update is "gradient", NonFiniteError as `check_gradients` does if that was not called.
         """
         if self.update == "gradient":
             raise RuntimeError(
@@ -173,7 +181,8 @@ class CenterLoss(ChangeableLoss):
         )
 
     def _mesh_rows(self, batch: GlobalBatch) -> Tensor:
-        """On a 2-D mesh: own rows that targets of any replica are of, so that all replicas hold sums of the same rows. Else none."""
+        """On a 2-D mesh: own rows that targets of any replica are of, so that all replicas hold sums of the same rows.
+        Else none."""
         labels = as_matrix(batch.mesh_labels)
         if batch.ranks.replica_group is None:
             return labels.new_empty(0)
@@ -208,13 +217,14 @@ class CenterLoss(ChangeableLoss):
                 'a RowOptimizer moves centers of update="gradient"; those of update="paper" are moved by center.step()'
             )
 
-    def _settings(self) -> dict[str, Any]:
+    def agreed_settings(self) -> dict[str, Any]:
         return {
-            **super()._settings(),
+            **super().agreed_settings(),
             "a digest of alpha, update and init_std": (self.alpha, self.update, self.init_std),
         }
 
-    # ------------------------------------------------------------------------------------------------ parameters and state
+    # ------------------------------------------------------------------------------------------------ parameters and
+    # state
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -248,7 +258,7 @@ class CenterLoss(ChangeableLoss):
     def set_extra_state(self, state: Any) -> None:
         self.class_changes, self.class_rows.record.skips = int(state["class_changes"]), int(state.get("skips", 0))
 
-    def _forget_notes(self) -> None:
+    def forget_notes(self) -> None:
         self._pending = None
 
     def pending_work(self) -> str:
@@ -287,7 +297,8 @@ class _OwnTargets:
     row_dtype: torch.dtype
 
     def by_row(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(sorted rows `[S]` of own targets and of `mesh_rows`, for each the sum of the `values [P, K]` of its targets)."""
+        """(sorted rows `[S]` of own targets and of `mesh_rows`, for each the sum of the `values [P, K]` of its
+        targets)."""
         nothing = values.new_zeros(len(self.mesh_rows), values.shape[1])
         return _sum_rows(torch.cat((self.row, self.mesh_rows)), torch.cat((values, nothing)))
 
@@ -301,9 +312,10 @@ def _sum_rows(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 class _CenterDistance(torch.autograd.Function):
     """(embeddings, anchor, differences, own targets) -> loss.
 
-    embeddings: [N_local, D] of this rank if own.scatter, else the global [N, D], whose gradient is then this rank's share of it.
-    anchor: a scalar that requires grad if the rows' gradients are to go to own.accumulate, or None. differences: x − c [P, D].
-    The loss is a scalar that is the same on every rank, or [N_local] for reduction "none".
+    embeddings: [N_local, D] of this rank if own.scatter, else the global [N, D], whose gradient is then this rank's
+    share of it.
+    anchor: a scalar that requires grad if the rows' gradients are to go to own.accumulate, or None. differences: x − c
+    [P, D]. The loss is a scalar that is the same on every rank, or [N_local] for reduction "none".
     """
 
     @staticmethod

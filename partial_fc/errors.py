@@ -20,7 +20,8 @@ def built_before_group() -> RuntimeError:
 
 def replaced_parameter(owner: str, name: str) -> RuntimeError:
     return RuntimeError(
-        f"another tensor was put in the place of this {owner}'s {name}, which its optimizer does not know: keep it out of "
+        f"another tensor was put in the place of this {owner}'s {name}, which its optimizer does not know: keep "
+        "it out of "
         "fully_shard, and copy values into it (torch.no_grad(), or load_state_dict without assign=True)"
     )
 

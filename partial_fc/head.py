@@ -1,4 +1,4 @@
-"""`PartialFC`, the classification head: class weights `[C, D]` split over ranks, a margin, the exact or sampled softmax.
+"""`PartialFC`, the classification head: class weights `[C, D]` split over ranks, a margin, exact or sampled softmax.
 
     embeddings [N_local, D], labels [N_local]
        gather         counts and status, checked on every host; then the global batch           batch/
@@ -7,7 +7,7 @@
        cross-entropy  tiles of logits, one combination over ranks; backward by the same tiles    softmax/
        follow         the loss becomes part of the training step when its backward runs          step_record.py
 
-Gradients of all rows are `weight.grad`; those of selected rows are `row_grad`, which a `RowOptimizer` takes (`rows.py`).
+Gradients of all rows are `weight.grad`; those of selected rows are `row_grad`, for a `RowOptimizer` (`rows.py`).
 An, X. et al.: Partial FC, arXiv 2010.05222 and 2203.15565.
 """
 
@@ -36,38 +36,37 @@ DEFAULT_LOGITS_BUDGET = 1 << 30
 
 
 class PartialFC(HeadState):
-    """A sharded classification head with its loss. Call it as `loss = head(embeddings, labels)` on every rank of its group.
+    """A sharded classification head with its loss. Call `loss = head(embeddings, labels)` on every rank of its group.
 
     Args:
         embedding_size: D, width of the embeddings.
         num_classes: C, classes over all ranks; may be smaller than the number of ranks.
         margin: what happens to target logits, and the scale; by default `ArcFace(scale=64.0, margin=0.5)`.
         sample_rate: r in (0, 1]: share of the classes drawn as negatives for a step; 1 is the exact softmax.
-        group: a ProcessGroup or 1-D DeviceMesh to split classes over, or a 2-D mesh (replicate, shard); None for all ranks,
-            or for this process alone without a process group. The backbone's gradients must be averaged over the same ranks.
+        group: a ProcessGroup or 1-D DeviceMesh to split classes over, or a 2-D mesh (replicate, shard); None for all
+            ranks, or this process alone without a group. The backbone's gradients must be averaged over the same ranks.
         seed: of initial weights and draws; must agree between ranks.
         init_std: standard deviation of initial weights.
         ignore_index: label of samples that take no part.
-        reduction: "mean" over the valid samples of the global batch (weighted by sample_weights), their "sum", or "none":
-            `[N_local]`.
-        scale_embedding_grad: multiply the embeddings' gradient by the number of ranks, by which DDP, DeepSpeed and FSDP divide.
-        logits_budget: bytes that kept logits `[N, S]` may take on a rank (default 1 GiB); beyond it backward computes them again.
-        label_smoothing: ε in [0, 1), as in `torch.nn.functional.cross_entropy`, over the selected classes: all at r = 1.
-        interclass_filter: cosine in (-1, 1] beyond which another class is taken for the sample's own under a second label
-            and left out of the denominator (arXiv 2203.15565, section 3.4); None for no filter.
+        reduction: "mean" over the valid samples of the global batch (weighted by sample_weights), "sum", or "none".
+        scale_embedding_grad: multiply the embeddings' gradient by the number of ranks, by which DDP and FSDP divide.
+        logits_budget: bytes of kept logits `[N, S]` on a rank (default 1 GiB); beyond it backward computes them again.
+        label_smoothing: ε in [0, 1), as in `F.cross_entropy`, over the selected classes: all at r = 1.
+        interclass_filter: cosine in (-1, 1] beyond which another class is taken for the sample's own under a second
+            label and left out of the denominator (arXiv 2203.15565, section 3.4); None for no filter.
         class_weights: `[C]`, the weight of each class's samples, on every rank; for a sample of several classes their
             weighted mean. A mean is divided by the sum of the weights, as in `F.cross_entropy(weight=...)`.
         metrics: measure `metrics` in every forward; nothing is computed for them otherwise.
-        validate: look for bad labels, NaN and infinities "always", in the "first" batch and its step, or "never". Shapes
-            are always checked. For a `GlobalBatch`, `gather` has looked.
-        on_nonfinite: what to do on all ranks about a NaN or infinity in any rank's embeddings, loss or gradients: "raise"
+        validate: look for bad labels, NaN and infinities "always", in the "first" batch and its step, or "never".
+            Shapes are always checked. For a `GlobalBatch`, `gather` has looked.
+        on_nonfinite: what all ranks do about a NaN or infinity in any rank's embeddings, loss or gradients: "raise"
             NonFiniteError, "skip" the step (`skipped` is True), or "log" bad embeddings and look at nothing else. See
             `check_gradients` and docs/nonfinite.md.
-        max_skips: how many steps in a row may be skipped before NonFiniteError is raised after all; None for any number.
+        max_skips: how many steps in a row may be skipped before NonFiniteError is raised; None for any number.
         device, dtype: of the weights; float32 unless the default dtype is another.
 
-    Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64 (or `[N_local, L]` in a `GlobalBatch`); N_local may be 0.
-    Raises ValueError for bad arguments or inputs, the same on every rank; RuntimeError for a head that is wired wrongly.
+    Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64; N_local may be 0. The loss is 0-d, or `[N_local]`
+    for "none". Raises ValueError for bad arguments or inputs, the same on every rank; RuntimeError for wrong wiring.
     """
 
     def __init__(
@@ -125,7 +124,7 @@ class PartialFC(HeadState):
 
     @torch._disable_dynamo  # collectives and sizes that depend on data: under torch.compile the head runs as it is
     def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:
-        """Return the loss of a batch: embeddings `[N_local, D]` and labels `[N_local]`, or a `GlobalBatch` of `gather`."""
+        """Return the loss of embeddings `[N_local, D]` and labels `[N_local]`, or of a `GlobalBatch` from `gather`."""
         self._check_wiring()
         with record_function("partial_fc::gather"):
             batch, x = self._take(embeddings, labels)

@@ -3,13 +3,12 @@
     backward 1:  local rows [S1] sorted, values [S1, ...]   ─┐
     backward 2:  local rows [S2] sorted, values [S2, ...]   ─┴─>  rows of both, values summed where both have one
 
-It is what everything outside the loss works with: optimizers, clipping, checks for NaN, queries, weight files, diagnosis
-and engines take `head.class_rows`.
+Optimizers, clipping, checks for NaN, queries, weight files, diagnosis and engines take `head.class_rows`.
 
-Under sampling the gradient has a few rows only. Optimizers, `GradScaler` and clipping see it through *carriers*: one
+Under sampling only some rows have a gradient. Optimizers, `GradScaler` and clipping see it through *carriers*: one
 parameter for each sharded one, without storage, whose `.grad` is the values of the selected rows. (The `.grad` of a
-DTensor cannot be sparse, so the sharded parameter itself has none.) Carriers are DTensors as their parameters are, which
-makes `GradScaler.unscale_` agree on found_inf across ranks.
+DTensor cannot be sparse, so the sharded parameter itself has none.) Carriers are DTensors too, which makes
+`GradScaler.unscale_` agree on found_inf across ranks.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ class ClassRows:
     """The class rows of one loss on this rank.
 
     owner: class name of the loss, for messages. seed: of the loss. sampled: only selected rows get a gradient.
-    record: the training step in progress. parameters: sharded parameters `[C, ...]` by name. shared: parameters that are
-    equal on all ranks, as are their gradients. trainable: what an optimizer holds: the parameters themselves where all
-    rows get a gradient, else the carriers; then the shared ones. It stays one list object, changed in place.
+    record: the training step in progress. parameters: sharded parameters `[C, ...]` by name. shared: parameters that
+    are equal on all ranks, as are their gradients. trainable: what an optimizer holds: the parameters themselves where
+    all rows get a gradient, else the carriers; then the shared ones. It stays one list object, changed in place.
     grad_rows: sorted local rows `[S]` that have a gradient, or None.
     """
 

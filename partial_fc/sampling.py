@@ -1,14 +1,14 @@
 """Which classes take part in a step: the same draw on every rank, at every world size, on CPU and CUDA.
 
-A step needs its positives (classes of the batch) and a window of `w = round(r · C)` classes drawn from all. Windows walk a
-keyed permutation of the class ids: step `t` of a cycle takes positions `[t · w, (t + 1) · w)`, the last window of a cycle
-wraps round to its beginning, and the next cycle uses another permutation. So every class is drawn at least once in
-`ceil(C / w)` steps, no window holds a class twice, and a step costs O(w) integer operations and no communication, because
-every rank evaluates the same function of (seed, step).
+A step needs its positives (classes of the batch) and a window of `w = round(r · C)` classes drawn from all. Windows
+walk a keyed permutation of the class ids: step `t` of a cycle takes positions `[t · w, (t + 1) · w)`, the last window
+of a cycle wraps round to its beginning, and the next cycle uses another permutation. So every class is drawn at least
+once in `ceil(C / w)` steps, no window holds a class twice, and a step costs O(w) integer operations and no
+communication: every rank evaluates the same function of (seed, step).
 
-The permutation is a Feistel network with additions modulo `a` and `b` on pairs (p // b, p % b), `a · b >= C > a · b - a`
-(Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Fewer than `a` of its values lie outside `[0, C)`. Where
-each of them ends if the permutation is applied until it comes back inside ("cycle walking") is put in a table of at most
+The permutation is a Feistel network with additions modulo `a` and `b` on pairs (p // b, p % b), `a·b >= C > a·b - a`
+(Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Fewer than `a` of its values lie outside `[0, C)`.
+Where each ends if the permutation is applied until it comes back inside ("cycle walking") is put in a table of at most
 `sqrt(C)` entries once a cycle, so that a step has no loop that depends on the data.
 """
 
@@ -75,7 +75,7 @@ class Permutation:
         return left * b + right
 
     def outside(self) -> Tensor:
-        """Return where cycle walking takes each value of the network in `[size, a * b)`. On the CPU, once a permutation."""
+        """Return where cycle walking takes each value in `[size, a * b)`. On the CPU, once a permutation."""
         a, b = self._sides
         start = torch.arange(self.size, a * b)
         values = self._walk_once(start)

@@ -35,11 +35,11 @@ class ShardedLoss(ShardedModule):
         return loss
 
     def _zero_loss(self, x: Tensor, batch: GlobalBatch, gradient_of_all_rows: bool) -> Tensor:
-        """Return the loss of a skipped step. gradient_of_all_rows: the parameters have a gradient, not selected rows."""
+        """Return the loss of a skipped step. gradient_of_all_rows: parameters have a gradient, not selected rows."""
         samples = batch.counts[batch.ranks.rank] if self.reduction == "none" else None
         return zero_loss(x, samples, self.class_rows, gradient_of_all_rows)
 
-    def _forget_notes(self) -> None:
+    def forget_notes(self) -> None:
         """Drop what the forwards of a skipped step have noted."""
 
     # ------------------------------------------------------------------------------------------------ a batch
@@ -67,7 +67,7 @@ class ShardedLoss(ShardedModule):
         # without a RowOptimizer nothing reports that gradients were cleared
         no_gradients = rows.grad_rows is None and all(p.grad is None for p in rows.everything)
         if rows.record.begin_forward(no_gradients=trained and no_gradients and rows.live_optimizer is None):
-            self._forget_notes()
+            self.forget_notes()
 
     def _gather(self, embeddings: Tensor, labels: Tensor | None) -> GlobalBatch:
         if labels is None and self.shards.ranks.group is None:  # else the other ranks must hear of it
@@ -81,14 +81,14 @@ class ShardedLoss(ShardedModule):
         return exchange(embeddings, sets, self.shards.ranks, look=look, device=self.class_rows.device)[0]
 
     def _anchor(self) -> Tensor:
-        """Return a scalar through which backward reaches the loss although weights, and perhaps embeddings, are detached."""
+        """Return a scalar through which backward reaches the loss although weights are detached."""
         requires_grad = any(p.requires_grad for p in self.class_rows.parameters.values())
         return torch.zeros((), device=self.class_rows.device, requires_grad=requires_grad)
 
     # ------------------------------------------------------------------------------------------------ what can be wrong
 
     def _check_wiring(self) -> None:
-        """Raise if it was built before its group, if parameters were replaced, or if no optimizer takes row gradients."""
+        """Raise if it was built before its group, parameters were replaced, or no optimizer takes row gradients."""
         rows = self.class_rows
         rows.check_group()
         for key, parameter in rows.parameters.items():

@@ -74,8 +74,8 @@ def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
 class ShardedModule(nn.Module):
     """Base of `ShardedLoss`: parameters and settings.
 
-    A subclass registers its sharded parameters with `_register` and then calls `_complete`. `class_rows` is what optimizers
-    and everything else outside take.
+    A subclass registers its sharded parameters with `_register` and then calls `_complete`. `class_rows` is what
+    optimizers and everything else outside take.
     """
 
     class_rows: ClassRows
@@ -173,12 +173,13 @@ class ShardedModule(nn.Module):
 
     @property
     def skipped(self) -> bool:
-        """Whether the training step in progress, or the last one, is skipped (on_nonfinite="skip"); equal on every rank.
+        """Whether the training step in progress, or the last one, is skipped (on_nonfinite="skip"); equal on every
+        rank.
 
         It becomes True in forward where embeddings are bad. Bad losses and gradients are found by `clip_grad_norm_`,
         `check_gradients`, or the step() of the `RowOptimizer` or center loss, whichever comes first. It covers all
-        micro-batches of a step and lasts until a training forward begins the next step. A step ends when it was checked,
-        or its gradients were used or cleared. Evaluation changes nothing.
+        micro-batches of a step and lasts until a training forward begins the next step. A step ends when it was
+        checked, or its gradients were used or cleared. Evaluation changes nothing.
         """
         return self.class_rows.record.skipped
 
@@ -212,7 +213,7 @@ class ShardedModule(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ agreement
 
-    def _settings(self) -> dict[str, Any]:
+    def agreed_settings(self) -> dict[str, Any]:
         """Return what must be the same on all ranks, by the name that a message gives it."""
         names = ("label_smoothing", "reduction", "ignore_index", "on_nonfinite", "validate", "max_skips")
         settings = [getattr(self, name, None) for name in (*names, "scale_embedding_grad")]
@@ -225,7 +226,7 @@ class ShardedModule(nn.Module):
 
     def _check_agreement(self) -> None:
         """Raise ValueError on every rank if ranks built different losses."""
-        mine = {k: v if isinstance(v, int) else zlib.crc32(repr(v).encode()) for k, v in self._settings().items()}
+        mine = {k: v if isinstance(v, int) else zlib.crc32(repr(v).encode()) for k, v in self.agreed_settings().items()}
         numbers = torch.tensor(list(mine.values()), device=self._device)
         ranks = self.class_rows.shards.ranks
         table = all_gather_mesh(numbers, ranks, f"the building of a {type(self).__name__}").tolist()
@@ -249,8 +250,8 @@ def _default_device(ranks: Ranks) -> torch.device:
 def initial_rows(lo: int, hi: int, row_shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:
     """Rows `[lo, hi)` of the initial matrix, float32 `[hi - lo, *row_shape]`, normal with deviation `std`.
 
-    Drawn in fixed blocks of 1,024 rows with a generator each, keyed by (seed, block), because `normal_` draws other numbers for another
-    size of tensor: any rank can draw any rows, and all agree.
+    Drawn in fixed blocks of 1,024 rows with a generator each, keyed by (seed, block), because `normal_` draws other
+    numbers for another size of tensor: any rank can draw any rows, and all agree.
     """
     cpu = torch.device("cpu")  # whatever the default device and dtype are: the draw is part of the meaning of a seed
     out = torch.empty(hi - lo, *row_shape, device=cpu, dtype=torch.float32)

@@ -1,13 +1,13 @@
 """Which rank owns which class.
 
-`C` classes are split by rows over `world` ranks with the chunk rule of `torch.chunk` and of DTensor: `ceil(C / world)` rows
-a rank, the last ranks shorter, possibly empty. Rank `r` owns the class ids `[lo, hi)`, its *shard*: a local tensor
+`C` classes are split by rows over `world` ranks with the chunk rule of `torch.chunk` and of DTensor: `ceil(C / world)`
+rows a rank, the last ranks shorter, possibly empty. Rank `r` owns the class ids `[lo, hi)`, its *shard*: a local tensor
 `[C_local, ...]`.
 
-With a process group every sharded parameter is a `DTensor [C, ...]`, `Shard(0)` over a mesh of the group (and `Replicate`
-over the first dimension of a 2-D mesh). The mathematics runs on the local tensor. The DTensor is for the outside: DDP,
-Accelerate, ZeRO and FSDP refuse to wrap it instead of broadcasting or averaging it, and distributed checkpoints reshard it
-to any world size.
+With a process group every sharded parameter is a `DTensor [C, ...]`, `Shard(0)` over a mesh of the group (and
+`Replicate` over the first dimension of a 2-D mesh). The mathematics runs on the local tensor. The DTensor is for the
+outside: DDP, Accelerate, ZeRO and FSDP refuse to wrap it instead of broadcasting or averaging it, and distributed
+checkpoints reshard it to any world size.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class StepRecord:
         return self.on_nonfinite != "log" and (self.validate == "always" or first)
 
     def begin_forward(self, no_gradients: bool) -> bool:
-        """Begin a training forward; return whether it follows a skipped step. no_gradients: none that it could add to."""
+        """Begin a training forward; return whether it follows a skipped step. no_gradients: none to add to."""
         new_step = no_gradients or self.finished
         after_skip = new_step and self.bad_step
         if new_step and not self.skipped:

@@ -23,7 +23,7 @@ def stats_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def targets_of(batch: GlobalBatch, ignore_index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return class ids `[N, L]`, -1 where there is no target, and their weights in the sample, 0 where there is none."""
+    """Return class ids `[N, L]`, -1 where there is no target, and their weights in the sample, 0 there."""
     labels = as_matrix(batch.labels)
     exists = labels != ignore_index
     weights = exists.to(dtype)

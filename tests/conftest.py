@@ -1,3 +1,5 @@
+"""For all tests: ranks that are started once, seeded random numbers, a cache of their own."""
+
 from __future__ import annotations
 
 import gc
@@ -5,7 +7,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from runner import Ranks
+from runner import Ranks, seed
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    seed(0)  # before fixtures, of any scope
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    seed(0)  # the same numbers, whatever fixtures and tests ran before
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,3 +39,17 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Indices of data sets go to a folder of the session, not to the user's."""
     monkeypatch.setenv("PARTIAL_FC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`mistake("train", ...)`: the one line that the command prints of what is wrong; it ends with exit code 2."""
+    from partial_fc.training.cli.main import main
+
+    def error_of(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(each) for each in arguments]) == 2
+        (line,) = (each for each in capsys.readouterr().err.splitlines() if each.startswith("partial-fc: error: "))
+        return line
+
+    return error_of

@@ -4,9 +4,9 @@
        status   int64 [21]   ── all-gather ──>  the same table on every host: counts, and what is wrong on which rank
        payload  bytes        ── all-gather ──>  embeddings [N, D], labels [N], ... in the order of the ranks, N = Σ N_r
 
-On a 2-D mesh (replicas x shards) embeddings travel within a replica only; statuses and labels are gathered across replicas
-too, one more small collective each. With several label sets the status collective keeps the size of one set, so that ranks
-that disagree about the names find out instead of hanging; one more collective brings the statuses of the other sets.
+On a 2-D mesh (replicas x shards) embeddings travel within a replica only; statuses and labels are gathered across
+replicas too, one more small collective each. With several label sets the status collective keeps the size of one set,
+so that ranks that disagree about the names do not hang; one more collective brings the statuses of the other sets.
 """
 
 from __future__ import annotations
@@ -145,14 +145,14 @@ def _row_bytes(part: Tensor) -> int:
 
 
 def require_grad_like_others(embeddings: Tensor, status: tuple[Status, ...]) -> Tensor:
-    """Return embeddings that require grad if those of any rank do: an empty batch, too, must join the backward's collective."""
+    """Return embeddings that require grad if any rank's do: an empty batch must join the backward's collective, too."""
     if torch.is_grad_enabled() and not embeddings.requires_grad and any(row.wants_grad for row in status):
         return embeddings.detach().requires_grad_()
     return embeddings
 
 
 def gradient_of_losses(grad: Tensor, batch: GlobalBatch, sample_weights: Tensor, reduction: str) -> Tensor:
-    """Return ∂objective/∂loss_i `[N]` from ∂objective/∂(reduced loss). sample_weights `[N]`: what each loss counts for."""
+    """Return ∂objective/∂loss_i `[N]` from ∂objective/∂(reduced loss). sample_weights: `[N]`, of the losses."""
     if reduction != "none":
         return grad * sample_weights
     # each rank's scalar counts as averaged over the ranks, and each rank knows the gradient of its own samples only

@@ -66,14 +66,15 @@ def gather(
             ranks must bring the same names, in any order.
         label_weights: `[N_local, L]`, each at least 0 and together 1 in a sample that has a label of at least 0. For a
             dict of labels: a dict with the names that have some.
-        sample_weights: `[N_local]`, each at least 0: the weight of each sample in a mean. For a dict of labels: one tensor
-            for all names, or a dict.
+        sample_weights: `[N_local]`, each at least 0: the weight of each sample in a mean. For a dict of labels: one
+            tensor for all names, or a dict.
         group: as of the losses.
-        validate: "always" looks for labels out of range, NaN, infinities and invalid weights, "never" does not. Each loss
-            checks the findings by its own number of classes and `on_nonfinite`; its own `validate` is about batches
-            that it gathers itself. There is no "first", because nothing is remembered between two calls.
+        validate: "always" looks for labels out of range, NaN, infinities and invalid weights, "never" does not. Each
+            loss checks the findings by its own number of classes and `on_nonfinite`; its own `validate` is about
+            batches that it gathers itself. There is no "first", because nothing is remembered between two calls.
 
-    Raises ValueError, the same on every rank, if names, shapes, dtypes, widths, devices or weights are wrong on any rank.
+    Raises ValueError, the same on every rank, if names, shapes, dtypes, widths, devices or weights are wrong on any
+    rank.
     """
     if validate not in ("always", "never"):
         raise ValueError(

@@ -2,8 +2,8 @@
 
     embeddings [N_r, D], labels [N_r] or [N_r, L]  ── inspect ──>  int64 [label sets, 21]: a `Status` for each label set
 
-Every rank receives all statuses and checks them on the host, which must read the sample counts anyway. So a bad input on one
-rank raises the same error on every rank, without another wait for the device.
+Every rank receives all statuses and checks them on the host, which must read the sample counts anyway. So a bad input
+on one rank raises the same error on every rank, without another wait for the device.
 """
 
 from __future__ import annotations
@@ -141,8 +141,7 @@ def _labels_problem(embeddings: Tensor, labels: Any) -> str:
 def inspect(embeddings: Tensor, sets: list[LabelSet], problem: str, wants_grad: bool, look: bool) -> Tensor:
     """Return this rank's statuses, int64 `[label sets, 21]`; a single one where there is a problem.
 
-    look: search for extreme labels, non-finite embeddings and invalid weights. Never raises, because the other ranks
-    are waiting for the status, and does not wait for the device.
+    look: search for extreme labels, non-finite embeddings and invalid weights. Neither raises nor waits for the device.
     """
     if problem:
         return torch.tensor([[*NO_COUNTS, 1, *NO_FINDINGS]])

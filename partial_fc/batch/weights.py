@@ -20,13 +20,17 @@ def weights_problem(embeddings: Tensor, labels: Tensor, label_weights: Any, samp
         if weights is not None and weights.device != embeddings.device:
             return f"{what} are on {weights.device}, embeddings on {embeddings.device}"
     if labels.ndim == 1 and label_weights is not None:
-        return "labels are [N], one a sample, which takes no label_weights; those go with labels [N, L] and have their shape"
+        return (
+            "labels are [N], one a sample, which takes no label_weights; those go with labels [N, L] and have their "
+            "shape"
+        )
     if labels.ndim == 2 and label_weights is None:
         each = labels.shape[1]
         if each == 1:
             return "labels are [N, 1]; squeeze them, or give gather label_weights [N, L] for several labels a sample"
         return (
-            f"labels are [N, {each}], {each} a sample; give gather label_weights [N, {each}], or bring one label a sample, "
+            f"labels are [N, {each}], {each} a sample; give gather label_weights [N, {each}], or bring one "
+            "label a sample, "
             "[N]"
         )
     if label_weights is not None and label_weights.shape != labels.shape:

@@ -97,12 +97,12 @@ def load_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
     skeletons: dict[str, Any] = dict.fromkeys(named, 0)
     read(skeletons, reader)
     tensors: dict[str, Tensor] = {}
-    for name, thing in named.items():
-        _check_state(thing, skeletons[name], f"checkpoint {folder}: {name}")
-        tensors.update(_destinations(thing, name, metadata, folder))
+    for name, stateful in named.items():
+        _check_state(stateful, skeletons[name], f"checkpoint {folder}: {name}")
+        tensors.update(_destinations(stateful, name, metadata, folder))
     read(tensors, reader)
-    for name, thing in named.items():
-        thing.load_state_dict(_restore(skeletons[name], tensors))
+    for name, stateful in named.items():
+        stateful.load_state_dict(_restore(skeletons[name], tensors))
 
 
 def stored_tensors(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -151,9 +151,9 @@ def collect(named: dict[str, Stateful], copy: Copy | None = None) -> dict[str, A
     Raises TypeError for a state that could be written but not loaded again.
     """
     state: dict[str, Any] = {}
-    for name, thing in named.items():
+    for name, stateful in named.items():
         tensors: dict[str, Any] = {}
-        state[name] = _after_reload(flatten(thing.state_dict(), name, tensors), name)
+        state[name] = _after_reload(flatten(stateful.state_dict(), name, tensors), name)
         for key, tensor in tensors.items():
             state[key] = _to_write(key, tensor, copy)
     return state
@@ -215,8 +215,8 @@ def _restore(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     return skeleton
 
 
-def _check_state(thing: Stateful, skeleton: Any, what: str) -> None:
-    check = getattr(thing, "check_state", None)
+def _check_state(stateful: Stateful, skeleton: Any, what: str) -> None:
+    check = getattr(stateful, "check_state", None)
     if check is not None:
         try:
             check(skeleton)
@@ -239,20 +239,20 @@ def _empty_like_parameter(optimizer: torch.optim.Optimizer, key: str, stored: An
     return torch.empty_like(parameter.detach(), dtype=stored.properties.dtype)
 
 
-def _destinations(thing: Stateful, name: str, metadata: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+def _destinations(stateful: Stateful, name: str, metadata: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     """Return, for each stored tensor of `name`, the tensor to read it into."""
     here: dict[str, Tensor] = {}
     stored = [key for key in metadata if key.startswith(f"{name}/")]
-    flatten(thing.state_dict(), name, here)
-    template = getattr(thing, "state_template", None)
+    flatten(stateful.state_dict(), name, here)
+    template = getattr(stateful, "state_template", None)
     if template is not None and not here.keys() >= set(stored):
         here.clear()
         flatten(template(), name, here)
     destinations = {}
     for key in stored:
         own = here.get(key)
-        if own is None and isinstance(thing, torch.optim.Optimizer):
-            own = _empty_like_parameter(thing, key.removeprefix(f"{name}/"), metadata[key])
+        if own is None and isinstance(stateful, torch.optim.Optimizer):
+            own = _empty_like_parameter(stateful, key.removeprefix(f"{name}/"), metadata[key])
         destinations[key] = _destination(key, metadata[key], own, folder)
     return destinations
 

@@ -1,4 +1,4 @@
-"""`HeadState`: what a `PartialFC` reports, saves and changes between steps. Nothing here takes part in a training step."""
+"""`HeadState`: the public state of a `PartialFC`, its checkpoints and changes of classes. No step enters this file."""
 
 from __future__ import annotations
 
@@ -67,20 +67,20 @@ class HeadState(ChangeableLoss):
 
     @property
     def target_angle(self) -> Tensor:
-        """Mean angle in radians of embeddings to their own class in the last forward, without the margin (0-d; NaN if none)."""
+        """Mean angle of embeddings to their target class in the last forward, in radians, without margin (0-d)."""
         if self._measured is None:
             raise RuntimeError("target_angle is known after a forward")
         return self._measured.angles().mean()
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Figures of the last forward's global batch (`metrics=True`): 0-d tensors by name, equal on every rank.
+        """Metrics of the last forward's global batch (`metrics=True`): 0-d tensors by name, equal on every rank.
 
-        accuracy: share of samples whose own class is the nearest of those selected, without the margin. margin_met: share
-        whose target logit with the margin is still the largest (or positive, where every class is a binary decision).
-        embedding_norm: mean length of the embeddings. Where vectors are normalised also angles in radians: target_angle
-        (mean), target_angle_p10, _p50, _p90 (percentiles), hardest_angle (mean, to the nearest other class). NaN where
-        there are no samples.
+        accuracy: share of samples whose target class is the nearest selected class, without the margin. margin_met:
+        share of samples whose target logit with the margin is still the largest (or positive, if every class is a
+        binary decision). embedding_norm: mean length of the embeddings. If vectors are normalized, also angles in
+        radians: target_angle (mean), target_angle_p10, _p50, _p90 (percentiles), hardest_angle (mean, to the nearest
+        other class). NaN without samples.
         """
         if self._measured is None or self._measured.hardest is None:
             raise RuntimeError("metrics are known after a forward of a head that was built with metrics=True")
@@ -94,8 +94,8 @@ class HeadState(ChangeableLoss):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sample_rate={self.sample_rate}"
 
-    def _settings(self) -> dict[str, Any]:
-        settings = super()._settings()
+    def agreed_settings(self) -> dict[str, Any]:
+        settings = super().agreed_settings()
         tables = [float(b.double().sum()) for b in self.buffers()]
         own = self.init_std, self.sample_rate, self.interclass_filter, tables
         digest = settings["a digest of the settings"], self.margin.describe(), own
@@ -115,7 +115,7 @@ class HeadState(ChangeableLoss):
         self.margin.reset()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the numbers of training forwards and of changes of classes, which key draws; the margin; skipped steps."""
+        """Return the forward count and the number of class changes (both key draws), the margin, and skipped steps."""
         return {
             "step": self.forward_count,
             "class_changes": self.class_changes,
@@ -130,13 +130,13 @@ class HeadState(ChangeableLoss):
         self.class_rows.record.skips = int(state.get("skips", 0))
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError if a state dict is that of a head with another margin; its tensors are not looked at."""
+        """Raise ValueError if a state dict is that of a head with another margin; its tensors are not read."""
         extra = state.get("_extra_state")
         theirs = extra.get("margin") if isinstance(extra, dict) else None
         if theirs is not None and theirs != self.margin.describe():
             raise ValueError(
-                f"it is of a head with {theirs}, this one has {self.margin.describe()}; build the head with that margin, "
-                "or start a new run from the class weights alone (export_weights, import_weights)"
+                f"it is of a head with {theirs}, this one has {self.margin.describe()}; build the head with that "
+                "margin, or start a new run from the class weights alone (export_weights, import_weights)"
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -144,7 +144,8 @@ class HeadState(ChangeableLoss):
         self.check_state({"_extra_state": state_dict.get(f"{prefix}_extra_state")})
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    # ------------------------------------------------------------------------------------------------ changes of classes
+    # ------------------------------------------------------------------------------------------------ changes of
+    # classes
 
     @property
     def normalizes(self) -> bool:

@@ -39,7 +39,7 @@ def move_rows(local: Tensor, moves: ClassMoves, before: ClassShards, after: Clas
     receiver = _RowReceiver(out, moves, after.lo)
     for start in range(0, max(b - a for a, b in parts), block):
         wanted = [(min(a + start, b), min(a + start + block, b)) for a, b in parts]
-        rows = _exchange_rows(local, [moves.old[a:b] for a, b in wanted], before, rank)
+        rows = _send_rows(local, [moves.old[a:b] for a, b in wanted], before, rank)
         receiver.add(rows, *wanted[rank])
     return out
 
@@ -48,7 +48,7 @@ def _row_bytes(rows: Tensor) -> int:
     return rows.shape[1:].numel() * rows.dtype.itemsize
 
 
-def _exchange_rows(local: Tensor, wanted: list[Tensor], before: ClassShards, rank: int) -> Tensor:
+def _send_rows(local: Tensor, wanted: list[Tensor], before: ClassShards, rank: int) -> Tensor:
     """Return the rows of the old ids `wanted[rank]`, in that order. wanted: the old ids that each rank receives."""
     if before.ranks.group is None:
         return local.index_select(0, wanted[rank].to(local.device))

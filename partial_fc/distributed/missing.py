@@ -3,10 +3,8 @@
     with naming_the_missing("the gather of a batch", group):     around a collective; costs nothing unless it fails
         dist.all_gather_single(...)
 
-If a peer was killed or has exited, its connections are closed and the collective fails at once on the remaining ranks.
-If a peer is stopped or busy elsewhere, it fails at the process group's timeout. torch's error contains an address, not
-a rank. The remaining ranks then find out which rank is missing (inquiry.py), and each raises `RankMissing` from torch's
-error.
+If a peer has exited, the collective fails at once on the remaining ranks; if it is stopped or busy elsewhere, at the
+process group's timeout. The remaining ranks find out which rank is missing (inquiry.py), and each raises `RankMissing`.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Ranks:
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup | None, what: str = "an exchange") -> Tensor:
-    """Return `[world, *tensor.shape]`, every rank's tensor; `[1, ...]` without a group. what: its name in a `RankMissing`."""
+    """Return every rank's tensor, `[world, *tensor.shape]`; `[1, ...]` without a group. what: for a `RankMissing`."""
     tensor = tensor.contiguous()
     if group is None:
         return tensor[None]
@@ -84,7 +84,7 @@ def sum_over_replicas(tensor: Tensor, ranks: Ranks, what: str) -> Tensor:
 
 
 def start_reduce_scatter(grad: Tensor, ranks: Ranks, counts: tuple[int, ...]) -> Callable[[], Tensor]:
-    """Begin to sum `grad [N, D]` over the ranks, each keeping its own rows; call the result to wait for `[N_local, D]`."""
+    """Begin to sum `grad [N, D]` over ranks, each keeping its own rows; call the result to wait for `[N_local, D]`."""
     if ranks.group is None:
         return lambda: grad
     longest = max(counts)

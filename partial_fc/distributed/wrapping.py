@@ -3,9 +3,9 @@
     DistributedDataParallel(model)     collects model.named_parameters(), for which it walks head.named_modules()
     fully_shard(model)                 collects head.named_parameters(recurse=False)
 
-Nothing tells a module that it is being wrapped, and what torch does next with rows that are split already is an error about flattening
-tensors, or, without the first synchronisation, no error at all: gradients of different classes are averaged. So the head looks who asks
-for its parameters. A wrapper that was told to ignore them may have them.
+Nothing tells a module that it is being wrapped, and what torch does next with rows that are split already is an error
+about flattening tensors, or, without the first synchronisation, no error at all: gradients of different classes are
+averaged. So the head looks who asks for its parameters. A wrapper that was told to ignore them may have them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ FSDP2 = _Wrapper(
 
 
 def refuse(wrapper: _Wrapper, head: nn.Module, prefix: str) -> None:
-    """RuntimeError if `wrapper` asks for the parameters of `head`, which it calls `prefix`, and was not told to leave them alone."""
+    """RuntimeError if `wrapper` asks for the parameters of `head`, which it calls `prefix`, and was not told to leave
+    them alone."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_name == wrapper.function and frame.f_globals.get("__name__") == wrapper.module:
@@ -56,8 +57,10 @@ def refuse(wrapper: _Wrapper, head: nn.Module, prefix: str) -> None:
             if not all(key in left_alone or p in left_alone for key, p in own.items()):
                 kind = type(head).__name__
                 raise RuntimeError(
-                    f"{wrapper.name} was given a {kind} ({', '.join(own)}), whose rows are split over the ranks already; it would take "
-                    f"them for copies. Wrap the backbone alone and call the {kind} on its output; if it has to be inside, {wrapper.inside}"
+                    f"{wrapper.name} was given a {kind} ({', '.join(own)}), whose rows are split over the ranks "
+                    "already; it would take "
+                    f"them for copies. Wrap the backbone alone and call the {kind} on its output; if it has to "
+                    f"be inside, {wrapper.inside}"
                 )
             return
         frame = frame.f_back

@@ -1,8 +1,9 @@
 """Margins: what happens to the cosine between an embedding and the center of its own class, and to the others.
 
-A margin maps the target cosines `[P]` (one a sample and label) to target logits before scaling. Only a vector passes through it, never the
-matrix of logits, so its derivative comes from autograd at no cost. All other logits stay `cosine`, unless the margin has a rule for them.
-The head multiplies all by `scale` and takes the cross-entropy. Angles are in radians.
+A margin maps the target cosines `[P]` (one a sample and label) to target logits before scaling. Only a vector passes
+through it, never the matrix of logits, so its derivative comes from autograd at no cost. All other logits stay
+`cosine`, unless the margin has a rule for them. The head multiplies all by `scale` and takes the cross-entropy. Angles
+are in radians.
 
     Softmax           w·x + b, nothing normalised
     NormFace          cos θ                                         Wang et al. 2017, arXiv 1704.06369
@@ -18,9 +19,10 @@ The head multiplies all by `scale` and takes the cross-entropy. Angles are in ra
     AdaptiveMargin    cos(θ + m(n)), n samples of the class         Ha et al. 2020, arXiv 2010.05350
     SphereFace2       g(cos θ) ∓ m, each class a binary decision    Wen et al. 2022, arXiv 2108.01513
 
-cos(m1·θ + m2) rises again once its argument passes π, which would reward embeddings for moving away from their class. From there on the
-target is continued by −2 − cos(m1·θ + m2), then 2 + cos(...) and so on: the monotonic extension of SphereFace (arXiv 1704.08063,
-ψ(θ) = (−1)^k cos(·) − 2k), continuous, with a continuous derivative. All angular margins here share it.
+cos(m1·θ + m2) rises again once its argument passes π, which would reward embeddings for moving away from their class.
+From there on the target is continued by −2 − cos(m1·θ + m2), then 2 + cos(...) and so on: the monotonic extension of
+SphereFace (arXiv 1704.08063, ψ(θ) = (−1)^k cos(·) − 2k), continuous, with a continuous derivative. All angular margins
+here share it.
 """
 
 from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2

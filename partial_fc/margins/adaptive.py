@@ -21,10 +21,11 @@ def _moved(old: Tensor, new: Tensor, rate: float) -> None:
 
 
 class CurricularFace(ArcFace):
-    """cos(θ + m); another class that is nearer than that, cos θ_j > cos(θ + m), has cos θ_j (t + cos θ_j) (arXiv 2004.00288, equation 9).
+    """cos(θ + m); another class that is nearer than that, cos θ_j > cos(θ + m), has cos θ_j (t + cos θ_j) (arXiv
+    2004.00288, equation 9).
 
-    t, the running mean of target cosines over the global batches (equation 10, `momentum` for the new batch, 0 at first), grows while
-    embeddings come nearer to their classes, and with it the weight of hard negatives. A buffer `t`.
+    t, the running mean of target cosines over the global batches (equation 10, `momentum` for the new batch, 0 at
+    first), grows while embeddings come nearer to their classes, and with it the weight of hard negatives. A buffer `t`.
     """
 
     sees_all = True
@@ -51,10 +52,10 @@ class CurricularFace(ArcFace):
 class AdaFace(Margin):
     """cos(θ − m·ẑ) − (m·ẑ + m), ẑ = clip(h (‖x‖ − μ)/σ, −1, 1) (arXiv 2204.00964, equations 14 to 17).
 
-    The length of an embedding stands for the quality of its image: a sharp one (ẑ = 1) gets a margin like CosFace's, a poor one like
-    ArcFace's, of which it feels less. μ, σ: running mean and deviation of the lengths over the global batches, buffers `mean` and `std`
-    that begin at 20 and 100 as the paper's code does; no gradient goes through ẑ. Embeddings must come unnormalised.
-    margin: m in [0, π/2). h: concentration, > 0. momentum: weight of the new batch.
+    The length of an embedding stands for the quality of its image: a sharp one (ẑ = 1) gets a margin like CosFace's, a
+    poor one like ArcFace's, of which it feels less. μ, σ: running mean and deviation of the lengths over the global
+    batches, buffers `mean` and `std` that begin at 20 and 100 as the paper's code does; no gradient goes through ẑ.
+    Embeddings must come unnormalised. margin: m in [0, π/2). h: concentration, > 0. momentum: weight of the new batch.
     """
 
     mean: Tensor
@@ -88,10 +89,12 @@ class AdaFace(Margin):
 
 
 class MagFace(Margin):
-    """cos(θ + m(a)), a = ‖x‖ clamped to [l_a, u_a], m linear from l_m to u_m; each loss + λ g(a) (arXiv 2103.06627, equations 3 and 6).
+    """cos(θ + m(a)), a = ‖x‖ clamped to [l_a, u_a], m linear from l_m to u_m; each loss + λ g(a) (arXiv 2103.06627,
+    equations 3 and 6).
 
-    g(a) = a/u_a² + 1/a rewards length, the margin makes it costly for hard samples: length becomes a measure of quality. The gradient
-    goes through a. scale, l_a, u_a, l_m, u_m, penalty_weight λ: the paper's values for faces. Embeddings must come unnormalised.
+    g(a) = a/u_a² + 1/a rewards length, the margin makes it costly for hard samples: length becomes a measure of
+    quality. The gradient goes through a. scale, l_a, u_a, l_m, u_m, penalty_weight λ: the paper's values for faces.
+    Embeddings must come unnormalised.
     """
 
     def __init__(
@@ -119,11 +122,12 @@ class MagFace(Margin):
 
 
 class ElasticFace(Margin):
-    """cos(θ + m_i) or cos θ − m_i with m_i drawn for each sample from N(margin, deviation) (arXiv 2109.09416, equations 5 and 6).
+    """cos(θ + m_i) or cos θ − m_i with m_i drawn for each sample from N(margin, deviation) (arXiv 2109.09416, equations
+    5 and 6).
 
-    kind: "arc" (margin 0.5) or "cos" (margin 0.35). plus: the drawn margins are sorted and given out by distance, the largest to the
-    sample farthest from its class (ElasticFace+; deviation 0.0175 for arc, 0.025 for cos, else 0.0125). Draws are keyed by seed, step
-    and sample: the same at every world size. In eval() every sample has the mean.
+    kind: "arc" (margin 0.5) or "cos" (margin 0.35). plus: the drawn margins are sorted and given out by distance, the
+    largest to the sample farthest from its class (ElasticFace+; deviation 0.0175 for arc, 0.025 for cos, else 0.0125).
+    Draws are keyed by seed, step and sample: the same at every world size. In eval() every sample has the mean.
     """
 
     def __init__(
@@ -167,10 +171,12 @@ class ElasticFace(Margin):
 
 
 class AdaptiveMargin(Margin):
-    """cos(θ + m_y), m_y by the number n of training samples of class y: the rarer the larger (arXiv 2010.05350, section 2.3).
+    """cos(θ + m_y), m_y by the number n of training samples of class y: the rarer the larger (arXiv 2010.05350, section
+    2.3).
 
-    n^(−exponent), brought linearly to [smallest, largest]: the rarest class has the largest margin. For long-tailed landmarks, products.
-    class_counts: samples of each class `[C]`, in the order of the labels; a class without samples counts as one with one.
+    n^(−exponent), brought linearly to [smallest, largest]: the rarest class has the largest margin. For long-tailed
+    landmarks, products. class_counts: samples of each class `[C]`, in the order of the labels; a class without samples
+    counts as one with one.
     """
 
     by_class = True
@@ -226,9 +232,9 @@ class SphereFace2(Margin):
         λ/r · log(1 + exp(−(r (g(cos θ_y) − m) + b))) + (1 − λ)/r · Σ_{j≠y} log(1 + exp(r (g(cos θ_j) + m) + b)),
         g(z) = 2 ((z + 1)/2)^t − 1
 
-    No sum over classes is compared with another, so classes need no normalisation over ranks. b is one trained number for all classes,
-    the parameter `offset [1]`; a `RowOptimizer` of the head trains it. At the start it balances the pulls of one own and of all other
-    classes at right angles. Under sampling the sum is over the selected classes.
+    No sum over classes is compared with another, so classes need no normalisation over ranks. b is one trained number
+    for all classes, the parameter `offset [1]`; a `RowOptimizer` of the head trains it. At the start it balances the
+    pulls of one own and of all other classes at right angles. Under sampling the sum is over the selected classes.
     scale: r > 0. margin: m >= 0. t >= 1: makes room at large similarities. balance: λ in (0, 1).
     """
 
@@ -245,7 +251,8 @@ class SphereFace2(Margin):
         self.offset = nn.Parameter(torch.zeros(1))
 
     def prepare(self, num_classes: int, selected: int) -> None:
-        """`offset` at which λ σ(−(y + b)) = (1 − λ)(selected − 1) σ(o + b), y and o the logits at right angles without b."""
+        """`offset` at which λ σ(−(y + b)) = (1 − λ)(selected − 1) σ(o + b), y and o the logits at right angles without
+        b."""
         ratio = self.balance / ((1 - self.balance) * max(1, selected - 1))
         own, other = (self.scale * (2 * 0.5**self.t - 1 + sign * self.margin) for sign in (-1, 1))
         # a quadratic equation in exp(other + b), its positive root by the one of two formulas that does not cancel

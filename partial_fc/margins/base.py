@@ -19,12 +19,13 @@ class Margin(nn.Module):
     normalize: take embeddings and class weights at unit length, so that logits are cosines; else as they are.
     bias: whether the head adds a bias a class (only where nothing is normalised).
     centers: K rows a class, of which the nearest to a sample counts.
-    sees_all: `target` gets the cosines of all targets on every rank (one more small collective), not only those of the rank's own
-        classes (0 elsewhere). Always so where `negative` is defined.
+    sees_all: `target` gets the cosines of all targets on every rank (one more small collective), not only those of the
+        rank's own classes (0 elsewhere). Always so where `negative` is defined.
     binary: (a, b) if every class is a binary decision instead of one softmax over all: the loss is then
         a · softplus(−z_y) + b · Σ softplus(z_j) over the other selected classes, z the logits.
     has_rule, has_penalty: whether it defines `negative`, `penalty`; set by themselves.
-    by_class: whether it holds a number for each class, so that other classes need another instance (`PartialFC.expand`, `remap`).
+    by_class: whether it holds a number for each class, so that other classes need another instance (`PartialFC.expand`,
+    `remap`).
     scale: factor s of all logits.
     """
 
@@ -49,14 +50,16 @@ class Margin(nn.Module):
         self.scale = scale
 
     def target(self, cosine: Tensor, positives: Positives) -> Tensor:
-        """Target logits before scaling, `[P]`, of target cosines `[P]`: elementwise, differentiable by cosine and `positives.norm`.
+        """Target logits before scaling, `[P]`, of target cosines `[P]`: elementwise, differentiable by cosine and
+        `positives.norm`.
 
         Called once in every forward; buffers that are moved here (in training only) must move alike on every rank.
         """
         raise NotImplementedError(f"{type(self).__name__} must define target(cosine, positives)")
 
     def negative(self, cosine: Tensor, target: Tensor) -> Tensor:
-        """Logits before scaling `[N, T]` of other classes' cosines, given the samples' target logits before scaling `[N, 1]`.
+        """Logits before scaling `[N, T]` of other classes' cosines, given the samples' target logits before scaling
+        `[N, 1]`.
 
         Elementwise and differentiable by `cosine`; no gradient goes to `target`.
         """
@@ -76,7 +79,8 @@ class Margin(nn.Module):
         """Set buffers to what they are at the start."""
 
     def describe(self) -> str:
-        """Its name and settings, "ArcFace(scale=64.0, m1=1.0, m2=0.5, ...)": what must be the same on all ranks and in a checkpoint."""
+        """Its name and settings, "ArcFace(scale=64.0, m1=1.0, m2=0.5, ...)": what must be the same on all ranks and in
+        a checkpoint."""
         plain = (bool, int, float, str, tuple)
         settings = {
             k: v for k, v in vars(self).items() if isinstance(v, plain) and not k.startswith("_") and k != "training"
@@ -94,7 +98,8 @@ class Margin(nn.Module):
         return other
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Margin:
-        """Running statistics move between devices, but keep their dtype: half precision would swallow what a step adds."""
+        """Running statistics move between devices, but keep their dtype: half precision would swallow what a step
+        adds."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():

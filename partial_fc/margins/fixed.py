@@ -1,4 +1,4 @@
-"""Margins that are the same for every sample: cos(m1·θ + m2) − m3, of which ArcFace, CosFace, SphereFace and NormFace are cases."""
+"""Margins that are the same for every sample, cos(m1·θ + m2) − m3: ArcFace, CosFace, SphereFace, NormFace."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Gradient = Literal["exact", "straight_through"]
 
 
 def angular(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
-    """cos(factor · θ + added) `[P]`, continued monotonically past π; 1 where the argument is below 0. added: radians, a number or `[P]`."""
-    # acos has infinite slope at ±1: a step inside, the slope stays finite. The step is the dtype's resolution of an angle near 0,
-    # so the value is unharmed: cos changes by at most its own rounding.
+    """Return cos(factor · θ + added) `[P]`, continued monotonically past π; 1 below 0. added: radians."""
+    # acos has infinite slope at ±1: a step inside, the slope stays finite. The step is the dtype's resolution of an
+    # angle near 0, so the value is unharmed: cos changes by at most its own rounding.
     edge = 1 - torch.finfo(cosine.dtype).eps
     theta = torch.acos(cosine.clamp(-edge, edge))
     beyond = (cosine < -edge) | (cosine > edge)
@@ -31,9 +31,9 @@ def angular(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
 class CombinedMargin(Margin):
     """cos(m1·θ + m2) − m3 (ArcFace paper, section 2.1): m1 = 1, m3 = 0 is ArcFace; m1 = 1, m2 = 0 is CosFace.
 
-    scale: s > 0. m1: factor of the angle, >= 1. m2: added to the angle, radians in [0, π). m3: taken from the cosine, >= 0.
-    gradient: "exact" differentiates the formula, bounded at cos θ = ±1 where the angle's slope is not; "straight_through" takes
-    1 for the derivative of the target logit by the cosine, as many published implementations do.
+    scale: s > 0. m1: factor of the angle, >= 1. m2: added to the angle, radians in [0, π). m3: taken from the cosine,
+    >= 0. gradient: "exact" differentiates the formula, bounded at cos θ = ±1 where the angle's slope is not;
+    "straight_through" takes 1 for ∂(target logit)/∂cosine, as many published implementations do.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class CombinedMargin(Margin):
 class SphereFace(CombinedMargin):
     """cos(m·θ) (arXiv 1704.08063, equation 7, both sides normalised): the target angle is multiplied. margin: m >= 1.
 
-    The paper's m = 4 with ‖x‖ as scale needs annealing; 1.35 with a fixed scale is what has since been used (ArcFace paper, table 1).
+    The paper's m = 4 with ‖x‖ as scale needs annealing; 1.35 with a fixed scale is used since (ArcFace paper, table 1).
     """
 
     def __init__(self, scale: float = 64.0, margin: float = 1.35) -> None:
@@ -70,7 +70,7 @@ class SphereFace(CombinedMargin):
 
 
 class ArcFace(CombinedMargin):
-    """cos(θ + m) (arXiv 1801.07698, equation 3): the margin is added to the target *angle*. margin: radians in [0, π)."""
+    """cos(θ + m) (arXiv 1801.07698, equation 3): the margin is added to the *angle*. margin: radians in [0, π)."""
 
     def __init__(self, scale: float = 64.0, margin: float = 0.5, gradient: Gradient = "exact") -> None:
         require("margin is an angle in radians in [0, pi)", margin, 0 <= margin < math.pi)

@@ -16,7 +16,8 @@ from partial_fc.sampling import keyed_below
 class Positives:
     """What a margin may know of the P targets besides their cosines.
 
-    label: `[P]` global class ids, -1 where there is no target. sample: `[P]` which sample of the global batch, counted over all ranks.
+    label: `[P]` global class ids, -1 where there is no target. sample: `[P]` which sample of the global batch, counted
+    over all ranks.
     norm: `[P]` lengths of the embeddings as they came, differentiable. exists: `[P]` where there is a target.
     draw: an integer that differs from step to step and is the same on every rank, to key random numbers with.
     """
@@ -29,7 +30,8 @@ class Positives:
     replicas: dist.ProcessGroup | None = None
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of `values [P]` over the targets of the whole global batch (0-d, without gradient); NaN if there are none.
+        """Mean of `values [P]` over the targets of the whole global batch (0-d, without gradient); NaN if there are
+        none.
 
         The values must be known on every rank: lengths and labels are, cosines where the margin `sees_all`.
         """
@@ -41,7 +43,8 @@ class Positives:
         return all_gather(self.exists.sum(), self.replicas).sum(0)
 
     def of_all_replicas(self, values: Tensor) -> tuple[Tensor, slice]:
-        """(`values` of all replicas of a 2-D mesh, one after another; where this one's are). With replicas it waits for the host."""
+        """(`values` of all replicas of a 2-D mesh, one after another; where this one's are). With replicas it waits for
+        the host."""
         if self.replicas is None:
             return values, slice(0, len(values))
         counts = all_gather(torch.tensor([len(values)], device=values.device), self.replicas).flatten().tolist()
@@ -52,5 +55,6 @@ class Positives:
         return torch.cat([row[:n] for row, n in zip(rows, counts, strict=True)]), slice(start, start + len(values))
 
     def uniform(self, stream: int) -> Tensor:
-        """`[P]` float64 in (0, 1): keyed by step and sample, so the same at every world size; another for every `stream`."""
+        """`[P]` float64 in (0, 1): keyed by step and sample, so the same at every world size; another for every
+        `stream`."""
         return (keyed_below(self.sample, self.draw + 0x9E3779B1 * stream, 1 << 31) + 0.5) / (1 << 31)

@@ -23,7 +23,8 @@ class Softmax(Margin):
 
 
 class SubCenterArcFace(ArcFace):
-    """cos(θ + m) with K centers a class (Deng et al., "Sub-center ArcFace", ECCV 2020, equations 3 and 4): cos θ_j = max_k x·w_jk.
+    """cos(θ + m) with K centers a class (Deng et al., "Sub-center ArcFace", ECCV 2020, equations 3 and 4): cos θ_j =
+    max_k x·w_jk.
 
     The head's weight is `[C, K, D]`; a sample's gradient goes to the nearest center of each class. centers: K >= 1.
     """

@@ -7,7 +7,8 @@
                RowOptimizer.step, center.step). Then the host reads them, once
     decision   "raise": NonFiniteError, before anything has moved
                "skip": gradients are forgotten, so that optimizers that step nevertheless do nothing; counted; limited
-               a GradScaler's overflow: the forward was finite, the scaled gradient was not: the scaler skips, not counted
+               a GradScaler's overflow: the forward was finite, the scaled gradient was not: the scaler skips, not
+               counted
 
 What is wrong (rank, sample, label, class row) is described by collectives that only a bad step takes part in.
 """

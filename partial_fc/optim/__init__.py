@@ -1,4 +1,5 @@
-"""Optimizers that touch only the rows that have a gradient, and one gradient norm over replicated and sharded parameters.
+"""Optimizers that touch only the rows that have a gradient, and one gradient norm over replicated and sharded
+parameters.
 
 row_optimizer    RowOptimizer: one step of a torch optimizer class over class rows, block by block
 in_backward      the same inside backward (update_in_backward)

@@ -35,12 +35,13 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clip the gradients of replicated parameters and sharded heads by their one global norm; return the norm before.
 
-    It checks the step, as `check_gradients` does: if a loss or the norm is not finite on any rank, NonFiniteError is raised
-    on all, or `head.skipped` becomes True on all and the gradients are forgotten. With a GradScaler, call it after unscale_().
+    It checks the step, as `check_gradients` does: if a loss or the norm is not finite on any rank, all raise
+    NonFiniteError, or `head.skipped` becomes True on all and gradients are forgotten. Call it after a scaler's
+    unscale_().
 
     Args:
-        parameters: of the backbone, replicated (counted once) or FSDP2's DTensors (summed over their shards); parameters
-            of `heads` among them are ignored.
+        parameters: of the backbone, replicated (counted once) or FSDP2's DTensors (summed over their shards); those of
+            `heads` among them are ignored.
         heads: every `PartialFC` and `CenterLoss` of the step. One small collective a head (two on a 2-D mesh).
         scaler: the GradScaler, if there is one, so that its optimizers skip a step together.
 
@@ -94,7 +95,7 @@ def _norm(grad: Tensor, norm_type: float) -> Tensor:
 
 
 def _norm_over_ranks(rows: ClassRows, norm_type: float, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return (norm of all shards, flags of any rank): one collective, and one more between replicas if there are flags."""
+    """Return (norm of all shards, flags of any rank): one collective; with flags one more between replicas."""
     ranks = rows.shards.ranks
     grads = [local_part(carrier.grad) for carrier in rows.carriers if carrier.grad is not None]
     parts = [_norm(grad, norm_type) for grad in grads if grad.numel()]

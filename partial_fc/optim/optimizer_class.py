@@ -43,7 +43,8 @@ def check_arguments(
 def construct(
     cls: type[torch.optim.Optimizer], parameters: list[nn.Parameter], options: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """Build the class on stand-ins of the parameters, with its fused kernel where it has one and the caller did not choose."""
+    """Build the class on stand-ins of the parameters, with its fused kernel where it has one and the caller did not
+    choose."""
     stand_ins = [nn.Parameter(local_part(p.detach())[:0]) for p in parameters]
     if "fused" in inspect.signature(cls).parameters and not {"fused", "foreach", "differentiable"} & set(options):
         try:
@@ -55,7 +56,8 @@ def construct(
 
 @lru_cache
 def fused_moves(cls: type[torch.optim.Optimizer], dtype: torch.dtype) -> bool:
-    """Return whether the class's fused kernel moves half precision on the CPU; that of SGD in torch 2.13 does not always."""
+    """Return whether the class's fused kernel moves half precision on the CPU; that of SGD in torch 2.13 does not
+    always."""
     parameter = nn.Parameter(torch.ones(64, dtype=dtype, device="cpu"))
     parameter.grad = torch.ones_like(parameter)
     cls([parameter], lr=0.5, fused=True).step()  # type: ignore[call-arg]
@@ -65,7 +67,8 @@ def fused_moves(cls: type[torch.optim.Optimizer], dtype: torch.dtype) -> bool:
 def trial(
     cls: type[torch.optim.Optimizer], options: dict[str, Any], start: Tensor, steps: int, split: bool = False
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return (the parameter, its state) after some steps of a small problem. split: every row is a parameter of its own."""
+    """Return (the parameter, its state) after some steps of a small problem. split: every row is a parameter of its
+    own."""
     generator = torch.Generator("cpu").manual_seed(1)
     parameters = [nn.Parameter(r.clone()) for r in (start.split(1) if split else [start])]
     optimizer = cls(parameters, **options)
@@ -98,8 +101,10 @@ def check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) 
         raise ValueError(f"{cls.__name__} cannot update rows one block at a time: {error}") from error
     if not torch.allclose(together, apart, rtol=1e-9, atol=1e-12):
         raise ValueError(
-            f"{cls.__name__} moves a row by what other rows hold (norms or factors of the whole matrix), but those are on "
-            "other ranks or not selected; use a class that treats elements apart for the head (SGD, Adam, AdamW, RMSprop, "
+            f"{cls.__name__} moves a row by what other rows hold (norms or factors of the whole matrix), but "
+            "those are on "
+            "other ranks or not selected; use a class that treats elements apart for the head (SGD, Adam, "
+            "AdamW, RMSprop, "
             "Adagrad), and this one for the backbone"
         )
 

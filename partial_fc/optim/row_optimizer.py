@@ -5,8 +5,8 @@ A block of rows is stepped as a small dense parameter:
     sampled      rows [S] of the step: weight[rows], state[rows]  ──  class.step()  ──>  weight[rows], state[rows]
     all rows     row blocks of the shard, as views: no temporary of the shard's size
 
-Rows without a gradient keep weight and state bit for bit: no decay, no momentum (as SparseAdam does). Scalar state, such
-as Adam's step, counts optimizer steps.
+Rows without a gradient keep weight and state bit for bit: no decay, no momentum (as SparseAdam does). Scalar state,
+such as Adam's step, counts optimizer steps.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ BLOCK_BYTES = 8 << 20  # bounds temporaries
 class RowOptimizer(RowState):
     """`optimizer_class` over the class rows of a head: `RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)`.
 
-    Schedulers, `GradScaler` and `zero_grad` work as with any torch optimizer. Under sampling `param_groups` holds a compact
+    Schedulers, `GradScaler` and `zero_grad` work as with any torch optimizer. Under sampling `param_groups` holds a
     carrier whose gradient is that of the selected rows. State is allocated once, at the first step, for the shard.
 
     Args:
         update_in_backward: move rows inside backward, tile by tile, so that no gradient of the whole weight exists; for
             sample_rate=1.0. step() is called as usual and does nothing more. Whatever needs the whole gradient first
             (clipping, accumulation over micro-batches, a GradScaler) raises RuntimeError.
-        low_precision: for weights in bfloat16 or float16, whose updates are often below their resolution: "master" keeps
-            float32 weights in the state; "stochastic" rounds up or down at random in proportion, keyed by seed, step and
+        low_precision: for weights in bfloat16 or float16, whose updates are often below their resolution: "master"
+            keeps float32 weights in the state; "stochastic" rounds at random in proportion, keyed by seed, step and
             class id (bfloat16 only).
 
     Raises ValueError for a class whose update of a row depends on other rows (LAMB, LARS, Shampoo, Muon, Adafactor,
@@ -175,7 +175,7 @@ class RowUpdate:
 
 
 def row_blocks(count: int, weight: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield blocks (a, b) of bounded size; one empty block without rows, so that scalar state counts as on other ranks."""
+    """Yield blocks (a, b) of bounded size; one empty block without rows, so that scalar state counts on all ranks."""
     size = max(1, BLOCK_BYTES // max(1, weight[:1].nbytes if len(weight) else 1))
     for a in range(0, max(count, 1), size):
         yield a, min(a + size, count)

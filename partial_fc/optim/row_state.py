@@ -1,7 +1,7 @@
 """The state of a `RowOptimizer`: how it is allocated, saved and loaded.
 
-Row state (momentum, moments) has the shape of its parameter, so it is a DTensor `[C, ...]` where there is a group, and a
-checkpoint loads at any world size. Everything else is scalar state.
+Row state (momentum, moments) has the shape of its parameter, so it is a DTensor `[C, ...]` where there is a group, and
+a checkpoint loads at any world size. Everything else is scalar state.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ COUNT = "rounding_step"
 class RowState(torch.optim.Optimizer):
     """Base of `RowOptimizer`: everything about state but the step.
 
-    class_rows: what it moves. inner: the wrapped class, on stand-ins. initial_state: row state of a row that never had a
-    gradient, by key.
+    class_rows: what it moves. inner: the wrapped class, on stand-ins. initial_state: row state of a row that never had
+    a gradient, by key.
     """
 
     class_rows: ClassRows
@@ -95,7 +95,8 @@ class RowState(torch.optim.Optimizer):
             if unknown:
                 name = type(self.inner).__name__
                 raise ValueError(
-                    f"it is the state of another optimizer: it has {', '.join(unknown)}, which {name} as built here has not"
+                    f"it is the state of another optimizer: it has {', '.join(unknown)}, which {name} as built "
+                    "here has not"
                 )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -116,7 +117,8 @@ class RowState(torch.optim.Optimizer):
             self.state[parameter] = {key: self._fitted(value, parameter) for key, value in state.items()}
 
     def _fitted(self, value: Any, parameter: nn.Parameter) -> Any:
-        """Return a piece of state on the device and in the dtype that the class expects; the same object where it is so."""
+        """Return a piece of state on the device and in the dtype that the class expects; the same object where it is
+        so."""
         if not isinstance(value, Tensor):
             return value
         weight = local_part(parameter.detach())

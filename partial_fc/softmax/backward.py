@@ -10,8 +10,8 @@ For a logit z_ij = s x_i·w_j of a class that is no target, with p_ij = exp(z_ij
 For the target l of sample i, with its margin: d_z_il = d_lse_i p_il − d_loss_i ((1 − ε) weight_il + ε/|S|)   [P], and
 d_cosine = d_z ∂z/∂cosine. These P rank-one terms are added apart.
 
-Exponentials that were kept, or are computed again, are e_ij = exp(z_ij − m_i) for some m_i. So d_lse_i p_ij = e_ij factor_i
-with factor_i = d_lse_i exp(m_i − lse_i): one number a sample and tile, multiplied into x instead of into e.
+Exponentials that were kept, or are computed again, are e_ij = exp(z_ij − m_i) for some m_i: d_lse_i p_ij = e_ij
+factor_i with factor_i = d_lse_i exp(m_i − lse_i), one number a sample and tile, multiplied into x instead of into e.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Deriv
         from_zero = d_lse
     else:
         d_lse = (d_loss * ((1 - smoothing) * selection.target_weights.sum(1) + smoothing))[:, None]
-        # bounded logits of others are at least -scale; where lse is less there are none, and nothing may become infinite
+        # bounded logits of others are at least -scale; where lse is less there are none: nothing may become infinite
         from_zero = d_lse * (-lse).clamp(max=scale + 1).exp()
         d_z = d_lse * (z - lse).exp() - d_loss[:, None] * (1 - smoothing) * selection.target_weights
     d_every = torch.zeros_like(d_loss)
@@ -138,7 +138,7 @@ class BackwardTiles:
             self.d_every_row = (d.d_every @ saved.x) * self.scale  # [D]
 
     def run(self, want_x: bool, want_rows: bool) -> tuple[Tensor, list[Tensor]]:
-        """Return (gradient of all embeddings from this rank's rows `[N, D]`, gradients of rows `[S, ...]` and biases)."""
+        """Return (gradient of all embeddings from this rank's rows `[N, D]`, of rows `[S, ...]` and biases)."""
         state, rows, x = self.state, self.state.rows, self.saved.x
         centers, ruled = state.options.margin.centers, state.options.ruled
         dx = x.new_zeros(len(x), x.shape[1] if want_x else 0)
@@ -201,7 +201,7 @@ class BackwardTiles:
         return e, d.d_lse * factor
 
     def _row_gradient(self, out: Tensor, e: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
-        """Write the gradient of rows a to b from all logits but the targets' to `out [T, D]`, which may be the memory of w."""
+        """Write the gradient of rows a to b, but for the targets' share, to `out [T, D]`, perhaps the memory of w."""
         product, rows = self.state.product, self.state.rows
         if product == self.stats == out.dtype and rows.held is None:
             grad = torch.mm(e.t(), weighted, out=out)

@@ -1,18 +1,17 @@
 """Cross-entropy over class rows that are split over ranks, with a margin on the target logits.
 
-Every rank holds all embeddings `X [N, D]` and its own rows `W [S, D]` (its shard, or the rows selected from it). With unit
-vectors `x = X/‖X‖`, `w = W/‖W‖` (or X and W as they are) and `P = N · L` targets, one a sample and label:
+Every rank holds all embeddings `X [N, D]` and its own rows `W [S, D]` (its shard, or the rows selected from it). With
+unit vectors `x = X/‖X‖`, `w = W/‖W‖` (or X and W as they are) and `P = N · L` targets, one a sample and label:
 
-    forward    cosines of the targets  t_p = x_i · w_y     [P], each on the rank that owns y; logits z_p = s · margin(t_p)
+    forward    cosines of the targets  t_p = x_i · w_y     [P], on the rank that owns y; logits z_p = s · margin(t_p)
                for tiles of T rows     e = exp(s · x wᵀ − m), targets left out   [N, T]; m [N, 1] the running maximum
                one all-gather          (m, Σ e, z, t) of every rank;  lse_i = log Σ_j exp(logit_ij)
                loss_i                  Σ_l weight_il (lse_i − z_il)
     backward   for tiles of T rows     g = ∂L/∂logit = ∂L/∂lse_i · exp(logit_ij − lse_i)   [N, T]
                dx += g w,  dw = gᵀ x   then the targets' own share, [P] rank-one terms
 
-so that no mask, one-hot or second copy of the logits exists. *Kept* mode writes `e` of all tiles into one buffer `[N, S]`
-and uses it again in backward: three matrix products a step. *Tiled* mode keeps one tile and computes it again: four
-products, O(N · T) memory.
+so that no mask, one-hot or second copy of the logits exists. *Kept* mode writes all `e` into one buffer `[N, S]` for
+backward: three matrix products a step. *Tiled* mode computes a tile again: four products, O(N · T) memory.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ def sharded_cross_entropy(
 
     Its backward gives the gradients of the first five arguments.
 
-    embeddings: `[N_local, D]` of this rank if `selection.scatter`, else the gathered `[N, D]`. weight: `[C_local, D]` or
-    `[C_local, K, D]`. bias: `[C_local]`. offset: `[1]`, added to all logits by a margin of binary decisions. anchor: a scalar
-    that requires grad where weight and bias are detached, because their rows' gradients go to the sink. The loss is a
-    scalar that is the same on every rank, or `[N_local]` for reduction "none".
+    embeddings: `[N_local, D]` of this rank if `selection.scatter`, else the gathered `[N, D]`. weight: `[C_local, D]`
+    or `[C_local, K, D]`. bias: `[C_local]`. offset: `[1]`, added to all logits by a margin of binary decisions. anchor:
+    a scalar that requires grad where weight and bias are detached, because their rows' gradients go to the sink. The
+    loss is a scalar that is the same on every rank, or `[N_local]` for reduction "none".
     """
     inputs = (embeddings, weight, bias, offset, anchor)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)

@@ -1,6 +1,7 @@
 """Margins that take every class for a binary decision (SphereFace2) instead of one softmax over all.
 
-loss_i = a Σ_l weight_il softplus(−z_il) + b Σ_j softplus(z_ij) over the other selected classes,   (a, b) = margin.binary
+loss_i = a Σ_l weight_il softplus(−z_il) + b Σ_j softplus(z_ij) over the other selected classes,   (a, b) =
+margin.binary
 """
 
 from __future__ import annotations

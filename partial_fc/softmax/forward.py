@@ -65,7 +65,7 @@ def forward(
     dtypes: tuple[torch.dtype, torch.dtype],
     needs_grad: bool,
 ) -> Forwarded:
-    """Return (the reduced loss, the losses `[N]` that it is the sum of, figures for metrics, what backward needs: two parts).
+    """Return (the reduced loss, the losses `[N]` that it is the sum of, figures for metrics, two parts for backward).
 
     weight: `[C_local, D]` or `[C_local, K, D]`. bias: `[C_local]`. dtypes: of the statistics, of the matrix products.
     """
@@ -125,7 +125,7 @@ def is_bounded(options: LossOptions, stats: torch.dtype, product: torch.dtype) -
 
 
 def target_cosines(x: Tensor, rows: RowTiles, targets: OwnTargets, centers: int) -> tuple[Tensor, OwnTargets]:
-    """Return cosines (plain logits) `[P]` of the targets, 0 on ranks that do not own the class; targets with their rows."""
+    """Return cosines (plain logits) `[P]`, 0 on ranks that do not own the class; targets that know their rows."""
     if not rows.count:
         return x.new_zeros(len(targets.sample)), targets
     if centers == 1:
@@ -138,9 +138,8 @@ def target_cosines(x: Tensor, rows: RowTiles, targets: OwnTargets, centers: int)
 def apply_margin(
     cosines: Tensor, norms: Tensor, targets: OwnTargets, selection: Selection, options: LossOptions, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Rule | None]:
-    """Return target logits z = s · margin(cosine), ∂z/∂cosine, ∂z/∂‖X‖, each `[P]`, 0 on ranks that do not own the class.
-
-    The derivatives come from autograd, on vectors. And the margin's rule for other classes, if it has one.
+    """Return target logits z = s · margin(cosine), ∂z/∂cosine, ∂z/∂‖X‖, each `[P]`, 0 on ranks that do not own the
+    class; and the margin's rule for other classes. The derivatives come from autograd, on vectors.
     """
     margin = options.margin
     if margin.sees_all or margin.has_rule:
@@ -170,8 +169,8 @@ class TileSums:
     """Sums over the logits of this rank: call `add` for each tile of rows.
 
     maximum `[N, 1]`: largest logit so far, 0 where logits are bounded. total `[N, 1]`: sum of exponentials less the
-    maximum. kept `[N · S]`: exponentials for backward, tile after tile; maxima `[tiles, N, 1]`: what was subtracted from
-    them. For binary decisions total is the sum of their losses, kept their derivatives, active `[N]` the sum of these.
+    maximum. kept `[N · S]`: exponentials for backward, tile after tile; maxima `[tiles, N, 1]`: subtracted from them.
+    For binary decisions total is the sum of their losses, kept their derivatives, active `[N]` the sum of these.
     """
 
     def __init__(self, x: Tensor, state: ForwardState, keep: bool) -> None:

@@ -41,8 +41,8 @@ def tangent(grad: Tensor, direction: Tensor, inverse: Tensor, out: Tensor) -> Te
 class RowTiles:
     """The selected class rows of this rank, tile by tile, in the dtype of the statistics.
 
-    index: sorted rows of the flat weight `[C_local · K, D]`, or None for all. normalize: give directions; else rows as they
-    are. Rows that are picked out of the shard are gathered once a forward, into the memory of their gradient.
+    index: sorted rows of the flat weight `[C_local · K, D]`, or None for all. normalize: give directions; else rows as
+    they are. Rows that are picked out of the shard are gathered once a forward, into the memory of their gradient.
     """
 
     def __init__(

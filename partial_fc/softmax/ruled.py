@@ -1,8 +1,8 @@
 """Logits of other classes that are more than scaled cosines: a margin's rule, the inter-class filter, sub-centers.
 
-A tile goes through `ruled_logits` before the exponential, and what is kept are exponentials times the rule's derivative, so
-that backward does not know the difference. Only label smoothing then needs the logits themselves again: with both, logits
-are always tiled.
+A tile goes through `ruled_logits` before the exponential, and what is kept are exponentials times the rule's
+derivative, so that backward does not know the difference. Only label smoothing then needs the logits themselves again:
+with both, logits are always tiled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from partial_fc.softmax.row_tiles import OwnTargets, RowTiles
 class Rule:
     """A margin's rule for other classes as it was in one forward.
 
-    margin: a copy with buffers of its own, because logits that are computed again in backward must be those of the forward.
+    margin: a copy with buffers of its own, because logits that are computed again in backward must be those of the
+    forward.
     target: `[N, 1]`, what the rule compares cosines with: the sample's target logits before scaling, averaged by the
     targets' weights.
     """
@@ -44,7 +45,8 @@ def rows_of_classes(classes: Tensor, centers: int) -> Tensor:
 
 
 def nearest_centers(x: Tensor, rows: RowTiles, targets: OwnTargets, centers: int) -> tuple[Tensor, OwnTargets]:
-    """Return the cosines `[P]` of the targets to the nearest of their class's centers; targets that know which it is."""
+    """Return the cosines `[P]` of the targets to the nearest of their class's centers; targets that know which it
+    is."""
     positions = targets.first[:, None] + torch.arange(centers, device=x.device)
     directions = rows.at(positions.reshape(-1))[0].view(len(targets.first), centers, x.shape[1])
     cosines, nearest = torch.linalg.vecdot(x[targets.sample][:, None], directions).max(1)
@@ -56,8 +58,8 @@ def ruled_logits(
 ) -> tuple[Tensor, Tensor | None]:
     """Return (logits `[N, T]`, −inf where a class takes no part; ∂logit/∂(scaled cosine), None where it is 1).
 
-    Of the sub-centers of a class only the nearest takes part. Beyond `interclass_filter` a class is taken for the sample's
-    own under another label, and takes no part either.
+    Of the sub-centers of a class only the nearest takes part. Beyond `interclass_filter` a class is taken for the
+    sample's own under another label, and takes no part either.
     """
     margin, slope = options.margin, None
     if rule is not None:

@@ -1,4 +1,4 @@
-"""One tile of logits `[N, T]`: how large it is, in which dtype, its product, its targets, and the memory of all tiles."""
+"""One tile of logits `[N, T]`: its size, dtype, product and targets, and the memory of all tiles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tile_rows(samples: int, width: int, device_type: str) -> int:
 
 
 def compute_dtypes(embeddings: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Return (dtype of statistics, dtype of matrix products): at least float32 for the first, autocast's for the second."""
+    """Return (dtype of statistics, dtype of matrix products): at least float32; autocast's."""
     if torch.float64 in (embeddings.dtype, weight.dtype):
         return torch.float64, torch.float64
     if torch.is_autocast_enabled(embeddings.device.type):
@@ -61,11 +61,11 @@ def mask_targets(logits: Tensor, first: Tensor, own: Tensor, centers: int = 1) -
 
 
 class Workspace:
-    """Buffers by name; each is given out again in the next step, once nobody holds it any more.
+    """Buffers by name; each is given out again in the next step, once nothing holds it any more.
 
-    The first write to fresh memory of the CPU costs far more than the write itself: the kernel maps and clears it by pages
-    (44 ms against 3 ms for 100 MB where `benchmarks/head.py` was run). GPU memory comes from torch's caching allocator,
-    which does the same. Names that start with "selected" have sizes that change: they get some slack.
+    The first write to fresh memory of the CPU costs far more than the write itself: the kernel maps and clears it by
+    pages (44 ms against 3 ms for 100 MB where `benchmarks/head.py` was run). GPU memory comes from torch's caching
+    allocator, which does the same. Names that start with "selected" have sizes that change: they get some slack.
     """
 
     def __init__(self) -> None:

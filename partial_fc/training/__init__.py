@@ -1,1 +1,1 @@
-"""The training application: configuration, data, backbones, trainer, evaluation and report."""
+"""The training application: settings, data, backbones, trainer, evaluation and reports."""

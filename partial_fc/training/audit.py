@@ -1,36 +1,33 @@
-"""What a trained head says of its data: identities stored twice, classes that never moved, classes far from their own images.
+"""What a trained head shows about its data set.
 
-    images ── backbone ──> unit embeddings ── summed by the rank that owns the class ──>  mean direction [C_local, D] of each class
-    head rows, mean directions     ── nearest_classes ──>        the nearest other classes of each  ──>  pairs beyond a threshold
-    head rows, initial draw        ── equal bit for bit? ──>     classes that no step has touched
-    head rows, mean directions     ── cosine ──>                 classes whose row is not where their images are
-    numbers of every class [C, 6]  ── gather ──>                 the audit folder: audit.json, three CSV files, plots, report.html
+It finds identities stored twice, classes that were never updated, and classes far from their own images.
 
-Matrices stay on the ranks that hold them; a few numbers of a class travel. Images are taken as they are, without augmentation.
+    images ── backbone ──> unit embeddings ── summed on the rank of their class ──>  mean directions [C_local, D]
+    class rows, mean directions    ── nearest_classes ──>      the nearest other classes  ──>  pairs above a threshold
+    class rows, initial values     ── equal bit for bit? ──>   classes that no step has updated
+    class rows, mean directions    ── cosine ──>               classes whose row is far from their images
+    six numbers per class [C, 6]   ── gather ──>               an Audit on every rank
 
-Pairs are looked for twice. Rows of an identity that is stored under two names are near each other, but the loss has pushed them apart as it
-does all rows; the means of its images are nearer. A pair is reported if either cosine is beyond its threshold. A threshold that is not
-given is taken from the run itself: Q3 + 3 (Q3 − Q1), Tukey's outer fence, of all classes' cosines to their nearest class, in artanh of the
-cosine (Fisher's z), in which cosines near 1 spread as others do. A clean set may have no pair beyond it.
+The matrices stay sharded; only a few numbers per class are gathered. Images are not augmented.
+
+Pairs are searched by two measures. If an identity is stored under two names, its two class rows are similar, but the
+loss has pushed them apart like all rows; the means of their images are more similar. A pair is reported if either
+cosine reaches its threshold. The default threshold comes from the run itself: Tukey's outer fence Q3 + 3 (Q3 − Q1) of
+the cosines of all classes to their nearest class, computed on artanh(cosine) (Fisher's z), whose spread does not
+shrink near 1. A clean data set may have no pair above it.
+
+audit_page.py writes the result to a folder.
 """
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -38,24 +35,25 @@ from tqdm import tqdm
 from partial_fc import CenterLoss, Neighbours, PartialFC, gather
 from partial_fc.sharded_module import initial_rows
 from partial_fc.shards import local_part, shard_bounds
+from partial_fc.training.all_ranks import raise_on_all
 from partial_fc.training.config import RunConfig
-from partial_fc.training.data import IdentityDataset, UnreadableImage
+from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import UserError
-from partial_fc.training.results import once_through, raise_together
-from partial_fc.training.run import RunFolder
+from partial_fc.training.results import evaluation_loader
 
-NEIGHBOURS = (
-    10  # of each class that are looked at: an identity stored under more names than that is told in several pairs
-)
-BLOCK = 1024  # rows that are compared at a time
-SHOWN_PAIRS, SHOWN_CLASSES, SHOWN_IMAGES = 20, 12, 4  # on the page
-LIMIT = 1 - 1e-12  # of cosines whose artanh is taken
-DUPLICATES, UNMOVED, DRIFT = "duplicates.csv", "never_updated.csv", "drift.csv"
+# Nearest classes searched per class. An identity stored under more names than that appears as several pairs.
+NEIGHBOURS = 10
+BLOCK = 1024  # rows compared at a time
+MIN_PAIRS = 20  # pairs to keep for the page even if fewer are above a threshold
+LIMIT = 1 - 1e-12  # largest cosine whose artanh is taken
 
 
 @dataclass
 class Pair:
-    """Two classes (a < b), the cosine of their rows and of the means of their images: NaN for what is not among the nearest."""
+    """Two classes (a < b), with the cosine of their rows and that of their mean directions.
+
+    A cosine is NaN if the two are not among each other's nearest classes by that measure.
+    """
 
     a: int
     b: int
@@ -65,7 +63,7 @@ class Pair:
 
 @dataclass
 class Nearest:
-    """By one of the two measures: the nearest other class of each class, its cosine `[C]` (NaN: no image), and where reports begin."""
+    """Each class's nearest other class by one measure `[C]`, its cosine (NaN: no image), and the threshold."""
 
     cosine: Tensor
     of_class: Tensor
@@ -74,11 +72,13 @@ class Nearest:
 
 @dataclass
 class Audit:
-    """What was found, by class id; the same on every rank.
+    """The findings, indexed by class id; the same on every rank.
 
-    rows, means: the nearest class by head rows and by mean directions. to_mean `[C]`: cosine of a class's row to the mean direction of its
-    images, NaN where none could be read; images `[C]`: how many could; moved `[C]`: False where the row is the initial draw.
-    pairs: the farthest beyond a threshold first; all that are beyond one, and others, so that there are `SHOWN_PAIRS` to look at.
+    rows, means: the nearest class by class rows and by mean directions.
+    pairs: every pair above a threshold, and others to make `MIN_PAIRS`; sorted by `excess`, largest first.
+    to_mean: cosine of each class's row to its mean direction `[C]`; NaN where no image could be read.
+    images: number of readable images `[C]`.
+    updated: False where the row still has its initial value `[C]`.
     """
 
     rows: Nearest
@@ -86,46 +86,46 @@ class Audit:
     pairs: list[Pair]
     to_mean: Tensor
     images: Tensor
-    moved: Tensor
+    updated: Tensor
 
-    def beyond(self, pair: Pair) -> float:
-        """By how much the pair is beyond the threshold of rows or of means, whichever it is farther beyond; in artanh of the cosine."""
+    def excess(self, pair: Pair) -> float:
+        """Return how far the pair is above its threshold, the larger of both measures; in artanh of the cosine."""
         over = _z(pair.row) - _z(self.rows.threshold), _z(pair.mean) - _z(self.means.threshold)
         return max(each for each in over if not math.isnan(each))
 
     @property
     def duplicates(self) -> list[Pair]:
-        return [pair for pair in self.pairs if self.beyond(pair) >= 0]
+        """The pairs above a threshold."""
+        return [pair for pair in self.pairs if self.excess(pair) >= 0]
 
     @property
     def never_updated(self) -> list[int]:
-        return (~self.moved).nonzero()[:, 0].tolist()
+        """Classes whose row still has its initial value."""
+        return (~self.updated).nonzero()[:, 0].tolist()
 
     @property
     def drifted(self) -> list[int]:
-        """Classes with a mean direction, the farthest from it first."""
+        """Classes with a mean direction, sorted by the cosine to it, lowest first."""
         order = self.to_mean.argsort(stable=True)
         return order[~self.to_mean[order].isnan()].tolist()
 
     def summary(self) -> str:
-        """A few lines for the terminal."""
+        """Return a few lines for the terminal."""
         lines = [
-            f"likely duplicate identities   {len(self.duplicates):,} pairs, of rows nearer than {self.rows.threshold:.3f} "
-            f"or means nearer than {self.means.threshold:.3f}",
+            f"likely duplicate identities   {len(self.duplicates):,} pairs, cosine of rows from "
+            f"{self.rows.threshold:.3f} or of means from {self.means.threshold:.3f}",
             f"classes never updated         {len(self.never_updated):,}",
         ]
         known = self.to_mean[~self.to_mean.isnan()]
         if len(known):
-            low, middle = _quantiles(known, (0.01, 0.5))
-            lines.append(
-                f"row to mean of its images     cosine {middle:.3f} in the middle, {low:.3f} at the lowest 1 %"
-            )
+            low, middle = quantiles(known, (0.01, 0.5))
+            lines.append(f"row to mean of its images     cosine: median {middle:.3f}, lowest 1 % {low:.3f}")
         return "\n".join(lines)
 
 
 @dataclass
 class Thresholds:
-    """Cosines from which pairs are reported; None for what the run itself says."""
+    """Cosines from which pairs are reported; None for thresholds computed from the run."""
 
     rows: float | None = None
     means: float | None = None
@@ -139,77 +139,85 @@ def audit_head(
     config: RunConfig,
     thresholds: Thresholds,
 ) -> Audit:
-    """Everything of an `Audit`; every rank must call it. Raises UserError, the same on every rank, for an image that must be readable, and
-    for a single class."""
+    """Return the `Audit` of a head; every rank must call it.
+
+    Raises UserError, the same on every rank, for an unreadable image with on_error="raise", and if there is only one
+    class.
+    """
     classes = dataset.num_identities
     if classes < 2:
-        raise UserError("the run has one class only, which has nothing to be compared with")
+        raise UserError("the run has only one class; an audit compares at least two")
     lo, hi = shard_bounds(classes, accelerator.process_index, accelerator.num_processes)
     centers, images = _class_means(backbone, dataset, accelerator, config)
-    rows, means = local_part(head.weight.detach()), local_part(centers.centers.detach())
+    rows = local_part(head.weight.detach())
+    means = local_part(centers.centers.detach())
     has_mean = images[lo:hi] > 0
     to_mean = torch.where(has_mean, _cosines(rows, means), torch.nan)
-    moved = _moved(rows, lo, std=config.head.init_std, seed=config.seed)
+    updated = _updated(rows, lo, std=config.head.init_std, seed=config.seed)
     k = min(NEIGHBOURS, classes - 1)
-    of_rows = head.nearest_classes(k, progress=True)
-    of_means = centers.nearest_classes(k, progress=True)
-    # a class without images has no mean: it is nobody's neighbour and has none
-    known = has_mean[:, None] & (images > 0)[of_means.ids]
-    of_means = Neighbours(of_means.ids, torch.where(known, of_means.cosines, torch.nan))
-    numbers = [of_rows.cosines[:, 0], of_rows.ids[:, 0], of_means.cosines[:, 0], of_means.ids[:, 0], to_mean, moved]
-    together = gather(torch.stack([each.double() for each in numbers], 1), torch.arange(lo, hi, device=rows.device))
-    row_cosine, row_class, mean_cosine, mean_class, to_mean, moved = together.embeddings.cpu().unbind(1)
+    by_rows = head.nearest_classes(k, progress=True)
+    by_means = centers.nearest_classes(k, progress=True)
+    # a class without images has no mean direction, so it is no neighbour and has no neighbours
+    known = has_mean[:, None] & (images > 0)[by_means.ids]
+    by_means = Neighbours(by_means.ids, torch.where(known, by_means.cosines, torch.nan))
+    # gather() takes one matrix with a label per line: the six numbers of a class travel as its "embedding"
+    local = [by_rows.cosines[:, 0], by_rows.ids[:, 0], by_means.cosines[:, 0], by_means.ids[:, 0], to_mean, updated]
+    gathered = gather(torch.stack([each.double() for each in local], 1), torch.arange(lo, hi, device=rows.device))
+    row_cosine, row_class, mean_cosine, mean_class, to_mean, updated = gathered.embeddings.cpu().unbind(1)
     audit = Audit(
-        Nearest(row_cosine, row_class.long(), _outer_fence(row_cosine) if thresholds.rows is None else thresholds.rows),
-        Nearest(
-            mean_cosine, mean_class.long(), _outer_fence(mean_cosine) if thresholds.means is None else thresholds.means
-        ),
-        [],
-        to_mean,
-        images.cpu(),
-        moved > 0,
+        rows=_nearest(row_cosine, row_class, thresholds.rows),
+        means=_nearest(mean_cosine, mean_class, thresholds.means),
+        pairs=[],
+        to_mean=to_mean,
+        images=images.cpu(),
+        updated=updated > 0,
     )
-    by_row, by_mean = _near(of_rows, lo, audit.rows), _near(of_means, lo, audit.means)
+    row_pairs = _close_pairs(by_rows, lo, audit.rows)
+    mean_pairs = _close_pairs(by_means, lo, audit.means)
     pairs = [
-        Pair(a, b, by_row.get((a, b), math.nan), by_mean.get((a, b), math.nan))
-        for a, b in by_row.keys() | by_mean.keys()
+        Pair(a, b, row_pairs.get((a, b), math.nan), mean_pairs.get((a, b), math.nan))
+        for a, b in row_pairs.keys() | mean_pairs.keys()
     ]
-    audit.pairs = sorted(pairs, key=lambda pair: (-audit.beyond(pair), pair.a, pair.b))
-    audit.pairs = audit.pairs[: max(SHOWN_PAIRS, len(audit.duplicates))]
+    audit.pairs = sorted(pairs, key=lambda pair: (-audit.excess(pair), pair.a, pair.b))
+    audit.pairs = audit.pairs[: max(MIN_PAIRS, len(audit.duplicates))]
     return audit
 
 
-def _near(found: Neighbours, lo: int, nearest: Nearest) -> dict[tuple[int, int], float]:
-    """Pairs of every rank with their cosine: those beyond the threshold, or beyond what is needed to have some to show."""
-    some = nearest.cosine[~nearest.cosine.isnan()]
-    least = min(
-        [nearest.threshold, *some.topk(min(2 * SHOWN_PAIRS, len(some))).values[-1:].tolist()]
-    )  # a pair may be the nearest of both
+def _nearest(cosines: Tensor, classes: Tensor, threshold: float | None) -> Nearest:
+    return Nearest(cosines, classes.long(), _outer_fence(cosines) if threshold is None else threshold)
+
+
+def _close_pairs(found: Neighbours, lo: int, nearest: Nearest) -> dict[tuple[int, int], float]:
+    """Return the cosines of close pairs (a, b), a < b, of all ranks: above the threshold, or to make `MIN_PAIRS`."""
+    known = nearest.cosine[~nearest.cosine.isnan()]
+    # the nearest cosines of 2 n classes cover at least n pairs: two classes may be the nearest of each other
+    largest = known.topk(min(2 * MIN_PAIRS, len(known))).values
+    least = min([nearest.threshold, *largest[-1:].tolist()])
     row, place = (found.cosines >= least).nonzero(as_tuple=True)
-    everyone = gather(torch.stack((found.ids[row, place].double(), found.cosines[row, place].double()), 1), row + lo)
+    gathered = gather(torch.stack((found.ids[row, place].double(), found.cosines[row, place].double()), 1), row + lo)
     pairs: dict[tuple[int, int], float] = {}
-    for a, (other, cosine) in zip(everyone.labels.tolist(), everyone.embeddings.tolist(), strict=True):
+    for a, (other, cosine) in zip(gathered.labels.tolist(), gathered.embeddings.tolist(), strict=True):
         b = int(other)
         pairs[min(a, b), max(a, b)] = max(cosine, pairs.get((min(a, b), max(a, b)), -1.0))
     return pairs
 
 
 def _outer_fence(cosines: Tensor) -> float:
-    """Q3 + 3 (Q3 − Q1) in artanh; 1 where no class has a nearest."""
+    """Return Q3 + 3 (Q3 − Q1), computed in artanh; 1 if no class has a nearest class."""
     known = cosines[~cosines.isnan()]
     if not len(known):
         return 1.0
-    low, high = (_z(each) for each in _quantiles(known, (0.25, 0.75)))
+    low, high = (_z(each) for each in quantiles(known, (0.25, 0.75)))
     return math.tanh(high + 3 * (high - low))
 
 
 def _z(cosine: float) -> float:
-    """artanh, in which cosines near 1 spread as others do; finite, and NaN of NaN."""
+    """Return the artanh of a cosine (Fisher's z), limited to finite values; NaN for NaN."""
     return cosine if math.isnan(cosine) else math.atanh(max(-LIMIT, min(cosine, LIMIT)))
 
 
-def _quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
-    """The nearest ranks of `values [n]`, n above 0; torch.quantile refuses more than 16 million."""
+def quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
+    """Return the values `[n]`, n > 0, at these shares, by nearest rank; torch.quantile takes at most 16 million."""
     ordered = values.sort().values
     return [float(ordered[round(share * (len(values) - 1))]) for share in shares]
 
@@ -217,12 +225,12 @@ def _quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
 def _class_means(
     backbone: nn.Module, dataset: IdentityDataset, accelerator: Accelerator, config: RunConfig
 ) -> tuple[CenterLoss, Tensor]:
-    """Mean directions of the classes `[C, D]`, on the ranks as the head's rows are; the readable images of every class `[C]`."""
-    loader = once_through(dataset, accelerator, config)
+    """Return the mean directions of the classes, sharded like the head, and the readable images per class `[C]`."""
+    loader = evaluation_loader(dataset, accelerator, config)
     images = torch.zeros(dataset.num_identities, dtype=torch.int64, device=accelerator.device)
     problem: list[str] = []
 
-    def embedded() -> Iterator[tuple[Tensor, Tensor]]:
+    def embeddings_and_labels() -> Iterator[tuple[Tensor, Tensor]]:
         bar = tqdm(loader, desc="embedding", unit="batch", disable=not accelerator.is_main_process, mininterval=0.5)
         try:
             for batch in bar:
@@ -232,7 +240,7 @@ def _class_means(
                     with accelerator.autocast():
                         embeddings = backbone(batch.images.to(accelerator.device))
                     yield F.normalize(embeddings.float()), labels
-        except UserError as error:  # the other ranks go on with their images; then all hear of it
+        except UserError as error:  # raised on all ranks below, once the others have embedded their images
             problem.append(str(error))
 
     centers = CenterLoss(
@@ -240,171 +248,31 @@ def _class_means(
     )
     backbone.eval()
     with torch.no_grad():
-        centers.init_from_embeddings(embedded())
-    raise_together(problem[0] if problem else None, accelerator)
+        centers.init_from_embeddings(embeddings_and_labels())
+    raise_on_all(problem[0] if problem else None, accelerator)
     if accelerator.num_processes > 1:
         dist.all_reduce(images)
     return centers, images
 
 
 def _cosines(rows: Tensor, means: Tensor) -> Tensor:
-    """`[C_local]`: of each row `[D]`, or the best of its centers `[K, D]`, to its mean direction; 0 where either has none."""
+    """Return the cosine `[C_local]` of each class's row to its mean direction.
+
+    rows `[C_local, D]`, or `[C_local, K, D]` with K sub-centers, of which the best counts. means `[C_local, D]`. The
+    cosine is 0 if either vector is zero.
+    """
     parts = [torch.empty(0, dtype=torch.float32, device=rows.device)]
-    for block, of_images in zip(rows.split(BLOCK), means.split(BLOCK), strict=True):
-        several = block if block.ndim == 3 else block[:, None]
-        parts.append(F.cosine_similarity(several.float(), of_images[:, None].float(), dim=2).amax(1))
+    for block, mean in zip(rows.split(BLOCK), means.split(BLOCK), strict=True):
+        sub_centers = block if block.ndim == 3 else block[:, None]
+        parts.append(F.cosine_similarity(sub_centers.float(), mean[:, None].float(), dim=2).amax(1))
     return torch.cat(parts)
 
 
-def _moved(rows: Tensor, lo: int, *, std: float, seed: int) -> Tensor:
-    """`[C_local]`: whether the row, of class `lo` and following, differs in any bit from what `seed` drew for it."""
+def _updated(rows: Tensor, lo: int, *, std: float, seed: int) -> Tensor:
+    """Return bool `[C_local]`: whether the row of class `lo + i` differs in any bit from its initial value."""
     parts = [torch.empty(0, dtype=torch.bool, device=rows.device)]
     for first in range(0, len(rows), BLOCK):
         block = rows[first : first + BLOCK]
-        drawn = initial_rows(lo + first, lo + first + len(block), tuple(block.shape[1:]), std=std, seed=seed)
-        parts.append((block != drawn.to(block)).flatten(1).any(1))
+        initial = initial_rows(lo + first, lo + first + len(block), tuple(block.shape[1:]), std=std, seed=seed)
+        parts.append((block != initial.to(block)).flatten(1).any(1))
     return torch.cat(parts)
-
-
-# ---------------------------------------------------------------------------------------------------- the folder
-
-
-def write_audit(
-    folder: RunFolder, audit: Audit, dataset: IdentityDataset, title: str, environment: dict[str, str]
-) -> Path:
-    """audit.json, the CSV files, plots/ and report.html in `folder`, by one process; the path of the last."""
-    names, path = dataset.identity_names, folder.path
-    (path / "plots").mkdir(parents=True, exist_ok=True)
-    _write_csv(
-        path / DUPLICATES,
-        ("row_cosine", "mean_cosine", "class_a", "identity_a", "images_a", "class_b", "identity_b", "images_b"),
-        (
-            (*_pair_cells(p), *_class_cells(p.a, audit, names), *_class_cells(p.b, audit, names))
-            for p in audit.duplicates
-        ),
-    )
-    _write_csv(
-        path / UNMOVED, ("class", "identity", "images"), (_class_cells(c, audit, names) for c in audit.never_updated)
-    )
-    _write_csv(
-        path / DRIFT,
-        ("cosine", "class", "identity", "images", "nearest_class", "nearest_identity", "nearest_cosine"),
-        (
-            (f"{audit.to_mean[c]:.6f}", *_class_cells(c, audit, names), *_nearest_cells(c, audit, names))
-            for c in audit.drifted
-        ),
-    )
-    without = int((audit.images == 0).sum())
-    figures = {
-        "classes": len(names),
-        "images": int(audit.images.sum()),
-        "row_threshold": audit.rows.threshold,
-        "mean_threshold": audit.means.threshold,
-        "duplicate_pairs": len(audit.duplicates),
-        "never_updated": len(audit.never_updated),
-        "without_readable_images": without,
-        "nearest_row": _told(audit.rows.cosine),
-        "nearest_mean": _told(audit.means.cosine),
-        "row_to_mean": _told(audit.to_mean),
-    }
-    (path / "audit.json").write_text(json.dumps({**figures, "environment": environment}, indent=2) + "\n")
-    panels = (
-        ("rows: to the nearest other class", audit.rows.cosine.numpy(), audit.rows.threshold),
-        ("means: to the nearest other class", audit.means.cosine.numpy(), audit.means.threshold),
-        ("row to the mean of its own images", audit.to_mean.numpy(), None),
-    )
-    from partial_fc.training.report.plots import plot_cosines
-
-    plot_cosines(path / "plots" / "cosines.png", panels)
-    return _write_page(path, audit, dataset, title, environment)
-
-
-def _pair_cells(pair: Pair, digits: int = 6) -> tuple[str, str]:
-    row, mean = ("" if math.isnan(each) else f"{each:.{digits}f}" for each in (pair.row, pair.mean))
-    return row, mean
-
-
-def _class_cells(c: int, audit: Audit, names: Sequence[str]) -> tuple[int, str, int]:
-    return c, names[c], int(audit.images[c])
-
-
-def _nearest_cells(c: int, audit: Audit, names: Sequence[str]) -> tuple[int, str, str]:
-    nearest = int(audit.rows.of_class[c])
-    return nearest, names[nearest], f"{audit.rows.cosine[c]:.6f}"
-
-
-def _write_csv(path: Path, heading: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(heading)
-        writer.writerows(rows)
-
-
-def _told(values: Tensor) -> dict[str, float]:
-    known = values[~values.isnan()]
-    shares = {"lowest": 0.0, "1 %": 0.01, "median": 0.5, "99 %": 0.99, "highest": 1.0}
-    return dict(zip(shares, _quantiles(known, list(shares.values())), strict=True)) if len(known) else {}
-
-
-def _write_page(folder: Path, audit: Audit, dataset: IdentityDataset, title: str, environment: dict[str, str]) -> Path:
-    """report.html: one file, its pictures within it."""
-    examples = _Examples(dataset)
-    names = dataset.identity_names
-
-    def shown(c: int) -> dict[str, Any]:
-        return {"class": c, "name": names[c], "images": int(audit.images[c]), "examples": examples.of(c)}
-
-    template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("audit.html.j2")
-    cosines = base64.b64encode((folder / "plots" / "cosines.png").read_bytes()).decode("ascii")
-    page = template.render(
-        title=title,
-        classes=f"{len(names):,}",
-        duplicates=f"{len(audit.duplicates):,}",
-        never_updated=f"{len(audit.never_updated):,}",
-        row_threshold=f"{audit.rows.threshold:.3f}",
-        mean_threshold=f"{audit.means.threshold:.3f}",
-        pairs=[
-            {"cosines": _pair_cells(p, digits=3), "beyond": audit.beyond(p) >= 0, "a": shown(p.a), "b": shown(p.b)}
-            for p in audit.pairs[:SHOWN_PAIRS]
-        ],
-        unmoved=[shown(c) for c in audit.never_updated[:SHOWN_CLASSES]],
-        drifted=[
-            {**shown(c), "cosine": f"{audit.to_mean[c]:.3f}", "nearest": f"{_nearest_cells(c, audit, names)[1]}"}
-            for c in audit.drifted[:SHOWN_CLASSES]
-        ],
-        cosines="data:image/png;base64," + cosines,
-        environment=environment,
-    )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
-
-
-class _Examples:
-    """The first images of a class as data URIs of PNG files."""
-
-    def __init__(self, dataset: IdentityDataset) -> None:
-        self.dataset, self.order = dataset, dataset.labels.argsort(stable=True)
-        self.sorted = dataset.labels[self.order]
-
-    def of(self, c: int) -> list[str]:
-        start, end = torch.searchsorted(self.sorted, torch.tensor([c, c + 1])).tolist()
-        found: list[str] = []
-        for index in self.order[start:end].tolist():
-            if len(found) == SHOWN_IMAGES:
-                break
-            try:
-                pixels = self.dataset.load(index)
-            except UnreadableImage:
-                continue
-            picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            found.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"))
-        return found

@@ -1,14 +1,15 @@
-"""What the backbone of a run trains in: DDP, FSDP2 or DeepSpeed, as Accelerate's launcher or the settings say; the head is outside of all.
+"""The engine that trains the backbone: DDP, FSDP2 or DeepSpeed, chosen by Accelerate's launcher or the settings.
 
-    make_accelerator(config)     the processes, the device, and which engine
-    make_engine(...)             the backbone and its optimizer in it; one face for the trainer:
+    make_accelerator(config)     processes, device and kind of engine
+    make_engine(...)             wraps the backbone and its optimizer; the trainer uses every engine in the same way:
 
-    with engine.accumulate():    backward(loss) of every micro-batch; at the last one of a step
-        norm = engine.step()     one gradient norm over backbone and head, both optimizers, or neither when a step is skipped
-    engine.named()               weights and optimizer state in the form of the plain module, for the run's checkpoints
-    engine.whole_backbone()      the module to evaluate, whole on every rank
+    with engine.accumulate():    around each micro-batch: engine.backward(loss), and after the last one of a step
+        norm = engine.step()     clips backbone and head by one gradient norm, then steps (or skips) both optimizers
+    engine.named()               weights and optimizer state, in the form of the unwrapped module, for checkpoints
+    engine.whole_backbone()      the complete module on every rank, for evaluation
 
-DeepSpeed steps within backward, by its own loss scale and norm; `DeepSpeedHead` makes the head a part of that.
+The head is not wrapped by an engine. DeepSpeed steps inside backward, with its own loss scale and norm; `DeepSpeedHead`
+makes the head part of that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,10 +44,10 @@ from partial_fc.training.errors import UserError
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """The run's Accelerator. UserError for an engine that is not installed or cannot do what the settings ask."""
+    """Return the run's Accelerator. Raises UserError for an engine that is missing or does not support the settings."""
     train = config.train
     cpu = train.cpu or not torch.cuda.is_available()
-    deepspeed = train.deepspeed is not None or _asked("ACCELERATE_USE_DEEPSPEED")
+    deepspeed = train.deepspeed is not None or _is_true("ACCELERATE_USE_DEEPSPEED")
     group = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=train.timeout))
     options: dict[str, Any] = {
         "cpu": cpu,
@@ -60,43 +62,48 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         _check_deepspeed(train)
         group.backend = "gloo" if cpu else "nccl"
         options.update(cpu=False, mixed_precision="no")
-        if not _asked("ACCELERATE_USE_DEEPSPEED"):  # else Accelerate makes it of what its launcher said
+        if not _is_true(
+            "ACCELERATE_USE_DEEPSPEED"
+        ):  # otherwise Accelerate makes the plugin from its launcher's settings
             options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=train.deepspeed)
     accelerator = Accelerator(**options)
     if deepspeed:
         _set_deepspeed(accelerator, train)
-    elif _asked("ACCELERATE_USE_FSDP"):
+    elif _is_true("ACCELERATE_USE_FSDP"):
         _set_fsdp(accelerator, train)
     return accelerator
 
 
-def _asked(variable: str) -> bool:
+def _is_true(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 
 
 def _check_deepspeed(train: TrainConfig) -> None:
     if "LOCAL_RANK" not in os.environ:
-        raise UserError("DeepSpeed needs its processes started: use accelerate launch, torchrun or deepspeed")
+        raise UserError("DeepSpeed needs a launcher; use accelerate launch, torchrun or deepspeed")
     if train.cpu and torch.cuda.is_available():
         raise UserError(
-            "--train.cpu cannot make DeepSpeed leave the GPUs alone; hide them with CUDA_VISIBLE_DEVICES= in the environment"
+            "--train.cpu does not keep DeepSpeed from using the GPUs; hide them with CUDA_VISIBLE_DEVICES= in the "
+            "environment"
         )
     if train.mixed_precision == "fp16":
-        raise UserError("--train.mixed_precision fp16 is not for DeepSpeed here; use bf16")
+        raise UserError("--train.mixed_precision fp16 is not supported with DeepSpeed; use bf16")
     try:
         import_deepspeed()
         import transformers  # noqa: F401, Accelerate reads DeepSpeed's configuration with it
     except (ModuleNotFoundError, RuntimeError) as error:
-        raise UserError(f"DeepSpeed was asked for: {error}; pip install 'partial_fc[deepspeed]'") from error
+        raise UserError(f"DeepSpeed cannot be used: {error}; pip install 'partial_fc[deepspeed]'") from error
 
 
 def _set_deepspeed(accelerator: Accelerator, train: TrainConfig) -> None:
-    """What the settings say of batches, accumulation, clipping and precision goes before what DeepSpeed's configuration says."""
+    """Overwrite sizes, accumulation, clipping and precision in DeepSpeed's configuration with the run's settings."""
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     for name in ("optimizer", "scheduler"):
         if name in settings:
+            article = "an" if name == "optimizer" else "a"
             raise UserError(
-                f"DeepSpeed's configuration names a {name}, and so do the run's settings; take it out of the former"
+                f"DeepSpeed's configuration has {article} {name}, but the run's settings define it; remove it from "
+                "DeepSpeed's configuration"
             )
     micro_batch = train.batch_size // train.accumulation // accelerator.num_processes
     settings.update(
@@ -109,17 +116,18 @@ def _set_deepspeed(accelerator: Accelerator, train: TrainConfig) -> None:
     half = next((name for name in ("bf16", "fp16") if settings.get(name, {}).get("enabled") is True), "no")
     if half not in ("no", train.mixed_precision):
         raise UserError(
-            f"DeepSpeed's configuration enables {half}, and --train.mixed_precision is {train.mixed_precision}; give the latter bf16, "
-            "or take the former out"
+            f"DeepSpeed's configuration enables {half}, but --train.mixed_precision is {train.mixed_precision}; set "
+            f"--train.mixed_precision bf16, or remove {half} from DeepSpeed's configuration"
         )
     if train.mixed_precision == "bf16":
-        # DeepSpeed's own bf16 makes the weights bfloat16, and batch normalisation then fails; autocast is what bf16 means in DDP
+        # DeepSpeed's own bf16 converts the weights to bfloat16, and batch normalisation then fails. With the other
+        # engines, bf16 means autocast, and so it does here.
         settings["bf16"] = {"enabled": False}
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
 
 
 def _set_fsdp(accelerator: Accelerator, train: TrainConfig) -> None:
-    """Accelerate knows FSDP on GPUs alone; on a CPU its state is told here."""
+    """Set FSDP2 up on a CPU, where Accelerate ignores it, and check its version."""
     if accelerator.num_processes == 1:
         return
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
@@ -127,101 +135,98 @@ def _set_fsdp(accelerator: Accelerator, train: TrainConfig) -> None:
         if train.mixed_precision != "no":
             plugin.set_mixed_precision(train.mixed_precision)
         accelerator.state.fsdp_plugin = plugin
-        for state in (
-            accelerator.state,
-            PartialState(),
-        ):  # what each later look at the first takes over from the second
+        for state in (accelerator.state, PartialState()):  # the first copies its values from the second when it is read
             state.distributed_type = DistributedType.FSDP
-    # every rank has built the module; and Accelerate's loading from rank 0 fails where a module has buffers
+    # Every rank has built the module. Accelerate's loading from rank 0 is not needed, and fails for modules with
+    # buffers.
     accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     if not accelerator.is_fsdp2:
         raise UserError(
-            "FSDP 1 flattens parameters beyond the checkpoints' reach; set fsdp_version: 2 in Accelerate's configuration"
+            "FSDP 1 flattens parameters, so that checkpoints cannot be saved; set fsdp_version: 2 in Accelerate's "
+            "configuration"
         )
 
 
-def make_engine(
-    accelerator: Accelerator,
-    build: Callable[[], nn.Module],
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-    head: PartialFC,
-    head_optimizer: RowOptimizer,
-    train: TrainConfig,
-) -> Engine:
-    """The engine that Accelerate was told of; build and optimizer: of the backbone, on any device."""
+@dataclass
+class Trained:
+    """The modules and optimizers that an engine trains.
+
+    build returns the backbone and optimizer its optimizer; the backbone may be on any device. head and head_optimizer
+    are not wrapped.
+    """
+
+    build: Callable[[], nn.Module]
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    head: PartialFC
+    head_optimizer: RowOptimizer
+
+
+def make_engine(accelerator: Accelerator, trained: Trained, train: TrainConfig) -> Engine:
+    """Return the engine that `accelerator` is set up for."""
     kind = _DeepSpeed if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
     try:
-        return kind(accelerator, build, optimizer, head, head_optimizer, train)
+        return kind(accelerator, trained, train)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 class Engine:
-    """The backbone in DDP, in FSDP2, or alone in one process.
+    """The backbone in DDP, in FSDP2, or unwrapped in a single process.
 
-    model: what to call with images `[n, C, H, W]`. optimizer: of the backbone, for schedules; the engine steps it, as `prepared`.
+    model: the wrapped backbone, to call with images `[n, C, H, W]`. optimizer: that of the backbone, for schedules;
+    the engine steps `prepared`, which wraps it.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        build: Callable[[], nn.Module],
-        optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-        head: PartialFC,
-        head_optimizer: RowOptimizer,
-        train: TrainConfig,
-    ) -> None:
-        self.accelerator, self.head, self.head_optimizer, self._build, self._train = (
-            accelerator,
-            head,
-            head_optimizer,
-            build,
-            train,
-        )
-        self.beside: list[
-            CenterLoss
-        ] = []  # losses that have no optimizer, but leave out the steps that the others leave out
-        backbone = build().to(accelerator.device)
-        self.optimizer = optimizer(backbone)
-        # the head, its optimizer and the schedules stay as they are: nothing of them is to be replicated or averaged
+    def __init__(self, accelerator: Accelerator, trained: Trained, train: TrainConfig) -> None:
+        self.accelerator = accelerator
+        self.head = trained.head
+        self.head_optimizer = trained.head_optimizer
+        self.center_losses: list[CenterLoss] = []  # they have no optimizer, but skip the same steps
+        self._build = trained.build
+        self._train = train
+        backbone = trained.build().to(accelerator.device)
+        self.optimizer = trained.optimizer(backbone)
+        # the head, its optimizer and the schedules are not prepared: they must be neither replicated nor averaged
         self.model, self.prepared = accelerator.prepare(backbone, self.optimizer)
-        self._heads, self._head_optimizers = [head], [head_optimizer]
+        self._heads = [trained.head]
+        self._head_optimizers = [trained.head_optimizer]
 
     def add_heads(self, heads: Iterable[PartialFC], optimizers: Iterable[RowOptimizer]) -> None:
-        """Heads beside the first, clipped and stepped with it; UserError for an engine that steps by itself."""
+        """Add further heads, clipped and stepped with the first. Raises UserError for DeepSpeed, which supports one."""
         if type(self) is not Engine:
-            raise UserError("DeepSpeed takes one head; leave --data.mix out, or train in DDP or FSDP2")
+            raise UserError("DeepSpeed supports a single head; train without --data.mix, or in DDP or FSDP2")
         self._heads += heads
         self._head_optimizers += optimizers
 
     @property
     def name(self) -> str:
-        """What it is called in reports."""
+        """The name of the engine in reports."""
         return "FSDP2" if self.accelerator.is_fsdp2 else "DDP" if self.accelerator.num_processes > 1 else "none"
 
     def accumulate(self) -> AbstractContextManager[Any]:
-        """Around each micro-batch."""
+        """Return the context for each micro-batch."""
         context: AbstractContextManager[Any] = self.accelerator.accumulate(self.model)
         return context
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Around each forward."""
+        """Return the context for each forward."""
         context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
     def backward(self, loss: Tensor) -> bool:
-        """Whether this was the last micro-batch of a step."""
+        """Run the backward of a micro-batch; return whether it was the last one of a step."""
         self.accelerator.backward(loss)
         return bool(self.accelerator.sync_gradients)
 
     def step(self) -> Tensor | None:
-        """One optimizer step of backbone and head, then no gradients; the norm of their gradient if it is clipped."""
-        scaler, norm = self.accelerator.scaler, None
+        """Step the optimizers of backbone and head, then clear gradients. Return the gradient norm if it is clipped."""
+        scaler = self.accelerator.scaler
+        norm = None
         if scaler is not None:
             self.accelerator.unscale_gradients()
             for each in self._head_optimizers:
                 scaler.unscale_(each)
-        losses = (*self._heads, *self.beside)
+        losses = (*self._heads, *self.center_losses)
         if self._train.clip_norm is not None:
             norm = clip_grad_norm_(self.model.parameters(), *losses, max_norm=self._train.clip_norm, scaler=scaler)
         else:
@@ -239,7 +244,7 @@ class Engine:
 
     @property
     def skipped(self) -> bool:
-        """Whether the last step was left out, by backbone and head alike."""
+        """Whether the last step was skipped, which backbone and head do together."""
         return bool(self.accelerator.optimizer_step_was_skipped) or self.head.skipped
 
     # ------------------------------------------------------------------------------------------------ weights and state
@@ -250,20 +255,20 @@ class Engine:
         return module
 
     def named(self) -> dict[str, Any]:
-        """For the run's checkpoints, in the form of the plain module: another engine can go on from them."""
+        """Return the parts of a checkpoint, in the form of the unwrapped module, so that any engine can load them."""
         named = {"backbone": BackboneState(self.model), "optimizer": OptimizerState(self.model, self.optimizer)}
         return named if self.accelerator.scaler is None else {**named, "scaler": self.accelerator.scaler}
 
-    def agree_on_buffers(self) -> None:
-        """Give all ranks rank 0's batch statistics, as DDP does before the next forward."""
+    def broadcast_buffers(self) -> None:
+        """Broadcast rank 0's batch statistics to all ranks, as DDP does before a forward."""
         if self.accelerator.num_processes > 1:
             with naming_the_missing("the exchange of batch statistics"):
                 for buffer in self._module.buffers():
                     dist.broadcast(buffer, src=0)
 
     def whole_backbone(self) -> nn.Module:
-        """The trained module: itself where it is whole, else a copy in float32 with the weights of all ranks; every rank must call it."""
-        self.agree_on_buffers()
+        """Return the trained module, or a complete float32 copy if its weights are sharded. Every rank must call it."""
+        self.broadcast_buffers()
         if not any(isinstance(p, DTensor) for p in self._module.parameters()) and type(self) is Engine:
             return self._module
         backbone = self._build().to(self.accelerator.device)
@@ -271,17 +276,17 @@ class Engine:
         return backbone
 
     def close(self) -> None:
-        """Let go of what holds the process group."""
+        """Release the objects that refer to the process group."""
         del self.model, self.prepared
         self.accelerator.free_memory()
         gc.collect()
 
 
 class _DeepSpeed(Engine):
-    """The backbone in a DeepSpeed engine, which steps within backward, and the head with it."""
+    """The backbone in a DeepSpeed engine, which steps backbone and head inside backward."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, accelerator: Accelerator, trained: Trained, train: TrainConfig) -> None:
+        super().__init__(accelerator, trained, train)
         self._head = DeepSpeedHead(self.model, self.head_optimizer, joint_clipping=self._train.clip_norm is not None)
 
     @property
@@ -292,7 +297,7 @@ class _DeepSpeed(Engine):
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.model.torch_autocast_enabled())
 
     def step(self) -> Tensor | None:
-        self._head.tell(self.beside)
+        self._head.tell(self.center_losses)
         return self._head.norm
 
     @property

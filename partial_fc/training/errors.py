@@ -2,8 +2,14 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; shown as one line that says what is wrong and what to do."""
+    """A mistake that the user can correct, shown in one line that says what is wrong and what to do."""
 
 
 class Preempted(Exception):
-    """A run that was asked to stop has saved what it had; shown as one line, and the command leaves with PreemptionGuard.EXIT_CODE."""
+    """A run was asked to stop and has saved its state; the exit code is PreemptionGuard.EXIT_CODE."""
+
+
+def check_at_least(setting: str, value: float, least: float) -> None:
+    """Raise UserError if the value of a setting is below `least`, or NaN."""
+    if not value >= least:
+        raise UserError(f"--{setting} is {value}; give at least {least}")

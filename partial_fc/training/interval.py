@@ -1,10 +1,10 @@
-"""Evaluation while a run trains, which it must not notice, and the best checkpoint so far.
+"""Evaluation during training, without any effect on it, and the figure that selects the best checkpoint.
 
-due(step, epochs)      every so many epochs, or optimizer steps
-undisturbed(model)     random numbers, modes and batch statistics are afterwards as they were: losses are bit for bit those of a run
-                       that evaluates at its end alone
-history.jsonl          one more line, {"step", "epoch", "lfw/accuracy", "holdout/tar@1e-3", ...}
-the chosen figure      goes with the checkpoint of that step, by which `Checkpointer` keeps the best
+is_due(...)            whether to evaluate now: every so many epochs, or every so many steps
+undisturbed(model)     restores random states, modes and batch statistics after an evaluation: the losses are, bit for
+                       bit, those of a run that evaluates only at its end
+history.jsonl          gets one line, {"step", "epoch", "lfw/accuracy", "holdout/tar@1e-3", ...}
+the chosen figure      is saved with the checkpoint of that step; `Checkpointer` keeps the best by it
 """
 
 from __future__ import annotations
@@ -26,30 +26,41 @@ SET_FIGURES = (*(f"tar@{far}" for far in FARS), "eer", "accuracy", "rank1")
 
 
 def direction(metric: str | None) -> Literal["max", "min"]:
-    """Whether more of a figure is better, or less: of error rates less."""
+    """Return whether a larger ("max") or smaller ("min") figure is better; smaller for error rates."""
     return "min" if metric is not None and metric.endswith("/eer") else "max"
 
 
 def check_metric(config: EvaluationConfig, sets: Sequence[str], tasks: Sequence[Task]) -> None:
-    """UserError where two data sets have one name, there is nothing to evaluate during training, or `best` is none of the figures."""
+    """Validate the settings of the evaluation against the names of data sets and tasks.
+
+    Raises UserError if two of them have the same name, if there is nothing to evaluate during training, or if `best`
+    is not one of the figures.
+    """
     names = [*sets, *(task.name for task in tasks)]
     twice = first_twice(names)
     if twice is not None:
-        raise UserError(f"two sets to evaluate on are called {twice!r}; rename a file or folder of --evaluation")
+        raise UserError(f"two evaluation sets are called {twice!r}; rename a file or folder of --evaluation")
     if (config.every or config.every_steps) and not names:
         raise UserError(
-            "--evaluation.every is given, but there is nothing to evaluate on; hold identities out, or name files of pairs"
+            "--evaluation.every is given, but there is nothing to evaluate on; hold out identities, or give files of "
+            "pairs"
         )
     if config.best is None:
         return
     known = [f"{name}/{figure}" for name in sets for figure in SET_FIGURES]
     known += [f"{task.name}/{figure}" for task in tasks for figure in task.figures()]
     if config.best not in known:
-        raise UserError(f"--evaluation.best {config.best} is no figure of this run; choose one of {', '.join(known)}")
+        raise UserError(
+            f"--evaluation.best {config.best} is not a figure of this run; choose one of {', '.join(known)}"
+        )
 
 
 def is_due(config: EvaluationConfig, step: int, epochs: int | None, last: bool) -> bool:
-    """Whether to evaluate after `step`; epochs: how many are complete if this step completed one; last: it was the run's last step."""
+    """Return whether to evaluate after `step`.
+
+    epochs: number of complete epochs, if this step completed one, else None. last: whether it was the last step of
+    the run.
+    """
     if config.every is None and config.every_steps is None:
         return False
     by_epoch = config.every is not None and epochs is not None and epochs % config.every == 0
@@ -58,7 +69,7 @@ def is_due(config: EvaluationConfig, step: int, epochs: int | None, last: bool) 
 
 
 def figures_of(evaluations: Sequence[Evaluation], results: Sequence[Result]) -> dict[str, float]:
-    """All figures there are, as "set/figure"."""
+    """Return all figures that are not None, with keys "set/figure"."""
     figures: dict[str, float] = {}
     for each in evaluations:
         values = {
@@ -74,12 +85,15 @@ def figures_of(evaluations: Sequence[Evaluation], results: Sequence[Result]) -> 
 
 
 def split_history(history: Sequence[dict[str, float]]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """(rows of training, rows of evaluation)."""
+    """Return (rows of training, rows of evaluation)."""
     return [row for row in history if "loss" in row], [row for row in history if "loss" not in row]
 
 
 def during_training(rows: Sequence[dict[str, float]], metric: str | None) -> dict[str, Any]:
-    """For metrics.json: the rows, and of the chosen figure its best value (of equal ones the newest) and the step of its checkpoint."""
+    """Return the entry of metrics.json: the rows, and the best value of the chosen figure with its step.
+
+    If several values are equal, the newest counts.
+    """
     best = None
     known = [row for row in rows if metric is not None and metric in row]
     if metric is not None and known:
@@ -91,9 +105,10 @@ def during_training(rows: Sequence[dict[str, float]], metric: str | None) -> dic
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Every rank must enter and leave it: afterwards random states, modes and buffers of `model` are as before."""
+    """Restore random states, and modes and buffers of `model`, on exit. Every rank must enter and leave it."""
     random = RandomState()
-    state, modes = random.state_dict(), [(module, module.training) for module in model.modules()]
+    state = random.state_dict()
+    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield

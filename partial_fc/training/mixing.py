@@ -172,9 +172,9 @@ class ExtraHeads:
         self._schedules: dict[str, LambdaLR] = {}
         for place, asked in enumerate(config.data.mix, 1):
             counts = torch.bincount(data.sets[asked.name].labels, minlength=data.sets[asked.name].num_identities)
-            settings = replace(config.head)
-            settings.m = config.head.m if asked.m is None else asked.m
-            settings.scale = config.head.scale if asked.scale is None else asked.scale
+            given = {"margin": asked.m, "scale": asked.scale}
+            own = {name: value for name, value in given.items() if value is not None}
+            settings = replace(config.head, margin=config.head.margin.with_arguments(f"data.mix {asked.name}", **own))
             settings.check()
             head = settings.build(
                 config.backbone.embedding_size,
@@ -183,7 +183,7 @@ class ExtraHeads:
                 device,
                 **config.train.policy,
             )
-            self.heads[asked.name], self.optimizers[asked.name] = head, config.optimizer.build_head(head)
+            self.heads[asked.name], self.optimizers[asked.name] = head, config.optimizers.build_head(head)
 
     def labels(self, labels: Tensor, ignore_index: int) -> dict[str, Tensor]:
         """Return, for each set, the labels [n] for its head: `ignore_index` for samples of other sets."""

@@ -1,7 +1,8 @@
-"""From a trained backbone to figures: embeddings of whole data sets over all ranks, verification, plots, the report.
+"""From a trained backbone to results: embeddings of whole data sets, figures, plots, the report.
 
-images [n, C, H, W] of this rank's part   ── backbone ──>  embeddings [n_local, D]   ── gather ──>  [n, D] on every rank
-all pairs, tiles dealt to the ranks       ── sum ──>       one Evaluation a data set
+this rank's images [n_local, C, H, W]   ── backbone ──>  embeddings [n_local, D]   ── gather ──>  [n, D] on every rank
+all pairs, in tiles split over ranks    ── sum ──>       one Evaluation per data set
+all figures                             ── main process ──>  metrics.json, curves.json, plots/, report.html
 """
 
 from __future__ import annotations
@@ -9,24 +10,23 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import accelerate
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import partial_fc
-from partial_fc import gather, load_checkpoint, naming_the_missing
+from partial_fc import gather, load_checkpoint
+from partial_fc.training.all_ranks import raise_on_all, run_on_main, sum_ranks
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.data.loader import BatchLoader, rank_loader
-from partial_fc.training.errors import Preempted, UserError
+from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
 from partial_fc.training.interval import during_training, split_history
 from partial_fc.training.protocols.result import Result
@@ -34,8 +34,7 @@ from partial_fc.training.protocols.tasks import Task, Verification
 from partial_fc.training.report.hardest import note_hardest, note_pairs
 from partial_fc.training.report.report import write_report
 from partial_fc.training.run import RunFolder
-
-Returned = TypeVar("Returned")
+from partial_fc.training.settings_parser import plain_settings, with_arguments_beside
 
 
 def evaluate_sets(
@@ -48,10 +47,11 @@ def evaluate_sets(
     *,
     pictures: bool = True,
 ) -> list[Evaluation]:
-    """Verification and identification on each data set; every rank must call it. Unreadable images are noted in the folder.
+    """Return verification and identification figures of each data set. Every rank must call it.
 
-    asked_to_stop: whether this rank was; all ranks then raise Preempted when a data set has been read. pictures: leave the hardest pairs in
-    the folder, for the report.
+    asked_to_stop: whether this rank was asked to stop; if any was, all ranks raise Preempted after the data set at
+    hand.
+    pictures: save the hardest pairs in the folder, for the report. Unreadable images are recorded in the folder.
     """
     results = []
     for name, dataset in sets.items():
@@ -59,14 +59,8 @@ def evaluate_sets(
             backbone, dataset, name, accelerator, config, folder, asked_to_stop=asked_to_stop
         )
         labels = dataset.labels[indices]
-        results.append(
-            evaluate_embeddings(
-                embeddings,
-                labels,
-                name=name,
-                **sharing(accelerator, config.evaluation.tile),
-            )
-        )
+        work = split_work(accelerator, config.evaluation.tile)
+        results.append(evaluate_embeddings(embeddings, labels, name=name, **work))
         if pictures:
             note_hardest(folder.path, name, dataset, (embeddings, labels, indices), config.evaluation.tile, accelerator)
     return results
@@ -82,9 +76,10 @@ def run_tasks(
     *,
     pictures: bool = True,
 ) -> list[Result]:
-    """Every protocol's figures; every rank must call it. Unreadable images are noted in the folder.
+    """Return the figures of each protocol. Every rank must call it.
 
-    asked_to_stop, pictures: as of evaluate_sets; pictures are of the pairs that verification lists.
+    asked_to_stop: as for evaluate_sets. pictures: save the hardest of the pairs that verification lists. Unreadable
+    images are recorded in the folder.
     """
 
     def embed(dataset: IdentityDataset, name: str, flip: bool) -> tuple[Tensor, Tensor]:
@@ -92,17 +87,16 @@ def run_tasks(
             backbone, dataset, name, accelerator, config, folder, flip=flip, asked_to_stop=asked_to_stop
         )
 
-    results = [
-        task.measure(embed, **sharing(accelerator, config.evaluation.tile), device=accelerator.device) for task in tasks
-    ]
+    work = split_work(accelerator, config.evaluation.tile)
+    results = [task.measure(embed, **work, device=accelerator.device) for task in tasks]
     for task, result in zip(tasks, results, strict=True):
         if pictures and isinstance(task, Verification) and accelerator.is_main_process:
             note_pairs(folder.path, task.name, task.images, result.hardest)
     return results
 
 
-def sharing(accelerator: Accelerator, tile: int) -> dict[str, Any]:
-    """How the work of an evaluation is shared by the ranks: arguments of its function."""
+def split_work(accelerator: Accelerator, tile: int) -> dict[str, Any]:
+    """Return the arguments of an evaluation function that split its work over the ranks."""
     return {
         "tile": tile,
         "rank": accelerator.process_index,
@@ -112,8 +106,8 @@ def sharing(accelerator: Accelerator, tile: int) -> dict[str, Any]:
     }
 
 
-def once_through(dataset: IdentityDataset, accelerator: Accelerator, config: RunConfig) -> BatchLoader:
-    """This rank's part of all images, each once, in their order and as they are."""
+def evaluation_loader(dataset: IdentityDataset, accelerator: Accelerator, config: RunConfig) -> BatchLoader:
+    """Return a loader of this rank's part of the data set: every image once, in order, not augmented."""
     return rank_loader(
         dataset, config.data, accelerator, batch_size=config.evaluation.batch_size, shuffle=False, drop_last=False
     )
@@ -130,11 +124,12 @@ def embed_images(
     flip: bool = False,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor]:
-    """(embeddings `[n, D]`, positions `[n]` in the data set) of all readable images, on every rank, on the CPU, in its order.
+    """Return (embeddings `[n, D]`, positions in the data set `[n]`) of all readable images, on the CPU of every rank.
 
-    flip: each is the sum of the embeddings of the image and of its mirror image. Unreadable images are noted in the folder.
+    They are in the order of the data set. flip: add the embedding of the mirror image to that of the image.
+    Unreadable images are recorded in the folder.
     """
-    loader = once_through(dataset, accelerator, config)
+    loader = evaluation_loader(dataset, accelerator, config)
     device = accelerator.device
     parts: list[Tensor] = [torch.empty(0, config.backbone.embedding_size)]
     indices: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
@@ -153,7 +148,7 @@ def embed_images(
                 bar.update()
                 if asked_to_stop():
                     break
-                folder.note_unreadable(batch.unreadable)
+                folder.record_unreadable(batch.unreadable)
                 if len(batch.labels):
                     images = batch.images.to(device, non_blocking=batch.images.is_pinned())
                     with accelerator.autocast():
@@ -164,30 +159,17 @@ def embed_images(
                     indices.append(batch.indices)
     except UserError as error:
         message = str(error)
-    raise_together(message, accelerator, asked_to_stop())
-    everyone = gather(torch.cat(parts).to(device), torch.cat(indices).to(device))
-    order = everyone.labels.argsort()
-    return everyone.embeddings[order].cpu(), everyone.labels[order].cpu()
-
-
-def together(action: Callable[[], Returned], accelerator: Accelerator) -> Returned:
-    """What `action` returns here; the first rank's UserError on every rank; every rank must call it."""
-    result, message = None, None
-    try:
-        result = action()
-    except UserError as error:
-        message = str(error)
-    raise_together(message, accelerator)
-    return result  # type: ignore[return-value]
-
-
-def on_main(action: Callable[[], object], accelerator: Accelerator) -> None:
-    """Do something in one process; its UserError is raised in all; every rank must call it."""
-    together(lambda: action() if accelerator.is_main_process else None, accelerator)
+    raise_on_all(message, accelerator, asked_to_stop())
+    gathered = gather(torch.cat(parts).to(device), torch.cat(indices).to(device))  # positions in the place of labels
+    order = gathered.labels.argsort()
+    return gathered.embeddings[order].cpu(), gathered.labels[order].cpu()
 
 
 def claim_output(out: RunFolder, accelerator: Accelerator) -> None:
-    """Make a folder for results; UserError on every rank if it is in use or cannot be made; every rank must call it."""
+    """Make a folder for results. Every rank must call it.
+
+    Raises UserError on every rank if the folder is in use or cannot be made.
+    """
 
     def claim() -> None:
         try:
@@ -196,34 +178,13 @@ def claim_output(out: RunFolder, accelerator: Accelerator) -> None:
         except UserError as error:
             raise UserError(str(error).split("; choose")[0] + "; choose another --output") from error
 
-    on_main(claim, accelerator)
+    run_on_main(claim, accelerator)
 
 
-def raise_together(message: str | None, accelerator: Accelerator, stop: bool = False) -> None:
-    """Raise the first rank's message as UserError on every rank, if any rank has one, else Preempted if any is to stop.
-
-    Every rank must call it.
-    """
-    told: list[tuple[str | None, bool]] = [(message, stop)]
-    if accelerator.num_processes > 1:
-        told *= accelerator.num_processes
-        with naming_the_missing("an agreement of all ranks"):
-            dist.all_gather_object(told, (message, stop))
-    first = next((m for m, _ in told if m is not None), None)
-    if first is not None:
-        raise UserError(first)
-    if any(each for _, each in told):
-        raise Preempted("stopped as asked, all steps being trained and saved")
-
-
-def sum_ranks(tensor: Tensor, accelerator: Accelerator) -> Tensor:
-    """The sum of a tensor over ranks, on the CPU, on every rank."""
-    if accelerator.num_processes == 1:
-        return tensor
-    total = tensor.to(accelerator.device)
-    with naming_the_missing("the sum of the evaluation's counts"):
-        dist.all_reduce(total)
-    return total.cpu()
+def remove_if_empty(out: RunFolder, accelerator: Accelerator) -> None:
+    """After an error, remove a folder that `claim_output` has made and nothing was written to."""
+    if accelerator.is_main_process and not any(out.path.iterdir()):
+        out.path.rmdir()
 
 
 def write_results(
@@ -236,8 +197,12 @@ def write_results(
     history: list[dict[str, float]],
     results: Sequence[Result] = (),
 ) -> Path:
-    """metrics.json, curves.json, plots/ and report.html; the path of the last. results: of other protocols. config: None without a run."""
-    from partial_fc.training.report.plots import (  # matplotlib takes half a second
+    """Write metrics.json, curves.json, plots/ and report.html into the folder; return the path of report.html.
+
+    evaluations: of data sets; results: of the other protocols. figures: further entries of metrics.json. config: the
+    settings of the run; None if the embeddings come from a file. history: rows of history.jsonl.
+    """
+    from partial_fc.training.report.plots import (  # matplotlib takes half a second to import
         plot_cmc,
         plot_dir,
         plot_histograms,
@@ -271,20 +236,21 @@ def write_results(
         folder.path,
         title=title,
         metrics=metrics,
-        config={} if config is None else asdict(config),
+        config={} if config is None else with_arguments_beside(plain_settings(config)),
         environment=environment,
         history=history,
     )
 
 
 def describe_environment(accelerator: Accelerator) -> dict[str, str]:
+    """Return the ranks, devices and versions, for the report."""
     return {
         "ranks": f"{accelerator.num_processes} on {accelerator.device.type}",
         "partial_fc": partial_fc.__version__,
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,
         "python": platform.python_version(),
-        "threads a rank": str(torch.get_num_threads()),
+        "threads per rank": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name(accelerator.device)
         if accelerator.device.type == "cuda"
         else platform.machine(),
@@ -294,7 +260,10 @@ def describe_environment(accelerator: Accelerator) -> dict[str, str]:
 def load_backbone(
     folder: RunFolder, config: RunConfig, image_shape: tuple[int, int, int], checkpoint: Path | None = None
 ) -> nn.Module:
-    """The backbone of a run's checkpoint, the newest if none is given; UserError if there is none or it does not fit such images."""
+    """Return the backbone of a run's checkpoint, by default the newest one.
+
+    Raises UserError if there is no checkpoint, or if its backbone does not fit images of `image_shape` (C, H, W).
+    """
     checkpoint = checkpoint or folder.find_checkpoint()
     backbone = build_backbone(
         config.backbone.name, image_shape=image_shape, embedding_size=config.backbone.embedding_size

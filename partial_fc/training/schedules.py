@@ -1,13 +1,13 @@
-"""The learning rate over a run: warm-up, then a curve; of backbone and head alike or apart.
+"""The learning rate over a run: warm-up, then a curve; the same for backbone and head, or one each.
 
-step -> factor of the largest learning rate, of time t (steps, or whole epochs), W of warm-up and T in all
+optimizer step -> factor of the largest learning rate; t: time (steps, or whole epochs); W: warm-up; T: the whole run
 
 warm-up      (t + 1) / W                             while t < W
 constant     1
-cosine       f + (1 - f) (1 - cos(pi u)) / 2         u = 1 - (t - W) / (T - W), what is left; f the final factor
+cosine       f + (1 - f) (1 - cos(pi u)) / 2         u = 1 - (t - W) / (T - W), the rest; f: the final factor
 polynomial   f + (1 - f) u^power
-step         drop^(t // every)                       every so many epochs
-multistep    drop^(milestones that are past)         milestones in epochs
+step         drop^(t // every)                       every: in epochs
+multistep    drop^(number of milestones passed)       milestones: in epochs
 """
 
 from __future__ import annotations
@@ -33,35 +33,36 @@ class ScheduleConfig:
     power: float = 2.0
     """Exponent of polynomial."""
     warmup_epochs: float | None = None
-    """Epochs over which it first rises linearly from zero; fractions count. If not given, one, and at most a tenth of the run."""
+    """Epochs over which it first rises linearly from zero; fractions count. If not given, one, and at most a tenth of
+    the run."""
     by: Literal["step", "epoch"] = "step"
-    """Whether it moves with every optimizer step, or stands still within an epoch."""
+    """Whether it changes with every optimizer step, or only from epoch to epoch."""
     final: float = 0.0
-    """What is left of it at the end of cosine and polynomial, as a share of the largest (0 to 1)."""
+    """Learning rate at the end of cosine and polynomial, as a share of the largest (0 to 1)."""
     drop: float = 0.1
-    """What step and multistep multiply it with."""
+    """Factor of each drop of step and multistep."""
     every: float | None = None
-    """Epochs between two drops; step only, which needs it."""
+    """Epochs between two drops; required by step, for step only."""
     milestones: list[float] | None = None
-    """Epochs after which it drops, ascending; multistep only, which needs them."""
+    """Epochs after which it drops, ascending; required by multistep, for multistep only."""
 
     def warmup(self, epochs: int) -> float:
-        """Epochs of warm-up in a run of that many; whole ones where it stands still within an epoch."""
+        """Return the epochs of warm-up in a run of `epochs`; a whole number if the rate changes by epochs."""
         if self.warmup_epochs is not None:
             return self.warmup_epochs
         chosen = min(1.0, epochs / 10)
         return chosen if self.by == "step" else round(chosen)
 
     def check(self, epochs: int, name: str = "schedule") -> None:
-        """UserError for values that no schedule of a run of `epochs` can have; `name` is what its settings are called after."""
+        """UserError for values that no schedule of a run of `epochs` can have. name: of the settings, for messages."""
         for setting, least in (("power", 0.0), ("warmup_epochs", 0.0), ("final", 0.0), ("drop", 0.0)):
             value = getattr(self, setting)
             if value is not None and not value >= least:
                 raise UserError(f"--{name}.{setting} is {value}; give at least {least:g}")
         if self.warmup(epochs) >= epochs:
             raise UserError(
-                f"--{name}.warmup_epochs is {self.warmup(epochs):g} of {epochs}, so that the learning rate would rise until the run ends; "
-                "give fewer, or null for what suits the run"
+                f"--{name}.warmup_epochs is {self.warmup(epochs):g} of {epochs}, so that the learning rate would "
+                "rise until the run ends; give fewer, or null for what suits the run"
             )
         if self.final > 1:
             raise UserError(f"--{name}.final is {self.final}; give a share of at most 1")
@@ -69,8 +70,8 @@ class ScheduleConfig:
             value = getattr(self, setting)
             if value is not None and self.shape != shape:
                 raise UserError(
-                    f"--{name}.{setting} is {value}, which has no effect with --{name}.shape {self.shape} (it is for {shape}); "
-                    "leave it out, or give null if a file sets it"
+                    f"--{name}.{setting} is {value}, which has no effect with --{name}.shape {self.shape} (it is for "
+                    f"{shape}); leave it out, or give null if a file sets it"
                 )
             if not value and self.shape == shape:
                 raise UserError(f"--{name}.shape {shape} needs --{name}.{setting}, in epochs")
@@ -86,7 +87,7 @@ class ScheduleConfig:
 
 @dataclass
 class HeadScheduleConfig:
-    """The head's learning rate over a run, where it is another than the backbone's; docs/optimizers.md says when it should be."""
+    """The head's learning rate over a run, if it differs from the backbone's; docs/optimizers.md says when."""
 
     shape: Shape | None = None
     """As schedule.shape, for the head; the backbone's if not given."""
@@ -106,7 +107,8 @@ class HeadScheduleConfig:
     """As schedule.milestones, for the head; the backbone's if not given."""
 
     def over(self, backbone: ScheduleConfig) -> ScheduleConfig:
-        """The head's schedule: what is given here, else the backbone's. Another shape takes no drops of the backbone's."""
+        """Return the head's schedule: settings of `backbone` where none are given here, without its drops if the shape
+        differs."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         if given.get("shape", backbone.shape) != backbone.shape:
             given = {"every": None, "milestones": None, **given}
@@ -114,7 +116,7 @@ class HeadScheduleConfig:
 
 
 def learning_rate_factor(config: ScheduleConfig, steps_per_epoch: int, epochs: int) -> Callable[[int], float]:
-    """step -> factor of the largest learning rate."""
+    """Return a function of the optimizer step: the factor of the largest learning rate."""
     per_epoch = steps_per_epoch if config.by == "step" else 1
     warmup, total = round(config.warmup(epochs) * per_epoch), per_epoch * epochs
     drops = [round(each * per_epoch) for each in config.milestones or []]
@@ -144,6 +146,6 @@ def build_schedules(
     steps_per_epoch: int,
     epochs: int,
 ) -> list[torch.optim.lr_scheduler.LambdaLR]:
-    """Schedulers of the backbone's optimizer and the head's, in that order, to be stepped with every optimizer step."""
+    """Return schedulers of the backbone's and the head's optimizer, to step after every optimizer step."""
     factors = [learning_rate_factor(config, steps_per_epoch, epochs) for config in (backbone, head.over(backbone))]
     return [torch.optim.lr_scheduler.LambdaLR(each, factor) for each, factor in zip(optimizers, factors, strict=True)]

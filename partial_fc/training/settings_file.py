@@ -1,48 +1,124 @@
-"""Settings files hold settings: what is read from one names no code.
+"""Reading settings files, so that nothing in them is run.
 
-    YAML text ── a safe loader ──> tables, lists, texts and numbers ── no class_path, no text in the place of a table ──> jsonargparse
+    YAML text       a safe loader: tables, lists, texts and numbers
+      in_new_form   files of earlier versions in today's form
+      load_settings classes by their import paths; UserError for one that is not trusted
+      jsonargparse
 
-jsonargparse imports what `{class_path: module.Name}` names, or a text that stands in the place of a table of settings, before it sees that
-no class is asked for there; and importing a module runs it. So both are refused before it sees them.
+jsonargparse imports what `{class_path: module.Name}` names, and a text where a class or a table of settings is
+expected, before it checks what it is; and importing a module runs it. So classes are allowed only where a setting is a
+class, and only those that class_settings.py trusts: those of this package and of torch.optim, and those that the user
+has named otherwise than in the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jsonargparse
 import yaml
 
+from partial_fc.training.class_settings import TRUST, ClassSettings, is_trusted
+from partial_fc.training.errors import UserError
+from partial_fc.training.old_settings import in_new_form
+from partial_fc.training.settings_parser import NAMED, as_on_command_line
+
 MODE = "partial_fc"
 OF_CLASSES = ("class_path", "init_args", "dict_kwargs")
+Kinds = Mapping[str, type[ClassSettings]]
 
 
-class NamesCodeError(yaml.YAMLError):
-    """A settings file asks for code by name."""
+class SettingsFileError(yaml.YAMLError):
+    """A settings file asks for code that the user has not named, or for what no setting can be."""
 
 
-def use_safe_loader(parser: jsonargparse.ArgumentParser, tables: Collection[str]) -> None:
-    """Let `parser` read files and values so. tables: names of settings that are tables of settings."""
+def use_safe_loader(parser: jsonargparse.ArgumentParser, tables: Collection[str], classes: Kinds) -> None:
+    """Let `parser` read files and values safely.
+
+    tables: names of settings that are tables. classes: setting that is a class -> its kind.
+    """
 
     def load(text: str) -> Any:
         found = jsonargparse.get_loader("yaml")(text)
-        _refuse_names_of_code(found)
-        for name in tables:
-            if isinstance(found, dict) and isinstance(found.get(name), str):
-                raise NamesCodeError(f"{name} is a table of settings, not {found[name]!r}")
+        if isinstance(found, dict):
+            try:
+                found = load_settings(found, classes)
+            except UserError as error:
+                raise SettingsFileError(str(error)) from error
+            for name in tables:
+                if isinstance(found.get(name), str):
+                    raise SettingsFileError(f"{name} is a table of settings, not {found[name]!r}")
+        _refuse_classes(found, classes)
         return found
 
     jsonargparse.set_loader(MODE, load, exceptions=(yaml.YAMLError,))
     parser.parser_mode = MODE
 
 
-def _refuse_names_of_code(found: Any) -> None:
+def load_settings(found: dict[str, Any], classes: Kinds) -> dict[str, Any]:
+    """Return the settings of a file in today's form, classes by their import paths. UserError for untrusted ones."""
+    found = in_new_form(found)
+    for option, kind in classes.items():
+        *tables, name = option.split(".")
+        table: Any = found
+        for each in tables:
+            table = table.get(each) if isinstance(table, dict) else None
+        if isinstance(table, dict) and table.get(name) is not None:
+            table[name] = _class(table[name], option, kind)
+    return found
+
+
+def shown_settings(found: dict[str, Any], classes: Kinds) -> dict[str, Any]:
+    """Return the settings of a file as on the command line, with all arguments of this package's classes."""
+    shown: dict[str, Any] = {}
+    for name, value in as_on_command_line(in_new_form(found)).items():
+        shown[name] = value
+        if name in classes and value in tuple(classes[name].names):
+            with contextlib.suppress(UserError):  # of a package that is not installed
+                arguments = classes[name](value).all_arguments(name)
+                shown |= {f"{name}.{argument}": default for argument, default in arguments.items()}
+    return shown
+
+
+def _class(given: Any, option: str, kind: type[ClassSettings]) -> Any:
+    """Return what a file has for a class option, with the import path of the class."""
+    spec = {"class_path": given} if isinstance(given, str) else given
+    if not isinstance(spec, dict) or not isinstance(spec.get("class_path", ""), str):
+        raise UserError(
+            f"{option} is {given!r}; give the name of a class, or {{class_path: CLASS, init_args: {{...}}}}"
+        )
+    unknown = [key for key in spec if key not in ("class_path", "init_args")]
+    if "class_path" not in spec:
+        return spec
+    if unknown:
+        raise UserError(f"{option}: {', '.join(unknown)} stands beside class_path; write arguments into init_args")
+    path = kind.path_of(spec["class_path"], option)
+    if not is_trusted(path):
+        raise UserError(
+            f"{option} names code that would be imported and run: {path}; if you trust it, set "
+            f"{TRUST}={path.partition('.')[0]} in the environment, or give --{option} {path} on the command line"
+        )
+    kind.load(path, option)
+    arguments = spec.get("init_args")
+    if (NAMED.get() or {}).get(option, path) != path and isinstance(arguments, dict):
+        arguments = kind.changed_arguments(path, arguments, option)
+    return {**spec, "class_path": path} if arguments is None else {**spec, "class_path": path, "init_args": arguments}
+
+
+def _refuse_classes(found: Any, classes: Kinds, name: str = "") -> None:
+    """SettingsFileError if a class is named where no setting is one."""
     if isinstance(found, dict):
-        for key in found:
+        for key, inner in found.items():
+            inside = f"{name}.{key}" if name else str(key)
             if key in OF_CLASSES:
-                raise NamesCodeError(
-                    f"{key} names code to be imported, which settings do not need; the file is not to be trusted"
+                raise SettingsFileError(
+                    f"{key} names code to be imported, which {name or 'a settings file'} does not need; "
+                    "do not trust this file"
                 )
-    for each in found.values() if isinstance(found, dict) else found if isinstance(found, list) else ():
-        _refuse_names_of_code(each)
+            if inside not in classes:
+                _refuse_classes(inner, classes, inside)
+    elif isinstance(found, list):
+        for inner in found:
+            _refuse_classes(inner, classes, name)

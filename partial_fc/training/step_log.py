@@ -1,7 +1,7 @@
-"""What a run tells of its steps: a row of history.jsonl, and the same to its trackers.
+"""The log of a run's steps: rows of history.jsonl, which also go to the trackers.
 
-every so many steps    step, epoch, learning rate, losses, the head's metrics, norm of the gradient, share of time that went by waiting
-an evaluation          step, epoch, "set/figure"
+every so many steps    step, epoch, learning rate, losses, the head's metrics, gradient norm, share of time waiting
+each evaluation        step, epoch, "set/figure"
 """
 
 from __future__ import annotations
@@ -19,29 +19,37 @@ from partial_fc.training.config import RunConfig, flat
 from partial_fc.training.micro_batches import Progress
 from partial_fc.training.run import RunFolder
 
+LOGGED_AS = {"CurricularFace": "curricular"}  # others by their name in lower case
+
 
 class StepLog:
-    """The log of the run of `config`; `progress` says which step it is. Every rank logs, the first one writes."""
+    """The log of a run. `progress` has the number of the step. Every rank calls it; the main process writes."""
 
     def __init__(
         self, config: RunConfig, folder: RunFolder, accelerator: Accelerator, progress: Progress, steps_per_epoch: int
     ) -> None:
-        self.config, self.folder, self.accelerator = config, folder, accelerator
-        self.progress, self.steps_per_epoch = progress, steps_per_epoch
-        self._waited, self._since = 0.0, time.monotonic()
+        self.config = config
+        self.folder = folder
+        self.accelerator = accelerator
+        self.progress = progress
+        self.steps_per_epoch = steps_per_epoch
+        self._waited = 0.0  # progress.waited at the last logged step
+        self._since = time.monotonic()  # time of the last logged step
 
     def begin(self) -> None:
-        """Open the trackers, and count time from now on."""
+        """Open the trackers, and start measuring time."""
         self.accelerator.init_trackers(
             "tensorboard", config={k: v if v is not None else "none" for k, v in _scalars(self.config).items()}
         )
-        self._waited, self._since = self.progress.waited, time.monotonic()
+        self._waited = self.progress.waited
+        self._since = time.monotonic()
 
     def is_due(self, step: int) -> bool:
+        """Return whether `step` is logged."""
         return step == 1 or step % self.config.output.log_every == 0
 
     def step(self, losses: dict[str, Tensor], norm: Tensor | None, head: PartialFC, learning_rate: float) -> None:
-        """The newest step, if it is due: what was minimised, the norm of the gradient (None: not clipped), what the head has measured."""
+        """Log the newest step, if it is due: losses, gradient norm (None if not clipped), the metrics of the head."""
         if not self.is_due(self.progress.step):
             return
         measured = {
@@ -50,7 +58,9 @@ class StepLog:
             **self._margin_state(head),
             **({} if norm is None else {"grad_norm": norm}),
         }
-        values = torch.stack([value.float() for value in measured.values()]).tolist()  # one wait for the device
+        values = torch.stack(
+            [value.float() for value in measured.values()]
+        ).tolist()  # a single transfer from the device
         self._write(
             {
                 "learning_rate": learning_rate,
@@ -61,35 +71,37 @@ class StepLog:
         )
 
     def figures(self, figures: dict[str, float]) -> None:
-        """Those of an evaluation after the newest step."""
+        """Log the figures of an evaluation after the newest step."""
         self._write(figures)
 
     def _write(self, row: dict[str, float]) -> None:
-        step, epoch = self.progress.step, self.progress.step / self.steps_per_epoch
+        step = self.progress.step
+        epoch = step / self.steps_per_epoch
         if self.accelerator.is_main_process:
             self.folder.append_history({"step": step, "epoch": epoch, **row})
         self.accelerator.log({"epoch": epoch, **row}, step=step)
 
     def _data_wait(self) -> float:
-        """The share of the time since the last logged step in which this rank waited for its loader."""
-        waited, since, now = self._waited, self._since, time.monotonic()
-        self._waited, self._since = self.progress.waited, now
-        return round((self.progress.waited - waited) / max(now - since, 1e-9), 4)
+        """Return the share of the time since the last logged step that this rank has waited for its loader."""
+        now = time.monotonic()
+        share = (self.progress.waited - self._waited) / max(now - self._since, 1e-9)
+        self._waited = self.progress.waited
+        self._since = now
+        return round(share, 4)
 
     def _margin_state(self, head: PartialFC) -> dict[str, Tensor]:
-        """Single numbers that move with the margin, under its name: curricular_t, adaface_mean, adaface_std, sphereface2_offset."""
+        """Return the scalars of the margin's state: curricular_t, adaface_mean, adaface_std, sphereface2_offset."""
+        margin = self.config.head.margin.name
+        name_of_margin = LOGGED_AS.get(margin, margin.lower())
         found = {
             n: local_part(value.detach())
             for n, value in (*head.margin.named_buffers(), *head.margin.named_parameters())
         }
-        return {
-            f"{self.config.head.margin}_{name}": value.reshape(())
-            for name, value in found.items()
-            if value.numel() == 1
-        }
+        return {f"{name_of_margin}_{name}": value.reshape(()) for name, value in found.items() if value.numel() == 1}
 
 
 def _scalars(config: RunConfig) -> dict[str, Any]:
+    """Return the settings by their dotted names, as values that trackers accept."""
     return {
         name: value if isinstance(value, int | float | str | bool | None) else str(value)
         for name, value in flat(config).items()

@@ -1,12 +1,12 @@
-"""A training run on Accelerate: backbone in an engine, head sharded over the same ranks, checkpoints, evaluation, report.
+"""A training run on Accelerate: backbone in an engine, sharded head, checkpoints, evaluation, report.
 
-loader       this rank's part of a global micro-batch [n, C, H, W], labels [n]
-backbone     embeddings [n, D]                            (DDP, FSDP2 or DeepSpeed averages its gradients: engine.py)
-head         the loss of the global micro-batch            (PartialFC; its rows are this rank's)
-center       center loss of the same, if it has a weight   (CenterLoss, on the exchange of the head)
-each step    one gradient norm over backbone and head, both optimizers, both schedules, the centers
-each epoch   a checkpoint (or every so many steps), from which the run goes on exactly; before it, if asked for, an evaluation
-at the end   embeddings of identities never trained on, verification and identification, plots, one HTML page
+loader       this rank's part of a global micro-batch: images [n, C, H, W], labels [n]
+backbone     embeddings [n, D]                              (DDP, FSDP2 or DeepSpeed averages its gradients: engine.py)
+head         loss of the global micro-batch                 (PartialFC, sharded over the ranks)
+center       center loss of the same, if it has a weight    (CenterLoss, on the batch that was gathered for the head)
+each step    one gradient norm over backbone and head; the optimizers, the schedules and the centers
+each epoch   a checkpoint (or every so many steps), which the run resumes from exactly; before it an evaluation, if due
+at the end   evaluation on identities that were not trained on, plots, one HTML page
 """
 
 from __future__ import annotations
@@ -17,66 +17,81 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from partial_fc import DivergenceWatch, PreemptionGuard, RandomState, gather, import_weights, naming_the_missing
-from partial_fc.training.backbones.counts import count_backbone
+from partial_fc import PreemptionGuard, RandomState, gather, import_weights, naming_the_missing
+from partial_fc.training.all_ranks import run_on_main
 from partial_fc.training.config import RunConfig, save_config
 from partial_fc.training.data import DataSplits, open_data
 from partial_fc.training.data.labels import LABELS, LabelMap
 from partial_fc.training.data.loader import Batch, BatchLoader, rank_loader
-from partial_fc.training.engine import make_accelerator, make_engine
+from partial_fc.training.engine import make_accelerator
 from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.faults import Faults
-from partial_fc.training.interval import check_metric, direction, figures_of, is_due, undisturbed
-from partial_fc.training.micro_batches import MicroBatches, Progress
-from partial_fc.training.mixing import ExtraHeads, MixedIdentities, mixed, sampler_of
+from partial_fc.training.interval import direction, undisturbed
+from partial_fc.training.micro_batches import MIN_IMAGES, MicroBatches, Progress
+from partial_fc.training.mixing import mixed, sampler_of
 from partial_fc.training.protocols.result import Result
-from partial_fc.training.protocols.task_files import open_tasks
-from partial_fc.training.ranks import launcher_is_gone
+from partial_fc.training.ranks import launcher_has_exited
 from partial_fc.training.report.hardest import note_confusions
-from partial_fc.training.results import describe_environment, evaluate_sets, on_main, run_tasks, together, write_results
+from partial_fc.training.results import describe_environment, write_results
 from partial_fc.training.run import DATA, UNREADABLE, RunFolder
-from partial_fc.training.schedules import build_schedules
+from partial_fc.training.run_evaluation import RunEvaluation
+from partial_fc.training.run_parts import build_parts
 from partial_fc.training.step_log import StepLog
 
 
 class Trainer:
     """One run of `config` in `config.output.folder`; with `resume`, from the newest checkpoint in it.
 
-    guard: what notes signals, entered by the caller. When any rank was asked to stop, train() saves at the end of the step and raises
-    Preempted on all; evaluate() raises it when a data set has been read.
+    guard: records signals; the caller has entered it. If any rank was asked to stop, train() saves after the current
+    step and raises Preempted on all ranks; evaluate() raises it after the current data set.
     """
 
     def __init__(self, config: RunConfig, resume: bool = False, guard: PreemptionGuard | None = None) -> None:
-        self.config, self.folder = config, RunFolder(config.output.folder)
+        self.config = config
+        self.folder = RunFolder(config.output.folder)
         self.accelerator = make_accelerator(config)
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.rank = self.accelerator.process_index
+        self.world = self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        self.guard, self.faults = guard or PreemptionGuard(), Faults.of_environment(self.rank)
+        self.guard = guard or PreemptionGuard()
+        self.faults = Faults.of_environment(self.rank)
+        self.progress = Progress()
         self.on_main(self.folder.check_run if resume else self.folder.check_free)
         self.data: DataSplits = open_data(config.data, config.seed)
         self.data.check_evaluation()
-        self.tasks = together(lambda: open_tasks(config.evaluation, self.data.train.image_shape), self.accelerator)
-        check_metric(config.evaluation, list(self.data.evaluation), self.tasks)
-        self.main_set, self.data.train = self.data.train, mixed(config, self.data.train)
-        if config.train.batch_size < 2 * self.world * config.train.accumulation:
+        self.evaluation = RunEvaluation(
+            config, self.data, self.accelerator, self.folder, self.progress, self._asked_to_stop
+        )
+        self.main_set = self.data.train
+        self.data.train = mixed(config, self.main_set)
+        least = MIN_IMAGES * self.world * config.train.accumulation
+        if config.train.batch_size < least:
             raise UserError(
-                f"--train.batch_size {config.train.batch_size} leaves fewer than two images for each of {self.world} ranks and "
-                f"{config.train.accumulation} micro-batches, and batch statistics need two; give at least "
-                f"{2 * self.world * config.train.accumulation}"
+                f"--train.batch_size {config.train.batch_size} leaves fewer than {MIN_IMAGES} images for each of "
+                f"{self.world} ranks and {config.train.accumulation} micro-batches, which batch normalisation needs; "
+                f"give at least {least}"
             )
         self.loader = self._loader()
         self.steps_per_epoch = len(self.loader) // config.train.accumulation
         if not self.steps_per_epoch:
             raise UserError(
-                f"{len(self.data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size"
+                f"{len(self.data.train)} training images are fewer than one batch of {config.train.batch_size}; lower "
+                "--train.batch_size"
             )
-        self._build(resume)
-        self.progress, self._since = Progress(), time.monotonic()
+        parts = build_parts(config, self.main_set, self.data.train, self.accelerator, self.steps_per_epoch, resume)
+        self.head = parts.head
+        self.head_optimizer = parts.head_optimizer
+        self.extra = parts.extra
+        self.center = parts.center
+        self.engine = parts.engine
+        self.counts = parts.counts
+        self.schedules = parts.schedules
+        self.watch = parts.watch
+        self._since = time.monotonic()  # progress.seconds counts the time up to here
         self._saved = -1  # the step of the newest checkpoint
         self.micro_batches = MicroBatches(
             self.loader,
@@ -88,9 +103,6 @@ class Trainer:
             self._asked_to_stop,
         )
         self.log = StepLog(config, self.folder, self.accelerator, self.progress, self.steps_per_epoch)
-        self._evaluated: tuple[int, list[Evaluation], list[Result]] | None = (
-            None  # the newest evaluation, and after which step it was
-        )
         self.checkpointer = self.folder.checkpointer(
             keep_last=config.train.keep_last,
             keep_best=int(config.evaluation.best is not None),
@@ -101,59 +113,11 @@ class Trainer:
         if resume:
             self._resume()
         else:
-            self._start()
-            self.on_main(self._claim)
+            self._import_class_weights()
+            self.on_main(self.claim_folder)  # last, so that a mistake in the settings leaves no folder behind
 
-    def _build(self, resume: bool) -> None:
-        config, device = self.config, self.accelerator.device
-        width, identities = config.backbone.embedding_size, self.main_set.num_identities
-        counts, policy = torch.bincount(self.main_set.labels, minlength=identities), config.train.policy
-        self.head = config.head.build(width, counts, config.seed, device, **policy)
-        self.extra = (
-            ExtraHeads(config, self.data.train, device) if isinstance(self.data.train, MixedIdentities) else None
-        )
-        self.center = config.center.build(width, identities, config.seed, device, **policy)
-        self.head_optimizer = config.optimizer.build_head(self.head)
-        torch.manual_seed(
-            config.seed
-        )  # the backbone's initial weights, alike on all ranks; and what they draw until the first epoch
-        self._first: nn.Module | None = self._start_backbone(None if resume else config.backbone.weights)
-        self.engine = make_engine(
-            self.accelerator,
-            self._backbone,
-            lambda backbone: config.optimizer.build(backbone.parameters()),
-            self.head,
-            self.head_optimizer,
-            config.train,
-        )
-        self.engine.beside = [] if self.center is None else [self.center]
-        # what DeepSpeed's optimizers hold are shards, under names that do not say so
-        whole = [] if self.engine.name.startswith("DeepSpeed") else [self.engine.optimizer]
-        heads = [] if self.extra is None else self.extra.heads.values()
-        watched = (self.engine.model, self.head, *heads, *self.engine.beside, *whole)
-        self.watch = DivergenceWatch(*watched, every=config.train.watch_every) if config.train.watch_every else None
-        optimizers = (self.engine.optimizer, self.head_optimizer)
-        self.schedules = build_schedules(
-            config.schedule, config.head_schedule, optimizers, self.steps_per_epoch, config.train.epochs
-        )
-        if self.extra is not None:
-            self.engine.add_heads(self.extra.heads.values(), self.extra.optimizers.values())
-            self.schedules += self.extra.schedules(self.schedules[1])
-
-    def _start_backbone(self, weights: str | None) -> nn.Module:
-        """The backbone with the weights that it starts from, on every rank or on none; it is counted, too."""
-        shape = self.data.train.image_shape
-        built = together(lambda: self.config.backbone.build(shape, weights), self.accelerator)
-        self.counts = count_backbone(built, shape)
-        return built
-
-    def _backbone(self) -> nn.Module:
-        """The backbone to train, and then others like it, for weights of their own."""
-        first, self._first = self._first, None
-        return self.config.backbone.build(self.data.train.image_shape) if first is None else first
-
-    def _start(self) -> None:
-        """Class weights that the settings name."""
+    def _import_class_weights(self) -> None:
+        """Load the class weights that the settings name."""
         if self.config.head.weights is None:
             return
         try:
@@ -161,32 +125,30 @@ class Trainer:
         except (OSError, ValueError) as error:
             raise UserError(f"--head.weights: {error}") from error
 
-    def _claim(self) -> None:
-        """Take the run folder, last of all: a mistake in the settings leaves no folder behind."""
+    def claim_folder(self) -> None:
+        """Make the run folder, with the records of the data and the settings; called on the main process."""
         self.folder.claim(self._write_settings)
 
     def _write_settings(self, path: Path) -> None:
-        """What says what the run is: its data, and at `path`, last, its settings."""
-        self._write_data()
+        self._write_data_records()
         save_config(self.config, path)
 
-    def _write_data(self) -> None:
-        """The labels of its classes, and what the data are; what a start that was killed has left of either is gone."""
-        for name, label_map in (self.extra.data.label_maps if self.extra is not None else {}).items():
+    def _write_data_records(self) -> None:
+        """Write the labels and the fingerprint of the data; files that a killed start has left are overwritten."""
+        label_maps = {} if self.extra is None else self.extra.data.label_maps
+        for name, label_map in label_maps.items():
             label_map.write(self.folder.path / f"labels_{name}.csv")
-        (self.data.label_map or LabelMap.of(self.main_set.identity_names, self.main_set.labels)).write(
-            self.folder.path / LABELS
-        )
+        main_map = self.data.label_map or LabelMap.of(self.main_set.identity_names, self.main_set.labels)
+        main_map.write(self.folder.path / LABELS)
         for name in (DATA, UNREADABLE):
             (self.folder.path / name).unlink(missing_ok=True)
-        self._note_data()
+        self._check_data()
 
-    def _note_data(self) -> None:
-        """Note what the data are, or compare them with what they were when the run began; and samples of them that are damaged."""
+    def _check_data(self) -> None:
+        """Save the fingerprint of the data, or compare it with the saved one; record damaged samples."""
         self.folder.check_data(self.data.fingerprint())
-        self.folder.note_unreadable(
-            [name for each in (self.data.train, *self.data.evaluation.values()) for name in each.skipped]
-        )
+        sets = (self.data.train, *self.data.evaluation.values())
+        self.folder.record_unreadable([name for each in sets for name in each.skipped])
 
     def _loader(self) -> BatchLoader:
         config = self.config
@@ -200,45 +162,45 @@ class Trainer:
             augment=config.augment,
         )
 
-    # ------------------------------------------------------------------------------------------------ agreement
+    # ------------------------------------------------------------------------------------------------ stopping
 
     def on_main(self, action: Callable[[], Any]) -> None:
-        """Do something in one process; its UserError is raised in all."""
-        on_main(action, self.accelerator)
+        """Run `action` on the main process; its UserError is raised on every rank."""
+        run_on_main(action, self.accelerator)
 
     def _asked_to_stop(self) -> bool:
-        """Whether this rank was: by a signal, or because its launcher has gone."""
-        return self.guard.noted is not None or launcher_is_gone()
+        """Return whether this rank was asked to stop: by a signal, or because its launcher has exited."""
+        return self.guard.noted is not None or launcher_has_exited()
 
-    def _leave(self) -> None:
-        """Save, unless the newest checkpoint is of this step, and raise Preempted; all ranks have agreed to."""
+    def _save_and_stop(self) -> None:
+        """Save, unless this step is saved already, and raise Preempted. Every rank calls it."""
         if self._saved != self.progress.step:
             self._save()
         self.checkpointer.wait()
-        why = (
-            self.guard.noted.name
-            if self.guard.noted
-            else "its launcher has gone"
-            if launcher_is_gone()
-            else "asked on another rank"
-        )
+        if self.guard.noted:
+            why = self.guard.noted.name
+        elif launcher_has_exited():
+            why = "its launcher has exited"
+        else:
+            why = "requested on another rank"
         raise Preempted(
-            f"stopped after step {self.progress.step} ({why}), which is saved; --resume {self.folder.path}, or the same command with "
-            "--start_or_resume, goes on"
+            f"stopped after step {self.progress.step} ({why}), which is saved; continue with --resume "
+            f"{self.folder.path}, or with the same command and --start_or_resume"
         )
 
     # ------------------------------------------------------------------------------------------------ training
 
     def train(self) -> None:
-        """All epochs that are left; Preempted if a rank was asked to stop."""
+        """Train the remaining epochs. Raises Preempted on every rank if one was asked to stop."""
         config = self.config
         self.log.begin()
         self.accelerator.print(f"backbone {config.backbone.name}: {self.counts}")
         total = self.steps_per_epoch * config.train.epochs
-        taken, count = self.steps_per_epoch * config.train.batch_size, len(self.data.train)
-        if taken < count:
+        used = self.steps_per_epoch * config.train.batch_size
+        count = len(self.data.train)
+        if used < count:
             self.accelerator.print(
-                f"an epoch takes {taken:,} of {count:,} images, in whole steps, and leaves out others each time"
+                f"an epoch uses {used:,} of {count:,} images, in complete steps; each epoch leaves out different ones"
             )
         bar = tqdm(
             total=total,
@@ -250,44 +212,43 @@ class Trainer:
         )
         self._since = time.monotonic()
         with bar:
-            if (
-                self.progress.step and self.progress.evaluated != self.progress.step
-            ):  # an evaluation that was due may have been stopped
+            # the run may have been stopped during an evaluation that was due
+            if self.progress.step and self.progress.evaluated != self.progress.step:
                 epochs = None if self.progress.batches else self.progress.epoch
                 self._evaluate_and_save(False, epochs=epochs, last=epochs == config.train.epochs)
             for epoch in range(self.progress.epoch, config.train.epochs):
-                with naming_the_missing(f"a step of epoch {epoch + 1}"):  # in the reductions of the backbone's engine
-                    self._epoch(epoch, bar)
+                with naming_the_missing(f"a step of epoch {epoch + 1}"):  # for the collectives of the backbone's engine
+                    self._train_epoch(epoch, bar)
                 if self.micro_batches.stopping:
-                    self._leave()
+                    self._save_and_stop()
                 self.progress.end_epoch()
                 last = epoch + 1 == config.train.epochs
-                self._evaluate_and_save(
-                    last or (epoch + 1) % config.train.checkpoint_every == 0, epochs=epoch + 1, last=last
-                )
+                save = last or (epoch + 1) % config.train.checkpoint_every == 0
+                self._evaluate_and_save(save, epochs=epoch + 1, last=last)
         self.checkpointer.wait()
 
-    def _epoch(self, epoch: int, bar: Any) -> None:
-        """What is left of an epoch: from the batch on at which a resumed run was saved."""
+    def _train_epoch(self, epoch: int, bar: Any) -> None:
+        """Train the rest of an epoch: a resumed run starts at the batch where it was saved."""
         self.loader.set_epoch(epoch)
         self.micro_batches.begin_epoch()
         self.engine.model.train()
         self.head.train()
         if self.extra is not None:
             self.extra.train()
-        # closed however the epoch ends: a traceback would keep processes that load images waiting for it
-        with closing(self.loader.iterate(self.progress.batches)) as own:
-            self._steps(self.micro_batches.steps(own), epoch, bar)
+        # closed even after an error: its traceback would otherwise keep the worker processes of the loader alive
+        with closing(self.loader.iterate(self.progress.batches)) as batches:
+            self._train_steps(self.micro_batches.steps(batches), epoch, bar)
         if not self.micro_batches.stopping and (epoch == 0 or not self.progress.taken):
             warning = self.micro_batches.check_readable()
             if warning is not None:
                 self.accelerator.print(warning)
 
-    def _steps(self, steps: Iterator[list[Batch]], epoch: int, bar: Any) -> None:
-        every, accumulation = self.config.train.checkpoint_steps, self.config.train.accumulation
-        for whole in steps:
+    def _train_steps(self, steps: Iterator[list[Batch]], epoch: int, bar: Any) -> None:
+        every = self.config.train.checkpoint_steps
+        micro_batches_per_epoch = self.steps_per_epoch * self.config.train.accumulation
+        for micro_batches in steps:
             self.head.collect_metrics = self.log.is_due(self.progress.step + 1)
-            for batch in whole:
+            for batch in micro_batches:
                 with self.engine.accumulate():
                     losses, last = self._forward_backward(batch.to(self.accelerator.device))
                     norm = self._step() if last else None
@@ -296,74 +257,64 @@ class Trainer:
             bar.update()
             if self.progress.step % self.config.output.log_every == 0:
                 bar.set_postfix(epoch=epoch + 1, loss=f"{float(losses['loss']):.3f}")
-            if (
-                self.progress.taken < self.steps_per_epoch * accumulation
-            ):  # what is due at the end of an epoch is done there
+            if self.progress.taken < micro_batches_per_epoch:  # train() saves at the end of an epoch
                 self._evaluate_and_save(every is not None and self.progress.step % every == 0)
 
     def _forward_backward(self, batch: Batch) -> tuple[dict[str, Tensor], bool]:
-        """(what was minimised, `loss`, and the part of it that is center loss, before its weight; whether a step is due)."""
+        """Return (losses, whether a step is due). `loss` is the minimised sum; the others are its unweighted parts."""
         with self.engine.autocast():
             embeddings = self.engine.model(batch.images)
             self.faults.at("forward", self.progress.step + 1)
             self.faults.when_backward_reaches(embeddings, self.progress.step + 1)
             if self.extra is not None:
-                losses = self.extra.losses(
-                    self.head, gather(embeddings, self.extra.labels(batch.labels, self.head.ignore_index))
-                )
+                labels = self.extra.labels(batch.labels, self.head.ignore_index)
+                losses = self.extra.losses(self.head, gather(embeddings, labels))
             elif self.center is None:
                 losses = {"loss": self.head(embeddings, batch.labels)}
             else:
-                everyone = gather(embeddings, batch.labels)
-                distance = self.center(everyone)
-                losses = {"loss": self.head(everyone) + self.config.center.weight * distance, "center_loss": distance}
+                global_batch = gather(embeddings, batch.labels)
+                center_loss = self.center(global_batch)
+                loss = self.head(global_batch) + self.config.center.weight * center_loss
+                losses = {"loss": loss, "center_loss": center_loss}
         last = self.engine.backward(losses["loss"])
         return {name: value.detach() for name, value in losses.items()}, last
 
     def _step(self) -> Tensor | None:
-        """One optimizer step of backbone, head, centers and schedules; the norm of the gradient if it is clipped."""
+        """Update backbone, head, centers and learning rates; return the gradient norm if it is clipped."""
         norm = self.engine.step()
         self.faults.at("optimizer", self.progress.step + 1)
         if self.center is not None:
-            self.center.step()  # only forgets what it has noted, if the step was left out
+            self.center.step()  # if the step was skipped, it only discards what it has collected
         for schedule in self.schedules:
             schedule.step()
         if self.watch is not None:
             self.watch.step(self.progress.step + 1)
         return norm
 
-    # ------------------------------------------------------------------------------------------------ evaluation and checkpoints
+    # ------------------------------------------------------------------------------------- evaluation and checkpoints
 
     def _evaluate_and_save(self, save: bool, *, epochs: int | None = None, last: bool = False) -> None:
-        """What is due after a step: an evaluation, and then (so that a resumed run has both) a checkpoint, if `save` or for a figure."""
-        step, settings, metric = self.progress.step, self.config.evaluation, None
-        if is_due(settings, step, epochs, last) and (self._evaluated is None or self._evaluated[0] != step):
+        """After a step, evaluate if that is due, then save if `save` is set or the evaluation may have been the best.
+
+        The checkpoint comes last, so that it contains the evaluation. epochs, last: as of `interval.is_due`.
+        """
+        best = self.config.evaluation.best
+        if self.evaluation.is_due(epochs, last):
             before = time.monotonic()
             try:
                 with undisturbed(self.engine.model):
-                    figures = figures_of(*self._measure(pictures=last))
+                    self.evaluation.measure(self.engine, pictures=last)
             except Preempted:
-                self._leave()  # the resumed run evaluates first
-            self.log.figures(figures)
-            self._since += time.monotonic() - before  # seconds are of training
-            save = save or settings.best is not None
-        if settings.best is not None and self._evaluated is not None and self._evaluated[0] == step:
-            metric = figures_of(*self._evaluated[1:]).get(settings.best)
+                self._save_and_stop()  # the resumed run evaluates first
+            self.log.figures(self.evaluation.figures)
+            self._since += time.monotonic() - before  # progress.seconds does not count evaluations
+            save = save or best is not None
         if save:
-            self._save(metric)
+            figures = self.evaluation.figures if self.evaluation.is_current else {}
+            self._save(None if best is None else figures.get(best))
 
-    def _measure(self, *, pictures: bool) -> tuple[list[Evaluation], list[Result]]:
-        """All figures of the backbone as it is now; computed once a step."""
-        if self._evaluated is None or self._evaluated[0] != self.progress.step:
-            backbone, settings = self.engine.whole_backbone(), (self.accelerator, self.config, self.folder)
-            evaluations = evaluate_sets(
-                backbone, self.data.evaluation, *settings, self._asked_to_stop, pictures=pictures
-            )
-            results = run_tasks(backbone, self.tasks, *settings, self._asked_to_stop, pictures=pictures)
-            self._evaluated, self.progress.evaluated = (self.progress.step, evaluations, results), self.progress.step
-        return self._evaluated[1:]
-
-    def _named(self) -> dict[str, Any]:
+    def _checkpoint_parts(self) -> dict[str, Any]:
+        """Return everything that a checkpoint holds, by its name there."""
         named = {
             **self.engine.named(),
             "head": self.head,
@@ -378,48 +329,49 @@ class Trainer:
         return named if self.center is None else {**named, "center": self.center}
 
     def _save(self, metric: float | None = None) -> None:
-        self.engine.agree_on_buffers()
+        self.engine.broadcast_buffers()
         now = time.monotonic()
-        self.progress.seconds, self._since = self.progress.seconds + now - self._since, now
+        self.progress.seconds += now - self._since
+        self._since = now
         self.faults.when_written(self.progress.step)
-        self.checkpointer.save(self.progress.step, metric=metric, **self._named())
+        self.checkpointer.save(self.progress.step, metric=metric, **self._checkpoint_parts())
         self._saved = self.progress.step
 
     def _resume(self) -> None:
         self.checkpointer.claim()
         try:
-            self._saved = self.checkpointer.load(**self._named())
+            self._saved = self.checkpointer.load(**self._checkpoint_parts())
             self.accelerator.print(f"resuming after epoch {self.progress.epoch}, step {self.progress.step}")
         except FileNotFoundError:
             self.accelerator.print(f"{self.folder.path} has no checkpoint yet: starting from the beginning")
-            self.on_main(self._write_data)  # nothing was trained on what they were
+            self.on_main(self._write_data_records)  # the data may have changed: nothing was trained on them yet
         except ValueError as error:
             raise UserError(f"cannot resume: {error}") from error
-        self.on_main(self._note_data)
-        self.on_main(lambda: self.folder.note_place(self.config.data.folder))
-        self.on_main(self._rewind)
+        self.on_main(self._check_data)
+        self.on_main(lambda: self.folder.update_data_folder(self.config.data.folder))
+        self.on_main(self._rewind_history)
 
-    def _rewind(self) -> None:
-        again = self.folder.rewind_history(self.progress.step)
-        if again:
-            self.accelerator.print(f"{again} steps that were logged after it are computed again")
+    def _rewind_history(self) -> None:
+        repeated = self.folder.rewind_history(self.progress.step)
+        if repeated:
+            self.accelerator.print(f"{repeated} steps that were logged after it are computed again")
 
     # ------------------------------------------------------------------------------------------------ results
 
     def evaluate(self) -> list[Evaluation]:
-        """Verification and identification on every set of identities that were not trained on; then `results` has other protocols'."""
+        """Return the figures of each evaluation set; `results` has those of other protocols."""
         self.faults.at("evaluation", self.progress.step)
-        found = self._measure(pictures=True)[0]
+        evaluations = self.evaluation.measure(self.engine, pictures=True)
         note_confusions(self.folder.path, self.head, self.main_set, self.accelerator)
-        return found
+        return evaluations
 
     @property
     def results(self) -> list[Result]:
-        """Figures of the protocols that the settings name, of the newest evaluation."""
-        return [] if self._evaluated is None else self._evaluated[2]
+        """The results of the protocols that the settings name, of the newest evaluation."""
+        return self.evaluation.results
 
     def write_results(self, evaluations: list[Evaluation]) -> Path | None:
-        """metrics.json, plots and the report, by one process; the report's path there."""
+        """Write metrics.json, plots and the report on the main process; return the path of the report there."""
         self.accelerator.wait_for_everyone()
         if not self.main:
             return None
@@ -439,7 +391,7 @@ class Trainer:
             "left_out_batches": self.progress.left_out,
             "skipped_steps": self.head.skips,
         }
-        losses = self.config.head.margin if self.center is None else f"{self.config.head.margin} and center loss"
+        losses = self.config.head.margin.name + ("" if self.center is None else " and center loss")
         title = f"{self.config.backbone.name} with {losses} on {self.data.train.num_identities:,} identities"
         backbone = f"{self.config.backbone.name}, {self.counts}"
         environment = {"engine": self.engine.name, "backbone": backbone, **describe_environment(self.accelerator)}
@@ -455,7 +407,7 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Leave the process group in order; without it gloo aborts now and then at exit."""
+        """Destroy the process group in order; otherwise gloo sometimes aborts at exit."""
         self.accelerator.wait_for_everyone()
         self.engine.close()
         self.accelerator.end_training()

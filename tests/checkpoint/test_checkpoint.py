@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import local
+from shards import local, part_of, two_by_two
 from torch import Tensor, nn
 
 from partial_fc import (
@@ -50,7 +50,7 @@ def train(rank: int, world: int, parts: tuple[Any, ...], start: int, steps: int,
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(12, 3, generator=generator, dtype=torch.float64)
         labels = torch.randint(0, classes, (12,), generator=generator)
-        part = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        part = part_of(12, rank, world)
         loss = head(backbone(x[part]), labels[part])
         loss.backward()
         for p in backbone.parameters():
@@ -102,7 +102,8 @@ def test_any_world_size_reads_what_any_other_wrote(ranks, tmp_path, kind, classe
 
 
 def stateful(group: Any = None) -> dict[str, Any]:
-    """Everything that has a state of its own: a margin with statistics, a trained offset, both kinds of centers, K centers a class."""
+    """Everything that has a state of its own: a margin with statistics, a trained offset, both kinds of centers, K
+    centers a class."""
     options: Any = {"init_std": 1.0, "dtype": torch.float64, "group": group}
     curricular, sphere = (
         PartialFC(D, 11, CurricularFace(momentum=0.5), **options),
@@ -121,7 +122,7 @@ def train_stateful(named: dict[str, Any], steps: range, rank: int, world: int) -
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(12, D, generator=generator, dtype=torch.float64)
         labels = torch.randint(0, 11, (12,), generator=generator)
-        part = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        part = part_of(12, rank, world)
         for thing in list(named.values())[:5]:
             loss = thing(x[part], labels[part])
             losses.append(loss.item())
@@ -134,19 +135,15 @@ def train_stateful(named: dict[str, Any], steps: range, rank: int, world: int) -
     return losses
 
 
-def replicas(world: int) -> Any:
-    return torch.distributed.init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-
-
 def save_stateful(rank: int, world: int, path: str, mesh: bool) -> list[float]:
-    named = stateful(replicas(world) if mesh else None)
+    named = stateful(two_by_two() if mesh else None)
     train_stateful(named, range(2), rank, world)
     save_checkpoint(path, **named)
     return train_stateful(named, range(2, 5), rank, world)
 
 
 def load_stateful(rank: int, world: int, path: str, mesh: bool) -> list[float]:
-    named = stateful(replicas(world) if mesh else None)
+    named = stateful(two_by_two() if mesh else None)
     load_checkpoint(path, **named)
     return train_stateful(named, range(2, 5), rank, world)
 

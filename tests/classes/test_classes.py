@@ -1,7 +1,8 @@
-"""Classes that come and go: rows and optimizer state against one dense float64 process that trains on a matrix it edits as a whole.
+"""Classes that come and go: rows and optimizer state against one dense float64 process that trains on a matrix it edits
+as a whole.
 
-The dense reference indexes and concatenates the full matrix; it shares no code with the core, except that under sampling it is told which
-classes a step drew, and for fresh rows what was drawn.
+The dense reference indexes and concatenates the full matrix; it shares no code with the core, except that under
+sampling it is told which classes a step drew, and for fresh rows what was drawn.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from common import any_message_of as message_of
-from common import local
-from oracle import DenseAdamW, DenseSGD, Loss
+from dense_losses import Loss
+from dense_optimizers import DenseAdamW, DenseSGD
+from near import near
+from shards import local, part_of, selected_by_all, two_by_two, whole
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from watching import Allocations
 
 import partial_fc.classes.moves
 from partial_fc import (
@@ -45,11 +47,11 @@ SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 def full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+    return whole(tensor).clone()
 
 
 def mesh_of(mesh: bool) -> Any:
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if mesh else None
+    return two_by_two() if mesh else None
 
 
 @contextlib.contextmanager
@@ -66,16 +68,14 @@ def batch(step: int, classes: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, classes, (N,), generator=generator)
 
 
-def part(rank: int, world: int) -> slice:
-    return slice(rank * N // world, (rank + 1) * N // world)
-
-
-# ---------------------------------------------------------------------------------------------------- against a dense process
+# ---------------------------------------------------------------------------------------------------- against a dense
+# process
 
 
 @dataclass
 class Case:
-    """margin: "arc", "softmax" (with a bias). optimizer: "sgd", "adamw"; plain: a torch optimizer in the place of a RowOptimizer."""
+    """margin: "arc", "softmax" (with a bias). optimizer: "sgd", "adamw"; plain: a torch optimizer in the place of a
+    RowOptimizer."""
 
     margin: str = "arc"
     optimizer: str = "sgd"
@@ -154,7 +154,7 @@ class Dense:
 
     def step(self, x: Tensor, labels: Tensor, ids: Tensor, loss: Loss) -> float:
         w, bias = self.w[ids].requires_grad_(), None if self.bias is None else self.bias[ids].requires_grad_()
-        value = loss(x, w, bias, torch.searchsorted(ids, labels))
+        value = loss(x, w, torch.searchsorted(ids, labels), ids, bias=bias)
         value.backward()
         for optimizer, values, rows in zip(self.optimizers, (self.w, self.bias), (w, bias), strict=False):
             if values is not None:
@@ -172,17 +172,9 @@ def build(case: Case, classes: int = 11) -> tuple[PartialFC, torch.optim.Optimiz
     return head, cls(head.parameters(), **options) if case.plain else RowOptimizer(cls, head, **options)
 
 
-def drawn_of(head: PartialFC) -> Tensor:
-    """All classes that the ranks selected, ascending."""
-    if not dist.is_initialized():
-        return head.selected
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, head.selected)
-    return torch.cat(everyone).unique()
-
-
 def check(rank: int, world: int, case: Case) -> list[float]:
-    """Train, remap, train, expand, train; after each step the same loss and matrix as the dense process, and the same state at the end."""
+    """Train, remap, train, expand, train; after each step the same loss and matrix as the dense process, and the same
+    state at the end."""
     head, optimizer = build(case)
     parameters = list(head.parameters())
     given: Any = {"optimizers": optimizer} if case.plain else {}
@@ -191,21 +183,21 @@ def check(rank: int, world: int, case: Case) -> list[float]:
         full(head.weight), None if head.bias is None else full(head.bias), [kinds[case.optimizer]() for _ in range(2)]
     )
     dense.optimizers = dense.optimizers[: 1 if head.bias is None else 2]
-    loss_of = Loss("combined", scale=16.0) if case.margin == "arc" else Loss("linear")
+    loss_of = Loss("ArcFace", {"scale": 16.0}) if case.margin == "arc" else Loss("Softmax")
     losses = []
 
     def train(first: int, steps: int) -> None:
         for step in range(first, first + steps):
             x, labels = batch(step, head.num_classes)
-            mine = part(rank, world)
+            mine = part_of(N, rank, world)
             loss = head(x[mine], labels[mine])
             loss.backward()
-            expected = dense.step(x, labels, drawn_of(head), loss_of)
+            expected = dense.step(x, labels, selected_by_all(head), loss_of)
             optimizer.step()
             optimizer.zero_grad()
             assert loss.item() == pytest.approx(expected, rel=1e-9)
             losses.append(loss.item())
-        torch.testing.assert_close(full(head.weight), dense.w, rtol=0, atol=1e-9)
+        near(full(head.weight), dense.w, 1e-9)
 
     train(0, 3)
     before = full(head.weight)
@@ -213,7 +205,7 @@ def check(rank: int, world: int, case: Case) -> list[float]:
         head.remap(case.mapping, merge=case.merge, weights=case.weights and torch.tensor(case.weights), **given)  # type: ignore[arg-type]
     dense.remap(case.mapping, case.weights, case.merge)
     assert head.num_classes == len(dense.w)
-    torch.testing.assert_close(full(head.weight), dense.w, rtol=0, atol=1e-12)
+    near(full(head.weight), dense.w)
     stay = [
         old
         for old, new in enumerate(case.mapping)
@@ -256,7 +248,8 @@ def test_replicas_of_shards_equal_dense_float64(ranks, name):
     ranks(4).run(check, Case(**{**vars(CASES[name]), "mesh": True}))
 
 
-# ---------------------------------------------------------------------------------------------------- bit for bit, at every world size
+# ---------------------------------------------------------------------------------------------------- bit for bit, at
+# every world size
 
 
 def edited(rank: int, world: int, dtype: torch.dtype, low_precision: str | None, update: str) -> dict[str, Tensor]:
@@ -323,7 +316,8 @@ def test_the_same_bits_at_every_world_size(ranks, dtype, low_precision, update):
 
 
 def fresh(rank: int, world: int) -> Tensor:
-    """Half of the classes go and as many are added, twice; then also at once. 2,400 classes, so that draws are cut by rows and blocks."""
+    """Half of the classes go and as many are added, twice; then also at once. 2,400 classes, so that draws are cut by
+    rows and blocks."""
     head = PartialFC(D, 2400, init_std=1.0)
     rows = [full(head.weight)]
     for _ in range(2):
@@ -345,7 +339,8 @@ def test_fresh_rows_are_the_same_everywhere_and_never_drawn_again(ranks):
 
 
 def class_batches(rank: int, world: int, low: int, high: int) -> tuple[list[tuple[Tensor, Tensor]], dict[int, Tensor]]:
-    """Rank r brings r batches with labels from low on, the first none; (this rank's, the mean of every class that has samples)."""
+    """Rank r brings r batches with labels from low on, the first none; (this rank's, the mean of every class that has
+    samples)."""
     batches: list[list[tuple[Tensor, Tensor]]] = []
     for r in range(4):
         generator = torch.Generator().manual_seed(r)
@@ -400,7 +395,7 @@ def test_rows_start_from_class_means(ranks, margin):
     alone = means_of_existing(0, 1, margin, False)
     for world, mesh in ((1, False), (2, False), (3, False), (4, False), (4, True)):
         for rows in ranks(world).run(means_of_existing, margin, mesh):
-            torch.testing.assert_close(rows, alone, rtol=0, atol=1e-9)
+            near(rows, alone, 1e-9)
 
 
 def means_of_new(rank: int, world: int, kind: str, mesh: bool) -> Tensor:
@@ -433,7 +428,7 @@ def test_new_rows_start_from_class_means(ranks, kind):
     alone = means_of_new(0, 1, kind, False)
     for world, mesh in ((1, False), (3, False), (4, False), (4, True)):
         for rows in ranks(world).run(means_of_new, kind, mesh):
-            torch.testing.assert_close(rows, alone, rtol=0, atol=1e-9)
+            near(rows, alone, 1e-9)
 
 
 def given_vectors(rank: int, world: int, centers: int) -> None:
@@ -480,7 +475,8 @@ def test_a_mean_without_direction_leaves_its_row():
     assert torch.equal(full(head.weight), before)
 
 
-# ---------------------------------------------------------------------------------------------------- tables and margins
+# ---------------------------------------------------------------------------------------------------- tables and
+# margins
 
 
 def test_class_weights_follow():
@@ -577,7 +573,8 @@ def test_a_table_that_is_not_declared_is_found():
 
 
 def grown(rank: int, world: int, path: str, kind: str, load: bool) -> tuple[list[float], Tensor]:
-    """Train 11 classes, change them to 14, train, save, go on; or load at 14 and go on. A change after loading draws the same rows."""
+    """Train 11 classes, change them to 14, train, save, go on; or load at 14 and go on. A change after loading draws
+    the same rows."""
 
     def build(classes: int) -> tuple[Any, Any]:
         if kind == "center":
@@ -590,7 +587,8 @@ def grown(rank: int, world: int, path: str, kind: str, load: bool) -> tuple[list
         values = []
         for step in range(first, first + 3):
             x, labels = batch(step, loss.num_classes)
-            value = loss(x[part(rank, world)], labels[part(rank, world)])
+            mine = part_of(N, rank, world)
+            value = loss(x[mine], labels[mine])
             if optimizer is None:
                 loss.step()
             else:
@@ -622,7 +620,7 @@ def test_checkpoints_of_changed_classes_are_read_at_any_world_size(ranks, tmp_pa
     for world in (1, 3, 4):
         for losses, found in ranks(world).run(grown, path, kind, True):
             assert losses == pytest.approx(expected, rel=1e-12)
-            torch.testing.assert_close(found, rows, rtol=0, atol=1e-12)
+            near(found, rows)
             assert torch.equal(found[14:], rows[14:])
 
 
@@ -685,7 +683,8 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 def wrong(rank: int, world: int, only_last: bool) -> dict[str, str]:
-    """The message of each mistake, of all ranks or of the last one alone; nothing has changed, and then a right call works."""
+    """The message of each mistake, of all ranks or of the last one alone; nothing has changed, and then a right call
+    works."""
     head = PartialFC(D, 4, ArcFace())
     before, texts = full(head.weight), {}
     for name, (mapping, options, _) in WRONG.items():
@@ -856,35 +855,19 @@ def test_a_bad_batch_of_new_classes_changes_nothing(ranks):
 
 def largest_allocations(rank: int, world: int) -> int:
     """The most elements of a tensor that a change makes, the new shards left out; rows are moved in blocks."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     head = PartialFC(64, 20_000)
     optimizer = RowOptimizer(torch.optim.Adam, head, lr=0.1)
     head(torch.randn(2, 64), torch.tensor([1, 2])).backward()
     optimizer.step()
     optimizer.zero_grad()
-    made: list[int] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = function(*args, **(kwargs or {}))
-            if (
-                isinstance(out, Tensor)
-                and out.dtype.is_floating_point
-                and "view" not in str(function)
-                and "detach" not in str(function)
-            ):
-                made.append(out.untyped_storage().nbytes() // out.element_size())
-            return out
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partial_fc.classes.moves, "BLOCK_BYTES", 500 * 64 * 4)
-        with Watch():
+        with Allocations() as made:
             head.remap(class_mapping(20_000, merge=[(k, k + 10_000) for k in range(5_000)], drop=range(6_000, 7_000)))
             head.expand(300)
     shards = {math.ceil(n / world) * 64 for n in (20_000, 14_000, 14_300)}
     short = {(n - (world - 1) * math.ceil(n / world)) * 64 for n in (20_000, 14_000, 14_300)}
-    return max(n for n in made if n not in shards | short)
+    return max(n for n in made.made if n not in shards | short)
 
 
 def test_nothing_of_the_size_of_a_shard_is_made_but_the_new_one(ranks):

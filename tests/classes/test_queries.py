@@ -1,4 +1,5 @@
-"""topk and nearest_classes against one dense float64 matrix of cosines: shards of every kind, tiles of every size, ties, errors, memory."""
+"""topk and nearest_classes against one dense float64 matrix of cosines: shards of every kind, tiles of every size,
+ties, errors, memory."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from common import any_message_of
+from shards import local, two_by_two
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Allocations
 
 from partial_fc import CenterLoss, NonFiniteError, NormFace, PartialFC, Softmax, SubCenterArcFace
 from partial_fc.classes import queries, query_arguments, selection
@@ -49,9 +50,8 @@ def check(found: Any, cosines: Tensor, k: int, atol: float) -> None:
 def filled(loss: Any, whole: Tensor) -> tuple[Any, int, int]:
     """The loss with these rows; the classes of this rank."""
     (parameter,) = (p for name, p in loss.named_parameters() if name in ("weight", "centers"))
-    local = queries.local_part(parameter.detach())
     lo, hi = loss.shards.lo, loss.shards.hi
-    local.copy_(whole[lo:hi])
+    local(parameter.detach()).copy_(whole[lo:hi])
     return loss, lo, hi
 
 
@@ -93,12 +93,11 @@ def _compare(rank: int, world: int, kind: str, samples: list[int]) -> None:
                 if k < C:
                     check(loss.nearest_classes(k, tile_bytes=tile_bytes), between, k, atol)
         for name, value in loss.state_dict().items():
-            same = value if not isinstance(value, Tensor) else queries.local_part(value)
-            assert (
-                torch.equal(same, queries.local_part(before[name]))
-                if isinstance(value, Tensor)
-                else value == before[name]
-            )
+            of_before = before[name]
+            if isinstance(value, Tensor):
+                assert torch.equal(local(value), local(of_before))
+            else:
+                assert value == of_before
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,7 +140,8 @@ def test_groups_of_32_on_two_ranks(ranks):
     ranks(2).run(_of_default_groups)
 
 
-# ---------------------------------------------------------------------------------------------------- ties and rows without direction
+# ---------------------------------------------------------------------------------------------------- ties and rows
+# without direction
 
 
 def _ties(rank: int, world: int) -> None:
@@ -178,7 +178,7 @@ def test_of_equal_cosines_the_lower_id_is_first_without_a_group():
 
 
 def _replicas(rank: int, world: int) -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = two_by_two()
     whole = rows_of(3, 21, D).float()
     head, lo, hi = filled(PartialFC(D, 21, NormFace(), group=mesh), whole)
     assert (lo, hi) == ((0, 11), (11, 21))[rank % 2]
@@ -196,24 +196,15 @@ def test_every_replica_answers_its_own(ranks):
 # ---------------------------------------------------------------------------------------------------- what can be wrong
 
 
-def _told(action: Any) -> tuple[str, str]:
-    try:
-        action()
-    except (ValueError, TypeError) as error:
-        return type(error).__name__, str(error)
-    return "", "no error"
-
-
-def _bad(rank: int, world: int, case: str) -> tuple[str, str]:
+def _bad(rank: int, world: int, case: str) -> str:
     head, last = PartialFC(D, 9, NormFace()), rank == world - 1
     x = torch.randn(3, D)
     if case == "nan" and last:
         x[1, 2] = math.nan
     if case == "nan row":
-        local = queries.local_part(head.weight.detach())
         if last:
-            local[0, 0] = math.inf
-        return _told(lambda: head.nearest_classes(2))
+            local(head.weight.detach())[0, 0] = math.inf
+        return any_message_of(lambda: head.nearest_classes(2))
     wrong = {
         "width": torch.randn(3, D + 1),
         "dtype": torch.ones(3, D, dtype=torch.int64),
@@ -222,17 +213,17 @@ def _bad(rank: int, world: int, case: str) -> tuple[str, str]:
         "no tensor": [1.0] * D,
     }
     if case in wrong and last:
-        return _told(lambda: head.topk(wrong[case], 2))
+        return any_message_of(lambda: head.topk(wrong[case], 2))
     k = {"k of one": 3, "k is no int": 2.0, "k is 0": 0}.get(case, 2) if last else 2
     if case == "k > C":
-        return _told(lambda: head.topk(x, 10))
+        return any_message_of(lambda: head.topk(x, 10))
     if case == "k > C - 1":
-        return _told(lambda: head.nearest_classes(9))
+        return any_message_of(lambda: head.nearest_classes(9))
     if case == "tile":
-        return _told(lambda: head.nearest_classes(2, tile_bytes=0))
+        return any_message_of(lambda: head.nearest_classes(2, tile_bytes=0))
     if case == "tile of one":
-        return _told(lambda: head.nearest_classes(2, tile_bytes=1000 + last))
-    return _told(lambda: head.topk(x, k))
+        return any_message_of(lambda: head.nearest_classes(2, tile_bytes=1000 + last))
+    return any_message_of(lambda: head.topk(x, k))
 
 
 BAD = {
@@ -257,7 +248,7 @@ BAD = {
 def test_errors_are_the_same_on_every_rank(ranks, case):
     told = ranks(3).run(_bad, case)
     assert len(set(told)) == 1
-    assert ": ".join(told[0]).startswith(BAD[case]), told[0]
+    assert told[0].startswith(BAD[case]), told[0]
 
 
 def test_a_single_class_has_no_neighbour():
@@ -294,21 +285,6 @@ def test_a_bar_without_tqdm_says_what_to_install(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-class Largest(TorchDispatchMode):
-    """Bytes of the largest storage that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for each in found if isinstance(found, tuple | list) else (found,):
-            if isinstance(each, Tensor) and not isinstance(each, DTensor):  # which tells the bytes of all ranks
-                self.bytes = max(self.bytes, each.untyped_storage().nbytes())
-        return found
-
-
 def _largest(rank: int, world: int, K: int) -> tuple[int, int]:
     """C = 3,000: all cosines of a rank would be 36 MB / world."""
     C, tile_bytes = 3000, 100_000
@@ -316,11 +292,11 @@ def _largest(rank: int, world: int, K: int) -> tuple[int, int]:
     x = torch.randn(1000, D)
     found = []
     for ask in (lambda: head.topk(x, 3, tile_bytes=tile_bytes), lambda: head.nearest_classes(3, tile_bytes=tile_bytes)):
-        with Largest() as largest:
+        with Allocations() as made:
             ask()
-        found.append(largest.bytes)
-    local = queries.local_part(head.weight.detach())
-    answers = max(len(local) * 3 * 8, 1000 * 3 * 8, local.nbytes, x.nbytes)
+        found.append(made.bytes)
+    rows = local(head.weight.detach())
+    answers = max(len(rows) * 3 * 8, 1000 * 3 * 8, rows.nbytes, x.nbytes)
     assert answers < 2 * tile_bytes + 60_000
     return max(found), max(tile_bytes, answers)
 

@@ -1,4 +1,4 @@
-"""Center loss at any world size against one dense float64 process, written here from the formulas; its state, its errors, its example."""
+"""Center loss at any world size against one dense float64 process; its state, its errors, its example."""
 
 from __future__ import annotations
 
@@ -12,33 +12,29 @@ from typing import Any
 
 import pytest
 import torch
-from common import local, message_of
+from common import message_of
+from dense_centers import DenseCenters, center_losses
+from dense_losses import Loss, reduced, share_of
+from dense_optimizers import DenseAdamW, DenseSGD
 from forked import finish, fork
-from oracle import DenseAdamW, DenseSGD, Loss
+from near import assert_near, near
+from shards import classes_of, local, part_of, samples_of, two_by_two, whole
+from side_by_side import check_cases
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from watching import Allocations, collectives
 
-import partial_fc.distributed.ranks
+import partial_fc.batch.status
 from partial_fc import ArcFace, CenterLoss, PartialFC, RowOptimizer, gather, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 D = 6
+TOLERANCE = 1e-11
 SGD = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01}
 Batch = dict[str, Tensor]
 
 
-def assert_near(what: str, mine: Tensor, expected: Tensor) -> None:
-    assert mine.shape == expected.shape, f"{what}: {tuple(mine.shape)} is not {tuple(expected.shape)}"
-    error = float((mine - expected).detach().abs().max()) if mine.numel() else 0.0
-    assert error <= 1e-11, f"{what}: off by {error:.3e}"
-
-
-def rows_of(count: int, rank: int, world: int) -> slice:
-    chunk = -(-count // world)
-    return slice(min(rank * chunk, count), min((rank + 1) * chunk, count))
-
-
-# ---------------------------------------------------------------------------------------------------- against dense float64
+# ---------------------------------------------------------------------------------------------------- against dense
+# float64
 
 
 @dataclass
@@ -80,72 +76,31 @@ def global_batch(case: Case, n: int, seed: int) -> Batch:
     return batch
 
 
-def pairs_of(batch: Batch) -> list[tuple[int, int, float, float]]:
-    """(sample, class, label weight, sample weight) of every target."""
-    labels = batch["labels"] if batch["labels"].ndim == 2 else batch["labels"][:, None]
-    label_weights = batch.get("label_weights", torch.ones_like(labels)).tolist()
-    weights = batch.get("sample_weights", torch.ones(len(labels))).tolist()
-    return [
-        (i, c, w, weights[i])
-        for i, (classes, ws) in enumerate(zip(labels.tolist(), label_weights, strict=True))
-        for c, w in zip(classes, ws, strict=True)
-        if c != -100
-    ]
-
-
-def dense_losses(batch: Batch, x: Tensor, centers: Tensor) -> Tensor:
-    """`[N]`, each times its sample's weight."""
-    losses = [x.new_zeros(())] * len(x)
-    for i, c, w, s in pairs_of(batch):
-        losses[i] = losses[i] + s * w * 0.5 * ((x[i] - centers[c]) ** 2).sum()
-    return torch.stack(losses) if losses else x.new_zeros(0)
-
-
-def dense_mean(batch: Batch, losses: Tensor) -> Tensor:
-    weight_of = {i: s for i, _, _, s in pairs_of(batch)}
-    total = sum(weight_of.values())
-    return losses.sum() / (total if total > 0 else 1.0)
-
-
-@dataclass
-class DensePaper:
-    """c_j ← c_j − α Σ (c_j − x_i) / (1 + n_j), over everything noted since the last step."""
-
-    alpha: float
-    noted: list[tuple[int, Tensor, float]]
-
-    def note(self, batch: Batch, centers: Tensor) -> None:
-        self.noted += [
-            (c, w * s * (centers[c] - batch["x"][i]).detach(), w * s) for i, c, w, s in pairs_of(batch) if w * s > 0
-        ]
-
-    def step(self, centers: Tensor) -> None:
-        for j in {c for c, _, _ in self.noted}:
-            total = sum(d for c, d, _ in self.noted if c == j)
-            n = sum(w for c, _, w in self.noted if c == j)
-            centers[j] -= self.alpha * total / (1 + n)
-        self.noted = []
+def dense_loss(case: Case, batch: Batch, x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """(the reduced loss, what each class counts for in each sample `[N, C]`)."""
+    share, some = share_of(batch["labels"], case.classes, batch.get("label_weights"))
+    worth = some * batch.get("sample_weights", torch.ones(len(x), dtype=torch.float64))
+    return reduced(center_losses(x, centers, share), worth, case.reduction)[0], share * worth[:, None]
 
 
 def check_case(rank: int, world: int, case: Case) -> None:
-    group = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if case.mesh else None
+    group = two_by_two() if case.mesh else None
     center = CenterLoss(
         D, case.classes, alpha=case.alpha, update=case.update, reduction=case.reduction,  # type: ignore[arg-type]
         scale_embedding_grad=case.scale_embedding_grad, group=group, dtype=torch.float64,
     )  # fmt: skip
     c = torch.randn(case.classes, D, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    mine = rows_of(case.classes, rank % 2, 2) if case.mesh else rows_of(case.classes, rank, world)
+    mine = classes_of(case.classes, rank % 2, 2) if case.mesh else classes_of(case.classes, rank, world)
     with torch.no_grad():
         local(center.centers).copy_(c[mine])
-    paper = DensePaper(case.alpha, [])
+    paper = DenseCenters(case.alpha)
     cls: Any = torch.optim.SGD if case.optimizer == "sgd" else torch.optim.AdamW
     options = SGD if case.optimizer == "sgd" else {"lr": 0.1, "weight_decay": 0.01}
     optimizer = RowOptimizer(cls, center, **options) if case.update == "gradient" else None
     dense: Any = DenseSGD(0.02, 0.9, 0.01) if case.optimizer == "sgd" else DenseAdamW(0.1)
-    start, n = sum(case.counts[:rank]), sum(case.counts[:world])
-    here = slice(start, start + case.counts[rank])
+    here, n = samples_of(case.counts, rank), sum(case.counts[:world])
     for step in range(3):
-        grad, touched = torch.zeros_like(c), set()
+        grad, touched = torch.zeros_like(c), torch.zeros(case.classes, dtype=torch.bool)
         for micro in range(case.micro):
             batch = global_batch(case, n, 50 + 10 * step + micro)
             own = {k: v[here].clone() for k, v in batch.items()}
@@ -154,22 +109,22 @@ def check_case(rank: int, world: int, case: Case) -> None:
             labels = own.pop("labels")
             loss = center(gather(x, labels, group=group, **own)) if case.joint else center(x, labels)
             x_all, c_all = batch["x"].clone().requires_grad_(), c.clone().requires_grad_()
-            losses = dense_losses(batch, x_all, c_all)
-            expected = {"mean": dense_mean(batch, losses), "sum": losses.sum(), "none": losses[here]}[case.reduction]
-            assert_near("loss", loss.detach(), expected.detach())
+            expected, weights = dense_loss(case, batch, x_all, c_all)
+            assert_near("loss", loss, expected[here] if case.reduction == "none" else expected, TOLERANCE)
             if case.reduction == "none":  # each rank's scalar counts as averaged over the ranks
                 (3 * loss.sum() * (rank + 1)).backward()
                 factor = torch.repeat_interleave(torch.arange(1, world + 1), torch.tensor(case.counts[:world]))
-                expected = (losses * factor).sum() / world
+                expected = (expected * factor).sum() / world
             else:
                 (3 * loss).backward()  # a loss weight or a scaler
             (3 * expected + 0 * (x_all.sum() + c_all.sum())).backward()
             assert torch.equal(x, kept["x"]) and torch.equal(labels, kept["labels"]), "a caller's tensor was modified"
-            assert x.grad is not None and x_all.grad is not None and c_all.grad is not None
-            assert_near("embedding gradient", x.grad, x_all.grad[here] * (world if case.scale_embedding_grad else 1))
-            paper.note(batch, c)
+            assert x_all.grad is not None and c_all.grad is not None
+            factor = world if case.scale_embedding_grad else 1
+            assert_near("embedding gradient", x.grad, x_all.grad[here] * factor, TOLERANCE)
+            paper.note(batch["x"], c, weights)
             grad += c_all.grad
-            touched |= {j for _, j, w, s in pairs_of(batch) if w * s != 0}
+            touched |= (weights != 0).any(0)
         assert torch.equal(local(center.centers), c[mine]) or step, "centers moved before step()"
         if optimizer is None:
             center.step()
@@ -178,23 +133,12 @@ def check_case(rank: int, world: int, case: Case) -> None:
             center.step()
             assert torch.equal(local(center.centers), still), "a step with nothing new moved centers"
         else:
-            rows = torch.tensor(sorted(touched), dtype=torch.int64)
             seen = center.class_rows.grad_rows
-            assert seen is not None and (seen + center.shards.lo).tolist() == [
-                j for j in sorted(touched) if mine.start <= j < mine.stop
-            ]
+            assert seen is not None and torch.equal(seen, touched[mine].nonzero()[:, 0])
             optimizer.step()
             optimizer.zero_grad()
-            dense.step(c, grad, rows)
-        assert_near(f"centers after step {step}", local(center.centers), c[mine])
-
-
-def check_cases(rank: int, world: int, cases: list[Case]) -> None:
-    for case in cases:
-        try:
-            check_case(rank, world, case)
-        except Exception as error:
-            raise AssertionError(f"{case} at world {world}: {error}") from error
+            dense.step(c, grad, touched.nonzero()[:, 0])
+        assert_near(f"centers after step {step}", local(center.centers), c[mine], TOLERANCE)
 
 
 REDUCTIONS = [
@@ -243,54 +187,50 @@ GROUPS = {"reductions": REDUCTIONS, "shapes": SHAPES, "soft": SOFT, "steps": STE
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", GROUPS)
 def test_equals_dense_float64(ranks, world, name):
-    ranks(world).run(check_cases, GROUPS[name], timeout=150)
+    ranks(world).run(check_cases, GROUPS[name], check_case, timeout=150)
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_equals_dense_float64_without_a_group(name):
-    check_cases(0, 1, GROUPS[name])
+    check_cases(0, 1, GROUPS[name], check_case)
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_replicas_of_shards_equal_dense_float64(ranks, name):
-    ranks(4).run(check_cases, [dataclasses.replace(case, mesh=True) for case in GROUPS[name]], timeout=150)
+    ranks(4).run(check_cases, [dataclasses.replace(case, mesh=True) for case in GROUPS[name]], check_case, timeout=150)
 
 
 # ---------------------------------------------------------------------------------------------------- beside a head
 
 
 def joined_with_a_head(rank: int, world: int, mesh: bool) -> None:
-    """head(batch) + 0.1 · center(batch): gradients of embeddings, class weights and centers of the one dense objective."""
-    group = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if mesh else None
+    """head(batch) + 0.1 · center(batch): gradients of embeddings, class weights and centers of the one dense
+    objective."""
+    group = two_by_two() if mesh else None
     head = PartialFC(D, 11, ArcFace(scale=8.0), group=group, dtype=torch.float64, init_std=1.0)
     paper = CenterLoss(D, 11, group=group, dtype=torch.float64, init_std=1.0, seed=1)
     trained = CenterLoss(D, 11, update="gradient", group=group, dtype=torch.float64, init_std=1.0, seed=2)
     RowOptimizer(torch.optim.SGD, trained, lr=1.0)
-    w, c, t = (local_full(p).clone().requires_grad_() for p in (head.weight, paper.centers, trained.centers))
+    w, c, t = (whole(p).clone().requires_grad_() for p in (head.weight, paper.centers, trained.centers))
     counts = (3, 0, 2, 4)[:world]
     generator = torch.Generator().manual_seed(3)
     x_all = torch.randn(sum(counts), D, generator=generator, dtype=torch.float64).requires_grad_()
     labels = torch.randint(0, 11, (sum(counts),), generator=generator)
-    here = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    here = samples_of(counts, rank)
     x = x_all.detach()[here].clone().requires_grad_()
     batch = gather(x, labels[here], group=group)
     loss = head(batch) + 0.1 * paper(batch) + 0.3 * trained(batch)
     loss.backward()
-    dense = [dense_losses({"labels": labels}, x_all, each).mean() for each in (c, t)]
-    expected = Loss(scale=8.0)(x_all, w, None, labels) + 0.1 * dense[0] + 0.3 * dense[1]
+    share = share_of(labels, 11)[0]
+    by_center = [center_losses(x_all, each, share).mean() for each in (c, t)]
+    expected = Loss("ArcFace", {"scale": 8.0})(x_all, w, labels) + 0.1 * by_center[0] + 0.3 * by_center[1]
     expected.backward()
-    assert_near("loss", loss.detach(), expected.detach())
-    assert x.grad is not None and x_all.grad is not None and w.grad is not None and t.grad is not None
-    assert_near("embedding gradient", x.grad, x_all.grad[here] * world)
-    assert_near("class gradient", local(head.weight.grad), w.grad[head.shards.lo : head.shards.hi])
+    assert x_all.grad is not None and w.grad is not None and t.grad is not None
+    lo, hi = head.shards.lo, head.shards.hi
+    near([loss.detach(), x.grad], [expected.detach(), x_all.grad[here] * world], TOLERANCE)
+    near(local(head.weight.grad), w.grad[lo:hi], TOLERANCE)
     assert trained.class_rows.grad_rows is not None
-    assert_near(
-        "center gradient", trained.class_rows.gradients()[0], t.grad[trained.class_rows.grad_rows + trained.shards.lo]
-    )
-
-
-def local_full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+    near(trained.class_rows.gradients()[0], t.grad[trained.class_rows.grad_rows + trained.shards.lo], TOLERANCE)
 
 
 def test_a_head_and_centers_share_one_gather(ranks):
@@ -299,82 +239,39 @@ def test_a_head_and_centers_share_one_gather(ranks):
         ranks(world).run(joined_with_a_head, mesh)
 
 
-def count_collectives(rank: int, world: int, update: str, joint: bool) -> dict[str, list[int]]:
-    """Collectives of one training step, forward, backward and step(), with the bytes that this rank brings into each."""
-    calls: dict[str, list[int]] = {"others": []}
-    module: Any = partial_fc.distributed.ranks
-    saved = module._all_gather_single, module._reduce_scatter_single
+def collectives_of_a_step(rank: int, world: int, update: str, joint: bool) -> list[tuple[str, int]]:
     head, center = PartialFC(D, 1000), CenterLoss(D, 1000, update=update)  # type: ignore[arg-type]
     optimizer = RowOptimizer(torch.optim.SGD, center, lr=0.1) if update == "gradient" else center
-    names = ("all_reduce", "broadcast", "all_gather", "barrier", "reduce", "all_to_all_single")
-    originals = {name: getattr(torch.distributed, name) for name in names}
-
-    def counted(name: str, function: Any) -> Any:
-        def wrapper(out: Tensor, tensor: Tensor, **options: Any) -> Any:
-            calls.setdefault(name, []).append(tensor.nbytes)
-            return function(out, tensor, **options)
-
-        return wrapper
-
-    module._all_gather_single = counted("all_gather", saved[0])
-    module._reduce_scatter_single = counted("reduce_scatter", saved[1])
-    for name in names:
-        setattr(
-            torch.distributed, name, lambda *a, name=name, **k: calls["others"].append(1) or originals[name](*a, **k)
-        )
-    try:
-        x, labels = torch.randn(8, D, requires_grad=True), torch.arange(8)
+    x, labels = torch.randn(8, D, requires_grad=True), torch.arange(8)
+    with collectives() as calls:
         batch = gather(x, labels) if joint else None
         (center(x, labels) if batch is None else head(batch) + 0.1 * center(batch)).backward()
         optimizer.step()
-    finally:
-        module._all_gather_single, module._reduce_scatter_single = saved
-        for name in names:
-            setattr(torch.distributed, name, originals[name])
     return calls
 
 
 @pytest.mark.parametrize("update", ["paper", "gradient"])
 @pytest.mark.parametrize("joint", [False, True])
 def test_centers_cost_a_head_one_number_over_the_network(ranks, update, joint):
-    for calls in ranks(2).run(count_collectives, update, joint):
-        status, payload, *statistics = calls["all_gather"]
-        assert (status, payload) == (len(dataclasses.fields(partial_fc.batch.status.Status)) * 8, 8 * D * 4 + 8 * 8)
-        assert statistics == ([4 * 16 * 4, 4] if joint else [4])
-        assert calls["reduce_scatter"] == [16 * D * 4]
-        assert calls["others"] == [1], "two flags, since nobody has judged the step before"
+    for calls in ranks(2).run(collectives_of_a_step, update, joint):
+        status = len(dataclasses.fields(partial_fc.batch.status.Status)) * 8
+        assert calls[:2] == [("all_gather", status), ("all_gather", 8 * D * 4 + 8 * 8)]
+        statistics = [4 * 16 * 4, 4] if joint else [4]
+        assert calls[2:-1] == [*(("all_gather", size) for size in statistics), ("reduce_scatter", 16 * D * 4)]
+        assert calls[-1][0] == "all_reduce", "two flags, since nobody has judged the step before"
 
 
 def largest_allocation(rank: int, world: int, update: str) -> int:
     """The largest tensor that a step after the first one makes, in elements."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     center = CenterLoss(D, 20_000, update=update)  # type: ignore[arg-type]
     optimizer = RowOptimizer(torch.optim.SGD, center, **SGD) if update == "gradient" else center
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            held = {
-                local(a).untyped_storage().data_ptr()
-                for a in torch.utils._pytree.tree_leaves(args)
-                if isinstance(a, Tensor)
-            }
-            for value in torch.utils._pytree.tree_leaves(out):
-                if isinstance(value, Tensor) and local(value).untyped_storage().data_ptr() not in held:
-                    largest = max(largest, local(value).numel())
-            return out
-
-    for step in range(2):
+    for step in range(2):  # the first step allocates the optimizer's state
         x = torch.randn(16, D, requires_grad=True)
-        with Watch():
+        with Allocations() as made:
             center(x, torch.arange(16) + step).backward()
             optimizer.step()
             center.zero_grad()
-        largest = largest if step else 0  # the first step allocates the optimizer's state
-    return largest
+    return made.elements
 
 
 @pytest.mark.parametrize("update", ["paper", "gradient"])
@@ -440,7 +337,8 @@ def test_evaluation_moves_nothing(update):
 
 
 def skip_a_batch(rank: int, world: int, update: str) -> None:
-    """A bad micro-batch leaves the whole step out, with what the good one has noted; the next step moves as if nothing had been."""
+    """A bad micro-batch leaves the whole step out, with what the good one has noted; the next step moves as if nothing
+    had been."""
     center, other = (CenterLoss(D, 10, update=update, on_nonfinite="skip") for _ in range(2))  # type: ignore[arg-type]
     optimizers = [RowOptimizer(torch.optim.SGD, c, lr=0.1) if update == "gradient" else c for c in (center, other)]
     x, labels = torch.randn(2, D, requires_grad=True), torch.tensor([0, 9])
@@ -600,7 +498,8 @@ def test_wrapped_centers_raise_instead_of_being_broadcast(ranks, update):
         assert all("whose rows are split over the ranks" in text for text in texts), texts
 
 
-# ---------------------------------------------------------------------------------------------------- where centers start
+# ---------------------------------------------------------------------------------------------------- where centers
+# start
 
 
 def from_weights(rank: int, world: int) -> None:
@@ -624,7 +523,7 @@ def test_centers_start_from_class_weights(ranks):
 
 def from_embeddings(rank: int, world: int, mesh: bool) -> None:
     """Rank r brings r batches, the first rank none."""
-    group = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if mesh else None
+    group = two_by_two() if mesh else None
     batches: list[list[tuple[Tensor, Tensor]]] = []
     for r in range(world):
         generator = torch.Generator().manual_seed(r)
@@ -635,7 +534,7 @@ def from_embeddings(rank: int, world: int, mesh: bool) -> None:
     if world > 1:
         batches[1][0][1][0] = -100
     center = CenterLoss(D, 23, group=group, dtype=torch.float64, init_std=1.0)
-    expected = local_full(center.centers).clone()
+    expected = whole(center.centers).clone()
     everything = [pair for each in batches for pair in each]
     for j in range(23):
         members = [x for xs, ys in everything for x, y in zip(xs.double(), ys.tolist(), strict=True) if y == j]
@@ -644,7 +543,7 @@ def from_embeddings(rank: int, world: int, mesh: bool) -> None:
     center(torch.ones(1, D, dtype=torch.float64), torch.tensor([3]))
     center.init_from_embeddings(iter(batches[rank]))
     center.step()
-    assert_near("class means", local(center.centers), expected[center.shards.lo : center.shards.hi])
+    near(local(center.centers), expected[center.shards.lo : center.shards.hi], TOLERANCE)
     assert not center.skipped and center.training
 
 
@@ -699,7 +598,7 @@ def train(rank: int, world: int, center: CenterLoss, optimizer: Any, steps: rang
             torch.randn(12, D, generator=generator, dtype=torch.float64),
             torch.randint(0, 23, (12,), generator=generator),
         )
-        part = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        part = part_of(12, rank, world)
         loss = center(x[part].requires_grad_(), labels[part])
         loss.backward()
         optimizer.step()

@@ -1,7 +1,8 @@
-"""The faults that users hit, row by row, at worlds 2 and 3: the same exception on every rank, and what is usable afterwards is used.
+"""The faults that users meet, at worlds 2 and 3: the same exception on every rank, and what is usable afterwards is
+used.
 
-The last rank of a world brings the fault; after each, all ranks take one good step, whose loss and gradients are those of one dense
-process (tests/support/oracle.py). What happens when a rank does not come at all is in test_missing.py, ranks whose data end in test_joining.py.
+The last rank of a world brings the fault; after each, all ranks take one good step, whose loss and gradients are those
+of one dense process. docs/faults.md says which faults are tested elsewhere.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import any_message_of as message_of
-from common import local
+from dense_losses import Loss, turned
 from missing_ranks import answers, set_timeout, told
-from oracle import Loss, psi
+from near import near
+from shards import everyones, local, whole
 from torch import Tensor, nn
 
-import partial_fc.softmax.tiles
 from partial_fc import (
     ArcFace,
     Checkpointer,
@@ -32,8 +33,6 @@ from partial_fc import (
     NormFace,
     PartialFC,
     RowOptimizer,
-    load_checkpoint,
-    save_checkpoint,
 )
 from partial_fc.head import DEFAULT_LOGITS_BUDGET
 from partial_fc.softmax.tiles import logits_bytes, tile_rows
@@ -42,16 +41,12 @@ D, C, VALID = 6, 10, "valid are 0 to 9 and ignore_index -100"
 Message = str
 Fault = Callable[[int, int], Message]
 WORLDS = pytest.mark.parametrize("world", [2, 3])
-TWO = pytest.mark.parametrize(
-    "world", [2, pytest.param(3, marks=pytest.mark.slow)]
-)  # in processes of their own, which take long to start
 
 
 def good(rank: int, n: int = 4, classes: int = C) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rank + 1)
-    return torch.randn(n, D, generator=generator, dtype=torch.float64), torch.randint(
-        0, classes, (n,), generator=generator
-    )
+    x = torch.randn(n, D, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, classes, (n,), generator=generator)
 
 
 def build(classes: int = C, rate: float = 1.0, **options: Any) -> PartialFC:
@@ -59,25 +54,21 @@ def build(classes: int = C, rate: float = 1.0, **options: Any) -> PartialFC:
 
 
 def equals_dense(head: PartialFC, rank: int, parts: list[tuple[Tensor, Tensor]]) -> float:
-    """A step with each rank's part, against one dense process: loss, gradient of this rank's embeddings, gradient of the classes."""
+    """A step with each rank's part, against one dense process: loss, gradient of this rank's embeddings, gradient of
+    the classes."""
     x, labels = parts[rank][0].clone().requires_grad_(), parts[rank][1]
     loss = head(x, labels)
     loss.backward()
     everything = torch.cat([part[0] for part in parts]).requires_grad_()
-    w = head.weight.detach().full_tensor().requires_grad_()  # type: ignore[operator]
-    expected = Loss(scale=8.0)(everything, w, None, torch.cat([part[1] for part in parts]))
+    w = whole(head.weight).clone().requires_grad_()
+    expected = Loss("ArcFace", {"scale": 8.0})(everything, w, torch.cat([part[1] for part in parts]))
     expected.backward()
-    assert everything.grad is not None and w.grad is not None and x.grad is not None
+    assert everything.grad is not None and w.grad is not None
     start = sum(len(part[0]) for part in parts[:rank])
-    near(loss.detach(), expected.detach())
-    near(x.grad, everything.grad[start : start + len(x)] * len(parts))
-    near(local(head.weight.grad), w.grad[head.shards.lo : head.shards.hi])
+    of_x, of_w = everything.grad[start : start + len(x)] * len(parts), w.grad[head.shards.lo : head.shards.hi]
+    near([loss.detach(), x.grad, local(head.weight.grad)], [expected.detach(), of_x, of_w], 1e-10)
     head.zero_grad()
     return loss.item()
-
-
-def near(mine: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(mine, expected, rtol=0, atol=1e-10)
 
 
 def bad(head: PartialFC, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], rank: int, world: int) -> Message:
@@ -97,6 +88,7 @@ def told_alike(results: list[list[Message]]) -> list[Message]:
 LABELS: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], list[str]]] = {
     "out of range": (lambda x, y: (x, y.index_fill(0, torch.tensor([1]), 4711)), ["labels[1] is 4711", VALID]),
     "negative": (lambda x, y: (x, y.index_fill(0, torch.tensor([2]), -7)), ["labels[2] is -7", VALID]),
+    "beside ignored": (lambda x, y: (x, torch.tensor([-100, -7, -100, 3])), ["labels[1] is -7", VALID]),
     "1-based": (lambda x, y: (x, torch.tensor([1, 2, 9, 10])), ["labels[3] is 10", VALID, "counted from 0"]),
     "int32": (lambda x, y: (x, y.int()), ["labels must be an int64 tensor, not torch.int32"]),
     "float": (lambda x, y: (x, y.double()), ["labels must be an int64 tensor, not torch.float64"]),
@@ -159,47 +151,13 @@ def test_batch_of_1_embedding_width_and_embeddings_on_another_device(ranks, worl
     assert text == f"ValueError: embeddings have width {D - 1}, the head has embedding_size {D}"
 
 
-def uneven(rank: int, world: int) -> None:
-    head = build()
-    for counts in ((5, 1, 3), (0, 4, 1), (1, 0, 0), (7, 7, 2)):
-        equals_dense(head, rank, [good(r, counts[r]) for r in range(world)])
-
-
-@WORLDS
-def test_short_or_uneven_last_batch(ranks, world):
-    ranks(world).run(uneven)
-
-
-def ignored(rank: int, world: int, rate: float) -> None:
-    head = build(rate=rate)
-    if rate < 1:
-        RowOptimizer(torch.optim.SGD, head, lr=0.1)
-    else:
-        some = [(x, torch.where(torch.arange(4) == r, -100, y)) for r in range(world) for x, y in [good(r)]]
-        one = [(x, y if r == world - 1 else torch.full_like(y, -100)) for r in range(world) for x, y in [good(r)]]
-        for parts in (some, one):
-            equals_dense(head, rank, parts)
-    x = good(rank)[0].requires_grad_()
-    loss = head(x, torch.full((4,), -100))
-    loss.backward()
-    assert loss.item() == 0 and x.grad is not None and not x.grad.any()
-    grad = head.row_grad[1] if head.row_grad is not None else local(head.weight.grad)
-    assert not grad.any()
-
-
-@WORLDS
-@pytest.mark.parametrize("rate", [1.0, 0.5])
-def test_ignore_index_or_a_batch_with_none_valid(ranks, world, rate):
-    ranks(world).run(ignored, rate)
-
-
 def nonfinite(rank: int, world: int) -> list[Message]:
     """ "raise" tells rank, sample and class; "skip" leaves the step out on all, whoever had it."""
     head, skipping, found = build(), build(on_nonfinite="skip"), []
-    for value in (math.nan, math.inf, -math.inf):
+    for value, label in ((math.nan, 7), (math.inf, 7), (-math.inf, 7), (math.nan, -100)):
         x, labels = good(rank)
         if rank == world - 1:
-            x[2, 3], labels[2] = value, 7
+            x[2, 3], labels[2] = value, label
         with pytest.raises(NonFiniteError) as caught:
             head(x, labels)
         found.append(f"{type(caught.value).__name__}: {caught.value}")
@@ -217,33 +175,13 @@ def nonfinite(rank: int, world: int) -> list[Message]:
 
 @WORLDS
 def test_non_finite_embeddings(ranks, world):
-    messages = told_alike(ranks(world).run(nonfinite))
+    *messages, of_ignored = told_alike(ranks(world).run(nonfinite))
     assert set(messages) == {f"NonFiniteError: rank {world - 1}: embeddings[2] (label 7) holds a NaN or infinity"}
+    assert of_ignored == messages[0].replace("label 7", "label -100")
 
 
-# ---------------------------------------------------------------------------------------------------- ranks that are gone
-
-
-def one_ends_early(rank: int, world: int) -> tuple[str, tuple[int, ...]]:
-    """The last rank has two batches, the others three; it leaves the group and its program as it would at the end of a run."""
-    head = build()
-    for _ in range(2):
-        equals_dense(head, rank, [good(r) for r in range(world)])
-    dist.barrier()
-    set_timeout(3.0)
-    if rank == world - 1:
-        os._exit(0)
-    return told(lambda: equals_dense(head, rank, [good(r) for r in range(world)]))[:2]
-
-
-@TWO
-def test_one_rank_ends_its_epoch_early(world):
-    results = answers(world, one_ends_early, silent=(world - 1,))
-    assert sorted(results) == list(range(world - 1))
-    for message, missing in results.values():
-        assert missing == (world - 1,)
-        assert f"rank {world - 1} did not reach the exchange of counts and status of a batch" in message
-        assert "its data ended before the others'" in message and "can no longer be used" in message
+# ---------------------------------------------------------------------------------------------------- ranks that are
+# gone
 
 
 def dies_while_saving(rank: int, world: int, folder: str) -> tuple[str, tuple[int, ...]]:
@@ -265,7 +203,8 @@ def dies_while_saving(rank: int, world: int, folder: str) -> tuple[str, tuple[in
     return told(lambda: checkpointer.save(2, head=head))[:2]
 
 
-@TWO
+# in processes of their own, which take long to start
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_process_killed_while_saving(world, tmp_path):
     """At the end of its writing; test_checkpointer.py kills runs at any moment."""
     results = answers(world, dies_while_saving, str(tmp_path), silent=(world - 1,))
@@ -278,14 +217,11 @@ def test_process_killed_while_saving(world, tmp_path):
     assert torch.equal(head.weight, build().weight)
 
 
-# ---------------------------------------------------------------------------------------------------- classes and numbers
+# ---------------------------------------------------------------------------------------------------- classes and
+# numbers
 
 
-def few_classes(rank: int, world: int) -> None:
-    """Fewer classes than ranks, a shard without rows, a rank none of whose classes is selected."""
-    for classes in (1, 2, 4):
-        head = build(classes)
-        equals_dense(head, rank, [good(r, classes=classes) for r in range(world)])
+def selects_nothing(rank: int, world: int) -> None:
     head = build(40, rate=0.05)  # two classes a step
     optimizer, empty = RowOptimizer(torch.optim.SGD, head, lr=0.1), 0
     for _ in range(4):
@@ -296,31 +232,12 @@ def few_classes(rank: int, world: int) -> None:
         optimizer.zero_grad()
         empty += not len(head.selected)
         assert math.isfinite(loss.item()) and (len(head.selected) or torch.equal(local(head.weight), before))
-    counts: list[Any] = [None] * world
-    dist.all_gather_object(counts, empty)
-    assert sum(counts) > 0, "no rank was without a selected class"
+    assert sum(everyones(empty)) > 0, "no rank was without a selected class"
 
 
 @WORLDS
-def test_a_rank_owns_no_selected_class_or_fewer_classes_than_ranks(ranks, world):
-    ranks(world).run(few_classes)
-
-
-def seeds(rank: int, world: int) -> Tensor:
-    torch.manual_seed(7)  # the same on every rank, as many a script has it
-    weight = build(50).weight.detach().full_tensor()  # type: ignore[operator]
-    torch.manual_seed(rank)
-    assert torch.equal(build(50).weight.detach().full_tensor(), weight)  # type: ignore[operator]
-    return weight
-
-
-@WORLDS
-def test_same_seed_on_every_rank(ranks, world):
-    results = ranks(world).run(seeds)
-    assert all(torch.equal(result, build(50).weight.detach()) for result in results), (
-        "another world has the same weights"
-    )
-    assert len(torch.unique(results[0], dim=0)) == 50, "no two classes start alike"
+def test_a_rank_owns_no_selected_class(ranks, world):
+    ranks(world).run(selects_nothing)
 
 
 def beyond_pi(rank: int, world: int) -> list[float]:
@@ -339,12 +256,11 @@ def beyond_pi(rank: int, world: int) -> list[float]:
         loss = head(x, torch.zeros(len(mine), dtype=torch.int64))
         loss.sum().backward()
         assert x.grad is not None and bool(x.grad.isfinite().all()) and x.grad.abs().max() < 8 * 8 * world
-        arc = (1.0, 0.5, 0.0) if isinstance(margin, ArcFace) else (1.35, 0.3, 0.1)
-        target = psi(mine.cos().clamp(-1, 1), *arc)
+        m1, m2, m3 = (1.0, 0.5, 0.0) if isinstance(margin, ArcFace) else (1.35, 0.3, 0.1)
+        target = turned(mine.cos().clamp(-1, 1), m1, m2) - m3
         expected = torch.logsumexp(8 * torch.stack((target, mine.sin(), -mine.sin())), 0) - 8 * target
         torch.testing.assert_close(loss.detach(), expected, rtol=0, atol=1e-6)
-        every: list[Any] = [None] * world
-        dist.all_gather_object(every, list(zip(mine.tolist(), target.tolist(), strict=True)))
+        every = everyones(list(zip(mine.tolist(), target.tolist(), strict=True)))
         found += [value for _, value in sorted(pair for part in every for pair in part)]
     return found
 
@@ -357,23 +273,9 @@ def test_theta_plus_m_beyond_pi_and_cosines_of_1(ranks, world):
         assert all(a >= b for part in (result[:half], result[half:]) for a, b in pairwise(part))
 
 
-def tiled(rank: int, world: int) -> str:
-    head = build(300, logits_budget=0)
-    partial_fc.softmax.tiles.TILE_BYTES["cpu"], usual = (
-        1,
-        partial_fc.softmax.tiles.TILE_BYTES["cpu"],
-    )  # tiles of 64 rows
-    try:
-        equals_dense(head, rank, [good(r, classes=300) for r in range(world)])
-    finally:
-        partial_fc.softmax.tiles.TILE_BYTES["cpu"] = usual
-    return head.logits_mode
-
-
-@WORLDS
-def test_more_than_2_to_the_31_logits(ranks, world):
-    """Such a step is tiled, as no budget that is not asked for reaches so far, and a tile is no larger for it."""
-    assert ranks(world).run(tiled) == ["tiled"] * world
+def test_more_than_2_to_the_31_logits():
+    """Such a step is tiled, as no default budget is that large, and no tile has as many. test_proof.py compares tiled
+    steps."""
     for dtype in (torch.bfloat16, torch.float32):
         assert logits_bytes(1 << 16, (1 << 15) + 1, dtype) > DEFAULT_LOGITS_BUDGET
     for device in ("cpu", "cuda"):
@@ -391,7 +293,7 @@ def really_many(rank: int, world: int) -> None:
     assert head.logits_mode == "tiled" and n * world * head.shards.local > 2**31
     some = torch.tensor([0, 1, n // 2, n - 2, n - 1])
     dense = x.detach()[some].double().requires_grad_()
-    w = head.weight.detach().full_tensor().double()  # type: ignore[operator]
+    w = whole(head.weight).double()
     expected = F.cross_entropy(8 * F.normalize(dense) @ F.normalize(w).T, labels[some], reduction="none")
     expected.sum().backward()
     assert x.grad is not None and dense.grad is not None
@@ -423,39 +325,8 @@ def built_differently(rank: int, world: int) -> list[Message]:
 def test_head_wrapped_in_ddp_or_left_out_of_the_optimizer(ranks, world):
     wrapped, left_out = told_alike(ranks(world).run(built_differently))
     assert "DistributedDataParallel was given a PartialFC (head.weight)" in wrapped
-    assert "no RowOptimizer takes the row gradients of this PartialFC" in left_out
-
-
-@WORLDS
-def test_row_gradients_that_no_optimizer_consumes(ranks, world):
-    (left_out,) = {messages[1] for messages in ranks(world).run(built_differently)}
-    assert left_out.startswith("RuntimeError") and "so it would never train" in left_out
-
-
-def saved(rank: int, world: int, folder: str) -> None:
-    head = build(7)
-    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)
-    head(*good(rank, classes=7)).backward()
-    optimizer.step()
-    save_checkpoint(folder, head=head, optimizer=optimizer)
-
-
-def loaded(rank: int, world: int, folder: str, expected: Tensor) -> None:
-    head = build(7, seed=5)
-    load_checkpoint(folder, head=head, optimizer=RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9))
-    assert torch.equal(head.weight.detach().full_tensor(), expected)  # type: ignore[operator]
-    equals_dense(head, rank, [good(r, classes=7) for r in range(world)])
-
-
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2), (3, 1)])
-def test_checkpoint_from_another_world_size(ranks, tmp_path, before, after):
-    ranks(before).run(saved, str(tmp_path / "c"))
-    whole = build(7)
-    load_checkpoint(tmp_path / "c", head=whole)
-    if after == 1:
-        assert not torch.equal(whole.weight, build(7).weight)
-    else:
-        ranks(after).run(loaded, str(tmp_path / "c"), whole.weight.detach())
+    assert left_out.startswith("RuntimeError: no RowOptimizer takes the row gradients of this PartialFC")
+    assert "so it would never train" in left_out
 
 
 def before_the_group(rank: int, world: int) -> list[Message]:

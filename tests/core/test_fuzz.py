@@ -1,7 +1,9 @@
-"""Property tests: cases that nobody thought of, against one dense float64 process; and bad inputs, of which all ranks say the same.
+"""Property tests: cases that nobody thought of, against one dense float64 process; and bad inputs, of which all ranks
+say the same.
 
     python -m pytest tests/core/test_fuzz.py                          40 cases, the same in every run
-    launch/test -m slow -k fuzz -s                               2,000 cases and 500 bad inputs, others in every run; it prints what was run
+    launch/test -m slow -k fuzz -s                               2,000 cases and 500 bad inputs, others in every run;
+    it prints what was run
     PARTIAL_FC_FUZZ=20000 launch/test -m slow -k fuzz -s         as many as are given
     launch/test -m slow -k fuzz -s --hypothesis-seed=7           those of a seed
 

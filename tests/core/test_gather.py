@@ -1,22 +1,19 @@
-"""One gather for several heads with label spaces of their own: the same numbers, the fewest collectives, errors that agree."""
+"""One gather for several heads with label spaces of their own: the same numbers, the fewest collectives, errors that
+agree."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from common import any_message_of as message_of
-from common import local
-from oracle import Loss
+from dense_losses import Loss, share_of
+from near import near
+from shards import local, positions, samples_of, selected_by_all, two_by_two, whole
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from watching import collectives
 
-import partial_fc.distributed.ranks
 from partial_fc import ArcFace, CenterLoss, GlobalBatch, NonFiniteError, NormFace, PartialFC, Softmax, gather
 from partial_fc.batch.status import LabelSet, Status, inspect
 
@@ -24,11 +21,11 @@ D = 6
 IGNORED = {"plates": 255, "faces": -100, "glyphs": -1}
 CLASSES = {"plates": 5, "faces": 9, "glyphs": 40}
 FACTORS = {"plates": 0.5, "faces": 1.0, "glyphs": 2.0}
-ORACLES = {"plates": Loss(name="linear"), "faces": Loss(scale=8.0), "glyphs": Loss(scale=20.0, m2=0.0)}
-
-
-def near(mine: Any, expected: Any) -> None:
-    torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
+REFERENCES = {
+    "plates": Loss("Softmax"),
+    "faces": Loss("ArcFace", {"scale": 8.0}),
+    "glyphs": Loss("NormFace", {"scale": 20.0}),
+}
 
 
 def build(name: str, group: Any = None) -> PartialFC:
@@ -37,10 +34,8 @@ def build(name: str, group: Any = None) -> PartialFC:
         "faces": (ArcFace(scale=8.0), 1.0),
         "glyphs": (NormFace(scale=20.0), 0.3),
     }[name]
-    head = PartialFC(
-        D, CLASSES[name], margin, rate, ignore_index=IGNORED[name], dtype=torch.float64, init_std=1.0, group=group
-    )
-    return head
+    options: Any = {"ignore_index": IGNORED[name], "dtype": torch.float64, "init_std": 1.0, "group": group}
+    return PartialFC(D, CLASSES[name], margin, rate, **options)
 
 
 def everyones(counts: tuple[int, ...], seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -71,7 +66,7 @@ def gradient(head: PartialFC) -> Tensor:
 def joint(rank: int, world: int, names: list[str], counts: tuple[int, ...]) -> None:
     counts = counts[:world]
     x_all, labels_all = everyones(counts)
-    here = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    here = samples_of(counts, rank)
     labels = {name: labels_all[name][here] for name in names}
     heads = {name: build(name) for name in names}
 
@@ -103,7 +98,7 @@ def joint(rank: int, world: int, names: list[str], counts: tuple[int, ...]) -> N
 
     x_all.requires_grad_()
     dense = sum(
-        (FACTORS[name] * reference(head, x_all, labels_all[name], ORACLES[name]) for name, head in heads.items()),
+        (FACTORS[name] * reference(head, x_all, labels_all[name], REFERENCES[name]) for name, head in heads.items()),
         x_all.sum() * 0,
     )
     dense.backward()
@@ -114,13 +109,8 @@ def joint(rank: int, world: int, names: list[str], counts: tuple[int, ...]) -> N
 
 def reference(head: PartialFC, x: Tensor, labels: Tensor, loss: Loss) -> Tensor:
     """Dense, in one process, over the classes that the head selected, for the samples that are of it."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, head.selected)
-    ids = torch.cat(everyone)
-    position = torch.full((head.num_classes,), -1).index_copy_(0, ids, torch.arange(len(ids)))
-    of_head = labels != head.ignore_index
-    w = head.weight.detach().full_tensor()[ids]  # type: ignore[operator]
-    return loss(x[of_head], w, None, position[labels[of_head]])
+    ids = selected_by_all(head)
+    return loss(x, whole(head.weight)[ids], positions(labels, ids, head.num_classes, head.ignore_index), ids)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -131,11 +121,11 @@ def test_heads_on_one_gather_equal_heads_on_their_own_and_a_dense_reference(rank
 
 
 def weighted(rank: int, world: int, shared: bool) -> None:
-    """Several labels a sample in one set, one in the other; sample weights of all sets, or of one. Against cross-entropy."""
+    """Several labels a sample in one set, one in the other; sample weights of all sets, or of one."""
     counts = (4, 0, 3)[:world]
     x_all, labels_all = everyones(counts)
     generator = torch.Generator().manual_seed(3)
-    n, here = sum(counts), slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    n, here = sum(counts), samples_of(counts, rank)
     both = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(n)])
     both[0] = 255
     shares = torch.rand(n, 2, generator=generator, dtype=torch.float64).softmax(1)
@@ -154,16 +144,12 @@ def weighted(rank: int, world: int, shared: bool) -> None:
     loss = sum(head(batch[name]) for name, head in heads.items())
     loss.backward()
     x_all.requires_grad_()
-    of_faces, of_plates = labels_all["faces"] >= 0, both[:, 0] != 255
-    w = {name: head.weight.detach().full_tensor() for name, head in heads.items()}  # type: ignore[operator]
-    faces = Loss(scale=8.0, reduction="none")(x_all[of_faces], w["faces"], None, labels_all["faces"][of_faces])
-    of_sample = weights if shared else torch.ones_like(weights)
-    probabilities = torch.zeros(int(of_plates.sum()), 5, dtype=torch.float64).scatter_add_(
-        1, both[of_plates], shares[of_plates]
+    faces = REFERENCES["faces"](
+        x_all, whole(heads["faces"].weight), labels_all["faces"], sample_weights=weights if shared else None
     )
-    plates = F.cross_entropy(x_all[of_plates] @ w["plates"].T, probabilities, reduction="none")
-    expected = (faces * of_sample[of_faces]).sum() / of_sample[of_faces].sum()
-    expected = expected + (plates * weights[of_plates]).sum() / weights[of_plates].sum()
+    share, _ = share_of(both, 5, shares, ignore=255)
+    plates = REFERENCES["plates"](x_all, whole(heads["plates"].weight), share, sample_weights=weights)
+    expected = faces + plates
     expected.backward()
     assert x.grad is not None and x_all.grad is not None
     near(loss.detach(), expected.detach())
@@ -218,10 +204,10 @@ def test_centers_and_a_rank_without_data(ranks, world):
 
 def on_a_mesh(rank: int, world: int) -> None:
     """4 ranks as 2 replicas of 2 shards against all 4 as shards, with label and sample weights in one of two sets."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = two_by_two()
     counts = (2, 0, 3, 1)
     x_all, labels_all = everyones(counts)
-    here = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    here = samples_of(counts, rank)
     generator = torch.Generator().manual_seed(3)
     both = torch.randint(0, 5, (6, 2), generator=generator)
     shares = torch.rand(6, 2, generator=generator, dtype=torch.float64).softmax(1)
@@ -261,35 +247,12 @@ def test_replicas_of_shards_equal_one_set_of_shards(ranks):
 # ---------------------------------------------------------------------------------------------------- communication
 
 
-@contextmanager
-def counted() -> Iterator[list[tuple[str, int]]]:
-    """(name, bytes that this rank brings) of every collective."""
-    calls: list[tuple[str, int]] = []
-    module: Any = partial_fc.distributed.ranks
-    saved = {name: getattr(module, name) for name in ("_all_gather_single", "_reduce_scatter_single")}
-
-    def wrapped(name: str) -> Any:
-        def call(out: Tensor, tensor: Tensor, **options: Any) -> Any:
-            calls.append((name.strip("_").removesuffix("_single"), tensor.nbytes))
-            return saved[name](out, tensor, **options)
-
-        return call
-
-    for name in saved:
-        setattr(module, name, wrapped(name))
-    try:
-        yield calls
-    finally:
-        for name, function in saved.items():
-            setattr(module, name, function)
-
-
 def collectives_of(rank: int, world: int, names: list[str]) -> list[tuple[str, int]]:
     counts = (4, 2)
     x_all, labels_all = everyones(counts)
     here = slice(4 * rank, 4 + 2 * rank)
     x, heads = x_all[here].clone().requires_grad_(), {name: build(name) for name in names}
-    with counted() as calls:
+    with collectives() as calls:
         batch = gather(x, {name: labels_all[name][here] for name in names})
         sum(head(batch[name]) for name, head in heads.items()).backward()
     return calls
@@ -480,7 +443,8 @@ def test_a_plain_gather_names_no_set():
 
 
 def test_weights_that_are_allowed():
-    """Rounded to half precision, off by less than 0.001, not added up where a sample is of no class, whole numbers, truth values."""
+    """Rounded to half precision, off by less than 0.001, not added up where a sample is of no class, whole numbers,
+    truth values."""
     labels, x = torch.tensor([[0, 1, 2]] * 3), torch.randn(3, D)
     thirds = torch.tensor([0.1, 0.2, 0.7]).expand(3, 3)
     for weights in (

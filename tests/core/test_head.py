@@ -1,4 +1,5 @@
-"""The head's behaviour beside its numbers: errors that agree, state that stays, precision, who may wrap it."""
+"""The head's behaviour beside its numbers: errors, state that stays, initial weights, precision, wrappers, public
+names."""
 
 from __future__ import annotations
 
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from common import local, message_of
+from common import message_of
+from dense_losses import Loss, share_of
+from near import near
 from runner import RankFailure
+from shards import local, row_gradient, selected_by_all, two_by_two, whole
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 import partial_fc
 from partial_fc import ArcFace, NonFiniteError, NormFace, PartialFC, RowOptimizer, Softmax, gather
@@ -23,66 +25,7 @@ from partial_fc import ArcFace, NonFiniteError, NormFace, PartialFC, RowOptimize
 D = 6
 
 
-# ---------------------------------------------------------------------------------------------------- errors agree
-
-
-def bad_batch(rank: int, world: int, kind: str) -> tuple[str, float]:
-    """The last rank brings a bad batch; then all bring a good one, and the group still works."""
-    head = PartialFC(D, 10, Softmax())
-    x, labels = torch.randn(4, D), torch.tensor([0, 1, -100, 9])
-    good = x.clone(), labels.clone()
-    if rank == world - 1:
-        if kind == "label too large":
-            labels[1] = 10
-        elif kind == "label negative":
-            labels[3] = -1
-        elif kind == "label beside ignored":
-            labels[:] = torch.tensor([-100, -7, -100, 3])
-        elif kind == "label dtype":
-            labels = labels.int()
-        elif kind == "width":
-            x = torch.randn(4, D + 1)
-        elif kind == "dtype":
-            x = x.double()
-        elif kind == "integer embeddings":
-            x = x.long()
-        elif kind == "length":
-            labels = labels[:3]
-        elif kind == "one dimension":
-            x = x[0]
-        elif kind == "nan":
-            x[2, 1] = float("nan")
-        elif kind == "inf":
-            x[0, 0] = float("inf")
-    text = message_of(head, x, labels)
-    return text, head(*good).item()
-
-
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize(
-    ("kind", "parts"),
-    [
-        ("label too large", ["labels[1] is 10", "0 to 9", "-100", "counted from 0"]),
-        ("label negative", ["labels[3] is -1"]),
-        ("label beside ignored", ["labels[1] is -7"]),
-        ("label dtype", ["labels must be an int64 tensor"]),
-        ("width", [f"{D}", f"{D + 1}", "width"]),
-        ("dtype", ["float32", "float64", "dtype"]),
-        ("integer embeddings", ["embeddings must be float32"]),
-        ("length", ["labels are for 3 samples, embeddings for 4"]),
-        ("one dimension", ["[N, D]", "1 dim"]),
-        ("nan", ["embeddings[2]", "NaN"]),
-        ("inf", ["embeddings[0]", "infinity"]),
-    ],
-)
-def test_a_bad_batch_on_one_rank_raises_the_same_error_on_all(ranks, world, kind, parts):
-    results = ranks(world).run(bad_batch, kind, timeout=20)
-    texts, losses = zip(*results, strict=True)
-    assert len(set(texts)) == 1, texts
-    assert len(set(losses)) == 1
-    assert texts[0].startswith("NonFiniteError" if kind in ("nan", "inf") else "ValueError")
-    for part in [*parts, f"rank {world - 1}"]:
-        assert part in texts[0]
+# ---------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 10]), torch.tensor([-1, 3])])
@@ -142,49 +85,8 @@ def test_different_seeds_raise_on_every_rank(ranks):
     assert "seed is 0 on rank 0 and 1 on rank 1" in texts[0]
 
 
-def call_head_built_before_the_group(rank: int, world: int) -> str:
-    group = dist.distributed_c10d._world.pg_map  # hide the group for a moment, as it is before init_process_group
-    saved, dist.distributed_c10d.GroupMember.WORLD = dist.distributed_c10d.GroupMember.WORLD, None
-    try:
-        head = PartialFC(D, 10)
-    finally:
-        dist.distributed_c10d.GroupMember.WORLD = saved
-    assert group is dist.distributed_c10d._world.pg_map
-    return message_of(head, torch.randn(2, D), torch.zeros(2, dtype=torch.int64))
-
-
-def test_a_head_built_before_the_process_group_raises(ranks):
-    assert all("built before the process group" in text for text in ranks(2).run(call_head_built_before_the_group))
-
-
-# ---------------------------------------------------------------------------------------------------- non-finite policies
-
-
-def skip_a_step(rank: int, world: int) -> None:
-    head = PartialFC(D, 10, Softmax(), 0.5, on_nonfinite="skip")
-    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)
-    labels = torch.tensor([0, 1])
-    for step in range(3):
-        x = torch.randn(2, D).requires_grad_()
-        before = local(head.weight).detach().clone()
-        with torch.no_grad():
-            if step == 1 and rank == 1:
-                x[0, 0] = float("nan")
-        loss = head(x, labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert head.skipped == (step == 1)
-        if step == 1:
-            assert loss.item() == 0
-            assert x.grad is not None and not x.grad.any()
-            assert torch.equal(local(head.weight), before)
-        elif len(local(head.weight)):
-            assert not torch.equal(local(head.weight), before)
-
-
-def test_skip_leaves_the_step_out_on_every_rank(ranks):
-    ranks(2).run(skip_a_step)
+# ---------------------------------------------------------------------------------------------------- non-finite
+# policies
 
 
 def test_log_goes_on(caplog):
@@ -255,7 +157,7 @@ def test_gradients_of_micro_batches_add_up_over_different_rows():
         alone.append(total)
     optimizer.zero_grad()
     assert head.row_grad is None
-    torch.testing.assert_close(alone[0], alone[1], rtol=0, atol=1e-12)
+    near(alone[0], alone[1])
 
 
 def test_row_gradients_that_no_optimizer_takes_raise():
@@ -276,10 +178,7 @@ def test_evaluation_uses_all_classes_and_moves_nothing():
     assert len(head.selected) == 40
     assert head(x, labels) == first
     assert head.get_extra_state()["step"] == 0
-    cosines = F.normalize(x) @ F.normalize(head.weight.detach()).T
-    hit = F.one_hot(labels, 40).bool()
-    expected = F.cross_entropy(64 * torch.where(hit, torch.cos(torch.acos(cosines) + 0.5), cosines), labels)
-    torch.testing.assert_close(first.detach(), expected)
+    torch.testing.assert_close(first.detach(), Loss("ArcFace")(x, head.weight.detach(), labels))
 
 
 def test_target_angle_is_the_angle_without_the_margin():
@@ -290,11 +189,15 @@ def test_target_angle_is_the_angle_without_the_margin():
     assert head.target_angle.item() == pytest.approx(math.pi / 8, abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------- weights and layout
+# ---------------------------------------------------------------------------------------------------- weights and
+# layout
 
 
 def initial_weights(rank: int, world: int, classes: int) -> Tensor:
-    return local(PartialFC(D, classes, seed=4).weight).detach().clone()
+    weight = local(PartialFC(D, classes, seed=4).weight).detach().clone()
+    torch.manual_seed(7)  # the same on every rank, as in many scripts
+    assert torch.equal(local(PartialFC(D, classes, seed=4).weight), weight), "the global seed counts"
+    return weight
 
 
 @pytest.mark.parametrize("classes", [2, 7, 2500])
@@ -332,10 +235,8 @@ def test_casts_moves_and_copies_keep_the_shards(ranks):
 
 def replicated_mesh(rank: int, world: int, rate: float) -> list[float]:
     """4 ranks as 2 replicas of 2 shards against all 4 as shards: the same numbers."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    heads = [
-        PartialFC(D, 11, ArcFace(scale=8.0), rate, group=g, dtype=torch.float64, init_std=1.0) for g in (mesh, None)
-    ]
+    options: dict[str, Any] = {"dtype": torch.float64, "init_std": 1.0}
+    heads = [PartialFC(D, 11, ArcFace(scale=8.0), rate, group=g, **options) for g in (two_by_two(), None)]
     optimizers = [RowOptimizer(torch.optim.SGD, h, lr=0.5, momentum=0.9) for h in heads]
     losses = []
     for step in range(4):
@@ -354,10 +255,9 @@ def replicated_mesh(rank: int, world: int, rate: float) -> list[float]:
             optimizer.zero_grad()
             losses.append(loss.item())
             grads.append(x.grad)
-        torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-12)
+        near(grads[0], grads[1])
         assert losses[-1] == pytest.approx(losses[-2], rel=1e-12)
-    full = [h.weight.full_tensor() for h in heads]  # type: ignore[operator]
-    torch.testing.assert_close(full[0], full[1], rtol=0, atol=1e-12)
+    near(whole(heads[0].weight), whole(heads[1].weight))
     return losses
 
 
@@ -386,7 +286,7 @@ def joint_heads(rank: int, world: int) -> None:
     leaf = x.clone().requires_grad_()
     batch = gather(leaf, labels)
     (heads[0](batch) + 0.5 * heads[1](batch)).backward()
-    torch.testing.assert_close(leaf.grad, alone[0] + 0.5 * alone[1], rtol=0, atol=1e-12)
+    near(leaf.grad, alone[0] + 0.5 * alone[1])
 
 
 def test_two_heads_share_one_gather(ranks):
@@ -394,7 +294,7 @@ def test_two_heads_share_one_gather(ranks):
 
 
 def weighted(rank: int, world: int, rate: float) -> None:
-    """Soft labels and sample weights against cross-entropy with probabilities, gradients included."""
+    """Soft labels and sample weights, gradients included."""
     head = PartialFC(D, 7, ArcFace(scale=8.0), rate, dtype=torch.float64, init_std=1.0)
     generator = torch.Generator().manual_seed(2)
     n, each = 5, 3
@@ -407,19 +307,14 @@ def weighted(rank: int, world: int, rate: float) -> None:
     batch = gather(x, labels_all[here], label_weights=label_weights[here], sample_weights=sample_weights[here])
     loss = head(batch)
     loss.backward()
-    chosen: list[Any] = [None] * world
-    dist.all_gather_object(chosen, head.selected)
-    ids = torch.cat(chosen)
-    w = head.weight.full_tensor()[ids]  # type: ignore[operator]
+    ids = selected_by_all(head)
     x_all.requires_grad_()
-    probabilities = torch.zeros(n * world, 7, dtype=torch.float64).scatter_add_(1, labels_all, label_weights)[:, ids]
-    cosines = F.normalize(x_all) @ F.normalize(w).T
-    logits = 8 * torch.where(probabilities > 0, torch.cos(torch.acos(cosines) + 0.5), cosines)
-    logits = 8 * torch.where((probabilities > 0) & (torch.acos(cosines) + 0.5 > math.pi), -2 - logits / 8, logits / 8)
-    expected = (F.cross_entropy(logits, probabilities, reduction="none") * sample_weights).sum() / sample_weights.sum()
+    share = share_of(labels_all, 7, label_weights)[0][:, ids]
+    reference = Loss("ArcFace", {"scale": 8.0})
+    expected = reference(x_all, whole(head.weight)[ids], share, ids, sample_weights=sample_weights)
     expected.backward()
-    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(x.grad, x_all.grad[here] * world, rtol=0, atol=1e-12)
+    assert x_all.grad is not None
+    near([loss.detach(), x.grad], [expected.detach(), x_all.grad[here] * world])
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
@@ -433,7 +328,8 @@ def test_soft_labels_and_sample_weights(ranks, rate):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_low_precision_products_stay_near_float64(dtype, rate):
-    """Errors of a few roundings of the products: the target's cosine, the exponentials' sums and what is accumulated are float32."""
+    """Errors of a few roundings of the products: the target's cosine, the exponentials' sums and what is accumulated
+    are float32."""
     errors = []
     for margin in (ArcFace(), NormFace(scale=30.0)):
         head, exact = (PartialFC(64, 500, margin, rate, dtype=d, init_std=0.1) for d in (torch.float32, torch.float64))
@@ -446,13 +342,8 @@ def test_low_precision_products_stay_near_float64(dtype, rate):
         loss.backward()
         exact(x64, labels).backward()
         assert x.grad is not None and x64.grad is not None
-        grads = (
-            (head.row_grad[1], exact.row_grad[1])
-            if head.row_grad and exact.row_grad
-            else (head.weight.grad, exact.weight.grad)
-        )
-        errors.append((x.grad.double() - x64.grad).norm() / x64.grad.norm())
-        errors.append((grads[0].double() - grads[1]).norm() / grads[1].norm())  # type: ignore[union-attr, operator]
+        for mine, expected in ((x.grad, x64.grad), (row_gradient(head), row_gradient(exact))):
+            errors.append((mine.double() - expected).norm() / expected.norm())
     assert max(errors) < (0.03 if dtype == torch.bfloat16 else 0.005), errors
 
 
@@ -467,7 +358,7 @@ def test_kept_and_tiled_logits_give_the_same_numbers(monkeypatch):
         loss.backward()
         results.append((loss.detach(), x.grad, head.weight.grad))
     for tiled, kept in zip(*results, strict=True):
-        torch.testing.assert_close(tiled, kept, rtol=0, atol=1e-12)
+        near(tiled, kept)
 
 
 @pytest.mark.parametrize("scale", [64.0, 80.0, 90.0, 3000.0])

@@ -147,7 +147,8 @@ WITH_STATE = {
 @pytest.mark.parametrize("name", [*WITH_STATE, "filter", "smoothing"])
 @pytest.mark.parametrize("budget", [0, None])
 def test_gradcheck_of_a_whole_head(name, budget):
-    """In eval(), where state and draws stand still. AdaFace's gradient leaves out the length, as its paper does: see test_losses.py."""
+    """In eval(), where state and draws stand still. AdaFace's gradient leaves out the length, as its paper does: see
+    test_losses.py."""
     options = {
         "filter": {"interclass_filter": 0.1},
         "smoothing": {"interclass_filter": 0.2, "label_smoothing": 0.2},
@@ -269,7 +270,8 @@ def test_a_rule_is_that_of_its_forward_when_logits_are_computed_again():
 
 @pytest.mark.parametrize("name", ["ArcFaceLoss", "CosFaceLoss", "SphereFaceLoss", "SubCenterArcFaceLoss"])
 def test_equals_pytorch_metric_learning(name):
-    """Theirs: weight [D, C·K], margins of ArcFace in degrees, SphereFace scaled by the embedding's length, which is 1 here."""
+    """Theirs: weight [D, C·K], margins of ArcFace in degrees, SphereFace scaled by the embedding's length, which is 1
+    here."""
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     margin: Margin
     if name == "SphereFaceLoss":

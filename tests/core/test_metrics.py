@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from dense_losses import unit
+from shards import samples_of, selected_by_all
+from side_by_side import small_tiles
 
 import partial_fc
 from partial_fc import ArcFace, CosFace, Margin, PartialFC, Softmax, margins
@@ -16,7 +18,6 @@ COUNTS = (5, 3, 0, 4)
 def measured(
     rank: int, world: int, margin: Margin, rate: float, budget: int | None, beyond: float | None, low: bool
 ) -> None:
-    partial_fc.softmax.tiles.TILE_BYTES["cpu"] = 1  # tiles of 64 rows
     head = PartialFC(
         D, C, margin, rate, init_std=1.0, metrics=True, logits_budget=budget, interclass_filter=beyond,
         dtype=torch.float32 if low else torch.float64,
@@ -28,24 +29,16 @@ def measured(
     w = partial_fc.sharded_module.initial_rows(0, C, tuple(head.weight.shape[1:]), std=1.0, seed=0).double()
     x[1] = (w[labels[1]] if w.ndim == 2 else w[labels[1], 0]) * 4  # one that is near its class
     labels[2] = -100
-    start = sum(COUNTS[:rank])
-    here = slice(start, start + COUNTS[rank])
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+    here = samples_of(COUNTS, rank)
+    with small_tiles(), torch.autocast("cpu", torch.bfloat16, enabled=low):
         head(x[here].to(head.weight.dtype), labels[here])
 
-    everyone: list[Tensor] = [torch.empty(0)] * world
-    torch.distributed.all_gather_object(everyone, head.selected)
     chosen = torch.zeros(C, dtype=torch.bool)
-    chosen[torch.cat(everyone)] = True
+    chosen[selected_by_all(head)] = True
     some = labels >= 0
     x, labels = x[some], labels[some]
     if margin.normalize:
-        nearest = torch.einsum(
-            "nd,ckd->nck",
-            x / x.norm(dim=1, keepdim=True),
-            w.view(C, -1, D) / w.view(C, -1, D).norm(dim=2, keepdim=True),
-        )
-        logits = nearest.amax(2)
+        logits = torch.einsum("nd,ckd->nck", unit(x)[0], unit(w.view(C, -1, D))[0]).amax(2)
     else:
         logits = x @ w.T
     target = logits.gather(1, labels[:, None])[:, 0]

@@ -1,16 +1,18 @@
-"""Ways to make a step cheaper: rows updated in backward, half-precision weights; and what a step says over the network."""
+"""Ways to make a step cheaper: rows updated in backward, half-precision weights; and what a step says over the
+network."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from common import local
+from near import near
+from shards import local, part_of
+from side_by_side import small_tiles
 from torch import Tensor, nn
+from watching import Allocations, collectives
 
-import partial_fc.distributed.ranks
 from partial_fc import ArcFace, Margin, PartialFC, RowOptimizer, Softmax, clip_grad_norm_, gather
 
 D = 6
@@ -23,13 +25,13 @@ def batch(step: int, n: int, classes: int, rank: int = 0) -> tuple[Tensor, Tenso
     )
 
 
-# ---------------------------------------------------------------------------------------------------- update in the backward
+# ---------------------------------------------------------------------------------------------------- update in the
+# backward
 
 
 def updated_in_backward(
     rank: int, world: int, margin: Margin, classes: int, budget: int | None, options: dict[str, Any]
 ) -> None:
-    partial_fc.softmax.tiles.TILE_BYTES["cpu"] = 1  # tiles of 64 rows
     cls = torch.optim.AdamW if "betas" in options else torch.optim.SGD
     heads = [PartialFC(D, classes, margin, dtype=torch.float64, init_std=1.0, logits_budget=budget) for _ in range(2)]
     optimizers = [
@@ -39,18 +41,19 @@ def updated_in_backward(
         grads = []
         for head, optimizer in zip(heads, optimizers, strict=True):
             x, labels = batch(step, 3 + rank, classes, rank)
-            head(x.requires_grad_(), labels).backward()
+            with small_tiles():
+                head(x.requires_grad_(), labels).backward()
             grads.append(x.grad)
             assert (head.weight.grad is None) == optimizer.update_in_backward
             optimizer.step()
             optimizer.zero_grad()
-        torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-12)
+        near(grads[0], grads[1])
         for mine, theirs in zip(heads[0].parameters(), heads[1].parameters(), strict=True):
-            torch.testing.assert_close(local(mine), local(theirs), rtol=0, atol=1e-12)
+            near(local(mine), local(theirs))
     states = [o.state[h.weight] for o, h in zip(optimizers, heads, strict=True)]
     assert states[0].keys() == states[1].keys()
     for key, value in states[0].items():
-        torch.testing.assert_close(local(value), local(states[1][key]), rtol=0, atol=1e-12)
+        near(local(value), local(states[1][key]))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -68,35 +71,15 @@ def test_rows_updated_in_backward_end_where_they_would(ranks, world, classes, bu
 
 
 def largest_allocation(rank: int, world: int) -> int:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    partial_fc.softmax.tiles.TILE_BYTES["cpu"] = 1
     head = PartialFC(D, 20_000, ArcFace(), logits_budget=0)
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, weight_decay=0.1, update_in_backward=True)
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            held = {
-                local(a).untyped_storage().data_ptr()
-                for a in torch.utils._pytree.tree_leaves(args)
-                if isinstance(a, Tensor)
-            }
-            for value in torch.utils._pytree.tree_leaves(out):
-                if isinstance(value, Tensor) and local(value).untyped_storage().data_ptr() not in held:
-                    largest = max(largest, local(value).numel())
-            return out
-
-    for step in range(2):
+    for _ in range(2):  # the first step allocates the state
         x = torch.randn(4, D, requires_grad=True)
-        with Watch():
+        with small_tiles(), Allocations() as made:
             head(x, torch.arange(4)).backward()
             optimizer.step()
             optimizer.zero_grad()
-        largest = largest if step else 0  # the first step allocates the state
-    return largest
+    return made.elements
 
 
 def test_no_gradient_of_the_whole_weight_exists(ranks):
@@ -125,7 +108,8 @@ def test_what_cannot_be_joined_with_it_is_refused():
         scaler.step(optimizer)
 
 
-# ---------------------------------------------------------------------------------------------------- half-precision weights
+# ---------------------------------------------------------------------------------------------------- half-precision
+# weights
 
 
 def train_low(rank: int, world: int, dtype: torch.dtype, low: Any, rate: float) -> Tensor:
@@ -133,7 +117,7 @@ def train_low(rank: int, world: int, dtype: torch.dtype, low: Any, rate: float) 
     head = PartialFC(D, 23, ArcFace(scale=8.0), rate, dtype=dtype, init_std=1.0)
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=2e-3, low_precision=low)
     x, labels = batch(0, 6, 23)
-    part = slice(rank * 6 // world, (rank + 1) * 6 // world)
+    part = part_of(6, rank, world)
     for _ in range(150):
         head(x[part].float(), labels[part]).backward()
         optimizer.step()
@@ -151,7 +135,8 @@ def train_low(rank: int, world: int, dtype: torch.dtype, low: Any, rate: float) 
 @pytest.mark.parametrize("rate", [1.0, 0.4])
 @pytest.mark.parametrize("low", ["master", "stochastic"])
 def test_bf16_weights_follow_float32(ranks, low, rate):
-    """Steps below bfloat16's resolution: plain bfloat16 weights stay behind, with either option they go where float32 goes."""
+    """Steps below bfloat16's resolution: plain bfloat16 weights stay behind, with either option they go where float32
+    goes."""
     start = PartialFC(D, 23, init_std=1.0).weight.detach()
     exact, plain, mine = (
         train_low(0, 1, dtype, option, rate)
@@ -207,52 +192,32 @@ def test_stochastic_rounding_keeps_the_mean_and_the_grid():
 # ---------------------------------------------------------------------------------------------------- communication
 
 
-def count_collectives(rank: int, world: int, rate: float, joint: bool) -> dict[str, list[int]]:
-    """Collectives of one training step, forward and backward, with the bytes that this rank brings into each."""
-    calls: dict[str, list[int]] = {}
-    module: Any = partial_fc.distributed.ranks
-    saved = module._all_gather_single, module._reduce_scatter_single
-
-    def counted(name: str, function: Any) -> Any:
-        def wrapper(out: Tensor, tensor: Tensor, **options: Any) -> Any:
-            calls.setdefault(name, []).append(tensor.nbytes)
-            return function(out, tensor, **options)
-
-        return wrapper
-
+def collectives_of_a_step(rank: int, world: int, rate: float, joint: bool) -> list[tuple[str, int]]:
     head = PartialFC(D, 1000, ArcFace(), rate)
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
-    module._all_gather_single = counted("all_gather", saved[0])
-    module._reduce_scatter_single = counted("reduce_scatter", saved[1])
-    others = Counter[str]()
-    names = ("all_reduce", "broadcast", "all_gather", "barrier", "reduce", "all_to_all_single")
-    originals = {name: getattr(torch.distributed, name) for name in names}
-    for name in names:
-        setattr(torch.distributed, name, lambda *a, name=name, **k: others.update([name]) or originals[name](*a, **k))
-    try:
-        x, labels = torch.randn(8, D, requires_grad=True), torch.arange(8)
+    x, labels = torch.randn(8, D, requires_grad=True), torch.arange(8)
+    with collectives() as calls:
         (head(gather(x, labels)) if joint else head(x, labels)).backward()
         optimizer.step()
-    finally:
-        module._all_gather_single, module._reduce_scatter_single = saved
-        for name in names:
-            setattr(torch.distributed, name, originals[name])
-    assert others == {"all_reduce": 1}, "two flags, since nobody has judged the step before"
     return calls
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.1])
 @pytest.mark.parametrize("joint", [False, True])
 def test_a_step_makes_three_small_gathers_and_one_scatter(ranks, rate, joint):
-    for calls in ranks(2).run(count_collectives, rate, joint):
-        status, payload, statistics = calls["all_gather"]
-        assert status == 21 * 8
-        assert payload == 8 * D * 4 + 8 * 8
-        assert statistics == 4 * 16 * 4
-        assert calls["reduce_scatter"] == [16 * D * 4]
+    for calls in ranks(2).run(collectives_of_a_step, rate, joint):
+        status, payload, statistics = 21 * 8, 8 * D * 4 + 8 * 8, 4 * 16 * 4
+        assert calls[:-1] == [
+            ("all_gather", status),
+            ("all_gather", payload),
+            ("all_gather", statistics),
+            ("reduce_scatter", 16 * D * 4),
+        ]
+        assert calls[-1][0] == "all_reduce", "two flags, since nobody has judged the step before"
 
 
-# ---------------------------------------------------------------------------------------------------- compile, profiler, mode
+# ---------------------------------------------------------------------------------------------------- compile,
+# profiler, mode
 
 
 @pytest.mark.filterwarnings("default")

@@ -52,7 +52,8 @@ def test_draws_differ_between_steps_cycles_and_seeds():
 
 
 def test_draws_look_random():
-    """Over many keys: every class is drawn about equally often, and neighbouring ids are drawn together no more than others."""
+    """Over many keys: every class is drawn about equally often, and neighbouring ids are drawn together no more than
+    others."""
     classes, draws = 200, 4000
     counts, together = torch.zeros(classes), 0
     for seed in range(draws):

@@ -3,102 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from common import local
-from oracle import DenseAdamW, DenseSGD
-from torch import Tensor
+from shards import local, part_of
+from side_by_side import Case, D, check_cases
 
-import partial_fc
 from partial_fc import PartialFC, RowOptimizer, SphereFace2, clip_grad_norm_, load_checkpoint, save_checkpoint
 
-D, C = 8, 23
-COUNTS = (5, 3, 0, 4)
-TOLERANCE = 1e-9
-DENSE: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], Any]] = {
-    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}, lambda: DenseSGD(0.05)),
-    "adamw": (torch.optim.AdamW, {"lr": 0.02}, lambda: DenseAdamW(0.02)),
-}
-
-
-def dense_loss(x: Tensor, w: Tensor, offset: Tensor, labels: Tensor, margin: SphereFace2) -> Tensor:
-    """Equations 5 to 8 of the paper, over the rows w; the mean over valid samples."""
-    valid = labels >= 0
-    x, labels = x[valid], labels[valid]
-    cosine = (x / x.norm(dim=1, keepdim=True)) @ (w / w.norm(dim=1, keepdim=True)).T
-    g = 2 * ((cosine + 1) / 2) ** margin.t - 1
-    r, balance = margin.scale, margin.balance
-    own = torch.zeros_like(g, dtype=torch.bool)
-    own[torch.arange(len(x)), labels] = True
-    of_own = balance / r * torch.log1p(torch.exp(-(r * (g - margin.margin) + offset)))
-    of_others = (1 - balance) / r * torch.log1p(torch.exp(r * (g + margin.margin) + offset))
-    return torch.where(own, of_own, of_others).sum() / len(x)
-
-
-def near(what: str, mine: Tensor, expected: Tensor) -> None:
-    error = float((mine - expected).abs().max()) if mine.numel() else 0.0
-    assert error <= TOLERANCE, f"{what}: off by {error:.3e}"
-
-
-def steps(rank: int, world: int, rate: float, budget: int | None, kind: str, early: bool = False) -> None:
-    partial_fc.softmax.tiles.TILE_BYTES["cpu"] = 1
-    margin = SphereFace2(scale=10.0)
-    head = PartialFC(D, C, margin, rate, dtype=torch.float64, init_std=1.0, logits_budget=budget)
-    cls, options, dense_class = DENSE[kind]
-    optimizer = RowOptimizer(cls, head, update_in_backward=early, **options)
-    dense, dense_offset = dense_class(), dense_class()
-    w = partial_fc.sharded_module.initial_rows(0, C, (D,), std=1.0, seed=0).double()
-    offset = torch.full((1,), local(margin.offset).item(), dtype=torch.float64)
-    start = sum(COUNTS[:rank])
-    here = slice(start, start + COUNTS[rank])
-    for step in range(4):
-        generator = torch.Generator().manual_seed(step)
-        n = sum(COUNTS[:world])
-        x_all = torch.randn(n, D, generator=generator, dtype=torch.float64)
-        labels = torch.randint(0, C, (n,), generator=generator)
-        labels[0] = -100
-        x = x_all[here].clone().requires_grad_()
-        loss = head(x, labels[here])
-        loss.backward()
-        everyone: list[Tensor] = [torch.empty(0)] * world
-        dist.all_gather_object(everyone, head.selected)
-        chosen = torch.cat(everyone)
-        position = torch.full((C,), -1).index_copy_(0, chosen, torch.arange(len(chosen)))
-        x_all.requires_grad_()
-        w_chosen, b = w[chosen].clone().requires_grad_(), offset.clone().requires_grad_()
-        expected = dense_loss(
-            x_all, w_chosen, b, torch.where(labels < 0, labels, position[labels.clamp(min=0)]), margin
-        )
-        expected.backward()
-        near("loss", loss.detach(), expected.detach())
-        near("embedding gradient", x.grad, x_all.grad[here] * world)  # type: ignore[arg-type, index]
-        near("gradient of the offset", local(margin.offset.grad), b.grad)  # type: ignore[arg-type]
-        grad = torch.zeros_like(w)
-        grad[chosen] = w_chosen.grad  # type: ignore[assignment]
-        if not early:
-            own = head.row_grad[1] if head.row_grad is not None else local(head.weight.grad)  # type: ignore[arg-type]
-            near("class gradient", own, grad[head.selected])
-        optimizer.step()
-        optimizer.zero_grad()
-        assert margin.offset.grad is None
-        dense.step(w, grad, chosen)
-        dense_offset.step(offset, b.grad, torch.tensor([0]))
-        near("weights", local(head.weight).detach(), w[head.shards.lo : head.shards.hi])
-        near("offset", local(margin.offset).detach(), offset)
-
-
-def all_steps(rank: int, world: int) -> None:
-    for rate, budget, kind in ((1.0, None, "sgd"), (1.0, 0, "adamw"), (0.4, None, "adamw"), (0.4, 0, "sgd")):
-        steps(rank, world, rate, budget, kind)
-    steps(rank, world, 1.0, 0, "adamw", early=True)
+C = 23
+SCALE = {"scale": 10.0}
+CASES = [
+    Case("SphereFace2", SCALE),
+    Case("SphereFace2", SCALE, optimizer="adamw", budget=0),
+    Case("SphereFace2", SCALE, optimizer="adamw", sample_rate=0.4),
+    Case("SphereFace2", SCALE, sample_rate=0.4, budget=0),
+    Case("SphereFace2", SCALE, optimizer="adamw", budget=0, early=True),
+]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_equals_dense_float64_with_its_offset_trained(ranks, world):
-    ranks(world).run(all_steps)
+    ranks(world).run(check_cases, CASES)
 
 
 def trained(head: PartialFC, optimizer: RowOptimizer, rank: int, step: int) -> float:
@@ -145,7 +71,7 @@ def clipped(rank: int, world: int) -> list[float]:
     head = PartialFC(D, C, SphereFace2(10.0), dtype=torch.float64, init_std=1.0)
     x = torch.randn(12, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(12)
-    part = slice(rank * 12 // world, (rank + 1) * 12 // world)
+    part = part_of(12, rank, world)
     head(x[part], labels[part]).backward()
     norm = clip_grad_norm_([], head, max_norm=0.01)
     return [norm.item(), local(head.margin.offset.grad).item()]  # type: ignore[union-attr, arg-type]

@@ -1,4 +1,5 @@
-"""A head beside all kinds of backbones, optimizers and modes: what does not take part stays as it is, and nobody waits for it."""
+"""A head beside all kinds of backbones, optimizers and modes: what does not take part stays as it is, and nobody waits
+for it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import local
+from shards import local
 from torch import Tensor, nn
 
 from partial_fc import ArcFace, NormFace, PartialFC, RowOptimizer, Softmax, gather, load_checkpoint, save_checkpoint
@@ -23,7 +24,8 @@ def batch(n: int = 4, classes: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]
 
 
 def one_rank_without_grad(rank: int, world: int, rate: float, joint: bool) -> None:
-    """A rank without data brings an empty tensor that does not require grad; the others must not wait for it in backward."""
+    """A rank without data brings an empty tensor that does not require grad; the others must not wait for it in
+    backward."""
     head = PartialFC(D, 10, sample_rate=rate)
     x, labels = batch() if rank else (torch.empty(0, D), torch.empty(0, dtype=torch.int64))
     x.requires_grad_(rank > 0)

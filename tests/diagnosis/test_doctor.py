@@ -1,4 +1,5 @@
-"""doctor: each wrong wiring is named by the right check on every rank, right wiring is all right, and nothing of a run has moved."""
+"""doctor: each wrong wiring is named by the right check on every rank, right wiring is all right, and nothing of a run
+has moved."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from common import args
 from forked import succeed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_fc import ArcFace, CurricularFace, PartialFC, Report, RowOptimizer, Softmax, doctor
-from partial_fc.training.optimizers import OptimizerConfig
+from partial_fc.training.optimizers import Optimizers, OptimizerSettings
 
 ROOT = Path(__file__).parents[2]
 D, C = 6, 11
@@ -343,7 +345,8 @@ def test_what_accelerate_was_given_is_seen():
     accelerator.free_memory()
 
 
-# ---------------------------------------------------------------------------------------------------- refused without being asked
+# ---------------------------------------------------------------------------------------------------- refused without
+# being asked
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
@@ -373,12 +376,15 @@ def test_a_weight_that_was_replaced_is_refused(ranks, world):
 
 
 def train(rank: int, world: int, kind: str, look: bool) -> list[Any]:
-    """Losses, weights and state of a short run, with the doctor looking in between or not, once with gradients pending."""
+    """Losses, weights and state of a short run, with the doctor looking in between or not, once with gradients
+    pending."""
     margin = CurricularFace(scale=8.0, momentum=0.3) if kind == "curricular" else ArcFace(scale=8.0)
     head = PartialFC(D, C, margin, 0.5 if kind == "sampled" else 1.0)
     model = DistributedDataParallel(backbone(dropout=0.3), gradient_as_bucket_view=True)
     optimizers: list[Any] = [
-        OptimizerConfig("ranger" if kind == "ranger" else "adamw", lr=0.01).build(model.parameters())
+        OptimizerSettings("Ranger" if kind == "ranger" else "AdamW", {"lr": 0.01, "weight_decay": 5e-4}).build(
+            "optimizer", list(model.parameters())
+        )
     ]
     optimizers.append(RowOptimizer(torch.optim.Adam, head, lr=0.05, update_in_backward=kind == "in backward"))
     schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in optimizers]
@@ -432,50 +438,33 @@ def test_nothing_of_a_run_has_moved(ranks, world, kind):
 # ---------------------------------------------------------------------------------------------------- of a run
 
 
-def test_a_run_of_the_application(tmp_path, monkeypatch, capsys):
+def test_a_run_of_the_application(tmp_path, monkeypatch, capsys, mistake):
     """In one process: 0 and nothing is made; 1 with a run that someone has changed; 2 for bad settings."""
     from partial_fc.training.cli.main import main
 
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "in use").write_text("")
-    settings = [
-        "--data.identities",
-        "30",
-        "--train.batch_size",
-        "64",
-        "--train.cpu",
-        "true",
-        "--output.folder",
-        str(folder),
-    ]
-    settings += ["--head.sample_rate", "0.5", "--optimizer.name", "lamb", "--optimizer.lr", "0.01"]
+    settings = [*args("--data.identities 30 --train.batch_size 64 --train.cpu true --output.folder"), str(folder)]
+    settings += args("--head.sample_rate 0.5 --optimizer LAMB --optimizer.lr 0.01")
     assert main(["doctor", *settings]) == 0
     out = capsys.readouterr().out
     assert "no problems found" in out and "✓ gradient scale" in out
     assert [p.name for p in folder.iterdir()] == ["in use"]
-    build = OptimizerConfig.build
+    build = Optimizers.build
     monkeypatch.setattr(
-        OptimizerConfig,
+        Optimizers,
         "build",
         lambda self, parameters: build(self, list(parameters)[1:] or [nn.Parameter(torch.ones(1))]),
     )
     assert main(["doctor", *settings, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert [check["name"] for check in found["checks"] if check["ok"] is False] == ["backbone optimizer"]
-    assert main(["doctor", *settings, "--head.sample_rate", "2"]) == 2
-    assert "sample_rate" in capsys.readouterr().err
+    assert "sample_rate" in mistake("doctor", *settings, "--head.sample_rate", "2")
 
 
 def test_a_run_of_the_application_on_two_ranks(tmp_path):
-    command = [
-        "doctor",
-        "configs/quickstart.yaml",
-        "--train.batch_size",
-        "32",
-        "--output.folder",
-        str(tmp_path / "run"),
-    ]
+    command = [*args("doctor configs/quickstart.yaml --train.batch_size 32 --output.folder"), str(tmp_path / "run")]
     out = succeed(*command, "--train.mixed_precision", "bf16", "--head.sample_rate", "0.5")
     assert out.count("14 checks on 2 ranks: no problems found") == 1, out
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,8 @@
-"""A rank that does not come is named on the ranks that are left: stopped, killed, failed or ended, in every collective of the head.
+"""A rank that does not come is named on the ranks that are left: stopped, killed, failed or ended, in every collective
+of the head.
 
-Here every case has processes and a store of its own: what is left of a process group afterwards is of no use to other tests.
+Here every case has processes and a store of its own: what is left of a process group afterwards is of no use to other
+tests.
 """
 
 from __future__ import annotations
@@ -100,7 +102,8 @@ COLLECTIVES: dict[str, Callable[[PartialFC, Any], Callable[[], Any]]] = {
 
 
 def every_collective(rank: int, world: int, folder: str) -> list[Any]:
-    """One rank fails with an exception of its own before each, and goes on elsewhere; the last one it comes to too late."""
+    """One rank fails with an exception of its own before each, and goes on elsewhere; the last one it comes to too
+    late."""
     os.chdir(folder)
     inquiry.SETTLE = 0.3
     store, prepared = dist.distributed_c10d._get_default_store(), []  # type: ignore[attr-defined]
@@ -138,7 +141,8 @@ def test_a_rank_that_fails_before_a_collective_is_named_whichever_it_is(tmp_path
     )
 
 
-# ---------------------------------------------------------------------------------------------------- stopped, killed, ended
+# ---------------------------------------------------------------------------------------------------- stopped, killed,
+# ended
 
 
 def victim_of(rank: int, world: int, victim: int, number: int) -> tuple[str, tuple[int, ...], str, float]:
@@ -147,7 +151,7 @@ def victim_of(rank: int, world: int, victim: int, number: int) -> tuple[str, tup
     dist.barrier()
     set_timeout(SECONDS)
     if rank == victim:
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number) if number else os._exit(0)
     start = time.monotonic()
     return *told(lambda: head(*data())), time.monotonic() - start
 
@@ -170,10 +174,21 @@ def test_a_stopped_rank_is_named_at_the_timeout(world, victim):
         )
 
 
-@pytest.mark.parametrize(("world", "victim"), [(3, 1), pytest.param(2, 0, marks=pytest.mark.slow)])
-def test_a_killed_rank_is_named_before_the_timeout(world, victim):
-    results = answers(world, victim_of, victim, int(signal.SIGKILL), silent=(victim,))
+@pytest.mark.parametrize(
+    ("world", "victim", "number"),
+    [
+        (3, 1, signal.SIGKILL),
+        (2, 1, 0),
+        pytest.param(2, 0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(3, 2, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_was_killed_or_has_ended_is_named_before_the_timeout(world, victim, number):
+    """number: of the signal; 0 for a rank whose loop and program end earlier than the others'."""
+    results = answers(world, victim_of, victim, int(number), silent=(victim,))
+    assert len(results) == world - 1
     for message, missing, cause, _ in results.values():
+        assert "its data ended before the others'" in message and "cannot be used any more" in message
         assert (
             missing == (victim,)
             and f"rank {victim} did not reach the exchange of counts and status of a batch" in message
@@ -205,7 +220,8 @@ def test_on_a_mesh_the_rank_that_all_wait_for_is_named():
     assert [results[rank][1] for rank in range(3)] == [(3,)] * 3, results
 
 
-# ---------------------------------------------------------------------------------------------------- what is no peer's doing
+# ---------------------------------------------------------------------------------------------------- what is no peer's
+# doing
 
 
 def test_other_errors_pass_as_they_are():

@@ -1,4 +1,5 @@
-"""Weights and optimizer state of one engine's backbone go on in another engine, on another number of ranks, or without any."""
+"""Weights and optimizer state of one engine's backbone go on in another engine, on another number of ranks, or without
+any."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_reference import INPUTS, D, make_backbone
+from engines_common import IMAGE, D, backbone
+from shards import whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from partial_fc import load_checkpoint, save_checkpoint
 from partial_fc.engines.deepspeed import import_deepspeed
@@ -25,13 +26,13 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 
 def module() -> nn.Module:
     """With running statistics, a parameter without gradient, and sizes that do not divide."""
-    backbone = nn.Sequential(make_backbone(), nn.BatchNorm1d(D))
-    backbone[0][2].bias.requires_grad_(False)  # type: ignore[index, union-attr]
-    return backbone
+    found = nn.Sequential(backbone(), nn.BatchNorm1d(D))
+    found[0][2].bias.requires_grad_(False)  # type: ignore[index, union-attr]
+    return found
 
 
-def trainable(backbone: nn.Module) -> list[nn.Parameter]:
-    return [p for p in backbone.parameters() if p.requires_grad]
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 class Training:
@@ -57,7 +58,7 @@ class Training:
     def train(self, first: int, last: int) -> None:
         for step in range(first, last):
             generator = torch.Generator().manual_seed(step)
-            inputs, wanted = torch.randn(16, INPUTS, generator=generator), torch.randn(16, D, generator=generator)
+            inputs, wanted = torch.randn(16, IMAGE, generator=generator), torch.randn(16, D, generator=generator)
             loss = (self.model(inputs) - wanted).square().mean()
             if hasattr(self.model, "step"):
                 self.model.backward(loss)
@@ -75,7 +76,7 @@ class Training:
         found = whole_state(self.model)
         for i, state in OptimizerState(self.model, self.optimizer).state_dict()["state"].items():
             for key, value in state.items():
-                found[f"{i}.{key}"] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+                found[f"{i}.{key}"] = whole(value).clone()
         return found
 
 
@@ -116,10 +117,9 @@ def test_training_goes_on_in_another_engine_on_another_number_of_ranks(ranks, tm
 
 def refused(rank: int, world: int) -> str:
     config = {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True}
-    backbone = make_backbone()
-    engine, *_ = import_deepspeed().initialize(
-        model=backbone, optimizer=torch.optim.SGD(backbone.parameters(), lr=0.1), config=config
-    )
+    model = backbone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
     with pytest.raises(ValueError, match="ZeRO-0") as error:
         BackboneState(engine)
     return str(error.value)

@@ -7,7 +7,19 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from engines_common import ACCUMULATION, IMPORTING, MAX_NORM, SGD, STEPS, Joint, Result, compare, finish, my_part
+from engines_common import (
+    ACCUMULATION,
+    IMPORTING,
+    MAX_NORM,
+    SGD,
+    STEPS,
+    Joint,
+    Result,
+    compare,
+    compare_resumed,
+    finish,
+    my_part,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
@@ -102,13 +114,10 @@ def test_a_lightning_run_resumes_at_any_world_size(ranks, tmp_path):
     straight = ranks(2).run(fit, str(tmp_path), 1.0, {}, timeout=IMPORTING)
     saved = tmp_path / f"epoch={SAVED_AFTER - 1}.ckpt"
     assert not any(key.startswith("head") for key in torch.load(saved, weights_only=False)["state_dict"])
-    rows = torch.cat([r.rows for r in straight])
     for world in (2, 1):
-        again = ranks(world).run(fit, str(tmp_path / "again"), 1.0, {}, str(saved), timeout=IMPORTING)
-        exact = {"rtol": 0.0, "atol": 0.0 if world == 2 else 2e-6}
-        torch.testing.assert_close(torch.cat([r.rows for r in again]), rows, **exact)
-        for result in again:
-            torch.testing.assert_close(result.backbone, straight[0].backbone, **exact)
+        compare_resumed(
+            straight, ranks(world).run(fit, str(tmp_path / "again"), 1.0, {}, str(saved), timeout=IMPORTING)
+        )
 
 
 def without_a_head(rank: int, world: int, folder: str) -> str:

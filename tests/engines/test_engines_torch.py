@@ -1,4 +1,5 @@
-"""Plain DDP and FSDP2, with the head beside the wrapped module and inside it, against one dense process; and what they refuse."""
+"""Plain DDP and FSDP2, with the head beside the wrapped module and inside it, against one dense process; and what they
+refuse."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from engines_common import (
     Joint,
     Result,
     compare,
+    compare_resumed,
     finish,
     my_part,
     new_head,
@@ -201,13 +203,8 @@ def fsdp_resume(rank: int, world: int, path: str, inside: bool, kind: str) -> Re
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_an_fsdp2_run_is_resumed_at_any_world_size(ranks, tmp_path, kind, inside):
     straight = ranks(2).run(fsdp_save, str(tmp_path), inside, kind)
-    rows = torch.cat([r.rows for r in straight])
     for world in (2, 3, 1):
-        again = ranks(world).run(fsdp_resume, str(tmp_path), inside, kind)
-        exact = {"rtol": 0.0, "atol": 0.0 if world == 2 else 2e-6}
-        torch.testing.assert_close(torch.cat([r.rows for r in again]), rows, **exact)
-        for result in again:
-            torch.testing.assert_close(result.backbone, straight[0].backbone, **exact)
+        compare_resumed(straight, ranks(world).run(fsdp_resume, str(tmp_path), inside, kind))
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
@@ -250,7 +247,8 @@ def test_a_head_that_an_engine_would_wrap_is_refused_in_words(ranks):
         assert ("CenterLoss (1.centers)" if "center" in name else "PartialFC (") in text, (name, text)
 
 
-# ---------------------------------------------------------------------------------------------------- engines that are not there
+# ---------------------------------------------------------------------------------------------------- engines that are
+# not there
 
 
 def test_an_engine_that_is_missing_or_too_old_says_what_to_install(monkeypatch):

@@ -1,4 +1,5 @@
-"""transformers.Trainer with a head inside its model, against one dense process: accumulation, clipping, saving, resuming."""
+"""transformers.Trainer with a head inside its model, against one dense process: accumulation, clipping, saving,
+resuming."""
 
 from __future__ import annotations
 
@@ -8,7 +9,20 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from engines_common import ACCUMULATION, IMPORTING, MAX_NORM, SGD, STEPS, Joint, N, Result, compare, finish, micro_batch
+from engines_common import (
+    ACCUMULATION,
+    IMPORTING,
+    MAX_NORM,
+    SGD,
+    STEPS,
+    Joint,
+    N,
+    Result,
+    compare,
+    compare_resumed,
+    finish,
+    micro_batch,
+)
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -137,13 +151,8 @@ def test_a_trainer_resumes_at_any_world_size(ranks, tmp_path):
     assert {"model.safetensors", "optimizer.pt", "partial_fc", "partial_fc_optimizer"} <= {
         path.name for path in saved.iterdir()
     }
-    rows = torch.cat([r.rows for r in straight])
     for world in (2, 1):
-        again = ranks(world).run(resume, str(tmp_path), timeout=IMPORTING)
-        exact = {"rtol": 0.0, "atol": 0.0 if world == 2 else 2e-6}
-        torch.testing.assert_close(torch.cat([r.rows for r in again]), rows, **exact)
-        for result in again:
-            torch.testing.assert_close(result.backbone, straight[0].backbone, **exact)
+        compare_resumed(straight, ranks(world).run(resume, str(tmp_path), timeout=IMPORTING))
 
 
 def test_what_a_trainer_cannot_do_is_refused(tmp_path: Path):

@@ -1,4 +1,5 @@
-"""DivergenceWatch: equal replicas never differ; a planted difference is found at its very step, by name and rank; what is watched."""
+"""DivergenceWatch: equal replicas never differ; a planted difference is found at its very step, by name and rank; what
+is watched."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from common import local
-from torch import Tensor, nn
+from shards import local
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from watching import collectives
 
 from partial_fc import AdaFace, ArcFace, DivergenceError, DivergenceWatch, PartialFC, RowOptimizer, SphereFace2
-from partial_fc.distributed import ranks as collectives
 from partial_fc.loop.checksums import checksums
 
 D, C = 4, 9
@@ -142,25 +143,18 @@ def test_a_log_names_each_tensor_once_and_goes_on(ranks):
         assert found == [("0.weight", 102, 101, (1,)), ("1.bias", 105, 101, (1,))]
 
 
-def exchanges(rank: int, world: int) -> list[int]:
-    """How many numbers are sent, by collective, over ten steps."""
-    run, sent = Run(rank, world, ArcFace(), every=5), []
-
-    def counted(out: Tensor, tensor: Tensor, **options: Any) -> Any:
-        sent.append(tensor.numel())
-        return gather(out, tensor, **options)
-
-    gather, collectives._all_gather_single = collectives._all_gather_single, counted
-    try:
+def exchanges(rank: int, world: int) -> list[tuple[str, int]]:
+    """What is sent over ten steps."""
+    run = Run(rank, world, ArcFace(), every=5)
+    with collectives() as sent:
         for _ in range(10):
             run.watch.step()
-    finally:
-        collectives._all_gather_single = gather
     return sent
 
 
 def test_one_small_exchange_every_so_many_steps(ranks):
-    assert ranks(2).run(exchanges, timeout=120) == [[12, 12]] * 2  # two kinds, five steps and the shard
+    exchange = ("all_gather", 12 * 8)  # two kinds, five steps and the shard
+    assert ranks(2).run(exchanges, timeout=120) == [[exchange] * 2] * 2
 
 
 def test_checksums_see_every_bit_and_no_layout():

@@ -1,17 +1,21 @@
-"""Ranks whose data end at different times train as one dense process over the samples there are; nobody waits, nothing counts twice."""
+"""Ranks whose data end at different times train as one dense process over the samples there are; nobody waits, nothing
+counts twice."""
 
 from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import Loss
+from dense_losses import Loss
+from dense_training import dense_training
+from near import near
+from shards import two_by_two, whole
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from partial_fc import ArcFace, CenterLoss, JoinedBatches, PartialFC, RowOptimizer, Softmax, clip_grad_norm_, gather
 
@@ -50,7 +54,8 @@ def batch_of(rank: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def trained(rank: int, world: int, counts: tuple[int, ...], form: str) -> tuple[list[float], int, Tensor, Tensor]:
-    """(losses, samples given that count, backbone weight, class weights) after an epoch of ranks with `counts` batches."""
+    """(losses, samples given that count, backbone weight, class weights) after an epoch of ranks with `counts`
+    batches."""
     pack, unpack = FORMS[form]
     torch.manual_seed(5)
     model = nn.parallel.DistributedDataParallel(nn.Linear(WIDTH, D, dtype=torch.float64))
@@ -72,32 +77,17 @@ def trained(rank: int, world: int, counts: tuple[int, ...], form: str) -> tuple[
         optimizer.zero_grad()
         head_optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, samples, model.module.weight.detach(), head.weight.full_tensor().detach()  # type: ignore[operator, union-attr]
+    return losses, samples, model.module.weight.detach(), whole(head.weight)  # type: ignore[union-attr]
 
 
 def many(rank: int, world: int, cases: list[tuple[tuple[int, ...], str]]) -> list[Any]:
     return [trained(rank, world, counts, form) for counts, form in cases]
 
 
-def dense(counts: tuple[int, ...], w: Tensor) -> tuple[list[float], int, Tensor, Tensor]:
-    """One process over the batches that there are at each step."""
-    torch.manual_seed(5)
-    model = nn.Linear(WIDTH, D, dtype=torch.float64)
-    w = w.clone().requires_grad_()
-    losses, samples = [], 0
-    for step in range(max(counts)):
-        x, y = (
-            torch.cat(each) for each in zip(*[batch_of(r, step) for r, n in enumerate(counts) if step < n], strict=True)
-        )
-        samples += len(y)
-        loss = Loss(scale=8.0)(model(x), w, None, y)
-        grads = torch.autograd.grad(loss, [*model.parameters(), w])
-        norm = torch.stack([g.norm() for g in grads]).norm()
-        with torch.no_grad():
-            for parameter, grad in zip([*model.parameters(), w], grads, strict=True):
-                parameter -= 0.1 * grad * min(1.0, 1.0 / (norm.item() + 1e-6))
-        losses.append(loss.item())
-    return losses, samples, model.weight.detach(), w.detach()
+def all_batches(counts: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
+    """The batches that there are at a step."""
+    pairs = [batch_of(rank, step) for rank, count in enumerate(counts) if step < count]
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
 @pytest.mark.parametrize(
@@ -118,15 +108,20 @@ def dense(counts: tuple[int, ...], w: Tensor) -> tuple[list[float], int, Tensor,
 )
 def test_ranks_whose_data_end_train_as_one_dense_process(ranks, world, cases):
     start = PartialFC(D, C, dtype=torch.float64, init_std=1.0).weight.detach()
+    torch.manual_seed(5)
+    backbone, loss = nn.Linear(WIDTH, D, dtype=torch.float64), Loss("ArcFace", {"scale": 8.0})
     results = ranks(world).run(many, cases)
-    for case, (counts, form) in enumerate(cases):
-        losses, samples, weight, rows = dense(counts, start)
-        mine = [result[case] for result in results]
-        assert sum(each[1] for each in mine) == samples, "every sample counts once"
-        for each in mine:
-            torch.testing.assert_close(torch.tensor(each[0]), torch.tensor(losses), rtol=0, atol=1e-9, msg=form)
-            torch.testing.assert_close(each[2], weight, rtol=0, atol=1e-9)
-            torch.testing.assert_close(each[3], rows, rtol=0, atol=1e-9)
+    for case, (counts, _) in enumerate(cases):
+        batch = partial(all_batches, counts)
+        dense = dense_training(backbone, start, loss, batch, max(counts), {"lr": 0.1}, max_norm=1.0)
+        samples = sum(len(batch_of(rank, step)[1]) for rank, count in enumerate(counts) for step in range(count))
+        assert sum(result[case][1] for result in results) == samples, "every sample counts once"
+        for losses, _, weight, rows in (result[case] for result in results):
+            near(
+                [torch.tensor(losses), weight, rows],
+                [torch.tensor(dense.losses), dense.backbone["weight"], dense.rows],
+                1e-9,
+            )
 
 
 def other_losses(rank: int, world: int) -> int:
@@ -137,7 +132,7 @@ def other_losses(rank: int, world: int) -> int:
     batches = [(torch.randn(3, WIDTH), {"faces": torch.tensor([0, 1, 10]), "kinds": torch.tensor([0, 1, 2])})] * (
         2 - rank
     )
-    before, steps = center.centers.full_tensor().clone(), 0  # type: ignore[operator]
+    before, steps = whole(center.centers).clone(), 0
     joined = JoinedBatches(batches, ignore_index={"faces": -100, "kinds": 255})
     for images, labels in joined:
         assert bool((labels["kinds"] == 255).all()) == bool((labels["faces"] == -100).all()) == joined.ended
@@ -149,7 +144,7 @@ def other_losses(rank: int, world: int) -> int:
         optimizer.zero_grad()
         center.step()
         steps += 1
-    assert not torch.equal(center.centers.full_tensor(), before)  # type: ignore[operator]
+    assert not torch.equal(whole(center.centers), before)
     return steps
 
 
@@ -189,7 +184,7 @@ def test_other_losses_and_what_a_loader_raises(ranks, world):
 
 def on_a_mesh(rank: int, world: int) -> list[tuple[float, float, bool]]:
     """Two replicas of two shards; only the last rank has data, two batches."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = two_by_two()
     head = PartialFC(D, C, Softmax(), group=mesh, dtype=torch.float64, init_std=1.0)
     joined = JoinedBatches([batch_of(3, step) for step in range(2)] if rank == 3 else [], group=mesh)
     return [

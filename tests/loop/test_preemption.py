@@ -14,7 +14,8 @@ from partial_fc import PreemptionGuard
 
 
 def leave_together(rank: int, world: int, number: signal.Signals) -> tuple[int, str | None]:
-    """The step after which this rank left a loop with a collective in each step; the last rank is asked to in the fourth, repeatedly."""
+    """The step after which this rank left a loop with a collective in each step; the last rank is asked to in the
+    fourth, repeatedly."""
     with PreemptionGuard() as guard:
         for step in range(10):
             if step == 4 and rank == world - 1:

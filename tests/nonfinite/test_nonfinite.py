@@ -1,4 +1,5 @@
-"""Non-finite losses and gradients: agreed on by all ranks before anything moves; skipped steps leave no trace; counts and limits."""
+"""Non-finite losses and gradients: agreed on by all ranks before anything moves; skipped steps leave no trace; counts
+and limits."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from common import local, message_of
+from common import message_of
+from shards import local
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from watching import collectives
 
 from partial_fc import (
     ArcFace,
@@ -33,7 +36,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 class Loop:
-    """A user's own loop: a backbone that all ranks hold alike and average the gradients of, a head, a center loss on the same batch.
+    """A user's own loop: a backbone that all ranks hold alike and average the gradients of, a head, a center loss on
+    the same batch.
 
     how: what judges a step: "clip", "check", or "step" (the head's optimizer alone).
     """
@@ -116,7 +120,8 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------- skipped steps leave no trace
+# ---------------------------------------------------------------------------------------------------- skipped steps
+# leave no trace
 
 HOWS = {
     "clip": ("embedding", "backbone", "loss", "rows"),
@@ -126,7 +131,8 @@ HOWS = {
 
 
 def skipped_runs(rank: int, world: int, rates: tuple[float, ...], replicas: int, micro: int) -> int:
-    """A good step, bad ones, a good one; weights and state stay through every bad one, and end as those of a run that never saw them."""
+    """A good step, bad ones, a good one; weights and state stay through every bad one, and end as those of a run that
+    never saw them."""
     mesh = init_device_mesh("cpu", (replicas, world // replicas)) if replicas > 1 else None
     bad_steps = 0
     for rate in rates:
@@ -156,7 +162,8 @@ def test_one_bad_micro_batch_leaves_the_whole_step_out(ranks):
     assert ranks(2).run(skipped_runs, (1.0, 0.5), 1, 2, timeout=120) == [20, 20]
 
 
-# ---------------------------------------------------------------------------------------------------- errors say what it was
+# ---------------------------------------------------------------------------------------------------- errors say what
+# it was
 
 
 def raised(rank: int, world: int, how: str, bad: str, rate: float) -> tuple[str, bool]:
@@ -207,36 +214,27 @@ def test_a_sampled_row_is_named_by_its_class(ranks):
     assert "rank 1: the gradient of weight of class " in text and int(text.split("of class ")[1].split()[0]) >= 5
 
 
-# ---------------------------------------------------------------------------------------------------- who looks, and how often
+# ---------------------------------------------------------------------------------------------------- who looks, and
+# how often
 
 
-def collectives(rank: int, world: int, **options: Any) -> dict[str, int]:
+def reductions_of(rank: int, world: int, **options: Any) -> dict[str, int]:
     """How many all-reduces a step makes, by what judges it."""
     counts = {}
-    original = dist.all_reduce
     for how in HOWS:
         loop = Loop(rank, world, how, **options)
-        seen: list[int] = []
-
-        def counted(tensor: Tensor, *arguments: Any, seen: list[int] = seen, **named: Any) -> Any:
-            seen.append(tensor.numel())
-            return original(tensor, *arguments, **named)
-
         loop.world = 1  # no averaging of the backbone's gradients, which counts not here
-        dist.all_reduce = counted
-        try:
+        with collectives() as calls:
             loop.step(0)
-        finally:
-            dist.all_reduce = original
-        counts[how] = len(seen)
+        counts[how] = [name for name, _ in calls].count("all_reduce")
     return counts
 
 
 def run_collectives(rank: int, world: int) -> list[dict[str, int]]:
     return [
-        collectives(rank, world),
-        collectives(rank, world, on_nonfinite="log"),
-        collectives(rank, world, validate="never", rate=0.5),
+        reductions_of(rank, world),
+        reductions_of(rank, world, on_nonfinite="log"),
+        reductions_of(rank, world, validate="never", rate=0.5),
     ]
 
 
@@ -403,7 +401,8 @@ def test_a_scaled_overflow_is_the_scalers_business_and_a_bad_forward_is_not(rank
         assert seen[3] == ("rank 0" if policy == "raise" else (True, True, 1, 8.0))
 
 
-# ---------------------------------------------------------------------------------------------------- inside backward, reductions
+# ---------------------------------------------------------------------------------------------------- inside backward,
+# reductions
 
 
 def in_backward(rank: int, world: int, policy: str) -> tuple[str, int]:

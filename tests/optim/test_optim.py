@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from common import local
+from near import near
+from shards import everyones, local, row_gradient
 from torch import Tensor, nn
+from watching import Allocations
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer, Softmax, clip_grad_norm_
 
@@ -59,10 +61,10 @@ def test_rows_move_as_under_the_dense_class(cls, options, rate, monkeypatch):
                     )
         mine.step()
         mine.zero_grad()
-        torch.testing.assert_close(head.weight.detach(), dense.detach(), rtol=0, atol=1e-12)
+        near(head.weight.detach(), dense.detach())
         for key, value in theirs.state[dense].items():
             if isinstance(value, Tensor):
-                torch.testing.assert_close(mine.state[head.weight][key], value, rtol=0, atol=1e-12)
+                near(mine.state[head.weight][key], value)
 
 
 def test_classes_that_mix_rows_are_refused():
@@ -127,40 +129,21 @@ def test_schedulers_set_the_learning_rate():
         assert head.weight.grad is None
 
 
-def no_dense_allocations(rank: int, world: int) -> int:
-    """The largest tensor that a sampled step makes after the first one, in elements."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
+def largest_allocation(rank: int, world: int) -> int:
+    """Of a sampled step after the first one, which allocates the state."""
     head = PartialFC(D, 20_000, ArcFace(), 0.01)
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, weight_decay=0.1)
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for value in torch.utils._pytree.tree_leaves(out):
-                if isinstance(value, Tensor) and not function.is_view and "detach" not in str(function):
-                    same = any(value is a for a in torch.utils._pytree.tree_leaves(args))
-                    largest = max(largest, 0 if same else local(value).numel())
-            return out
-
-    for step in range(2):
-        head(torch.randn(4, D), torch.arange(4)).backward()
-        if step:
-            with Watch():
-                head(torch.randn(4, D), torch.arange(4)).backward()
-                clip_grad_norm_([], head, max_norm=1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-        else:
+    for _ in range(2):
+        with Allocations() as made:
+            head(torch.randn(4, D), torch.arange(4)).backward()
+            clip_grad_norm_([], head, max_norm=1.0)
             optimizer.step()
             optimizer.zero_grad()
-    return largest
+    return made.elements
 
 
 def test_a_sampled_step_makes_nothing_of_the_shards_size(ranks):
-    for largest in ranks(2).run(no_dense_allocations):
+    for largest in ranks(2).run(largest_allocation):
         assert 0 < largest < 10_000
 
 
@@ -176,16 +159,15 @@ def clip(rank: int, world: int, rate: float, norm_type: float) -> None:
         torch.manual_seed(1)
         head(backbone(torch.randn(4, 3, dtype=torch.float64)), torch.randint(0, 11, (4,))).backward()
         grads = [p.grad for p in backbone.parameters() if p.grad is not None]
-        mine = head.row_grad[1] if head.row_grad else local(head.weight.grad)  # type: ignore[arg-type]
-        shards: list[Any] = [None] * world
-        dist.all_gather_object(shards, mine.clone())
-        everything = torch.cat([g.flatten() for g in [*grads, *shards]])
+        mine = row_gradient(head)
+        everything = torch.cat([g.flatten() for g in [*grads, *everyones(mine.clone())]])
         expected = torch.linalg.vector_norm(everything, norm_type)
         before = mine.clone()
         total = clip_grad_norm_([*backbone.parameters(), *head.parameters()], head, max_norm=bound, norm_type=norm_type)
         torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
-        after = head.row_grad[1] if head.row_grad else local(head.weight.grad)  # type: ignore[arg-type]
-        torch.testing.assert_close(after, before * min(1.0, bound / (expected.item() + 1e-6)), rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            row_gradient(head), before * min(1.0, bound / (expected.item() + 1e-6)), rtol=1e-9, atol=0
+        )
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -196,7 +178,8 @@ def test_one_norm_over_backbone_and_shards(ranks, world, rate, norm_type):
 
 
 def scale(rank: int, world: int, rate: float) -> tuple[list[float], bool]:
-    """A GradScaler over head and backbone: the same steps as without; an infinity in one shard skips the head everywhere."""
+    """A GradScaler over head and backbone: the same steps as without; an infinity in one shard skips the head
+    everywhere."""
     heads = [PartialFC(D, 11, ArcFace(scale=8.0), rate, dtype=torch.float64, init_std=1.0) for _ in range(2)]
     optimizers = [RowOptimizer(torch.optim.SGD, h, lr=0.1, momentum=0.9) for h in heads]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -206,8 +189,7 @@ def scale(rank: int, world: int, rate: float) -> tuple[list[float], bool]:
         scaler.scale(heads[0](x, labels)).backward()
         heads[1](x, labels).backward()
         if step == 2 and rank == world - 1:
-            grad = heads[0].row_grad[1] if heads[0].row_grad else local(heads[0].weight.grad)  # type: ignore[arg-type]
-            grad[0, 0] = float("inf")
+            row_gradient(heads[0])[0, 0] = float("inf")
         before = local(heads[0].weight).detach().clone()
         scaler.unscale_(optimizers[0])
         scaler.step(optimizers[0])
@@ -215,7 +197,7 @@ def scale(rank: int, world: int, rate: float) -> tuple[list[float], bool]:
         scales.append(scaler.get_scale())
         if step < 2:
             optimizers[1].step()
-            torch.testing.assert_close(local(heads[0].weight), local(heads[1].weight), rtol=0, atol=1e-12)
+            near(local(heads[0].weight), local(heads[1].weight))
         else:
             moved = not torch.equal(local(heads[0].weight), before)
         for optimizer in optimizers:

@@ -1,4 +1,5 @@
-"""The plan of a head against sums made by hand, against the head's own choices and collectives, and against memory that was measured."""
+"""The plan of a head against sums made by hand, against the head's own choices and collectives, and against memory that
+was measured."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from watching import collectives
 
 from partial_fc import PartialFC, Plan, RowOptimizer, SubCenterArcFace, plan
 from partial_fc.batch.status import Status
-from partial_fc.distributed import ranks as collectives
 from partial_fc.optim import row_optimizer as optim
 from partial_fc.planning import memory
 from partial_fc.planning.costs import OPTIMIZERS
@@ -87,22 +88,9 @@ def test_the_network_by_hand():
 def _bytes_put_in(rank: int, world: int) -> list[int]:
     """What each collective of a training step is given on this rank."""
     head = PartialFC(8, 100)
-    seen: list[int] = []
-    own = collectives._all_gather_single, collectives._reduce_scatter_single
-
-    def recorded(function: Any) -> Any:
-        def call(out: torch.Tensor, given: torch.Tensor, **options: Any) -> Any:
-            seen.append(given.nbytes)
-            return function(out, given, **options)
-
-        return call
-
-    collectives._all_gather_single, collectives._reduce_scatter_single = (recorded(f) for f in own)
-    try:
+    with collectives() as seen:
         head(torch.randn(5, 8, requires_grad=True), torch.arange(5)).backward()
-    finally:
-        collectives._all_gather_single, collectives._reduce_scatter_single = own
-    return seen
+    return [size for _, size in seen]
 
 
 def test_the_network_as_the_head_uses_it(ranks):
@@ -352,7 +340,10 @@ def test_the_command(capsys):
         ("--num_classes 10", "required: --batch_size"),
         ("--num_classes 10 --batch_size 0", "batch_size must be an integer of at least 1, not 0"),
         ("--num_classes x --batch_size 1", "--num_classes: invalid int value: 'x'"),
-        ("--num_classes 10 --batch_size 1 --memory 80XB", "--memory: '80XB' is no number of bytes; write it as 80GB"),
+        (
+            "--num_classes 10 --batch_size 1 --memory 80XB",
+            "--memory: '80XB' is not a number of bytes; write it as 80GB",
+        ),
         ("--num_classes 10 --batch_size 1 --optimizer lamb", "--optimizer: invalid choice: 'lamb'"),
         ("--num_classes 10 --batch_size 1 --speed 3", "unrecognized arguments: --speed 3"),
     ],
@@ -378,7 +369,8 @@ def small(monkeypatch):
 
 
 def allocated(made: Plan) -> dict[str, int]:
-    """Bytes of tensors of a head as planned, at most, in each phase of its first three steps, as torch's profiler sees them."""
+    """Bytes of tensors of a head as planned, at most, in each phase of its first three steps, as torch's profiler sees
+    them."""
     a = made.arguments
     cls, options = OPTIMIZERS[a["optimizer"]]
     head = PartialFC(
@@ -505,7 +497,8 @@ def measure_all() -> None:
 )
 def test_memory_is_what_was_planned():
     """Resident memory of the CPU, heap and all. Nothing is subtracted."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests/support'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, __file__], stdout=subprocess.PIPE, text=True, env=environment, timeout=150, check=True
     )

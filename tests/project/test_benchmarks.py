@@ -1,4 +1,5 @@
-"""The benchmark commands run from end to end at sizes that say nothing; the textbook peer computes the same as the head."""
+"""The benchmark commands run from end to end at sizes that say nothing; the textbook peer computes the same as the
+head."""
 
 from __future__ import annotations
 
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from common import args
 
 from partial_fc.training.cli.main import train_parser
-from partial_fc.training.config import MARGINS, save_config, to_config
+from partial_fc.training.config import MarginSettings, save_config, to_config
 
 ROOT = Path(__file__).parents[2]
 CASES = {"exact", "sampled", "many", "bf16", "memory", "memory_in_backward", "peers", "growth"}
@@ -111,11 +113,7 @@ def test_new_rows_are_measured(tmp_path: Path) -> None:
     command = [
         sys.executable,
         str(ROOT / "benchmarks" / "classes.py"),
-        "--quick",
-        "--seeds",
-        "0",
-        "1",
-        "--out",
+        *args("--quick --seeds 0 1 --out"),
         str(tmp_path),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -155,8 +153,8 @@ def test_the_settings_of_every_loss_are_valid(losses: Any, tmp_path: Path) -> No
         config = to_config(
             train_parser(), ["--config", losses.QUICKSTART, *losses.Run(name, 0, 12, tmp_path).arguments]
         )
-        used.add(config.head.margin)
-    assert used == set(MARGINS) - {"combined", "elastic_cos", "adaptive"}
+        used.add(config.head.margin.name)
+    assert used == set(MarginSettings.names) - {"CombinedMargin", "AdaptiveMargin"}
 
 
 def test_finished_runs_are_tabled_and_not_run_again(
@@ -185,22 +183,13 @@ def test_a_run_with_other_settings_is_refused(losses: Any, tmp_path: Path, capsy
     (folder / "config.yaml").write_text(config.replace("scale: 32.0", "scale: 16.0"))
     with pytest.raises(SystemExit):
         losses.main(["--out", str(tmp_path), "--only", "arcface", "--seeds", "0"])
-    assert "head.scale = 16.0" in capsys.readouterr().err
+    assert "head.margin.scale = 16.0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_loss_is_trained_and_an_interrupted_run_goes_on(losses: Any, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "losses.py"),
-        "--seeds",
-        "0",
-        "--epochs",
-        "2",
-        "--only",
-        "normface",
-    ]
+    command = [sys.executable, str(ROOT / "benchmarks" / "losses.py"), *args("--seeds 0 --epochs 2 --only normface")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for _ in range(2):
         run = subprocess.run(

@@ -1,4 +1,5 @@
-"""The launch files, each run on two CPU processes: all give the history that `accelerate launch` gives. Slurm is played by a script."""
+"""The launch files, each run on two CPU processes: all give the history that `accelerate launch` gives. Slurm is played
+by a script."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def test_mpirun(tiny, accelerated):
 
 @pytest.mark.slow
 def test_elastic_torchrun_goes_on_after_a_rank_is_killed(tiny, accelerated):
-    """A rank kills itself once, when the second step has been saved; the restarted run ends with the history of one that never stopped."""
+    """A rank kills itself once, when the second step has been saved; the restarted run ends with the history of one
+    that never stopped."""
     out = tiny.parent / "elastic"
     (tiny.parent / "sitecustomize.py").write_text(KILLER)
     where = f"{tiny.parent}{os.pathsep}{ROOT}"

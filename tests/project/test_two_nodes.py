@@ -1,9 +1,12 @@
-"""Two nodes for real, as far as one machine goes: two network namespaces with host names of their own, joined by a cable (a veth pair).
+"""Two nodes for real, as far as one machine goes: two network namespaces with host names of their own, joined by a
+cable (a veth pair).
 
-No process of one reaches the other's loopback, so whatever finds its way does so over the network between them. What is trained across both
-equals what is trained on one, also with a copy of the class weights on each node (head.replicas), with and without sampling.
+No process of one reaches the other's loopback, so whatever finds its way does so over the network between them. What is
+trained across both equals what is trained on one, also with a copy of the class weights on each node (head.replicas),
+with and without sampling.
 
-    pytest tests/project/test_two_nodes.py -m "slow or not slow"      all launchers, about three minutes on two cores (as root)
+    pytest tests/project/test_two_nodes.py -m "slow or not slow"      all launchers, about three minutes on two cores
+    (as root)
 """
 
 from __future__ import annotations
@@ -173,8 +176,8 @@ def test_elastic_torchrun(nodes, tiny, alone):
 
 @pytest.mark.slow
 def test_mpirun(nodes, tiny, alone):
-    """mpirun on the first node; where it would use ssh to start its daemon on the second, a script enters that namespace. The master is the
-    first node's name, as MPI tells it."""
+    """mpirun on the first node; where it would use ssh to start its daemon on the second, a script enters that
+    namespace. The master is the first node's name, as MPI tells it."""
     out, agent = tiny.parent / "mpirun", tiny.parent / "agent.sh"
     second = shlex.join(nodes.on(1, "")[:-1])
     agent.write_text(f'#!/usr/bin/env bash\nshift\nexec {second} "hostname {nodes.names[1]}; $*"\n')
@@ -190,7 +193,8 @@ def test_mpirun(nodes, tiny, alone):
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [1.0, 0.4])
 def test_a_copy_on_each_node_split_over_its_ranks(nodes, tiny, rate):
-    """A mesh of 2 nodes by 2 ranks has the losses of 4 ranks on one node; under sampling it draws the same classes, and so has them too."""
+    """A mesh of 2 nodes by 2 ranks has the losses of 4 ranks on one node; under sampling it draws the same classes, and
+    so has them too."""
     settings, parent = f"--head.sample_rate {rate}", tiny.parent
     flat = one_node(tiny, parent / f"flat{rate}", 4, settings)
     out = parent / f"mesh{rate}"

@@ -1,4 +1,5 @@
-"""Files that somebody else made: nothing in them is run, nothing outside their folder is touched, sizes are not believed."""
+"""Files that somebody else made: nothing in them is run, nothing outside their folder is touched, sizes are not
+believed."""
 
 from __future__ import annotations
 
@@ -340,7 +341,8 @@ def test_any_header_is_read_or_refused_by_name(tmp_path_factory, header, length)
     }  # no name was taken for a place to write to
 
 
-# ---------------------------------------------------------------------------------------------------- settings and run folders
+# ---------------------------------------------------------------------------------------------------- settings and run
+# folders
 
 
 MODULE = """
@@ -361,6 +363,15 @@ class Own(HeadConfig): pass
         ("head: own_module.Own\n", "head is a table of settings"),
         ("output:\n  trackers:\n  - class_path: own_module.Own\n", "class_path names code"),
         ("class_path: own_module.Own\ninit_args: {{}}\n", "class_path names code"),
+        ("head:\n  margin: own_module.Own\n", "head.margin names code"),
+        ("head:\n  margin: {{class_path: own_module.Own}}\n", "head.margin names code"),
+        ("head:\n  margin: \"'own_module.Own'\"\n", "head.margin names code"),
+        ("optimizer: own_module.Own\n", "optimizer names code"),
+        ("head_optimizer: {{class_path: own_module.Own}}\n", "head_optimizer names code"),
+        ("optimizer: {{class_path: torch_optimizer.own_module.Own}}\n", "optimizer names code"),
+        ("optimizer: {{class_path: partial_fc.margins.fixed.math.own_module}}\n", "cannot be imported"),
+        ("data:\n  mix: [{{class_path: own_module.Own}}]\n", "class_path names code"),
+        ("data: own_module.Own\n", "data is a table of settings"),
     ],
 )
 def test_settings_run_nothing(tmp_path, marker, monkeypatch, capsys, command, text, words):
@@ -374,18 +385,36 @@ def test_settings_run_nothing(tmp_path, marker, monkeypatch, capsys, command, te
     assert not marker.exists() and "own_module" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("head:\n  margin: {init_args: {class_path: own_module.Own}}\n", "ArcFace has no argument class_path"),
+        ("optimizer: {class_path: SGD, init_args: {lr: own_module.Own}}\n", "a setting cannot be a tensor"),
+        ("optimizer: {class_path: SGD, init_args: {lr: {class_path: own_module.Own}}}\n", "cannot be a tensor"),
+        ("data:\n  mix: [own_module.Own]\n", "data.mix names code"),
+    ],
+)
+def test_arguments_of_classes_run_nothing(tmp_path, marker, monkeypatch, mistake, text, words):
+    (tmp_path / "own_module.py").write_text(MODULE.format(marker=str(marker)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "settings.yaml").write_text(text)
+    assert words in mistake("train", str(tmp_path / "settings.yaml"))
+    assert not marker.exists() and "own_module" not in sys.modules
+
+
 def test_settings_of_a_run_folder_run_nothing(tmp_path, marker, monkeypatch, capsys):
     (tmp_path / "own_module.py").write_text(MODULE.format(marker=str(marker)))
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("head:\n  class_path: own_module.Own\n")
-    for arguments in (
-        ["train", "--resume", str(tmp_path / "run")],
-        ["evaluate", str(tmp_path / "run")],
-        ["audit", str(tmp_path / "run")],
-    ):
-        assert main(arguments) == 2
-        assert "config.yaml" in capsys.readouterr().err
+    for text in ("head:\n  class_path: own_module.Own\n", "head:\n  margin: {class_path: own_module.Own}\n"):
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        for arguments in (
+            ["train", "--resume", str(tmp_path / "run")],
+            ["evaluate", str(tmp_path / "run")],
+            ["audit", str(tmp_path / "run")],
+        ):
+            assert main(arguments) == 2
+            assert "config.yaml" in capsys.readouterr().err
     assert not marker.exists()
 
 

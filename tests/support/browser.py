@@ -1,4 +1,5 @@
-"""A real browser without a window, spoken to by the DevTools protocol over two pipes: what a page says, asks for and shows.
+"""A real browser without a window, spoken to by the DevTools protocol over two pipes: what a page says, asks for and
+shows.
 
     with Browser() as browser: seen = browser.open(path, width=390); seen.complaints, seen.requests, seen.evaluated
 
@@ -37,7 +38,8 @@ def find_browser() -> str | None:
 
 @dataclass
 class Seen:
-    """complaints: errors, warnings and messages of the page's console, and exceptions. requests: what it asked for, but for itself."""
+    """complaints: errors, warnings and messages of the page's console, and exceptions. requests: what it asked for, but
+    for itself."""
 
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)

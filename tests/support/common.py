@@ -29,3 +29,8 @@ def _message(function: Callable[..., Any], kinds: tuple[type[Exception], ...], *
     except kinds as error:
         return f"{type(error).__name__}: {error}"
     raise AssertionError("nothing was raised")
+
+
+def args(text: str) -> list[str]:
+    """The arguments of a command, none of which has a space."""
+    return text.split()

@@ -1,4 +1,5 @@
-"""Data sets in every format, written by the tests themselves: with struct, tarfile and `datasets`, and nothing of partial_fc."""
+"""Data sets in every format, written by the tests themselves: with struct, tarfile and `datasets`, and nothing of
+partial_fc."""
 
 from __future__ import annotations
 

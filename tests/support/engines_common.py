@@ -1,7 +1,8 @@
 """What every engine is compared with: one process, dense, float64, from formulas; the same data, cut over the ranks.
 
     micro-batch m     images [N, 3], labels [N], the same on every rank; rank r takes its part of the rows
-    step              ACCUMULATION micro-batches, their mean gradient, clipped by one norm of backbone and head, SGD with momentum
+    step              ACCUMULATION micro-batches, their mean gradient, clipped by one norm of backbone and head, SGD
+                      with momentum
     compared          all weights of backbone and head after STEPS steps, and the norms before clipping
 
 An engine's test trains `backbone()` and `new_head()` its own way and returns `finish(...)`; `compare` does the rest.
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import local
-from oracle import DenseSGD, Loss
+from dense_losses import Loss
+from dense_training import Trained, dense_training
+from shards import local, whole
 from torch import Tensor, nn
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer
@@ -23,23 +25,20 @@ STEPS, ACCUMULATION, N = 5, 2, 10
 IMAGE, WIDTH, D, C = 3, 8, 6, 11
 SGD = {"lr": 0.3, "momentum": 0.9, "weight_decay": 1e-2}
 MAX_NORM = 1.0  # below every norm of the run
-LOSS = Loss(scale=8.0, m2=0.3)
+SCALE, MARGIN = 8.0, 0.3
 SEED = 7
 IMPORTING = 170.0  # seconds until ranks that have to import an engine first must have answered
 
 
 @dataclass
 class Result:
-    """What one rank ended with: the whole backbone, its rows of the head, the norms, and the classes it used in each micro-batch."""
+    """What one rank ended with: the whole backbone, its rows of the head, the norms, and the classes it used in each
+    micro-batch."""
 
     backbone: dict[str, Tensor]
     rows: Tensor
     norms: list[float]
     selected: list[Tensor]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def backbone() -> nn.Module:
@@ -57,7 +56,7 @@ def class_weights() -> Tensor:
 
 def new_head(rate: float = 1.0) -> PartialFC:
     """A head whose rows are those of `class_weights()`."""
-    head = PartialFC(D, C, ArcFace(scale=LOSS.scale, margin=LOSS.m2), rate, seed=SEED)
+    head = PartialFC(D, C, ArcFace(SCALE, MARGIN), rate, seed=SEED)
     ids = torch.arange(C)[head.shards.lo : head.shards.hi]
     with torch.no_grad():
         local(head.weight).copy_(class_weights()[ids])
@@ -99,58 +98,44 @@ def finish(module: nn.Module, head: PartialFC, norms: list[Any], selected: list[
     return Result(state, local(head.weight).detach().clone(), [float(n) for n in norms], [s.clone() for s in selected])
 
 
-def dense(
-    selected: list[Tensor] | None = None, rates: list[float] | None = None
-) -> tuple[dict[str, Tensor], Tensor, list[float]]:
-    """(backbone, class weights, norms) of the same run in one process.
+def dense(selected: list[Tensor] | None = None, *, max_norm: float | None = MAX_NORM, **options: Any) -> Trained:
+    """The same run in one process; options: of `dense_training`."""
+    loss = Loss("ArcFace", {"scale": SCALE, "margin": MARGIN})
+    options = {"steps": STEPS, "accumulation": ACCUMULATION, "max_norm": max_norm, "selected": selected, **options}
+    found = dense_training(backbone(), class_weights(), loss, micro_batch, sgd=SGD, **options)
+    assert max_norm is None or min(found.norms) > max_norm, "every step must be clipped"
+    return found
 
-    selected: the classes of each micro-batch; None: all. rates: what the learning rate is multiplied with in each step; None: nothing.
-    """
-    module, w = backbone().double(), class_weights().double()
-    updates = {name: DenseSGD(**SGD) for name, _ in module.named_parameters()}
-    rule, norms = DenseSGD(**SGD), []
-    for step in range(STEPS):
-        for update in [*updates.values(), rule]:
-            update.lr = SGD["lr"] * (1.0 if rates is None else rates[step])
-        grad, touched = torch.zeros_like(w), torch.zeros(C, dtype=torch.bool)
-        module.zero_grad()
-        for index in range(step * ACCUMULATION, (step + 1) * ACCUMULATION):
-            images, labels = micro_batch(index)
-            classes = torch.arange(C) if selected is None else selected[index]
-            rows = w[classes].requires_grad_()
-            place = torch.full((C,), -1).index_put_((classes,), torch.arange(len(classes)))
-            (LOSS(module(images.double()), rows, None, place[labels]) / ACCUMULATION).backward()
-            grad[classes] += rows.grad
-            touched[classes] = True
-        grads = [p.grad for p in module.parameters()] + [grad]
-        norm = torch.linalg.vector_norm(torch.cat([g.reshape(-1) for g in grads]))
-        assert norm > MAX_NORM, "the clip must bite"
-        norms.append(float(norm))
-        for g in grads:
-            g.mul_(MAX_NORM / (norm + 1e-6))
-        with torch.no_grad():
-            for name, p in module.named_parameters():
-                updates[name].step(p, p.grad, torch.arange(len(p)))
-        rule.step(w, grad, touched.nonzero()[:, 0])
-    return {name: p.detach() for name, p in module.state_dict().items()}, w, norms
+
+def error(found: Trained | Result, expected: Trained) -> tuple[float, float]:
+    """The largest difference of any weight of the backbone, and of the head."""
+    assert found.backbone.keys() == expected.backbone.keys() and found.rows.shape == expected.rows.shape
+    of_backbone = max(
+        float((found.backbone[name].double() - value).abs().max()) for name, value in expected.backbone.items()
+    )
+    return of_backbone, float((found.rows.double() - expected.rows).abs().max())
 
 
 def compare(
     results: list[Result], tolerance: float = 1e-5, *, rates: list[float] | None = None, norms: bool = True
 ) -> float:
     """Assert that every rank ended with the dense run's weights, and return the largest error."""
-    every_step = [torch.cat([r.selected[i] for r in results]) for i in range(STEPS * ACCUMULATION)]
-    module, w, expected_norms = dense(every_step, rates)
-    rows = torch.cat([r.rows for r in results])
-    assert rows.shape == w.shape
-    errors = [(rows.double() - w).abs().max()]
+    expected = dense([torch.cat([r.selected[i] for r in results]) for i in range(STEPS * ACCUMULATION)], rates=rates)
+    rows, worst = torch.cat([r.rows for r in results]), 0.0
     for result in results:
-        assert result.backbone.keys() == module.keys()
-        errors += [(result.backbone[name].double() - value).abs().max() for name, value in module.items()]
+        worst = max(worst, *error(Trained(result.backbone, rows), expected))
         if norms:
             assert len(result.norms) == STEPS
-            errors += [(torch.tensor(result.norms).double() - torch.tensor(expected_norms).double()).abs().max()]
-    worst = float(torch.stack(errors).max())
+            worst = max(worst, *(abs(mine - theirs) for mine, theirs in zip(result.norms, expected.norms, strict=True)))
     print(f"largest error {worst:.2e}")
     assert worst <= tolerance, f"largest error {worst:.2e}"
     return worst
+
+
+def compare_resumed(straight: list[Result], again: list[Result]) -> None:
+    """A resumed run ends as the straight one: with its bits on as many ranks, else within the rounding of sums in
+    another order."""
+    exact = {"rtol": 0.0, "atol": 0.0 if len(again) == len(straight) else 2e-6}
+    torch.testing.assert_close(torch.cat([r.rows for r in again]), torch.cat([r.rows for r in straight]), **exact)
+    for result in again:
+        torch.testing.assert_close(result.backbone, straight[0].backbone, **exact)

@@ -1,11 +1,13 @@
-"""Ranks of the application without the seconds that a start of each takes: forked off one process that has imported everything.
+"""Ranks of the application without the seconds that a start of each takes: forked off one process that has imported
+everything.
 
     process = fork("train", "configs/quickstart.yaml", ..., ranks=2)        like a launcher started with that command
     process = fork("examples/ddp.py", "2")                                  the same of a script
     code, out, err = finish(process)
 
-What a rank does is what `torchrun -m partial_fc` lets it do; the launchers themselves are tested in test_launch.py, test_crashes.py and
-test_readme.py. When a rank ends badly the others get SIGTERM, and the exit code is the first bad one.
+What a rank does is what `torchrun -m partial_fc` lets it do; the launchers themselves are tested in test_launch.py,
+test_crashes.py and test_readme.py. When a rank ends badly the others get SIGTERM, and the exit code is the first bad
+one.
 """
 
 from __future__ import annotations
@@ -112,7 +114,8 @@ class Forked:
 
 
 def fork(*arguments: str, ranks: int = 2, **more: str) -> Forked:
-    """`partial-fc`, or a script of the project, with these arguments on so many ranks; `more` variables of the environment."""
+    """`partial-fc`, or a script of the project, with these arguments on so many ranks; `more` variables of the
+    environment."""
     return Forked(arguments, ranks, more)
 
 

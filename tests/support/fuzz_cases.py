@@ -1,10 +1,11 @@
-"""A case of the property tests: plain numbers and names that say everything about a few training steps, and the steps on the ranks.
+"""A case of the property tests: plain numbers and names that say everything about a few training steps, and the steps
+on the ranks.
 
     Case ── on every rank: run_case(rank, world, case) ──> numbers of each micro-batch and each step, as NumPy arrays
          ── in the test: fuzz_dense.check(case, results) ──> compared with one dense float64 process
 
-A case is made of nothing but its fields, so `repr(case)` is all that is needed to run it again. Ranks compare nothing: they do the same
-whatever is found, so that a case that differs costs no restart of processes while it is made smaller.
+A case is made of nothing but its fields, so `repr(case)` is all that is needed to run it again. Ranks compare nothing:
+they do the same whatever is found, so that a case that differs costs no restart of processes while it is made smaller.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class Batch:
     labels: Tensor
     label_weights: Tensor | None
     sample_weights: Tensor | None
-    factors: Tensor  # [N]: what the caller multiplies each sample's loss with, for reduction "none"; else the first one counts
+    # [N]: what the caller multiplies each sample's loss with, for reduction "none"; else the first one counts
+    factors: Tensor
 
     def of(self, here: slice) -> Batch:
         weights = (None if w is None else w[here] for w in (self.label_weights, self.sample_weights))

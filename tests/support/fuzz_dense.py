@@ -1,18 +1,21 @@
-"""What a case of the property tests is compared with: one process, dense, float64, from the papers' formulas. Shares no code with the core.
+"""What a case of the property tests is compared with: one process, dense, float64, from the papers' formulas. Shares no
+code with the core.
 
-Every stage starts from what the ranks had before it, so that its error is its own: losses and gradients from the weights before the step,
-weights after the step from the gradients of the step. How far a stage may be off follows from the dtypes (`Bounds`); with u the unit
-roundoff of the statistics (2⁻²⁴ for float32, 2⁻⁵³ for float64), u_p of the matrix products, u_w and u_e of weights and embeddings:
+Every stage starts from what the ranks had before it, so that its error is its own: losses and gradients from the
+weights before the step, weights after the step from the gradients of the step. How far a stage may be off follows from
+the dtypes (`Bounds`); with u the unit roundoff of the statistics (2⁻²⁴ for float32, 2⁻⁵³ for float64), u_p of the
+matrix products, u_w and u_e of weights and embeddings:
 
     a cosine             a sum of D products: k·u, k = D + N + S + 16 operations; 3 u_p where products are rounded
     a target's angle     θ = arccos(c): k·u / sin θ, never more than √(2 k u)
     a logit              δ = s (slope · cosine + factor · angle)
     a loss               2 δ, and its own rounding
-    a probability        a share of 4 δ; so a gradient |c| s ‖∂cos‖ (4 δ + k·u + 8 u_p), and what is lost when it is stored in u_w or u_e
+    a probability        a share of 4 δ; so a gradient |c| s ‖∂cos‖ (4 δ + k·u + 8 u_p), and what is lost when it is
+                         stored in u_w or u_e
     a weight             some u_w of itself and of what is added to it
 
-Where a result jumps (a filter's threshold, the nearest center, a rule for harder classes) and an input is within its own error of the
-jump, both sides are right: `NearJump`.
+Where a result jumps (a filter's threshold, the nearest center, a rule for harder classes) and an input is within its
+own error of the jump, both sides are right: `NearJump`.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from typing import Any
 
 import numpy
 import torch
+from dense_centers import DenseCenters, center_losses
+from dense_losses import Loss, reduced, share_of, unit
+from dense_optimizers import DenseAdamW, DenseSGD
 from fuzz_cases import (
     CENTER_ALPHA,
     CENTER_FACTOR,
@@ -33,18 +39,12 @@ from fuzz_cases import (
     class_counts_of,
     class_weights_of,
     global_batch,
-    margin_of,
     ordered,
 )
-from oracle import psi
 from torch import Tensor
 
 SAFETY = 4.0
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
-
-
-def softplus(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 class NearJump(Exception):
@@ -84,190 +84,94 @@ class Bounds:
             )
 
 
-def share_of(case: Case, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(weight of each class in each sample `[N, C]`, 0 where it is none of its labels; whether a sample takes part `[N]`)."""
-    labels = batch.labels if batch.labels.ndim == 2 else batch.labels[:, None]
-    weights = torch.ones_like(labels, dtype=torch.float64) if batch.label_weights is None else batch.label_weights
-    share = torch.zeros(len(labels), case.classes, dtype=torch.float64)
-    for i, row in enumerate(labels.tolist()):
-        for place, label in enumerate(row):
-            if label != case.ignore:
-                share[i, label] += weights[i, place]
-    return share, (labels != case.ignore).any(1)
-
-
-def unit(v: Tensor) -> tuple[Tensor, Tensor]:
-    """(directions, lengths) of vectors `[..., D]`; no direction, and no gradient, where the length is 0."""
-    length = v.norm(dim=-1, keepdim=True)
-    some = length > 1e-12
-    return torch.where(some, v / torch.where(some, length, 1.0), 0.0), length[..., 0]
-
-
 class Losses:
     """Losses `[N]` of a batch over the chosen classes `[S]`, before they are weighted, and bounds of their errors."""
 
-    def __init__(
-        self, case: Case, bounds: Bounds, x: Tensor, w: Tensor, bias: Tensor | None, offset: Tensor | None
-    ) -> None:
-        self.case, self.bounds, self.bias, self.offset = case, bounds, bias, offset
-        self.margin = margin_of(case)  # for its settings
-        self.x, self.w = x, w
+    def __init__(self, case: Case, bounds: Bounds, x: Tensor, w: Tensor, state: dict[str, float]) -> None:
+        settings = dict(case.settings)
+        if case.margin == "AdaptiveMargin":
+            settings["class_counts"] = class_counts_of(case)
+        self.case, self.bounds, self.x, self.w = case, bounds, x, w
+        self.dense = Loss(case.margin, settings, case.smoothing, beyond=case.beyond, state=dict(state))
         self.k = (x.shape[1] + len(x) + len(w) + 16) * bounds.u * SAFETY
-        self.slope, self.factor, self.extra = 1.0, 1.0, torch.zeros(len(x), dtype=torch.float64)
+        self.slope = self.factor = 1.0
 
-    def of(self, share: Tensor, classes: Tensor, drawn: Tensor | None, state: dict[str, float]) -> Tensor:
-        case, scale, target = self.case, self.margin.scale, share > 0
-        self.state = dict(state)
-        if case.margin == "Softmax":
-            logits = self.x @ self.w.T + (0.0 if self.bias is None else self.bias)
-            size = self.x.detach().norm(dim=1).amax() * self.w.detach().norm(dim=1).amax() if logits.numel() else 0.0
+    def of(
+        self, share: Tensor, classes: Tensor, drawn: Tensor | None, bias: Tensor | None, offset: Tensor | None
+    ) -> Tensor:
+        losses = self.dense.losses(self.x, self.w, share, classes, bias, offset, drawn)
+        self.total_slope = torch.ones(len(losses), dtype=torch.float64)  # of a loss by its logits, half of it
+        self.extra = torch.zeros(len(losses), dtype=torch.float64)  # the part of a loss that is of no logit
+        if self.case.margin == "Softmax":
+            some = self.dense.logits.numel() > 0
+            size = self.x.detach().norm(dim=1).amax() * self.w.detach().norm(dim=1).amax() if some else 0.0
             self.delta = float(size * (self.k + 3 * self.bounds.u_p))
-            return self._softmax(logits, target, share, torch.zeros_like(target))
-        x, self.norm = unit(self.x)
-        w, self.row_norm = unit(self.w)
-        cosines = x @ w.T if w.ndim == 2 else self._nearest(torch.einsum("nd,skd->nsk", x, w))
-        self.error = self.k + 3 * self.bounds.u_p
-        edge = 1 - 1e-15
-        own = torch.where(target, cosines, 0.0)
-        own = torch.where(own.abs() > edge, own.detach().clamp(-1, 1), own)  # at an angle of 0 or π nothing turns it
-        margined = self._target(own, target, classes, drawn)
-        sine = (1 - own.detach() ** 2).clamp(min=0).sqrt()
-        angle = (
-            torch.where(target, self.k / sine.clamp(min=math.sqrt(2 * self.k)), 0.0).amax() if target.numel() else 0.0
-        )
-        out = torch.zeros_like(target)
-        if case.beyond is not None:
-            self._far(cosines - case.beyond, ~target)
-            out = (cosines > case.beyond) & ~target
-        others = self._rule(cosines, margined, share, target)
-        self.delta = float(scale * (self.slope * self.error + self.factor * (angle + self.k)) + self.turn)
-        if case.margin == "SphereFace2":
-            return self._binary(margined * scale + self.offset, others * scale + self.offset, target, share, out)
-        losses = self._softmax(scale * torch.where(target, margined, others), target, share, out)
-        if case.margin == "MagFace":
-            s = self.case.settings
-            length = self.norm.clamp(s["l_a"], s["u_a"])
-            penalty = s["penalty_weight"] * (length / s["u_a"] ** 2 + 1 / length)
-            for end in (s["l_a"], s["u_a"]):
-                self._far(self.norm / end - 1, torch.ones_like(self.norm, dtype=torch.bool))
-            self.extra = penalty.detach()
-            losses = losses + penalty
+            return losses
+        self.error = self.k + 3 * self.bounds.u_p  # of a cosine
+        self._jumps(share)
+        self.slope, self.factor, turn = self._slopes()
+        sine = (1 - self.dense.own.detach() ** 2).clamp(min=0).sqrt()
+        angles = torch.where(share > 0, self.k / sine.clamp(min=math.sqrt(2 * self.k)), 0.0)
+        angle = angles.amax() if angles.numel() else 0.0
+        scale = self.dense.scale
+        self.delta = float(scale * (self.slope * self.error + self.factor * (angle + self.k)) + turn)
+        if self.case.margin == "SphereFace2":
+            balance = self.dense.settings["balance"]
+            left = (share == 0) & ~self._skipped(share)
+            self.total_slope = (balance * share.sum(1) + (1 - balance) * left.sum(1)) / scale
+        if self.case.margin == "MagFace":
+            self.extra = self.dense.penalty().detach()
         return losses
+
+    def _skipped(self, share: Tensor) -> Tensor:
+        beyond = math.inf if self.case.beyond is None else self.case.beyond
+        return (self.dense.cosines.detach() > beyond) & (share == 0)
+
+    def _slopes(self) -> tuple[float, float, float]:
+        """(the largest slope of other classes' logits by their cosines, of the target's by its angle, error of the
+        margin itself)."""
+        s, state = self.dense.settings, self.dense.state
+        match self.case.margin:
+            case "SphereFace2":
+                return s["t"], 1.0, 0.0
+            case "CurricularFace":
+                return abs(state["t"]) + 2, 1.0, 0.0
+            case "SphereFace":
+                return 1.0, s["margin"], 0.0
+            case "CombinedMargin":
+                return 1.0, s["m1"], 0.0
+            case "AdaFace":
+                moved = s["h"] * self.k * 200 / (state["std"] + 1e-3)
+                return 1.0, 1.0, 4 * self.dense.scale * s["margin"] * min(1.0, moved)
+            case "MagFace":
+                return 1.0, 1.0, self.dense.scale * self._rise * self.k * s["u_a"]
+        return 1.0, 1.0, 0.0
+
+    @property
+    def _rise(self) -> float:
+        """MagFace's margin by the length."""
+        s = self.dense.settings
+        return (s["u_m"] - s["l_m"]) / (s["u_a"] - s["l_a"])
+
+    def _jumps(self, share: Tensor) -> None:
+        """NearJump where a cosine or a length is within its error of a place where the result jumps."""
+        dense, others = self.dense, share == 0
+        if dense.by_center.shape[2] > 1 and dense.by_center.numel():
+            best = dense.by_center.detach().topk(2, dim=2).values
+            self._far(best[..., 0] - best[..., 1], (dense.norm > 0)[:, None].expand(best.shape[:2]))
+        if self.case.beyond is not None:
+            self._far(dense.cosines - self.case.beyond, others)
+            if self.case.smoothing > 0 and bool(self._skipped(share).all(1).any()):
+                raise NearJump  # a sample without any class
+        if self.case.margin == "CurricularFace":
+            self._far(dense.cosines - dense.aim, others)
+        if self.case.margin == "MagFace":
+            for end in (self.case.settings["l_a"], self.case.settings["u_a"]):
+                self._far(dense.norm / end - 1, torch.ones_like(dense.norm, dtype=torch.bool))
 
     def _far(self, distance: Tensor, where: Tensor) -> None:
         if bool((distance.detach().abs()[where] <= 4 * max(self.error, 1e-14)).any()):
             raise NearJump
-
-    def _nearest(self, cosines: Tensor) -> Tensor:
-        if cosines.shape[2] > 1 and cosines.numel():
-            best = cosines.detach().topk(2, dim=2).values
-            self.error = self.k + 3 * self.bounds.u_p
-            self._far(best[..., 0] - best[..., 1], (self.norm > 0)[:, None].expand(best.shape[:2]))
-        return cosines.amax(2)
-
-    def _softmax(self, logits: Tensor, target: Tensor, share: Tensor, out: Tensor) -> Tensor:
-        self.total_slope = torch.ones(len(logits), dtype=torch.float64)
-        if bool((out.all(1) & (self.case.smoothing > 0)).any()):
-            raise NearJump  # a sample without any class
-        log_p = torch.where(out, 0.0, logits) - logits.masked_fill(out, -math.inf).logsumexp(1, keepdim=True)
-        log_p = torch.where(out.all(1, keepdim=True), 0.0, log_p)
-        even = torch.where(out, 0.0, log_p).sum(1) / (~out).sum(1).clamp(min=1)
-        smoothing = self.case.smoothing
-        return -(1 - smoothing) * torch.where(target, share * log_p, 0.0).sum(1) - smoothing * even
-
-    def _binary(self, own: Tensor, others: Tensor, target: Tensor, share: Tensor, out: Tensor) -> Tensor:
-        balance, r = self.margin.balance, self.margin.scale  # type: ignore[attr-defined]
-        left = ~target & ~out
-        self.total_slope = (balance * share.sum(1) + (1 - balance) * left.sum(1)) / r
-        of_own = torch.where(target, share * softplus(-own), 0.0).sum(1)
-        return balance / r * of_own + (1 - balance) / r * torch.where(left, softplus(others), 0.0).sum(1)
-
-    def _rule(self, cosines: Tensor, margined: Tensor, share: Tensor, target: Tensor) -> Tensor:
-        """What other classes' cosines become."""
-        if self.case.margin == "SphereFace2":
-            s = self.case.settings
-            self.slope = s["t"]
-            return 2 * ((cosines.clamp(-1, 1) + 1) / 2) ** s["t"] - 1 + s["margin"]
-        if self.case.margin != "CurricularFace":
-            return cosines
-        total = share.sum(1, keepdim=True)
-        aim = (torch.where(target, margined.detach(), 0.0) * share).sum(1, keepdim=True) / torch.where(
-            total > 0, total, 1.0
-        )
-        self._far(cosines - aim, ~target)
-        self.slope = abs(self.state["t"]) + 2
-        return torch.where(cosines > aim, cosines * (self.state["t"] + cosines), cosines)
-
-    def _target(self, own: Tensor, target: Tensor, classes: Tensor, drawn: Tensor | None) -> Tensor:
-        """Target logits before scaling; moves the margin's state."""
-        name, s, k = self.case.margin, self.case.settings, self.k
-        self.turn = 0.0
-        norms = self.norm[:, None].expand(own.shape)
-        if name in (
-            "ArcFace",
-            "SubCenterArcFace",
-            "CosFace",
-            "NormFace",
-            "SphereFace",
-            "CombinedMargin",
-            "CurricularFace",
-        ):
-            m1 = {"SphereFace": s.get("margin", 1.0), "CombinedMargin": s.get("m1", 1.0)}.get(name, 1.0)
-            m2 = {"CombinedMargin": s.get("m2"), "CosFace": 0.0, "NormFace": 0.0, "SphereFace": 0.0}.get(
-                name, s.get("margin")
-            )
-            m3 = {"CombinedMargin": s.get("m3"), "CosFace": s.get("margin")}.get(name, 0.0)
-            self.factor = m1
-            if name == "CurricularFace" and bool(target.any()):
-                self.state["t"] = (
-                    s["momentum"] * float(own.detach()[target].mean()) + (1 - s["momentum"]) * self.state["t"]
-                )
-            value = self._turned(own, m1, m2) - m3
-            return own + (value - own).detach() if s.get("gradient") == "straight_through" else value
-        if name == "AdaFace":
-            clipped = norms.detach().clamp(0.001, 100)[target]
-            rate = s["momentum"]
-            if len(clipped) > 1:
-                self.state["std"] = rate * float(clipped.std()) + (1 - rate) * self.state["std"]
-            if len(clipped):
-                self.state["mean"] = rate * float(clipped.mean()) + (1 - rate) * self.state["mean"]
-            z = (s["h"] * (norms.detach().clamp(0.001, 100) - self.state["mean"]) / (self.state["std"] + 1e-3)).clamp(
-                -1, 1
-            )
-            self.turn = 4 * self.margin.scale * s["margin"] * min(1.0, s["h"] * k * 200 / (self.state["std"] + 1e-3))
-            return self._turned(own, 1.0, -s["margin"] * z) - s["margin"] * (1 + z)
-        if name == "MagFace":
-            length = norms.clamp(s["l_a"], s["u_a"])
-            rise = (s["u_m"] - s["l_m"]) / (s["u_a"] - s["l_a"])
-            self.turn = self.margin.scale * rise * k * s["u_a"]
-            return self._turned(own, 1.0, s["l_m"] + rise * (length - s["l_a"]))
-        if name == "ElasticFace":
-            assert drawn is not None
-            return self._turned(own, 1.0, drawn) if s["kind"] == "arc" else own - drawn
-        if name == "AdaptiveMargin":
-            rare = torch.tensor(class_counts_of(self.case), dtype=torch.float64).clamp(min=1) ** -s["exponent"]
-            spread = rare.max() - rare.min()
-            place = (rare - rare.min()) / spread if spread > 0 else torch.ones_like(rare)
-            table = s["smallest"] + (s["largest"] - s["smallest"]) * place
-            return self._turned(
-                own, 1.0, table.float().double()[classes][None].expand(own.shape)
-            )  # the table is held in float32
-        assert name == "SphereFace2"
-        return 2 * ((own + 1) / 2) ** s["t"] - 1 - s["margin"]
-
-    def _turned(self, cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
-        """cos(factor · θ + added), continued past π as `oracle.psi` is; 1 where the argument is below 0."""
-        if isinstance(added, float):
-            inside = torch.where(cosine.abs() < 1, cosine, 0.0)
-            value = psi(inside, factor, added, 0.0)
-            return torch.where(cosine.abs() < 1, value, psi(cosine.detach(), factor, added, 0.0))
-        angle = (
-            torch.where(
-                cosine.abs() < 1, torch.acos(torch.where(cosine.abs() < 1, cosine, 0.0)), torch.acos(cosine.detach())
-            )
-            + added
-        )
-        return torch.where(angle > math.pi, -torch.cos(angle) - 2, torch.cos(angle.clamp(min=0)))
 
     # ------------------------------------------------------------------------------------------------ bounds
 
@@ -285,16 +189,12 @@ class Losses:
         if self.case.margin == "Softmax":
             size = self.w.detach().norm(dim=1).amax() if len(self.w) else 0.0
             return total * size, (total * self.x.detach().norm(dim=1))[:, None].expand(-1, len(self.w)), total
-        slope = max(self.slope, self.factor) * self.margin.scale
-        norm, rows = self.norm.detach(), self.row_norm.detach()
+        slope = max(self.slope, self.factor) * self.dense.scale
+        norm, rows = self.dense.norm.detach(), self.dense.row_norm.detach()
         by_x = total * slope * torch.where(norm > 1e-12, 1 / norm, 0.0)
         if self.case.margin == "MagFace":
             s = self.case.settings
-            by_x = (
-                by_x
-                + 2 * self.margin.scale * (s["u_m"] - s["l_m"]) / (s["u_a"] - s["l_a"])
-                + s["penalty_weight"] / s["l_a"] ** 2
-            )
+            by_x = by_x + 2 * self.dense.scale * self._rise + s["penalty_weight"] / s["l_a"] ** 2
         inverse = torch.where(rows > 1e-12, 1 / rows, 0.0)
         inverse = inverse if inverse.ndim == 1 else inverse.amax(1)
         return by_x, (total * slope)[:, None] * inverse[None], total
@@ -313,7 +213,7 @@ class Losses:
 
     @property
     def _by_angle(self) -> float:
-        return 0.0 if self.case.margin == "Softmax" else self.delta / self.margin.scale
+        return 0.0 if self.case.margin == "Softmax" else self.delta / self.dense.scale
 
 
 @dataclass
@@ -334,7 +234,8 @@ class Check:
     def __init__(self, case: Case, results: list[Numbers]) -> None:
         self.case, self.results, self.bounds = case, results, Bounds(case)
         self.weight, self.bias, self.offset, self.centers, self.state = self.parameters([r["before"] for r in results])
-        self.moments: dict[str, list[Tensor]] = {}
+        self.rules: dict[str, tuple[Any, Any]] = {}
+        self.early_off: dict[str, Tensor] = {}
         self.master = self.weight.clone()
         if self.offset is not None:
             self.check_start()
@@ -400,23 +301,20 @@ class Check:
     def micro_batch(self, step: int, micro: int, found: list[Numbers], sums: Sums) -> tuple[Tensor, Any]:
         case, bounds, what = self.case, self.bounds, f"step {step}, batch {micro}"
         batch = global_batch(case, step, micro)
-        share, part = share_of(case, batch)
+        share, part = share_of(batch.labels, case.classes, batch.label_weights, case.ignore)
         chosen = self.check_selected(what, found, share, batch)
         x = batch.x.double().requires_grad_()
         w, bias, offset = (
             None if t is None else t.clone().requires_grad_()
             for t in (self.weight[chosen], self._chosen(chosen), self.offset)
         )
-        dense = Losses(case, bounds, x, w, bias, offset)  # type: ignore[arg-type]
+        dense = Losses(case, bounds, x, w, self.state)  # type: ignore[arg-type]
         drawn = self.drawn(found, batch, chosen, x, w)  # type: ignore[arg-type]
-        losses = dense.of(share[:, chosen], chosen, drawn, self.state)
-        worth = part.double() if batch.sample_weights is None else part * batch.sample_weights
-        of_center = worth
-        table = class_weights_of(case)
-        if table is not None:
-            total = share.sum(1)
-            worth = worth * (share @ table) / torch.where(total > 0, total, 1.0)
-        loss, coefficient = self.reduce(losses, worth, batch)
+        losses = dense.of(share[:, chosen], chosen, drawn, bias, offset)
+        of_center = part.double() if batch.sample_weights is None else part * batch.sample_weights
+        dense.dense.class_weights = class_weights_of(case)
+        worth = of_center * dense.dense.class_weight(share[:, chosen], chosen)
+        loss, coefficient = reduced(losses, worth, case.reduction)
         allowed = dense.loss_errors(losses)
         by_rank = torch.split(torch.arange(len(x)), list(case.counts))
         objective = (loss * batch.factors).sum() if case.reduction == "none" else loss * batch.factors[0]
@@ -446,13 +344,6 @@ class Check:
             return batch.factors[: len(batch.x)] / self.case.ranks
         return batch.factors[0].expand(len(batch.x))
 
-    def reduce(self, losses: Tensor, worth: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(the reduced loss, what each sample counts for in it)."""
-        total = worth.sum()
-        coefficient = worth / total if self.case.reduction == "mean" and total > 0 else worth
-        weighted = torch.where(coefficient != 0, losses, 0.0) * coefficient
-        return (weighted if self.case.reduction == "none" else weighted.sum()), coefficient
-
     def check_selected(self, what: str, found: list[Numbers], share: Tensor, batch: Batch) -> Tensor:
         """The classes of the step on all ranks together."""
         case = self.case
@@ -477,7 +368,8 @@ class Check:
         return chosen
 
     def drawn(self, found: list[Numbers], batch: Batch, chosen: Tensor, x: Tensor, w: Tensor) -> Tensor | None:
-        """`[N, S]`: margins that ElasticFace drew for each sample's targets; draws are its own, what is made of them is compared."""
+        """`[N, S]`: margins that ElasticFace drew for each sample's targets; draws are its own, what is made of them is
+        compared."""
         case = self.case
         if case.margin != "ElasticFace":
             return None
@@ -506,7 +398,9 @@ class Check:
     def check_state(self, what: str, found: list[Numbers], dense: Losses) -> None:
         for name, value in found[0]["state"].items():
             allowed = dense.k * max(1.0, 100.0 if name != "t" else 1.0)
-            self.bounds.near(f"{what}: {name}", value, torch.tensor(dense.state[name], dtype=torch.float64), allowed)
+            self.bounds.near(
+                f"{what}: {name}", value, torch.tensor(dense.dense.state[name], dtype=torch.float64), allowed
+            )
             assert all(f["state"][name] == value for f in found), f"{what}: {name} differs between ranks"
         self.state = found[0]["state"]
 
@@ -571,8 +465,7 @@ class Check:
         """(its share of the objective, the size of its gradient by embeddings `[N]`, centers as leaf, worth, share)."""
         case = self.case
         leaf = self.centers.clone().requires_grad_()
-        losses = (share * 0.5 * ((x[:, None] - leaf[None]) ** 2).sum(2)).sum(1)
-        loss, coefficient = self.reduce(losses, worth, batch)
+        loss, coefficient = reduced(center_losses(x, leaf, share), worth, case.reduction)
         k = (case.width + len(x) + 16) * self.bounds.u * SAFETY
         sizes = (share * ((x[:, None].abs() + leaf[None].abs()) ** 2).sum(2)).sum(1).detach() * coefficient.abs()
         for rank, here in enumerate(by_rank):
@@ -588,21 +481,20 @@ class Check:
     def check_centers(self, what: str, noted: list[Any], before: Tensor) -> None:
         k = (self.case.width + 64) * self.bounds.u * SAFETY + 8 * self.bounds.u_w * self.case.micro
         if self.case.center == "paper":
-            counts, moves, sizes = (
-                torch.zeros(len(before), 1, dtype=torch.float64),
-                torch.zeros_like(before),
+            paper, counts, sizes = (
+                DenseCenters(CENTER_ALPHA),
+                torch.zeros(len(before)).double(),
                 torch.zeros_like(before),
             )
             for *_, share, x, batch in noted:
-                each = share * (share > 0) * (1.0 if batch.sample_weights is None else batch.sample_weights[:, None])
-                counts += each.sum(0)[:, None]
-                moves += each.sum(0)[:, None] * before - each.T @ x
+                each = share * (1.0 if batch.sample_weights is None else batch.sample_weights[:, None])
+                paper.note(x, before, each)
+                counts += each.sum(0)
                 sizes += each.sum(0)[:, None] * before.abs() + each.T @ x.abs()
-            expected = before - CENTER_ALPHA * moves / (1 + counts)
-            self.bounds.near(
-                f"{what}: centers", self.centers, expected, k * (before.abs() + sizes / (1 + counts)) + 1e-300
-            )
-            untouched = counts[:, 0] == 0
+            expected = before.clone()
+            untouched = paper.step(expected)
+            allowed = k * (before.abs() + sizes / (1 + counts)[:, None]) + 1e-300
+            self.bounds.near(f"{what}: centers", self.centers, expected, allowed)
         else:
             grad = sum(leaf.grad for _, _, leaf, *_ in noted)
             sizes, untouched = torch.zeros_like(before), torch.ones(len(before), dtype=torch.bool)
@@ -679,8 +571,8 @@ class Check:
             if case.low is not None and name != "offset":
                 allowed = allowed + 2 * bounds.u_w * (start.abs() + size)
             if case.early:
-                self.moments.setdefault(f"{name} off", [torch.zeros_like(off)])[0].mul_(case.momentum).add_(off)
-                allowed = allowed + case.lr * self.moments[f"{name} off"][0]
+                self.early_off[name] = case.momentum * self.early_off.get(name, torch.zeros_like(off)) + off
+                allowed = allowed + case.lr * self.early_off[name]
             if name == "weight" and case.low == "master":
                 self.master = expected
             bounds.near(f"{what}: {name} after it", now[at], expected[at], (allowed + torch.zeros_like(before))[at])
@@ -689,23 +581,16 @@ class Check:
         """(what the optimizer makes of rows, the size of what it adds), by its formulas."""
         case, out = self.case, w.clone()
         if case.optimizer == "adamw":
-            first, second, count = self.moments.setdefault(
-                name, [torch.zeros_like(w), torch.zeros_like(w), torch.zeros(1)]
-            )
-            count += 1
-            t, b1, b2 = float(count), 0.9, 0.999
-            first[rows] = b1 * first[rows] + (1 - b1) * grad[rows]
-            second[rows] = b2 * second[rows] + (1 - b2) * grad[rows] ** 2
-            out[rows] *= 1 - case.lr * case.decay
-            out[rows] -= case.lr * (first[rows] / (1 - b1**t)) / ((second[rows] / (1 - b2**t)).sqrt() + 1e-8)
+            rule, _ = self.rules.setdefault(name, (DenseAdamW(case.lr, weight_decay=case.decay), None))
+            rule.step(out, grad, rows)
             return out, torch.full_like(w, 4 * case.lr)
-        buffer, size = self.moments.setdefault(name, [torch.zeros_like(w), torch.zeros_like(w)])
-        buffer[rows] = case.momentum * buffer[rows] + grad[rows] + case.decay * w[rows]
-        size[rows] = case.momentum * size[rows] + grad[rows].abs() + case.decay * w[rows].abs()
-        out[rows] -= case.lr * buffer[rows]
-        return out, case.lr * size
+        rule, sizes = self.rules.setdefault(name, tuple(DenseSGD(case.lr, case.momentum, case.decay) for _ in range(2)))
+        rule.step(out, grad, rows)
+        sizes.step(w.abs(), grad.abs(), rows)  # the same sums of absolute values
+        return out, case.lr * sizes.buffer
 
 
 def check(case: Case, results: list[Numbers]) -> float:
-    """The largest error as a share of what is allowed; AssertionError if one is larger, NearJump if there is no telling."""
+    """The largest error as a share of what is allowed; AssertionError if one is larger, NearJump if there is no
+    telling."""
     return Check(case, results).run()

@@ -1,4 +1,5 @@
-"""Bad inputs for the property tests: what is wrong on which ranks, and a batch that is bad before the good ones of a case.
+"""Bad inputs for the property tests: what is wrong on which ranks, and a batch that is bad before the good ones of a
+case.
 
 run_faulty(rank, world, case, faults)     the bad batch, then `fuzz_cases.run_case` with the same head
 """

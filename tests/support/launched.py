@@ -1,6 +1,7 @@
 """What tests of launchers share: a run so small that starting it is most of it, and its figures.
 
-The run reads 48 images of 6 identities from a folder and makes three steps; nobody is held out, so there is nothing to evaluate.
+The run reads 48 images of 6 identities from a folder and makes three steps; nobody is held out, so there is nothing to
+evaluate.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ MPIRUN_OPTIONS = "--oversubscribe" + " --allow-run-as-root" * (os.geteuid() == 0
 
 
 def tiny_run(folder: Path, **settings: Any) -> Path:
-    """A training configuration in `folder`, with its images; `settings` go into its parts: head={"sample_rate": 0.5}."""
+    """A training configuration in `folder`, with its images; `settings` go into its parts: head={"sample_rate":
+    0.5}."""
     rng = np.random.default_rng(0)
     for identity in range(6):
         (folder / "images" / f"id{identity}").mkdir(parents=True)
@@ -38,7 +40,7 @@ def tiny_run(folder: Path, **settings: Any) -> Path:
     config: dict[str, dict[str, Any]] = {
         "data": {"folder": str(folder / "images"), "image_size": 32},
         "backbone": {"embedding_size": 32},
-        "head": {"scale": 16.0},
+        "head": {"margin": {"class_path": "ArcFace", "init_args": {"scale": 16.0}}},
         "schedule": {"warmup_epochs": 0},
         "train": {"epochs": 1, "batch_size": 16, "cpu": True, "timeout": 60.0},
         "output": {"log_every": 1},
@@ -110,7 +112,8 @@ def losses(run: Path) -> list[float]:
 
 
 def tell_tale(run: Path) -> list[tuple[float, ...]]:
-    """Figures of every step that no two different runs share: loss, norm of the whole gradient, angle to the own class."""
+    """Figures of every step that no two different runs share: loss, norm of the whole gradient, angle to the own
+    class."""
     return [(row["step"], row["loss"], row["grad_norm"], row["target_angle"]) for row in RunFolder(run).history()]
 
 

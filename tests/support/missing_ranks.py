@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from runner import forking, free_port
+from runner import forking, free_port, seed
 
 from partial_fc import RankMissing
 
@@ -23,6 +23,7 @@ def _serve(
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    seed(1000 + rank)
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=120))
     try:
         pipe.send(function(rank, world, *arguments))

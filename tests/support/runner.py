@@ -1,8 +1,11 @@
-"""Runs test functions on several ranks: gloo processes on the loopback, started once a world size and used by all tests.
+"""Runs test functions on several ranks: gloo processes on the loopback, started once a world size and used by all
+tests.
 
-    ranks = Ranks(3); results = ranks.run(function, *arguments)     # function(rank, world, *arguments), importable at top level
+    ranks = Ranks(3); results = ranks.run(function, *arguments)     # function(rank, world, *arguments), importable at
+    top level
 
-Every case has a time limit. When a rank fails, its traceback is raised here and the ranks are started anew for the next case.
+Every case has a time limit. When a rank fails, its traceback is raised here and the ranks are started anew for the next
+case.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 import time
@@ -20,8 +24,16 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+
+
+def seed(number: int) -> None:
+    """Of every generator that tests may draw from without a word."""
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
@@ -42,7 +54,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
             dist.destroy_process_group()
             return
         function, arguments = task
-        torch.manual_seed(1000 + rank)  # ranks have different global random states, as in life
+        seed(1000 + rank)  # ranks have different global random states, as in life
         try:
             pipe.send((True, function(rank, world, *arguments)))
         except BaseException:

@@ -1,7 +1,9 @@
-"""Every file in configs/ is loaded by what reads it, and tried at its real world size: on the meta device, under a pretended process group.
+"""Every file in configs/ is loaded by what reads it, and tried at its real world size: on the meta device, under a
+pretended process group.
 
-A training configuration says in a comment what it is for: `# plan: classes=C images=N nodes=n gpus=w head_memory=4GB` (of each GPU). So
-the head is built on every kind of rank without the data or the GPUs, and its memory looked up in the cost model.
+A training configuration says in a comment what it is for: `# plan: classes=C images=N nodes=n gpus=w head_memory=4GB`
+(of each GPU). So the head is built on every kind of rank without the data or the GPUs, and its memory looked up in the
+cost model.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ def test_the_head_fits_the_stated_memory(path):
         config.train.batch_size
         // config.train.accumulation,  # with replicas a rank sees fewer embeddings, but the rows of all labels
         config.head.sample_rate,
-        {"sgd": "sgd-momentum", "adamw": "adamw"}[config.optimizer.name],
+        {"SGD": "sgd-momentum", "AdamW": "adamw"}[config.optimizer.name],
         memory=said["head_memory"],
         logits_budget=config.head.logits_budget,
         autocast=torch.bfloat16 if config.train.mixed_precision == "bf16" else None,
@@ -217,7 +219,8 @@ def resolved(path: Path) -> dict[str, Any]:
 
 
 def test_there_is_a_file_for_each_stage_and_precision_that_works():
-    """Without a precision of the engine's own (the run's settings say it), and with; fp16 with ZeRO-0 is broken in DeepSpeed."""
+    """Without a precision of the engine's own (the run's settings say it), and with; fp16 with ZeRO-0 is broken in
+    DeepSpeed."""
     assert {path.stem for path in DEEPSPEED} == {
         f"zero{stage}{kind}" for stage in range(4) for kind in ("", "_bf16", "_fp16")
     } - {"zero0_fp16"}

@@ -1,9 +1,11 @@
-"""Runs that end before their time: a rank killed in a named phase, a rank that hangs, a launcher gone, a request to stop.
+"""Runs that end before their time: a rank killed in a named phase, a rank that hangs, a launcher gone, a request to
+stop.
 
-Whatever it was, nothing of the run lives on, and started again (by hand or by its launcher, also on fewer ranks) it makes the losses of a
-run that nothing happened to.
+Whatever it was, nothing of the run lives on, and started again (by hand or by its launcher, also on fewer ranks) it
+makes the losses of a run that nothing happened to.
 
-    pytest tests/training/test_crashes.py -m "slow or not slow"      all phases and launchers, about ten minutes on two cores
+    pytest tests/training/test_crashes.py -m "slow or not slow"      all phases and launchers, about ten minutes on two
+    cores
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_exactly(
             signal.signal(number, handler)
     name = "SIGTERM" if fault.startswith("term") else "SIGUSR1"
     err = capsys.readouterr().err
-    assert f"partial-fc: stopped after step {saved} ({name}), which is saved; --resume {out}" in err
+    assert f"partial-fc: stopped after step {saved} ({name}), which is saved; continue with --resume {out}" in err
     assert RunFolder(out).checkpointer().steps()[-1] == saved and len(losses(out)) == saved
     monkeypatch.delenv(VARIABLE)
     assert main(command) == 0
@@ -153,7 +155,9 @@ def test_asked_on_one_rank_all_save(tiny, undisturbed, tmp_path):
     with disturbed(by_hand(tiny, out), PARTIAL_FC_FAULTS="usr1:backward@step=5,rank=1", **environment) as (process, _):
         code, _, err = finish(process)
     assert code == 1 and "exitcode: 75" in err
-    assert err.count("partial-fc: stopped after step 5 (asked on another rank), which is saved") == 1, "rank 0 speaks"
+    assert err.count("partial-fc: stopped after step 5 (requested on another rank), which is saved") == 1, (
+        "rank 0 speaks"
+    )
     assert can_be_used(environment["MASTER_PORT"])
     assert RunFolder(out).checkpointer().steps()[-1] == 5
     assert "resuming after epoch 1, step 5" in forked.succeed("train", "--resume", str(out))
@@ -172,7 +176,7 @@ def test_asked_during_the_evaluation(tmp_path):
     )
     with disturbed(command, PARTIAL_FC_FAULTS="term:evaluation@step=12,rank=1", **ports()) as (process, _):
         code, _, err = finish(process)
-    assert code == 1 and "exitcode: 75" in err and "stopped as asked, all steps being trained and saved" in err
+    assert code == 1 and "exitcode: 75" in err and "stopped as requested; all training steps are done and saved" in err
     assert not (out / "metrics.json").exists()
     history = tell_tale(out)
     assert "resuming after epoch 1, step 12" in succeed(command, **ports())
@@ -284,7 +288,8 @@ def test_killed_in_each_phase_under_an_elastic_launcher(tiny, undisturbed, tmp_p
 
 @pytest.mark.slow
 def test_fewer_ranks(tiny, tmp_path):
-    """Three ranks crash; two go on with the losses of two that start from the same checkpoint and that nothing happens to."""
+    """Three ranks crash; two go on with the losses of two that start from the same checkpoint and that nothing happens
+    to."""
     out, twin = tmp_path / "run", tmp_path / "twin"
     assert killed(tiny, out, "kill:optimizer@step=6,rank=2", ranks=3)[1] == 4
     shutil.copytree(out, twin)
@@ -298,7 +303,8 @@ def test_fewer_ranks(tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["agent", "agent and rank"])
 def test_elastic_nodes_go_on_with_fewer(tiny, tmp_path, what):
-    """Two agents of a rank each on one machine; that which does not hold the meeting point is killed, alone or with its rank."""
+    """Two agents of a rank each on one machine; that which does not hold the meeting point is killed, alone or with its
+    rank."""
     out, endpoint = tmp_path / "run", f"localhost:{free_port()}"
     command = f"launch/torchrun_elastic.sh {tiny} --train.epochs 60 --train.checkpoint_every 200 --output.folder {out}"
     environment = {"NNODES": "1:2", "NPROC": "1", "RDZV_ENDPOINT": endpoint}
@@ -325,7 +331,8 @@ def test_elastic_nodes_go_on_with_fewer(tiny, tmp_path, what):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_at_the_timeout(tiny, undisturbed, tmp_path):
-    """The other rank ends at the process group's timeout; the launcher kills the one that hangs, half a minute later."""
+    """The other rank ends at the process group's timeout; the launcher kills the one that hangs, half a minute
+    later."""
     out, environment = tmp_path / "run", ports()
     command = by_hand(tiny, out) + " --train.timeout 5 --train.asynchronous_checkpoints true"
     with disturbed(command, PARTIAL_FC_FAULTS="stop:forward@step=6,rank=1", **environment) as (process, _):
@@ -363,7 +370,7 @@ def test_an_asynchronous_save_has_the_timeout_of_the_run(ranks, tmp_path):
 )
 def test_what_is_no_fault_is_refused(text, monkeypatch):
     monkeypatch.setenv(VARIABLE, f"usr1:data@step=99; {text}")
-    with pytest.raises(UserError, match=f"{VARIABLE} has '{text}'; a fault is ACTION:PHASE@key=value"):
+    with pytest.raises(UserError, match=f"{VARIABLE} has an invalid fault: '{text}'; write ACTION:PHASE@key=value"):
         Faults.of_environment(0)
 
 
@@ -394,13 +401,13 @@ def test_batches_that_cannot_be_read(monkeypatch):
     left = []
     for number in range(4):
         batch = Batch(torch.ones(5, 1, 2, 2), torch.arange(5), torch.arange(10, 15), [])
-        spoilt = faults.spoil(batch, number)
+        spoilt = faults.make_unreadable(batch, number)
         assert spoilt is not None and len(spoilt.images) == len(spoilt.labels) == len(spoilt.indices) == 5 - len(
             spoilt.unreadable
         )
         left.append(spoilt.labels.tolist())
     assert left == [[0, 1, 2, 3, 4], [], [2, 3, 4], [0, 1, 2, 3, 4]]
-    assert faults.spoil(None, 1) is None
+    assert faults.make_unreadable(None, 1) is None
 
 
 def test_a_full_disk_ends_a_run_and_it_goes_on(tiny, alone, tmp_path, monkeypatch, capsys):
@@ -415,7 +422,8 @@ def test_a_full_disk_ends_a_run_and_it_goes_on(tiny, alone, tmp_path, monkeypatc
     assert tell_tale(out) == alone
 
 
-# ---------------------------------------------------------------------------------------------------- what a crash leaves
+# ---------------------------------------------------------------------------------------------------- what a crash
+# leaves
 
 
 def test_a_folder_whose_claim_was_killed_is_free(tmp_path):
@@ -427,7 +435,7 @@ def test_a_folder_whose_claim_was_killed_is_free(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run.claim(die)
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         run.check_run()
     run.claim(lambda path: path.write_text("seed: 1\n"))
     assert (run.path / "config.yaml").read_text() == "seed: 1\n"
@@ -443,7 +451,7 @@ def test_of_two_that_claim_a_folder_one_gets_it(tmp_path):
         path.write_text("seed: 2\n")
         (run.path / "config.yaml").write_text("seed: 1\n")
 
-    with pytest.raises(UserError, match="is in use by another run that started now"):
+    with pytest.raises(UserError, match="is in use by another run that has just started"):
         run.claim(another_is_first)
     assert (run.path / "config.yaml").read_text() == "seed: 1\n"
 
@@ -463,7 +471,8 @@ def test_a_line_of_the_history_that_was_cut_short(tmp_path):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- processes that load images
+# ---------------------------------------------------------------------------------------------------- processes that
+# load images
 
 
 def test_loading_processes_outlive_signals_to_the_whole_group(tmp_path):

@@ -1,4 +1,5 @@
-"""Several data sets in one run: what a batch has of each, the same at every world size; heads of their own, equal to dense ones."""
+"""Several data sets in one run: what a batch has of each, the same at every world size; heads of their own, equal to
+dense ones."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from common import args
 from launched import logged
 from PIL import Image
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch import Tensor
 from partial_fc import gather
 from partial_fc.shards import local_part
 from partial_fc.training.cli.main import main, train_parser
-from partial_fc.training.config import RunConfig, to_config
+from partial_fc.training.config import MarginSettings, RunConfig, to_config
 from partial_fc.training.data import DataConfig, IdentityDataset, open_data
 from partial_fc.training.data.config import MixedSet, check_mix
 from partial_fc.training.data.loader import BatchLoader
@@ -111,18 +113,16 @@ def test_every_world_and_every_resumption_has_the_same_mixed_batches_and_sets_go
 
 def mixed_config() -> RunConfig:
     config = RunConfig()
-    config.train.batch_size, config.backbone.embedding_size, config.head.margin, config.head.scale = (
-        14,
-        6,
-        "cosface",
-        8.0,
-    )
+    config.train.batch_size = 14
+    config.backbone.embedding_size = 6
+    config.head.margin = MarginSettings("CosFace", {"scale": 8.0})
     config.data.mix = [MixedSet("b", weight=0.5, m=0.1), MixedSet("c", weight=0.25, scale=4.0)]
     return config
 
 
 def heads_on_ranks(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
-    """(rows that this rank holds, gradient) of each head after a backward, then the losses and the gradient of the embeddings."""
+    """(rows that this rank holds, gradient) of each head after a backward, then the losses and the gradient of the
+    embeddings."""
     torch.manual_seed(0)
     data, config = three(), mixed_config()
     labels = torch.tensor([0, 11, 3, 7, 7, 2, 5, 9, 12, 14, 13, 12, 15, 19])
@@ -204,12 +204,7 @@ def test_a_mixed_run_goes_on_exactly_and_evaluates_as_any(tmp_path, capsys):
         "20",
         "--data.mix",
         mix,
-        "--train.batch_size",
-        "50",
-        "--train.epochs",
-        "2",
-        "--train.cpu",
-        "true",
+        *args("--train.batch_size 50 --train.epochs 2 --train.cpu true"),
     ]
     settings += ["--backbone.embedding_size", "8", "--output.log_every", "1", "--train.checkpoint_steps", "3"]
     run, again = tmp_path / "run", tmp_path / "again"

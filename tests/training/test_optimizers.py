@@ -6,11 +6,12 @@ import copy
 import json
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from common import args
 from launched import logged
 from torch import Tensor, nn
 
@@ -18,13 +19,23 @@ from partial_fc import ArcFace, PartialFC, load_checkpoint, save_checkpoint
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import RunConfig, to_config
 from partial_fc.training.errors import UserError
-from partial_fc.training.optimizers import Name, OptimizerConfig
+from partial_fc.training.optimizers import Optimizers, OptimizerSettings
 from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig, build_schedules, learning_rate_factor
+from partial_fc.training.settings_parser import plain_settings
 from partial_fc.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
-NAMES = get_args(Name)
-RATES = {"sgd": 0.1, "lookahead_sgd": 0.1, "lars": 5.0}
+NAMES = tuple(OptimizerSettings.names)
+RATES = {"SGD": 0.1, "LookaheadSGD": 0.1, "LARS": 5.0, "Adagrad": 0.1, "Adadelta": 5.0, "ASGD": 0.1}
+OF_HEAD = {"Adafactor": OptimizerSettings("SGD", {"lr": 0.1, "momentum": 0.9})}  # it has factors of the whole matrix
+
+
+def optimizers(name: str, factor: float = 1.0, **arguments: Any) -> Optimizers:
+    """As settings say; weight decay of all that have it."""
+    decay = {"weight_decay": 5e-4} if "weight_decay" in OptimizerSettings.takes(name, "optimizer") else {}
+    momentum = {"momentum": 0.9} if name in ("SGD", "LARS", "LookaheadSGD") else {}
+    settings = OptimizerSettings(name, {**decay, **momentum, **arguments})
+    return Optimizers(settings, OF_HEAD.get(name), factor)
 
 
 class Run:
@@ -35,7 +46,7 @@ class Run:
         for i, parameter in enumerate(self.backbone.parameters()):
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
         self.head = PartialFC(8, 12, ArcFace(scale=8.0, margin=0.1), sample_rate=0.5)
-        config = OptimizerConfig(name, lr=RATES.get(name, 0.02))  # type: ignore[arg-type]
+        config = optimizers(name, lr=RATES.get(name, 0.02))
         self.optimizers = [config.build(self.backbone.parameters()), config.build_head(self.head)]
         self.schedules = build_schedules(ScheduleConfig(warmup_epochs=1), HeadScheduleConfig(), self.optimizers, 4, 15)
 
@@ -74,16 +85,33 @@ def test_every_name_learns_and_goes_on_exactly(name, tmp_path):
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_HEAD])
 def test_a_head_has_the_same_step_without_norms(name):
-    config = OptimizerConfig(name, lr=0.5, head_lr_factor=0.1)
+    config = optimizers(name, 0.1, lr=0.5)
     cls, options = config.head_class()
-    assert cls in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam)
     assert options["lr"] == pytest.approx(0.05)
-    if name in ("sgd", "adam", "adamw", "radam"):
+    assert options.get("weight_decay") == config.optimizer.init_args.get("weight_decay")
+    without = {"LARS": "SGD", "LAMB": "AdamW", "LookaheadSGD": "SGD", "LookaheadAdamW": "AdamW", "Ranger": "RAdam"}
+    without |= {"AdaBelief": "AdamW", "Yogi": "Adam"}
+    assert cls is getattr(torch.optim, without.get(name, name))
+    if name not in without:
         backbone = config.build([nn.Parameter(torch.zeros(1))])
         assert type(backbone) is cls and all(backbone.defaults[k] == v for k, v in options.items() if k != "lr")
-    assert OptimizerConfig(name, head_name="sgd").head_class()[0] is torch.optim.SGD
+    config.head_optimizer, config.head_lr_factor = OptimizerSettings("SGD", {"lr": 0.3}), 1.0
+    assert config.head_class() == (torch.optim.SGD, {"lr": 0.3})
+    config.check()
+
+
+def test_rangers_head_is_radam_with_decoupled_weight_decay():
+    cls, options = optimizers("Ranger", lr=0.5).head_class()
+    assert (cls, options["decoupled_weight_decay"]) == (torch.optim.RAdam, True)
+    assert "betas" not in options
+
+
+def test_a_head_has_the_betas_of_the_backbone():
+    betas = {"betas": (0.8, 0.9)}
+    for name in ("LAMB", "LookaheadAdamW", "AdaBelief", "Yogi", "AdamW"):
+        assert list(optimizers(name, **betas).head_class()[1]["betas"]) == [0.8, 0.9]
 
 
 # ---------------------------------------------------------------------------------------------------- formulas
@@ -96,7 +124,7 @@ def problem() -> tuple[list[Tensor], list[list[Tensor]]]:
     return start, [[torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes] for _ in range(7)]
 
 
-def moved(config: OptimizerConfig) -> list[list[Tensor]]:
+def moved(config: Optimizers) -> list[list[Tensor]]:
     """The parameters after each step of `problem`."""
     start, steps = problem()
     parameters = [nn.Parameter(p.clone()) for p in start]
@@ -145,22 +173,22 @@ def lookahead_sgd(w: Tensor, grads: list[Tensor], lr: float, decay: float, k: in
 
 
 FORMULAS = [
-    (OptimizerConfig("lamb", lr=0.05, weight_decay=0.1), lambda w, g: lamb(w, g, 0.05, 0.1)),
-    (OptimizerConfig("lars", lr=2.0, weight_decay=0.1), lambda w, g: lars(w, g, 2.0, 0.1, 0.001)),
+    (optimizers("LAMB", lr=0.05, weight_decay=0.1), lambda w, g: lamb(w, g, 0.05, 0.1)),
+    (optimizers("LARS", lr=2.0, weight_decay=0.1), lambda w, g: lars(w, g, 2.0, 0.1, 0.001)),
     (
-        OptimizerConfig("lars", lr=0.5, weight_decay=0.1, trust_coefficient=0.02),
+        optimizers("LARS", lr=0.5, weight_decay=0.1, trust_coefficient=0.02),
         lambda w, g: lars(w, g, 0.5, 0.1, 0.02),
     ),
-    (OptimizerConfig("lookahead_sgd", lr=0.1, weight_decay=0.1), lambda w, g: lookahead_sgd(w, g, 0.1, 0.1, 5, 0.5)),
+    (optimizers("LookaheadSGD", lr=0.1, weight_decay=0.1), lambda w, g: lookahead_sgd(w, g, 0.1, 0.1, 5, 0.5)),
     (
-        OptimizerConfig("lookahead_sgd", lr=0.1, weight_decay=0.1, lookahead_steps=3, lookahead_alpha=0.8),
+        optimizers("LookaheadSGD", lr=0.1, weight_decay=0.1, lookahead_steps=3, lookahead_alpha=0.8),
         lambda w, g: lookahead_sgd(w, g, 0.1, 0.1, 3, 0.8),
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("config", "reference"), FORMULAS, ids=lambda v: v.name if isinstance(v, OptimizerConfig) else ""
+    ("config", "reference"), FORMULAS, ids=lambda v: v.optimizer.name if isinstance(v, Optimizers) else ""
 )
 def test_steps_are_those_of_the_papers(config, reference):
     start, steps = problem()
@@ -173,7 +201,7 @@ def test_steps_are_those_of_the_papers(config, reference):
 def test_a_learning_rate_reaches_what_looks_ahead_after_loading():
     """torch-optimizer's own class keeps groups of its own after load_state_dict, and the schedule has no effect."""
     p = nn.Parameter(torch.ones(2))
-    optimizer = OptimizerConfig("lookahead_sgd", lr=0.1, momentum=0.0, weight_decay=0.0).build([p])
+    optimizer = optimizers("LookaheadSGD", lr=0.1, momentum=0.0, weight_decay=0.0).build([p])
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     changes = []
@@ -189,12 +217,25 @@ def test_a_learning_rate_reaches_what_looks_ahead_after_loading():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ("--optimizer.name lars --optimizer.weight_decay 0", "lars scales no step without weight decay"),
-        ("--optimizer.name lamb --optimizer.lr 0", "Invalid learning rate: 0"),
-        ("--optimizer.trust_coefficient 0.1", "has no effect with --optimizer.name sgd (it is for lars)"),
-        ("--optimizer.name ranger --optimizer.lookahead_steps 0", "give at least 1"),
-        ("--optimizer.name ranger --optimizer.lookahead_alpha 2", "give a share in (0, 1]"),
-        ("--optimizer.head_name lamb", "optimizer.head_name"),
+        ("--optimizer LARS --optimizer.weight_decay 0", "LARS: no step is scaled without weight decay"),
+        ("--optimizer LARS --optimizer.trust_coefficient 0", "trust_coefficient is 0.0; give a number above 0"),
+        ("--optimizer LAMB --optimizer.lr 0", "--optimizer LAMB: Invalid learning rate: 0"),
+        ("--optimizer.lr -1", "--optimizer SGD: Invalid learning rate: -1.0"),
+        ("--optimizer.weight_decay -1", "--optimizer SGD: Invalid weight_decay value: -1.0"),
+        ("--optimizer.trust_coefficient 0.1", "SGD has no argument trust_coefficient; it takes lr, momentum"),
+        ("--optimizer Ranger --optimizer.lookahead_steps 0", "lookahead_steps is 0; give at least 1"),
+        ("--optimizer Ranger --optimizer.lookahead_alpha 2", "give a share in (0, 1]"),
+        ("--optimizer torch.optim.LBFGS", "LBFGS needs a closure in each step"),
+        ("--optimizer sdg", "--optimizer is sdg; choose one of SGD, Adam, AdamW"),
+        ("--optimizer pathlib.Path", "pathlib.Path is not a subclass of Optimizer"),
+        ("--head_optimizer LAMB", "--head_optimizer LAMB, of the head: LAMB moves a row by what other rows hold"),
+        ("--optimizer Adafactor", "--optimizer Adafactor, of the head: Adafactor moves a row by what other rows hold"),
+        ("--head_optimizer.lr 3", "--head_optimizer.lr needs the class that it is an argument of"),
+        (
+            "--head_optimizer SGD --head_lr_factor 3",
+            "--head_lr_factor is 3.0, which has no effect with --head_optimizer",
+        ),
+        ("--head_lr_factor -1", "--head_lr_factor is -1.0; give at least 0"),
         ("--schedule.shape multistep", "needs --schedule.milestones"),
         ("--schedule.shape step", "needs --schedule.every"),
         ("--schedule.every 2", "--schedule.every is 2.0, which has no effect with --schedule.shape cosine"),
@@ -218,11 +259,13 @@ def test_what_cannot_be_is_one_line(settings, expected, capsys, tmp_path):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_optimizer", None)
-    with pytest.raises(
-        UserError, match=r"lamb needs the package torch-optimizer: pip install 'partial_fc\[optimizers\]'"
-    ):
-        OptimizerConfig("lamb").check()
-    OptimizerConfig("adamw").check()
+    monkeypatch.delitem(sys.modules, "partial_fc.training.more_optimizers")
+    words = r"--optimizer LAMB needs the package torch-optimizer: pip install 'partial_fc\[optimizers\]'"
+    with pytest.raises(UserError, match=words):
+        optimizers("LAMB").check()
+    with pytest.raises(UserError, match=words):
+        to_config(train_parser(), ["--optimizer", "LAMB"])
+    optimizers("AdamW").check()
 
 
 # ---------------------------------------------------------------------------------------------------- schedules
@@ -285,17 +328,8 @@ def test_a_head_may_have_a_schedule_of_its_own():
 def test_a_run_with_ranger_and_two_schedules_goes_on_exactly(tmp_path):
     """On Accelerate, which wraps the backbone's optimizer, and from a saved config.yaml."""
     settings = ["--data.identities", "30", "--train.batch_size", "64", "--train.epochs", "2", "--train.cpu", "true"]
-    settings += [
-        "--optimizer.name",
-        "ranger",
-        "--optimizer.lr",
-        "0.005",
-        "--head_schedule.shape",
-        "constant",
-        "--train.keep_last",
-        "2",
-    ]
-    settings += ["--head.scale", "16", "--output.log_every", "1"]
+    settings += args("--optimizer Ranger --optimizer.lr 0.005 --head_schedule.shape constant --train.keep_last 2")
+    settings += ["--head.margin.scale", "16", "--output.log_every", "1"]
     folder = tmp_path / "run"
     trainer = Trainer(to_config(train_parser(), [*settings, "--output.folder", str(folder)]))
     assert trainer.schedules[0].lr_lambdas[0](7) < trainer.schedules[1].lr_lambdas[0](7) == 1.0
@@ -315,10 +349,9 @@ def test_a_run_with_ranger_and_two_schedules_goes_on_exactly(tmp_path):
 
 def test_settings_that_were_saved_before_load(tmp_path):
     """A config.yaml without the fields that came later."""
-    from dataclasses import asdict
-
-    old = asdict(RunConfig())
-    del old["head_schedule"]
+    old = plain_settings(RunConfig())
+    for name in ("head_schedule", "head_optimizer", "head_lr_factor"):
+        del old[name]
     old["optimizer"] = {"name": "sgd", "lr": 0.1, "head_lr_factor": 1.0, "momentum": 0.9, "weight_decay": 0.0005}
     old["schedule"] = {"shape": "polynomial", "power": 2.0, "warmup_epochs": 0.3}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(old))))

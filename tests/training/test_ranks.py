@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from common import args
 from launched import MPIRUN_OPTIONS, OTHERS, RANK_VARIABLES, ROOT, environment, finish, start
 from runner import free_port
 
@@ -47,7 +48,7 @@ def test_no_launcher_is_one_process(variables):
     variables({})
     found.find_ranks()
     assert not set(RANK_VARIABLES) & set(os.environ)
-    assert found.speaks()
+    assert found.shows_errors()
 
 
 def test_slurms_variables_become_torchs(variables, monkeypatch):
@@ -63,7 +64,7 @@ def test_slurms_variables_become_torchs(variables, monkeypatch):
         "MASTER_PORT": "12390",
     }
     assert {name: os.environ[name] for name in RANK_VARIABLES} == want
-    assert not found.speaks()
+    assert not found.shows_errors()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_the_step_goes_before_the_job(variables, monkeypatch):
 def test_one_process_is_left_alone(variables, given):
     variables(given)
     found.find_ranks()
-    assert "RANK" not in os.environ and found.speaks()
+    assert "RANK" not in os.environ and found.shows_errors()
 
 
 def test_a_launcher_within_srun_has_the_say(variables, monkeypatch):
@@ -167,7 +168,7 @@ def test_a_contradiction_is_one_line(variables, capsys, tmp_path, given, expecte
     variables(given)
     assert main(["train", str(ROOT / "configs/quickstart.yaml"), "--output.folder", str(tmp_path / "run")]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == (1 if found.speaks() else 0) and not list(tmp_path.iterdir())
+    assert out == "" and len(err.splitlines()) == (1 if found.shows_errors() else 0) and not list(tmp_path.iterdir())
     with pytest.raises(UserError, match=re.escape(expected)):
         found.find_ranks()
 
@@ -186,7 +187,8 @@ def test_replicas_divide_the_ranks():
         HeadConfig(replicas=0).check()
 
 
-# ---------------------------------------------------------------------------------------------------- the same on every rank
+# ---------------------------------------------------------------------------------------------------- the same on every
+# rank
 
 
 def told(rank: int, world: int, port: int, given: list[dict[str, str]], gpus: list[int] | None) -> str:
@@ -234,7 +236,7 @@ def step(rank: int, **more: str) -> dict[str, str]:
     ("given", "gpus", "expected"),
     [
         ([{}, {}], None, "fine"),
-        ([{}, {"WORLD_SIZE": "3"}], None, "WORLD_SIZE is 2 on rank 0 and another on rank 1"),
+        ([{}, {"WORLD_SIZE": "3"}], None, "WORLD_SIZE is 2 on rank 0, but 3 on rank 1"),
         ([step(0), step(1)], None, "fine"),
         ([step(0, RANK="0"), step(1, RANK="1", WORLD_SIZE="2")], None, "fine"),
         ([step(0, RANK="0"), step(1, RANK="0")], None, "RANK is set to 0, and Slurm says 1 (rank 1 of 2); unset RANK"),
@@ -245,8 +247,8 @@ def step(rank: int, **more: str) -> dict[str, str]:
         ),
         ([{}, {}], [2, 2], "fine"),
         ([{}, {}], [1, 1], "LOCAL_RANK is 1 on rank 1, which sees 1 GPU; start as many processes"),
-        ([{}, {}], [2, 0], "mixed devices: rank 1 sees no GPU, and rank 0 does"),
-        ([{}, {}], [0, 2], "mixed devices: rank 0 sees no GPU, and rank 1 does"),
+        ([{}, {}], [2, 0], "mixed devices: rank 1 sees no GPU, but rank 0 does"),
+        ([{}, {}], [0, 2], "mixed devices: rank 0 sees no GPU, but rank 1 does"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -299,11 +301,7 @@ def alone(tmp_path: Path, **more: str) -> str:
     """What `partial-fc train` says in a process that an mpirun of two is said to have started."""
     command = [
         sys.executable,
-        "-m",
-        "partial_fc",
-        "train",
-        "configs/quickstart.yaml",
-        "--output.folder",
+        *args("-m partial_fc train configs/quickstart.yaml --output.folder"),
         str(tmp_path / "run"),
     ]
     code, out, err = finish(start(command, OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="0", **more))

@@ -1,4 +1,5 @@
-"""The two-minute soak, and what its report says of a run that went wrong. `pytest tests/training/test_soak.py -m "slow or not slow"`."""
+"""The two-minute soak, and what its report says of a run that went wrong. `pytest tests/training/test_soak.py -m "slow
+or not slow"`."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common import args
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,15 +20,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_two_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At least one fault of each sort; all survived, every step equal to that of the undisturbed run (the command's own judgement)."""
+    """At least one fault of each sort; all survived, every step equal to that of the undisturbed run (the command's own
+    judgement)."""
     command = [
         sys.executable,
         str(ROOT / "benchmarks/soak.py"),
-        "--minutes",
-        "2",
-        "--seed",
-        "1",
-        "--out",
+        *args("--minutes 2 --seed 1 --out"),
         str(tmp_path / "soak"),
     ]
     run = subprocess.run(

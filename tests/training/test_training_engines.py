@@ -1,7 +1,8 @@
-"""The application in every engine and under every launcher that has processes of its own: the numbers of plain DDP, and exact resumption.
+"""The application in every engine and under every launcher that has processes of its own: the numbers of plain DDP, and
+exact resumption.
 
-One run an engine, on the quick start's data, with accumulation and clipping; it is resumed from a checkpoint within its epoch by another
-launcher, and once by another engine.
+One run an engine, on the quick start's data, with accumulation and clipping; it is resumed from a checkpoint within its
+epoch by another launcher, and once by another engine.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from common import args
 from launched import logged
 
-from partial_fc.training.cli.main import main
 from partial_fc.training.config import TrainConfig
 from partial_fc.training.engine import _set_deepspeed
 from partial_fc.training.errors import UserError
@@ -57,16 +58,7 @@ def json_of(tmp: Path, stage: int) -> list[str]:
 
 FSDP2 = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "NO_WRAP"}}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-DEEPSPEED = [
-    sys.executable,
-    "-m",
-    "deepspeed.launcher.runner",
-    "--num_gpus",
-    "2",
-    "--no_local_rank",
-    "--master_port",
-    "29611",
-]
+DEEPSPEED = [sys.executable, *args("-m deepspeed.launcher.runner --num_gpus 2 --no_local_rank --master_port 29611")]
 
 
 def train(launcher: list[str], *arguments: str) -> str:
@@ -106,10 +98,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.slow  # tests/project/test_launch.py and tests/engines/test_engine_state.py start and resume engines in the normal suite
+# tests/project/test_launch.py and tests/engines/test_engine_state.py start and resume engines in the normal suite
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["DeepSpeed ZeRO-3", "DeepSpeed ZeRO-2", "FSDP2"])
 def test_every_engine_gives_the_losses_of_ddp_and_goes_on_exactly(plain, tmp_path, engine):
-    """ZeRO-2 by accelerate launch and resumed by deepspeed, ZeRO-3 by torchrun and resumed by accelerate launch, FSDP2 resumed as DDP."""
+    """ZeRO-2 by accelerate launch and resumed by deepspeed, ZeRO-3 by torchrun and resumed by accelerate launch, FSDP2
+    resumed as DDP."""
     first, again, more = accelerate(tmp_path, **FSDP2), accelerate(tmp_path, **FSDP2), []
     if engine == "DeepSpeed ZeRO-2":
         first, again = accelerate(tmp_path, **zero(2)), DEEPSPEED
@@ -177,7 +171,7 @@ def test_the_runs_settings_go_before_deepspeeds_configuration():
     )
     assert found["gradient_clipping"] == 0 and found["bf16"] == {"enabled": False}
     assert found["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    with pytest.raises(UserError, match=r"enables fp16, and --train\.mixed_precision is no"):
+    with pytest.raises(UserError, match=r"enables fp16, but --train\.mixed_precision is no"):
         settings_for({"fp16": {"enabled": True}})
     with pytest.raises(UserError, match="names a scheduler"):
         settings_for({"scheduler": {"type": "WarmupLR"}})
@@ -187,20 +181,14 @@ def test_the_runs_settings_go_before_deepspeeds_configuration():
     ("environment", "settings", "expected"),
     [
         ({}, ["--train.deepspeed", "nowhere.json"], "nowhere.json does not exist"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "needs its processes started"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "DeepSpeed needs a launcher"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}, ["--train.mixed_precision", "fp16"], "fp16"),
     ],
     ids=["no such file", "no launcher", "fp16"],
 )
-def test_what_an_engine_cannot_do_is_one_line(tmp_path, capsys, monkeypatch, environment, settings, expected):
+def test_what_an_engine_cannot_do_is_one_line(tmp_path, mistake, monkeypatch, environment, settings, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert (
-        main(
-            ["train", str(ROOT / "configs/quickstart.yaml"), "--output.folder", str(tmp_path / "run"), *RUN, *settings]
-        )
-        == 2
-    )
-    (line,) = capsys.readouterr().err.splitlines()
-    assert expected in line
+    arguments = ["--output.folder", tmp_path / "run", *RUN, *settings]
+    assert expected in mistake("train", ROOT / "configs/quickstart.yaml", *arguments)
     assert not (tmp_path / "run").exists()

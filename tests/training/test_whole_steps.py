@@ -1,4 +1,5 @@
-"""The end of an epoch in the application: whole steps, nothing trained that no step takes, data sets that are too small."""
+"""The end of an epoch in the application: whole steps, nothing trained that no step takes, data sets that are too
+small."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def settings(folder: Path, *more: str) -> RunConfig:
 
 
 def test_micro_batches_that_make_no_whole_step_are_left_out_and_counted(tmp_path, monkeypatch, capsys):
-    """Of each epoch's micro-batches so many cannot be read that two of the others make no step: no gradient of theirs waits at its end."""
+    """Of each epoch's micro-batches so many cannot be read that two of the others make no step: no gradient of theirs
+    waits at its end."""
     trainer = Trainer(settings(tmp_path / "run", "--train.epochs", "2", "--center.weight", "0.01"))
     whole, accumulation = len(trainer.loader), 4
     steps = whole // accumulation - 1
@@ -62,17 +64,20 @@ def test_micro_batches_that_make_no_whole_step_are_left_out_and_counted(tmp_path
     assert trainer.progress.left_out == 2 * (unreadable + 2)
     count = len(trainer.data.train)
     taken = whole // accumulation * 64
-    assert taken < count and f"an epoch takes {taken:,} of {count:,} images" in capsys.readouterr().out
+    assert taken < count and f"an epoch uses {taken:,} of {count:,} images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--train.batch_size", "100000", "--train.accumulation", "1"], "fewer than one batch of 100000"),
-        (["--train.batch_size", "2000", "--train.accumulation", "100"], "training images make no batch of 2000"),
+        (
+            ["--train.batch_size", "2000", "--train.accumulation", "100"],
+            "training images are fewer than one batch of 2000",
+        ),
         (
             ["--train.batch_size", "4", "--train.accumulation", "4"],
-            "fewer than two images for each of 1 ranks and 4 micro-batches",
+            "fewer than 2 images for each of 1 ranks and 4 micro-batches",
         ),
     ],
 )

@@ -1,4 +1,5 @@
-"""Class weights and centers as single files: bit for bit at every world size, in bounded memory, refused in words where they do not fit."""
+"""Class weights and centers as single files: bit for bit at every world size, in bounded memory, refused in words where
+they do not fit."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from shards import local, part_of, two_by_two
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from watching import Allocations
 
 from partial_fc import (
     CenterLoss,
@@ -42,10 +43,6 @@ D = 6
 KINDS = ("arc", "softmax", "subcenter", "center", "half")
 
 
-def local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
-
-
 def build(kind: str, classes: int, seed: int = 0, group: Any = None) -> PartialFC | CenterLoss:
     if kind == "center":
         return CenterLoss(D, classes, seed=seed, init_std=1.0, group=group, dtype=torch.float64)
@@ -55,12 +52,12 @@ def build(kind: str, classes: int, seed: int = 0, group: Any = None) -> PartialF
     )
     if head.bias is not None:  # drawn by class id, as the weights are
         start = head.shards.lo
-        local(head.bias).copy_(torch.arange(start, start + head.shards.local) + 10.0 * seed)
+        local(head.bias.detach()).copy_(torch.arange(start, start + head.shards.local) + 10.0 * seed)
     return head
 
 
 def parts(rows_of: PartialFC | CenterLoss) -> dict[str, Tensor]:
-    return {name: local(p).clone() for name, p in rows_of.named_parameters()}
+    return {name: local(p.detach()).clone() for name, p in rows_of.named_parameters()}
 
 
 def export(rank: int, world: int, path: str, kind: str, classes: int, seed: int) -> dict[str, Tensor]:
@@ -110,14 +107,12 @@ def test_without_a_group_and_in_small_blocks(tmp_path, monkeypatch):
 
 
 def on_a_mesh(rank: int, world: int, path: str) -> tuple[Tensor, Tensor]:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = two_by_two()
     rows_of = build("arc", 5, seed=3, group=mesh)
     export_weights(path, rows_of)
     other = build("arc", 5, seed=4, group=mesh)
     import_weights(path, other)
-    return local(rows_of.weight).clone(), local(other.weight).clone()
+    return local(rows_of.weight.detach()).clone(), local(other.weight.detach()).clone()
 
 
 def test_a_mesh_of_replicas_writes_once_and_reads_everywhere(ranks, tmp_path):
@@ -325,7 +320,7 @@ def name_another_file(rank: int, world: int, path: str) -> str:
 
 def see_another_file(rank: int, world: int, path: str) -> tuple[str, bool]:
     head = build("arc", 5)
-    before = local(head.weight).clone()
+    before = local(head.weight.detach()).clone()
     try:
         import_weights(path if rank == 0 else path + "-elsewhere", head)
     except FileNotFoundError as error:
@@ -402,7 +397,7 @@ class Columns:
 def take_source(rank: int, world: int) -> Tensor:
     head = build("arc", 23)
     import_weights(Columns(), head)
-    return local(head.weight).clone()
+    return local(head.weight.detach()).clone()
 
 
 def test_anything_with_rows_is_a_source(ranks):
@@ -416,37 +411,21 @@ def test_anything_with_rows_is_a_source(ranks):
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation made, and of the largest that was copied into memory there was."""
-
-    made = copied = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.made = max(self.made, tensor.nbytes)
-        if function is torch.ops.aten.copy_.default:
-            self.copied = max(self.copied, args[1].nbytes)
-        return result
-
-
 def test_nothing_is_as_large_as_the_shard(tmp_path, monkeypatch):
     monkeypatch.setattr("partial_fc.checkpoint.layout.ROW_BLOCK_BYTES", 4096)
     head, other = build("arc", 20_000, 1), build("arc", 20_000, 2)
-    with Largest():  # what is imported and compiled once
+    with Allocations():  # what is imported and compiled once
         export_weights(tmp_path / "first", small := build("arc", 5))
         import_weights(tmp_path / "first", small)
     tracemalloc.start()
     try:
-        with Largest() as largest:
+        with Allocations() as seen:
             export_weights(tmp_path / "w", head)
             import_weights(tmp_path / "w", other)
         assert tracemalloc.get_traced_memory()[1] < head.weight.nbytes / 4  # buffers of files are Python's memory
     finally:
         tracemalloc.stop()
-    assert largest.made <= 4096 and 2048 < largest.copied <= 4096
+    assert seen.bytes <= 4096 and 2048 < seen.copied <= 4096
     assert torch.equal(head.weight, other.weight)
 
 
@@ -482,7 +461,7 @@ def train(head: PartialFC, optimizer: RowOptimizer, steps: int, rank: int = 0, w
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(12, D, generator=generator, dtype=torch.float64)
         labels = torch.randint(0, head.num_classes, (12,), generator=generator)
-        mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        mine = part_of(12, rank, world)
         loss = head(x[mine], labels[mine])
         loss.backward()
         optimizer.step()
@@ -492,12 +471,8 @@ def train(head: PartialFC, optimizer: RowOptimizer, steps: int, rank: int = 0, w
 
 
 def margin_of(name: str) -> Any:
-    return {
-        "cosface": CosFace(scale=32.0),
-        "curricular": CurricularFace(),
-        "sphereface2": SphereFace2(),
-        "softmax": Softmax(),
-    }[name]
+    margins = (CosFace(scale=32.0), CurricularFace(), SphereFace2(), Softmax())
+    return next(margin for margin in margins if type(margin).__name__ == name)
 
 
 def train_from(rank: int, world: int, path: str, margin: str) -> list[float]:
@@ -506,13 +481,13 @@ def train_from(rank: int, world: int, path: str, margin: str) -> list[float]:
     return train(head, RowOptimizer(torch.optim.SGD, head, lr=0.1), 4, rank, world)
 
 
-@pytest.mark.parametrize("margin", ["cosface", "curricular", "sphereface2", "softmax"])
+@pytest.mark.parametrize("margin", ["CosFace", "CurricularFace", "SphereFace2", "Softmax"])
 def test_an_imported_checkpoint_trains_as_the_head_it_came_from(ranks, tmp_path, capsys, margin):
     head = PartialFC(D, 23, margin_of(margin), seed=3, init_std=1.0, dtype=torch.float64)
     file, checkpoint = str(tmp_path / "w.safetensors"), str(tmp_path / "checkpoint")
     save_checkpoint(tmp_path / "first", head=head)
     assert main(["export", str(tmp_path / "first"), file]) == 0
-    given = ["--margin", margin, *(["--scale", "32"] if margin == "cosface" else [])]
+    given = ["--margin", margin, *(["--margin.scale", "32"] if margin == "CosFace" else [])]
     assert main(["import", file, "--output", checkpoint, *given]) == 0
     assert "head, 23 classes of width 6" in capsys.readouterr().out
     expected = train(head, RowOptimizer(torch.optim.SGD, head, lr=0.1), 4)
@@ -538,18 +513,12 @@ def test_exported_bytes_are_those_of_the_checkpoint(tmp_path):
     assert torch.equal(other.centers, center.centers)
 
 
-def take_from_checkpoint(rank: int, world: int, path: str, kind: str) -> dict[str, Tensor]:
-    rows_of = build(kind, 23, seed=99)
-    import_weights(path, rows_of)
-    return parts(rows_of)
-
-
 @pytest.mark.parametrize("kind", ["arc", "softmax"])
 def test_a_checkpoint_is_a_source_too(ranks, tmp_path, kind):
     head = build(kind, 23, 3)
     save_checkpoint(tmp_path / "c", head=head, optimizer=RowOptimizer(torch.optim.SGD, head, lr=0.1))
     for world in (1, 3):
-        found = whole(ranks(world).run(take_from_checkpoint, str(tmp_path / "c"), kind))
+        found = whole(ranks(world).run(take, str(tmp_path / "c"), kind, 23))
         assert all(torch.equal(found[name], tensor) for name, tensor in parts(head).items())
     with pytest.raises(ValueError, match="has no tensor center/centers; it has head/"):
         import_weights(tmp_path / "c", build("center", 23))
@@ -559,38 +528,34 @@ def test_a_checkpoint_is_a_source_too(ranks, tmp_path, kind):
         import_weights(tmp_path / "c", build(kind, 24))
 
 
-def fails(capsys: Any, *arguments: Any) -> str:
-    assert main([str(a) for a in arguments]) == 2
-    text = capsys.readouterr().err.strip().splitlines()[-1]
-    assert text.startswith("partial-fc: error: ")
-    return text
-
-
-def test_commands_say_what_is_wrong(tmp_path, capsys):
+def test_commands_say_what_is_wrong(tmp_path, mistake):
     save_checkpoint(tmp_path / "c", head=build("softmax", 5, 3), a=build("center", 5), b=build("center", 5))
     file, output = tmp_path / "w.safetensors", tmp_path / "out"
-    assert "there is no folder" in fails(capsys, "export", tmp_path / "none", file)
-    assert "neither a checkpoint" in fails(capsys, "export", tmp_path, file)
-    assert "name that ends in .safetensors" in fails(capsys, "export", tmp_path / "c", tmp_path / "w.bin")
-    assert "no class weights or centers of the name x; it has a, b, head" in fails(
-        capsys, "export", tmp_path / "c", file, "--name", "x"
+    assert "there is no folder" in mistake("export", tmp_path / "none", file)
+    assert "neither a checkpoint" in mistake("export", tmp_path, file)
+    assert "name that ends in .safetensors" in mistake("export", tmp_path / "c", tmp_path / "w.bin")
+    assert "no class weights or centers named x; it has a, b, head" in mistake(
+        "export", tmp_path / "c", file, "--name", "x"
     )
     assert main(["export", str(tmp_path / "c"), str(file)]) == 0
-    assert "already exists; choose another name" in fails(capsys, "export", tmp_path / "c", file)
+    assert "already exists; choose another name" in mistake("export", tmp_path / "c", file)
     assert main(["export", str(tmp_path / "c"), str(file), "--overwrite"]) == 0
-    assert "say which margin" in fails(capsys, "import", file, "--output", output)
-    assert "has a bias" in fails(capsys, "import", file, "--output", output, "--margin", "cosface")
-    assert "has no effect with --margin softmax" in fails(
-        capsys, "import", file, "--output", output, "--margin", "softmax", "--scale", "3"
+    assert "give the margin of the checkpoint" in mistake("import", file, "--output", output)
+    assert "has a bias" in mistake("import", file, "--output", output, "--margin", "CosFace")
+    assert "--margin.scale: Softmax has no argument scale; it takes bias" in mistake(
+        "import", file, "--output", output, "--margin", "Softmax", "--margin.scale", "3"
     )
-    assert "one safetensors file holds all rows" in fails(capsys, "import", file, file, "--output", output)
-    assert "there is no file" in fails(capsys, "import", tmp_path / "no.safetensors", "--output", output)
-    assert "--margin subcenter --centers K" in fails(
-        capsys, "import", file, "--output", output, "--margin", "subcenter", "--key", "weight"
+    assert "write --margin AdaFace --margin.h 0.5 --margin.margin 0.3" in mistake(
+        "import", file, "--output", output, "--margin", "adaface", "--h", "0.5", "--m", "0.3"
+    )
+    assert "a safetensors file holds all rows" in mistake("import", file, file, "--output", output)
+    assert "there is no file" in mistake("import", tmp_path / "no.safetensors", "--output", output)
+    assert "--margin SubCenterArcFace --margin.centers K" in mistake(
+        "import", file, "--output", output, "--margin", "SubCenterArcFace", "--key", "weight"
     )
     assert not output.exists()
-    assert main(["import", str(file), "--output", str(output), "--margin", "softmax"]) == 0
-    assert "holds a checkpoint already" in fails(capsys, "import", file, "--output", output, "--margin", "softmax")
+    assert main(["import", str(file), "--output", str(output), "--margin", "Softmax"]) == 0
+    assert "already holds a checkpoint" in mistake("import", file, "--output", output, "--margin", "Softmax")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "out", "w.safetensors"]
 
 
@@ -625,12 +590,12 @@ def test_a_run_starts_from_given_weights_and_is_exported(tmp_path, monkeypatch, 
     resumed.close()
 
 
-def test_weights_that_do_not_fit_are_refused_before_training(tmp_path, monkeypatch, capsys):
+def test_weights_that_do_not_fit_are_refused_before_training(tmp_path, monkeypatch, mistake):
     monkeypatch.chdir(Path(__file__).parents[2])
     export_weights(tmp_path / "w.safetensors", PartialFC(128, 61))
     start = ["train", *RUN, "--output.folder", str(tmp_path / "run"), "--head.weights"]
-    assert "--head.weights: there is no" in fails(capsys, *start, tmp_path / "none", "--check")
-    text = fails(capsys, *start, tmp_path / "w.safetensors")
+    assert "--head.weights: there is no" in mistake(*start, tmp_path / "none", "--check")
+    text = mistake(*start, tmp_path / "w.safetensors")
     assert (
         "--head.weights: " in text and "has 61 classes of width 128, but 60 classes of width 128 are expected" in text
     )

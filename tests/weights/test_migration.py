@@ -1,4 +1,5 @@
-"""Files of each rank that other trainers saved become one matrix, whatever their number, and what is wrong with them is said in words."""
+"""Files of each rank that other trainers saved become one matrix, whatever their number, and what is wrong with them is
+said in words."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from shards import local
 from torch import Tensor
 
 from partial_fc import ArcFace, PartialFC, RankFiles, RowOptimizer, import_weights, load_checkpoint
@@ -16,10 +18,6 @@ from partial_fc.training.cli.main import main
 
 C, D = 23, 6
 LAYOUTS = ["checkpoint", "softmax_fc", "bare", "bare old"]
-
-
-def local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
 
 
 def matrix(seed: int) -> Tensor:
@@ -116,11 +114,13 @@ def test_only_one_file_is_held(tmp_path, monkeypatch):
     assert len(most) > 6 and max(most) == 1
 
 
-# ---------------------------------------------------------------------------------------------------- into a head that trains
+# ---------------------------------------------------------------------------------------------------- into a head that
+# trains
 
 
 def dense_steps(weight: Tensor, state: dict[str, Tensor], kind: str, steps: int) -> Tensor:
-    """The class weights after some steps of an optimizer that goes on from `state`; the gradient is that of ½ ‖W − target‖²."""
+    """The class weights after some steps of an optimizer that goes on from `state`; the gradient is that of ½ ‖W −
+    target‖²."""
     parameter = torch.nn.Parameter(weight.clone())
     optimizer: torch.optim.Optimizer = (
         torch.optim.SGD([parameter], lr=0.05, momentum=0.8)
@@ -150,13 +150,13 @@ def go_on(rank: int, world: int, path: str, kind: str, imported: bool) -> tuple[
         if kind == "sgd":
             assert optimizer.param_groups[0]["momentum"] == 0.8 and optimizer.param_groups[0]["lr"] == 0.05
             optimizer.param_groups[0]["weight_decay"] = 0.0
-    start = local(head.weight).clone()
+    start = local(head.weight.detach()).clone()
     shards = head.shards
     for step in range(3):
-        head.weight.grad = shards.wrap(local(head.weight) - matrix(10 + step)[shards.lo : shards.hi])
+        head.weight.grad = shards.wrap(local(head.weight.detach()) - matrix(10 + step)[shards.lo : shards.hi])
         optimizer.step()
         optimizer.zero_grad()
-    return start, local(head.weight).clone()
+    return start, local(head.weight.detach()).clone()
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
@@ -196,7 +196,8 @@ def test_state_must_be_that_of_the_optimizer(tmp_path):
     assert torch.equal(head.weight, matrix(1).float())
 
 
-# ---------------------------------------------------------------------------------------------------- momentum that is left out
+# ---------------------------------------------------------------------------------------------------- momentum that is
+# left out
 
 
 def resave(path: Path, change: Any) -> None:

@@ -1,102 +1,99 @@
-"""The command `partial-fc audit RUN`: what a trained head says of its data. In one process, or started on several ranks by a launcher."""
+"""The command `partial-fc audit RUN`: what a trained head shows about its data set.
+
+It runs in one process, or on several ranks started by a launcher.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
 
-import jsonargparse
 import torch
 from accelerate import Accelerator
 
 from partial_fc import load_checkpoint
-from partial_fc.training.audit import DRIFT, DUPLICATES, UNMOVED, Thresholds, audit_head, write_audit
+from partial_fc.training.all_ranks import run_on_all
+from partial_fc.training.audit import Thresholds, audit_head
+from partial_fc.training.audit_page import DRIFT, DUPLICATES, NEVER_UPDATED, write_audit
+from partial_fc.training.cli.parser import CommandParser, add_on_error, add_traceback, add_workers, check_at_least
 from partial_fc.training.config import RunConfig, to_config
 from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
-from partial_fc.training.results import claim_output, describe_environment, load_backbone, together
+from partial_fc.training.results import claim_output, describe_environment, load_backbone, remove_if_empty
 from partial_fc.training.run import CONFIG, RunFolder
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `partial-fc audit --help` explains every setting")
+from partial_fc.training.settings_parser import SettingsParser
 
 
 def audit_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="partial-fc audit",
-        description="Identities stored twice, classes that never moved, classes far from their own images: what a trained head says of "
-        "its data.",
-        allow_abbrev=False,
+    parser = CommandParser(
+        "audit",
+        "What a trained head shows about its data set: identities stored twice, classes that were never updated, "
+        "classes far from their own images.",
     )
-    parser.add_argument("run", help="folder of a run; its newest checkpoint is taken")
+    parser.add_argument("run", help="folder of a run; its newest checkpoint is used")
     parser.add_argument(
         "--data",
         default=None,
         metavar="FOLDER",
-        help="the folder trained on, if it is elsewhere now (default: the run's)",
+        help="the training data set, if it has moved (default: the run's folder)",
     )
-    for name, what in (("--threshold", "rows of the head"), ("--mean_threshold", "means of their images' embeddings")):
-        text = f"report pairs of classes of which the {what} have at least this cosine (default: outliers among all classes' nearest)"
-        parser.add_argument(name, type=float, default=None, metavar="COSINE", help=text)
+    for name, what in (("--threshold", "class rows"), ("--mean_threshold", "mean embeddings")):
+        parser.add_argument(
+            name,
+            type=float,
+            default=None,
+            metavar="COSINE",
+            help=f"report pairs of classes whose {what} have at least this cosine (default: outliers among the cosines "
+            "of all classes to their nearest class)",
+        )
     parser.add_argument(
-        "--output", default=None, metavar="DIR", help="where to write (default RUN/audit); must not exist"
+        "--output", default=None, metavar="DIR", help="folder for the results, which must not exist (default RUN/audit)"
     )
-    parser.add_argument(
-        "--workers", type=int, default=None, help="processes a rank starts to load images (default: by the cores)"
-    )
-    parser.add_argument(
-        "--on_error",
-        choices=("skip", "raise"),
-        default="skip",
-        help="what to do about an image that cannot be read (default skip)",
-    )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    add_workers(parser)
+    add_on_error(parser)
+    add_traceback(parser)
     return parser
 
 
-def audit_command(arguments: list[str], train_parser: jsonargparse.ArgumentParser) -> None:
-    """`partial-fc audit`: an audit folder. Raises UserError, the same on every rank, for what cannot be audited."""
-    asked = audit_parser().parse_args(arguments)
+def audit_command(arguments: list[str], train_parser: SettingsParser) -> None:
+    """`partial-fc audit`: write an audit folder. Raises UserError, the same on every rank, if that is not possible."""
+    options = audit_parser().parse_args(arguments)
     for name in ("threshold", "mean_threshold"):
-        value = getattr(asked, name)
+        value = getattr(options, name)
         if value is not None and not -1 <= value <= 1:
             raise UserError(f"--{name} is {value}; it is a cosine, from -1 to 1")
-    if asked.workers is not None and asked.workers < 0:
-        raise UserError(f"--workers is {asked.workers}; give at least 0")
-    run = RunFolder(asked.run)
+    check_at_least(options, "workers", 0)
+    run = RunFolder(options.run)
     run.check_run()
     config = to_config(train_parser, ["--config", str(run.path / CONFIG)])
-    config.data.workers, config.data.on_error = asked.workers, asked.on_error
-    if asked.data is not None:
-        config.data.folder = asked.data
+    config.data.workers = options.workers
+    config.data.on_error = options.on_error
+    if options.data is not None:
+        config.data.folder = options.data
     accelerator = Accelerator(
         cpu=config.train.cpu or not torch.cuda.is_available(), mixed_precision=config.train.mixed_precision
     )
-    out = RunFolder(asked.output or run.path / "audit")
+    out = RunFolder(options.output or run.path / "audit")
     claim_output(out, accelerator)
     try:
-        _audit(run, out, config, Thresholds(asked.threshold, asked.mean_threshold), accelerator)
+        _audit(run, out, config, Thresholds(options.threshold, options.mean_threshold), accelerator)
     except BaseException:
-        if accelerator.is_main_process and not any(out.path.iterdir()):
-            out.path.rmdir()  # a mistake leaves no folder behind
+        remove_if_empty(out, accelerator)
         raise
     accelerator.end_training()
 
 
 def _audit(run: RunFolder, out: RunFolder, config: RunConfig, thresholds: Thresholds, accelerator: Accelerator) -> None:
-    dataset = together(lambda: open_data(config.data, config.seed).train, accelerator)
+    dataset = run_on_all(lambda: open_data(config.data, config.seed).train, accelerator)
     backbone = load_backbone(run, config, dataset.image_shape).to(accelerator.device)
     counts = torch.bincount(dataset.labels, minlength=dataset.num_identities)
     head = config.head.build(config.backbone.embedding_size, counts, config.seed, accelerator.device)
     newest = run.newest_checkpoint()
-    assert newest is not None, "the backbone came from it"
+    assert newest is not None, "load_backbone has read it"
     try:
         load_checkpoint(newest, head=head)
     except ValueError as error:
         raise UserError(
-            f"the head of {run.path} is not of the {dataset.num_identities:,} classes of the data: {error}"
+            f"the head of {run.path} does not fit the {dataset.num_identities:,} classes of the data set: {error}"
         ) from error
     audit = audit_head(head, backbone, dataset, accelerator, config, thresholds)
     accelerator.wait_for_everyone()
@@ -104,4 +101,4 @@ def _audit(run: RunFolder, out: RunFolder, config: RunConfig, thresholds: Thresh
         print(audit.summary())
         title = f"Audit of {run.path.name}: {dataset.num_identities:,} classes"
         report = write_audit(out, audit, dataset, title, {**describe_environment(accelerator), "run": str(run.path)})
-        print(f"\nResults are in {out.path} ({DUPLICATES}, {UNMOVED}, {DRIFT}); look at {report}")
+        print(f"\nResults are in {out.path} ({DUPLICATES}, {NEVER_UPDATED}, {DRIFT}); look at {report}")

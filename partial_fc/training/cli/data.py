@@ -1,13 +1,14 @@
-"""The commands `partial-fc data ...`: what is in a data set, and one format into another. One process, no ranks."""
+"""The commands `partial-fc data ...`: inspect a data set, convert it, draw one from fonts. They run in one process."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
 from partial_fc.training.cli.glyphs import glyphs_command
+from partial_fc.training.cli.parser import CommandParser, add_on_error, add_traceback, check_at_least
 from partial_fc.training.data import EncodedIdentities, Format, IdentityDataset, find_format, open_source
 from partial_fc.training.data.convert import FORMATS, PART, convert, is_finished
 from partial_fc.training.data.formats.packed import is_packed, packed_splits
@@ -25,13 +26,8 @@ commands:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` explains every setting")
-
-
 def data_command(arguments: list[str]) -> int:
-    """`partial-fc data COMMAND`: one of COMMANDS. Raises UserError for a mistake."""
+    """`partial-fc data COMMAND`: run one of COMMANDS; return its exit code. Raises UserError for mistakes."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, (text, _) in COMMANDS.items())), end="")
         return 0 if arguments else 2
@@ -41,140 +37,137 @@ def data_command(arguments: list[str]) -> int:
 
 
 def inspect_command(arguments: list[str]) -> None:
-    """`partial-fc data inspect SOURCE`: counts, sizes, what is unreadable, double or missing; a histogram, if asked for."""
+    """`partial-fc data inspect SOURCE`: print counts, sizes, and what is unreadable, duplicated or missing."""
     parser = _source_parser(
-        "inspect", "What is in a data set, and what is wrong with it; every picture is read.", ", or a packed set"
+        "inspect", "What is in a data set, and what is wrong with it; every image is read.", ", or a packed data set"
     )
     parser.add_argument(
         "--plot",
         default=None,
         metavar="FILE",
-        help="where to draw the histogram of images an identity: .png, .svg or .pdf",
+        help="file for a histogram of the images per identity: .png, .svg or .pdf",
     )
     parser.add_argument(
-        "--headers", action="store_true", help="read the headers of pictures alone, and decode none: quicker"
+        "--headers", action="store_true", help="read only the headers of images, without decoding them: faster"
     )
-    asked = parser.parse_args(arguments)
-    plot = None if asked.plot is None else Path(asked.plot)
+    options = parser.parse_args(arguments)
+    plot = None if options.plot is None else Path(options.plot)
     if plot is not None:
         check_new_file(plot, "--plot", list(PLOT_ENDINGS))
-    packed = is_packed(asked.source)
+    packed = is_packed(options.source)
     sets: dict[str, IdentityDataset] = (
-        {**packed_splits(asked.source, asked.split)} if packed else {"": open_asked(asked.source, asked)}
+        {**packed_splits(options.source, options.split)} if packed else {"": open_from_options(options.source, options)}
     )
-    print(f"format: {'packed (packed.json)' if packed else _format_taken(asked)}")
+    print(f"format: {'packed (packed.json)' if packed else _describe_format(options)}")
     for name, dataset in sets.items():
-        found = inspect_data(dataset, decode=not asked.headers)
+        found = inspect_data(dataset, decode=not options.headers)
         print((f"{name}\n" if name else "") + found.summary())
         if plot is not None and dataset is next(iter(sets.values())):
             plot.parent.mkdir(parents=True, exist_ok=True)
-            plot_counts(plot, found, Path(asked.source).name)
-            print(f"\nhistogram of images an identity: {plot}")
+            plot_counts(plot, found, Path(options.source).name)
+            print(f"\nhistogram of images per identity: {plot}")
 
 
 def convert_command(arguments: list[str]) -> None:
-    """`partial-fc data convert SOURCE DEST --format FORMAT`: copied, not encoded again; goes on with a conversion that was ended."""
+    """`partial-fc data convert SOURCE DEST --format FORMAT`: copy encoded images; resume an interrupted copy."""
     parser = _source_parser(
-        "convert", "Copy a data set into another format. The same command goes on with a conversion that was ended."
+        "convert", "Copy a data set into another format. The same command continues a conversion that was interrupted."
     )
-    parser.add_argument("dest", help="folder to make; it must be new, empty, or hold the same conversion, begun")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument(
-        "--part", type=int, default=PART, metavar="N", help=f"images of a shard, and between two notes (default {PART})"
+        "dest", help="folder to make; it must be new, empty, or hold the same conversion, interrupted earlier"
     )
-    asked = parser.parse_args(arguments)
-    if asked.part < 1:
-        raise UserError(f"--part is {asked.part}; give at least 1")
-    if is_packed(asked.source):
+    parser.add_argument("--format", required=True, choices=FORMATS, help="format to write")
+    parser.add_argument(
+        "--part",
+        type=int,
+        default=PART,
+        metavar="N",
+        help=f"images per tar or Parquet file, and between two saves of the progress (default {PART})",
+    )
+    options = parser.parse_args(arguments)
+    check_at_least(options, "part", 1)
+    if is_packed(options.source):
         raise UserError(
-            f"{asked.source} is a packed set, which has pixels and no encoded pictures to copy; it cannot be converted"
+            f"{options.source} is a packed data set, which holds pixels; only data sets of encoded images can be "
+            "converted"
         )
-    source = open_asked(asked.source, asked)
-    already = is_finished(asked.dest)
-    done = convert(source, asked.dest, asked.format, on_error=asked.on_error, part=asked.part)
+    source = open_from_options(options.source, options)
+    already = is_finished(options.dest)
+    done = convert(source, options.dest, options.format, on_error=options.on_error, part=options.part)
+    counts = f"{done['images']:,} images of {done['identities']:,} identities as {options.format}"
     if already:
-        print(
-            f"{asked.dest}: already converted: {done['images']:,} images of {done['identities']:,} identities as {asked.format}"
-        )
+        print(f"{options.dest}: already converted: {counts}")
         return
-    lost = (
-        f"; {done['left_out']:,} damaged ones are left out (named in {asked.dest}/left_out.txt)"
-        if done["left_out"]
-        else ""
-    )
-    print(
-        f"{asked.dest}: {done['images']:,} images of {done['identities']:,} identities as {asked.format}, counts and labels verified{lost}"
-    )
+    skipped = ""
+    if done["left_out"]:
+        skipped = f"; {done['left_out']:,} damaged images were skipped (listed in {options.dest}/left_out.txt)"
+    print(f"{options.dest}: {counts}, counts and labels verified{skipped}")
 
 
-def _format_taken(asked: argparse.Namespace) -> str:
-    """Which format was opened, which split if one was asked for, and the files: `parquet, split test (test-0.parquet and 3 more)`."""
-    kind, paths = find_format(Path(asked.source), asked.source_format)
+def _describe_format(options: argparse.Namespace) -> str:
+    """Return the format, the split if given, and the files: `parquet, split test (test-0.parquet and 3 more)`."""
+    kind, paths = find_format(Path(options.source), options.source_format)
     if kind == "folder":
         return kind
-    if asked.split is not None:
-        paths, kind = choose_split(Path(asked.source), paths, asked.split), f"{kind}, split {asked.split}"
-    return f"{kind} ({paths[0].name}{f' and {len(paths) - 1:,} more' if len(paths) > 1 else ''})"
+    if options.split is not None:
+        paths = choose_split(Path(options.source), paths, options.split)
+        kind = f"{kind}, split {options.split}"
+    more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+    return f"{kind} ({paths[0].name}{more})"
 
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
-    "inspect": ("identities, images, sizes; what is unreadable, double or missing", inspect_command),
-    "convert": ("one format into another, encoded pictures copied as they are", convert_command),
-    "glyphs": ("tens of thousands of identities, drawn from installed fonts", glyphs_command),
+    "inspect": ("identities, images, sizes; what is unreadable, duplicated or missing", inspect_command),
+    "convert": ("copy a data set into another format, without encoding images again", convert_command),
+    "glyphs": ("draw tens of thousands of identities from installed fonts", glyphs_command),
 }
-"""name -> (a line of help, the command)"""
+"""name -> (line of help, function)"""
 
 
-def _source_parser(name: str, description: str, more: str = "") -> _Parser:
-    parser = _Parser(prog=f"partial-fc data {name}", description=description, allow_abbrev=False)
+def _source_parser(name: str, description: str, more: str = "") -> CommandParser:
+    parser = CommandParser(f"data {name}", description)
     parser.add_argument(
-        "source", help=f"a folder of identities, a list file, a folder of RecordIO, tar shards or Parquet files{more}"
+        "source", help=f"a folder of identities, a list file, a folder of RecordIO, tar or Parquet files{more}"
     )
     add_source_options(parser)
-    parser.add_argument(
-        "--on_error",
-        choices=("skip", "raise"),
-        default="skip",
-        help="what to do about unreadable images (default skip)",
-    )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    add_on_error(parser)
+    add_traceback(parser)
     return parser
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """What `open_asked` looks at, beside --on_error."""
+    """Add the options that `open_from_options` reads, except --on_error."""
     parser.add_argument(
-        "--source_format", default="auto", choices=get_args(Format), help="what lies there (default: look)"
+        "--source_format", default="auto", choices=get_args(Format), help="format of the data set (default: detected)"
     )
     parser.add_argument(
-        "--image_column", type=str, default=None, metavar="NAME", help="column of Parquet files that has the images"
+        "--image_column", type=str, default=None, metavar="NAME", help="column of the images in Parquet files"
     )
     parser.add_argument(
-        "--label_column", type=str, default=None, metavar="NAME", help="column of Parquet files that has the identities"
+        "--label_column", type=str, default=None, metavar="NAME", help="column of the identities in Parquet files"
     )
     parser.add_argument(
-        "--split", type=str, default=None, metavar="NAME", help="which split, where files are of several by their names"
+        "--split", type=str, default=None, metavar="NAME", help="split to read, if the file names show several splits"
     )
 
 
-def open_asked(folder: str, asked: argparse.Namespace, image_size: int = 112, channels: int = 3) -> EncodedIdentities:
-    """The data set in `folder`, as the command's options say; UserError in the words of these options."""
+def open_from_options(
+    folder: str, options: argparse.Namespace, image_size: int = 112, channels: int = 3
+) -> EncodedIdentities:
+    """Open the data set in `folder` as the command's options say. Raises UserError that names these options."""
     try:
         return open_source(
             folder,
             image_size,
             channels,
-            format=asked.source_format,
-            on_error=asked.on_error,
-            image_column=asked.image_column,
-            label_column=asked.label_column,
-            split=asked.split,
+            format=options.source_format,
+            on_error=options.on_error,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            split=options.split,
         )
     except UserError as error:
-        text = (
-            str(error)
-            .replace("; check --data.folder", "")
-            .replace("--data.format", "--source_format")
-            .replace("--data.", "--")
-        )
+        # open_source names the settings of a run, which have other names here
+        text = str(error).replace("; check --data.folder", "")
+        text = text.replace("--data.format", "--source_format").replace("--data.", "--")
         raise UserError(text) from error

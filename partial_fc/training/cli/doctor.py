@@ -1,4 +1,6 @@
-"""The command `partial-fc doctor CONFIG`: is a run wired right? Its parts are built, looked at and thrown away; no run folder is made.
+"""The command `partial-fc doctor CONFIG`: is a run set up correctly?
+
+It builds the parts of the run, checks them, and discards them. No run folder is made.
 
 accelerate launch --config_file configs/accelerate/cpu2.yaml -m partial_fc doctor configs/quickstart.yaml
 """
@@ -9,50 +11,53 @@ import json
 import tempfile
 from pathlib import Path
 
-import jsonargparse
-
 from partial_fc.diagnosis.doctor import doctor
+from partial_fc.training.cli.parser import add_traceback, config_first
 from partial_fc.training.config import add_config, to_config
 from partial_fc.training.errors import UserError
+from partial_fc.training.settings_parser import SettingsParser
 
-MOST_IMAGES = 32  # a rank, of its first batch
+MAX_IMAGES = 32  # of a rank's first batch
 
 
-def doctor_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+def doctor_parser() -> SettingsParser:
+    parser = SettingsParser(
         prog="partial-fc doctor",
-        description="Two steps of a run that leave nothing behind, and what they show; exit code 1 if something is wrong.",
+        description="Run two training steps, report what they show, and restore everything; exit code 1 if something "
+        "is wrong.",
         exit_on_error=False,
     )
     add_config(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    add_traceback(parser)
     return parser
 
 
 def doctor_command(arguments: list[str]) -> int:
-    """`partial-fc doctor`: print the report on the first rank; 0 if all is right, 1 if not. UserError for settings that no run can have."""
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--config", arguments[0], *arguments[1:]]
+    """`partial-fc doctor`: print the report on the first rank. Return 0 if all checks pass, else 1.
+
+    Raises UserError for invalid settings.
+    """
+    arguments = config_first(arguments)
     parser = doctor_parser()
     config = to_config(parser, arguments)
     if config.data.mix:
-        raise UserError("doctor looks at one head; leave --data.mix out")
+        raise UserError("doctor checks a single head; run it without --data.mix")
     as_json = parser.parse_args(arguments).json
     from partial_fc.training.trainer import Trainer
 
     class Unclaimed(Trainer):
-        def _claim(self) -> None:
-            """The run folder is not for this."""
+        def claim_folder(self) -> None:
+            """Do nothing: doctor makes no run folder."""
 
-    with tempfile.TemporaryDirectory() as folder:  # a place that is free, whatever the run's own folder is
+    with tempfile.TemporaryDirectory() as folder:  # the trainer needs a free folder; the run's own may exist
         config.output.folder = str(Path(folder) / "run")
         trainer = Unclaimed(config)
         trainer.loader.set_epoch(0)
-        batch = next(trainer.micro_batches.agreed(trainer.loader.iterate(0)), None)
+        batch = next(trainer.micro_batches.usable(trainer.loader.iterate(0)), None)
         if batch is None:
-            raise UserError("the first epoch has no batch that can be used; see data.folder and data.on_error")
-        images, labels = (t[:MOST_IMAGES].to(trainer.accelerator.device) for t in (batch.images, batch.labels))
+            raise UserError("the first epoch has no usable batch; check data.folder and data.on_error")
+        images, labels = (t[:MAX_IMAGES].to(trainer.accelerator.device) for t in (batch.images, batch.labels))
         with trainer.engine.autocast():
             report = doctor(
                 trainer.engine.model,

@@ -1,4 +1,4 @@
-"""The command `partial-fc export-backbone`: a run's backbone for use elsewhere, checked before it is there.
+"""The command `partial-fc export-backbone`: write a run's backbone for use elsewhere, after checking the files.
 
 partial-fc export-backbone runs/quickstart --output exported
 """
@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import NoReturn
 
+from partial_fc.training.cli.parser import CommandParser, add_traceback
 from partial_fc.training.errors import UserError
 from partial_fc.training.export.check import BATCHES, TOLERANCE
 from partial_fc.training.export.export import FORMATS, Export, export_backbone
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `partial-fc export-backbone --help` explains every setting")
-
-
 def export_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="partial-fc export-backbone",
-        description="Write a run's backbone, of its newest complete checkpoint, as safetensors and ONNX, with all that is needed to feed "
-        "it images. The files are compared with the backbone in torch on real images first; if they differ, nothing is written.",
-        allow_abbrev=False,
+    parser = CommandParser(
+        "export-backbone",
+        "Write the backbone of a run's newest complete checkpoint as safetensors and ONNX, with the description that "
+        "is needed to feed it images. The files are first compared with the backbone in torch on real images; if "
+        "they differ, nothing is written.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--output", default=None, metavar="DIR", help="folder to make (RUN/exported if not given); must not exist"
+        "--output", default=None, metavar="DIR", help="folder to make, which must not exist (default RUN/exported)"
     )
     parser.add_argument(
         "--formats", nargs="+", default=list(FORMATS), metavar="FORMAT", help="safetensors, onnx, or both (the default)"
@@ -38,23 +33,24 @@ def export_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="a folder of identity/image files to compare on; may be given again; without it, the run's held-out or training images",
+        help="a folder of identity/image files to compare on; may be repeated (default: the run's held-out images, "
+        "or else its training images)",
     )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    add_traceback(parser)
     return parser
 
 
 def export_command(arguments: list[str]) -> None:
-    """`partial-fc export-backbone RUN`: export, then tell what is there; UserError for what cannot be done."""
-    asked = export_parser().parse_args(arguments)
+    """`partial-fc export-backbone RUN`: export, and print what was written. Raises UserError if that is impossible."""
+    options = export_parser().parse_args(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("export-backbone is the work of one process; start it without a launcher")
-    print(f"exporting the backbone of {asked.run} as {' and '.join(asked.formats)}", flush=True)
-    print(told(export_backbone(asked.run, asked.output, asked.formats, asked.data)))
+        raise UserError("export-backbone runs in one process; start it without a launcher")
+    print(f"exporting the backbone of {options.run} as {' and '.join(options.formats)}", flush=True)
+    print(summary(export_backbone(options.run, options.output, options.formats, options.data)))
 
 
-def told(export: Export) -> str:
-    """What was written and how it compares, in lines."""
+def summary(export: Export) -> str:
+    """Return lines that say what was written, and how much it differs from the backbone in torch."""
     lines = [
         f"compared with the backbone in torch on {export.checked_on} (largest difference, over the largest coordinate):"
     ]

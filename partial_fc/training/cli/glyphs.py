@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from partial_fc.training.cli.parser import CommandParser, add_on_error, add_traceback
 from partial_fc.training.data.fonts.draw_set import build
 from partial_fc.training.data.fonts.font_files import SCRIPTS
 from partial_fc.training.data.fonts.settings import GlyphSettings
@@ -16,63 +17,59 @@ from partial_fc.training.data.formats.packed import IMAGES, LABELS, SOURCES, Pac
 from partial_fc.training.errors import UserError
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `partial-fc data glyphs --help` explains every setting")
-
-
 def glyphs_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="partial-fc data glyphs",
-        description="Draw the characters of installed fonts: a character is an identity, a typeface a sample. "
-        "Stopped, it goes on when started again.",
-        allow_abbrev=False,
+    parser = CommandParser(
+        "data glyphs",
+        "Draw the characters of installed fonts: each character is an identity, each typeface gives one image of it. "
+        "The same command continues an interrupted one.",
     )
     parser.add_argument(
         "--fonts",
         nargs="+",
         required=True,
         metavar="DIR",
-        help="folders with font files, looked through to their depths",
+        help="folders with font files, searched with their sub-folders",
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="the data set to make; train on it with --data.folder DIR"
+        "--out", required=True, metavar="DIR", help="folder of the new data set; train on it with --data.folder DIR"
     )
     parser.add_argument(
         "--scripts",
         default="han,hangul",
-        help=f"of {', '.join(SCRIPTS)} and ranges such as 1F00-1FFF (default han,hangul)",
+        help=f"some of {', '.join(SCRIPTS)}, and ranges such as 1F00-1FFF (default han,hangul)",
     )
-    parser.add_argument("--size", type=int, default=32, help="side of the pictures, in pixels (default 32)")
+    parser.add_argument("--size", type=int, default=32, help="side of the images, in pixels (default 32)")
     parser.add_argument(
-        "--min_designs", type=int, default=4, help="designs a character must have to be an identity (default 4)"
+        "--min_designs",
+        type=int,
+        default=4,
+        help="typefaces with different designs that a character needs to become an identity (default 4)",
     )
     parser.add_argument(
-        "--holdout_identities", type=int, default=0, help="characters never trained on, drawn by the seed (default 0)"
+        "--holdout_identities",
+        type=int,
+        default=0,
+        help="number of characters to hold out from training, chosen by the seed (default 0)",
     )
     parser.add_argument(
         "--holdout_designs",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="designs never trained on: beginnings of family names, or a number to be drawn by the seed (default none)",
+        help="designs to hold out from training: beginnings of family names, or a number, chosen by the seed (default "
+        "none)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is held out (default 0)")
-    parser.add_argument(
-        "--on_error",
-        choices=("skip", "raise"),
-        default="skip",
-        help="what to do about a font that FreeType refuses (default skip)",
-    )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--seed", type=int, default=0, help="seed of what is held out (default 0)")
+    add_on_error(parser, "a font that FreeType cannot read")
+    add_traceback(parser)
     return parser
 
 
 def glyphs_command(arguments: list[str]) -> None:
-    """`partial-fc data glyphs`: one process; raises UserError for settings and fonts that make no data set."""
-    asked = vars(glyphs_parser().parse_args(arguments))
-    asked.pop("traceback")
-    settings = GlyphSettings(**asked)
+    """`partial-fc data glyphs`: draw the data set in one process. Raises UserError for unusable settings or fonts."""
+    options = vars(glyphs_parser().parse_args(arguments))
+    options.pop("traceback")
+    settings = GlyphSettings(**options)
 
     def progress(what: str, total: int) -> Any:
         return tqdm(total=total, desc=what, mininterval=0.5)
@@ -81,12 +78,13 @@ def glyphs_command(arguments: list[str]) -> None:
     for line in verify(Path(settings.out)):
         print(line)
     print(
-        f"Next: partial-fc train configs/quickstart.yaml --data.folder {settings.out} --head.sample_rate 0.1 --output.folder runs/glyphs"
+        f"Next: partial-fc train configs/quickstart.yaml --data.folder {settings.out} --head.sample_rate 0.1 "
+        "--output.folder runs/glyphs"
     )
 
 
 def verify(out: Path) -> list[str]:
-    """Count anew what was written, from the files alone; UserError if it is not what a data set must be."""
+    """Return lines that count what is in the files of `out`. Raises UserError if the files are inconsistent."""
     index = read_index(out)
     splits: list[PackedSplit] = ["train"]
     if index["held_out"]["identities"]:
@@ -99,22 +97,22 @@ def verify(out: Path) -> list[str]:
     )
     if blank or (np.diff(labels.astype(np.int64) * len(index["sources"]) + sources) <= 0).any():
         raise UserError(
-            f"{out} is wrong: {blank} blank pictures, or an identity with two pictures of a design; make it again"
+            f"{out} is inconsistent: {blank} blank images, or an identity with two images of one design; draw it again"
         )
     trained = set(sets["train"].identity_names)
     if any(trained & set(data.identity_names) for split, data in sets.items() if split != "train"):
-        raise UserError(f"{out} is wrong: a held-out identity is trained on; make it again")
+        raise UserError(f"{out} is inconsistent: the training split has a held-out identity; draw it again")
     if sum(len(data) for data in sets.values()) != len(images):
-        raise UserError(f"{out} is wrong: some pictures are in no set; make it again")
+        raise UserError(f"{out} is inconsistent: some images are in no split; draw it again")
     designs = np.bincount(labels)
-    lines = [
-        f"{out}: {len(index['identities']):,} identities, {len(images):,} pictures of {images.shape[-1]} x {images.shape[-2]}"
-    ]
+    size = f"{images.shape[-1]} x {images.shape[-2]}"
+    lines = [f"{out}: {len(index['identities']):,} identities, {len(images):,} images of {size} pixels"]
     lines += [
-        f"  {split:<6}{data.num_identities:>9,} identities {len(data):>10,} pictures" for split, data in sets.items()
+        f"  {split:<6}{data.num_identities:>9,} identities {len(data):>10,} images" for split, data in sets.items()
     ]
     lines.append(
-        "  designs an identity: " + ", ".join(f"{int((designs >= k).sum()):,} with at least {k}" for k in (4, 6, 8, 12))
+        "  designs per identity: "
+        + ", ".join(f"{int((designs >= k).sum()):,} with at least {k}" for k in (4, 6, 8, 12))
     )
     for script, ranges in SCRIPTS.items():
         codes = np.array([int(name[2:], 16) for name in index["identities"]])

@@ -1,6 +1,6 @@
-"""The command `partial-fc`: train, evaluate, audit, exports of what was trained, plan, doctor, comms, data.
+"""The command `partial-fc`: its table of commands, and the commands train and evaluate.
 
-A user's mistake is one line on one rank's standard error, and exit code 2 on all.
+A user's mistake is reported in one line on the standard error of one rank, and every rank exits with code 2.
 """
 
 from __future__ import annotations
@@ -27,11 +27,20 @@ try:
     from partial_fc.training.cli.audit import audit_command
     from partial_fc.training.cli.backbones import backbones_command
     from partial_fc.training.cli.comms import comms_command
-    from partial_fc.training.cli.data import add_source_options, data_command, open_asked
+    from partial_fc.training.cli.data import add_source_options, data_command, open_from_options
     from partial_fc.training.cli.doctor import doctor_command
     from partial_fc.training.cli.export import export_command
+    from partial_fc.training.cli.parser import (
+        add_checkpoint,
+        add_on_error,
+        add_traceback,
+        add_workers,
+        check_at_least,
+        config_first,
+    )
     from partial_fc.training.cli.plan import plan_command
     from partial_fc.training.cli.protocols import protocol_command
+    from partial_fc.training.cli.report import report_command
     from partial_fc.training.cli.weights import export_weights_command, import_weights_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
     from partial_fc.training.data import IdentityDataset, open_data
@@ -40,32 +49,34 @@ try:
     from partial_fc.training.interval import check_metric, direction
     from partial_fc.training.mixing import mixed, sampler_of
     from partial_fc.training.protocols.task_files import image_shape, open_tasks
-    from partial_fc.training.ranks import check_devices, find_ranks, speaks
-    from partial_fc.training.report.compare import report_command
+    from partial_fc.training.ranks import check_devices, find_ranks, shows_errors
     from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
+    from partial_fc.training.settings_parser import SettingsParser
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(name=error.name))
 
 USAGE = """usage: partial-fc COMMAND ...
 
 commands:
-  train [CONFIG.yaml] [--head.sample_rate 0.2 ...]   train, evaluate, leave a run folder
-  train --resume [RUN]                               go on with a run from its newest checkpoint
+  train [CONFIG.yaml] [--head.sample_rate 0.2 ...]   train and evaluate; write a run folder
+  train --resume [RUN]                               resume a run from its newest checkpoint
   evaluate RUN [--data FOLDER]                       verification and identification with a trained backbone
-  verify RUN PAIRS.bin ...                           ten-fold accuracy and TAR at FAR on pairs of images: LFW, CFP-FP, AgeDB
+  verify RUN PAIRS.bin ...                           ten-fold accuracy and TAR at FAR on image pairs: LFW, CFP-FP, AgeDB
   templates RUN --images D --templates F --pairs F   TAR at FAR on templates of images and video frames: IJB-B, IJB-C
-  identify RUN --gallery D --probes D                1:N with distractors: rank-k, DIR at FPIR
+  identify RUN --gallery D --probes D                1:N identification with distractors: rank-k, DIR at FPIR
   retrieve RUN --query D [--gallery D]               CMC, mAP, Recall@k: products, persons across cameras
-  export-backbone RUN [--output DIR]                 the trained backbone as safetensors and ONNX, for use elsewhere
-  report RUN RUN ...                                 runs side by side on one page: what differs, figures, curves
-  audit RUN                                          identities stored twice, classes never updated, classes far from their images
-  plan --num_classes C --batch_size N ...            will it fit? memory, work and traffic of a head, before it is built
-  export CHECKPOINT_OR_RUN FILE.safetensors          class weights as one file
-  import SOURCE ... --output CHECKPOINT              class weights of one file, or of files of each rank, as a checkpoint
-  doctor [CONFIG.yaml] [--head.sample_rate 0.2 ...]  is the run wired right? two steps that leave nothing behind; exit code 1 if not
-  data inspect|convert|glyphs ...                    what is in a data set; one format into another; a large set of characters, made
-  comms [CONFIG.yaml | --num_classes C ...]          what share of a step is communication, measured on the launched ranks
-  backbones [--embedding_size 512]                   the backbones by name, with their parameters and operations
+  export-backbone RUN [--output DIR]                 write the trained backbone as safetensors and ONNX
+  report RUN RUN ...                                 compare runs on one page: different settings, figures, curves
+  audit RUN                                          find identities stored twice, classes never updated, and classes
+                                                     far from their own images
+  plan --num_classes C --batch_size N ...            will it fit? memory, operations and traffic of a head, computed
+  export CHECKPOINT_OR_RUN FILE.safetensors          write class weights as one file
+  import SOURCE ... --output CHECKPOINT              make a checkpoint of class weights in one file, or one per rank
+  doctor [CONFIG.yaml] [--head.sample_rate 0.2 ...]  is the run set up correctly? runs two steps and restores
+                                                     everything; exit code 1 if something is wrong
+  data inspect|convert|glyphs ...                    inspect a data set, convert it, or draw a large one from fonts
+  comms [CONFIG.yaml | --num_classes C ...]          measure the share of communication in a step, on the launched ranks
+  backbones [--embedding_size 512]                   list the backbones with their parameters and operations
 
 `partial-fc COMMAND --help` explains every setting. Start several ranks with a launcher:
   accelerate launch --config_file configs/accelerate/cpu2.yaml -m partial_fc train configs/quickstart.yaml
@@ -73,9 +84,10 @@ commands:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; its exit code: 0; 1 if doctor finds something wrong, 2 for a user's mistake, 75 if asked to stop, 130 if interrupted.
+    """Run a command and return its exit code.
 
-    docs/crashes.md says what each launcher makes of it.
+    The code is 0, or 1 if doctor finds something wrong, 2 for a user's mistake, 75 if the run was asked to stop (as by
+    SIGTERM), 130 if interrupted. docs/crashes.md says how each launcher reacts to it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int | None]] = {
@@ -115,13 +127,13 @@ def main(arguments: list[str] | None = None) -> int:
     ) as error:
         if "--traceback" in arguments:
             traceback.print_exc()
-        elif speaks():
+        elif shows_errors():
             print(f"partial-fc: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except Preempted as stop:
-        for each in SIGNALS:  # on the way out: a launcher that sees another rank gone signals this one
+        for each in SIGNALS:  # a launcher that sees that another rank has exited sends a signal to this one
             signal.signal(each, signal.SIG_IGN)
-        if speaks():
+        if shows_errors():
             print(f"partial-fc: {stop}", file=sys.stderr)
         return PreemptionGuard.EXIT_CODE
     except KeyboardInterrupt:
@@ -133,10 +145,10 @@ def _one_line(error: Exception) -> str:
     return f"training diverged, {text}; lower --optimizer.lr" if isinstance(error, NonFiniteError) else text
 
 
-def train_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+def train_parser() -> SettingsParser:
+    parser = SettingsParser(
         prog="partial-fc train",
-        description="Train a recogniser with a sharded head; see configs/ for runs.",
+        description="Train a recogniser with a sharded head; configs/ has examples of CONFIG.yaml.",
         exit_on_error=False,
     )
     add_config(parser)
@@ -146,24 +158,21 @@ def train_parser() -> jsonargparse.ArgumentParser:
         const="",
         default=None,
         metavar="RUN",
-        help="go on with the run in RUN, or in --output.folder",
+        help="resume the run in RUN, or in --output.folder",
     )
     parser.add_argument(
         "--start_or_resume",
         action="store_true",
-        help="start the run, or go on with it if --output.folder has it: for launchers that restart",
+        help="resume the run in --output.folder, or start it if there is none: for launchers that restart",
     )
-    parser.add_argument(
-        "--check", action="store_true", help="look for mistakes in settings, data and folders, then stop"
-    )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--check", action="store_true", help="check settings, data and folders, then stop")
+    add_traceback(parser)
     return parser
 
 
 def train(arguments: list[str]) -> None:
-    """`partial-fc train`: the run, then its results."""
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--config", arguments[0], *arguments[1:]]
+    """`partial-fc train`: train, then write the results."""
+    arguments = config_first(arguments)
     parser = train_parser()
     config, resume, check = _resolve(parser, arguments)
     if check:
@@ -180,11 +189,11 @@ def train(arguments: list[str]) -> None:
         config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights)
         if sampler_of(config, mixed(config, data.train)).length < config.train.batch_size:
             raise UserError(
-                f"{len(data.train)} training images make no batch of {config.train.batch_size}; lower --train.batch_size"
+                f"{len(data.train)} training images are fewer than one batch of {config.train.batch_size}; lower "
+                "--train.batch_size"
             )
-        print(
-            f"settings, data and folder are fine: {len(data.train):,} images of {data.train.num_identities:,} identities"
-        )
+        identities = data.train.num_identities
+        print(f"settings, data and folder are fine: {len(data.train):,} images of {identities:,} identities")
         return
     check_devices(config.train.cpu)
     from partial_fc.training.trainer import Trainer
@@ -205,24 +214,26 @@ def _finish(trainer: Trainer, evaluations: list[Evaluation]) -> None:
     if report is not None:
         for text in [each.summary() for each in evaluations] + [each.summary() for each in trainer.results]:
             print(text)
-        trainer.folder.tell_unreadable()
+        trainer.folder.print_unreadable()
         print(f"\nResults are in {trainer.folder.path}; look at {report}")
         print(
-            f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER, with images of your own in any format of docs/data.md"
+            f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER, with your own images in any format of "
+            "docs/data.md"
         )
     trainer.close()
 
 
-def _resolve(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
-    """(settings, whether to resume, whether only to check); a resumed run takes its settings from its folder."""
+def _resolve(parser: SettingsParser, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
+    """Return (settings, whether to resume, whether only to check); a resumed run has its settings in its folder."""
     try:
         asked = parser.parse_args(arguments)
     except jsonargparse.ArgumentError as error:
-        if "parsing config" in str(error):  # a file that is no YAML; the message does not say which
+        if "parsing config" in str(error):  # the file is not valid YAML; the message does not name it
             raise UserError(f"{arguments[1]}: {error}") from error
         raise
     if asked.resume is None and asked.start_or_resume and (RunFolder(asked.output.folder).path / CONFIG).is_file():
-        asked.resume = ""  # the same on all ranks: none makes the folder before all have come as far as the first exchange of the trainer
+        # every rank decides the same: none makes the folder before the trainer's first collective, which all must reach
+        asked.resume = ""
     if asked.resume is None:
         return to_config(parser, arguments), False, asked.check
     folder = RunFolder(asked.resume or asked.output.folder)
@@ -236,7 +247,7 @@ def _resolve(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> tuple
 
 
 def evaluate(arguments: list[str]) -> None:
-    """`partial-fc evaluate RUN`: figures, plots and a report of a trained backbone."""
+    """`partial-fc evaluate RUN`: write figures, plots and a report of a trained backbone."""
     parser = jsonargparse.ArgumentParser(
         prog="partial-fc evaluate",
         description="Verification and identification with the backbone of a run.",
@@ -247,31 +258,22 @@ def evaluate(arguments: list[str]) -> None:
         "--data",
         default=None,
         metavar="FOLDER",
-        help="a data set in any format, or a packed set: the splits it holds out, or --split; without it, the run's held-out sets",
+        help="a data set in any format; of a packed one the held-out splits, or --split (default: the run's held-out "
+        "sets)",
     )
     add_source_options(parser)
-    parser.add_argument(
-        "--checkpoint",
-        default="newest",
-        metavar="WHICH",
-        help="newest (default), best (by the run's evaluation.best), or a step",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--output",
         default=None,
         metavar="DIR",
-        help="where to write (RUN/evaluation-NAME if not given); must not exist",
+        help="folder for the results, which must not exist (default RUN/evaluation-NAME)",
     )
-    parser.add_argument(
-        "--workers", type=int, default=None, help="processes that load images; chosen by the cores if not given"
-    )
-    parser.add_argument(
-        "--on_error", choices=("skip", "raise"), default="skip", help="what to do about an image that cannot be read"
-    )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    add_workers(parser)
+    add_on_error(parser)
+    add_traceback(parser)
     asked = parser.parse_args(arguments)
-    if asked.workers is not None and asked.workers < 0:
-        raise UserError(f"--workers is {asked.workers}; give at least 0")
+    check_at_least(asked, "workers", 0)
     run = RunFolder(asked.run)
     run.check_run()
     config = to_config(train_parser(), ["--config", str(run.path / CONFIG)])
@@ -280,25 +282,27 @@ def evaluate(arguments: list[str]) -> None:
     check_devices(config.train.cpu)
     from accelerate import Accelerator
 
+    from partial_fc.training.all_ranks import run_on_all
     from partial_fc.training.results import (
         claim_output,
         describe_environment,
         evaluate_sets,
         load_backbone,
         run_tasks,
-        together,
         write_results,
     )
 
     accelerator = Accelerator(cpu=config.train.cpu)
     shape = image_shape(config)
-    tasks = [] if asked.data is not None else together(lambda: open_tasks(config.evaluation, shape), accelerator)
-    checkpoint = together(lambda: run.find_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator)
+    tasks = [] if asked.data is not None else run_on_all(lambda: open_tasks(config.evaluation, shape), accelerator)
+    checkpoint = run_on_all(
+        lambda: run.find_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator
+    )
     backbone = load_backbone(run, config, shape, checkpoint).to(accelerator.device)
     out = RunFolder(asked.output or run.path / f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}")
     claim_output(out, accelerator)
     if accelerator.is_main_process:
-        out.note_unreadable([name for each in sets.values() for name in each.skipped])
+        out.record_unreadable([name for each in sets.values() for name in each.skipped])
     evaluations = evaluate_sets(backbone, sets, accelerator, config, out)
     results = run_tasks(backbone, tasks, accelerator, config, out)
     accelerator.wait_for_everyone()
@@ -309,42 +313,43 @@ def evaluate(arguments: list[str]) -> None:
         figures["checkpoint"] = describe_checkpoint(asked.checkpoint, checkpoint)
         title = f"{config.backbone.name} of {run.path.name} on {', '.join((*sets, *(task.name for task in tasks)))}"
         report = write_results(out, title, evaluations, figures, config, describe_environment(accelerator), [], results)
-        out.tell_unreadable()
+        out.print_unreadable()
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()
 
 
 def audit(arguments: list[str]) -> None:
-    """`partial-fc audit RUN`: what a trained head says of its data."""
+    """`partial-fc audit RUN`: what a trained head shows about its data set."""
     audit_command(arguments, train_parser())
 
 
 def _sets(config: RunConfig, asked: jsonargparse.Namespace) -> dict[str, IdentityDataset]:
-    """What to evaluate on, by name."""
+    """Return the data sets to evaluate on, by name."""
     if asked.data is not None:
         return _named_sets(config, asked)
     for name, default in (("source_format", "auto"), ("image_column", None), ("label_column", None), ("split", None)):
         if getattr(asked, name) != default:
-            raise UserError(f"--{name} is about the data set of --data; the run's own is opened as it was trained on")
+            raise UserError(f"--{name} applies to the data set of --data; give --data, or leave --{name} out")
     sets = open_data(config.data, config.seed).evaluation
     settings = config.evaluation
     if not (sets or settings.verification or settings.templates or settings.identification or settings.retrieval):
-        raise UserError("this run held no identities out; name a data set with --data")
+        raise UserError("this run has no held-out identities; give a data set with --data")
     return sets
 
 
 def _named_sets(config: RunConfig, asked: jsonargparse.Namespace) -> dict[str, IdentityDataset]:
-    """The data set of --data; of a packed one the splits that it holds out, or all of it if it has none."""
+    """Return the data set of --data: of a packed one its held-out splits, or all of it if it has none."""
     shape = image_shape(config)
     if not is_packed(asked.data):
-        return {Path(asked.data).name: open_asked(asked.data, asked, shape[1], shape[0])}
+        return {Path(asked.data).name: open_from_options(asked.data, asked, shape[1], shape[0])}
     sets = packed_splits(asked.data, asked.split)
     if len(sets) > 1:
         del sets["train"]
     for each in sets.values():
         if each.image_shape != shape:
             raise UserError(
-                f"the images of {asked.data} are {each.image_shape}, and those of the run {shape} (channels, height, width)"
+                f"the images of {asked.data} have the shape {each.image_shape}, but those of the run {shape} "
+                "(channels, height, width); give a data set with images of the run's shape"
             )
     return {**sets}
 

@@ -1,12 +1,13 @@
-"""The commands `partial-fc verify`, `templates`, `identify` and `retrieve`: protocols of the field with a trained backbone.
+"""The commands `partial-fc verify`, `templates`, `identify` and `retrieve`: standard protocols for a trained backbone.
 
 partial-fc verify    RUN lfw.bin cfp_fp.bin agedb_30.bin
-partial-fc templates RUN --images loose_crop --templates ijbc_face_tid_mid.txt --pairs ijbc_template_pair_label.txt --scores ijbc.npy
+partial-fc templates RUN --images loose_crop --templates ijbc_face_tid_mid.txt \\
+                         --pairs ijbc_template_pair_label.txt --scores ijbc.npy
 partial-fc identify  RUN --gallery GALLERY --probes PROBES --distractors DISTRACTORS
 partial-fc retrieve  RUN --query query --gallery bounding_box_test --label '^(-?\\d+)' --camera 'c(\\d+)'
 
-In place of RUN, a file of embeddings: .npy or .safetensors, a row for each image, in the order in which the command reads them.
-In one process, or started on several ranks by a launcher.
+Instead of RUN, a file of embeddings may be given: .npy or .safetensors, one row per image, in the order in which the
+command reads the images. The commands run in one process, or on several ranks started by a launcher.
 """
 
 from __future__ import annotations
@@ -14,14 +15,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jsonargparse
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from partial_fc.training.all_ranks import run_on_all
+from partial_fc.training.cli.parser import (
+    CommandParser,
+    add_checkpoint,
+    add_on_error,
+    add_traceback,
+    add_workers,
+    check_at_least,
+)
 from partial_fc.training.config import to_config
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import UserError
@@ -41,196 +50,234 @@ from partial_fc.training.results import (
     claim_output,
     describe_environment,
     load_backbone,
+    remove_if_empty,
     run_tasks,
-    sharing,
-    together,
+    split_work,
     write_results,
 )
 from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
+from partial_fc.training.settings_parser import SettingsParser
 
-WORDS = {
-    "verify": "Verification on files of image pairs (lfw.bin, cfp_fp.bin, agedb_30.bin): ten-fold accuracy, TAR at FAR.",
-    "templates": "Template verification as of IJB-B and IJB-C: TAR at FAR from 1e-6, and a file of scores.",
-    "identify": "Identification 1:N of probes in a gallery with distractors: rank-k, DIR at FPIR.",
-    "retrieve": "Retrieval, as of products or persons: CMC, mAP, Recall@k.",
+DESCRIPTIONS = {
+    "verify": "Verification on files of image pairs (lfw.bin, cfp_fp.bin, ...): ten-fold accuracy, TAR at FAR.",
+    "templates": "Template verification as in IJB-B and IJB-C: TAR at FAR from 1e-6, and a file of scores.",
+    "identify": "1:N identification of probes in a gallery with distractors: rank-k, DIR at FPIR.",
+    "retrieve": "Retrieval, for example of products or persons: CMC, mAP, Recall@k.",
 }
-ANY_SHAPE = (3, 112, 112)  # of images that are not decoded
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` explains every setting")
+ANY_SHAPE = (3, 112, 112)  # where images are not decoded and their shape does not matter
 
 
 def protocol_parser(command: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"partial-fc {command}", description=WORDS[command], allow_abbrev=False)
+    parser = CommandParser(command, DESCRIPTIONS[command])
     parser.add_argument(
-        "run", help="folder of a run; or a file of embeddings (.npy, .safetensors), a row for each image in order"
+        "run", help="folder of a run; or a file of embeddings (.npy, .safetensors), one row per image in order"
     )
-    add = parser.add_argument
-    if command == "verify":
-        add("files", nargs="+", metavar="PAIRS.bin", help="pickled pairs; nothing in them is run")
-    elif command == "templates":
-        add("--images", required=True, metavar="DIR", help="folder of the images: aligned, unless --points is given")
-        add(
-            "--templates",
-            required=True,
-            metavar="FILE",
-            help="lines: image name, template id, media id (face_tid_mid.txt)",
-        )
-        add(
-            "--pairs",
-            required=True,
-            metavar="FILE",
-            help="lines: template id, template id, 1 or 0 (template_pair_label.txt)",
-        )
-        add(
-            "--detector_scores",
-            default=None,
-            metavar="FILE",
-            help="lines: image name ... score, which each image is weighed with",
-        )
-        add(
-            "--points",
-            default=None,
-            metavar="FILE",
-            help="lines: image name, x and y of five points, score: align the faces by them",
-        )
-        add(
-            "--normalize_images", action="store_true", help="bring each image's embedding to unit length before pooling"
-        )
-        add("--scores", default=None, metavar="OUT", help="write the score of each pair, .npy or .txt; must not exist")
-    elif command == "identify":
-        add("--gallery", required=True, metavar="DIR", help="identity/image files of the enrolled")
-        add(
-            "--probes",
-            required=True,
-            metavar="DIR",
-            help="identity/image files to search; identities are matched by folder name",
-        )
-        add(
-            "--distractors",
-            default=None,
-            metavar="DIR",
-            help="folder/image files enrolled too, each an identity of its own",
-        )
-    else:
-        add("--query", required=True, metavar="DIR", help="identity/image files to search; or files, with --label")
-        add("--gallery", default=None, metavar="DIR", help="what to search in (the other queries if not given)")
-        add(
-            "--label",
-            default=None,
-            metavar="REGEX",
-            help="finds the identity in the names of files that lie in no sub-folders",
-        )
-        add(
-            "--camera",
-            default=None,
-            metavar="REGEX",
-            help="finds the camera; images of one's identity and camera are passed over",
-        )
+    _ADD_FILES[command](parser)
     if command != "verify":
-        add(
+        parser.add_argument(
             "--name",
             default=None,
-            help="what to call the data set (the name of the file of pairs, or of the folder of probes or queries)",
+            help="name of the data set in the results (default: the name of the file of pairs, or of the folder of "
+            "probes or queries)",
         )
     if command in ("verify", "templates"):
-        add("--no_flip", action="store_true", help="embed the image alone, not it and its mirror image")
+        parser.add_argument("--no_flip", action="store_true", help="do not add the embedding of the mirror image")
     else:
-        add("--flip", action="store_true", help="add the embedding of the mirror image")
-    add(
-        "--checkpoint",
-        default="newest",
-        metavar="WHICH",
-        help="newest (default), best (by the run's evaluation.best), or a step",
-    )
-    add(
+        parser.add_argument("--flip", action="store_true", help="add the embedding of the mirror image")
+    add_checkpoint(parser)
+    parser.add_argument(
         "--output",
         default=None,
         metavar="DIR",
-        help="new folder for metrics.json, report.html (RUN/COMMAND-NAME, or beside the file)",
+        help="new folder for metrics.json, report.html, ... (default RUN/COMMAND-NAME, or a folder beside the file of "
+        "embeddings)",
     )
-    add("--batch_size", type=int, default=512, help="images a forward over all ranks (default 512)")
-    add("--tile", type=int, default=2048, help="images a side that are compared at a time (default 2048)")
-    add("--workers", type=int, default=None, help="processes a rank starts to load images (default: by the cores)")
-    add(
-        "--on_error",
-        choices=("skip", "raise"),
-        default="skip",
-        help="what to do about an image that cannot be read (default skip)",
+    parser.add_argument("--batch_size", type=int, default=512, help="images per forward, over all ranks (default 512)")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        default=2048,
+        help="side of the tiles in which the matrix of cosines is computed, in images (default 2048)",
     )
-    add("--traceback", action="store_true", help="show where an error came from")
+    add_workers(parser)
+    add_on_error(parser)
+    add_traceback(parser)
     return parser
 
 
-def open_asked(command: str, asked: argparse.Namespace, shape: Shape) -> list[Task]:
-    """The tasks of a command. UserError for files that cannot be had."""
+def _add_verify_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="PAIRS.bin", help="files of pickled pairs; they are read without running their code"
+    )
+
+
+def _add_template_files(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--images", required=True, metavar="DIR", help="folder of the images; aligned faces, unless --points is given")
+    add(
+        "--templates",
+        required=True,
+        metavar="FILE",
+        help="lines: image name, template id, media id (face_tid_mid.txt)",
+    )
+    add(
+        "--pairs",
+        required=True,
+        metavar="FILE",
+        help="lines: template id, template id, 1 or 0 (template_pair_label.txt)",
+    )
+    add(
+        "--detector_scores",
+        default=None,
+        metavar="FILE",
+        help="lines: image name ... score; each image is weighted by its score",
+    )
+    add(
+        "--points",
+        default=None,
+        metavar="FILE",
+        help="lines: image name, x and y of five points, score; faces are aligned by them",
+    )
+    add(
+        "--normalize_images", action="store_true", help="normalize each image's embedding to unit length before pooling"
+    )
+    add(
+        "--scores",
+        default=None,
+        metavar="OUT",
+        help="new file for the score of each pair, .npy or .txt",
+    )
+
+
+def _add_identification_files(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--gallery", required=True, metavar="DIR", help="identity/image files of the enrolled identities")
+    add(
+        "--probes",
+        required=True,
+        metavar="DIR",
+        help="identity/image files to search for; identities are matched by folder name",
+    )
+    add(
+        "--distractors",
+        default=None,
+        metavar="DIR",
+        help="folder/image files that are also enrolled, each as an identity of its own",
+    )
+
+
+def _add_retrieval_files(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--query", required=True, metavar="DIR", help="identity/image files to search for; or image files, with --label"
+    )
+    add("--gallery", default=None, metavar="DIR", help="images to search in (default: the other queries)")
+    add(
+        "--label",
+        default=None,
+        metavar="REGEX",
+        help="finds the identity in the file name, for a folder without sub-folders",
+    )
+    add(
+        "--camera",
+        default=None,
+        metavar="REGEX",
+        help="finds the camera in the file name; images of the query's identity and camera are ignored",
+    )
+
+
+_ADD_FILES = {
+    "verify": _add_verify_files,
+    "templates": _add_template_files,
+    "identify": _add_identification_files,
+    "retrieve": _add_retrieval_files,
+}
+
+
+def open_command_tasks(command: str, options: argparse.Namespace, shape: Shape) -> list[Task]:
+    """Open the tasks of a command. Raises UserError for files that cannot be read."""
     if command == "verify":
-        twice = first_twice([Path(path).stem for path in asked.files])
+        twice = first_twice([Path(path).stem for path in options.files])
         if twice is not None:
             raise UserError(
-                f"two files of pairs are called {twice!r}, and figures go by that name; rename one, or give one at a time"
+                f"two files of pairs are called {twice!r}, but each needs its own name in the results; rename one, or "
+                "give one at a time"
             )
-        return [open_verification(path, shape, not asked.no_flip) for path in asked.files]
+        return [open_verification(path, shape, not options.no_flip) for path in options.files]
     if command == "templates":
-        one = open_templates(
-            asked.name or Path(asked.pairs).stem,
+        task: Task = open_templates(
+            options.name or Path(options.pairs).stem,
             shape,
-            images=asked.images,
-            listed=asked.templates,
-            pairs=asked.pairs,
-            detector_scores=asked.detector_scores,
-            points=asked.points,
-            normalize_images=asked.normalize_images,
-            flip=not asked.no_flip,
+            images=options.images,
+            listed=options.templates,
+            pairs=options.pairs,
+            detector_scores=options.detector_scores,
+            points=options.points,
+            normalize_images=options.normalize_images,
+            flip=not options.no_flip,
         )
-        return [one]
-    if command == "identify":
-        return [
-            open_identification(
-                asked.name or Path(asked.probes).name, shape, asked.gallery, asked.probes, asked.distractors, asked.flip
+    elif command == "identify":
+        task = open_identification(
+            options.name or Path(options.probes).name,
+            shape,
+            options.gallery,
+            options.probes,
+            options.distractors,
+            options.flip,
+        )
+    else:
+        try:
+            task = open_retrieval(
+                options.name or Path(options.query).name,
+                shape,
+                options.query,
+                options.gallery,
+                options.label,
+                options.camera,
+                options.flip,
             )
-        ]
-    name = asked.name or Path(asked.query).name
-    try:
-        return [open_retrieval(name, shape, asked.query, asked.gallery, asked.label, asked.camera, asked.flip)]
-    except UserError as error:
-        if "has no sub-folders" not in str(error):
-            raise
-        raise UserError(f"{error}, or give --label REGEX, which finds the identity in the file name") from error
+        except UserError as error:
+            if "has no sub-folders" not in str(error):
+                raise
+            raise UserError(f"{error}, or give --label REGEX, which finds the identity in the file name") from error
+    return [task]
 
 
-def protocol_command(command: str, parser: Callable[[], jsonargparse.ArgumentParser], arguments: list[str]) -> None:
-    """One of the commands; parser: of a run's settings. UserError, the same on every rank, for what cannot be evaluated."""
-    asked = protocol_parser(command).parse_args(arguments)
+def protocol_command(command: str, parser: Callable[[], SettingsParser], arguments: list[str]) -> None:
+    """Run one of the commands; `parser` returns the parser of a run's settings.
+
+    Raises UserError, the same on every rank, if the evaluation is not possible.
+    """
+    options = protocol_parser(command).parse_args(arguments)
     for name, least in (("workers", 0), ("tile", 1), ("batch_size", 1)):
-        if getattr(asked, name) is not None and getattr(asked, name) < least:
-            raise UserError(f"--{name} is {getattr(asked, name)}; give at least {least}")
-    scores = getattr(asked, "scores", None)
+        check_at_least(options, name, least)
+    scores = getattr(options, "scores", None)
     if scores is not None and (Path(scores).suffix not in (".npy", ".txt") or Path(scores).exists()):
         raise UserError(f"--scores {scores}: give the name of a new file that ends with .npy or .txt")
-    if Path(asked.run).suffix in (".npy", ".safetensors"):
-        _from_file(command, asked)
+    if Path(options.run).suffix in (".npy", ".safetensors"):
+        _evaluate_embeddings_file(command, options)
         return
-    run = RunFolder(asked.run)
+    run = RunFolder(options.run)
     run.check_run()
     config = to_config(parser(), ["--config", str(run.path / CONFIG)])
-    config.data.workers, config.data.on_error = asked.workers, asked.on_error
-    config.evaluation.batch_size, config.evaluation.tile = asked.batch_size, asked.tile
+    config.data.workers = options.workers
+    config.data.on_error = options.on_error
+    config.evaluation.batch_size = options.batch_size
+    config.evaluation.tile = options.tile
     check_devices(config.train.cpu)
     accelerator = Accelerator(cpu=config.train.cpu or not torch.cuda.is_available())
     shape = image_shape(config)
-    tasks = together(lambda: open_asked(command, asked, shape), accelerator)
-    checkpoint = together(lambda: run.find_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator)
-    backbone = together(lambda: load_backbone(run, config, shape, checkpoint), accelerator).to(accelerator.device)
-    out = RunFolder(asked.output or run.path / _folder_name(command, tasks))
-    results = _measured(out, lambda: run_tasks(backbone, tasks, accelerator, config, out), accelerator)
+    tasks = run_on_all(lambda: open_command_tasks(command, options, shape), accelerator)
+    better = direction(config.evaluation.best)
+    checkpoint = run_on_all(lambda: run.find_checkpoint(options.checkpoint, better), accelerator)
+    backbone = run_on_all(lambda: load_backbone(run, config, shape, checkpoint), accelerator).to(accelerator.device)
+    out = RunFolder(options.output or run.path / _folder_name(command, tasks))
+    results = _measure_into(out, lambda: run_tasks(backbone, tasks, accelerator, config, out), accelerator)
     if accelerator.is_main_process:
-        _tell(results, tasks, scores)
+        _print_results(results, tasks, scores)
         title = f"{config.backbone.name} of {run.path.name} on {', '.join(task.name for task in tasks)}"
         figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path)}
-        figures["checkpoint"] = describe_checkpoint(asked.checkpoint, checkpoint)
+        figures["checkpoint"] = describe_checkpoint(options.checkpoint, checkpoint)
         report = write_results(out, title, [], figures, config, describe_environment(accelerator), [], results)
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()
@@ -240,21 +287,21 @@ def _folder_name(command: str, tasks: list[Task]) -> str:
     return f"{command}-{'-'.join(task.name for task in tasks)}"
 
 
-def _measured(out: RunFolder, measure: Callable[[], list[Result]], accelerator: Accelerator) -> list[Result]:
-    """What `measure` returns, `out` being made for it; a mistake leaves no folder behind."""
+def _measure_into(out: RunFolder, measure: Callable[[], list[Result]], accelerator: Accelerator) -> list[Result]:
+    """Make the folder `out` and return what `measure` returns; an error before the first file removes the folder."""
     claim_output(out, accelerator)
     try:
         results = measure()
     except BaseException:
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not any(out.path.iterdir()):
-            out.path.rmdir()
+        remove_if_empty(out, accelerator)
         raise
     accelerator.wait_for_everyone()
     return results
 
 
-def _tell(results: list[Result], tasks: list[Task], scores: str | None) -> None:
+def _print_results(results: list[Result], tasks: list[Task], scores: str | None) -> None:
+    """Print the figures, and write the scores of template pairs to the file `scores`."""
     for result in results:
         print(result.summary())
     if scores is not None:
@@ -267,66 +314,74 @@ def _tell(results: list[Result], tasks: list[Task], scores: str | None) -> None:
         print(f"scores of {len(values):,} pairs, in their order, are in {scores}")
 
 
-# ---------------------------------------------------------------------------------------------------- embeddings from elsewhere
+# ------------------------------------------------------------------------------------------------ a file of embeddings
 
 
-def _from_file(command: str, asked: argparse.Namespace) -> None:
+def _evaluate_embeddings_file(command: str, options: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    rows = together(lambda: read_embeddings(asked.run), accelerator)
-    tasks = together(lambda: open_asked(command, asked, ANY_SHAPE), accelerator)
-    file = Path(asked.run)
-    out = RunFolder(asked.output or file.with_name(f"{file.stem}-{_folder_name(command, tasks)}"))
+    embeddings = run_on_all(lambda: read_embeddings(options.run), accelerator)
+    tasks = run_on_all(lambda: open_command_tasks(command, options, ANY_SHAPE), accelerator)
+    file = Path(options.run)
+    out = RunFolder(options.output or file.with_name(f"{file.stem}-{_folder_name(command, tasks)}"))
     used = 0
 
     def embed(dataset: IdentityDataset, name: str, flip: bool) -> tuple[Tensor, Tensor]:
+        """Return the next embeddings of the file, and the positions of their images."""
         nonlocal used
         used += len(dataset)
-        if used > len(rows):
+        if used > len(embeddings):
             raise UserError(
-                f"{asked.run} has {len(rows)} rows, and {name} needs those up to {used}; give one for each image in order"
+                f"{options.run} has {len(embeddings)} rows, but the images up to {name} need {used}; "
+                "give one row per image, in order"
             )
-        return rows[used - len(dataset) : used], torch.arange(len(dataset))
+        return embeddings[used - len(dataset) : used], torch.arange(len(dataset))
 
     def measure() -> list[Result]:
-        results = [task.measure(embed, **sharing(accelerator, asked.tile), device=accelerator.device) for task in tasks]
-        if used != len(rows):
+        work = split_work(accelerator, options.tile)
+        results = [task.measure(embed, **work, device=accelerator.device) for task in tasks]
+        if used != len(embeddings):
             raise UserError(
-                f"{asked.run} has {len(rows)} rows, and there are {used} images; give one for each image in order"
+                f"{options.run} has {len(embeddings)} rows, but there are {used} images; give one row per image, in "
+                "order"
             )
         return results
 
-    results = _measured(out, measure, accelerator)
+    results = _measure_into(out, measure, accelerator)
     if accelerator.is_main_process:
-        _tell(results, tasks, getattr(asked, "scores", None))
+        _print_results(results, tasks, getattr(options, "scores", None))
         title = f"{file.name} on {', '.join(task.name for task in tasks)}"
-        report = write_results(out, title, [], {"run": asked.run}, None, describe_environment(accelerator), [], results)
+        figures = {"run": options.run}
+        report = write_results(out, title, [], figures, None, describe_environment(accelerator), [], results)
         print(f"\nResults are in {out.path}; look at {report}")
     accelerator.end_training()
 
 
 def read_embeddings(path: str | Path) -> Tensor:
-    """float32 `[n, D]` of a .npy file, or of a .safetensors file that holds one tensor. UserError for anything else."""
+    """Return the embeddings, float32 `[n, D]`, in a .npy file, or in a .safetensors file with a single tensor.
+
+    Raises UserError for anything else.
+    """
     try:
         if Path(path).suffix == ".npy":
             array: Any = np.load(path, allow_pickle=False)
             if array.dtype.kind != "f":
-                raise UserError(f"{path} holds {array.dtype}, not floating-point numbers")
-            rows = torch.from_numpy(array.astype(np.float32))
+                raise UserError(f"{path} holds {array.dtype}; give floating-point numbers")
+            embeddings = torch.from_numpy(array.astype(np.float32))
         else:
             from safetensors.torch import load_file
 
             found = list(load_file(path).values())
             if len(found) != 1:
-                raise UserError(f"{path} holds {len(found)} tensors; give one, a row for each image")
-            rows = found[0].float()
+                raise UserError(f"{path} holds {len(found)} tensors; give a single one, with one row per image")
+            embeddings = found[0].float()
     except ModuleNotFoundError as error:
         raise UserError(
             "reading a .safetensors file needs the package safetensors: pip install 'partial_fc[export]'"
         ) from error
     except UserError:
         raise
-    except Exception as error:  # a damaged file makes readers raise almost anything
+    except Exception as error:  # a damaged file makes the readers raise almost anything
         raise UserError(f"the embeddings {path} cannot be read: {' '.join(str(error).split())}") from error
-    if rows.ndim != 2:
-        raise UserError(f"{path} holds {list(rows.shape)}; give [n, D], a row for each image")
-    return rows
+    if embeddings.ndim != 2:
+        raise UserError(f"{path} holds a tensor of shape {list(embeddings.shape)}; give [n, D], with one row per image")
+    return embeddings

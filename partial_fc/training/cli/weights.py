@@ -1,17 +1,16 @@
-"""The commands `partial-fc export` and `partial-fc import`: class weights to and from single files, without a process group.
+"""The commands `partial-fc export` and `partial-fc import`: class weights to and from files, without a process group.
 
     export   newest checkpoint of a run ── stored blocks, one at a time ──> FILE.safetensors
-    import   FILE.safetensors, or a file of each rank ── row blocks ──> a checkpoint that any number of ranks loads
+    import   FILE.safetensors, or one file per rank ── blocks of rows ──> a checkpoint that any number of ranks can load
 
-Memory is that of one block, whatever the matrix. What a checkpoint holds beside the matrix (the margin's state, the step) is that of a
-head that was just built: the head's own classes say it.
+Only one block is in memory at a time. The imported checkpoint holds more than the matrix (the margin's state, the
+forward count): these values are those of a newly built head.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,11 @@ from partial_fc.checkpoint.save_load import save_checkpoint, stored_tensors, sto
 from partial_fc.head import PartialFC
 from partial_fc.margins.fixed import NormFace
 from partial_fc.optim.row_optimizer import RowOptimizer
-from partial_fc.training.config import MARGIN_SETTINGS, HeadConfig
+from partial_fc.training.cli.parser import add_traceback
 from partial_fc.training.errors import UserError
+from partial_fc.training.heads import MarginSettings
 from partial_fc.training.run import RunFolder
+from partial_fc.training.settings_parser import SettingsParser
 from partial_fc.weights.rank_files import RankFiles
 from partial_fc.weights.safetensors_file import (
     RowWriter,
@@ -42,6 +43,7 @@ from partial_fc.weights.safetensors_file import (
 )
 from partial_fc.weights.single_file import SUFFIX, describe
 
+DEFAULT_MARGIN = MarginSettings("ArcFace")
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "momentum_buffer": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     "exp_avg": (torch.optim.AdamW, {"lr": 1e-3}),
@@ -49,32 +51,35 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 
 
 def export_weights_command(arguments: list[str]) -> None:
-    """`partial-fc export`: class weights or centers of a checkpoint as one safetensors file."""
+    """`partial-fc export`: write class weights or centers of a checkpoint as one safetensors file."""
     parser = jsonargparse.ArgumentParser(
         prog="partial-fc export",
-        description="Class weights or centers of a checkpoint as one safetensors file.",
+        description="Write class weights or centers of a checkpoint as one safetensors file.",
         exit_on_error=False,
     )
     parser.add_argument(
-        "source", metavar="CHECKPOINT_OR_RUN", help="a checkpoint, or the folder of a run, whose newest one is taken"
+        "source", metavar="CHECKPOINT_OR_RUN", help="a checkpoint, or the folder of a run, for its newest checkpoint"
     )
-    parser.add_argument("file", metavar="FILE.safetensors", help="where to write")
+    parser.add_argument("file", metavar="FILE.safetensors", help="file to write")
     parser.add_argument(
-        "--name", default=None, help="of the head or center loss in the checkpoint (head if there is one of that name)"
+        "--name",
+        default=None,
+        help="name of the head or center loss in the checkpoint (default: head, if there is one)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    asked = parser.parse_args(arguments)
-    path = Path(asked.file)
+    parser.add_argument("--overwrite", action="store_true", help="overwrite an existing file")
+    add_traceback(parser)
+    options = parser.parse_args(arguments)
+    path = Path(options.file)
     if path.suffix != SUFFIX:
-        raise UserError(f"{path} is to be a safetensors file; give it a name that ends in {SUFFIX}")
+        raise UserError(f"{path} is not the name of a safetensors file; give a name that ends in {SUFFIX}")
     try:
-        check_free(path, asked.overwrite)
-        checkpoint = _checkpoint(Path(asked.source))
+        check_free(path, options.overwrite)
+        checkpoint = _find_checkpoint(Path(options.source))
         stored = stored_tensors(checkpoint)
-        name = _name(checkpoint, stored, asked.name)
+        name = _find_name(checkpoint, stored, options.name)
         keys = {kind: f"{name}/{kind}" for kind in ("weight", "centers", "bias") if f"{name}/{kind}" in stored}
-        _export(checkpoint, path, asked.overwrite, name, {tensor: (key, *stored[key]) for tensor, key in keys.items()})
+        tensors = {tensor: (key, *stored[key]) for tensor, key in keys.items()}
+        _export(checkpoint, path, options.overwrite, name, tensors)
     except ValueError as error:
         raise UserError(str(error)) from error
     except FileExistsError as error:
@@ -82,8 +87,8 @@ def export_weights_command(arguments: list[str]) -> None:
     print(f"{path}: {', '.join(f'{tensor} {list(stored[key][0])}' for tensor, key in keys.items())} of {checkpoint}")
 
 
-def _checkpoint(source: Path) -> Path:
-    """The checkpoint that is meant: the folder itself, or the newest one of a run."""
+def _find_checkpoint(source: Path) -> Path:
+    """Return `source` if it is a checkpoint, or the newest checkpoint of the run folder `source`."""
     if (source / MANIFEST).exists():
         return source
     if not source.is_dir():
@@ -98,19 +103,20 @@ def _checkpoint(source: Path) -> Path:
     raise UserError(f"{source} is neither a checkpoint (it has no {MANIFEST}) nor the folder of a run")
 
 
-def _name(checkpoint: Path, stored: dict[str, Any], asked: str | None) -> str:
+def _find_name(checkpoint: Path, stored: dict[str, Any], wanted: str | None) -> str:
+    """Return the name of the head or center loss to export: `wanted`, or "head", or the only one in the checkpoint."""
     names = sorted(
         {key.split("/")[0] for key in stored if key.count("/") == 1 and key.endswith(("/weight", "/centers"))}
     )
-    if asked is None and "head" in names:
+    if wanted is None and "head" in names:
         return "head"
-    if asked is None and len(names) == 1:
+    if wanted is None and len(names) == 1:
         return names[0]
-    if asked not in names:
-        there = ", ".join(names) or "none"
-        wanted = "no head" if asked is None else f"no class weights or centers of the name {asked}"
-        raise UserError(f"{checkpoint} has {wanted}; it has {there}: choose with --name")
-    return str(asked)
+    if wanted not in names:
+        existing = ", ".join(names) or "none"
+        missing = "no head" if wanted is None else f"no class weights or centers named {wanted}"
+        raise UserError(f"{checkpoint} has {missing}; it has {existing}: choose with --name")
+    return str(wanted)
 
 
 def _export(
@@ -126,10 +132,10 @@ def _export(
         create(temporary, {tensor: (shape, dtype) for tensor, (_, shape, dtype) in tensors.items()}, metadata)
         with (
             RowWriter(temporary) as writer,
-            _bar("exporting", sum(shape[0] for _, shape, _ in tensors.values())) as bar,
+            _progress_bar("exporting", sum(shape[0] for _, shape, _ in tensors.values())) as bar,
         ):
             for tensor, (key, _, _) in tensors.items():
-                stream_tensor(checkpoint, key, _Taken(writer, tensor, bar))
+                stream_tensor(checkpoint, key, _BlockWriter(writer, tensor, bar))
         publish(temporary, path, overwrite)
     except FileExistsError:
         raise
@@ -142,80 +148,84 @@ def _export(
             temporary.unlink(missing_ok=True)
 
 
-class _Taken:
-    """Writes the blocks of one tensor as they come."""
+class _BlockWriter:
+    """Writes the blocks of one tensor as they are read."""
 
     def __init__(self, writer: RowWriter, tensor: str, bar: Any) -> None:
-        self._writer, self._tensor, self._bar = writer, tensor, bar
+        self._writer = writer
+        self._tensor = tensor
+        self._bar = bar
 
     def __call__(self, first: int, rows: Tensor) -> None:
         self._writer.write_rows(self._tensor, first, rows)
         self._bar.update(len(rows))
 
 
-def _bar(doing: str, rows: int) -> Any:
-    return tqdm(total=rows, unit="row", unit_scale=True, desc=doing, mininterval=0.5)
+def _progress_bar(what: str, rows: int) -> Any:
+    return tqdm(total=rows, unit="row", unit_scale=True, desc=what, mininterval=0.5)
 
 
-# ---------------------------------------------------------------------------------------------------- import
+# ------------------------------------------------------------------------------------------------------------ import
 
 
 def import_weights_command(arguments: list[str]) -> None:
-    """`partial-fc import`: a checkpoint made of class weights from elsewhere."""
-    parser = jsonargparse.ArgumentParser(
+    """`partial-fc import`: make a checkpoint of class weights that come from other files."""
+    parser = SettingsParser(
         prog="partial-fc import",
-        description="A checkpoint, for any number of ranks, of class weights from a safetensors file or from files of each rank.",
+        description="Make a checkpoint, for any number of ranks, of class weights in a safetensors file or in one "
+        "file per rank.",
         exit_on_error=False,
     )
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="FILE.safetensors, or a folder of files of each rank, or these files in order of the ranks",
+        help="FILE.safetensors, or a folder with one file per rank, or these files in the order of the ranks",
     )
     parser.add_argument(
         "--output",
         required=True,
         metavar="CHECKPOINT",
-        help="folder to write the checkpoint into; it must not hold one",
+        help="folder for the checkpoint; it must not hold one already",
     )
     parser.add_argument(
-        "--key", default=None, help="name of the tensor in the file or files, where it is not the usual one"
+        "--key", default=None, help="name of the tensor in the file or files, if it is not the usual one"
     )
     parser.add_argument(
-        "--name", default=None, help="under which the checkpoint has them: head (or center) if not given"
+        "--name", default=None, help="name of the weights in the checkpoint (default: head, or center for centers)"
     )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    skipped = {f.name for f in fields(HeadConfig)} - {"margin", *MARGIN_SETTINGS}
-    parser.add_class_arguments(HeadConfig, skip=skipped)
+    add_traceback(parser)
+    words = "The margin of the head, with its arguments after it: --margin CosFace --margin.margin 0.35."
+    parser.add_class_option("margin", MarginSettings, DEFAULT_MARGIN, words)
     asked = parser.parse_args(arguments)
-    config = HeadConfig(**{f.name: asked[f.name] for f in fields(HeadConfig) if f.name not in skipped})
+    given = parser.parse_args(arguments, defaults=False).get("margin")
+    margin = DEFAULT_MARGIN if given is None else MarginSettings.read(given, "margin", DEFAULT_MARGIN)
     try:
-        config.check()
+        margin.build_margin(torch.ones(2), "margin")
         output = Path(asked.output)
         if (output / MANIFEST).exists():
-            raise UserError(f"{output} holds a checkpoint already; choose another --output")
-        sources, kind, margin = _sources([Path(p) for p in asked.sources], asked.key)
-        if kind == "head" and margin is not None and not any(a.startswith("--margin") for a in arguments):
-            built = config.build_margin(torch.ones(sources["weight"].shape[0])).describe()
-            if margin != built:
+            raise UserError(f"{output} already holds a checkpoint; choose another --output")
+        sources, kind, described = _open_sources([Path(p) for p in asked.sources], asked.key)
+        if kind == "head" and described is not None and given is None:
+            built = margin.build_margin(torch.ones(sources["weight"].shape[0]), "margin").describe()
+            if described != built:
                 raise UserError(
-                    f"{asked.sources[0]} is of a head with {margin}; say which margin the checkpoint is for: --margin, --scale, --m"
+                    f"{asked.sources[0]} comes from a head with {described}; give the margin of the checkpoint: "
+                    "--margin, --margin.scale, ..."
                 )
         name = asked.name or kind
         if not name.isidentifier():
             raise UserError(
-                f"--name {name} must be a word of letters, digits and _, as load_checkpoint(path, {name}=...) names it"
+                f"--name {name} is not a valid name; use letters, digits and _, because the checkpoint is loaded with "
+                f"load_checkpoint(path, {name}=...)"
             )
-        _import(output, name, sources, kind, config)
-    except UserError as error:
-        raise UserError(str(error).replace("--head.", "--")) from error
+        _import(output, name, sources, kind, margin)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _sources(paths: list[Path], key: str | None) -> tuple[dict[str, RowSource], str, str | None]:
-    """(tensor of the head or center loss -> where its rows are, "head" or "center", the margin that the file tells of)."""
+def _open_sources(paths: list[Path], key: str | None) -> tuple[dict[str, RowSource], str, str | None]:
+    """Return (name of a tensor -> its rows, "head" or "center", the margin that the file names or None)."""
     if paths[0].suffix != SUFFIX:
         return (
             {"weight": RankFiles(paths[0] if len(paths) == 1 and paths[0].is_dir() else paths, key=key)},
@@ -224,7 +234,7 @@ def _sources(paths: list[Path], key: str | None) -> tuple[dict[str, RowSource], 
         )
     if len(paths) > 1:
         raise UserError(
-            f"{len(paths)} files, the first of them {paths[0]}; one safetensors file holds all rows: give one"
+            f"got {len(paths)} files, starting with {paths[0]}; a safetensors file holds all rows, so give a single one"
         )
     header = read_header(paths[0])
     kind = "center" if key is None and "centers" in header.tensors and "weight" not in header.tensors else "head"
@@ -235,37 +245,33 @@ def _sources(paths: list[Path], key: str | None) -> tuple[dict[str, RowSource], 
     return sources, kind, header.metadata.get("margin")
 
 
-def _import(output: Path, name: str, sources: dict[str, RowSource], kind: str, config: HeadConfig) -> None:
+def _import(output: Path, name: str, sources: dict[str, RowSource], kind: str, margin: MarginSettings) -> None:
     main = next(iter(sources.values()))
-    state = _center_state(main) if kind == "center" else _head_state(sources, config)
+    state = _center_state(main) if kind == "center" else _head_state(sources, margin)
     optimizer = _optimizer_state(main) if isinstance(main, RankFiles) and main.state else None
-    whole = [
-        value
-        for value in (*state.values(), *(optimizer["state"][0].values() if optimizer else ()))
-        if isinstance(value, _Shown)
-    ]
-    with _bar("importing", sum(source.shape[0] for source in whole)) as bar:
-        for source in whole:
+    values = [*state.values(), *(optimizer["state"][0].values() if optimizer else ())]
+    streamed = [value for value in values if isinstance(value, _ObservedRows)]
+    with _progress_bar("importing", sum(source.shape[0] for source in streamed)) as bar:
+        for source in streamed:
             source.bar = bar
-        things = {name: _State(state), **({f"{name}_optimizer": _State(optimizer)} if optimizer else {})}
-        save_checkpoint(output, **things)
+        parts = {name: _State(state)}
+        if optimizer:
+            parts[f"{name}_optimizer"] = _State(optimizer)
+        save_checkpoint(output, **parts)
     files = f" from {len(main)} files" if isinstance(main, RankFiles) else ""
     print(f"{output}: {name}, {main.shape[0]:,} classes of width {main.shape[-1]}{files}")
     if optimizer:
-        options = {
-            k: v for k, v in optimizer["param_groups"][0].items() if k in ("lr", "momentum", "betas", "weight_decay")
-        }
-        print(
-            f"and {name}_optimizer with {', '.join(k for k in optimizer['state'][0])}; loading it also sets {options}"
-        )
+        group = optimizer["param_groups"][0]
+        options = {k: v for k, v in group.items() if k in ("lr", "momentum", "betas", "weight_decay")}
+        print(f"and {name}_optimizer with {', '.join(optimizer['state'][0])}; loading it also sets {options}")
 
 
-def _head_state(sources: dict[str, RowSource], config: HeadConfig) -> dict[str, Any]:
-    """The state dict of a head that was just built, with rows from elsewhere."""
+def _head_state(sources: dict[str, RowSource], settings: MarginSettings) -> dict[str, Any]:
+    """Return the state dict of a newly built head, with the rows of `sources`."""
     weight = sources["weight"]
     classes, width = weight.shape[0], weight.shape[-1]
-    margin = config.build_margin(torch.ones(classes))
-    head = PartialFC(width, classes, config.build_margin(torch.ones(classes)), device="meta", dtype=weight.dtype)
+    margin, of_head = (settings.build_margin(torch.ones(classes), "margin") for _ in range(2))
+    head = PartialFC(width, classes, of_head, device="meta", dtype=weight.dtype)
     state = dict(head.state_dict())
     margin.prepare(classes, classes)
     for key, parameter in margin.named_parameters():
@@ -274,16 +280,18 @@ def _head_state(sources: dict[str, RowSource], config: HeadConfig) -> dict[str, 
     start = {f"margin.{key}": value for key, value in margin.state_dict().items()}
     if state["weight"].shape != weight.shape:
         raise UserError(
-            f"the weight is {list(weight.shape)}, a head with --margin {config.margin} has {list(state['weight'].shape)}; "
-            "--margin subcenter --centers K is for K rows a class, every other margin for one"
+            f"the weight has the shape {list(weight.shape)}, but a head with --margin {settings.name} has "
+            f"{list(state['weight'].shape)}; --margin SubCenterArcFace --margin.centers K has K rows per class, every "
+            "other margin of the package one"
         )
     if "bias" in sources and "bias" not in state:
         raise UserError(
-            f"the file has a bias, and a head with --margin {config.margin} has none; give --margin softmax, or --key weight"
+            f"the file has a bias, but a head with --margin {settings.name} has none; give --margin Softmax, or "
+            "--key weight"
         )
     for key, value in state.items():
         if key in sources:
-            state[key] = _Shown(sources[key])
+            state[key] = _ObservedRows(sources[key])
         elif key == "bias":
             state[key] = torch.zeros(value.shape, dtype=value.dtype)
         elif key in start:
@@ -293,33 +301,36 @@ def _head_state(sources: dict[str, RowSource], config: HeadConfig) -> dict[str, 
 
 def _center_state(centers: RowSource) -> dict[str, Any]:
     loss = CenterLoss(centers.shape[-1], centers.shape[0], device="meta", dtype=centers.dtype)
-    return {key: _Shown(centers) if key == "centers" else value for key, value in loss.state_dict().items()}
+    return {key: _ObservedRows(centers) if key == "centers" else value for key, value in loss.state_dict().items()}
 
 
 def _optimizer_state(files: RankFiles) -> dict[str, Any]:
-    """The state dict of the `RowOptimizer` that keeps what the files hold of each row, with their options where they tell them."""
+    """Return the state dict of a `RowOptimizer` with the per-row state in the files, and their options if known."""
     cls, options = next(OPTIMIZERS[key] for key in files.state)
     accepted = inspect.signature(cls).parameters
-    plain = {
+    known = {
         k: v for k, v in files.options.items() if k in accepted and isinstance(v, bool | int | float | tuple | list)
     }
-    optimizer = RowOptimizer(cls, PartialFC(1, 1, NormFace()), **{**options, **plain})
+    optimizer = RowOptimizer(cls, PartialFC(1, 1, NormFace()), **{**options, **known})
     state = optimizer.state_dict()
-    state["state"] = {0: {key: _Shown(rows) for key, rows in files.state.items()}}
+    state["state"] = {0: {key: _ObservedRows(rows) for key, rows in files.state.items()}}
     if "exp_avg" in files.state:
         if files.step is None:
             raise ValueError(
-                f"{files} hold exp_avg, but not how many steps it is of; take the state_optimizer out to import weights alone"
+                f"{files} hold exp_avg, but not the number of optimizer steps; remove state_optimizer to import only "
+                "the weights"
             )
         state["state"][0]["step"] = torch.tensor(files.step)
     return state
 
 
-class _Shown:
-    """A `RowSource` that moves a progress bar."""
+class _ObservedRows:
+    """A `RowSource` that updates a progress bar."""
 
     def __init__(self, source: RowSource) -> None:
-        self.shape, self.dtype, self._source = torch.Size(source.shape), source.dtype, source
+        self.shape = torch.Size(source.shape)
+        self.dtype = source.dtype
+        self._source = source
         self.bar: Any = None
 
     def rows(self, a: int, b: int) -> Tensor:
@@ -330,6 +341,8 @@ class _Shown:
 
 
 class _State:
+    """A state dict in the form that save_checkpoint takes."""
+
     def __init__(self, state: dict[str, Any] | None) -> None:
         self._state = state or {}
 
@@ -337,4 +350,4 @@ class _State:
         return self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        raise NotImplementedError("only written")
+        raise NotImplementedError("this object is only saved")

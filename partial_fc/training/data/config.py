@@ -33,9 +33,9 @@ class MixedSet:
     identities: int | None = None
     """How many identities to use; all if not given."""
     m: float | None = None
-    """Margin of its head; that of --head.m if not given."""
+    """Argument `margin` of its head's margin; that of --head.margin if not given."""
     scale: float | None = None
-    """Scale of its head; that of --head.scale if not given."""
+    """Argument `scale` of its head's margin; that of --head.margin if not given."""
 
 
 def check_mix(sets: list[MixedSet]) -> None:

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 from torch import Tensor, nn
 
@@ -31,13 +30,14 @@ import partial_fc
 from partial_fc.checkpoint.save_load import stored_values
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig, add_config, to_config
-from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
 from partial_fc.training.export.check import BATCHES, compare, real_images
 from partial_fc.training.export.onnx import run_onnx, write_onnx
 from partial_fc.training.export.output_folder import check_free, publish, work_folder
 from partial_fc.training.export.spec import FORMAT, describe
+from partial_fc.training.protocols.task_files import image_shape
 from partial_fc.training.run import CONFIG, RunFolder
+from partial_fc.training.settings_parser import SettingsParser
 
 SAFETENSORS = "backbone.safetensors"
 ONNX = "backbone.onnx"
@@ -80,7 +80,7 @@ def export_backbone(
     parent = check_free(out)
     _check_installed(formats)
     config = _config(folder)
-    shape = _image_shape(config)
+    shape = image_shape(config)
     backbone, identity = _load(folder, config, shape)
     images, checked_on = real_images(config, shape, data)
     expected = _embeddings(backbone, images)
@@ -168,17 +168,9 @@ def _check_installed(formats: Sequence[str]) -> None:
 
 def _config(folder: RunFolder) -> RunConfig:
     """Return the run's settings with full precision: a run in fp16 may be exported on a machine without a GPU."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser = SettingsParser(exit_on_error=False)
     add_config(parser)
     return to_config(parser, ["--config", str(folder.path / CONFIG), "--train.mixed_precision", "no"])
-
-
-def _image_shape(config: RunConfig) -> tuple[int, int, int]:
-    """Return (C, H, W) of the run's images, even if the images of its folder no longer exist."""
-    if config.data.folder is None:
-        return open_data(config.data, config.seed).train.image_shape
-    size = config.data.image_size or 112
-    return (config.data.channels or 3, size, size)
 
 
 def _load(folder: RunFolder, config: RunConfig, shape: tuple[int, int, int]) -> tuple[nn.Module, dict[str, Any]]:

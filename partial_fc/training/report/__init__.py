@@ -2,6 +2,8 @@
 
     report.py, report.html.j2     report.html of one run: metrics, plots, pictures, settings
     compare.py, compare.html.j2   one page for several runs: `partial-fc report RUN RUN ...`
+    audit.html.j2                 the page of an audit, written by training/audit_page.py
+    page.py                       what all pages share: rendering a template, images as data URIs
     formatting.py                 metrics and settings as text, for both pages
     hardest.py                    pictures of the hardest pairs and of the nearest classes
     plots.py                      plots of evaluations and audits: ROC, histograms, DIR, CMC, cosines of classes

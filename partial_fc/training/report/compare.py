@@ -10,25 +10,25 @@ The folder of an evaluation has no settings and no history; its figures and curv
 
 from __future__ import annotations
 
-import argparse
-import base64
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from partial_fc.training.config import CLASS_OPTIONS
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.interval import split_history
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.report.formatting import DASH, figure_cell, flatten, is_share, leaves
+from partial_fc.training.report.page import png_uri, render
 from partial_fc.training.report.report import PLOTS, TABLES
-from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder, check_new_file
+from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder
+from partial_fc.training.settings_file import shown_settings
 
 OVERLAID = {
     "loss": "loss",
@@ -65,7 +65,7 @@ def read_run(path: str, name: str) -> Run:
     if not (folder.path / METRICS).is_file():
         folder.check_run()
     try:
-        settings = yaml.safe_load(_text_of(folder.path / CONFIG, "{}")) or {}
+        settings = shown_settings(yaml.safe_load(_text_of(folder.path / CONFIG, "{}")) or {}, CLASS_OPTIONS)
         metrics = json.loads(_text_of(folder.path / METRICS, "{}"))
         curves = json.loads(_text_of(folder.path / CURVES, "[]"))
         tables = {each["name"]: each for each in metrics.get("evaluations", [])}
@@ -121,14 +121,8 @@ def run_names(paths: Sequence[str]) -> list[str]:
 
 def write_comparison(runs: Sequence[Run], path: Path) -> None:
     """Write the page to `path`."""
-    template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("compare.html.j2")
-    page = template.render(
+    page = render(
+        "compare.html.j2",
         title=f"Comparison of {len(runs)} runs" if len(runs) > 1 else runs[0].name,
         names=[run.name for run in runs],
         tables=list(_tables(runs)),
@@ -189,7 +183,7 @@ def _plots(runs: Sequence[Run]) -> list[dict[str, str]]:
         picture = Path(folder) / "plot.png"
 
         def add(caption: str) -> None:
-            found.append({"caption": caption, "uri": _uri(picture)})
+            found.append({"caption": caption, "uri": png_uri(picture.read_bytes())})
 
         for kind, name in dict.fromkeys((type(each), each.name) for run in runs for each in run.curves):
             of_set = [
@@ -232,29 +226,3 @@ def _evaluated_figures(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
         name, figure = key.rsplit("/", 1)
         found.setdefault(name, {})[key] = figure
     return found
-
-
-def _uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `partial-fc report --help` explains every setting")
-
-
-def report_command(arguments: list[str]) -> None:
-    """`partial-fc report RUN RUN ...`: write the page, in one process."""
-    parser = _Parser(prog="partial-fc report", description="Compare runs on one page.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of evaluations in a run folder")
-    parser.add_argument(
-        "--output", default="comparison.html", metavar="FILE", help="the page to write (default comparison.html)"
-    )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    asked = parser.parse_args(arguments)
-    output = Path(asked.output)
-    check_new_file(output, "--output")
-    runs = [read_run(path, name) for path, name in zip(asked.runs, run_names(asked.runs), strict=True)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_comparison(runs, output)
-    print(f"comparison of {len(runs)} runs written to {output}")

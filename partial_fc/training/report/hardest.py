@@ -13,7 +13,6 @@ of cosines and the pairs kept. Nearest classes need C · C · D products and are
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 
 from partial_fc import PartialFC
 from partial_fc.training.data import IdentityDataset, UnreadableImage
+from partial_fc.training.report.page import png_uri
 
 PICTURES = "pictures.json"
 KEPT = 256  # pairs of each kind that a rank keeps
@@ -225,4 +225,4 @@ def _uri(dataset: IdentityDataset, index: int) -> str | None:
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return png_uri(buffer.getvalue())

@@ -12,18 +12,16 @@
 `interval.during_training`. Other entries of these evaluations, of `metrics` and of the history are listed by key.
 """
 
-import base64
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from partial_fc.training.evaluation import FARS, Evaluation, percent
 from partial_fc.training.report.formatting import DASH, figure_cell, flatten, is_share, leaves
 from partial_fc.training.report.hardest import read_pictures
+from partial_fc.training.report.page import png_uri, render
 
 PLOTS = {  # file in plots/ -> caption
     "roc.png": "Share of genuine pairs accepted over the share of impostor pairs accepted.",
@@ -76,14 +74,8 @@ def write_report(
     """
     protocols = metrics.get("protocols", [])
     evaluations = [_evaluation_row(evaluation) for evaluation in metrics.get("evaluations", [])]
-    template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("report.html.j2")
-    page = template.render(
+    page = render(
+        "report.html.j2",
         title=title,
         fars=list(FARS),
         evaluations=evaluations,
@@ -173,10 +165,7 @@ def _other_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _embedded_plots(folder: Path) -> list[dict[str, str]]:
     """Return the plots that exist, as captions and data URIs."""
     present = [(folder / name, caption) for name, caption in PLOTS.items() if (folder / name).is_file()]
-    return [
-        {"caption": caption, "uri": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")}
-        for path, caption in present
-    ]
+    return [{"caption": caption, "uri": png_uri(path.read_bytes())} for path, caption in present]
 
 
 def _galleries(folder: Path, protocols: Collection[str]) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""Backbones: the registry, output shapes, sizes, the names that checkpoints of the field use, weights from files, recomputation."""
+"""Backbones: the registry, output shapes, sizes, the names that checkpoints of the field use, weights from files,
+recomputation."""
 
 import copy
 import io
@@ -117,7 +118,8 @@ def test_wrong_requests_say_what_to_do():
         register("small")(BACKBONES["iresnet18"])
 
 
-# ---------------------------------------------------------------------------------------------------- the field's networks
+# ---------------------------------------------------------------------------------------------------- the field's
+# networks
 
 # millions of parameters at 3 x 112 x 112 and 512 embeddings, and billions of operations of a forward
 SIZES = {
@@ -148,7 +150,8 @@ def test_mobilefacenet_at_its_papers_embedding_size_has_a_million_parameters():
 
 
 def names_of_mbf() -> dict[str, tuple[int, ...]]:
-    """The parameters of the field's mbf, written down from its layers: scale 2, (1, 4, 6, 2) blocks, 3 x 112 x 112, 512 embeddings."""
+    """The parameters of the field's mbf, written down from its layers: scale 2, (1, 4, 6, 2) blocks, 3 x 112 x 112, 512
+    embeddings."""
     found: dict[str, tuple[int, ...]] = {}
 
     def convolution(prefix: str, inputs: int, outputs: int, kernel: int, active: bool = True) -> None:
@@ -308,7 +311,8 @@ def test_dropout_is_before_the_last_layer_and_where_there_is_none_it_is_refused(
         build_backbone("iresnet18", image_shape=(1, 16, 16), embedding_size=8, dropout=1.0)
 
 
-# ---------------------------------------------------------------------------------------------------- weights from files
+# ---------------------------------------------------------------------------------------------------- weights from
+# files
 
 
 def drawn(seed: int, name: str = "iresnet18") -> nn.Module:
@@ -382,7 +386,7 @@ def test_files_that_are_no_weights_are_refused_and_run_no_code(tmp_path, capsys)
     assert capsys.readouterr().out == ""
 
 
-def test_a_run_starts_from_weights_and_goes_on_without_them(tmp_path, capsys):
+def test_a_run_starts_from_weights_and_goes_on_without_them(tmp_path, capsys, mistake):
     torch.manual_seed(5)
     source = build_backbone("mobilefacenet", image_shape=(1, 32, 32), embedding_size=16)
     torch.save(source.state_dict(), tmp_path / "backbone.pth")
@@ -413,11 +417,13 @@ def test_a_run_starts_from_weights_and_goes_on_without_them(tmp_path, capsys):
     assert f"backbone mobilefacenet: {count_backbone(source, (1, 32, 32))}" in capsys.readouterr().out
     (tmp_path / "backbone.pth").unlink()
     Trainer(to_config(train_parser(), settings), resume=True).close()
-    assert main(["train", *settings[:-1], str(tmp_path / "other"), "--check"]) == 2
-    assert "--backbone.weights: there is no file" in capsys.readouterr().err
+    assert "--backbone.weights: there is no file" in mistake(
+        "train", *settings[:-1], str(tmp_path / "other"), "--check"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- models of other packages
+# ---------------------------------------------------------------------------------------------------- models of other
+# packages
 
 
 def hf_folder(path, kind: str, **sizes) -> str:
@@ -511,7 +517,8 @@ def saved_by_transformers(folder: Path, kind: str, **how) -> nn.Module:
 
 
 def feature_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What a classifier's last layer gets; of a model without one, its pooler's features, or the class token if that is a dense layer."""
+    """What a classifier's last layer gets; of a model without one, its pooler's features, or the class token if that is
+    a dense layer."""
     if hasattr(model, "classifier"):
         got: list[torch.Tensor] = []
         handle = model.classifier.register_forward_pre_hook(lambda _, given: got.append(given[0]))

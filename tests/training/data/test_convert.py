@@ -1,4 +1,5 @@
-"""`partial-fc data convert`: any format into any other, killed and gone on with, verified, and nothing of others overwritten."""
+"""`partial-fc data convert`: any format into any other, killed and gone on with, verified, and nothing of others
+overwritten."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from common import args
 from data_files import WRITERS, folder_of, insightface, list_file, picture, samples, shards
 
 from partial_fc.training.cli.main import main
@@ -127,10 +129,7 @@ def test_a_conversion_that_was_killed_goes_on(tmp_path):
         "convert",
         str(source),
         str(dest),
-        "--format",
-        "recordio",
-        "--part",
-        "50",
+        *args("--format recordio --part 50"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -230,7 +229,8 @@ def test_what_was_left_out_of_the_source_is_counted_and_named_too(tmp_path, caps
     path.write_text(path.read_text() + "lonely\n")
     assert main(["data", "convert", str(path), str(tmp_path / "dest"), "--format", "webdataset"]) == 0
     assert (
-        "12 images of 4 identities as webdataset, counts and labels verified; 2 damaged ones" in capsys.readouterr().out
+        "12 images of 4 identities as webdataset, counts and labels verified; 2 damaged images"
+        in capsys.readouterr().out
     )
     first, second = (tmp_path / "dest" / "left_out.txt").read_text().splitlines()
     assert first == "faces.txt line 16 (it has a path or a label, but not both)"
@@ -243,9 +243,7 @@ def test_a_destination_that_is_not_what_was_written_is_found_out(tmp_path, monke
 
     def adds(change):
         monkeypatch.setattr(
-            writers.ListWriter,
-            "add",
-            lambda self, *given: add(self, *change(*given)) if change(*given) else None,
+            writers.ListWriter, "add", lambda self, *given: add(self, *change(*given)) if change(*given) else None
         )
 
     adds(lambda place, label, *rest: (place, (label + 1) % 4, *rest))

@@ -1,4 +1,5 @@
-"""Fonts made here, with every trap in them, become a data set in which a design counts once and nothing held out is trained on."""
+"""Fonts made here, with every trap in them, become a data set in which a design counts once and nothing held out is
+trained on."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common import args
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
@@ -74,7 +76,8 @@ def write_font(
 
 @pytest.fixture(scope="module")
 def fonts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Designs Aa, Bb, ..., Gg; a copy of Aa moved by less than a pixel, a bold Aa; a file that is no font, and one cut in the middle."""
+    """Designs Aa, Bb, ..., Gg; a copy of Aa moved by less than a pixel, a bold Aa; a file that is no font, and one cut
+    in the middle."""
     folder = tmp_path_factory.mktemp("fonts")
     (folder / "deep").mkdir()
     traps: dict[int, list[Rectangle]] = {BLANK: [], BOX: NOTDEF} | {code: [(0, 0, 800, 100)] for code in REPEATED}
@@ -122,7 +125,7 @@ def made(fonts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_command_tells_what_it_drops_and_counts_what_it_wrote(fonts, tmp_path, capsys):
+def test_the_command_tells_what_it_drops_and_counts_what_it_wrote(fonts, tmp_path, capsys, mistake):
     out = tmp_path / "set"
     arguments = [
         "data",
@@ -131,11 +134,7 @@ def test_the_command_tells_what_it_drops_and_counts_what_it_wrote(fonts, tmp_pat
         str(fonts),
         "--out",
         str(out),
-        "--holdout_identities",
-        "8",
-        "--holdout_designs",
-        "Ff",
-        "gg",
+        *args("--holdout_identities 8 --holdout_designs Ff gg"),
     ]
     assert main(arguments) == 0
     text = capsys.readouterr().out
@@ -148,7 +147,7 @@ def test_the_command_tells_what_it_drops_and_counts_what_it_wrote(fonts, tmp_pat
         "1 glyphs: blank or nearly so",
         "1 glyphs: the image of the missing glyph (.notdef)",
         "6 glyphs: an image that more than 4 characters of the font share",
-        "40 identities, 214 pictures of 32 x 32",  # 32 characters in 5 designs, 8 in 7, 2 of Bb's missing
+        "40 identities, 214 images of 32 x 32",  # 32 characters in 5 designs, 8 in 7, 2 of Bb's missing
         "hangul: 40",
         f"--data.folder {out}",
     ):
@@ -156,8 +155,7 @@ def test_the_command_tells_what_it_drops_and_counts_what_it_wrote(fonts, tmp_pat
     assert not (out / ".work").exists()
     assert main(arguments) == 0
     assert "is complete already" in capsys.readouterr().out
-    assert main([*arguments, "--size", "16"]) == 2
-    assert "begun with other settings or fonts (size)" in capsys.readouterr().err
+    assert "begun with other settings or fonts (size)" in mistake(*arguments, "--size", "16")
 
 
 def test_nothing_held_out_is_trained_on(made):
@@ -298,17 +296,7 @@ def test_batches_come_from_worker_processes(made):
 
 def test_a_run_trains_on_it(made, tmp_path):
     out = tmp_path / "run"
-    run = [
-        "train",
-        "--data.folder",
-        str(made),
-        "--train.batch_size",
-        "32",
-        "--train.epochs",
-        "1",
-        "--train.cpu",
-        "true",
-    ]
+    run = ["train", "--data.folder", str(made), *args("--train.batch_size 32 --train.epochs 1 --train.cpu true")]
     assert main([*run, "--output.folder", str(out)]) == 0
     found = {each["name"]: each for each in json.loads((out / "metrics.json").read_text())["evaluations"]}
     assert {name: each["identities"] for name, each in found.items()} == {"seen": 8, "new": 8}
@@ -389,7 +377,7 @@ def test_counting_finds_a_wrong_data_set(made, tmp_path):
     images = np.load(folder / "images.npy")
     images[7] = 0
     np.save(folder / "images.npy", images)
-    with pytest.raises(UserError, match="1 blank pictures"):
+    with pytest.raises(UserError, match="1 blank images"):
         verify(folder)
 
 

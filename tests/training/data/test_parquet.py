@@ -1,4 +1,5 @@
-"""Parquet and Arrow files of Hugging Face `datasets`: which columns, which labels, what is refused; nothing of a data set is run."""
+"""Parquet and Arrow files of Hugging Face `datasets`: which columns, which labels, what is refused; nothing of a data
+set is run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""RecordIO: the format byte by byte, labels by ranges and by themselves, and every way in which files can be damaged."""
+"""RecordIO: the format byte by byte, labels by ranges and by themselves, and every way in which files can be
+damaged."""
 
 from __future__ import annotations
 

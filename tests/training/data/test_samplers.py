@@ -1,4 +1,5 @@
-"""The order of an epoch: what each sampler promises, the same at every world size and after every resumption; labels that are mapped."""
+"""The order of an epoch: what each sampler promises, the same at every world size and after every resumption; labels
+that are mapped."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import args
 from PIL import Image
 
 from partial_fc.training.cli.main import main, train_parser
@@ -262,26 +264,8 @@ def test_the_map_of_labels_can_be_read_back(tmp_path):
 
 
 def test_a_run_uses_the_sampler_and_saves_its_labels(people, tmp_path):
-    settings = [
-        "--data.folder",
-        str(people),
-        "--data.image_size",
-        "8",
-        "--data.channels",
-        "1",
-        "--data.min_images",
-        "3",
-    ]
-    settings += [
-        "--data.sampler",
-        "pk",
-        "--data.images_per_identity",
-        "2",
-        "--train.batch_size",
-        "4",
-        "--train.epochs",
-        "2",
-    ]
+    settings = ["--data.folder", str(people), *args("--data.image_size 8 --data.channels 1 --data.min_images 3")]
+    settings += args("--data.sampler pk --data.images_per_identity 2 --train.batch_size 4 --train.epochs 2")
     settings += ["--train.cpu", "true", "--backbone.embedding_size", "8", "--output.log_every", "1"]
     assert main(["train", *settings, "--output.folder", str(tmp_path / "run"), "--check"]) == 0
     assert main(["train", *settings, "--output.folder", str(tmp_path / "run")]) == 0

@@ -1,4 +1,5 @@
-"""WebDataset shards: read as the library writes them, grouped as it groups them; damaged, foreign and hostile members."""
+"""WebDataset shards: read as the library writes them, grouped as it groups them; damaged, foreign and hostile
+members."""
 
 from __future__ import annotations
 
@@ -238,7 +239,8 @@ def test_files_that_are_no_plain_tar_files_are_refused(tmp_path):
 
 
 def index_of(path, looked, builds, go, out):
-    """What a rank does at its start: the index from the cache, or built, once `go` is set. `looked`: it found none. `builds` counts."""
+    """What a rank does at its start: the index from the cache, or built, once `go` is set. `looked`: it found none.
+    `builds` counts."""
     os.environ["PARTIAL_FC_CACHE"] = str(path.parent / "cache")
     kept = files._read
 

@@ -1,4 +1,5 @@
-"""Exported backbones: they equal the backbone in torch, their description suffices to feed them, and a failure leaves nothing behind."""
+"""Exported backbones: they equal the backbone in torch, their description suffices to feed them, and a failure leaves
+nothing behind."""
 
 from __future__ import annotations
 
@@ -213,7 +214,8 @@ def test_few_images_suffice_and_damaged_ones_are_passed_over(run, tmp_path):
     assert list(made.differences["onnx"]) == list(BATCHES)
 
 
-# ---------------------------------------------------------------------------------------------------- from a file to an embedding
+# ---------------------------------------------------------------------------------------------------- from a file to an
+# embedding
 
 WITHOUT_THE_PROJECT = """
 import json, sys
@@ -260,7 +262,8 @@ def test_the_lines_of_the_page_are_those_of_the_file_and_run(data, run, tmp_path
     assert names["embeddings"].shape == (2, 16)
 
 
-# ---------------------------------------------------------------------------------------------------- what cannot be exported
+# ---------------------------------------------------------------------------------------------------- what cannot be
+# exported
 
 
 def refused(arguments: list[str], tmp_path: Path, capsys) -> str:
@@ -287,7 +290,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(kind, run, data, tmp_path, cap
     run, out = copied(run, tmp_path), tmp_path / "out"
     arguments, expected = [str(run), "--output", str(out)], ""
     if kind == "no run":
-        arguments, expected = [str(tmp_path)], "is no run folder"
+        arguments, expected = [str(tmp_path)], "is not a run folder"
     elif kind == "no checkpoint":
         shutil.rmtree(run / "checkpoints")
         expected = "has no complete checkpoint"
@@ -340,7 +343,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(kind, run, data, tmp_path, cap
     else:
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr("partial_fc.training.cli.main.find_ranks", lambda: None)  # which looks for the other rank
-        expected = "the work of one process"
+        expected = "export-backbone runs in one process"
     assert expected in refused(arguments, tmp_path, capsys)
 
 

@@ -1,4 +1,5 @@
-"""Retrieval against plain loops and scikit-learn's average precision, with cameras, ties and queries that have no answer."""
+"""Retrieval against plain loops and scikit-learn's average precision, with cameras, ties and queries that have no
+answer."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from partial_fc.training.cli.protocols import open_asked, protocol_parser
+from partial_fc.training.cli.protocols import open_command_tasks, protocol_parser
 from partial_fc.training.errors import UserError
 from partial_fc.training.protocols import Result, retrieve_embeddings
 
@@ -172,4 +173,4 @@ def test_a_flat_folder_without_a_label_is_told_of_the_pattern(tmp_path):
     with pytest.raises(
         UserError, match=r"has no sub-folders; .*, or give --label REGEX, which finds the identity in the file name"
     ):
-        open_asked("retrieve", asked, (3, 112, 112))
+        open_command_tasks("retrieve", asked, (3, 112, 112))

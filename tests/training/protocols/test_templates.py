@@ -23,7 +23,8 @@ from partial_fc.training.protocols.templates import read_detector_scores, read_p
 
 
 def some_images(subjects: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(embeddings [n, 12], template ids, media ids, weights, subject of each template id): two templates a subject, of 1 to 6 images."""
+    """(embeddings [n, 12], template ids, media ids, weights, subject of each template id): two templates a subject, of
+    1 to 6 images."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(subjects, 12))
     rows, templates, media = [], [], []
@@ -217,7 +218,8 @@ def test_a_list_that_is_none_is_a_user_error(which: str, text: str | bytes | Non
 
 @pytest.mark.parametrize("size", [112, 56])
 def test_faces_are_aligned_by_their_points(size, tmp_path):
-    """A picture with a bright blob at each of the five points: turned by 30 degrees, four times as large, shifted; then all lie right."""
+    """A picture with a bright blob at each of the five points: turned by 30 degrees, four times as large, shifted; then
+    all lie right."""
     angle, scale = np.radians(30), 4.0
     turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = REFERENCE @ turn.T + (300.0, 60.0)

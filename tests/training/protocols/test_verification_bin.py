@@ -1,4 +1,5 @@
-"""Pairs in `.bin` files: figures against scikit-learn and the published evaluation's rule in numpy; nothing in a file is run."""
+"""Pairs in `.bin` files: figures against scikit-learn and the published evaluation's rule in numpy; nothing in a file
+is run."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ SAME = [True, False, True, False]
 
 
 def some_pairs(pairs: int = 203, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Embeddings `[2P, 16]` whose genuine and impostor scores overlap; same `[P]`, in no order, not as many of either kind in a fold."""
+    """Embeddings `[2P, 16]` whose genuine and impostor scores overlap; same `[P]`, in no order, not as many of either
+    kind in a fold."""
     rng = np.random.default_rng(seed)
     same = rng.random(pairs) < 0.4
     first = rng.normal(size=(pairs, 16))
@@ -51,7 +53,8 @@ def some_pairs(pairs: int = 203, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def published_accuracy(embeddings: np.ndarray, same: np.ndarray) -> tuple[float, float]:
-    """Ten folds of scikit-learn, thresholds 0 to 4 in steps of 0.01 on squared distances, the first best on nine folds, on the tenth."""
+    """Ten folds of scikit-learn, thresholds 0 to 4 in steps of 0.01 on squared distances, the first best on nine folds,
+    on the tenth."""
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     distances = ((unit[0::2] - unit[1::2]) ** 2).sum(1)
     scores = []
@@ -96,7 +99,8 @@ def test_folds_are_those_of_scikit_learn(count):
 
 
 def test_of_equally_good_thresholds_the_smallest_is_tested():
-    """Nine folds are told apart by any threshold from 0.5 to 1.5 (squared distance); the tenth by those above 1 alone."""
+    """Nine folds are told apart by any threshold from 0.5 to 1.5 (squared distance); the tenth by those above 1
+    alone."""
 
     def at(distance: float) -> list[list[float]]:
         cosine = 1 - distance / 2
@@ -209,7 +213,8 @@ def python2_arrays(images: list[bytes], same: list[bool]) -> bytes:
 
 
 def python2_text(images: list[bytes], same: list[bool]) -> bytes:
-    """As `pickle.dump` of Python 2 wrote it by default, protocol 0: byte strings as their repr, which is that of Python 3 without the b."""
+    """As `pickle.dump` of Python 2 wrote it by default, protocol 0: byte strings as their repr, which is that of Python
+    3 without the b."""
     out = b"((lp0\n" + b"".join(
         b"S" + repr(image)[1:].encode("ascii") + b"\np%d\na" % n for n, image in enumerate(images, 1)
     )
@@ -384,7 +389,8 @@ def test_one_bytearray_in_many_places_is_copied_once():
     shared = bytearray(IMAGES[0])
     images, _ = load_pairs(pickle.dumps(([shared] * 8, SAME), protocol=5))
     assert images == [IMAGES[0]] * 8 and len({id(image) for image in images}) == 1
-    array = b"cnumpy.core.numeric\n_frombuffer\n(h\x00cnumpy\ndtype\nU\x02u1\x85RK\x02\x85U\x01CtR"  # a record each, of the same bytes
+    # a record each, of the same bytes
+    array = b"cnumpy.core.numeric\n_frombuffer\n(h\x00cnumpy\ndtype\nU\x02u1\x85RK\x02\x85U\x01CtR"
     images, _ = load_pairs(
         b"\x80\x05\x96" + struct.pack("<Q", 2) + b"xyq\x000](" + array * 8 + b"e](" + b"\x88" * 4 + b"e\x86."
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser import Browser, find_browser
+from common import args
 
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import save_config, to_config
@@ -24,25 +25,13 @@ LOOK = """({
     headings: [...document.querySelectorAll("h2")].map(heading => heading.textContent),
     text: document.body.innerText,
 })"""
-COMMON = [
-    "train",
-    "--data.identities",
-    "40",
-    "--train.batch_size",
-    "64",
-    "--train.epochs",
-    "1",
-    "--train.cpu",
-    "true",
-    "--output.log_every",
-    "1",
-]
+COMMON = args("train --data.identities 40 --train.batch_size 64 --train.epochs 1 --train.cpu true --output.log_every 1")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
-    for name, more in (("arc", []), ("cos", ["--head.margin", "cosface", "--head.sample_rate", "0.5"])):
+    for name, more in (("arc", []), ("cos", ["--head.margin", "CosFace", "--head.sample_rate", "0.5"])):
         assert main([*COMMON, *more, "--output.folder", str(root / name)]) == 0
     return [root / "arc", root / "cos"]
 
@@ -169,9 +158,9 @@ def test_what_differs_is_told_and_the_best_is_marked(runs, tmp_path):
     assert main(["report", str(runs[0]), str(changed), str(unfinished), "--output", str(page)]) == 0
     text = page.read_text()
     settings = text[text.index("Settings that differ") : text.index("<h2>seen")]
-    assert settings.count("<tr>") == 4  # heads, margin, sample_rate, folder of the output
+    assert settings.count("<tr>") == 6  # heads, margin, its margin and gradient, sample_rate, folder of the output
     assert (
-        "<code>head.margin</code></td><td><code>arcface</code></td><td><code>cosface</code></td><td><code>arcface</code>"
+        "<code>head.margin</code></td><td><code>ArcFace</code></td><td><code>CosFace</code></td><td><code>ArcFace</code>"
         in settings
     )
     assert '<td class="best">0.00 %</td><td>—</td>' in text[text.index("<td>eer") :].split("</tr>")[0]
@@ -257,20 +246,19 @@ def test_folders_of_evaluations_are_laid_side_by_side(protocol_runs, tmp_path):
     assert "<h2>lfw (verification)" in text and '<p class="note">None.</p>' in text
 
 
-def test_what_cannot_be_laid_side_by_side_is_said(runs, tmp_path, capsys):
+def test_what_cannot_be_laid_side_by_side_is_said(runs, tmp_path, mistake):
     damaged = tmp_path / "damaged"
     shutil.copytree(runs[0], damaged)
     (damaged / "metrics.json").write_text("[")
     for arguments, message in (
-        ([str(tmp_path)], "is no run folder"),
+        ([str(tmp_path)], "is not a run folder"),
         ([str(damaged)], "damaged cannot be read"),
         ([str(runs[0]), str(runs[0])], "given twice"),
         ([str(runs[0]), "--output", str(tmp_path)], "is a folder; give the name of a file"),
         (
             [str(damaged), "--output", str(damaged / "metrics.json" / "x.html")],
-            "is not a folder that can be written to",
+            "is not a writable folder",
         ),
         ([], "required"),
     ):
-        assert main(["report", *arguments]) == 2
-        assert message in capsys.readouterr().err
+        assert message in mistake("report", *arguments)

@@ -1,0 +1,59 @@
+"""Actions that all ranks take together: an error on one rank is raised on every rank, so that no rank waits forever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+from partial_fc import naming_the_missing
+from partial_fc.training.errors import Preempted, UserError
+
+Returned = TypeVar("Returned")
+
+
+def run_on_all(action: Callable[[], Returned], accelerator: Accelerator) -> Returned:
+    """Run `action` on every rank and return its result; a UserError of any rank is raised on every rank."""
+    result = None
+    message = None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    raise_on_all(message, accelerator)
+    return result  # type: ignore[return-value]
+
+
+def run_on_main(action: Callable[[], object], accelerator: Accelerator) -> None:
+    """Run `action` on the main process only; its UserError is raised on every rank. Every rank must call it."""
+    run_on_all(lambda: action() if accelerator.is_main_process else None, accelerator)
+
+
+def raise_on_all(message: str | None, accelerator: Accelerator, stop: bool = False) -> None:
+    """Raise UserError on every rank if any rank has a message, else Preempted if any rank was asked to `stop`.
+
+    The message is that of the lowest rank that has one. Every rank must call it.
+    """
+    reports: list[tuple[str | None, bool]] = [(message, stop)]
+    if accelerator.num_processes > 1:
+        reports *= accelerator.num_processes
+        with naming_the_missing("an agreement of all ranks"):
+            dist.all_gather_object(reports, (message, stop))
+    first = next((m for m, _ in reports if m is not None), None)
+    if first is not None:
+        raise UserError(first)
+    if any(each for _, each in reports):
+        raise Preempted("stopped as requested; all training steps are done and saved")
+
+
+def sum_ranks(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return the sum of a tensor over ranks, on every rank. With several ranks the sum is on the CPU."""
+    if accelerator.num_processes == 1:
+        return tensor
+    total = tensor.to(accelerator.device)
+    with naming_the_missing("the sum of the evaluation's counts"):
+        dist.all_reduce(total)
+    return total.cpu()

@@ -1,0 +1,175 @@
+"""Settings of the losses: the sharded head with its margin, and center loss."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from partial_fc import margins
+from partial_fc.centers import CenterLoss
+from partial_fc.head import PartialFC
+from partial_fc.margins.base import Margin
+from partial_fc.training.class_settings import ClassSettings
+from partial_fc.training.errors import UserError
+
+COUNTS = "class_counts"
+
+
+@dataclass
+class MarginSettings(ClassSettings):
+    """A margin: one of partial_fc.margins by its name, or a subclass of Margin by its import path."""
+
+    base = Margin
+    names = {
+        name: f"partial_fc.margins.{name}"
+        for name in margins.__all__
+        if issubclass(getattr(margins, name), Margin) and name != "Margin"
+    }
+    skip = frozenset({COUNTS})
+
+    def build_margin(self, class_counts: Tensor, option: str = "head.margin") -> Margin:
+        """Return the margin; UserError, naming `option`, for arguments that it refuses.
+
+        class_counts: number of training images of each class `[C]`, for margins that take an argument of that name.
+        """
+        cls = self.load(self.class_path, option)
+        counts = {COUNTS: class_counts} if _takes(cls, COUNTS) and COUNTS not in self.init_args else {}
+        built: Margin = self.build(option, **counts)
+        return built
+
+    def with_arguments(self, option: str, **arguments: Any) -> MarginSettings:
+        """Return the same margin with other arguments. UserError, naming `option`, for those that it does not take."""
+        unknown = [name for name in arguments if name not in self.takes(self.class_path, option)]
+        if unknown:
+            raise UserError(f"--{option}: {self.name} has no argument {', '.join(unknown)}; leave it out")
+        return MarginSettings(self.class_path, {**self.init_args, **arguments})
+
+
+def _takes(cls: type, argument: str) -> bool:
+    """Return whether the constructor of a class takes an argument, itself or in **options for the class above."""
+    for each in cls.__mro__:
+        if "__init__" in vars(each):
+            parameters = inspect.signature(each.__init__).parameters  # type: ignore[misc]
+            if argument in parameters:
+                return True
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+                return False
+    return False
+
+
+@dataclass
+class HeadConfig:
+    """The sharded classification head."""
+
+    margin: MarginSettings = field(default_factory=lambda: MarginSettings("ArcFace"))
+    """The margin, with its arguments after it: --head.margin AdaFace --head.margin.h 0.33. docs/losses.md says what
+    each is for, --head.margin.help AdaFace what it takes."""
+    sample_rate: float = 1.0
+    """Share of all classes drawn as negatives each step (0 to 1); 1 is the exact softmax."""
+    interclass_filter: float | None = None
+    """Cosine beyond which another class is taken for the sample's own under a second label, and is skipped; null to
+    skip none."""
+    init_std: float = 0.01
+    """Standard deviation of the initial class weights."""
+    weights: str | None = None
+    """Class weights to start from: a safetensors file, a checkpoint, or a folder of files of each rank; drawn if not
+    given."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all selected classes (0 to 1)."""
+    logits_budget: int | None = None
+    """Bytes of logits that a rank may keep for backward; beyond, they are computed again. 1 GiB if not given."""
+    replicas: int = 1
+    """Copies of the class weights, each split over the ranks divided by this; the number of nodes keeps embeddings and
+    logits within a node."""
+
+    def check(self) -> None:
+        """UserError for values that no head can have."""
+        if self.replicas < 1:
+            raise UserError(f"--head.replicas is {self.replicas}; give at least 1")
+        margin = self.margin.build_margin(torch.ones(2))
+        try:
+            PartialFC(2, 2, margin, self.sample_rate, device=torch.device("meta"), **self._options)
+        except ValueError as error:
+            raise UserError(f"--head: {error}") from error
+
+    def check_weights(self) -> None:
+        """UserError if the class weights to start from do not exist; a resumed run does not need them."""
+        if self.weights is not None and not Path(self.weights).exists():
+            raise UserError(
+                f"--head.weights: there is no {self.weights}; "
+                "give a safetensors file, a checkpoint or a folder of rank files"
+            )
+
+    def build_mesh(self, device: torch.device) -> DeviceMesh | None:
+        """Return the mesh (replicas, ranks of a replica), each replica on neighbouring ranks; None for one replica."""
+        if self.replicas == 1:
+            return None
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        shard, rest = divmod(world, self.replicas)
+        if rest:
+            raise UserError(
+                f"--head.replicas {self.replicas} does not divide the {world} ranks; "
+                "give a divisor, such as the number of nodes"
+            )
+        return init_device_mesh(device.type, (self.replicas, shard), mesh_dim_names=("replicate", "shard"))
+
+    def build(
+        self, embedding_size: int, class_counts: Tensor, seed: int, device: torch.device, **policy: Any
+    ) -> PartialFC:
+        """Return the head of len(class_counts) classes. policy: `TrainConfig.policy`. ValueError for values out of
+        range."""
+        return PartialFC(
+            embedding_size,
+            len(class_counts),
+            self.margin.build_margin(class_counts),
+            self.sample_rate,
+            group=self.build_mesh(device),
+            seed=seed,
+            device=device,
+            **self._options,
+            **policy,
+        )
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        names = ("init_std", "label_smoothing", "interclass_filter", "logits_budget")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class CenterConfig:
+    """Center loss beside the head: half the squared distance of an embedding to the center of its class."""
+
+    weight: float = 0.0
+    """What it is multiplied with before it is added to the head's loss; 0 for no center loss."""
+    alpha: float = 0.5
+    """How far centers move towards the embeddings of a step (0 to 1)."""
+
+    def check(self) -> None:
+        """UserError for values that no run can have."""
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise UserError(f"--center.weight is {self.weight}; give a number of at least 0")
+        if not self.weight and self.alpha != CenterConfig.alpha:
+            raise UserError(
+                f"--center.alpha is {self.alpha}, which has no effect while --center.weight is 0; leave it out"
+            )
+        try:
+            self.build(2, 2, 0, torch.device("meta"))
+        except ValueError as error:
+            raise UserError(f"--center: {error}") from error
+
+    def build(
+        self, embedding_size: int, num_classes: int, seed: int, device: torch.device, **policy: Any
+    ) -> CenterLoss | None:
+        """Return the loss, or None if its weight is 0. policy: `TrainConfig.policy`."""
+        if not self.weight:
+            return None
+        return CenterLoss(embedding_size, num_classes, alpha=self.alpha, seed=seed, device=device, **policy)

@@ -1,0 +1,113 @@
+"""The parts that a run trains, built from its settings: backbone, heads, center loss, optimizers, schedules.
+
+backbone       in an engine: DDP, FSDP2 or DeepSpeed; the same initial weights on every rank
+head           PartialFC over the classes of the run's data set; its rows are sharded over the ranks
+extra          one more head for each further data set of data.mix
+center         CenterLoss, if it has a weight
+watch          DivergenceWatch, which compares the ranks, if train.watch_every is set
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from partial_fc import CenterLoss, DivergenceWatch, PartialFC, RowOptimizer
+from partial_fc.training.all_ranks import run_on_all
+from partial_fc.training.backbones.counts import Counts, count_backbone
+from partial_fc.training.config import RunConfig
+from partial_fc.training.data import IdentityDataset
+from partial_fc.training.engine import Engine, Trained, make_engine
+from partial_fc.training.mixing import ExtraHeads, MixedIdentities
+from partial_fc.training.schedules import build_schedules
+
+
+@dataclass
+class RunParts:
+    """The trained parts of a run."""
+
+    head: PartialFC
+    head_optimizer: RowOptimizer
+    extra: ExtraHeads | None
+    center: CenterLoss | None
+    engine: Engine
+    counts: Counts
+    """Parameters and operations of the backbone."""
+    schedules: list[LambdaLR]
+    """Of the backbone, the head, and the extra heads."""
+    watch: DivergenceWatch | None
+
+
+def build_parts(
+    config: RunConfig,
+    main_set: IdentityDataset,
+    train: IdentityDataset,
+    accelerator: Accelerator,
+    steps_per_epoch: int,
+    resume: bool,
+) -> RunParts:
+    """Build the parts of a run. Every rank must call it.
+
+    main_set: the run's own data set. train: what is trained on, main_set or a mixture with others. With `resume` the
+    backbone does not load the weights that the settings name, because a checkpoint replaces them.
+    """
+    device = accelerator.device
+    width = config.backbone.embedding_size
+    identities = main_set.num_identities
+    images = torch.bincount(main_set.labels, minlength=identities)  # of each class
+    policy = config.train.policy
+    head = config.head.build(width, images, config.seed, device, **policy)
+    extra = ExtraHeads(config, train, device) if isinstance(train, MixedIdentities) else None
+    center = config.center.build(width, identities, config.seed, device, **policy)
+    optimizers = config.optimizers
+    head_optimizer = optimizers.build_head(head)
+
+    # the same initial weights of the backbone on all ranks, and the same random numbers until the first epoch
+    torch.manual_seed(config.seed)
+    shape = train.image_shape
+    weights = None if resume else config.backbone.weights
+    backbone = run_on_all(lambda: config.backbone.build(shape, weights), accelerator)
+    counts = count_backbone(backbone, shape)
+    trained = Trained(
+        build=_first_then_new(backbone, config, shape),
+        optimizer=lambda module: optimizers.build(module.parameters()),
+        head=head,
+        head_optimizer=head_optimizer,
+    )
+    del backbone
+    engine = make_engine(accelerator, trained, config.train)
+    engine.center_losses = [] if center is None else [center]
+    schedules = build_schedules(
+        config.schedule, config.head_schedule, (engine.optimizer, head_optimizer), steps_per_epoch, config.train.epochs
+    )
+    watch = _watch(config, engine, head, extra)
+    if extra is not None:
+        engine.add_heads(extra.heads.values(), extra.optimizers.values())
+        schedules += extra.schedules(schedules[1])
+    return RunParts(head, head_optimizer, extra, center, engine, counts, schedules, watch)
+
+
+def _first_then_new(backbone: nn.Module, config: RunConfig, shape: tuple[int, int, int]) -> Callable[[], nn.Module]:
+    """Return a function that returns `backbone` on its first call and a new one, with other weights, on later calls."""
+    first = [backbone]
+
+    def build() -> nn.Module:
+        return first.pop() if first else config.backbone.build(shape)
+
+    return build
+
+
+def _watch(config: RunConfig, engine: Engine, head: PartialFC, extra: ExtraHeads | None) -> DivergenceWatch | None:
+    """Return the comparison of ranks that the settings ask for."""
+    if not config.train.watch_every:
+        return None
+    # DeepSpeed's optimizers hold sharded state under names that do not show it, so that it cannot be compared
+    optimizers = [] if engine.name.startswith("DeepSpeed") else [engine.optimizer]
+    extra_heads = [] if extra is None else extra.heads.values()
+    watched = (engine.model, head, *extra_heads, *engine.center_losses, *optimizers)
+    return DivergenceWatch(*watched, every=config.train.watch_every)

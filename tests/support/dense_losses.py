@@ -1,0 +1,239 @@
+"""Dense losses in one process, float64, written from the papers' formulas. Shares no code with partial_fc.
+
+    x       [N, D]      embeddings of the global batch
+    w       [S, D]      rows of the selected classes; [S, K, D] with K sub-centers a class
+    share   [N, S]      weight of each class in each sample, 0 where the sample has no such label; a plain label has
+            weight 1
+    cosines [N, S]      of x and w, the largest over sub-centers
+    own     [N, S]      cosines of the samples' own classes, 0 elsewhere
+    losses  [N]         before they are weighted and reduced
+
+`Loss(...)` is called once per training step, as a head is, and updates the margin's state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# the papers' values, as far as tests leave them to the margin's own defaults
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "Softmax": {},
+    "NormFace": {"scale": 64.0},
+    "ArcFace": {"scale": 64.0, "margin": 0.5},
+    "CosFace": {"scale": 64.0, "margin": 0.35},
+    "SphereFace": {"scale": 64.0, "margin": 1.35},
+    "CombinedMargin": {"scale": 64.0},
+    "SubCenterArcFace": {"scale": 64.0, "margin": 0.5},
+    "CurricularFace": {"scale": 64.0, "margin": 0.5, "momentum": 0.01},
+    "AdaFace": {"scale": 64.0, "margin": 0.4, "h": 0.333, "momentum": 0.01},
+    "MagFace": {"scale": 64.0},
+    "ElasticFace": {"scale": 64.0, "kind": "arc"},
+    "AdaptiveMargin": {"scale": 64.0, "smallest": 0.05, "largest": 0.5, "exponent": 0.25},
+    "SphereFace2": {"scale": 40.0, "margin": 0.4, "t": 3.0, "balance": 0.7},
+}
+
+
+def unit(v: Tensor) -> tuple[Tensor, Tensor]:
+    """(directions, lengths) of vectors `[..., D]`; no direction, and no gradient, where the length is 0."""
+    length = v.norm(dim=-1, keepdim=True)
+    some = length > 1e-12
+    return torch.where(some, v / torch.where(some, length, 1.0), 0.0), length[..., 0]
+
+
+def turned(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
+    """cos(factor · θ + added), continued monotonically: each further half turn is mirrored and lowered by 2; 1 below an
+    angle of 0.
+
+    At cosines of ±1 the angle's slope is infinite; the value is right there and has no gradient.
+    """
+    inside = cosine.abs() < 1
+    angle = torch.where(inside, torch.acos(torch.where(inside, cosine, 0.0)), torch.acos(cosine.detach()))
+    angle = factor * angle + added
+    value = torch.cos(angle.clamp(min=0))
+    for k in range(1, 6):
+        value = torch.where(angle > k * math.pi, (-1) ** k * torch.cos(angle) - 2 * k, value)
+    return value
+
+
+def share_of(
+    labels: Tensor, classes: int, label_weights: Tensor | None = None, ignore: int = -100
+) -> tuple[Tensor, Tensor]:
+    """(share `[N, classes]` of labels `[N]` or `[N, L]`, whether a sample has a label that is not ignored `[N]`)."""
+    labels = labels if labels.ndim == 2 else labels[:, None]
+    weights = torch.ones_like(labels, dtype=torch.float64) if label_weights is None else label_weights
+    share = torch.zeros(len(labels), classes, dtype=torch.float64)
+    for i, row in enumerate(labels.tolist()):
+        for place, label in enumerate(row):
+            if label != ignore:
+                share[i, label] += weights[i, place]
+    return share, (labels != ignore).any(1)
+
+
+def reduced(losses: Tensor, worth: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
+    """(the reduced loss, what each sample counts for in it `[N]`); worth `[N]`: weights of samples, 0 where ignored."""
+    total = worth.sum()
+    coefficient = worth / total if reduction == "mean" and total > 0 else worth
+    weighted = torch.where(coefficient != 0, losses, 0.0) * coefficient
+    return (weighted if reduction == "none" else weighted.sum()), coefficient
+
+
+@dataclass
+class Loss:
+    """name: of the margin, with its arguments in `settings`. state: of the margin, moved by each call."""
+
+    name: str = "ArcFace"
+    settings: dict[str, Any] = field(default_factory=dict)
+    smoothing: float = 0.0
+    reduction: str = "mean"
+    beyond: float | None = None  # cosine beyond which another class is skipped
+    class_weights: Tensor | None = None  # of all classes
+    state: dict[str, float] = field(default_factory=lambda: {"t": 0.0, "mean": 20.0, "std": 100.0})
+
+    def __post_init__(self) -> None:
+        self.settings = {**DEFAULTS[self.name], **self.settings}
+        self.scale = self.settings.get("scale", 1.0)
+
+    def __call__(
+        self,
+        x: Tensor,
+        w: Tensor,
+        labels: Tensor,
+        classes: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        offset: Tensor | None = None,
+        drawn: Tensor | None = None,
+        sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The reduced loss.
+
+        labels: positions in w, `[N]` int64, negative where ignored; or the share of each row of w, `[N, S]` float64.
+        classes `[S]`: global ids of w, None for all in order. offset: SphereFace2's. drawn `[N]`: ElasticFace's
+        margins.
+        """
+        share = labels
+        if not labels.is_floating_point():
+            share, _ = share_of(labels.clamp(min=-1), len(w), ignore=-1)
+        classes = torch.arange(len(w)) if classes is None else classes
+        losses = self.losses(x, w, share, classes, bias, offset, None if drawn is None else drawn[:, None])
+        worth = (share > 0).any(1).double()
+        if sample_weights is not None:
+            worth = worth * sample_weights
+        return reduced(losses, worth * self.class_weight(share, classes), self.reduction)[0]
+
+    def class_weight(self, share: Tensor, classes: Tensor) -> Tensor:
+        """`[N]`: the mean weight of each sample's classes."""
+        if self.class_weights is None:
+            return torch.ones(len(share), dtype=torch.float64)
+        total = share.sum(1)
+        return (share @ self.class_weights[classes]) / torch.where(total > 0, total, 1.0)
+
+    def losses(
+        self,
+        x: Tensor,
+        w: Tensor,
+        share: Tensor,
+        classes: Tensor,
+        bias: Tensor | None = None,
+        offset: Tensor | None = None,
+        drawn: Tensor | None = None,
+    ) -> Tensor:
+        """`[N]`. drawn: broadcast to `[N, S]`. What it goes through stays in the attributes."""
+        hit = share > 0
+        if self.name == "Softmax":
+            self.logits = x @ w.T + (0.0 if bias is None else bias)
+            return self.softmax(self.logits, share, torch.zeros_like(hit))
+        directions, self.norm = unit(x)
+        rows, self.row_norm = unit(w)
+        self.by_center = torch.einsum("nd,skd->nsk", directions, rows.reshape(len(w), -1, x.shape[1]))
+        self.cosines = self.by_center.amax(2)
+        own = torch.where(hit, self.cosines, 0.0)
+        self.own = torch.where(own.abs() > 1 - 1e-15, own.detach().clamp(-1, 1), own)  # no gradient at 0 and π
+        self.margined = self.target(self.own, hit, classes, drawn)
+        others = self.rule(self.cosines, self.margined, share)
+        skipped = torch.zeros_like(hit) if self.beyond is None else (self.cosines > self.beyond) & ~hit
+        if self.name == "SphereFace2":
+            return self.binary(self.scale * self.margined + offset, self.scale * others + offset, share, skipped)
+        losses = self.softmax(self.scale * torch.where(hit, self.margined, others), share, skipped)
+        return losses + self.penalty() if self.name == "MagFace" else losses
+
+    def softmax(self, logits: Tensor, share: Tensor, skipped: Tensor) -> Tensor:
+        """Cross-entropy over the classes that are not skipped, with label smoothing over the same."""
+        log_p = torch.where(skipped, 0.0, logits) - logits.masked_fill(skipped, -math.inf).logsumexp(1, keepdim=True)
+        log_p = torch.where(skipped.all(1, keepdim=True), 0.0, log_p)
+        even = torch.where(skipped, 0.0, log_p).sum(1) / (~skipped).sum(1).clamp(min=1)
+        own = torch.where(share > 0, share * log_p, 0.0).sum(1)
+        return -(1 - self.smoothing) * own - self.smoothing * even
+
+    def binary(self, own: Tensor, others: Tensor, share: Tensor, skipped: Tensor) -> Tensor:
+        """SphereFace2: a decision for each class (arXiv 2108.01513, equations 5 to 8)."""
+        balance, r = self.settings["balance"], self.scale
+        zero = torch.zeros((), dtype=own.dtype)
+        of_own = torch.where(share > 0, share * torch.logaddexp(-own, zero), 0.0).sum(1)
+        of_others = torch.where((share > 0) | skipped, 0.0, torch.logaddexp(others, zero)).sum(1)
+        return balance / r * of_own + (1 - balance) / r * of_others
+
+    def rule(self, cosines: Tensor, margined: Tensor, share: Tensor) -> Tensor:
+        """What other classes' cosines become."""
+        if self.name == "SphereFace2":
+            t = self.settings["t"]
+            return 2 * ((cosines.clamp(-1, 1) + 1) / 2) ** t - 1 + self.settings["margin"]
+        if self.name != "CurricularFace":
+            return cosines
+        total = share.sum(1, keepdim=True)
+        of_own = (torch.where(share > 0, margined.detach(), 0.0) * share).sum(1, keepdim=True)
+        self.aim = of_own / torch.where(total > 0, total, 1.0)
+        return torch.where(cosines > self.aim, cosines * (self.state["t"] + cosines), cosines)
+
+    def penalty(self) -> Tensor:
+        """MagFace's, `[N]`: short embeddings cost."""
+        s = self.settings
+        length = self.norm.clamp(s["l_a"], s["u_a"])
+        return s["penalty_weight"] * (length / s["u_a"] ** 2 + 1 / length)
+
+    def target(self, own: Tensor, hit: Tensor, classes: Tensor, drawn: Tensor | None) -> Tensor:
+        """`[N, S]`: cosines of own classes after the margin; moves the margin's state."""
+        name, s = self.name, self.settings
+        norms = self.norm[:, None].expand(own.shape)
+        if name == "AdaFace":
+            margin = s["margin"] * self.adaface_z(norms.detach().clamp(0.001, 100), hit)
+            return turned(own, 1.0, -margin) - s["margin"] - margin
+        if name == "MagFace":
+            rise = (s["u_m"] - s["l_m"]) / (s["u_a"] - s["l_a"])
+            return turned(own, 1.0, s["l_m"] + rise * (norms.clamp(s["l_a"], s["u_a"]) - s["l_a"]))
+        if name == "ElasticFace":
+            assert drawn is not None
+            return turned(own, 1.0, drawn) if s["kind"] == "arc" else own - drawn
+        if name == "AdaptiveMargin":
+            rare = torch.as_tensor(s["class_counts"], dtype=torch.float64).clamp(min=1) ** -s["exponent"]
+            spread = rare.max() - rare.min()
+            place = (rare - rare.min()) / spread if spread > 0 else torch.ones_like(rare)
+            table = s["smallest"] + (s["largest"] - s["smallest"]) * place
+            return turned(own, 1.0, table.float().double()[classes])  # the table is held in float32
+        if name == "SphereFace2":
+            return 2 * ((own + 1) / 2) ** s["t"] - 1 - s["margin"]
+        if name == "CurricularFace" and bool(hit.any()):
+            mean = float(own.detach()[hit].mean())
+            self.state["t"] = s["momentum"] * mean + (1 - s["momentum"]) * self.state["t"]
+        m1, m2, m3 = {
+            "SphereFace": (s.get("margin"), 0.0, 0.0),
+            "CosFace": (1.0, 0.0, s.get("margin")),
+            "NormFace": (1.0, 0.0, 0.0),
+            "CombinedMargin": (s.get("m1"), s.get("m2"), s.get("m3")),
+        }.get(name, (1.0, s.get("margin"), 0.0))
+        value = turned(own, m1, m2) - m3
+        return own + (value - own).detach() if s.get("gradient") == "straight_through" else value
+
+    def adaface_z(self, norms: Tensor, hit: Tensor) -> Tensor:
+        """The normalised lengths after the running mean and deviation have taken in those of this batch."""
+        rate, of_batch = self.settings["momentum"], norms[hit]
+        if len(of_batch) > 1:
+            self.state["std"] = rate * float(of_batch.std()) + (1 - rate) * self.state["std"]
+        if len(of_batch):
+            self.state["mean"] = rate * float(of_batch.mean()) + (1 - rate) * self.state["mean"]
+        return (self.settings["h"] * (norms - self.state["mean"]) / (self.state["std"] + 1e-3)).clamp(-1, 1)

@@ -1,0 +1,188 @@
+"""A head and a dense float64 process side by side: the same training steps on both, compared at every step.
+
+    Case ── on every rank: check_case(rank, world, case) ── AssertionError where a number is off by more than 1e-9
+
+Compared in each step: the loss, the gradients of embeddings, class rows, bias and offset, the rows after the
+optimizer's step, the margin's state; and rows that were not selected, which must keep their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from dense_losses import Loss, unit
+from dense_optimizers import DenseAdamW, DenseSGD
+from near import assert_near
+from shards import classes_of, local, positions, samples_of, selected_by_all
+from torch import Tensor
+
+import partial_fc
+from partial_fc import PartialFC, RowOptimizer, gather, margins
+
+D = 8
+KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], Callable[[], Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}, lambda: DenseSGD(0.05)),
+    "adamw": (torch.optim.AdamW, {"lr": 0.02}, lambda: DenseAdamW(0.02)),
+}
+
+
+@dataclass
+class Case:
+    margin: str = "ArcFace"
+    settings: dict[str, Any] = field(default_factory=dict)  # of the margin
+    classes: int = 23
+    counts: tuple[int, ...] = (5, 3, 0, 4)  # samples of each rank; a world takes the first ones
+    sample_rate: float = 1.0
+    optimizer: str = "sgd"
+    early: bool = False  # update_in_backward
+    budget: int | None = None
+    smoothing: float = 0.0
+    reduction: str = "mean"
+    beyond: float | None = None  # interclass_filter
+    class_weights: bool = False
+    ignored: int = 1
+    joint: bool = False
+    steps: int = 4
+
+
+@contextmanager
+def small_tiles() -> Iterator[None]:
+    """Logits that are not kept are computed in tiles of 64 rows."""
+    sizes = partial_fc.softmax.tiles.TILE_BYTES
+    before, sizes["cpu"] = sizes["cpu"], 1
+    try:
+        yield
+    finally:
+        sizes["cpu"] = before
+
+
+def global_batch(case: Case, world: int, step: int) -> tuple[Tensor, Tensor]:
+    """Embeddings and labels of all ranks."""
+    generator = torch.Generator().manual_seed(50 + step)
+    n = sum(case.counts[:world])
+    x = torch.randn(n, D, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, case.classes, (n,), generator=generator)
+    labels[torch.randperm(n, generator=generator)[: case.ignored]] = -100
+    return x, labels
+
+
+def check_cases(rank: int, world: int, cases: list[Any], check: Callable[[int, int, Any], None] | None = None) -> None:
+    """Every case, in small tiles; an error says which case it is."""
+    for case in cases:
+        try:
+            with small_tiles():
+                (check or check_case)(rank, world, case)
+        except Exception as error:
+            raise AssertionError(f"{case} at world {world}: {type(error).__name__} {error}") from error
+
+
+def check_case(rank: int, world: int, case: Case) -> None:
+    margin = getattr(margins, case.margin)(**case.settings)
+    weights = None
+    if case.class_weights:
+        weights = torch.rand(case.classes, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.1
+    head = PartialFC(
+        D, case.classes, margin, case.sample_rate, dtype=torch.float64, logits_budget=case.budget, reduction=case.reduction,  # type: ignore[arg-type]
+        label_smoothing=case.smoothing, interclass_filter=case.beyond, class_weights=weights,
+    )  # fmt: skip
+    loss_of = Loss(case.margin, case.settings, case.smoothing, case.reduction, case.beyond, weights)
+    cls, options, dense_optimizer = KINDS[case.optimizer]
+    optimizer = RowOptimizer(cls, head, update_in_backward=case.early, **options)
+
+    shape = (case.classes, D) if margin.centers == 1 else (case.classes, margin.centers, D)
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    mine, here = classes_of(case.classes, rank, world), samples_of(case.counts, rank)
+    with torch.no_grad():
+        local(head.weight).copy_(w[mine])
+    # what is trained: the rows; a bias, by class; an offset, the same on all ranks
+    dense = {"weight": w}
+    if head.bias is not None:
+        dense["bias"] = torch.zeros(case.classes, dtype=torch.float64)
+    if margin.binary:
+        dense["offset"] = local(margin.offset).detach().clone()
+    rules = {name: dense_optimizer() for name in dense}
+    for step in range(case.steps):
+        x_all, labels = global_batch(case, world, step)
+        x = x_all[here].clone().requires_grad_()
+        kept = x.detach().clone(), labels[here].clone()
+        drawn = random_margins(head, x_all, w, labels) if case.margin == "ElasticFace" else None
+        loss = head(gather(x, labels[here])) if case.joint else head(x, labels[here])
+        (loss.sum() * (rank + 1) if case.reduction == "none" else loss).backward()
+        assert case.budget is None or head.logits_mode == "tiled" or not len(head.selected)
+        assert torch.equal(x, kept[0]) and torch.equal(labels[here], kept[1]), "a caller's tensor was modified"
+
+        chosen = selected_by_all(head)
+        x_all.requires_grad_()
+        leaves = {n: (v if n == "offset" else v[chosen]).clone().requires_grad_() for n, v in dense.items()}
+        expected = loss_of(
+            x_all, leaves["weight"], positions(labels, chosen, case.classes), chosen, drawn=drawn,
+            bias=leaves.get("bias"), offset=leaves.get("offset"),
+        )  # fmt: skip
+        if case.reduction == "none":  # each rank's scalar counts as averaged over the ranks
+            factor = torch.repeat_interleave(torch.arange(1, world + 1), torch.tensor(case.counts[:world]))
+            (expected * factor).sum().div(world).backward()
+            expected = expected[here]
+        else:
+            expected.backward()
+        assert_near(f"loss of step {step}", loss, expected)
+        assert x_all.grad is not None
+        assert_near("embedding gradient", x.grad, x_all.grad[here] * world)
+        grads = {name: torch.zeros_like(value) for name, value in dense.items()}
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                grads[name][torch.tensor([0]) if name == "offset" else chosen] = leaf.grad
+        check_gradients(head, case, grads, mine)
+
+        before = local(head.weight).detach().clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert head.weight.grad is None and head.row_grad is None
+        for name, rule in rules.items():
+            rule.step(dense[name], grads[name], torch.tensor([0]) if name == "offset" else chosen)
+        check_rows(f"after step {step}", head, dense, mine)
+        for name, value in margin.named_buffers():
+            assert value.ndim or abs(float(value) - loss_of.state[name]) <= 1e-9, name
+        selected = set(chosen.tolist())
+        untouched = torch.tensor([c for c in range(mine.start, mine.stop) if c not in selected], dtype=torch.int64)
+        at = untouched - mine.start
+        assert torch.equal(local(head.weight)[at], before[at]), "a row that was not selected moved"
+
+
+def check_gradients(head: PartialFC, case: Case, grads: dict[str, Tensor], mine: slice) -> None:
+    if "offset" in grads:
+        assert_near("gradient of the offset", local(head.margin.offset.grad), grads["offset"])  # type: ignore[union-attr]
+    if case.early:
+        assert head.weight.grad is None and head.row_grad is None
+    elif case.sample_rate == 1:
+        assert head.row_grad is None and head.weight.grad is not None
+        assert_near("class gradient", local(head.weight.grad), grads["weight"][mine])
+        if head.bias is not None:
+            assert head.bias.grad is not None
+            assert_near("bias gradient", local(head.bias.grad), grads["bias"][mine])
+    else:
+        assert head.row_grad is not None and head.weight.grad is None
+        ids, values = head.row_grad
+        assert torch.equal(ids, head.selected)
+        assert_near("row gradient", values, grads["weight"][ids])
+
+
+def check_rows(when: str, head: PartialFC, dense: dict[str, Tensor], mine: slice) -> None:
+    assert_near(f"weights {when}", local(head.weight), dense["weight"][mine])
+    if "bias" in dense:
+        assert_near(f"bias {when}", local(head.bias), dense["bias"][mine])
+    if "offset" in dense:
+        assert head.margin.offset.grad is None  # type: ignore[union-attr]
+        assert_near(f"offset {when}", local(head.margin.offset), dense["offset"])
+
+
+def random_margins(head: PartialFC, x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    """What ElasticFace draws in the next forward: its draws are its own; what is made of them is compared."""
+    target = (unit(x)[0] @ unit(w)[0].T).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    key = partial_fc.sampling.mix(0, head.forward_count)
+    positives = margins.Positives(labels, torch.arange(len(x)), x.norm(dim=1), labels >= 0, key)
+    assert isinstance(head.margin, margins.ElasticFace)
+    return head.margin._margins(target, positives)
