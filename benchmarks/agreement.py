@@ -80,7 +80,7 @@ def times(
     layers = [nn.Linear(width, width) for _ in range(max(1, watched // (width * (width + 1))))]
     watch = DivergenceWatch(nn.Sequential(*layers), head, every=100)
 
-    def inspect() -> None:
+    def inspect_often() -> None:
         for _ in range(INSPECTIONS):
             inspect(x.detach(), sets, "", True, True)
 
@@ -95,7 +95,7 @@ def times(
     things: dict[str, Callable[[], Any]] = {
         "never": step_of(head, optimizer, "never", False, x, labels),
         "always": step_of(head, optimizer, "always", False, x, labels),
-        "inspection": inspect,
+        "inspection": inspect_often,
         "never, clipped": step_of(head, optimizer, "never", True, x, labels),
         "always, clipped": step_of(head, optimizer, "always", True, x, labels),
         "collective": collective,

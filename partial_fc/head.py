@@ -145,7 +145,7 @@ class PartialFC(HeadState):
         weight = local_part(self.weight)
         bias = None if self.bias is None else local_part(self.bias)
         anchor = None
-        if not all_rows:  # their gradients go to the sink
+        if not all_rows:  # row gradients go to the sink, so autograd must not see the weights
             weight, bias, anchor = weight.detach(), None if bias is None else bias.detach(), self._anchor()
         offset = local_part(self.margin.get_parameter("offset")) if self.margin.binary else None
         sink = RowGradientSink(self._workspace, self.class_rows.accumulate, begin_update)

@@ -143,7 +143,7 @@ class ClassRows:
         return self.trainable[: len(self.parameters)]
 
     def _carrier(self, like: Tensor, grad: Tensor | None) -> nn.Parameter:
-        size = len(like) * self.shards.ranks.world
+        size = len(like) * self.shards.ranks.world  # S differs by rank: only the local part of a carrier is ever used
         placeholder = like.new_empty(1).expand(like.shape)
         carrier = nn.Parameter(wrap_rows(placeholder, self.shards.mesh, size))
         if grad is not None:

@@ -1,7 +1,7 @@
 """Which classes take part in a step: the same draw on every rank, at every world size, on CPU and CUDA.
 
-A step needs its positives (classes of the batch) and a window of `w = round(r · C)` classes drawn from all. Windows
-walk a keyed permutation of the class ids: step `t` of a cycle takes positions `[t · w, (t + 1) · w)`, the last window
+A forward needs its positives (classes of the batch) and a window of `w = round(r · C)` classes drawn from all. Windows
+walk a keyed permutation of the class ids: training forward `t` of a cycle takes `[t · w, (t + 1) · w)`, the last window
 of a cycle wraps round to its beginning, and the next cycle uses another permutation. So every class is drawn at least
 once in `ceil(C / w)` steps, no window holds a class twice, and a step costs O(w) integer operations and no
 communication: every rank evaluates the same function of (seed, step).

@@ -35,7 +35,7 @@ class ShardedLoss(ShardedModule):
         return loss
 
     def _zero_loss(self, x: Tensor, batch: GlobalBatch, gradient_of_all_rows: bool) -> Tensor:
-        """Return the loss of a skipped step. gradient_of_all_rows: parameters have a gradient, not selected rows."""
+        """Return the loss of a skipped step. gradient_of_all_rows: give zeros to the parameters; else no rows."""
         samples = batch.counts[batch.ranks.rank] if self.reduction == "none" else None
         return zero_loss(x, samples, self.class_rows, gradient_of_all_rows)
 
@@ -81,7 +81,7 @@ class ShardedLoss(ShardedModule):
         return exchange(embeddings, sets, self.shards.ranks, look=look, device=self.class_rows.device)[0]
 
     def _anchor(self) -> Tensor:
-        """Return a scalar through which backward reaches the loss although weights are detached."""
+        """Return a scalar that requires grad, so that autograd calls the backward although the weights are detached."""
         requires_grad = any(p.requires_grad for p in self.class_rows.parameters.values())
         return torch.zeros((), device=self.class_rows.device, requires_grad=requires_grad)
 

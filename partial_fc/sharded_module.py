@@ -1,4 +1,4 @@
-"""`ShardedModule`: a module whose parameters are class rows, split over ranks. Nothing here takes part in a step.
+"""`ShardedModule`: a module whose parameters are class rows, split over ranks. No forward or backward enters this file.
 
 parameters   class rows [C_local, ...] on this rank, DTensors [C, ...] outside; moves and casts keep their identity
 agreement    every rank must have built the same

@@ -2,7 +2,7 @@
 
 forward     begin_forward        starts a new training step if the last one is finished
 backward    hook of the loss     adds the forward's losses to the step
-check       nonfinite.judge      reads the losses; marks the step as checked, and as skipped if it is bad
+check       nonfinite/step_check reads the losses; marks the step as checked, and as skipped if it is bad
 update      end                  gradients were used or cleared: the next forward or backward starts a new step
 """
 
@@ -67,7 +67,7 @@ class StepRecord:
         return self.on_nonfinite != "log" and (self.validate == "always" or first)
 
     def begin_forward(self, no_gradients: bool) -> bool:
-        """Begin a training forward; return whether it follows a skipped step. no_gradients: none to add to."""
+        """Begin a training forward; return whether it follows a skipped step. no_gradients: none to accumulate to."""
         new_step = no_gradients or self.finished
         after_skip = new_step and self.bad_step
         if new_step and not self.skipped:

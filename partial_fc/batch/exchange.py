@@ -33,15 +33,15 @@ class GlobalBatch:
     mesh_labels, mesh_label_weights and mesh_sample_weights cover all replicas.
     """
 
-    embeddings: Tensor  # [N, D], connected to this rank's part in backward
+    embeddings: Tensor  # [N, D]; from `gather`, connected to this rank's part in backward
     labels: Tensor  # [N] or [N, L]
     label_weights: Tensor | None  # [N, L]
     sample_weights: Tensor | None  # [N]
-    counts: tuple[int, ...]  # samples of each rank
+    counts: tuple[int, ...]  # samples of each rank of this replica
     mesh_labels: Tensor
     mesh_label_weights: Tensor | None
     mesh_sample_weights: Tensor | None
-    status: tuple[Status, ...] = field(repr=False)
+    status: tuple[Status, ...] = field(repr=False)  # of all ranks
     ranks: Ranks = field(repr=False)
     name: str | None = None  # of the label set, where `gather` was given several
 
@@ -152,7 +152,7 @@ def require_grad_like_others(embeddings: Tensor, status: tuple[Status, ...]) -> 
 
 
 def gradient_of_losses(grad: Tensor, batch: GlobalBatch, sample_weights: Tensor, reduction: str) -> Tensor:
-    """Return ∂objective/∂loss_i `[N]` from ∂objective/∂(reduced loss). sample_weights: `[N]`, of the losses."""
+    """Return ∂objective/∂(unweighted loss_i) `[N]` from that of the loss, equal on all ranks, or `[N_local]`."""
     if reduction != "none":
         return grad * sample_weights
     # each rank's scalar counts as averaged over the ranks, and each rank knows the gradient of its own samples only

@@ -24,7 +24,11 @@ NO_LABEL = 2**62  # stands for a smallest or largest label where there is none
 
 @dataclass(frozen=True)
 class Status:
-    """One rank's local batch and one of its label sets."""
+    """One rank's local batch and one of its label sets. Indices are flat.
+
+    A new field: before `problem` if `inspect` counts it, after it if it searches for it; `NO_COUNTS` or `NO_FINDINGS`
+    gets a number more, `agreed` if all ranks must have it alike, and refusals.py its words.
+    """
 
     samples: int
     width: int

@@ -1,4 +1,4 @@
-"""`HeadState`: the public state of a `PartialFC`, its checkpoints and changes of classes. No step enters this file."""
+"""`HeadState`: the public state of a `PartialFC`, its checkpoints and changes of classes. Steps need none of it."""
 
 from __future__ import annotations
 

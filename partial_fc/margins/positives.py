@@ -19,7 +19,7 @@ class Positives:
     label: `[P]` global class ids, -1 where there is no target. sample: `[P]` which sample of the global batch, counted
     over all ranks.
     norm: `[P]` lengths of the embeddings as they came, differentiable. exists: `[P]` where there is a target.
-    draw: an integer that differs from step to step and is the same on every rank, to key random numbers with.
+    draw: an integer that differs from forward to forward and is the same on every rank, to key random numbers with.
     """
 
     label: Tensor

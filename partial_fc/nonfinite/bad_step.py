@@ -15,20 +15,20 @@ from partial_fc.step_record import StepRecord
 
 
 def refuse_step(
-    losses: Sequence[ClassRows], parameters: Sequence[Tensor], scaler: Any, bad_loss: bool, already_skipped: bool
+    heads: Sequence[ClassRows], parameters: Sequence[Tensor], scaler: Any, bad_loss: bool, already_skipped: bool
 ) -> None:
-    """Raise NonFiniteError or skip the step, on every rank alike, as the losses want it.
+    """Raise NonFiniteError or skip the step, on every rank alike, as the heads want it.
 
     already_skipped: by the status of the batch, or by an earlier check of this step.
     """
-    records = [rows.record for rows in losses]
+    records = [rows.record for rows in heads]
     watching = [record for record in records if record.watches]
     reason = next((record.reason for record in records if record.skipped and record.reason), "")
     scalers = active_scalers(scaler)
     # a finite loss with a non-finite gradient is the scale's fault where a scaler is at work
     overflow = not bad_loss and (not reason if already_skipped else bool(scalers))
     if not overflow and not reason:
-        reason = describe(losses, parameters)
+        reason = describe(heads, parameters)
     for record in records:
         record.mark_checked()
         record.bad_step = True
@@ -44,7 +44,7 @@ def refuse_step(
         for each in scalers:
             report_overflow(each)
     else:
-        forget_gradients(losses, parameters)
+        forget_gradients(heads, parameters)
 
 
 def count_skip(record: StepRecord, reason: str) -> None:
@@ -62,9 +62,9 @@ def count_skip(record: StepRecord, reason: str) -> None:
         )
 
 
-def forget_gradients(losses: Sequence[ClassRows], parameters: Sequence[Tensor]) -> None:
+def forget_gradients(heads: Sequence[ClassRows], parameters: Sequence[Tensor]) -> None:
     """Set gradients to None: an optimizer that steps nevertheless changes neither weights nor state."""
     for parameter in parameters:
         parameter.grad = None
-    for rows in losses:
+    for rows in heads:
         rows.clear()

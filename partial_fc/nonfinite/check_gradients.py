@@ -40,24 +40,24 @@ def check_gradients(parameters: Iterable[Tensor] | Tensor, *heads: HasClassRows,
         raise ValueError(
             "check_gradients needs the heads of the step, whose ranks agree: check_gradients(parameters, head)"
         )
-    losses = [head.class_rows for head in heads]
-    if not any(rows.record.watches for rows in losses):
-        return not any(rows.record.skipped for rows in losses)
-    return check_step(losses, others(parameters, losses), scaler)
+    class_rows = [head.class_rows for head in heads]
+    if not any(rows.record.watches for rows in class_rows):
+        return not any(rows.record.skipped for rows in class_rows)
+    return check_step(class_rows, others(parameters, class_rows), scaler)
 
 
-def check_step(losses: Sequence[ClassRows], parameters: Sequence[Tensor], scaler: Any = None) -> bool:
+def check_step(heads: Sequence[ClassRows], parameters: Sequence[Tensor], scaler: Any = None) -> bool:
     """Return whether the step may be taken: check losses and gradients, and agree. parameters: of the backbone."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    grads += [p.grad for rows in losses for p in (*rows.carriers, *rows.shared.values()) if p.grad is not None]
-    flags = agree_on_flags(local_flags(losses, [not_finite(grad) for grad in grads]), losses)
-    return decide(losses, flags, parameters, scaler)
+    grads += [p.grad for rows in heads for p in (*rows.carriers, *rows.shared.values()) if p.grad is not None]
+    flags = agree_on_flags(local_flags(heads, [not_finite(grad) for grad in grads]), heads)
+    return decide(heads, flags, parameters, scaler)
 
 
-def agree_on_flags(flags: Tensor, losses: Sequence[ClassRows]) -> Tensor:
-    """Return the largest of every flag over the ranks of all losses, which as a rule are the same ranks."""
+def agree_on_flags(flags: Tensor, heads: Sequence[ClassRows]) -> Tensor:
+    """Return the largest of every flag over the ranks of all heads, which as a rule are the same ranks."""
     seen: list[Ranks] = []
-    for rows in losses:
+    for rows in heads:
         ranks = rows.shards.ranks
         if not any(ranks.same_as(other) for other in seen):
             seen.append(ranks)

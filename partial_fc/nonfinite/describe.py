@@ -25,10 +25,10 @@ def not_finite(tensor: Tensor) -> Tensor:
     return ~tensor.sum().isfinite()
 
 
-def describe(losses: Sequence[ClassRows], parameters: Sequence[Tensor]) -> str:
+def describe(heads: Sequence[ClassRows], parameters: Sequence[Tensor]) -> str:
     """Return what is not finite: of each kind the first that any rank found. Two collectives a loss."""
     found: list[str] = []
-    for i, rows in enumerate(losses):
+    for i, rows in enumerate(heads):
         ranks = rows.shards.ranks
         mine = [_bad_weight(rows), _bad_loss(rows), _bad_row(rows), _bad_parameter(parameters) if i == 0 else ""]
         table = [text.split(SEPARATOR) for text in gather_texts(SEPARATOR.join(mine), ranks, rows.device)]

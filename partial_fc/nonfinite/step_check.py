@@ -12,37 +12,37 @@ from partial_fc.nonfinite.bad_step import refuse_step
 from partial_fc.rows import ClassRows
 
 
-def others(parameters: Iterable[Tensor] | Tensor, losses: Sequence[ClassRows]) -> list[Tensor]:
+def others(parameters: Iterable[Tensor] | Tensor, heads: Sequence[ClassRows]) -> list[Tensor]:
     """Return the given parameters that do not belong to a loss."""
-    theirs = {id(p) for rows in losses for p in rows.everything}
+    theirs = {id(p) for rows in heads for p in rows.everything}
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     return [p for p in given if id(p) not in theirs]
 
 
-def local_flags(losses: Sequence[ClassRows], bad_gradients: Iterable[Tensor]) -> Tensor:
+def local_flags(heads: Sequence[ClassRows], bad_gradients: Iterable[Tensor]) -> Tensor:
     """Return float64 `[2]`: whether a gradient, and whether a loss, is non-finite as far as this rank knows.
 
     bad_gradients: 0-d bools. Does not wait for the device.
     """
-    device = losses[0].device
+    device = heads[0].device
     fine = torch.zeros((), dtype=torch.bool, device=device)
-    sums = [backward.losses.detach().sum() for rows in losses for backward in rows.record.backwards]
+    sums = [backward.losses.detach().sum() for rows in heads for backward in rows.record.backwards]
     bad_losses = [~total.isfinite() for total in sums]
     flags = [torch.stack([fine, *(each.to(device) for each in bad)]).any() for bad in (bad_gradients, bad_losses)]
     return torch.stack(flags).double()
 
 
-def decide(losses: Sequence[ClassRows], flags: Tensor, parameters: Sequence[Tensor], scaler: Any = None) -> bool:
+def decide(heads: Sequence[ClassRows], flags: Tensor, parameters: Sequence[Tensor], scaler: Any = None) -> bool:
     """Return whether the step may be taken, by the agreed `flags` (gradient, loss). One wait for the device.
 
     Raises NonFiniteError, on every rank alike, if a loss wants that, or if too many steps in a row were skipped.
     """
     bad_gradient, bad_loss = (value != 0 for value in flags.tolist())
-    records = [rows.record for rows in losses]
+    records = [rows.record for rows in heads]
     already_skipped = any(record.skipped for record in records)  # by the batch's status, or by an earlier check
     if not (already_skipped or bad_gradient or bad_loss):
         for record in records:
             record.mark_checked()
         return True
-    refuse_step(losses, parameters, scaler, bad_loss, already_skipped)
+    refuse_step(heads, parameters, scaler, bad_loss, already_skipped)
     return False

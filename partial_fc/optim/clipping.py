@@ -1,6 +1,6 @@
 """`clip_grad_norm_`: one gradient norm over replicated parameters and sharded rows.
 
-    ‖g‖ = (Σ over backbone ‖g_p‖^k + Σ over losses Σ over ranks ‖g_rows‖^k)^(1/k)     k = norm_type
+    ‖g‖ = (Σ over backbone ‖g_p‖^k + Σ over heads Σ over ranks ‖g_rows‖^k)^(1/k)     k = norm_type
 
 One all-reduce a loss sums the norms of its shards. It also carries the flags of the step's check (`nonfinite`).
 """
@@ -47,19 +47,19 @@ def clip_grad_norm_(
 
     One wait for the device; none if every head has on_nonfinite="log" or checks no more (validate).
     """
-    losses = [head.class_rows for head in heads]
-    plain = others(parameters, losses)
-    norms, flags = gradient_norms(plain, losses, norm_type, any(rows.record.watches for rows in losses))
+    class_rows = [head.class_rows for head in heads]
+    plain = others(parameters, class_rows)
+    norms, flags = gradient_norms(plain, class_rows, norm_type, any(rows.record.watches for rows in class_rows))
     if not norms:
         return torch.tensor(0.0)
     device = norms[0].device
     total = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
     if flags is not None:
         flags[0] += (~total.isfinite()).to(flags)
-        if not decide(losses, flags, plain, scaler):
+        if not decide(class_rows, flags, plain, scaler):
             return total
     factor = (max_norm / (total + 1e-6)).clamp_(max=1.0)
-    of_losses = [p for rows in losses for p in (*rows.shared.values(), *rows.carriers)]
+    of_losses = [p for rows in class_rows for p in (*rows.shared.values(), *rows.carriers)]
     for parameter in [*plain, *of_losses]:
         if parameter.grad is not None:
             local_part(parameter.grad).mul_(factor.to(parameter.grad.device))
@@ -68,18 +68,18 @@ def clip_grad_norm_(
 
 @torch.no_grad()
 def gradient_norms(
-    parameters: Iterable[Tensor] | Tensor, losses: Sequence[ClassRows], norm_type: float, check: bool
+    parameters: Iterable[Tensor] | Tensor, heads: Sequence[ClassRows], norm_type: float, check: bool
 ) -> tuple[list[Tensor], Tensor | None]:
     """Return (norms of all gradients, those of each loss over its ranks; agreed flags for `decide`, if `check`)."""
-    for rows in losses:
+    for rows in heads:
         if rows.live_optimizer is not None and rows.live_optimizer.update_in_backward:
             raise RuntimeError(
                 "update_in_backward cannot be joined with clipping: rows moved before the norm was known"
             )
-    plain = [*others(parameters, losses), *(p for rows in losses for p in rows.shared.values())]
+    plain = [*others(parameters, heads), *(p for rows in heads for p in rows.shared.values())]
     norms = [_norm(p.grad, norm_type) for p in plain if p.grad is not None]
-    flags = local_flags(losses, [~norm.isfinite() for norm in norms]) if check else None
-    for rows in losses:
+    flags = local_flags(heads, [~norm.isfinite() for norm in norms]) if check else None
+    for rows in heads:
         norm, flags = _norm_over_ranks(rows, norm_type, flags)
         norms.append(norm)
     return norms, flags

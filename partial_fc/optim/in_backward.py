@@ -28,6 +28,7 @@ def begin_update(optimizer: Any, start: Callable[[], Sequence[_Update]]) -> Upda
         )
     optimizer.moved_in_backward = True
     rows: ClassRows = optimizer.class_rows
+    # the hook of the loss has run: its losses and their gradient are in the record
     if rows.record.watches and not _loss_is_finite(rows):
         return lambda a, b, grads: None
     updates = start()

@@ -1,4 +1,4 @@
-"""What a torch optimizer class does to rows, found by trying it on a small problem."""
+"""The arguments of a `RowOptimizer`, checked; what an optimizer class does to rows, found by trying it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> 
 
 
 def check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
-    """Raise ValueError unless the class moves a row alike whether or not it has neighbours."""
+    """Raise ValueError unless the class updates each row independently of the other rows."""
     start = torch.randn(4, 3, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""`RowOptimizer` runs any `torch.optim` class whose update treats rows apart over the class rows of a loss.
+"""`RowOptimizer` runs any `torch.optim` class that updates each row independently over the class rows of a loss.
 
 A block of rows is stepped as a small dense parameter:
 

@@ -38,8 +38,8 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, No
 class Derivatives(NamedTuple):
     """∂L/∂… of what each sample and each target contributes."""
 
-    d_lse: Tensor  # [N, 1]: also the factor of exponentials of logits less lse
-    from_zero: Tensor  # [N, 1] d_lse exp(−lse): the factor of exponentials of the logits themselves
+    d_lse: Tensor  # [N, 1]; multiplies exp(logit − lse)
+    from_zero: Tensor  # [N, 1] d_lse exp(−lse); multiplies exp(logit)
     d_every: Tensor  # [N] ∂L/∂(every selected logit), of label smoothing
     d_cosine: Tensor  # [P] ∂L/∂(target cosine), 0 on ranks that do not own the class
     d_norm: Tensor  # [N] ∂L/∂‖X‖, by the margin
@@ -66,18 +66,18 @@ def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Deriv
         d_every = -d_loss * smoothing / saved.smoothed_over
         d_z = d_z + d_every[:, None]
     d_z = torch.where(targets.exists, d_z, 0.0).reshape(-1)
-    d_cosine = d_z * saved.d_cosine
+    d_cosine = d_z * saved.slope_cosine
     if smoothing and not options.ruled:
         # every row gets its share of label smoothing below; it is taken back where a margin replaces the logit
         d_cosine = d_cosine - torch.where(targets.own, scale * d_every[targets.sample], 0.0)
-    d_norm = torch.zeros_like(d_loss).index_add_(0, targets.sample, d_z * saved.d_norm)
+    d_norm = torch.zeros_like(d_loss).index_add_(0, targets.sample, d_z * saved.slope_norm)
     if selection.ranks.rank == 0:  # the penalty is every sample's own; gradients are summed over the ranks
-        d_norm = d_norm + d_loss * saved.d_penalty
+        d_norm = d_norm + d_loss * saved.slope_penalty
     return Derivatives(d_lse, from_zero, d_every, d_cosine, d_norm, d_offset)
 
 
 def backward(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved: SavedTensors) -> Gradients:
-    """Return the gradients of (embeddings, weight, bias, offset); those of rows go to the sink under an anchor."""
+    """Return the gradients of (embeddings, weight, bias, offset); under an anchor, rows' go to the sink."""
     state: ForwardState = ctx.state
     selection, sink = state.selection, state.sink
     want_x, want_w, want_b, want_offset, anchored, _ = ctx.needs_input_grad
@@ -106,7 +106,7 @@ def backward(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved:
 
 
 def _send(dx: Tensor, state: ForwardState, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Begin to sum the embeddings' gradient over ranks; call the result to get this rank's."""
+    """Begin to sum the embeddings' gradient over ranks if `scatter`; call the result to get what autograd takes."""
     selection = state.selection
     if state.options.scale_embedding_grad:
         dx.mul_(selection.ranks.total)
@@ -130,7 +130,7 @@ class BackwardTiles:
         self.state = state
         self.stats = saved.x.dtype
         self.scale = state.options.margin.scale
-        if state.rows.count:  # before any row is updated
+        if state.rows.count:  # now: rows that are updated inside backward are others afterwards
             self.target_rows, self.target_inverse = state.rows.at(state.targets.row)
         # where logits are scaled cosines, the share of label smoothing is the same for all rows of a sample
         self.same_for_all = bool(state.options.label_smoothing) and not state.options.ruled

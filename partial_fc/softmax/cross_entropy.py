@@ -8,7 +8,7 @@ unit vectors `x = X/‖X‖`, `w = W/‖W‖` (or X and W as they are) and `P = 
                one all-gather          (m, Σ e, z, t) of every rank;  lse_i = log Σ_j exp(logit_ij)
                loss_i                  Σ_l weight_il (lse_i − z_il)
     backward   for tiles of T rows     g = ∂L/∂logit = ∂L/∂lse_i · exp(logit_ij − lse_i)   [N, T]
-               dx += g w,  dw = gᵀ x   then the targets' own share, [P] rank-one terms
+               dx += s g w,  dw = s gᵀ x   then the targets' own share, [P] rank-one terms, and the normalisation
 
 so that no mask, one-hot or second copy of the logits exists. *Kept* mode writes all `e` into one buffer `[N, S]` for
 backward: three matrix products a step. *Tiled* mode computes a tile again: four products, O(N · T) memory.
@@ -40,7 +40,7 @@ def sharded_cross_entropy(
 ) -> tuple[Tensor, Tensor, Measured]:
     """Return (the loss, the losses `[N]` that it is the sum of, figures for metrics).
 
-    Its backward gives the gradients of the first five arguments.
+    Its backward gives the gradients of the first four arguments.
 
     embeddings: `[N_local, D]` of this rank if `selection.scatter`, else the gathered `[N, D]`. weight: `[C_local, D]`
     or `[C_local, K, D]`. bias: `[C_local]`. offset: `[1]`, added to all logits by a margin of binary decisions. anchor:

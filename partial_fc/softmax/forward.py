@@ -26,12 +26,12 @@ class SavedTensors(NamedTuple):
     """What backward needs, for `ctx.save_for_backward`."""
 
     x: Tensor  # [N, D] embeddings as they enter the products: unit vectors where the margin normalises
-    x_inverse: Tensor  # [N, 1] 1/‖X‖
+    x_inverse: Tensor  # [N, 1] 1/‖X‖, or empty
     lse: Tensor  # [N] log Σ exp over all selected classes; Σ sigmoid of the other classes for binary decisions
     target_logits: Tensor  # [N, L]
-    d_cosine: Tensor  # [P] ∂(target logit)/∂(target cosine), 0 on ranks that do not own the class
-    d_norm: Tensor  # [P] ∂(target logit)/∂‖X‖, the same
-    d_penalty: Tensor  # [N] ∂(the margin's penalty)/∂‖X‖
+    slope_cosine: Tensor  # [P] ∂(target logit)/∂(target cosine), 0 on ranks that do not own the class
+    slope_norm: Tensor  # [P] ∂(target logit)/∂‖X‖, the same
+    slope_penalty: Tensor  # [N] ∂(the margin's penalty)/∂‖X‖
     kept: Tensor  # [N · S] or empty
     maxima: Tensor  # [tiles, N, 1] or empty
     row_sum: Tensor  # [D + 1] or empty: sum of directions and biases, for label smoothing
@@ -81,7 +81,7 @@ def forward(
     with record_function("partial_fc::targets"):
         targets = OwnTargets.locate(selection, len(weight), centers)
         cosines, targets = target_cosines(x, rows, targets, centers)
-        z, d_cosine, d_norm, rule = apply_margin(cosines, norms, targets, selection, options, needs_grad)
+        z, slope_cosine, slope_norm, rule = apply_margin(cosines, norms, targets, selection, options, needs_grad)
     # float16 has too little range for decisions, which have no maximum per sample that brings them near 1
     keep = selection.keep_logits and needs_grad and not (margin.binary and product is torch.float16)
     with record_function("partial_fc::forward_tiles"):
@@ -103,15 +103,14 @@ def forward(
         lse = found["active"].sum(0)
     else:
         losses, lse = softmax_losses(found, target_logits, selection, options.label_smoothing, smoothed_over)
-    d_penalty = torch.zeros_like(norms)
+    slope_penalty = torch.zeros_like(norms)
     if margin.has_penalty:
-        penalty, d_penalty = penalty_of(margin, norms, needs_grad)
+        penalty, slope_penalty = penalty_of(margin, norms, needs_grad)
         losses = losses + penalty
     losses = torch.where(selection.sample_weights != 0, losses, 0.0) * selection.sample_weights
     row_sum = x.new_empty(0) if sums.smoothing is None else sums.smoothing.row_sum
-    saved = SavedTensors(
-        x, x_inverse, lse, target_logits, d_cosine, d_norm, d_penalty, sums.kept, sums.maxima, row_sum, smoothed_over
-    )
+    from_margin = slope_cosine, slope_norm, slope_penalty
+    saved = SavedTensors(x, x_inverse, lse, target_logits, *from_margin, sums.kept, sums.maxima, row_sum, smoothed_over)
     return _reduce(losses, selection, options.reduction), losses, measured, saved, state
 
 
@@ -120,12 +119,12 @@ def is_bounded(options: LossOptions, stats: torch.dtype, product: torch.dtype) -
     margin = options.margin
     if not margin.normalize or margin.has_rule or product is torch.float16:
         return margin.binary is not None
-    # a cosine times the scale is at most the scale; 64 and a thousand million classes fit into float32
+    # a cosine times the scale is at most the scale; a scale of 64 with 10⁹ classes fits into float32
     return margin.scale + math.log(options.num_classes) < math.log(torch.finfo(stats).max) - 2 or bool(margin.binary)
 
 
 def target_cosines(x: Tensor, rows: RowTiles, targets: OwnTargets, centers: int) -> tuple[Tensor, OwnTargets]:
-    """Return cosines (plain logits) `[P]`, 0 on ranks that do not own the class; targets that know their rows."""
+    """Return cosines (plain logits) `[P]`, 0 on ranks that do not own the class; targets with their nearest rows."""
     if not rows.count:
         return x.new_zeros(len(targets.sample)), targets
     if centers == 1:
@@ -159,18 +158,18 @@ def apply_margin(
         grads: tuple[Tensor | None, ...] = (None, None)
         if needs_grad and z.requires_grad:
             grads = torch.autograd.grad(z.sum(), (cosine, norm), allow_unused=True)
-    d_cosine, d_norm = (torch.zeros_like(cosines) if g is None else torch.where(targets.own, g, 0.0) for g in grads)
+    by_cosine, by_norm = (torch.zeros_like(cosines) if g is None else torch.where(targets.own, g, 0.0) for g in grads)
     z = z.detach()
     rule = Rule.of(margin, z, selection.target_weights) if margin.has_rule else None
-    return torch.where(targets.own, z, 0.0), d_cosine, d_norm, rule
+    return torch.where(targets.own, z, 0.0), by_cosine, by_norm, rule
 
 
 class TileSums:
     """Sums over the logits of this rank: call `add` for each tile of rows.
 
-    maximum `[N, 1]`: largest logit so far, 0 where logits are bounded. total `[N, 1]`: sum of exponentials less the
-    maximum. kept `[N · S]`: exponentials for backward, tile after tile; maxima `[tiles, N, 1]`: subtracted from them.
-    For binary decisions total is the sum of their losses, kept their derivatives, active `[N]` the sum of these.
+    maximum `[N, 1]`: largest logit so far, 0 where logits are bounded. total `[N, 1]`: Σ exp(logit − maximum). kept
+    `[N · S]`: exponentials for backward, tile after tile; maxima `[tiles, N, 1]`: subtracted from them. For binary
+    decisions total is the sum of their losses, kept their derivatives, active `[N]` the sum of these.
     """
 
     def __init__(self, x: Tensor, state: ForwardState, keep: bool) -> None:

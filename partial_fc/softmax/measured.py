@@ -12,7 +12,7 @@ from partial_fc.margins.base import Margin
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures of all samples of the global batch, the same on every rank."""
+    """Figures of all samples of the global batch: of this replica, and the same on each of its ranks."""
 
     cosines: Tensor  # [N, L] of the targets, without the margin; plain logits where nothing is normalised
     target_logits: Tensor  # [N, L], with margin and scale

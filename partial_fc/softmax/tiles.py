@@ -13,13 +13,13 @@ SLACK = 1.1  # the number of selected rows differs a little from step to step
 
 
 def tile_rows(samples: int, width: int, device_type: str) -> int:
-    """Return T: so many class rows that neither `[N, T]` nor `[T, D]` in float32 is larger than a tile may be."""
+    """Return T: so many class rows that `[N, T]` and `[T, D]` in float32 fit a tile's bytes; at least 64."""
     budget = TILE_BYTES.get(device_type, TILE_BYTES_ELSEWHERE)
     return max(64, budget // (4 * max(samples, width, 1)) // 64 * 64)
 
 
 def compute_dtypes(embeddings: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Return (dtype of statistics, dtype of matrix products): at least float32; autocast's."""
+    """Return the dtypes of statistics (at least float32) and of products (autocast's, or that of half weights)."""
     if torch.float64 in (embeddings.dtype, weight.dtype):
         return torch.float64, torch.float64
     if torch.is_autocast_enabled(embeddings.device.type):
