@@ -39,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from ranks import interleaved, over_ranks, ratio, run_ranks  # noqa: E402
 
 from partial_fc import DivergenceWatch, PartialFC, RowOptimizer, clip_grad_norm_  # noqa: E402
-from partial_fc.batch.status import LabelSet  # noqa: E402
+from partial_fc.batch.status import LabelSet, inspect  # noqa: E402
 from partial_fc.nonfinite.check_gradients import max_over_ranks as agree  # noqa: E402
 from partial_fc.nonfinite.describe import not_finite  # noqa: E402
 

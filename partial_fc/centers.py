@@ -24,8 +24,8 @@ from torch.profiler import record_function
 
 from partial_fc.batch.exchange import GlobalBatch, gradient_of_losses
 from partial_fc.batch.status import as_matrix
+from partial_fc.classes.changeable import ChangeableLoss
 from partial_fc.classes.class_means import Batches
-from partial_fc.classes.loss import ChangeableLoss
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.ranks import Group, all_gather, all_gather_mesh, start_reduce_scatter, sum_over_replicas
 from partial_fc.nonfinite.check_gradients import check_step

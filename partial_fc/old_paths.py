@@ -36,7 +36,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "moves": ("classes.mapping", "classes.moves"),
     "plan": ("planning.plan", "planning.advice", "planning.memory"),
     "preemption": ("loop.preemption",),
-    "queries": ("classes.queries", "classes.selection"),
+    "queries": ("classes.queries", "classes.best_classes"),
     "random_state": ("checkpoint.random_state",),
     "safetensors_file": ("weights.safetensors_file",),
     "storage": ("checkpoint.layout", "checkpoint.safe_reader"),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partial_fc.classes.changeable import ChangeableLoss
 from partial_fc.classes.interface import Change
-from partial_fc.classes.loss import ChangeableLoss
 from partial_fc.classes.tables import changed_class_weights, changed_margin, prepare_anew
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.errors import log

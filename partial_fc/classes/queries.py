@@ -7,8 +7,8 @@
                       local class rows x these rows, cosines [I, M] at a time  ──>  best k of each local class
                       On a single rank each tile is used by row and by column: only tiles [i, j >= i] are computed.
 
-`BestClasses` (selection.py) keeps the best k while tiles arrive in the order of class ids. Of equal cosines the lower
-id comes first.
+`BestClasses` (best_classes.py) keeps the best k while tiles arrive in the order of class ids. Of equal cosines the
+lower id comes first.
 
 Memory: no tensor is larger than `tile_bytes`, except the result, the best so far, and the 1,024 queries. A rank holds
 one tile of cosines; the unit rows of the tile (one or two sides, each at most as many bytes); on several ranks the
@@ -28,9 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.batch.exchange import exchange_payload
-from partial_fc.classes import selection
+from partial_fc.classes import best_classes
+from partial_fc.classes.best_classes import BestClasses, largest
 from partial_fc.classes.query_arguments import QUERY, check_query, unit_factors
-from partial_fc.classes.selection import BestClasses, largest
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
 from partial_fc.errors import NonFiniteError
@@ -176,11 +176,11 @@ class _RowTiles:
     def fitting(self, classes: int, elements: int) -> int:
         """Return how many classes a tile has: at most `classes`, with at most `elements` numbers in their unit rows.
 
-        A multiple of `selection.BIN`, unless it is smaller.
+        A multiple of `best_classes.BIN`, unless it is smaller.
         """
         largest_shard = -(-self.num_classes // self.ranks.world)
         classes = max(1, min(classes, elements // (self.centers * self.width), largest_shard))
-        return classes if classes < selection.BIN else classes // selection.BIN * selection.BIN
+        return classes if classes < best_classes.BIN else classes // best_classes.BIN * best_classes.BIN
 
     def shard(self, owner: int) -> tuple[int, int]:
         return shard_bounds(self.num_classes, owner, self.ranks.world)

@@ -16,7 +16,7 @@ from partial_fc.softmax.decisions import decision_losses, softplus
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.penalty import penalty_of
-from partial_fc.softmax.row_tiles import OwnTargets, RowTiles, unit
+from partial_fc.softmax.row_tiles import RowTiles, TargetRows, unit
 from partial_fc.softmax.ruled import Rule, nearest_centers, rows_of_classes, ruled_logits
 from partial_fc.softmax.smoothing import SmoothingSums
 from partial_fc.softmax.tiles import tile_logits, tile_rows
@@ -46,7 +46,7 @@ class ForwardState:
     options: LossOptions
     sink: RowGradientSink
     rows: RowTiles
-    targets: OwnTargets
+    targets: TargetRows
     rule: Rule | None
     tile: int  # rows of a tile
     product: torch.dtype  # of matrix products
@@ -79,7 +79,7 @@ def forward(
     rows = RowTiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad)
     tile = max(1, tile_rows(len(x), x.shape[1], X.device.type) // centers) * centers  # holds whole classes
     with record_function("partial_fc::targets"):
-        targets = OwnTargets.locate(selection, len(weight), centers)
+        targets = TargetRows.locate(selection, len(weight), centers)
         cosines, targets = target_cosines(x, rows, targets, centers)
         z, slope_cosine, slope_norm, rule = apply_margin(cosines, norms, targets, selection, options, needs_grad)
     # float16 has too little range for decisions, which have no maximum per sample that brings them near 1
@@ -123,7 +123,7 @@ def is_bounded(options: LossOptions, stats: torch.dtype, product: torch.dtype) -
     return margin.scale + math.log(options.num_classes) < math.log(torch.finfo(stats).max) - 2 or bool(margin.binary)
 
 
-def target_cosines(x: Tensor, rows: RowTiles, targets: OwnTargets, centers: int) -> tuple[Tensor, OwnTargets]:
+def target_cosines(x: Tensor, rows: RowTiles, targets: TargetRows, centers: int) -> tuple[Tensor, TargetRows]:
     """Return cosines (plain logits) `[P]`, 0 on ranks that do not own the class; targets with their nearest rows."""
     if not rows.count:
         return x.new_zeros(len(targets.sample)), targets
@@ -135,7 +135,7 @@ def target_cosines(x: Tensor, rows: RowTiles, targets: OwnTargets, centers: int)
 
 
 def apply_margin(
-    cosines: Tensor, norms: Tensor, targets: OwnTargets, selection: Selection, options: LossOptions, needs_grad: bool
+    cosines: Tensor, norms: Tensor, targets: TargetRows, selection: Selection, options: LossOptions, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Rule | None]:
     """Return target logits z = s · margin(cosine), ∂z/∂cosine, ∂z/∂‖X‖, each `[P]`, 0 on ranks that do not own the
     class; and the margin's rule for other classes. The derivatives come from autograd, on vectors.

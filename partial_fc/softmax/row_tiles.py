@@ -1,7 +1,7 @@
 """The class rows and the targets of this rank in one forward.
 
 RowTiles    directions w [T, D] of rows a to b; lengths are measured once
-OwnTargets  which selected row is the class of which sample, for P = N · L targets
+TargetRows  which selected row is the class of which sample, for all P = N · L targets
 
 A class may have K sub-centers: K rows, one after another. A tile never cuts a class in two.
 """
@@ -111,7 +111,7 @@ class RowTiles:
 
 
 @dataclass(frozen=True)
-class OwnTargets:
+class TargetRows:
     """The P = N · L targets of all samples as this rank sees them, in the order of the samples."""
 
     sample: Tensor  # [P] which sample
@@ -123,7 +123,7 @@ class OwnTargets:
     exists: Tensor  # [N, L] whether there is a target
 
     @classmethod
-    def locate(cls, selection: Selection, local_classes: int, centers: int) -> OwnTargets:
+    def locate(cls, selection: Selection, local_classes: int, centers: int) -> TargetRows:
         n, each = selection.targets.shape
         flat = selection.targets.reshape(-1)
         local = flat - selection.lo

@@ -15,7 +15,7 @@ from torch import Tensor
 from partial_fc.margins.base import Margin
 from partial_fc.softmax.float16 import scaled_values
 from partial_fc.softmax.inputs import LossOptions
-from partial_fc.softmax.row_tiles import OwnTargets, RowTiles
+from partial_fc.softmax.row_tiles import RowTiles, TargetRows
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def rows_of_classes(classes: Tensor, centers: int) -> Tensor:
     return (classes[:, None] * centers + torch.arange(centers, device=classes.device)).reshape(-1)
 
 
-def nearest_centers(x: Tensor, rows: RowTiles, targets: OwnTargets, centers: int) -> tuple[Tensor, OwnTargets]:
+def nearest_centers(x: Tensor, rows: RowTiles, targets: TargetRows, centers: int) -> tuple[Tensor, TargetRows]:
     """Return the cosines `[P]` of the targets to the nearest of their class's centers; targets that know which it
     is."""
     positions = targets.first[:, None] + torch.arange(centers, device=x.device)
@@ -54,7 +54,7 @@ def nearest_centers(x: Tensor, rows: RowTiles, targets: OwnTargets, centers: int
 
 
 def ruled_logits(
-    options: LossOptions, rule: Rule | None, cosines: Tensor, targets: OwnTargets, a: int
+    options: LossOptions, rule: Rule | None, cosines: Tensor, targets: TargetRows, a: int
 ) -> tuple[Tensor, Tensor | None]:
     """Return (logits `[N, T]`, −inf where a class takes no part; ∂logit/∂(scaled cosine), None where it is 1).
 
@@ -86,7 +86,7 @@ def ruled_gradient(
     a: int,
     options: LossOptions,
     rule: Rule | None,
-    targets: OwnTargets,
+    targets: TargetRows,
     lse: Tensor,
     d_lse: Tensor,
     d_every: Tensor,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from partial_fc.softmax.row_tiles import OwnTargets
+from partial_fc.softmax.row_tiles import TargetRows
 
 
 class SmoothingSums:
@@ -38,7 +38,7 @@ class SmoothingSums:
         self.count += present.sum(1)
 
     def finish(
-        self, targets: OwnTargets, target_logits: Tensor, cosines: Tensor, scale: float, rows: int
+        self, targets: TargetRows, target_logits: Tensor, cosines: Tensor, scale: float, rows: int
     ) -> tuple[Tensor, Tensor]:
         """Return (sum of this rank's logits, targets with their margin, `[N]`; how many there are, `[1]` or `[N]`)."""
         if self.ruled:

@@ -6,7 +6,7 @@
 
 Ranks own contiguous ranges of classes in the order of ranks. The ranges may have any size; the common split is
 C // world rows, and one more on the first C % world ranks. These layouts are known (those of InsightFace's
-arcface_torch and its descendants):
+arcface_torch and its descendants); their file names are in rank_paths.py, their keys in torch_file.py:
 
     checkpoint_gpu_{rank}.pt       "state_dict_softmax_fc": {"weight"}, "state_optimizer": state dict of the optimizer
     softmax_fc_gpu_{rank}.pt       {"weight"}, with "weight_mom", or "weight_exp_avg" and "weight_exp_avg_sq"

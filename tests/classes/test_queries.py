@@ -15,7 +15,7 @@ from torch import Tensor
 from watching import Allocations
 
 from partial_fc import CenterLoss, NonFiniteError, NormFace, PartialFC, Softmax, SubCenterArcFace
-from partial_fc.classes import queries, query_arguments, selection
+from partial_fc.classes import best_classes, queries, query_arguments
 
 D = 7
 CLASSES = [1, 3, 10, 83]
@@ -76,7 +76,7 @@ KINDS = ("softmax", "float64", "bfloat16", "subcenter", "sampled", "centers")
 def _compare(rank: int, world: int, kind: str, samples: list[int]) -> None:
     dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(kind, torch.float32)
     queries.QUERIES = query_arguments.BLOCK = 6  # small, so that every branch is taken at these sizes
-    selection.BIN, selection.COLUMN_BIN, selection.ROWS_AT_ONCE = 4, 2, 40
+    best_classes.BIN, best_classes.COLUMN_BIN, best_classes.ROWS_AT_ONCE = 4, 2, 40
     for C in CLASSES:
         loss, atol = build(kind, C)
         shape = (C, 3, D) if kind == "subcenter" else (C, D)
@@ -111,9 +111,9 @@ def test_equal_to_a_dense_matrix_without_a_group(kind, monkeypatch):
     for module, name in (
         (queries, "QUERIES"),
         (query_arguments, "BLOCK"),
-        (selection, "BIN"),
-        (selection, "COLUMN_BIN"),
-        (selection, "ROWS_AT_ONCE"),
+        (best_classes, "BIN"),
+        (best_classes, "COLUMN_BIN"),
+        (best_classes, "ROWS_AT_ONCE"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored afterwards
     _compare(0, 1, kind, [13])
