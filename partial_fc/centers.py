@@ -217,9 +217,9 @@ class CenterLoss(ChangeableLoss):
                 'a RowOptimizer moves centers of update="gradient"; those of update="paper" are moved by center.step()'
             )
 
-    def _settings(self) -> dict[str, Any]:
+    def agreed_settings(self) -> dict[str, Any]:
         return {
-            **super()._settings(),
+            **super().agreed_settings(),
             "a digest of alpha, update and init_std": (self.alpha, self.update, self.init_std),
         }
 
@@ -258,7 +258,7 @@ class CenterLoss(ChangeableLoss):
     def set_extra_state(self, state: Any) -> None:
         self.class_changes, self.class_rows.record.skips = int(state["class_changes"]), int(state.get("skips", 0))
 
-    def _forget_notes(self) -> None:
+    def forget_notes(self) -> None:
         self._pending = None
 
     def pending_work(self) -> str:

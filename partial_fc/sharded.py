@@ -39,7 +39,7 @@ class ShardedLoss(ShardedModule):
         samples = batch.counts[batch.ranks.rank] if self.reduction == "none" else None
         return zero_loss(x, samples, self.class_rows, gradient_of_all_rows)
 
-    def _forget_notes(self) -> None:
+    def forget_notes(self) -> None:
         """Drop what the forwards of a skipped step have noted."""
 
     # ------------------------------------------------------------------------------------------------ a batch
@@ -67,7 +67,7 @@ class ShardedLoss(ShardedModule):
         # without a RowOptimizer nothing reports that gradients were cleared
         no_gradients = rows.grad_rows is None and all(p.grad is None for p in rows.everything)
         if rows.record.begin_forward(no_gradients=trained and no_gradients and rows.live_optimizer is None):
-            self._forget_notes()
+            self.forget_notes()
 
     def _gather(self, embeddings: Tensor, labels: Tensor | None) -> GlobalBatch:
         if labels is None and self.shards.ranks.group is None:  # else the other ranks must hear of it

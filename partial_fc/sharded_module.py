@@ -213,7 +213,7 @@ class ShardedModule(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ agreement
 
-    def _settings(self) -> dict[str, Any]:
+    def agreed_settings(self) -> dict[str, Any]:
         """Return what must be the same on all ranks, by the name that a message gives it."""
         names = ("label_smoothing", "reduction", "ignore_index", "on_nonfinite", "validate", "max_skips")
         settings = [getattr(self, name, None) for name in (*names, "scale_embedding_grad")]
@@ -226,7 +226,7 @@ class ShardedModule(nn.Module):
 
     def _check_agreement(self) -> None:
         """Raise ValueError on every rank if ranks built different losses."""
-        mine = {k: v if isinstance(v, int) else zlib.crc32(repr(v).encode()) for k, v in self._settings().items()}
+        mine = {k: v if isinstance(v, int) else zlib.crc32(repr(v).encode()) for k, v in self.agreed_settings().items()}
         numbers = torch.tensor(list(mine.values()), device=self._device)
         ranks = self.class_rows.shards.ranks
         table = all_gather_mesh(numbers, ranks, f"the building of a {type(self).__name__}").tolist()

@@ -29,23 +29,23 @@ class RandomState:
     """
 
     def state_dict(self) -> dict[str, Any]:
-        ranks: list[Any] = [_state()]
+        ranks: list[Any] = [take_random_state()]
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
             with naming_the_missing("the gather of random states"):
-                dist.all_gather_object(ranks, _state())
+                dist.all_gather_object(ranks, take_random_state())
         return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         ranks = state_dict["ranks"]
         rank = dist.get_rank() if dist.is_initialized() else 0
         if rank < len(ranks):
-            _restore(ranks[rank])
+            restore_random_state(ranks[rank])
         else:
             _seed(mix(zlib.crc32(ranks[0]["torch"].encode()), rank) % 2**32)
 
 
-def _state() -> dict[str, Any]:
+def take_random_state() -> dict[str, Any]:
     """Return all states as text, which a checkpoint stores as one value."""
     state: dict[str, Any] = {"python": json.dumps(random.getstate()), "torch": _to_text(torch.get_rng_state())}
     numpy = sys.modules.get("numpy")
@@ -57,7 +57,7 @@ def _state() -> dict[str, Any]:
     return state
 
 
-def _restore(state: dict[str, Any]) -> None:
+def restore_random_state(state: dict[str, Any]) -> None:
     version, words, gauss = json.loads(state["python"])
     random.setstate((version, tuple(words), gauss))
     torch.set_rng_state(_from_text(state["torch"]))

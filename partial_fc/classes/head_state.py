@@ -96,8 +96,8 @@ class HeadState(ChangeableLoss):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sample_rate={self.sample_rate}"
 
-    def _settings(self) -> dict[str, Any]:
-        settings = super()._settings()
+    def agreed_settings(self) -> dict[str, Any]:
+        settings = super().agreed_settings()
         tables = [float(b.double().sum()) for b in self.buffers()]
         own = self.init_std, self.sample_rate, self.interclass_filter, tables
         digest = settings["a digest of the settings"], self.margin.describe(), own

@@ -152,7 +152,7 @@ def _labels(wiring: Wiring, batch: tuple[Any, Tensor] | None) -> Check:
 def _settings(wiring: Wiring) -> Check:
     """Check that all ranks built the same head and backbone; by name, so that the message says what differs."""
     head = wiring.head
-    mine: dict[str, object] = {k: str(v) for k, v in head._settings().items()}
+    mine: dict[str, object] = {k: str(v) for k, v in head.agreed_settings().items()}
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in wiring.backbone.items()]
     mine["the backbone's parameters"] = hashlib.blake2b(repr(shapes).encode(), digest_size=8).hexdigest()
     all_ranks = gather_objects(mine)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partial_fc.checkpoint.random_state import _restore, _state
+from partial_fc.checkpoint.random_state import restore_random_state, take_random_state
 from partial_fc.sharded import ShardedLoss
 from partial_fc.shards import local_part
 
@@ -42,7 +42,7 @@ class Undo:
         self.own = [m for m in self.modules if id(m) not in engines]
 
     def __enter__(self) -> Undo:
-        self.random = _state()
+        self.random = take_random_state()
         self.training = [(m, m.training) for m in self.modules]
         tensors = {
             id(t): t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
@@ -93,7 +93,7 @@ class Undo:
                 group.update(options)
         for module, training in self.training:
             module.training = training
-        _restore(self.random)
+        restore_random_state(self.random)
 
     def clear(self) -> None:
         """Remove all gradients without changing their tensors."""

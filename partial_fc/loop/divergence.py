@@ -242,7 +242,7 @@ class _StepSums:
 
 
 def _of_head(head: ShardedLoss, prefix: str) -> Iterator[tuple[int, str, Tensor | int]]:
-    for name, tensor in (*head._shared_parameters().items(), *head.named_buffers()):
+    for name, tensor in (*head.class_rows.shared.items(), *head.named_buffers()):
         yield ALL, f"{prefix}{name}", tensor
     yield ALL, f"{prefix}forward count", getattr(head, "forward_count", 0)
     yield ALL, f"{prefix}number of skipped steps", head.skips

@@ -350,7 +350,7 @@ class EvaluationConfig:
     verification: list[str] = field(default_factory=list)
     """Files of image pairs (`lfw.bin`, `cfp_fp.bin`, ...) to verify, each under its name without the ending."""
     templates: str | None = None
-    """Folder of a template protocol (IJB-C): images/, *face_tid_mid.txt, *template_pair_label.txt; null for none."""
+    """Folder of a template protocol such as IJB-C: images/, *face_tid_mid.txt, *template_pair_label.txt; null: none."""
     align: bool = True
     """Align the faces of `templates` by the points of *name_5pts_score.txt, if it exists; false for aligned images."""
     identification: str | None = None

@@ -96,9 +96,9 @@ class RankFiles:
 
     def rows(self, a: int, b: int) -> Tensor:
         """Return rows a to b, `[b - a, D]`, on the CPU."""
-        return self._rows(a, b, self._weight)
+        return self.read_rows(a, b, self._weight)
 
-    def _rows(self, a: int, b: int, take: Callable[[Path], Tensor]) -> Tensor:
+    def read_rows(self, a: int, b: int, take: Callable[[Path], Tensor]) -> Tensor:
         if not 0 <= a <= b <= self.shape[0]:
             raise IndexError(f"rows {a} to {b} are out of range; there are {self.shape[0]}")
         out = torch.empty(b - a, *self.shape[1:], dtype=self.dtype, device="cpu")
@@ -128,7 +128,7 @@ class RankFiles:
 
     def _inspect(self, path: Path) -> _Found:
         weight = self._weight(path)
-        states = {name: state for name in STATE if (state := self._state(path, name)) is not None}
+        states = {name: state for name in STATE if (state := self.read_state(path, name)) is not None}
         complete = {name for name, state in states.items() if state.shape == weight.shape}
         last_state, options = optimizer_state(self._content(path))
         step = last_state.get("step")
@@ -137,7 +137,7 @@ class RankFiles:
         partial = set(states) - complete
         return _Found(weight.shape, weight.dtype, complete, partial, None if step is None else float(step), options)
 
-    def _state(self, path: Path, name: str) -> Tensor | None:
+    def read_state(self, path: Path, name: str) -> Tensor | None:
         """Return one optimizer state of the rows of a file, of any shape; None if there is none."""
         content = self._content(path)
         if isinstance(content, Tensor):
@@ -187,10 +187,10 @@ class _State:
         self._name = name
 
     def rows(self, a: int, b: int) -> Tensor:
-        return self._files._rows(a, b, self._take)
+        return self._files.read_rows(a, b, self._take)
 
     def _take(self, path: Path) -> Tensor:
-        state = self._files._state(path, self._name)
+        state = self._files.read_state(path, self._name)
         assert state is not None
         return state
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -62,3 +64,13 @@ def test_no_module_imports_itself_by_way_of_others(graph):
     names = own(graph)
     imports = {name: graph.find_modules_directly_imported_by(name) & names for name in names}
     TopologicalSorter(imports).prepare()  # raises CycleError, which names the modules
+
+
+def test_no_module_imports_a_private_name_of_another():
+    found = []
+    for path in sorted((ROOT / "partial_fc").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "partial_fc":
+                private = [each.name for each in node.names if re.match(r"_[^_]", each.name)]
+                found += [f"{path.relative_to(ROOT)}: {node.module}.{name}" for name in private]
+    assert found == []
