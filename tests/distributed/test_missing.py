@@ -188,7 +188,7 @@ def test_a_rank_that_was_killed_or_has_ended_is_named_before_the_timeout(world, 
     results = answers(world, victim_of, victim, int(number), silent=(victim,))
     assert len(results) == world - 1
     for message, missing, cause, _ in results.values():
-        assert "its data ended before the others'" in message and "cannot be used any more" in message
+        assert "its data ended before the others'" in message and "can no longer be used" in message
         assert (
             missing == (victim,)
             and f"rank {victim} did not reach the exchange of counts and status of a batch" in message
