@@ -453,7 +453,7 @@ def test_a_run_goes_on_where_its_data_have_moved(tmp_path, mistake):
 
 
 def test_a_resume_with_other_settings_is_refused(run, capsys, mistake):
-    assert "head.scale = 32.0" in mistake("train", "--resume", str(run), "--head.scale", "16")
+    assert "head.margin.scale = 32.0" in mistake("train", "--resume", str(run), "--head.margin.scale", "16")
     resumed = [ROOT / "configs/quickstart.yaml", "--output.folder", run, "--resume", "--check"]
     assert "data.identities = 60" in mistake("train", *resumed)
     assert main(["train", "--resume", str(run), "--train.keep_last", "5", "--check"]) == 0
