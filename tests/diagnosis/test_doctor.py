@@ -345,8 +345,7 @@ def test_what_accelerate_was_given_is_seen():
     accelerator.free_memory()
 
 
-# ---------------------------------------------------------------------------------------------------- refused without
-# being asked
+# ------------------------------------------------------------------------------------------ refused without being asked
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])

@@ -141,8 +141,7 @@ def test_a_rank_that_fails_before_a_collective_is_named_whichever_it_is(tmp_path
     )
 
 
-# ---------------------------------------------------------------------------------------------------- stopped, killed,
-# ended
+# ----------------------------------------------------------------------------------------------- stopped, killed, ended
 
 
 def victim_of(rank: int, world: int, victim: int, number: int) -> tuple[str, tuple[int, ...], str, float]:
@@ -220,8 +219,7 @@ def test_on_a_mesh_the_rank_that_all_wait_for_is_named():
     assert [results[rank][1] for rank in range(3)] == [(3,)] * 3, results
 
 
-# ---------------------------------------------------------------------------------------------------- what is no peer's
-# doing
+# ---------------------------------------------------------------------------------------------- what is no peer's doing
 
 
 def test_other_errors_pass_as_they_are():

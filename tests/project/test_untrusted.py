@@ -341,8 +341,7 @@ def test_any_header_is_read_or_refused_by_name(tmp_path_factory, header, length)
     }  # no name was taken for a place to write to
 
 
-# ---------------------------------------------------------------------------------------------------- settings and run
-# folders
+# --------------------------------------------------------------------------------------------- settings and run folders
 
 
 MODULE = """

@@ -422,8 +422,7 @@ def test_a_full_disk_ends_a_run_and_it_goes_on(tiny, alone, tmp_path, monkeypatc
     assert tell_tale(out) == alone
 
 
-# ---------------------------------------------------------------------------------------------------- what a crash
-# leaves
+# -------------------------------------------------------------------------------------------------- what a crash leaves
 
 
 def test_a_folder_whose_claim_was_killed_is_free(tmp_path):
@@ -471,8 +470,7 @@ def test_a_line_of_the_history_that_was_cut_short(tmp_path):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- processes that
-# load images
+# ------------------------------------------------------------------------------------------- processes that load images
 
 
 def test_loading_processes_outlive_signals_to_the_whole_group(tmp_path):

@@ -187,8 +187,7 @@ def test_replicas_divide_the_ranks():
         HeadConfig(replicas=0).check()
 
 
-# ---------------------------------------------------------------------------------------------------- the same on every
-# rank
+# ----------------------------------------------------------------------------------------------- the same on every rank
 
 
 def told(rank: int, world: int, port: int, given: list[dict[str, str]], gpus: list[int] | None) -> str:

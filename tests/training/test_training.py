@@ -123,8 +123,7 @@ def test_the_head_has_the_filter_and_a_margin_of_each_classs_count():
     assert RunConfig().center.build(8, 4, 0, torch.device("cpu")) is None
 
 
-# ---------------------------------------------------------------------------------------------------- bad input, one
-# line
+# -------------------------------------------------------------------------------------------------- bad input, one line
 
 
 # settings beside those of the quick start, and what the line must say
@@ -522,8 +521,7 @@ def test_ranks_that_read_no_image_fail_alike(tmp_path):
     assert err.count("partial-fc: error: 64 of 64 images of epoch 1 could not be read, the first of them ") == 1
 
 
-# ---------------------------------------------------------------------------------------------------- example and
-# results
+# -------------------------------------------------------------------------------------------------- example and results
 
 
 def test_the_plain_ddp_example_learns(tmp_path):
