@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which are kept, killed at any point, saved while training goes on, one writer a folder."""
+"""Checkpointer: which checkpoints are kept, kills at any point, asynchronous saves, one writer per folder."""
 
 from __future__ import annotations
 

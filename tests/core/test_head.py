@@ -1,5 +1,4 @@
-"""The head's behaviour beside its numbers: errors, state that stays, initial weights, precision, wrappers, public
-names."""
+"""PartialFC beside its numbers: errors, kept state, initial weights, precision, wrappers, public names."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Ways to make a step cheaper: rows updated in backward, half-precision weights; and what a step says over the
-network."""
+"""Rows updated in the backward pass, half-precision weights, tiled logits, compilation, collectives of a step."""
 
 from __future__ import annotations
 

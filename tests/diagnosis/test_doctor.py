@@ -1,5 +1,4 @@
-"""doctor: each wrong wiring is named by the right check on every rank, right wiring is all right, and nothing of a run
-has moved."""
+"""doctor() names each wrong wiring on every rank, accepts correct wiring, and leaves a run unchanged."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A rank that does not come is named on the ranks that are left: stopped, killed, failed or ended, in every collective
-of the head.
+"""RankMissing names a rank that was stopped, killed, failed or ended, in every collective of the head.
 
 Here every case has processes and a store of its own: what is left of a process group afterwards is of no use to other
 tests.

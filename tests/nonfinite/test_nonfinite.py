@@ -1,5 +1,4 @@
-"""Non-finite losses and gradients: agreed on by all ranks before anything moves; skipped steps leave no trace; counts
-and limits."""
+"""Non-finite losses and gradients: all ranks agree before anything moves; skipped steps change nothing; limits."""
 
 from __future__ import annotations
 

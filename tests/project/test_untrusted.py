@@ -1,5 +1,4 @@
-"""Files that somebody else made: nothing in them is run, nothing outside their folder is touched, sizes are not
-believed."""
+"""Untrusted files: nothing in them runs, nothing outside their folder is touched, and their sizes are not believed."""
 
 from __future__ import annotations
 

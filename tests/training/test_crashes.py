@@ -1,5 +1,4 @@
-"""Runs that end before their time: a rank killed in a named phase, a rank that hangs, a launcher gone, a request to
-stop.
+"""Runs that end early: a rank killed in a named phase, a rank that hangs, a launcher that is gone, a request to stop.
 
 Whatever it was, nothing of the run lives on, and started again (by hand or by its launcher, also on fewer ranks) it
 makes the losses of a run that nothing happened to.

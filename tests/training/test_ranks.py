@@ -1,4 +1,4 @@
-"""Who is who, found from the variables of each launcher; contradictions are one line, the same on every rank."""
+"""Rank and world size are found from each launcher's variables; contradictions print one line on every rank."""
 
 from __future__ import annotations
 

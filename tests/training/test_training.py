@@ -1,5 +1,4 @@
-"""The application as its users start it: settings, bad input, a run on two ranks, resume after a kill, evaluation of a
-folder."""
+"""The application as users start it: settings, mistakes, a run on two ranks, resuming after a kill, evaluation."""
 
 from __future__ import annotations
 

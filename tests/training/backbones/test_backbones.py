@@ -1,5 +1,4 @@
-"""Backbones: the registry, output shapes, sizes, the names that checkpoints of the field use, weights from files,
-recomputation."""
+"""Backbones: registry, output shapes, sizes, parameter names of published checkpoints, weights from files."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Data sets and batches: what is in them, in which order, on which rank, and what bad input says."""
+"""Data sets and batches: their contents, their order, their parts on each rank, and messages about bad input."""
 
 import io
 import multiprocessing

@@ -1,5 +1,4 @@
-"""Exported backbones: they equal the backbone in torch, their description suffices to feed them, and a failure leaves
-nothing behind."""
+"""Exported backbones equal those in torch, their description is enough to use them, and failures leave no files."""
 
 from __future__ import annotations
 
