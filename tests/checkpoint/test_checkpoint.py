@@ -1,4 +1,4 @@
-"""Checkpoints written by any number of ranks and read by any other, whole or not at all, without running code."""
+"""Checkpoints are read at any world size, are complete or not visible at all, and loading runs no code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which are kept, killed at any point, saved while training goes on, one writer a folder."""
+"""Checkpointer: which checkpoints are kept, kills at any point, asynchronous saves, one writer per folder."""
 
 from __future__ import annotations
 
@@ -145,8 +145,7 @@ def test_arguments(tmp_path):
         Checkpointer(tmp_path).load(head=head_of(0))
 
 
-# ---------------------------------------------------------------------------------------------------- while training
-# goes on
+# ----------------------------------------------------------------------------------------------- while training goes on
 
 
 def save_and_change(rank: int, world: int, folder: str) -> tuple[list[float], list[str]]:
@@ -232,8 +231,7 @@ def test_saving_asynchronously_changes_nothing(ranks, tmp_path):
         assert torch.equal(heads[0].weight, heads[1].weight)
 
 
-# ---------------------------------------------------------------------------------------------------- what cannot be
-# written
+# ----------------------------------------------------------------------------------------------- what cannot be written
 
 
 def save_with_little_room(rank: int, world: int, folder: str, asynchronous: bool) -> list[str]:
@@ -330,8 +328,7 @@ def test_an_asynchronous_error_comes_with_the_next_call(tmp_path, monkeypatch):
     assert checkpointer.steps() == [1, 3]
 
 
-# ---------------------------------------------------------------------------------------------------- one writer a
-# folder
+# -------------------------------------------------------------------------------------------------- one writer a folder
 
 HOLD = """
 import sys, time, os, torch
@@ -428,8 +425,7 @@ def test_ranks_that_disagree_about_the_step(ranks, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------- killed at any
-# point
+# -------------------------------------------------------------------------------------------------- killed at any point
 
 
 def save_until(folder: str, kill_at: int, asynchronous: bool, report: Any) -> None:

@@ -68,8 +68,7 @@ def batch(step: int, classes: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, classes, (N,), generator=generator)
 
 
-# ---------------------------------------------------------------------------------------------------- against a dense
-# process
+# ---------------------------------------------------------------------------------------------- against a dense process
 
 
 @dataclass
@@ -248,8 +247,7 @@ def test_replicas_of_shards_equal_dense_float64(ranks, name):
     ranks(4).run(check, Case(**{**vars(CASES[name]), "mesh": True}))
 
 
-# ---------------------------------------------------------------------------------------------------- bit for bit, at
-# every world size
+# ------------------------------------------------------------------------------------- bit for bit, at every world size
 
 
 def edited(rank: int, world: int, dtype: torch.dtype, low_precision: str | None, update: str) -> dict[str, Tensor]:
@@ -475,8 +473,7 @@ def test_a_mean_without_direction_leaves_its_row():
     assert torch.equal(full(head.weight), before)
 
 
-# ---------------------------------------------------------------------------------------------------- tables and
-# margins
+# --------------------------------------------------------------------------------------------------- tables and margins
 
 
 def test_class_weights_follow():

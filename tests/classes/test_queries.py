@@ -140,8 +140,7 @@ def test_groups_of_32_on_two_ranks(ranks):
     ranks(2).run(_of_default_groups)
 
 
-# ---------------------------------------------------------------------------------------------------- ties and rows
-# without direction
+# -------------------------------------------------------------------------------------- ties and rows without direction
 
 
 def _ties(rank: int, world: int) -> None:

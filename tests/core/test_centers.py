@@ -33,8 +33,7 @@ SGD = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01}
 Batch = dict[str, Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------- against dense
-# float64
+# ------------------------------------------------------------------------------------------------ against dense float64
 
 
 @dataclass
@@ -498,8 +497,7 @@ def test_wrapped_centers_raise_instead_of_being_broadcast(ranks, update):
         assert all("whose rows are split over the ranks" in text for text in texts), texts
 
 
-# ---------------------------------------------------------------------------------------------------- where centers
-# start
+# -------------------------------------------------------------------------------------------------- where centers start
 
 
 def from_weights(rank: int, world: int) -> None:

@@ -180,8 +180,7 @@ def test_non_finite_embeddings(ranks, world):
     assert of_ignored == messages[0].replace("label 7", "label -100")
 
 
-# ---------------------------------------------------------------------------------------------------- ranks that are
-# gone
+# -------------------------------------------------------------------------------------------------- ranks that are gone
 
 
 def dies_while_saving(rank: int, world: int, folder: str) -> tuple[str, tuple[int, ...]]:
@@ -217,8 +216,7 @@ def test_process_killed_while_saving(world, tmp_path):
     assert torch.equal(head.weight, build().weight)
 
 
-# ---------------------------------------------------------------------------------------------------- classes and
-# numbers
+# -------------------------------------------------------------------------------------------------- classes and numbers
 
 
 def selects_nothing(rank: int, world: int) -> None:

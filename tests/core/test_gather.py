@@ -1,5 +1,4 @@
-"""One gather for several heads with label spaces of their own: the same numbers, the fewest collectives, errors that
-agree."""
+"""One gather for several heads with their own labels: the same numbers, the fewest collectives, the same errors."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The head's behaviour beside its numbers: errors, state that stays, initial weights, precision, wrappers, public
-names."""
+"""PartialFC beside its numbers: errors, kept state, initial weights, precision, wrappers, public names."""
 
 from __future__ import annotations
 
@@ -85,8 +84,7 @@ def test_different_seeds_raise_on_every_rank(ranks):
     assert "seed is 0 on rank 0 and 1 on rank 1" in texts[0]
 
 
-# ---------------------------------------------------------------------------------------------------- non-finite
-# policies
+# -------------------------------------------------------------------------------------------------- non-finite policies
 
 
 def test_log_goes_on(caplog):
@@ -189,8 +187,7 @@ def test_target_angle_is_the_angle_without_the_margin():
     assert head.target_angle.item() == pytest.approx(math.pi / 8, abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------- weights and
-# layout
+# --------------------------------------------------------------------------------------------------- weights and layout
 
 
 def initial_weights(rank: int, world: int, classes: int) -> Tensor:

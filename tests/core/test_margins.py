@@ -1,4 +1,4 @@
-"""Margins against their formulas, their derivative and the straight-through one, and the monotonic continuation."""
+"""Margins: their formulas, exact and straight-through gradients, the continuation past π, their state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a head measures of a batch, against a dense computation, the same on every rank."""
+"""The metrics of a head equal a dense computation and are the same on every rank."""
 
 from __future__ import annotations
 

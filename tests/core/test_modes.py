@@ -1,5 +1,4 @@
-"""Ways to make a step cheaper: rows updated in backward, half-precision weights; and what a step says over the
-network."""
+"""Rows updated in the backward pass, half-precision weights, tiled logits, compilation, collectives of a step."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ def batch(step: int, n: int, classes: int, rank: int = 0) -> tuple[Tensor, Tenso
     )
 
 
-# ---------------------------------------------------------------------------------------------------- update in the
-# backward
+# ----------------------------------------------------------------------------------------------- update in the backward
 
 
 def updated_in_backward(
@@ -108,8 +106,7 @@ def test_what_cannot_be_joined_with_it_is_refused():
         scaler.step(optimizer)
 
 
-# ---------------------------------------------------------------------------------------------------- half-precision
-# weights
+# ----------------------------------------------------------------------------------------------- half-precision weights
 
 
 def train_low(rank: int, world: int, dtype: torch.dtype, low: Any, rate: float) -> Tensor:
@@ -216,8 +213,7 @@ def test_a_step_makes_three_small_gathers_and_one_scatter(ranks, rate, joint):
         assert calls[-1][0] == "all_reduce", "two flags, since nobody has judged the step before"
 
 
-# ---------------------------------------------------------------------------------------------------- compile,
-# profiler, mode
+# ---------------------------------------------------------------------------------------------- compile, profiler, mode
 
 
 @pytest.mark.filterwarnings("default")

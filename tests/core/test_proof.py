@@ -1,4 +1,4 @@
-"""The sentence that the project stands on: the sharded head at any world size equals one dense float64 process."""
+"""The claim of this project: at any world size the sharded head equals one dense float64 process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The draw of classes: a permutation, walked in windows, that looks random."""
+"""The sampling of classes: windows of a keyed permutation that looks random."""
 
 from __future__ import annotations
 

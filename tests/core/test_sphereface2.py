@@ -1,4 +1,4 @@
-"""SphereFace2: binary decisions over sharded classes, and the one offset that all shards share and train."""
+"""SphereFace2: binary decisions over sharded classes, and one trained offset that all ranks share."""
 
 from __future__ import annotations
 

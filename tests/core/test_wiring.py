@@ -1,5 +1,4 @@
-"""A head beside all kinds of backbones, optimizers and modes: what does not take part stays as it is, and nobody waits
-for it."""
+"""A head with frozen parts, casts, copies, schedulers, compiled backbones, and ranks without data."""
 
 from __future__ import annotations
 

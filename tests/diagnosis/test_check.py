@@ -1,4 +1,4 @@
-"""The check of a user's own margin: right ones pass, each kind of mistake is found."""
+"""check_margin: correct margins of a user pass, and each kind of mistake is found."""
 
 from __future__ import annotations
 

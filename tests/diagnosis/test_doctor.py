@@ -1,5 +1,4 @@
-"""doctor: each wrong wiring is named by the right check on every rank, right wiring is all right, and nothing of a run
-has moved."""
+"""doctor() names each wrong wiring on every rank, accepts correct wiring, and leaves a run unchanged."""
 
 from __future__ import annotations
 
@@ -345,8 +344,7 @@ def test_what_accelerate_was_given_is_seen():
     accelerator.free_memory()
 
 
-# ---------------------------------------------------------------------------------------------------- refused without
-# being asked
+# ------------------------------------------------------------------------------------------ refused without being asked
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])

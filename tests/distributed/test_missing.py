@@ -1,5 +1,4 @@
-"""A rank that does not come is named on the ranks that are left: stopped, killed, failed or ended, in every collective
-of the head.
+"""RankMissing names a rank that was stopped, killed, failed or ended, in every collective of the head.
 
 Here every case has processes and a store of its own: what is left of a process group afterwards is of no use to other
 tests.
@@ -141,8 +140,7 @@ def test_a_rank_that_fails_before_a_collective_is_named_whichever_it_is(tmp_path
     )
 
 
-# ---------------------------------------------------------------------------------------------------- stopped, killed,
-# ended
+# ----------------------------------------------------------------------------------------------- stopped, killed, ended
 
 
 def victim_of(rank: int, world: int, victim: int, number: int) -> tuple[str, tuple[int, ...], str, float]:
@@ -220,8 +218,7 @@ def test_on_a_mesh_the_rank_that_all_wait_for_is_named():
     assert [results[rank][1] for rank in range(3)] == [(3,)] * 3, results
 
 
-# ---------------------------------------------------------------------------------------------------- what is no peer's
-# doing
+# ---------------------------------------------------------------------------------------------- what is no peer's doing
 
 
 def test_other_errors_pass_as_they_are():

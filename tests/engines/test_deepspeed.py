@@ -140,8 +140,7 @@ def test_half_precision_is_as_near_as_its_resolution(ranks, stage, precision, jo
         assert max(of_backbone, of_head) <= TOLERANCE[precision] * (1 if joint else UNCLIPPED)
 
 
-# ---------------------------------------------------------------------------------------------------- steps that are
-# left out
+# ---------------------------------------------------------------------------------------------- steps that are left out
 
 
 def poisoned(rank: int, world: int, stage: int, precision: str, where: str, joint: bool) -> dict[str, Any]:
@@ -194,8 +193,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all_and_by_both(ranks, stage, pre
         assert seen["error"] <= TOLERANCE.get(precision, 1e-5) * (1 if joint else UNCLIPPED)
 
 
-# ---------------------------------------------------------------------------------------------------- sampled heads,
-# checkpoints
+# ------------------------------------------------------------------------------------------- sampled heads, checkpoints
 
 
 def resumed(rank: int, world: int, stage: int, folder: str) -> dict[str, bool]:
@@ -305,8 +303,7 @@ def test_an_old_deepspeed_and_none_are_said(monkeypatch):
         import_deepspeed()
 
 
-# ---------------------------------------------------------------------------------------------------- through
-# Accelerate, examples
+# ----------------------------------------------------------------------------------------- through Accelerate, examples
 
 
 def through_accelerate(rank: int, world: int, stage: int) -> tuple[float, float]:

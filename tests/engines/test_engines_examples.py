@@ -1,4 +1,4 @@
-"""Every example of an engine runs, with two processes, in at most 60 lines; those that save leave what they say."""
+"""The examples of the engines run on two processes, have at most 60 lines, and save what they say."""
 
 from __future__ import annotations
 

@@ -247,8 +247,7 @@ def test_a_head_that_an_engine_would_wrap_is_refused_in_words(ranks):
         assert ("CenterLoss (1.centers)" if "center" in name else "PartialFC (") in text, (name, text)
 
 
-# ---------------------------------------------------------------------------------------------------- engines that are
-# not there
+# ------------------------------------------------------------------------------------------- engines that are not there
 
 
 def test_an_engine_that_is_missing_or_too_old_says_what_to_install(monkeypatch):

@@ -1,5 +1,4 @@
-"""DivergenceWatch: equal replicas never differ; a planted difference is found at its very step, by name and rank; what
-is watched."""
+"""DivergenceWatch: equal replicas raise nothing; a planted difference is found at its step, with its name and rank."""
 
 from __future__ import annotations
 

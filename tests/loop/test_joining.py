@@ -1,5 +1,4 @@
-"""Ranks whose data end at different times train as one dense process over the samples there are; nobody waits, nothing
-counts twice."""
+"""Ranks with different numbers of batches train as one dense process on all samples, each of which counts once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals that ask to stop: noted by one rank, agreed on by all, harmless in between."""
+"""PreemptionGuard: signals are noted by one rank, agreed on by all, and otherwise have no effect."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Non-finite losses and gradients: agreed on by all ranks before anything moves; skipped steps leave no trace; counts
-and limits."""
+"""Non-finite losses and gradients: all ranks agree before anything moves; skipped steps change nothing; limits."""
 
 from __future__ import annotations
 
@@ -120,8 +119,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------- skipped steps
-# leave no trace
+# ----------------------------------------------------------------------------------------- skipped steps leave no trace
 
 HOWS = {
     "clip": ("embedding", "backbone", "loss", "rows"),
@@ -162,8 +160,7 @@ def test_one_bad_micro_batch_leaves_the_whole_step_out(ranks):
     assert ranks(2).run(skipped_runs, (1.0, 0.5), 1, 2, timeout=120) == [20, 20]
 
 
-# ---------------------------------------------------------------------------------------------------- errors say what
-# it was
+# ----------------------------------------------------------------------------------------------- errors say what it was
 
 
 def raised(rank: int, world: int, how: str, bad: str, rate: float) -> tuple[str, bool]:
@@ -214,8 +211,7 @@ def test_a_sampled_row_is_named_by_its_class(ranks):
     assert "rank 1: the gradient of weight of class " in text and int(text.split("of class ")[1].split()[0]) >= 5
 
 
-# ---------------------------------------------------------------------------------------------------- who looks, and
-# how often
+# --------------------------------------------------------------------------------------------- who looks, and how often
 
 
 def reductions_of(rank: int, world: int, **options: Any) -> dict[str, int]:
@@ -401,8 +397,7 @@ def test_a_scaled_overflow_is_the_scalers_business_and_a_bad_forward_is_not(rank
         assert seen[3] == ("rank 0" if policy == "raise" else (True, True, 1, 8.0))
 
 
-# ---------------------------------------------------------------------------------------------------- inside backward,
-# reductions
+# ------------------------------------------------------------------------------------------ inside backward, reductions
 
 
 def in_backward(rank: int, world: int, policy: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""RowOptimizer against the dense classes, clipping against one norm, GradScaler over ranks."""
+"""RowOptimizer equals torch's optimizers on dense weights; one norm over all ranks for clipping; a GradScaler on ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""comms: it sends what a head's step sends, names what takes longest, and says so in words."""
+"""comms() sends what a training step sends, and its report names the slowest part."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The plan of a head against sums made by hand, against the head's own choices and collectives, and against memory that
-was measured."""
+"""plan() against sums worked out by hand, the modes and collectives of a real head, and measured memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example of text: short, run by two processes, and it learns what it says."""
+"""The text example is short, runs on two processes, and learns what it says."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Files that somebody else made: nothing in them is run, nothing outside their folder is touched, sizes are not
-believed."""
+"""Untrusted files: nothing in them runs, nothing outside their folder is touched, and their sizes are not believed."""
 
 from __future__ import annotations
 
@@ -341,8 +340,7 @@ def test_any_header_is_read_or_refused_by_name(tmp_path_factory, header, length)
     }  # no name was taken for a place to write to
 
 
-# ---------------------------------------------------------------------------------------------------- settings and run
-# folders
+# --------------------------------------------------------------------------------------------- settings and run folders
 
 
 MODULE = """

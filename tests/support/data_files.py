@@ -38,7 +38,7 @@ def samples(identities: int = 4, images: int = 3) -> list[tuple[int, bytes]]:
     return [(label, picture(100 * label + each)) for label in range(identities) for each in range(images)]
 
 
-# ------------------------------------------------------------------------------------------------------------ RecordIO
+# ---------------------------------------------------------------------------------------------------- RecordIO
 
 
 def record(data: bytes, flag: int = 0) -> bytes:
@@ -78,7 +78,7 @@ def insightface(folder: Path, content: Sequence[tuple[int, bytes]], two_labels: 
     return write_records(folder, records, len(present))
 
 
-# -------------------------------------------------------------------------------------------------------------- shards
+# ---------------------------------------------------------------------------------------------------- shards
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
@@ -101,7 +101,7 @@ def shards(folder: Path, content: Sequence[tuple[int, bytes]], each: int = 5, as
     return folder
 
 
-# --------------------------------------------------------------------------------------------- list, folder, Parquet
+# ------------------------------------------------------------------------------------------------ list, folder, Parquet
 
 
 def list_file(folder: Path, content: Sequence[tuple[int, bytes]]) -> Path:

@@ -1,5 +1,4 @@
-"""`partial-fc audit`: faults that were planted in a folder of images are found, at one rank and at two; mistakes are
-one line."""
+"""`partial-fc audit` finds faults planted in a folder of images, on one rank and on two; mistakes print one line."""
 
 from __future__ import annotations
 

@@ -116,8 +116,7 @@ def same(margin: Any, expected: Any) -> bool:
     return margin.describe() == expected.describe() and buffers[0] == buffers[1]
 
 
-# ---------------------------------------------------------------------------------------------------- names and
-# defaults
+# --------------------------------------------------------------------------------------------------- names and defaults
 
 
 def test_the_defaults_are_those_of_the_classes():
@@ -263,8 +262,7 @@ def test_the_help_of_a_misspelt_class_lists_the_classes(mistake):
     assert "choose one of AdaFace, AdaptiveMargin, ArcFace" in mistake("train", "--head.margin.help", "ArcFaze")
 
 
-# ---------------------------------------------------------------------------------------------------- classes of the
-# user
+# -------------------------------------------------------------------------------------------------- classes of the user
 
 
 def test_a_margin_of_ones_own(own, tmp_path, capsys):

@@ -1,5 +1,4 @@
-"""Runs that end before their time: a rank killed in a named phase, a rank that hangs, a launcher gone, a request to
-stop.
+"""Runs that end early: a rank killed in a named phase, a rank that hangs, a launcher that is gone, a request to stop.
 
 Whatever it was, nothing of the run lives on, and started again (by hand or by its launcher, also on fewer ranks) it
 makes the losses of a run that nothing happened to.
@@ -422,8 +421,7 @@ def test_a_full_disk_ends_a_run_and_it_goes_on(tiny, alone, tmp_path, monkeypatc
     assert tell_tale(out) == alone
 
 
-# ---------------------------------------------------------------------------------------------------- what a crash
-# leaves
+# -------------------------------------------------------------------------------------------------- what a crash leaves
 
 
 def test_a_folder_whose_claim_was_killed_is_free(tmp_path):
@@ -471,8 +469,7 @@ def test_a_line_of_the_history_that_was_cut_short(tmp_path):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- processes that
-# load images
+# ------------------------------------------------------------------------------------------- processes that load images
 
 
 def test_loading_processes_outlive_signals_to_the_whole_group(tmp_path):

@@ -1,4 +1,4 @@
-"""The tiled evaluation against brute force: every pair written out, scikit-learn's ROC, and plain loops."""
+"""The tiled evaluation equals brute force: all pairs written out, scikit-learn's ROC, plain loops."""
 
 import json
 import math

@@ -1,5 +1,4 @@
-"""Several data sets in one run: what a batch has of each, the same at every world size; heads of their own, equal to
-dense ones."""
+"""Several data sets in one run: the share of each in a batch at every world size, and heads that equal dense ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers by name and schedules: the papers' formulas, exact resumption, and what is refused."""
+"""Optimizers by name and learning-rate schedules: the papers' formulas, exact resumption, invalid settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is who, found from the variables of each launcher; contradictions are one line, the same on every rank."""
+"""Rank and world size are found from each launcher's variables; contradictions print one line on every rank."""
 
 from __future__ import annotations
 
@@ -187,8 +187,7 @@ def test_replicas_divide_the_ranks():
         HeadConfig(replicas=0).check()
 
 
-# ---------------------------------------------------------------------------------------------------- the same on every
-# rank
+# ----------------------------------------------------------------------------------------------- the same on every rank
 
 
 def told(rank: int, world: int, port: int, given: list[dict[str, str]], gpus: list[int] | None) -> str:

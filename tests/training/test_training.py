@@ -1,5 +1,4 @@
-"""The application as its users start it: settings, bad input, a run on two ranks, resume after a kill, evaluation of a
-folder."""
+"""The application as users start it: settings, mistakes, a run on two ranks, resuming after a kill, evaluation."""
 
 from __future__ import annotations
 
@@ -123,8 +122,7 @@ def test_the_head_has_the_filter_and_a_margin_of_each_classs_count():
     assert RunConfig().center.build(8, 4, 0, torch.device("cpu")) is None
 
 
-# ---------------------------------------------------------------------------------------------------- bad input, one
-# line
+# -------------------------------------------------------------------------------------------------- bad input, one line
 
 
 # settings beside those of the quick start, and what the line must say
@@ -522,8 +520,7 @@ def test_ranks_that_read_no_image_fail_alike(tmp_path):
     assert err.count("partial-fc: error: 64 of 64 images of epoch 1 could not be read, the first of them ") == 1
 
 
-# ---------------------------------------------------------------------------------------------------- example and
-# results
+# -------------------------------------------------------------------------------------------------- example and results
 
 
 def test_the_plain_ddp_example_learns(tmp_path):

@@ -1,5 +1,4 @@
-"""The end of an epoch in the application: whole steps, nothing trained that no step takes, data sets that are too
-small."""
+"""The end of an epoch: only whole steps are trained, and data sets that are too small are refused."""
 
 from __future__ import annotations
 

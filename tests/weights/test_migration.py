@@ -114,8 +114,7 @@ def test_only_one_file_is_held(tmp_path, monkeypatch):
     assert len(most) > 6 and max(most) == 1
 
 
-# ---------------------------------------------------------------------------------------------------- into a head that
-# trains
+# ---------------------------------------------------------------------------------------------- into a head that trains
 
 
 def dense_steps(weight: Tensor, state: dict[str, Tensor], kind: str, steps: int) -> Tensor:
@@ -196,8 +195,7 @@ def test_state_must_be_that_of_the_optimizer(tmp_path):
     assert torch.equal(head.weight, matrix(1).float())
 
 
-# ---------------------------------------------------------------------------------------------------- momentum that is
-# left out
+# -------------------------------------------------------------------------------------------- momentum that is left out
 
 
 def resave(path: Path, change: Any) -> None:

@@ -1,5 +1,4 @@
-"""Backbones: the registry, output shapes, sizes, the names that checkpoints of the field use, weights from files,
-recomputation."""
+"""Backbones: registry, output shapes, sizes, parameter names of published checkpoints, weights from files."""
 
 import copy
 import io
@@ -118,8 +117,7 @@ def test_wrong_requests_say_what_to_do():
         register("small")(BACKBONES["iresnet18"])
 
 
-# ---------------------------------------------------------------------------------------------------- the field's
-# networks
+# ------------------------------------------------------------------------------------------------- the field's networks
 
 # millions of parameters at 3 x 112 x 112 and 512 embeddings, and billions of operations of a forward
 SIZES = {
@@ -311,8 +309,7 @@ def test_dropout_is_before_the_last_layer_and_where_there_is_none_it_is_refused(
         build_backbone("iresnet18", image_shape=(1, 16, 16), embedding_size=8, dropout=1.0)
 
 
-# ---------------------------------------------------------------------------------------------------- weights from
-# files
+# --------------------------------------------------------------------------------------------------- weights from files
 
 
 def drawn(seed: int, name: str = "iresnet18") -> nn.Module:
@@ -422,8 +419,7 @@ def test_a_run_starts_from_weights_and_goes_on_without_them(tmp_path, capsys, mi
     )
 
 
-# ---------------------------------------------------------------------------------------------------- models of other
-# packages
+# --------------------------------------------------------------------------------------------- models of other packages
 
 
 def hf_folder(path, kind: str, **sizes) -> str:

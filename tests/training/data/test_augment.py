@@ -1,4 +1,4 @@
-"""Augmentation: what decides the draws, what a sample becomes, and which settings are refused."""
+"""Augmentation: what the random draws depend on, what happens to a sample, which settings are refused."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Data sets and batches: what is in them, in which order, on which rank, and what bad input says."""
+"""Data sets and batches: their contents, their order, their parts on each rank, and messages about bad input."""
 
 import io
 import multiprocessing
@@ -56,8 +56,7 @@ def assert_equal_batches(first, second):
         assert a.unreadable == b.unreadable
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# glyphs
+# ---------------------------------------------------------------------------------------------------- glyphs
 
 
 @pytest.mark.parametrize(("split", "identities", "designs"), [("train", 1000, 10), ("seen", 300, 10), ("new", 300, 6)])
@@ -121,8 +120,7 @@ def test_a_damaged_asset_says_to_install_again(tmp_path, monkeypatch):
         GlyphIdentities("train")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# folder
+# ---------------------------------------------------------------------------------------------------- folder
 
 
 def test_a_folder_is_read_in_the_order_of_names(folder):
@@ -301,8 +299,7 @@ def test_requests_that_the_data_cannot_meet_say_so(folder, settings, message):
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# batches
+# ---------------------------------------------------------------------------------------------------- batches
 
 
 def test_images_are_scaled_and_carry_their_labels():

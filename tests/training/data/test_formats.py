@@ -253,8 +253,7 @@ def test_a_split_is_of_no_use_where_there_are_none(tmp_path):
         open_data(DataConfig(split="train"), 0)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# decoding
+# ---------------------------------------------------------------------------------------------------- decoding
 
 
 def variants():
@@ -312,8 +311,7 @@ def test_a_jpeg_that_is_cut_short_is_unreadable_with_either_decoder(monkeypatch,
         dataset.load(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# feeding
+# ---------------------------------------------------------------------------------------------------- feeding
 
 
 def test_mirroring_alone_moves_pixels_and_computes_none():
@@ -383,8 +381,7 @@ def test_training_and_evaluation_are_fed_alike(device, ranks, local, expected, m
         assert protocol_parser(command).get_default("workers") is None, "by the cores"
 
 
-# ------------------------------------------------------------------------------------------------------------- a whole
-# run
+# ---------------------------------------------------------------------------------------------------- a whole run
 
 
 def test_a_run_names_what_is_damaged_and_finds_out_if_its_data_change(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`partial-fc data inspect`: counts, sizes, what is unreadable, double or missing."""
+"""`partial-fc data inspect`: counts, sizes, and which images are unreadable, duplicate or missing."""
 
 from __future__ import annotations
 

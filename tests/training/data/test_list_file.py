@@ -1,4 +1,4 @@
-"""A list of `path label`: what its lines may say."""
+"""A list file of `path label` lines: which lines are valid."""
 
 from __future__ import annotations
 

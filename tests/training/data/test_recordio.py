@@ -1,5 +1,4 @@
-"""RecordIO: the format byte by byte, labels by ranges and by themselves, and every way in which files can be
-damaged."""
+"""RecordIO: the format byte by byte, labels by ranges and one by one, and every kind of damage."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The order of an epoch: what each sampler promises, the same at every world size and after every resumption; labels
-that are mapped."""
+"""The order of an epoch: what each sampler promises, at every world size and after every resumption; mapped labels."""
 
 from __future__ import annotations
 

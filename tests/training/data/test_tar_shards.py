@@ -1,5 +1,4 @@
-"""WebDataset shards: read as the library writes them, grouped as it groups them; damaged, foreign and hostile
-members."""
+"""WebDataset tar files: read as the library writes and groups them; damaged, foreign and hostile members."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Exported backbones: they equal the backbone in torch, their description suffices to feed them, and a failure leaves
-nothing behind."""
+"""Exported backbones equal those in torch, their description is enough to use them, and failures leave no files."""
 
 from __future__ import annotations
 
@@ -214,8 +213,7 @@ def test_few_images_suffice_and_damaged_ones_are_passed_over(run, tmp_path):
     assert list(made.differences["onnx"]) == list(BATCHES)
 
 
-# ---------------------------------------------------------------------------------------------------- from a file to an
-# embedding
+# ------------------------------------------------------------------------------------------ from a file to an embedding
 
 WITHOUT_THE_PROJECT = """
 import json, sys
@@ -262,8 +260,7 @@ def test_the_lines_of_the_page_are_those_of_the_file_and_run(data, run, tmp_path
     assert names["embeddings"].shape == (2, 16)
 
 
-# ---------------------------------------------------------------------------------------------------- what cannot be
-# exported
+# ---------------------------------------------------------------------------------------------- what cannot be exported
 
 
 def refused(arguments: list[str], tmp_path: Path, capsys) -> str:

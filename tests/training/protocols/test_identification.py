@@ -1,4 +1,4 @@
-"""Identification against plain loops: rank-k of mated probes, DIR at FPIR of all, for any tile and number of ranks."""
+"""Identification equals plain loops: rank-k of mated probes and DIR at FPIR, for any tile size and number of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hardest pairs and the nearest classes against brute force, dealt to any number of ranks; their pictures."""
+"""The hardest pairs and the nearest classes equal a brute-force search at any number of ranks; their pictures."""
 
 from __future__ import annotations
 

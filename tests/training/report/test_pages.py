@@ -1,4 +1,4 @@
-"""Pages that runs leave: opened in a real browser, which must not complain; and runs side by side."""
+"""The pages of runs open in a real browser without complaints; runs are compared side by side."""
 
 from __future__ import annotations
 

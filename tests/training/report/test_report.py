@@ -1,4 +1,4 @@
-"""The report page holds every figure, escapes what it is given and needs nothing outside itself; plots are PNGs."""
+"""The report page holds every figure, escapes its input and loads nothing from elsewhere; plots are PNG files."""
 
 import base64
 import math
