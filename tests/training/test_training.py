@@ -61,14 +61,15 @@ def test_the_configs_in_the_tree_are_valid(path):
 def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit):
         train_parser().parse_args(["--help"])
-    text = " ".join(capsys.readouterr().out.split("options:", 1)[1].split())
+    text = capsys.readouterr().out.split("options:", 1)[1]
     of_classes = tuple(f"{option}." for option in CLASS_OPTIONS)
     for name in flat(RunConfig()):
         if name.startswith(of_classes):  # an argument of a class, which has a help of its own
             continue
-        found = max(re.findall(rf"--{re.escape(name)} \S+ (.*?)(?= --|\Z)", text), key=len, default="")
-        assert len(found) > 40, f"--{name} has no explanation: {found!r}"
-        assert "default: " in found
+        found = re.search(rf"^  --{re.escape(name)} \S+\s+(.*?)(?=^  -|^\S|\Z)", text, re.DOTALL | re.MULTILINE)
+        explanation = " ".join(found[1].split()) if found else ""
+        assert len(explanation) > 40, f"--{name} has no explanation: {explanation!r}"
+        assert "default: " in explanation
 
 
 @pytest.mark.parametrize(
