@@ -23,8 +23,8 @@ from partial_fc.loop.joining import JoinedBatches
 from partial_fc.loop.preemption import PreemptionGuard
 from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
 from partial_fc.margins.base import Margin
-from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, SphereFace
-from partial_fc.margins.variants import Softmax, SubCenterArcFace
+from partial_fc.margins.fixed import ArcFace, CombinedMargin
+from partial_fc.margins.variants import CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
 from partial_fc.nonfinite.check_gradients import check_gradients
 from partial_fc.optim.clipping import clip_grad_norm_
 from partial_fc.optim.row_optimizer import RowOptimizer

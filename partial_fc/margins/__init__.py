@@ -27,9 +27,9 @@ here share it.
 
 from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
 from partial_fc.margins.base import Margin
-from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, SphereFace
+from partial_fc.margins.fixed import ArcFace, CombinedMargin
 from partial_fc.margins.positives import Positives
-from partial_fc.margins.variants import Softmax, SubCenterArcFace
+from partial_fc.margins.variants import CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
 
 __all__ = [
     "AdaFace",

@@ -21,11 +21,16 @@ def _moved(old: Tensor, new: Tensor, rate: float) -> None:
 
 
 class CurricularFace(ArcFace):
-    """cos(θ + m); another class that is nearer than that, cos θ_j > cos(θ + m), has cos θ_j (t + cos θ_j) (arXiv
-    2004.00288, equation 9).
+    """cos(θ + m); another class that is nearer than that, cos θ_j > cos(θ + m), has cos θ_j (t + cos θ_j).
 
-    t, the running mean of target cosines over the global batches (equation 10, `momentum` for the new batch, 0 at
-    first), grows while embeddings come nearer to their classes, and with it the weight of hard negatives. A buffer `t`.
+    arXiv 2004.00288, equation 9. t, the running mean of target cosines over the global batches (equation 10, `momentum`
+    for the new batch, 0 at first), grows while embeddings come nearer to their classes, and with it the weight of hard
+    negatives. A buffer `t`.
+
+    Args:
+        scale: s > 0, the factor of all logits.
+        margin: m, radians in [0, π).
+        momentum: weight of the new batch in the running mean, in (0, 1].
     """
 
     sees_all = True
@@ -55,7 +60,13 @@ class AdaFace(Margin):
     The length of an embedding stands for the quality of its image: a sharp one (ẑ = 1) gets a margin like CosFace's, a
     poor one like ArcFace's, of which it feels less. μ, σ: running mean and deviation of the lengths over the global
     batches, buffers `mean` and `std` that begin at 20 and 100 as the paper's code does; no gradient goes through ẑ.
-    Embeddings must come unnormalised. margin: m in [0, π/2). h: concentration, > 0. momentum: weight of the new batch.
+    Embeddings must come unnormalised.
+
+    Args:
+        scale: s > 0, the factor of all logits.
+        margin: m, radians in [0, π/2).
+        h: concentration of the lengths, above 0.
+        momentum: weight of the new batch in the running statistics, in (0, 1].
     """
 
     mean: Tensor
@@ -89,12 +100,19 @@ class AdaFace(Margin):
 
 
 class MagFace(Margin):
-    """cos(θ + m(a)), a = ‖x‖ clamped to [l_a, u_a], m linear from l_m to u_m; each loss + λ g(a) (arXiv 2103.06627,
-    equations 3 and 6).
+    """cos(θ + m(a)), a = ‖x‖ clamped to [l_a, u_a], m linear from l_m to u_m; each loss + λ g(a).
 
-    g(a) = a/u_a² + 1/a rewards length, the margin makes it costly for hard samples: length becomes a measure of
-    quality. The gradient goes through a. scale, l_a, u_a, l_m, u_m, penalty_weight λ: the paper's values for faces.
-    Embeddings must come unnormalised.
+    arXiv 2103.06627, equations 3 and 6. g(a) = a/u_a² + 1/a rewards length, the margin makes it costly for hard
+    samples: length becomes a measure of quality. The gradient goes through a. The defaults are the paper's values for
+    faces. Embeddings must come unnormalised.
+
+    Args:
+        scale: s > 0, the factor of all logits.
+        l_a: least length, above 0.
+        u_a: greatest length, above l_a.
+        l_m: margin at l_a, radians in [0, π).
+        u_m: margin at u_a, radians, at least l_m.
+        penalty_weight: λ, at least 0.
     """
 
     def __init__(
@@ -122,12 +140,17 @@ class MagFace(Margin):
 
 
 class ElasticFace(Margin):
-    """cos(θ + m_i) or cos θ − m_i with m_i drawn for each sample from N(margin, deviation) (arXiv 2109.09416, equations
-    5 and 6).
+    """cos(θ + m_i) or cos θ − m_i with m_i drawn for each sample from N(margin, deviation).
 
-    kind: "arc" (margin 0.5) or "cos" (margin 0.35). plus: the drawn margins are sorted and given out by distance, the
-    largest to the sample farthest from its class (ElasticFace+; deviation 0.0175 for arc, 0.025 for cos, else 0.0125).
-    Draws are keyed by seed, step and sample: the same at every world size. In eval() every sample has the mean.
+    arXiv 2109.09416, equations 5 and 6. Draws are keyed by seed, step and sample: the same at every world size. In
+    eval() every sample has the mean.
+
+    Args:
+        scale: s > 0, the factor of all logits.
+        kind: "arc", m_i is added to the angle, or "cos", it is taken from the cosine.
+        margin: mean of the margins; if not given, 0.5 for "arc", 0.35 for "cos".
+        deviation: of the margins, at least 0; if not given, 0.0125, and with plus 0.0175 for "arc", 0.025 for "cos".
+        plus: sort the drawn margins and give the largest to the sample farthest from its class (ElasticFace+).
     """
 
     def __init__(
@@ -171,12 +194,18 @@ class ElasticFace(Margin):
 
 
 class AdaptiveMargin(Margin):
-    """cos(θ + m_y), m_y by the number n of training samples of class y: the rarer the larger (arXiv 2010.05350, section
-    2.3).
+    """cos(θ + m_y), m_y by the number n of training samples of class y: the rarer the larger.
 
-    n^(−exponent), brought linearly to [smallest, largest]: the rarest class has the largest margin. For long-tailed
-    landmarks, products. class_counts: samples of each class `[C]`, in the order of the labels; a class without samples
-    counts as one with one.
+    arXiv 2010.05350, section 2.3. n^(−exponent), brought linearly to [smallest, largest]: the rarest class has the
+    largest margin. For long-tailed landmarks, products.
+
+    Args:
+        class_counts: samples of each class `[C]`, in the order of the labels; a class without samples counts as one
+            with one.
+        scale: s > 0, the factor of all logits.
+        largest: margin of the rarest class, radians, below π.
+        smallest: margin of the most frequent class, radians, at least 0.
+        exponent: above 0.
     """
 
     by_class = True
@@ -235,7 +264,12 @@ class SphereFace2(Margin):
     No sum over classes is compared with another, so classes need no normalisation over ranks. b is one trained number
     for all classes, the parameter `offset [1]`; a `RowOptimizer` of the head trains it. At the start it balances the
     pulls of one own and of all other classes at right angles. Under sampling the sum is over the selected classes.
-    scale: r > 0. margin: m >= 0. t >= 1: makes room at large similarities. balance: λ in (0, 1).
+
+    Args:
+        scale: r > 0, the factor of all logits.
+        margin: m, at least 0.
+        t: exponent of the similarities, at least 1: makes room at large similarities.
+        balance: λ, the share of the own class in the loss, in (0, 1).
     """
 
     offset: nn.Parameter

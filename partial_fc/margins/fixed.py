@@ -1,4 +1,4 @@
-"""Margins that are the same for every sample, cos(m1·θ + m2) − m3: ArcFace, CosFace, SphereFace, NormFace."""
+"""Margins that are the same for every sample: the combined margin cos(m1·θ + m2) − m3, and ArcFace."""
 
 from __future__ import annotations
 
@@ -31,9 +31,13 @@ def angular(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
 class CombinedMargin(Margin):
     """cos(m1·θ + m2) − m3 (ArcFace paper, section 2.1): m1 = 1, m3 = 0 is ArcFace; m1 = 1, m2 = 0 is CosFace.
 
-    scale: s > 0. m1: factor of the angle, >= 1. m2: added to the angle, radians in [0, π). m3: taken from the cosine,
-    >= 0. gradient: "exact" differentiates the formula, bounded at cos θ = ±1 where the angle's slope is not;
-    "straight_through" takes 1 for ∂(target logit)/∂cosine, as many published implementations do.
+    Args:
+        scale: s > 0, the factor of all logits.
+        m1: factor of the target angle, at least 1.
+        m2: added to the target angle, radians in [0, π).
+        m3: taken from the target cosine, at least 0.
+        gradient: "exact" differentiates the formula, bounded at cos θ = ±1 where the angle's slope is not;
+            "straight_through" takes 1 for ∂(target logit)/∂cosine, as many published implementations do.
     """
 
     def __init__(
@@ -58,35 +62,15 @@ class CombinedMargin(Margin):
         return (cosine if self.m1 == 1 and self.m2 == 0 else angular(cosine, self.m1, self.m2)) - self.m3
 
 
-class SphereFace(CombinedMargin):
-    """cos(m·θ) (arXiv 1704.08063, equation 7, both sides normalised): the target angle is multiplied. margin: m >= 1.
-
-    The paper's m = 4 with ‖x‖ as scale needs annealing; 1.35 with a fixed scale is used since (ArcFace paper, table 1).
-    """
-
-    def __init__(self, scale: float = 64.0, margin: float = 1.35) -> None:
-        require("margin multiplies the target angle and must be at least 1", margin, 1 <= margin < math.inf)
-        super().__init__(scale, m1=margin, m2=0.0)
-
-
 class ArcFace(CombinedMargin):
-    """cos(θ + m) (arXiv 1801.07698, equation 3): the margin is added to the *angle*. margin: radians in [0, π)."""
+    """cos(θ + m) (arXiv 1801.07698, equation 3): the margin is added to the *angle*.
+
+    Args:
+        scale: s > 0, the factor of all logits.
+        margin: m, radians in [0, π).
+        gradient: "exact" or "straight_through", as for `CombinedMargin`.
+    """
 
     def __init__(self, scale: float = 64.0, margin: float = 0.5, gradient: Gradient = "exact") -> None:
         require("margin is an angle in radians in [0, pi)", margin, 0 <= margin < math.pi)
         super().__init__(scale, m2=margin, gradient=gradient)
-
-
-class CosFace(CombinedMargin):
-    """cos θ − m (arXiv 1801.09414, equation 4): the margin is taken from the target *cosine*. margin: >= 0."""
-
-    def __init__(self, scale: float = 64.0, margin: float = 0.35) -> None:
-        require("margin is taken from the target cosine and must be at least 0", margin, 0 <= margin < math.inf)
-        super().__init__(scale, m2=0.0, m3=margin)
-
-
-class NormFace(CombinedMargin):
-    """cos θ: normalised features and weights without a margin (arXiv 1704.06369)."""
-
-    def __init__(self, scale: float = 64.0) -> None:
-        super().__init__(scale, m2=0.0)

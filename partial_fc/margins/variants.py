@@ -1,16 +1,61 @@
-"""Heads of another shape: a plain linear classifier, several centers a class."""
+"""Variants: SphereFace, CosFace and NormFace, a plain linear classifier, ArcFace with several centers a class."""
 
 from __future__ import annotations
+
+import math
 
 from torch import Tensor
 
 from partial_fc.margins.base import Margin, require
-from partial_fc.margins.fixed import ArcFace, Gradient
+from partial_fc.margins.fixed import ArcFace, CombinedMargin, Gradient
 from partial_fc.margins.positives import Positives
 
 
+class SphereFace(CombinedMargin):
+    """cos(m·θ) (arXiv 1704.08063, equation 7, both sides normalised): the target angle is multiplied.
+
+    The paper's m = 4 with ‖x‖ as scale needs annealing; 1.35 with a fixed scale is used since (ArcFace paper, table 1).
+
+    Args:
+        scale: s > 0, the factor of all logits.
+        margin: m, at least 1.
+    """
+
+    def __init__(self, scale: float = 64.0, margin: float = 1.35) -> None:
+        require("margin multiplies the target angle and must be at least 1", margin, 1 <= margin < math.inf)
+        super().__init__(scale, m1=margin, m2=0.0)
+
+
+class CosFace(CombinedMargin):
+    """cos θ − m (arXiv 1801.09414, equation 4): the margin is taken from the target *cosine*.
+
+    Args:
+        scale: s > 0, the factor of all logits.
+        margin: m, at least 0.
+    """
+
+    def __init__(self, scale: float = 64.0, margin: float = 0.35) -> None:
+        require("margin is taken from the target cosine and must be at least 0", margin, 0 <= margin < math.inf)
+        super().__init__(scale, m2=0.0, m3=margin)
+
+
+class NormFace(CombinedMargin):
+    """cos θ: normalised features and weights without a margin (arXiv 1704.06369).
+
+    Args:
+        scale: s > 0, the factor of all logits.
+    """
+
+    def __init__(self, scale: float = 64.0) -> None:
+        super().__init__(scale, m2=0.0)
+
+
 class Softmax(Margin):
-    """A plain linear classifier, `w·x + b`: features and weights as they are, no scale. bias: whether there is a b."""
+    """A plain linear classifier, `w·x + b`: features and weights as they are, no scale.
+
+    Args:
+        bias: whether there is a b.
+    """
 
     normalize = False
 
@@ -23,10 +68,16 @@ class Softmax(Margin):
 
 
 class SubCenterArcFace(ArcFace):
-    """cos(θ + m) with K centers a class (Deng et al., "Sub-center ArcFace", ECCV 2020, equations 3 and 4): cos θ_j =
-    max_k x·w_jk.
+    """cos(θ + m) with K centers a class: cos θ_j = max_k x·w_jk.
 
-    The head's weight is `[C, K, D]`; a sample's gradient goes to the nearest center of each class. centers: K >= 1.
+    Deng et al., "Sub-center ArcFace", ECCV 2020, equations 3 and 4. The head's weight is `[C, K, D]`; a sample's
+    gradient goes to the nearest center of each class.
+
+    Args:
+        scale: s > 0, the factor of all logits.
+        margin: m, radians in [0, π).
+        centers: K, the rows a class has, at least 1.
+        gradient: "exact" or "straight_through", as for `CombinedMargin`.
     """
 
     def __init__(

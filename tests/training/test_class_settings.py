@@ -248,6 +248,11 @@ def test_every_class_has_a_help_of_its_own(capsys, option, name, kind):
     assert shown == kind.takes(name, option) and shown
     assert not {"params", "class_counts"} & set(shown)
     assert "default: " in text
+    if kind is MarginSettings:
+        for argument in shown:
+            explained = re.search(rf"^  --{option}\.{argument} .*?(?=^  --|\Z)", text, re.MULTILINE | re.DOTALL)[0]
+            words = explained.split(None, 2)[2]
+            assert len(words.split("(type: ")[0].split()) > 1, f"{name}: {explained}"
 
 
 def test_the_help_of_all_settings_names_the_classes(capsys):

@@ -19,8 +19,8 @@ from forked import finish, fork, succeed
 
 from partial_fc.centers import CenterLoss
 from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
-from partial_fc.margins.fixed import ArcFace, CombinedMargin, CosFace, NormFace, SphereFace
-from partial_fc.margins.variants import Softmax, SubCenterArcFace
+from partial_fc.margins.fixed import ArcFace, CombinedMargin
+from partial_fc.margins.variants import CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import CLASS_OPTIONS, MarginSettings, RunConfig, flat, to_config
 from partial_fc.training.run import RunFolder

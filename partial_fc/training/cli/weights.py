@@ -24,7 +24,7 @@ from partial_fc.checkpoint.layout import RowSource
 from partial_fc.checkpoint.manifest import MANIFEST
 from partial_fc.checkpoint.save_load import save_checkpoint, stored_tensors, stored_values, stream_tensor
 from partial_fc.head import PartialFC
-from partial_fc.margins.fixed import NormFace
+from partial_fc.margins.variants import NormFace
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.training.cli.parser import add_traceback
 from partial_fc.training.errors import UserError
