@@ -106,7 +106,7 @@ class Run:
         """Train and evaluate; the bars of the run are on standard error."""
         if self.folder.checkpoints():
             command = ["train", "--resume", str(self.folder.path)]
-        else:  # nothing there, or a run that did not come to its first checkpoint
+        else:  # nothing there, or a run that did not reach its first checkpoint
             shutil.rmtree(self.folder.path, ignore_errors=True)
             command = ["train", QUICKSTART, *self.arguments]
         subprocess.run([*LAUNCH, *command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
