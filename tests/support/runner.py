@@ -45,6 +45,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     gc.freeze()  # what is imported stays: each collection would walk over all of it
     pipe.send((True, "ready"))
+    environment = dict(os.environ)
     while True:
         try:
             task = pipe.recv()
@@ -54,6 +55,8 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
             dist.destroy_process_group()
             return
         function, arguments = task
+        os.environ.clear()  # engines set variables, which the next test is not to find
+        os.environ.update(environment)
         seed(1000 + rank)  # ranks have different global random states, as in life
         try:
             pipe.send((True, function(rank, world, *arguments)))
@@ -106,9 +109,8 @@ class Ranks:
             self._collect(answers)
             failed = {rank: text for rank, (fine, text) in answers.items() if not fine}
             if failed and time.monotonic() < deadline - 2:
-                deadline = (
-                    time.monotonic() + 2
-                )  # let the others say what they saw, but do not wait for those in a collective
+                # let the others say what they saw, but do not wait for those in a collective
+                deadline = time.monotonic() + 2
             if time.monotonic() > deadline:
                 break
         failed = {rank: text for rank, (fine, text) in answers.items() if not fine}

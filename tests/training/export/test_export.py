@@ -502,7 +502,7 @@ def test_the_comparison_is_relative_and_knows_what_is_no_number():
         ("cut", "is damaged"),
         ("foreign", "has format None, this version reads 1"),
         ("newer", "has format 2, this version reads 1"),
-        ("unregistered", "unknown backbone 'mine'"),
+        ("unregistered", "unknown backbone 'of nobody'"),
         ("other size", "does not match its own metadata"),
         ("no shape", "does not match its own metadata"),
     ],
@@ -513,7 +513,7 @@ def test_what_cannot_be_loaded_says_why(kind, expected, tmp_path):
     state = build_backbone("small", image_shape=(1, 32, 32), embedding_size=16).state_dict()
     changes = {
         "newer": {"partial_fc_format": "2"},
-        "unregistered": {"architecture": "mine"},
+        "unregistered": {"architecture": "of nobody"},
         "other size": {"embedding_size": "8"},
     }
     said |= changes.get(kind, {})
