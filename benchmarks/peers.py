@@ -41,8 +41,7 @@ def of_rank(work: Work) -> tuple[Tensor, Tensor]:
     return batch(work, dist.get_world_size(), dist.get_rank())
 
 
-# ---------------------------------------------------------------------------------------------------- textbook Partial
-# FC
+# -------------------------------------------------------------------------------------------------- textbook Partial FC
 
 
 class Gather(torch.autograd.Function):

@@ -145,7 +145,7 @@ class CenterLoss(ChangeableLoss):
                 'update="gradient": centers are moved by the step() of a RowOptimizer(torch.optim.SGD, center, ...)'
             )
         record = self.class_rows.record
-        if record.watches and not record.checked and not record.skipped:
+        if record.unchecked:
             check_step([self.class_rows], [])
         pending, self._pending = self._pending, None
         record.end()
@@ -223,8 +223,7 @@ class CenterLoss(ChangeableLoss):
             "a digest of alpha, update and init_std": (self.alpha, self.update, self.init_std),
         }
 
-    # ------------------------------------------------------------------------------------------------ parameters and
-    # state
+    # --------------------------------------------------------------------------------------------- parameters and state
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -66,6 +66,11 @@ class StepRecord:
         first = self.validate == "first" and not self.ever_checked
         return self.on_nonfinite != "log" and (self.validate == "always" or first)
 
+    @property
+    def unchecked(self) -> bool:
+        """Whether an update has to check losses and gradients first, because nothing has."""
+        return self.watches and not self.checked and not self.skipped
+
     def begin_forward(self, no_gradients: bool) -> bool:
         """Begin a training forward; return whether it follows a skipped step. no_gradients: none to accumulate to."""
         new_step = no_gradients or self.finished

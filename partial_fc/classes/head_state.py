@@ -144,8 +144,7 @@ class HeadState(ChangeableLoss):
         self.check_state({"_extra_state": state_dict.get(f"{prefix}_extra_state")})
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    # ------------------------------------------------------------------------------------------------ changes of
-    # classes
+    # ----------------------------------------------------------------------------------------------- changes of classes
 
     @property
     def normalizes(self) -> bool:

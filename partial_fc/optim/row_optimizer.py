@@ -92,7 +92,7 @@ class RowOptimizer(RowState):
                 loss = closure()
         if self.update_in_backward:
             end_update(self)
-        if record.watches and not record.checked and not record.skipped:
+        if record.unchecked:
             check_step([rows], [])
         record.end()
         if record.skipped:

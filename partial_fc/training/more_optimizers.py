@@ -1,8 +1,8 @@
 """Optimizers of the backbone that torch does not have: of the package torch-optimizer, with its mistakes corrected.
 
     LARS, LAMB                              the step of a parameter is scaled by its norm; for large batches
-    LookaheadSGD, LookaheadAdamW, Ranger    slow weights follow the optimizer's every few steps; Ranger is Lookahead
-    over RAdam AdaBelief, Yogi                         Adam with other second moments
+    LookaheadSGD, LookaheadAdamW, Ranger    slow weights follow the optimizer's every few steps; Ranger's is RAdam
+    AdaBelief, Yogi                         Adam with other second moments
 
 The norm of a class matrix is spread over ranks, and under sampling most of its rows take no part in a step. So each
 class says which optimizer the head gets instead: `for_head(arguments) -> (class, arguments)`. An optimizer of your own

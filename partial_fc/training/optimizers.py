@@ -1,7 +1,7 @@
 """The optimizers of a run: any torch.optim.Optimizer for the backbone, one that treats rows apart for the head.
 
-    optimizer        the backbone's: a class of torch.optim or of more_optimizers.py by its name, or your own by its
-    import path head_optimizer   the head's; null for the backbone's, with lr * head_lr_factor, in a RowOptimizer
+    optimizer        the backbone's: a class of torch.optim or of more_optimizers.py by name, your own by import path
+    head_optimizer   the head's; null for the backbone's, with lr * head_lr_factor, in a RowOptimizer
 
 Where the backbone's cannot update rows one block at a time (LARS, LAMB) or looks ahead, its class says what the head
 gets instead: `for_head(arguments) -> (class, arguments)`.

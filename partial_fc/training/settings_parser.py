@@ -2,8 +2,9 @@
 
     dataclass RunConfig
       head: HeadConfig            a dataclass       -> a group of options, --head.sample_rate 0.1
-        margin: MarginSettings    a class           -> --head.margin AdaFace --head.margin.h 0.33, and
-      --head.margin.help AdaFace data: DataConfig
+        margin: MarginSettings    a class           -> --head.margin AdaFace --head.margin.h 0.33
+                                                       and --head.margin.help AdaFace
+      data: DataConfig
         mix: list[MixedSet]       a list of dataclasses
 
 What is parsed is what was given, in the file and then on the command line; `settings_from` fills in the defaults of the

@@ -1,11 +1,12 @@
 """Property tests: cases that nobody thought of, against one dense float64 process; and bad inputs, of which all ranks
 say the same.
 
-    python -m pytest tests/core/test_fuzz.py                          40 cases, the same in every run
-    launch/test -m slow -k fuzz -s                               2,000 cases and 500 bad inputs, others in every run;
-    it prints what was run
-    PARTIAL_FC_FUZZ=20000 launch/test -m slow -k fuzz -s         as many as are given
-    launch/test -m slow -k fuzz -s --hypothesis-seed=7           those of a seed
+    python -m pytest tests/core/test_fuzz.py                40 cases, the same in every run
+    launch/test -m slow -k fuzz -s                          2,000 cases and 500 bad inputs, others in every run
+    PARTIAL_FC_FUZZ=20000 launch/test -m slow -k fuzz -s    as many as are given
+    launch/test -m slow -k fuzz -s --hypothesis-seed=7      those of a seed
+
+With -s it prints what was run.
 
 A failing case is made smaller and printed: `case=Case(...)` is all that is needed to run it again (`again` below).
 """
