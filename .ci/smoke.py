@@ -64,7 +64,7 @@ def check_package_data() -> None:
     files = resources.files("partial_fc")
     for path in (
         "py.typed",
-        "training/audit.html.j2",
+        "training/report/audit.html.j2",
         "training/report/report.html.j2",
         "training/report/compare.html.j2",
     ):
