@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from partial_fc.classes.class_means import Batches
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.ranks import Group, all_gather, all_gather_mesh, start_reduce_scatter, sum_over_replicas
 from partial_fc.nonfinite.check_gradients import check_step
+from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sharded_module import Reduction, SharedArguments, check_choice
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
 from partial_fc.targets import sample_weights_of, stats_dtype, targets_of
@@ -71,6 +72,8 @@ class CenterLoss(ChangeableLoss):
     """
 
     centers: nn.Parameter
+
+    FACTS: ClassVar[dict[str, str]] = {**ChangeableLoss.FACTS, "alpha": "alpha", "update": "update"}
 
     def __init__(
         self,
@@ -117,7 +120,6 @@ class CenterLoss(ChangeableLoss):
     @torch._disable_dynamo  # collectives and sizes that depend on data: under torch.compile it runs as it is
     def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:
         """The loss of a batch: embeddings `[N_local, D]` and labels `[N_local]`, or a `GlobalBatch` from `gather`."""
-        self._check_wiring()
         with record_function("partial_fc::gather"):
             batch, x = self._take(embeddings, labels)
         rows = self.class_rows
@@ -217,12 +219,6 @@ class CenterLoss(ChangeableLoss):
                 'a RowOptimizer moves centers of update="gradient"; those of update="paper" are moved by center.step()'
             )
 
-    def agreed_settings(self) -> dict[str, Any]:
-        return {
-            **super().agreed_settings(),
-            "a digest of alpha, update and init_std": (self.alpha, self.update, self.init_std),
-        }
-
     # --------------------------------------------------------------------------------------------- parameters and state
 
     @torch.no_grad()
@@ -251,8 +247,9 @@ class CenterLoss(ChangeableLoss):
         self._pending = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The number of changes of the classes, which says what is drawn next; how many steps were skipped."""
-        return {"class_changes": self.class_changes, "skips": self.skips}
+        """The number of changes of the classes, which says what is drawn next; how many steps were skipped; whose rows
+        the state has."""
+        return {"class_changes": self.class_changes, "skips": self.skips, "rows": stated_rows(self.class_rows)}
 
     def set_extra_state(self, state: Any) -> None:
         self.class_changes, self.class_rows.record.skips = int(state["class_changes"]), int(state.get("skips", 0))

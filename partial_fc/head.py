@@ -125,7 +125,6 @@ class PartialFC(HeadState):
     @torch._disable_dynamo  # collectives and sizes that depend on data: under torch.compile the head runs as it is
     def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:
         """Return the loss of embeddings `[N_local, D]` and labels `[N_local]`, or of a `GlobalBatch` from `gather`."""
-        self._check_wiring()
         with record_function("partial_fc::gather"):
             batch, x = self._take(embeddings, labels)
         with record_function("partial_fc::select"):

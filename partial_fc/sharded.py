@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
+from partial_fc.batch.facts import Agreed
+from partial_fc.batch.refusals import agree, tell_others
 from partial_fc.batch.status import LabelSet
+from partial_fc.distributed.meeting import GATHERED
 from partial_fc.nonfinite.bad_step import count_skip
 from partial_fc.nonfinite.zero_loss import zero_loss
 from partial_fc.sharded_module import ShardedModule
@@ -46,11 +49,20 @@ class ShardedLoss(ShardedModule):
 
     def _take(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None) -> tuple[GlobalBatch, Tensor]:
         """Return the global batch, checked, and what autograd follows: this rank's embeddings, or the gathered ones."""
+        ranks, gathered = self.shards.ranks, isinstance(embeddings, GlobalBatch)
+        try:
+            self._check_wiring()
+        except RuntimeError as error:
+            tell_others(error, gathered, ranks, self.class_rows.device)
+            raise
         if self.training:
             self._begin_forward()
-        batch = embeddings if isinstance(embeddings, GlobalBatch) else self._gather(embeddings, labels)
-        if not batch.ranks.same_as(self.shards.ranks):
+        agreed = None if ranks.group is None else Agreed.of(self)
+        batch = embeddings if isinstance(embeddings, GlobalBatch) else self._gather(embeddings, labels, agreed)
+        if not batch.ranks.same_as(ranks):
             raise RuntimeError("the batch was gathered over another group than the head's")
+        if gathered and agreed is not None:
+            agree(agreed, ranks, self.class_rows.device, GATHERED)
         record = self.class_rows.record
         valid = range(self.num_classes)
         reason = check_batch(batch, self.embedding_size, valid, self.ignore_index, record.on_nonfinite)
@@ -69,7 +81,7 @@ class ShardedLoss(ShardedModule):
         if rows.record.begin_forward(no_gradients=trained and no_gradients and rows.live_optimizer is None):
             self.forget_notes()
 
-    def _gather(self, embeddings: Tensor, labels: Tensor | None) -> GlobalBatch:
+    def _gather(self, embeddings: Tensor, labels: Tensor | None, agreed: Agreed | None) -> GlobalBatch:
         if labels is None and self.shards.ranks.group is None:  # else the other ranks must hear of it
             raise TypeError(
                 f"{self.class_rows.owner}(embeddings, labels) needs labels; only a GlobalBatch brings its own"
@@ -78,7 +90,8 @@ class ShardedLoss(ShardedModule):
         look = validate == "always" or (validate == "first" and not self._seen_batch)
         self._seen_batch = True
         sets = [LabelSet(None, labels)]
-        return exchange(embeddings, sets, self.shards.ranks, look=look, device=self.class_rows.device)[0]
+        device = self.class_rows.device
+        return exchange(embeddings, sets, self.shards.ranks, look=look, device=device, agreed=agreed)[0]
 
     def _anchor(self) -> Tensor:
         """Return a scalar that requires grad, so that autograd calls the backward although the weights are detached."""

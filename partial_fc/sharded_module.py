@@ -8,18 +8,18 @@ refusals     errors for engines that would wrap the rows (`distributed/wrapping.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from partial_fc.batch.facts import Agreed
+from partial_fc.batch.refusals import agree
 from partial_fc.distributed.dtensors import local_part
-from partial_fc.distributed.groups import ranks_of
-from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh
+from partial_fc.distributed.groups import device_of, ranks_of
+from partial_fc.distributed.ranks import Group, Ranks
 from partial_fc.distributed.wrapping import DDP, FSDP2, refuse
 from partial_fc.rows import ClassRows
 from partial_fc.sampling import mix
@@ -80,6 +80,13 @@ class ShardedModule(nn.Module):
 
     class_rows: ClassRows
 
+    # what all ranks must have alike, with every batch: the name that a message gives it, and where it stands
+    FACTS: ClassVar[dict[str, str]] = {
+        **{name: name for name in ("num_classes", "embedding_size", "seed", "init_std", "ignore_index", "reduction")},
+        **{name: name for name in ("scale_embedding_grad", "class_changes")},
+        **{name: f"class_rows.record.{name}" for name in ("validate", "on_nonfinite", "max_skips", "skips")},
+    }
+
     def __init__(self, arguments: SharedArguments, *, sampled: bool) -> None:
         super().__init__()
         arguments.check()
@@ -114,7 +121,7 @@ class ShardedModule(nn.Module):
         """Call it when all parameters are registered: checks that all ranks built the same."""
         self.class_rows.hold(self._own_parameters(), self._shared_parameters(), self.class_rows.shards)
         if self.class_rows.shards.ranks.group is not None and self._device.type != "meta":
-            self._check_agreement()
+            agree(Agreed.of(self, tables=True), self.class_rows.shards.ranks, self._device, "the building of a head")
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._parameters.items() if p is not None}
@@ -215,36 +222,13 @@ class ShardedModule(nn.Module):
 
     def agreed_settings(self) -> dict[str, Any]:
         """Return what must be the same on all ranks, by the name that a message gives it."""
-        names = ("label_smoothing", "reduction", "ignore_index", "on_nonfinite", "validate", "max_skips")
-        settings = [getattr(self, name, None) for name in (*names, "scale_embedding_grad")]
-        return {
-            "num_classes": self.num_classes,
-            "embedding_size": self.embedding_size,
-            "seed": self.seed,
-            "a digest of the settings": (settings, [p.dtype for p in self.class_rows.parameters.values()]),
-        }
-
-    def _check_agreement(self) -> None:
-        """Raise ValueError on every rank if ranks built different losses."""
-        mine = {k: v if isinstance(v, int) else zlib.crc32(repr(v).encode()) for k, v in self.agreed_settings().items()}
-        numbers = torch.tensor(list(mine.values()), device=self._device)
-        ranks = self.class_rows.shards.ranks
-        table = all_gather_mesh(numbers, ranks, f"the building of a {type(self).__name__}").tolist()
-        for flat, values in enumerate(table):
-            for name, expected, value in zip(mine, table[0], values, strict=True):
-                if expected != value:
-                    raise ValueError(
-                        f"ranks disagree: {name} is {expected} on {ranks.name(0)} and {value} on {ranks.name(flat)}; "
-                        "all ranks must build the same head"
-                    )
+        return Agreed.of(self, tables=True).facts
 
 
 def _default_device(ranks: Ranks) -> torch.device:
     """Return torch's default device, or the current GPU where the group cannot exchange tensors of the CPU (NCCL)."""
     default = torch.get_default_device()
-    if ranks.group is not None and default.type == "cpu" and dist.get_backend(ranks.group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return default
+    return device_of(ranks) if default.type == "cpu" else default
 
 
 def initial_rows(lo: int, hi: int, row_shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:

@@ -12,6 +12,7 @@ checkpoints reshard it to any world size.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,9 +67,18 @@ class ClassShards:
         return self  # immutable, and process groups cannot be copied
 
 
+_own_meshes: dict[int, weakref.ref[DeviceMesh]] = {}
+
+
+def is_own_mesh(mesh: DeviceMesh) -> bool:
+    """Return whether a loss of this process was split over this very mesh: it did not come from a file."""
+    known = _own_meshes.get(id(mesh))
+    return known is not None and known() is mesh
+
+
 def _mesh(ranks: Ranks, device_type: str) -> DeviceMesh | None:
-    if ranks.mesh is not None:
-        return ranks.mesh
     if ranks.group is None:
         return None
-    return DeviceMesh.from_group(ranks.group, device_type, mesh_dim_names=("shard",))
+    mesh = ranks.mesh or DeviceMesh.from_group(ranks.group, device_type, mesh_dim_names=("shard",))
+    _own_meshes[id(mesh)] = weakref.ref(mesh)
+    return mesh

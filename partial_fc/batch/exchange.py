@@ -1,7 +1,7 @@
 """The exchange of a batch: two collectives after which every rank holds the global batch.
 
     rank r:  embeddings [N_r, D], labels [N_r] (or [N_r, L] with label_weights [N_r, L]), sample_weights [N_r]
-       status   int64 [21]   ── all-gather ──>  the same table on every host: counts, and what is wrong on which rank
+       status   int64 [24]   ── all-gather ──>  the same table on every host: counts, and what is wrong on which rank
        payload  bytes        ── all-gather ──>  embeddings [N, D], labels [N], ... in the order of the ranks, N = Σ N_r
 
 On a 2-D mesh (replicas x shards) embeddings travel within a replica only; statuses and labels are gathered across
@@ -18,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.batch import refusals
+from partial_fc.batch.facts import Agreed
 from partial_fc.batch.status import LabelSet, Status, inspect, of_set, problem_of
+from partial_fc.distributed.meeting import BATCH
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
 
 # names of the collectives in a `RankMissing`
-STATUS = "the exchange of counts and status of a batch"
+STATUS = BATCH
 PAYLOAD = "the exchange of embeddings and labels"
 
 
@@ -64,11 +66,12 @@ def exchange(
     look: bool,
     device: torch.device | None = None,
     problem: str = "",
+    agreed: Agreed | None = None,
 ) -> list[GlobalBatch]:
     """Return a batch for each label set, all with the same embeddings, detached.
 
     look: inspect values (`status.inspect`). device: where the caller's weights are; embeddings must be there too.
-    problem: something that is wrong already, which all ranks are to raise.
+    problem: something that is wrong already, which all ranks are to raise. agreed: what all ranks must have alike.
     """
     if not isinstance(embeddings, Tensor):  # the other ranks are waiting for the status
         problem = problem or f": embeddings must be a tensor [N, D], not {type(embeddings).__name__}"
@@ -77,8 +80,9 @@ def exchange(
     wants_grad = embeddings.requires_grad and torch.is_grad_enabled()
     embeddings = embeddings.detach()
     problem = problem or next(filter(None, (problem_of(embeddings, each, device) for each in sets)), "")
-    mine = inspect(embeddings, sets, problem, wants_grad, look).to(device or embeddings.device)
-    status = _exchange_status(mine, sets, problem, ranks)
+    facts = (0, None) if agreed is None else (agreed.digest, agreed.statistics)
+    mine = inspect(embeddings, sets, problem, wants_grad, look, *facts).to(device or embeddings.device)
+    status = _exchange_status(mine, sets, problem, ranks, agreed)
     counts = [row.samples for row in status[0]]
     start = ranks.replica * ranks.world
     own = tuple(counts[start : start + ranks.world])
@@ -96,14 +100,16 @@ def exchange(
     ]
 
 
-def _exchange_status(mine: Tensor, sets: list[LabelSet], problem: str, ranks: Ranks) -> list[tuple[Status, ...]]:
-    """Return every rank's status for each label set, from this rank's `mine [sets, 21]`.
+def _exchange_status(
+    mine: Tensor, sets: list[LabelSet], problem: str, ranks: Ranks, agreed: Agreed | None
+) -> list[tuple[Status, ...]]:
+    """Return every rank's status for each label set, from this rank's `mine [sets, 24]`.
 
     Raises the same ValueError on every rank if any of them has a batch that cannot be gathered, or invalid weights.
     """
     first = tuple(Status(*row) for row in all_gather_mesh(mine[0], ranks, STATUS).tolist())
-    if any(row.problem or row.names != first[0].names for row in first):
-        refusals.raise_problem(first, problem, [each.name for each in sets], ranks, mine.device)
+    if any(row.problem or row.together != first[0].together for row in first):
+        refusals.raise_problem(first, problem, [each.name for each in sets], agreed, ranks, mine.device)
     status = [first]
     if len(sets) > 1:
         others = all_gather_mesh(mine[1:], ranks, STATUS).transpose(0, 1).tolist()

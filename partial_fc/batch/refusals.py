@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import struct
 from collections.abc import Sequence
 
 import torch
 
-from partial_fc.batch.status import DTYPES, NO_LABEL, Status, of_set
+from partial_fc.batch.facts import Agreed, digest_of
+from partial_fc.batch.status import DTYPES, NO_LABEL, Status, inspect, of_set
 from partial_fc.batch.weights import describe_bad_weight
-from partial_fc.distributed.ranks import Ranks
+from partial_fc.distributed.inquiry import RankMissing, names_of
+from partial_fc.distributed.meeting import BATCH, GATHERED, meet, refuse_apart
+from partial_fc.distributed.ranks import Ranks, all_gather_mesh
 from partial_fc.distributed.texts import gather_texts
 
 AGREED = {
@@ -19,20 +25,93 @@ AGREED = {
 }
 
 
+TOLERANCE = 1e-6  # of running statistics, whose last bits may depend on the device
+ALIKE = (
+    "All ranks must build the same, call train() and eval() alike, change settings and load states together "
+    "(load_checkpoint on every rank)"
+)
+
+
 def raise_problem(
-    status: Sequence[Status], problem: str, names: Sequence[str | None], ranks: Ranks, device: torch.device
+    status: Sequence[Status],
+    problem: str,
+    names: Sequence[str | None],
+    agreed: Agreed | None,
+    ranks: Ranks,
+    device: torch.device,
 ) -> None:
-    """Raise ValueError where a rank has a batch that cannot be gathered, or label sets of other names. A collective."""
+    """Raise on every rank where ranks came to different operations (RankMissing), or where a rank has a batch that
+    cannot be gathered, or label sets of other names, or other facts (ValueError). A collective.
+
+    Running statistics that differ in their last bits only are no difference.
+    """
+    refuse_apart([row.operation for row in status], ranks)
     if any(row.problem for row in status):
         texts = gather_texts(problem, ranks, device)
         raise ValueError(next(ranks.name(flat) + text for flat, text in enumerate(texts) if text))
-    own = sorted(repr(name) for name in names if name is not None)
-    texts = gather_texts(f"a dict of {', '.join(own)}" if own else "no dict", ranks, device)
-    flat = next(flat for flat, row in enumerate(status) if row.names != status[0].names)
-    raise ValueError(
-        f"ranks disagree: labels are {texts[0]} on {ranks.name(0)} and {texts[flat]} on {ranks.name(flat)}; "
-        "every rank must bring the same names"
-    )
+    flat = next((flat for flat, row in enumerate(status) if row.names != status[0].names), None)
+    if flat is not None:
+        own = sorted(repr(name) for name in names if name is not None)
+        texts = gather_texts(f"a dict of {', '.join(own)}" if own else "no dict", ranks, device)
+        raise ValueError(
+            f"ranks disagree: labels are {texts[0]} on {ranks.name(0)} and {texts[flat]} on {ranks.name(flat)}; "
+            "every rank must bring the same names"
+        )
+    if any(row.facts != status[0].facts for row in status):
+        refuse_difference(agreed, ranks, device)
+    refuse_statistics([row.statistics for row in status], ranks)
+
+
+def tell_others(error: Exception, gathered: bool, ranks: Ranks, device: torch.device) -> None:
+    """Raise an error of this rank on the others too, which wait for its batch. gathered: it has been gathered before.
+
+    Returns on this rank, which raises the error itself.
+    """
+    if ranks.group is None:
+        return
+    with contextlib.suppress(ValueError, RankMissing):
+        if gathered:
+            facts = {"wiring": str(error)}
+            agree(Agreed(facts, digest_of(facts)), ranks, device, GATHERED)
+        else:
+            problem = f": {error}"
+            mine = inspect(torch.empty(0, 0), [], problem, False, False)[0].to(device)
+            status = [Status(*row) for row in all_gather_mesh(mine, ranks, BATCH).tolist()]
+            raise_problem(status, problem, [], None, ranks, device)
+
+
+def refuse_difference(mine: Agreed | None, ranks: Ranks, device: torch.device) -> None:
+    """Raise ValueError on every rank: the digests differ, so say in what. A collective."""
+    facts = {"loss": "gather"} if mine is None else mine.facts
+    everyone = [json.loads(text) for text in gather_texts(json.dumps(facts), ranks, device)]
+    different = []
+    for name in {name: None for each in everyone for name in each}:
+        who: dict[str, list[int]] = {}
+        for flat, each in enumerate(everyone):
+            who.setdefault(str(each.get(name, "nothing")), []).append(ranks.global_rank(flat))
+        if len(who) > 1:
+            different.append(f"{name} is {' and '.join(f'{value} on {names_of(them)}' for value, them in who.items())}")
+    raise ValueError(f"ranks disagree: {'; '.join(different)}. {ALIKE}")
+
+
+def refuse_statistics(bits: Sequence[int], ranks: Ranks) -> None:
+    """Raise ValueError on every rank unless running statistics are equal. bits: of the float64 sum of each rank."""
+    first, *others = struct.unpack(f"{len(bits)}d", struct.pack(f"{len(bits)}q", *bits))
+    for flat, value in enumerate(others, 1):
+        if abs(value - first) > TOLERANCE * max(abs(first), abs(value)):
+            raise ValueError(
+                f"ranks disagree: the running statistics of the margin sum to {first:.9g} on {ranks.name(0)} and to "
+                f"{value:.9g} on {ranks.name(flat)}. {ALIKE}"
+            )
+
+
+def agree(mine: Agreed, ranks: Ranks, device: torch.device, what: str) -> None:
+    """Raise ValueError on every rank unless all have the same facts. A collective; one wait for the device."""
+    bits = 0 if mine.statistics is None else int(mine.statistics.view(torch.int64))
+    table = meet(what, ranks, device, (mine.digest, bits))
+    if any(digest != mine.digest for digest, _ in table):
+        refuse_difference(mine, ranks, device)
+    refuse_statistics([bits for _, bits in table], ranks)
 
 
 def raise_finding(status: Sequence[Status], ranks: Ranks, name: str | None) -> None:

@@ -1,6 +1,6 @@
-"""The status of a batch: 21 integers with which each rank describes its part before anything large is sent.
+"""The status of a batch: 24 integers with which each rank describes its part before anything large is sent.
 
-    embeddings [N_r, D], labels [N_r] or [N_r, L]  ── inspect ──>  int64 [label sets, 21]: a `Status` for each label set
+    embeddings [N_r, D], labels [N_r] or [N_r, L]  ── inspect ──>  int64 [label sets, 24]: a `Status` for each label set
 
 Every rank receives all statuses and checks them on the host, which must read the sample counts anyway. So a bad input
 on one rank raises the same error on every rank, without another wait for the device.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.batch.weights import first_bad_weight, weights_problem
+from partial_fc.distributed.meeting import BATCH, operation_number
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NO_LABEL = 2**62  # stands for a smallest or largest label where there is none
@@ -30,6 +31,8 @@ class Status:
     gets a number more, `agreed` if all ranks must have it alike, and refusals.py its words.
     """
 
+    operation: int  # that this is a batch (distributed/meeting.py)
+    facts: int  # digest of what all ranks must have alike (facts.py); 0 from `gather`
     samples: int
     width: int
     dtype: int  # index into DTYPES
@@ -52,11 +55,17 @@ class Status:
     bad_weight: int  # kind of the first invalid weight (`weights.py`), its flat index, the bits of its value
     bad_weight_at: int
     bad_weight_bits: int
+    statistics: int  # bits of the sum of running statistics
 
     @property
     def agreed(self) -> tuple[int, ...]:
         """What must be the same on every rank."""
         return self.width, self.dtype, self.labels_each, self.weights
+
+    @property
+    def together(self) -> tuple[int, ...]:
+        """What must be the same on every rank before anything else is looked at."""
+        return self.operation, self.names, self.facts, self.statistics
 
     def extremes(self) -> tuple[tuple[int, int], ...]:
         """Return (label, flat index) of the smallest and largest labels."""
@@ -65,8 +74,8 @@ class Status:
         return tuple((label, at) for label, at in (*low, *high) if label != NO_LABEL)
 
 
-NO_COUNTS = [0] * 7  # the fields before `problem`
-NO_FINDINGS = [NO_LABEL, 0] * 4 + [-1, NO_LABEL] + [0, 0, 0]  # the fields after it
+NO_COUNTS = [operation_number(BATCH)] + [0] * 8  # the fields before `problem`
+NO_FINDINGS = [NO_LABEL, 0] * 4 + [-1, NO_LABEL] + [0, 0, 0]  # the fields after it, but statistics
 
 
 @dataclass(frozen=True)
@@ -142,13 +151,21 @@ def _labels_problem(embeddings: Tensor, labels: Any) -> str:
     )
 
 
-def inspect(embeddings: Tensor, sets: list[LabelSet], problem: str, wants_grad: bool, look: bool) -> Tensor:
-    """Return this rank's statuses, int64 `[label sets, 21]`; a single one where there is a problem.
+def inspect(
+    embeddings: Tensor,
+    sets: list[LabelSet],
+    problem: str,
+    wants_grad: bool,
+    look: bool,
+    facts: int = 0,
+    statistics: Tensor | None = None,
+) -> Tensor:
+    """Return this rank's statuses, int64 `[label sets, 24]`; a single one where there is a problem.
 
     look: search for extreme labels, non-finite embeddings and invalid weights. Neither raises nor waits for the device.
     """
     if problem:
-        return torch.tensor([[*NO_COUNTS, 1, *NO_FINDINGS]])
+        return torch.tensor([[*NO_COUNTS, 1, *NO_FINDINGS, 0]])
     samples, width = embeddings.shape
     names = [each.name for each in sets if each.name is not None]
     digest = 1 + int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=7).digest(), "big") if names else 0
@@ -157,9 +174,11 @@ def inspect(embeddings: Tensor, sets: list[LabelSet], problem: str, wants_grad: 
         labels_each = each.labels.shape[1] if each.labels.ndim == 2 else 0
         weights = (each.label_weights is not None) + 2 * (each.sample_weights is not None)
         dtype = DTYPES.index(embeddings.dtype)
-        counts.append([samples, width, dtype, labels_each, weights, int(wants_grad), digest, 0])
+        counts.append([NO_COUNTS[0], facts, samples, width, dtype, labels_each, weights, int(wants_grad), digest, 0])
+    moving = torch.zeros((), dtype=torch.float64) if statistics is None else statistics
+    bits = moving.to(embeddings.device).view(torch.int64).expand(len(sets), 1)
     if not look or not samples:
-        return torch.tensor([row + NO_FINDINGS for row in counts])
+        return torch.cat((torch.tensor([row + NO_FINDINGS for row in counts]).to(bits), bits), 1)
     bad = (embeddings * 0).sum(1) != 0  # NaN for a row with a NaN or infinity; a tenth of the time of isfinite().all(1)
     found = []
     for each in sets:
@@ -168,7 +187,7 @@ def inspect(embeddings: Tensor, sets: list[LabelSet], problem: str, wants_grad: 
         if each.weighted:
             weight = first_bad_weight(each.labels, each.label_weights, each.sample_weights)
         found.append(torch.cat((_extremes(each.labels.reshape(-1)), nonfinite, weight)))
-    return torch.cat((torch.tensor(counts).to(embeddings.device), torch.stack(found)), 1)
+    return torch.cat((torch.tensor(counts).to(embeddings.device), torch.stack(found), bits), 1)
 
 
 def _extremes(labels: Tensor) -> Tensor:

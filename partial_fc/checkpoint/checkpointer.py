@@ -34,6 +34,7 @@ from partial_fc.checkpoint.locks import FolderLock
 from partial_fc.checkpoint.manifest import MANIFEST, find_damage, naming_the_checkpoint, read_manifest
 from partial_fc.checkpoint.save_load import Stateful, collect, load_checkpoint, write_checkpoint
 from partial_fc.distributed.agreement import check_same, on_first_rank
+from partial_fc.distributed.operation import operation
 
 log = logging.getLogger("partial_fc")
 
@@ -127,6 +128,7 @@ class Checkpointer:
 
     # ------------------------------------------------------------------------------------------------ save and load
 
+    @operation("Checkpointer.save")
     def save(self, step: int, *, metric: float | None = None, **named: Stateful) -> None:
         """Write the state of the `named` objects as the checkpoint of `step`. Then remove checkpoints not to be kept.
 
@@ -154,6 +156,7 @@ class Checkpointer:
             write()
         self._own.add(step)
 
+    @operation("Checkpointer.load")
     def load(self, *, step: int | None = None, **named: Stateful) -> int:
         """Load the newest complete checkpoint, or that of `step`, and return its step. Every rank must call it.
 
@@ -172,6 +175,7 @@ class Checkpointer:
         if writer is not None:
             writer.join()
 
+    @operation("Checkpointer.claim")
     def claim(self) -> None:
         """Lock the folder now instead of at the first save, so that a second run fails before it trains.
 

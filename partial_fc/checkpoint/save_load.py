@@ -43,6 +43,7 @@ from partial_fc.checkpoint.manifest import (
 )
 from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.distributed.agreement import on_every_rank, on_first_rank
+from partial_fc.distributed.operation import operation
 from partial_fc.shards import local_part
 
 PLACEHOLDER = "__tensor__"  # {PLACEHOLDER: key} stands for a tensor in a skeleton
@@ -64,6 +65,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
+@operation("save_checkpoint")
 def save_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
     """Write the state of the `named` objects as one checkpoint. Replace the checkpoint at `path` once it is complete.
 
@@ -80,6 +82,7 @@ def save_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
         write_checkpoint(folder, state, sorted(named))
 
 
+@operation("load_checkpoint")
 def load_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
     """Load the state of the `named` objects from a checkpoint of any world size. Every rank must call it.
 

@@ -28,6 +28,7 @@ from partial_fc.classes.class_means import Batches, NewRows, new_rows_from_means
 from partial_fc.classes.interface import Change, Changeable
 from partial_fc.classes.mapping import ClassMoves, Mapped, class_moves, validate_mapping
 from partial_fc.classes.moves import move_rows
+from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.texts import gather_texts
 from partial_fc.margins.base import Margin
 from partial_fc.optim.optimizer_class import initial_state
@@ -271,6 +272,7 @@ def _prepare_on_every_rank(loss: Changeable, prepare: Callable[[], tuple[Result,
     except tuple(kinds.values()) as error:
         failure = error
         mine = {"error": next(name for name, kind in kinds.items() if isinstance(error, kind)), "text": str(error)}
+    meet("a change of classes", ranks, device)
     everyone = [json.loads(text) for text in gather_texts(json.dumps(mine), ranks, device)]
     failed = [flat for flat, each in enumerate(everyone) if "error" in each]
     if failed:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from partial_fc.classes import change as changes
 from partial_fc.classes import class_means
@@ -13,7 +15,9 @@ from partial_fc.classes.class_means import Batches
 from partial_fc.classes.interface import Change
 from partial_fc.classes.mapping import Mapped
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES, Neighbours, nearest_classes, topk
+from partial_fc.distributed.operation import operation
 from partial_fc.margins.base import Margin
+from partial_fc.optim.stored_rows import agree_on_keys, agree_to_load, marked, row_problem, taken
 from partial_fc.sharded import ShardedLoss
 from partial_fc.shards import ClassShards
 
@@ -23,6 +27,7 @@ class ChangeableLoss(ShardedLoss):
 
     # ------------------------------------------------------------------------------------------------ queries
 
+    @operation("topk")
     @torch._disable_dynamo
     def topk(
         self, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
@@ -47,6 +52,7 @@ class ChangeableLoss(ShardedLoss):
         """
         return topk(self.class_rows, embeddings, k, tile_bytes=tile_bytes, progress=progress)
 
+    @operation("nearest_classes")
     @torch._disable_dynamo
     def nearest_classes(self, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False) -> Neighbours:
         """Return the k nearest other classes of each class of this rank's shard: ids and cosines `[C_local, k]`.
@@ -57,8 +63,59 @@ class ChangeableLoss(ShardedLoss):
         """
         return nearest_classes(self.class_rows, k, tile_bytes=tile_bytes, progress=progress)
 
+    # ------------------------------------------------------------------------------------------------ saved state
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if a state dict is of another kind of loss; its tensors are not read."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the rows of this rank; a collective in a group, where all ranks load or all raise ValueError."""
+        rows, assign = self.class_rows, bool(local_metadata.get("assign_to_params_buffers"))
+        extra = state_dict.get(f"{prefix}_extra_state")
+        given = {name: state_dict[prefix + name] for name in rows.parameters if prefix + name in state_dict}
+        agree_to_load(rows, f"this state of a {type(self).__name__}", self._problem_of_state(given, extra, assign))
+        loaded = {**state_dict, **{prefix + name: taken(rows, value) for name, value in given.items()}}
+        if rows.shards.ranks.group is not None and rows.device.type != "meta":
+            # what one rank lacks or has too much, all do; torch raises on all, or on none, by its `strict`
+            expected = {prefix + name for name in self.state_dict()}
+            absent, more = expected - loaded.keys(), {key for key in loaded if key.startswith(prefix)} - expected
+            absent, more = agree_on_keys(rows, absent, more)
+            missing_keys += sorted(key for key in absent & loaded.keys() if "." in key[len(prefix) :])
+            unexpected_keys += sorted(more - loaded.keys())
+            loaded = {key: value for key, value in loaded.items() if key not in absent}
+        super()._load_from_state_dict(loaded, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.class_rows.parameters:
+            marked(self.class_rows, destination[prefix + name])
+
+    def _problem_of_state(self, given: dict[str, Any], extra: Any, assign: bool) -> str:
+        """Return why the stored parameters `given` cannot be loaded; "" if they can."""
+        rows = self.class_rows
+        if assign:
+            return "assign=True would put other tensors in the place of its parameters; load without it"
+        try:
+            self.check_state({"_extra_state": extra})
+        except ValueError as error:
+            return str(error)
+        if rows.shards.ranks.group is None and not any(isinstance(value, DTensor) for value in given.values()):
+            return ""  # torch compares the shapes
+        found = (row_problem(rows, name, v, rows.parameters[name].shape, extra) for name, v in given.items())
+        return next(filter(None, found), "")
+
     # ------------------------------------------------------------------------------------------------ changes
 
+    @operation("expand")
     def expand(
         self,
         new_classes: int,
@@ -93,6 +150,7 @@ class ChangeableLoss(ShardedLoss):
         """
         changes.expand(self, new_classes, init, optimizers, margin, class_weights)
 
+    @operation("remap")
     def remap(
         self,
         mapping: Mapped,
@@ -123,6 +181,7 @@ class ChangeableLoss(ShardedLoss):
         """
         changes.remap(self, mapping, merge, weights, optimizers, margin)
 
+    @operation("init_from_embeddings")
     def init_from_embeddings(self, batches: Batches) -> None:
         """Set rows to class means. `batches` yields (embeddings `[n, D]`, labels `[n]`) of this rank.
 

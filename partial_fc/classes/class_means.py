@@ -21,8 +21,8 @@ from torch import Tensor
 from partial_fc.batch.exchange import exchange
 from partial_fc.batch.status import LabelSet
 from partial_fc.classes.interface import Changeable
+from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import all_gather_mesh
 from partial_fc.optim.row_state import MASTER
 from partial_fc.sampling import mix
 from partial_fc.sharded_module import INIT_BLOCK, initial_rows
@@ -116,7 +116,7 @@ def _equal_batches(loss: Changeable, batches: Batches, like: Tensor) -> Iterator
         except Exception as error:
             failure = error
         state = 2 if failure is not None else int(mine is not None)  # 2: failed, 1: has a batch, 0: at its end
-        everyone = all_gather_mesh(torch.tensor([state], device=like.device), ranks).flatten().tolist()
+        everyone = [each for (each,) in meet("init_from_embeddings", ranks, like.device, (state,))]
         if failure is not None:
             raise failure
         if 2 in everyone:

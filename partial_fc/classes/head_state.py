@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from partial_fc.classes.tables import changed_class_weights, changed_margin, pre
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.errors import log
 from partial_fc.margins.base import Margin
+from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sampling import window_size
 from partial_fc.softmax.measured import Measured
 
@@ -32,6 +33,13 @@ class HeadState(ChangeableLoss):
     logits_mode: str
     selected_rows: Tensor | None
     _measured: Measured | None
+
+    FACTS: ClassVar[dict[str, str]] = {
+        **ChangeableLoss.FACTS,
+        **{name: name for name in ("label_smoothing", "interclass_filter", "forward_count")},
+        "sample_rate": "_sample_rate",
+        "metrics": "collect_metrics",
+    }
 
     def _prepare_margin(self, dtype: torch.dtype) -> None:
         """Fit the margin to the classes and the device; its parameters become parameters that all ranks share."""
@@ -94,13 +102,6 @@ class HeadState(ChangeableLoss):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sample_rate={self.sample_rate}"
 
-    def agreed_settings(self) -> dict[str, Any]:
-        settings = super().agreed_settings()
-        tables = [float(b.double().sum()) for b in self.buffers()]
-        own = self.init_std, self.sample_rate, self.interclass_filter, tables
-        digest = settings["a digest of the settings"], self.margin.describe(), own
-        return {**settings, "a digest of the settings": digest}
-
     # ------------------------------------------------------------------------------------------------ saved state
 
     @torch.no_grad()
@@ -115,12 +116,14 @@ class HeadState(ChangeableLoss):
         self.margin.reset()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the forward count and the number of class changes (both key draws), the margin, and skipped steps."""
+        """Return the forward count and the number of class changes (both key draws), the margin, skipped steps, and
+        whose rows the state has."""
         return {
             "step": self.forward_count,
             "class_changes": self.class_changes,
             "margin": self.margin.describe(),
             "skips": self.skips,
+            "rows": stated_rows(self.class_rows),
         }
 
     def set_extra_state(self, state: Any) -> None:
@@ -138,11 +141,6 @@ class HeadState(ChangeableLoss):
                 f"it is of a head with {theirs}, this one has {self.margin.describe()}; build the head with that "
                 "margin, or start a new run from the class weights alone (export_weights, import_weights)"
             )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        # before a weight has changed
-        self.check_state({"_extra_state": state_dict.get(f"{prefix}_extra_state")})
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     # ----------------------------------------------------------------------------------------------- changes of classes
 

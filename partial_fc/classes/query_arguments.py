@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.batch.status import DTYPES, embeddings_problem
-from partial_fc.distributed.ranks import all_gather_mesh
+from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.texts import gather_texts
 from partial_fc.errors import NonFiniteError
 from partial_fc.rows import ClassRows
@@ -46,7 +46,7 @@ def check_query(class_rows: ClassRows, k: Any, limit: int, tile_bytes: Any, embe
         mine = _QueryArguments(0, k, tile_bytes, -1, 0)
     else:
         mine = _QueryArguments(0, k, tile_bytes, DTYPES.index(embeddings.dtype), len(embeddings))
-    table = all_gather_mesh(torch.tensor(list(vars(mine).values()), device=device), ranks, QUERY).tolist()
+    table = meet(QUERY, ranks, device, list(vars(mine).values()))
     everyone = [_QueryArguments(*row) for row in table]
     wrong = next((flat for flat, each in enumerate(everyone) if each.problem), None)
     if wrong is not None:

@@ -159,7 +159,7 @@ def _settings(wiring: Wiring) -> Check:
     for rank, other in enumerate(all_ranks):
         for key, value in all_ranks[0].items():
             if other[key] != value:
-                words = f"ranks disagree: {key} is {value} on rank 0 and {other[key]} on rank {rank}"
+                words = f"ranks disagree: {key} is {value} on rank 0 and {other.get(key)} on rank {rank}"
                 mend = "build the same head and backbone, with the same seed, on every rank"
                 return Check("settings", False, words, mend)
     return Check("settings", True, f"all ranks built the same head, seed {head.seed}")

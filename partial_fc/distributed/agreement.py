@@ -15,10 +15,11 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from partial_fc.distributed.groups import device_of, ranks_of
+from partial_fc.distributed.meeting import AGREEMENT, meet
 from partial_fc.distributed.missing import naming_the_missing
 
 Result = TypeVar("Result")
-AGREEMENT = "an agreement of all ranks"  # what a `RankMissing` calls these collectives
 
 # A class and a message, never the exception itself: some cannot be pickled, and their traceback holds tensors.
 Failure = tuple[type[Exception], str]
@@ -36,23 +37,25 @@ def on_every_rank(action: Callable[[], Result], group: dist.ProcessGroup | None 
         result = action()
     except (OSError, ValueError) as caught:
         error = caught
-    if dist.is_initialized():
+    if dist.is_initialized() and any(failed for (failed,) in _meet(AGREEMENT, group, error is not None)):
         failures: list[Failure | None] = [None] * dist.get_world_size(group)
         with naming_the_missing(AGREEMENT, group):
             dist.all_gather_object(failures, _failure(error), group=group)
-        first = next(((rank, failure) for rank, failure in enumerate(failures) if failure is not None), None)
-        if first is not None:
-            rank, (kind, text) = first
-            raise kind(text if None not in failures else f"rank {_global_rank(rank, group)}: {text}") from error
+        rank, (kind, text) = next((rank, failure) for rank, failure in enumerate(failures) if failure is not None)
+        raise kind(text if None not in failures else f"rank {_global_rank(rank, group)}: {text}") from error
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
 
 
 def on_first_rank(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Call `action` on the first rank of the group; return its result or raise its OSError or ValueError everywhere."""
+    """Call `action` on the first rank of the group; return its result or raise its OSError or ValueError everywhere.
+
+    It is called when all ranks have come.
+    """
     if not dist.is_initialized():
         return action()
+    _meet(AGREEMENT, group)
     shared: list[Result | Failure | None] = [None, None]
     error = None
     if dist.get_rank(group) == 0:
@@ -73,6 +76,7 @@ def check_same(what: str, value: object, group: dist.ProcessGroup | None = None)
     """Raise ValueError on every rank unless all pass an equal `value`, which must be small and of plain types."""
     if not dist.is_initialized():
         return
+    _meet("check_same", group)
     values: list[object] = [None] * dist.get_world_size(group)
     with naming_the_missing(f"the comparison of {what}", group):
         dist.all_gather_object(values, value, group=group)
@@ -80,6 +84,11 @@ def check_same(what: str, value: object, group: dist.ProcessGroup | None = None)
         if other != values[0]:
             first, here = _global_rank(0, group), _global_rank(rank, group)
             raise ValueError(f"ranks disagree: {what} is {values[0]!r} on rank {first} and {other!r} on rank {here}")
+
+
+def _meet(what: str, group: dist.ProcessGroup | None, *values: int) -> list[list[int]]:
+    ranks = ranks_of(group)
+    return meet(what, ranks, device_of(ranks), values)
 
 
 def _failure(error: OSError | ValueError | None) -> Failure | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -30,6 +31,13 @@ def ranks_of(group: Group) -> Ranks:
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise ValueError(f"group must be a ProcessGroup that holds this rank, a DeviceMesh or None, not {group!r}")
     return Ranks(*_place(group), group=group)
+
+
+def device_of(ranks: Ranks) -> torch.device:
+    """Return the device of tensors that the group can exchange: the current GPU if it has no backend for the CPU."""
+    if ranks.group is None or "cpu:" in dist.get_backend_config(ranks.group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _place(group: dist.ProcessGroup) -> tuple[int, int]:

@@ -21,6 +21,7 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +33,7 @@ SILENCE = 5.0  # seconds after which a store is considered not to respond
 POLL = 0.05  # seconds between two looks at the store
 
 # keys in the store, each followed by "/" and a global rank
-REACHED = "partial_fc/reached"  # this rank reached a collective that failed
+REACHED = "partial_fc/reached"  # the collective that this rank reached, and that failed
 CONCLUDED = "partial_fc/concluded"  # JSON list of the ranks that this rank found missing
 PROCESS = "partial_fc/process"  # JSON [machine, pid, start time]
 
@@ -40,8 +41,19 @@ CAUSES = (
     "Usual causes: its data ended before the others' (use JoinedBatches), it raised an exception (see its own output), "
     "it was killed (out of memory?) or stopped, or it is slower than the timeout."
 )
+TOGETHER = "Every rank of the group must call each of them, in the same order: take it out of `if rank == 0`."
 END = "The process group can no longer be used: let this process end, and restart all ranks from the last checkpoint."
 
+# What gloo and NCCL write. Specific, because a DataLoader's errors also mention timeouts and connections.
+_BACKENDS = re.compile(r"gloo|caused pair closure|NCCL|nccl")
+_PEER_ERRORS = re.compile(
+    r"gloo/transport|gloo/rendezvous|caused pair closure|connectFullMesh|ncclSystemError|ncclRemoteError"
+    r"|[Tt]imed? ?out|[Cc]onnection (?:was )?(?:closed|reset|refused)|remote process"
+)
+_OWN_ERRORS = re.compile(
+    r"enforce fail|op\.preamble|ncclInvalidUsage|ncclInvalidArgument|ncclUnhandledCudaError|ncclInternalError"
+    r"|invalid usage|invalid argument|[Uu]nhandled cuda|Duplicate GPU|CUDA error"
+)
 _TIMEOUT = re.compile(r"[Tt]imed out (?:after )?waiting (?:for )?(\d+) ?ms")
 
 
@@ -100,19 +112,49 @@ def _state_of(rank: int, store: Any) -> str:
 # ---------------------------------------------------------------------------------------------- which ranks are missing
 
 
+class RankMissing(RuntimeError):
+    """A rank did not reach a collective: it has exited, was killed or stopped, is slower than the timeout, or has come
+    to another collective.
+
+    ranks: global ranks that are missing; empty if they could not be determined, and where all ranks came, but to
+    different collectives. Raised on every remaining rank. The process group cannot be used afterwards: the process
+    should end.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
+def is_peer_error(error: BaseException) -> bool:
+    """Return whether a collective failed because of another rank or the connection to it.
+
+    Sizes that differ between ranks, and what NCCL reports about this process (invalid usage, one GPU for two ranks, an
+    error of CUDA), are no peer's absence.
+    """
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return True
+    text = str(error)
+    of_backend = (isinstance(error, RuntimeError) and _BACKENDS.search(text)) or isinstance(error, dist.DistBackendError)
+    return bool(of_backend and _PEER_ERRORS.search(text) and not _OWN_ERRORS.search(text))
+
+
 class _Inquiry(threading.Thread):
     """Writes this rank's note, waits for the others' and concludes.
 
     It is a thread, because a store whose host is stopped never responds.
 
+    where: the collective that each rank of `members` came to
     missing: global ranks of `members` without a note, or those that other ranks found missing
     seen: the state of each missing rank's process, in words
     late: other ranks found this rank missing
     """
 
-    def __init__(self, rank: int, members: list[int]) -> None:
+    def __init__(self, rank: int, what: str, members: list[int]) -> None:
         super().__init__(daemon=True, name="partial_fc missing ranks")
         self.rank = rank
+        self.what = what
+        self.where: dict[int, str] = {}
         self.members = members
         self.answered = threading.Event()  # the store has responded, or failed
         self.missing: set[int] = set()
@@ -129,9 +171,10 @@ class _Inquiry(threading.Thread):
             self.answered.set()
 
     def _ask(self, store: Any) -> None:
-        store.set(f"{REACHED}/{self.rank}", "1")
+        store.set(f"{REACHED}/{self.rank}", self.what)
         absent = self._wait(store, REACHED, self.members, time.monotonic() + GRACE)
         self.missing = absent
+        self.where = {r: bytes(store.get(f"{REACHED}/{r}")).decode() for r in self.members if r not in absent}
         store.set(f"{CONCLUDED}/{self.rank}", json.dumps(sorted(absent)))
         if not absent:
             self._read_conclusions(store)
@@ -198,7 +241,7 @@ def explain_failure(error: str, what: str, group: dist.ProcessGroup | None, seco
     error: torch's message. what: what the collective was for. seconds: from its start to its failure.
     """
     members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    inquiry = _Inquiry(dist.get_rank(), members)
+    inquiry = _Inquiry(dist.get_rank(), what, members)
     inquiry.start()
     inquiry.answered.wait(SILENCE)
     if inquiry.answered.is_set():
@@ -215,8 +258,10 @@ def explain_failure(error: str, what: str, group: dist.ProcessGroup | None, seco
         return f"rank {inquiry.rank} (this rank) reached {what} {late}. {END}", missing
     if missing:
         seen = "".join(f"; rank {rank}: {state}" for rank, state in inquiry.seen.items() if state)
-        return f"{_names(missing)} did not reach {what} ({how}{seen}). {CAUSES} {END}", missing
+        return f"{names_of(missing)} did not reach {what} ({how}{seen}). {CAUSES} {END}", missing
     if inquiry.failure is None and inquiry.answered.is_set() and not inquiry.is_alive():
+        if len(set(inquiry.where.values())) > 1:
+            return f"{come_apart(inquiry.where)} {END}", []
         return f"all ranks reached {what}, but the connection between them failed ({how}): check the network. {END}", []
     return _explain_by_store(inquiry, what, how)
 
@@ -234,5 +279,15 @@ def _explain_by_store(inquiry: _Inquiry, what: str, how: str) -> tuple[str, list
     return f"rank 0 did not reach {what} ({how}; {hosted}). {CAUSES} {END}", [0]
 
 
-def _names(ranks: list[int]) -> str:
+def come_apart(where: dict[int, str]) -> str:
+    """Return the message for ranks that came to different collectives. where: of each global rank, its collective."""
+    who: dict[str, list[int]] = {}
+    for rank, what in where.items():
+        who.setdefault(what, []).append(rank)
+    places = ", ".join(f"{names_of(them)} {'is' if len(them) == 1 else 'are'} in {what}" for what, them in who.items())
+    return f"ranks have come to different collectives: {places}. {TOGETHER}"
+
+
+def names_of(ranks: list[int]) -> str:
+    """Return "rank 1", "ranks 0, 2 and 3"."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"

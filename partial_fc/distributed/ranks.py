@@ -45,11 +45,15 @@ class Ranks:
         """The number of all ranks, over which an engine averages the backbone's gradients."""
         return self.world * self.replicas
 
-    def name(self, flat: int) -> str:
-        """Return how an error names the `flat`-th rank of the mesh (a global rank where there is a group)."""
+    def global_rank(self, flat: int) -> int:
+        """Return the global rank of the `flat`-th rank of the mesh."""
         if self.mesh is not None:
-            return f"rank {int(self.mesh.mesh.flatten()[flat])}"
-        return f"rank {flat if self.group is None else dist.get_global_rank(self.group, flat)}"
+            return int(self.mesh.mesh.flatten()[flat])
+        return flat if self.group is None else dist.get_global_rank(self.group, flat)
+
+    def name(self, flat: int) -> str:
+        """Return how an error names the `flat`-th rank of the mesh."""
+        return f"rank {self.global_rank(flat)}"
 
     def same_as(self, other: Ranks) -> bool:
         return (self.group, self.replica_group) == (other.group, other.replica_group)

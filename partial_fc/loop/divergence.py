@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from partial_fc.distributed.agreement import check_same
+from partial_fc.distributed.groups import ranks_of
+from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import all_gather
 from partial_fc.loop.checksums import checksums, mixed
@@ -147,6 +149,9 @@ class DivergenceWatch:
         if self.group is None or not recorded:
             return
         device = recorded[0].sums[0].device
+        steps = meet("the comparison of checksums", ranks_of(self.group), device, (len(recorded),))
+        if any(count != steps[0] for count in steps):
+            raise ValueError(f"ranks have recorded different numbers of steps: {[count for (count,) in steps]}")
         mine = torch.stack([sums.combined(device) for sums in recorded], 1)  # [2, steps]
         shard = torch.full((2, 1), self._shard(), dtype=torch.int64, device=device)
         table = all_gather(torch.cat((shard, mine), 1), self.group).tolist()

@@ -27,9 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.distributed.groups import ranks_of
+from partial_fc.distributed.groups import device_of, ranks_of
+from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Group, Ranks, all_gather_mesh
+from partial_fc.distributed.ranks import Group, Ranks
 from partial_fc.distributed.texts import gather_texts
 
 Batch = TypeVar("Batch")
@@ -96,7 +97,7 @@ class JoinedBatches(Generic[Batch]):
             except Exception as error:
                 failure = error
             state = FAILED if failure is not None else _state(batch, last)
-            states = all_gather_mesh(torch.tensor([state], device=device), ranks, WHO).flatten().tolist()
+            states = [each for (each,) in meet(WHO, ranks, device, (state,))]
             if FAILED in states:
                 texts = gather_texts("" if failure is None else f"{type(failure).__name__}: {failure}", ranks, device)
                 flat = states.index(FAILED)
@@ -116,14 +117,6 @@ def _state(batch: Any, last: Any) -> int:
     if batch is not None:
         return HAS
     return ENDED if last is not None else NEVER_HAD
-
-
-def device_of(ranks: Ranks) -> torch.device:
-    """Return the device for tensors in collectives of the group: the current GPU with NCCL, else the CPU."""
-    assert ranks.group is not None
-    if dist.get_backend(ranks.group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _batch_of(batch: Any, flat: int, ranks: Ranks, device: torch.device) -> Any:

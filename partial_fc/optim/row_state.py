@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.optim.optimizer_class import is_row_state, trial
+from partial_fc.optim.stored_rows import agree_to_load, marked, row_problem, stated_rows, taken
 from partial_fc.rows import ClassRows, UpdateRows
 
 HALF = (torch.bfloat16, torch.float16)
@@ -57,16 +58,22 @@ class RowState(torch.optim.Optimizer):
     def _wrap(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
         """Return `local` as a DTensor that is split as the parameter is."""
         rows = self.class_rows
-        if any(parameter is shared for shared in rows.shared.values()):
+        if self._is_shared(parameter):
             return rows.shards.wrap_shared(local)
         return rows.shards.wrap(local)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer; row state as DTensors `[C, ...]` where there is a group."""
+        """As of any torch optimizer; row state as DTensors `[C, ...]` where there is a group. "rows" says whose they
+        are."""
         parameters = self.class_rows.everything
-        state = {i: dict(self.state[p]) for i, p in enumerate(parameters) if p in self.state}
+        rows = self.class_rows
+        state = {
+            i: {key: marked(rows, value) for key, value in self.state[p].items()}
+            for i, p in enumerate(parameters)
+            if p in self.state
+        }
         group = {**self.param_groups[0], "params": list(range(len(parameters)))}
-        return {"state": state, "param_groups": [group]}
+        return {"state": state, "param_groups": [group], "rows": stated_rows(rows)}
 
     def state_template(self) -> dict[str, Any]:
         """Return a state dict with all state allocated, for `load_checkpoint` to read into before the first step."""
@@ -100,21 +107,37 @@ class RowState(torch.optim.Optimizer):
                 )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load options and state; the row state must be of this class and of this head's shape, else ValueError."""
-        self.check_state(state_dict)
+        """Load options and state: this rank's rows of it, of this class and of this head's shape, else ValueError.
+
+        A collective where there is a group: if one rank cannot load, all raise the same error.
+        """
         parameters = self.class_rows.everything
-        for i, state in state_dict["state"].items():
-            for key, value in state.items():
-                expected = parameters[int(i)].shape
-                if isinstance(value, Tensor) and value.ndim and value.shape != expected:
-                    raise ValueError(
-                        f"optimizer state {key} is {list(value.shape)}, the head's parameter is {list(expected)}"
-                    )
+        agree_to_load(self.class_rows, "this state of a RowOptimizer", self._problem_of_state(state_dict))
         self.param_groups[0].update({k: v for k, v in state_dict["param_groups"][0].items() if k != "params"})
         self.state.clear()
         for i, state in state_dict["state"].items():
             parameter = parameters[int(i)]
             self.state[parameter] = {key: self._fitted(value, parameter) for key, value in state.items()}
+
+    def _problem_of_state(self, state_dict: dict[str, Any]) -> str:
+        """Return why a state dict cannot be loaded; "" if it can."""
+        try:
+            self.check_state(state_dict)
+        except ValueError as error:
+            return str(error)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            return f"it is no state of a RowOptimizer ({type(error).__name__}: {error})"
+        for i, state in state_dict["state"].items():
+            parameter = self.class_rows.everything[int(i)]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim and not self._is_shared(parameter):
+                    problem = row_problem(self.class_rows, key, value, parameter.shape, state_dict)
+                    if problem:
+                        return problem
+        return ""
+
+    def _is_shared(self, parameter: nn.Parameter) -> bool:
+        return any(parameter is shared for shared in self.class_rows.shared.values())
 
     def _fitted(self, value: Any, parameter: nn.Parameter) -> Any:
         """Return a piece of state on the device and in the dtype that the class expects; the same object where it is
@@ -123,6 +146,8 @@ class RowState(torch.optim.Optimizer):
             return value
         weight = local_part(parameter.detach())
         if value.ndim:
+            if not self._is_shared(parameter):
+                value = taken(self.class_rows, value)
             local = local_part(value)
             dtype = self._state_dtype(parameter) if local.is_floating_point() else local.dtype
             fitted = local.to(weight.device, dtype)

@@ -10,7 +10,7 @@ from partial_fc.planning.plan import size
 NETWORK_IS_FINE = 0.2  # below this share of a step, communication is not worth advice
 
 HINTS = {
-    "status": "it is a message of 168 bytes, so this is latency: use more samples per step, or fewer ranks",
+    "status": "it is a message of 192 bytes, so this is latency: use more samples per step, or fewer ranks",
     "payload": "all ranks receive all embeddings: use a smaller embedding_size or fewer ranks per head",
     "statistics": "every rank sends 4 numbers per sample: use fewer ranks per head",
     "embedding gradient": "all embedding gradients are sent back: use a smaller embedding_size or fewer ranks per head",

@@ -1,6 +1,6 @@
 """The communication of a head's step, measured on the launched ranks: how long it takes, and what share of the step.
 
-    status [21] int64              all-gather       sizes, and what is wrong with the batch; the host waits for it
+    status [24] int64              all-gather       sizes, and what is wrong with the batch; the host waits for it
     payload [n, D], [n]            all-gather       embeddings and labels
     statistics [4, N]              all-gather       maximum, sum and target of every sample
     embedding gradient [N, D]      reduce-scatter

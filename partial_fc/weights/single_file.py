@@ -29,7 +29,9 @@ from partial_fc.checkpoint.manifest import MANIFEST, read_manifest
 from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.checkpoint.save_load import stored_tensors
 from partial_fc.distributed.agreement import on_every_rank
-from partial_fc.distributed.ranks import Ranks, all_gather_mesh
+from partial_fc.distributed.meeting import meet
+from partial_fc.distributed.operation import operation
+from partial_fc.distributed.ranks import Ranks
 from partial_fc.errors import log
 from partial_fc.head import PartialFC
 from partial_fc.optim.row_optimizer import RowOptimizer
@@ -53,6 +55,7 @@ Source = str | os.PathLike[str] | RowSource
 Result = TypeVar("Result")
 
 
+@operation("export_weights")
 def export_weights(path: str | os.PathLike[str], rows_of: HeadOrCenters, *, overwrite: bool = False) -> None:
     """Write class weights or centers to one safetensors file. Every rank must call it and see the same folder.
 
@@ -115,6 +118,7 @@ def describe(kind: str, num_classes: int, embedding_size: int, margin: str | Non
     return {"format": "pt", **sizes, **({} if margin is None else {"margin": margin})}
 
 
+@operation("import_weights")
 def import_weights(
     source: Source, rows_of: HeadOrCenters, *, key: str | None = None, optimizer: RowOptimizer | None = None
 ) -> None:
@@ -296,10 +300,8 @@ def _on_every_rank(ranks: Ranks, action: Callable[[], Result]) -> Result:
 def _agree_on_path(path: Path, overwrite: bool, rows_of: HeadOrCenters) -> int:
     """Return a random number, the same on every rank. ValueError on every rank if their arguments differ."""
     ranks, device = rows_of.class_rows.shards.ranks, rows_of.class_rows.device
-    mine = torch.tensor(
-        [secrets.randbits(48), zlib.crc32(os.fsencode(path)), overwrite], dtype=torch.int64, device=device
-    )
-    table = all_gather_mesh(mine, ranks).tolist()
+    mine = (secrets.randbits(48), zlib.crc32(os.fsencode(path)), overwrite)
+    table = meet("export_weights", ranks, device, mine)
     for flat, (_, *arguments) in enumerate(table):
         if arguments != table[0][1:]:
             raise ValueError(

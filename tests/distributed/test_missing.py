@@ -89,8 +89,8 @@ def _saving(head: PartialFC, group: Any) -> Callable[[], Any]:
 
 
 COLLECTIVES: dict[str, Callable[[PartialFC, Any], Callable[[], Any]]] = {
-    "the exchange of counts and status of a batch": _forward,
-    "the exchange of counts and status": _gather,
+    "the exchange of a batch": _forward,
+    "the exchange of a batch ": _gather,
     "the sum of the embeddings' gradients in backward": _backward,
     "the norm of gradients over ranks": _clipping,
     "a query for nearest classes": _questions,
@@ -135,8 +135,7 @@ def test_a_rank_that_fails_before_a_collective_is_named_whichever_it_is(tmp_path
     ((message, missing, _),) = results[VICTIM]
     assert missing == (VICTIM,)
     assert message.startswith(
-        f"rank {VICTIM} (this rank) reached the exchange of counts and status of a batch "
-        "after the other ranks had given up"
+        f"rank {VICTIM} (this rank) reached the exchange of a batch after the other ranks had given up"
     )
 
 
@@ -160,10 +159,7 @@ def test_a_stopped_rank_is_named_at_the_timeout(world, victim):
     results = answers(world, victim_of, victim, int(signal.SIGSTOP), silent=(victim,))
     assert len(results) == world - 1
     for message, missing, cause, seconds in results.values():
-        assert (
-            missing == (victim,)
-            and f"rank {victim} did not reach the exchange of counts and status of a batch" in message
-        )
+        assert missing == (victim,) and f"rank {victim} did not reach the exchange of a batch" in message
         assert "waited 3 s, the timeout" in message and "imed out" in cause and seconds > SECONDS - 0.5
         assert (
             ("the store that it hosts at" in message and "does not respond" in message)
@@ -187,10 +183,7 @@ def test_a_rank_that_was_killed_or_has_ended_is_named_before_the_timeout(world, 
     assert len(results) == world - 1
     for message, missing, cause, _ in results.values():
         assert "its data ended before the others'" in message and "can no longer be used" in message
-        assert (
-            missing == (victim,)
-            and f"rank {victim} did not reach the exchange of counts and status of a batch" in message
-        )
+        assert missing == (victim,) and f"rank {victim} did not reach the exchange of a batch" in message
         assert "before the timeout" in message and "imed out" not in cause
         assert (
             ("the store that it hosts at" in message and "is gone" in message)

@@ -53,7 +53,7 @@ def test_it_sends_what_a_step_sends(ranks, world, rate):
             "backbone gradient (all-reduce)": 4 * P,
         }
         assert set(kinds) <= sent
-        assert reported["status (all-gather)"] == 168
+        assert reported["status (all-gather)"] == 192
 
 
 def test_what_is_planned():

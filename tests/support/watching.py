@@ -1,6 +1,6 @@
 """Watches what a piece of code does: the collectives that it takes part in, the tensors that it makes.
 
-with collectives() as calls: ...        calls: [("all_gather", 168), ("reduce_scatter", 384), ...]
+with collectives() as calls: ...        calls: [("all_gather", 192), ("reduce_scatter", 384), ...]
 with Allocations() as made: ...         made.elements, made.bytes: of the largest tensor
 """
 

@@ -1,0 +1,82 @@
+"""What all ranks of one loss must have alike: settings, mode, step, margin, optimizer. Compared with every batch.
+
+forward      digest and statistics  ── with the status of the batch ──>  the same on all ranks
+if they differ             facts    ── gather_texts ──>                  ValueError on every rank: who has what
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partial_fc.distributed.dtensors import local_part
+
+OF_OPTIMIZER = ("update_in_backward", "low_precision")
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """facts: by the name that a message gives them. digest: of all facts. statistics: 0-d float64, the sum of running
+    statistics and shared parameters."""
+
+    facts: dict[str, Any]
+    digest: int
+    statistics: Tensor | None = None
+
+    @classmethod
+    def of(cls, loss: Any, tables: bool = False) -> Agreed:
+        """Read them from a loss, whose `FACTS` has the name of each fact and where it stands.
+
+        tables: also what has a value for each class, which only the building of a loss compares.
+        """
+        rows, margin = loss.class_rows, getattr(loss, "margin", None)
+        kind = rows.device.type
+        facts: dict[str, Any] = {"loss": rows.owner, "mode": "train()" if loss.training else "eval()"}
+        facts["gradients"] = "recorded" if torch.is_grad_enabled() else "off (no_grad)"
+        facts["autocast"] = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off"
+        facts.update({name: plain(attrgetter(path)(loss)) for name, path in loss.FACTS.items()})
+        for name, parameter in (*rows.parameters.items(), *rows.shared.items()):
+            facts[name] = f"{parameter.dtype}{'' if parameter.requires_grad else ', frozen'}"
+        moving = [local_part(p.detach()) for p in rows.shared.values()]
+        if margin is not None:
+            facts["margin"] = type(margin).__name__
+            facts.update(settings_of(vars(margin), "margin"))
+            moving += [buffer for buffer in margin.buffers() if not buffer.ndim]
+        optimizer = rows.live_optimizer
+        if optimizer is not None:
+            facts["RowOptimizer"] = type(optimizer.inner).__name__
+            facts.update(settings_of({k: getattr(optimizer, k) for k in OF_OPTIMIZER}, "RowOptimizer"))
+            facts.update(settings_of(optimizer.param_groups[0], "RowOptimizer"))
+        if tables:
+            facts.update({name: plain(float(b.double().sum())) for name, b in loss.named_buffers()})
+        return cls(facts, digest_of(facts), torch.stack([m.double().sum() for m in moving]).sum() if moving else None)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as it is compared and shown: a number is what it is worth, however it is spelled."""
+    if isinstance(value, Tensor):
+        return plain(value.item()) if value.numel() == 1 and value.device.type == "cpu" else "a tensor"
+    if isinstance(value, tuple | list):
+        return [plain(each) for each in value]
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value if isinstance(value, bool) else str(value)
+    return int(value) if math.isfinite(value) and value == int(value) else float(value)
+
+
+def settings_of(values: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Return the plain values of public names, each under "owner.name"."""
+    kinds = (str, Real, tuple, Tensor, type(None))
+    public = {k: v for k, v in values.items() if k[0] != "_" and k not in ("training", "params", "initial_lr")}
+    return {f"{owner}.{k}": plain(v) for k, v in public.items() if isinstance(v, kinds)}
+
+
+def digest_of(facts: dict[str, Any]) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=7).digest(), "big")

@@ -1,0 +1,122 @@
+"""Whose rows are in a state dict? `load_state_dict` of a loss and of its optimizer is a collective where there is a group.
+
+    a DTensor from state_dict()     is marked with the rows that it has, and torch.save keeps the mark: they must be this
+                                    rank's
+    a DTensor without a mark        a copy (cpu(), clone()): the state's own `rows` must be this rank's; what torch's
+                                    distributed checkpoints have put on ranks is this rank's
+    a plain tensor [C, ...]         every rank takes its rows
+
+If one rank cannot load, no rank does, and all raise the same error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from partial_fc.distributed.meeting import meet
+from partial_fc.distributed.texts import gather_texts
+from partial_fc.rows import ClassRows
+from partial_fc.shards import is_own_mesh
+
+MARK = "partial_fc_rows"  # attribute of a DTensor in a state dict
+WAY = (
+    "state_dict() on one rank has the rows of that rank alone. Save by save_checkpoint on every rank, which loads at any "
+    "number of ranks; class weights from elsewhere come by import_weights"
+)
+
+
+def own_rows(rows: ClassRows) -> dict[str, int]:
+    """Return whose rows a state has: class ids [lo, hi), and which rank of how many owns them."""
+    shards = rows.shards
+    return {"lo": shards.lo, "hi": shards.hi, "rank": shards.ranks.rank, "world": shards.ranks.world}
+
+
+def marked(rows: ClassRows, value: Any) -> Any:
+    """Return a value of a state dict; a DTensor is marked with the rows that it has here."""
+    if isinstance(value, DTensor):
+        setattr(value, MARK, own_rows(rows))
+    return value
+
+
+def stated_rows(rows: ClassRows) -> dict[str, int] | None:
+    """Return what a state says about its rows; None to torch.distributed.checkpoint, which brings each rank its own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return None
+        frame = frame.f_back
+    return own_rows(rows)
+
+
+def row_problem(rows: ClassRows, name: str, value: Any, shape: Iterable[int], state: Any) -> str:
+    """Return why a stored tensor cannot be loaded as rows of this rank; "" if it can.
+
+    shape: `[C, ...]`. state: where `stated_rows` stands under "rows", if it stands anywhere.
+    """
+    shape = tuple(shape)
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        return f"{name} is {found} in it, and {list(shape)} here{_partial(rows, value, shape)}"
+    if not isinstance(value, DTensor):
+        return ""
+    stored = getattr(value, MARK, None)
+    if stored is None:
+        says = isinstance(state, Mapping) and "rows" in state
+        stored = state["rows"] if says else None
+        if says and stored is None and is_own_mesh(value.device_mesh):
+            return ""
+    if stored is None:
+        return f"it does not say which rows of {name} it has. {WAY}"
+    mine = own_rows(rows)
+    if all(stored.get(key) == mine[key] for key in ("lo", "hi", "world")):
+        return ""
+    return (
+        f"its {name} has the classes {stored['lo']} to {stored['hi'] - 1}, as rank {stored['rank']} of "
+        f"{stored['world']} saved them; this rank owns {mine['lo']} to {mine['hi'] - 1}, as rank {mine['rank']} of "
+        f"{mine['world']}. {WAY}"
+    )
+
+
+def _partial(rows: ClassRows, value: Any, shape: tuple[int, ...]) -> str:
+    """Return what to do about a plain tensor of some of the rows."""
+    some = isinstance(value, Tensor) and tuple(value.shape[1:]) == shape[1:] and rows.shards.ranks.world > 1
+    return f": give all {shape[0]} rows to every rank. {WAY}" if some else ""
+
+
+def taken(rows: ClassRows, value: Tensor) -> Tensor:
+    """Return the stored tensor `[C, ...]` as this rank holds it: a DTensor of its own rows where there is a group."""
+    if rows.shards.mesh is None and not isinstance(value, DTensor):
+        return value
+    if isinstance(value, DTensor):
+        return rows.shards.wrap(value.to_local())
+    return rows.shards.wrap(value[rows.shards.lo : rows.shards.hi])
+
+
+def agree_to_load(rows: ClassRows, what: str, problem: str) -> None:
+    """Raise ValueError on every rank if any has a problem. A collective."""
+    ranks = rows.shards.ranks
+    if ranks.group is not None and rows.device.type != "meta":
+        if any(failed for (failed,) in meet("load_state_dict", ranks, rows.device, (problem != "",))):
+            texts = gather_texts(problem, ranks, rows.device)
+            flat = next(flat for flat, text in enumerate(texts) if text)
+            alike = all(text == texts[0] for text in texts)
+            raise ValueError(f"{'' if alike else ranks.name(flat) + ': '}{what} cannot be loaded: {texts[flat]}")
+    elif problem:
+        raise ValueError(f"{what} cannot be loaded: {problem}")
+
+
+def agree_on_keys(rows: ClassRows, absent: set[str], more: set[str]) -> tuple[set[str], set[str]]:
+    """Return the keys that are absent, and those that are too many, on any rank. A collective."""
+    ranks = rows.shards.ranks
+    if not any(failed for (failed,) in meet("load_state_dict", ranks, rows.device, (bool(absent or more),))):
+        return absent, more
+    texts = gather_texts(json.dumps([sorted(absent), sorted(more)]), ranks, rows.device)
+    lacking, having = zip(*(json.loads(text) for text in texts), strict=True)
+    return set().union(*lacking), set().union(*having)
