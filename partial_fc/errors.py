@@ -26,6 +26,14 @@ def replaced_parameter(owner: str, name: str) -> RuntimeError:
     )
 
 
+def assigned_data(owner: str, name: str) -> RuntimeError:
+    return RuntimeError(
+        f"a tensor was assigned to {name}.data of this {owner}, which has no effect on rows that are split over ranks: "
+        f'load_state_dict({{"{name}": tensor}}, strict=False) on every rank takes all C rows, and import_weights those '
+        "of a file"
+    )
+
+
 def untaken_gradients(owner: str) -> RuntimeError:
     return RuntimeError(
         f"no RowOptimizer takes the row gradients of this {owner}, so it would never train: "

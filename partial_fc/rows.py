@@ -21,9 +21,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from partial_fc import errors
-from partial_fc.distributed.dtensors import local_part, wrap_rows
+from partial_fc.distributed.dtensors import local_part, same_storage, wrap_rows
 from partial_fc.shards import ClassShards
 from partial_fc.step_record import StepRecord
 
@@ -58,11 +59,12 @@ class ClassRows:
         self.trainable: list[nn.Parameter] = []
         self.grad_rows: Tensor | None = None
         self.optimizer: weakref.ref[Any] | None = None  # the RowOptimizer
+        self.storages: dict[str, torch.UntypedStorage] = {}  # of DTensors
         self.used = False  # an optimizer has used these gradients
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "optimizer": None}  # a copy gets an optimizer of its own
+        return {**vars(self), "optimizer": None, "storages": {}}  # a copy gets an optimizer and storages of its own
 
     @property
     def live_optimizer(self) -> Any:
@@ -97,6 +99,7 @@ class ClassRows:
         self.parameters = parameters
         self.shared = shared
         self.shards = shards
+        self.storages = {name: p.untyped_storage() for name, p in parameters.items() if isinstance(p, DTensor)}
         self.clear()
 
     def clear(self) -> None:
@@ -151,6 +154,9 @@ class ClassRows:
         return carrier
 
     def check_group(self) -> None:
-        """Raise RuntimeError if the loss was built before its process group."""
+        """Raise RuntimeError if the loss was built before its process group, or `.data` of a DTensor was assigned."""
         if self.shards.ranks.group is None and dist.is_initialized():
             raise errors.built_before_group()
+        for name, storage in self.storages.items():  # the local rows stay what they were
+            if not same_storage(self.parameters[name], storage):
+                raise errors.assigned_data(self.owner, name)

@@ -68,7 +68,8 @@ def plain(value: Any) -> Any:
         return [plain(each) for each in value]
     if isinstance(value, bool) or not isinstance(value, Real):
         return value if isinstance(value, bool) else str(value)
-    return int(value) if math.isfinite(value) and value == int(value) else float(value)
+    number = float(value)
+    return int(number) if math.isfinite(number) and number.is_integer() else number
 
 
 def settings_of(values: Mapping[str, Any], owner: str) -> dict[str, Any]:

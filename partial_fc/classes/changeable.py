@@ -95,6 +95,7 @@ class ChangeableLoss(ShardedLoss):
         super()._load_from_state_dict(loaded, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.class_rows.check_group()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.class_rows.parameters:
             marked(self.class_rows, destination[prefix + name])

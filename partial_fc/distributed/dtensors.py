@@ -32,3 +32,8 @@ def wrap_rows(local: Tensor, mesh: DeviceMesh | None, rows: int) -> Tensor:
 def wrap_shared(local: Tensor, mesh: DeviceMesh | None) -> Tensor:
     """Return the DTensor of a tensor that is equal on all ranks; `local` itself without a mesh."""
     return local if mesh is None else DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def same_storage(tensor: Tensor, storage: torch.UntypedStorage) -> bool:
+    """Return whether the tensor still has this storage: `tensor.data = other` gives it another."""
+    return tensor.untyped_storage()._cdata == storage._cdata

@@ -135,8 +135,10 @@ def is_peer_error(error: BaseException) -> bool:
     if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return True
     text = str(error)
-    of_backend = (isinstance(error, RuntimeError) and _BACKENDS.search(text)) or isinstance(error, dist.DistBackendError)
-    return bool(of_backend and _PEER_ERRORS.search(text) and not _OWN_ERRORS.search(text))
+    of_backend = isinstance(error, dist.DistBackendError) or bool(_BACKENDS.search(text))
+    if not isinstance(error, RuntimeError) or not of_backend:
+        return False
+    return bool(_PEER_ERRORS.search(text) and not _OWN_ERRORS.search(text))
 
 
 class _Inquiry(threading.Thread):

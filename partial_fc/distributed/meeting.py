@@ -24,8 +24,7 @@ OPERATIONS = (
     AGREEMENT, BATCH, GATHERED, "the building of a head", "load_state_dict",
     "save_checkpoint", "load_checkpoint", "Checkpointer.save", "Checkpointer.load", "Checkpointer.claim",
     "export_weights", "import_weights", "topk", "nearest_classes", "expand", "remap", "init_from_embeddings",
-    "the check which ranks have a batch (JoinedBatches)", "the building of a DivergenceWatch", "the comparison of checksums",
-    "check_same",
+    "the check which ranks have a batch (JoinedBatches)", "the comparison of checksums", "check_same",
 )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
-"""Whose rows are in a state dict? `load_state_dict` of a loss and of its optimizer is a collective where there is a group.
+"""Whose rows are in a state dict? In a group `load_state_dict` of a loss and of its optimizer is a collective.
 
-    a DTensor from state_dict()     is marked with the rows that it has, and torch.save keeps the mark: they must be this
-                                    rank's
+    a DTensor from state_dict()     marked with the rows that it has, also in a file: they must be this rank's
     a DTensor without a mark        a copy (cpu(), clone()): the state's own `rows` must be this rank's; what torch's
                                     distributed checkpoints have put on ranks is this rank's
     a plain tensor [C, ...]         every rank takes its rows
@@ -27,8 +26,8 @@ from partial_fc.shards import is_own_mesh
 
 MARK = "partial_fc_rows"  # attribute of a DTensor in a state dict
 WAY = (
-    "state_dict() on one rank has the rows of that rank alone. Save by save_checkpoint on every rank, which loads at any "
-    "number of ranks; class weights from elsewhere come by import_weights"
+    "state_dict() on one rank has the rows of that rank alone. Save by save_checkpoint on every rank, which loads at "
+    "any number of ranks; class weights from elsewhere come by import_weights"
 )
 
 

@@ -190,12 +190,39 @@ def test_rows_of_a_group_are_refused_by_one_process(ranks, tmp_path):
     assert torch.equal(head.weight, before)
 
 
-def assigned(rank: int, world: int) -> list[Any]:
-    """`weight.data = rows` on every rank."""
-    found: list[Any] = []
-    for rate in (1.0, 0.5):
-        head = PartialFC(D, 8, ArcFace(scale=8.0), sample_rate=rate)
-        rows = torch.randn(8, D, generator=torch.Generator().manual_seed(3))
-        found.append(attempt(lambda head=head, rows=rows: setattr(head.weight, "data", rows)))
-        found.append(attempt(lambda head=head: head(torch.ones(2, D), torch.tensor([0, 1]))))
+def assigned(rank: int, world: int) -> list[str]:
+    """`weight.data = rows` on one rank alone, then on all."""
+    found = []
+    rows = torch.randn(8, D, generator=torch.Generator().manual_seed(3))
+    batch = torch.ones(2, D), torch.tensor([0, 1])
+    for everywhere in (False, True):
+        for given in (rows, PartialFC(D, 8, seed=1).weight.detach()):
+            head = PartialFC(D, 8, ArcFace(scale=8.0), sample_rate=0.5)
+            optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
+            head(*batch)
+            if everywhere or rank:
+                head.weight.data = given
+            found.append(attempt(lambda head=head: head(*batch)))
+            if everywhere:
+                for action in (head.state_dict, lambda head=head: head.topk(batch[0], 1)):
+                    found.append(attempt(action))
+            assert optimizer
+    head = PartialFC(D, 8, ArcFace(scale=8.0))
+    found.append(attempt(lambda: head.load_state_dict({"weight": rows}, strict=False)))
+    assert torch.equal(whole(head.weight.detach()), rows)
+    head.weight.data.mul_(2)  # in place, on the rows themselves
+    found.append(attempt(lambda: head(*batch)))
+    assert torch.equal(whole(head.weight.detach()), 2 * rows)
     return found
+
+
+def test_data_that_are_assigned_have_an_effect_or_an_error(ranks):
+    first, last = ranks(2).run(assigned)
+    *refused, taken, stepped = last
+    assert len(refused) == 8 and taken == stepped == "loaded"
+    for said in refused:
+        assert said.startswith("RuntimeError: a tensor was assigned to weight.data of this PartialFC"), said
+        assert "strict=False) on every rank" in said
+    for said in first[:2]:
+        assert said.startswith("ValueError: rank 1: a tensor was assigned to weight.data"), said
+    assert first[2:] == last[2:]
