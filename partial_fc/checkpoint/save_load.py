@@ -265,7 +265,7 @@ def _destination(key: str, stored: Any, here: Tensor | None, folder: Path) -> Te
     if here is None:
         return torch.empty(stored.size, dtype=stored.properties.dtype)
     if here.shape == stored.size:
-        return here.detach()
+        return here.detach() if here.requires_grad else here  # itself: it may be marked with the rows that it has
     problem = f"checkpoint {folder}: {key} has shape {list(stored.size)}, but the shape here is {list(here.shape)}"
     if isinstance(here, DTensor) or here.ndim == len(stored.size) > 1:
         if here.shape[1:] == stored.size[1:]:

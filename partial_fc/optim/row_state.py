@@ -60,7 +60,7 @@ class RowState(torch.optim.Optimizer):
         rows = self.class_rows
         if self._is_shared(parameter):
             return rows.shards.wrap_shared(local)
-        return rows.shards.wrap(local)
+        return marked(rows, rows.shards.wrap(local))
 
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; row state as DTensors `[C, ...]` where there is a group. "rows" says whose they

@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -23,6 +23,8 @@ from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.texts import gather_texts
 from partial_fc.rows import ClassRows
 from partial_fc.shards import is_own_mesh
+
+Value = TypeVar("Value")
 
 MARK = "partial_fc_rows"  # attribute of a DTensor in a state dict
 WAY = (
@@ -37,7 +39,7 @@ def own_rows(rows: ClassRows) -> dict[str, int]:
     return {"lo": shards.lo, "hi": shards.hi, "rank": shards.ranks.rank, "world": shards.ranks.world}
 
 
-def marked(rows: ClassRows, value: Any) -> Any:
+def marked(rows: ClassRows, value: Value) -> Value:
     """Return a value of a state dict; a DTensor is marked with the rows that it has here."""
     if isinstance(value, DTensor):
         setattr(value, MARK, own_rows(rows))

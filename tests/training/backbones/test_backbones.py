@@ -272,21 +272,22 @@ def test_recomputed_blocks_give_the_same_gradients_and_count_a_batch_once(name):
 @pytest.mark.parametrize("name", QUICK)
 def test_channels_last_is_another_layout_and_the_same_function(name):
     torch.manual_seed(0)
-    plain = build_backbone(name, image_shape=(3, 32, 32), embedding_size=8)
+    # float64, because the kernels of the two layouts round differently in float32
+    plain = build_backbone(name, image_shape=(3, 32, 32), embedding_size=8).double()
     torch.manual_seed(0)
-    other = build_backbone(name, image_shape=(3, 32, 32), embedding_size=8, channels_last=True)
+    other = build_backbone(name, image_shape=(3, 32, 32), embedding_size=8, channels_last=True).double()
     layouts: list[bool] = []
     for module in other.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(
                 lambda _m, _i, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
             )
-    images = torch.randn(4, 3, 32, 32)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     for training in (False, True):
         torch.manual_seed(1)
         expected = plain.train(training)(images)
         torch.manual_seed(1)
-        torch.testing.assert_close(other.train(training)(images), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(other.train(training)(images), expected, atol=1e-9, rtol=1e-9)
     assert layouts and all(layouts)
     assert all(p.is_contiguous() for p in other.parameters()), "weights stay as every engine takes them"
 
