@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from partial_fc.batch.facts import Agreed
+from partial_fc.batch.facts import Agreed, plain
 from partial_fc.batch.refusals import agree
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.groups import device_of, ranks_of
@@ -121,7 +121,7 @@ class ShardedModule(nn.Module):
         """Call it when all parameters are registered: checks that all ranks built the same."""
         self.class_rows.hold(self._own_parameters(), self._shared_parameters(), self.class_rows.shards)
         if self.class_rows.shards.ranks.group is not None and self._device.type != "meta":
-            agree(Agreed.of(self, tables=True), self.class_rows.shards.ranks, self._device, "the building of a head")
+            agree(self._agreed_at_start(), self.class_rows.shards.ranks, self._device, "the building of a head")
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._parameters.items() if p is not None}
@@ -222,7 +222,11 @@ class ShardedModule(nn.Module):
 
     def agreed_settings(self) -> dict[str, Any]:
         """Return what must be the same on all ranks, by the name that a message gives it."""
-        return Agreed.of(self, tables=True).facts
+        return self._agreed_at_start().facts
+
+    def _agreed_at_start(self) -> Agreed:
+        """Return what the building compares: also what has a value for each class."""
+        return Agreed.of(self, **{name: plain(float(b.double().sum())) for name, b in self.named_buffers()})
 
 
 def _default_device(ranks: Ranks) -> torch.device:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from partial_fc.batch import refusals
 from partial_fc.batch.facts import Agreed
-from partial_fc.batch.status import LabelSet, Status, inspect, of_set, problem_of
+from partial_fc.batch.problems import problem_of
+from partial_fc.batch.status import LabelSet, Status, inspect, is_usual, of_set
 from partial_fc.distributed.meeting import BATCH
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
 
@@ -79,7 +80,8 @@ def exchange(
         embeddings = torch.empty(0, 0, device=device or somewhere)
     wants_grad = embeddings.requires_grad and torch.is_grad_enabled()
     embeddings = embeddings.detach()
-    problem = problem or next(filter(None, (problem_of(embeddings, each, device) for each in sets)), "")
+    unusual = [each for each in sets if not is_usual(embeddings, each, device)]
+    problem = problem or next(filter(None, (problem_of(embeddings, each, device) for each in unusual)), "")
     facts = (0, None) if agreed is None else (agreed.digest, agreed.statistics)
     mine = inspect(embeddings, sets, problem, wants_grad, look, *facts).to(device or embeddings.device)
     status = _exchange_status(mine, sets, problem, ranks, agreed)

@@ -32,11 +32,8 @@ class Agreed:
     statistics: Tensor | None = None
 
     @classmethod
-    def of(cls, loss: Any, tables: bool = False) -> Agreed:
-        """Read them from a loss, whose `FACTS` has the name of each fact and where it stands.
-
-        tables: also what has a value for each class, which only the building of a loss compares.
-        """
+    def of(cls, loss: Any, **more: Any) -> Agreed:
+        """Read them from a loss, whose `FACTS` has the name of each fact and where it stands; and some more."""
         rows, margin = loss.class_rows, getattr(loss, "margin", None)
         kind = rows.device.type
         facts: dict[str, Any] = {"loss": rows.owner, "mode": "train()" if loss.training else "eval()"}
@@ -55,8 +52,7 @@ class Agreed:
             facts["RowOptimizer"] = type(optimizer.inner).__name__
             facts.update(settings_of({k: getattr(optimizer, k) for k in OF_OPTIMIZER}, "RowOptimizer"))
             facts.update(settings_of(optimizer.param_groups[0], "RowOptimizer"))
-        if tables:
-            facts.update({name: plain(float(b.double().sum())) for name, b in loss.named_buffers()})
+        facts.update(more)
         return cls(facts, digest_of(facts), torch.stack([m.double().sum() for m in moving]).sum() if moving else None)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partial_fc.batch.status import DTYPES, embeddings_problem
+from partial_fc.batch.problems import embeddings_problem
+from partial_fc.batch.status import DTYPES
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.texts import gather_texts
 from partial_fc.errors import NonFiniteError

@@ -21,6 +21,7 @@ from partial_fc import (
     JoinedBatches,
     PartialFC,
     RowOptimizer,
+    clip_grad_norm_,
     export_weights,
     gather,
     import_weights,
@@ -98,23 +99,57 @@ def test_a_meeting_has_the_size_of_a_status():
     assert len(set(OPERATIONS)) == len(OPERATIONS)
 
 
-def in_groups_apart(rank: int, world: int, folder: str) -> tuple[str, tuple[int, ...], str]:
-    """The batch travels in a group of the head's own: both ranks wait for the other until the timeout."""
+def in_groups_apart(head: PartialFC, rank: int) -> Any:
+    """The batch travels in a group of the head's own: both ranks wait for the other."""
+    return save_checkpoint("new", head=head) if rank == 0 else head(*data())
+
+
+def in_the_middle_of_a_step(head: PartialFC, rank: int) -> Any:
+    """An all-gather on one rank, an all-reduce on the other."""
+    return head.topk(data()[0], 1) if rank == 0 else clip_grad_norm_([], head, max_norm=1.0)
+
+
+def until_the_timeout(
+    rank: int, world: int, folder: str, action: Callable[[PartialFC, int], Any]
+) -> tuple[str, tuple[int, ...], str]:
     os.chdir(folder)
     group = dist.new_group(timeout=timedelta(seconds=60))
     head = PartialFC(D, C, group=group)
+    head(*data()).backward()
     dist.barrier()
     for each in (None, group):
         set_timeout(1.0, each)
-    return told(lambda: save_checkpoint("new", head=head) if rank == 0 else head(*data()))
+    return told(lambda: action(head, rank))
 
 
-def test_in_different_groups_they_hear_it_at_the_timeout(tmp_path):
-    results = answers(2, in_groups_apart, str(tmp_path))
+APART = {
+    in_groups_apart: "rank 0 is in save_checkpoint, rank 1 is in the exchange of a batch",
+    in_the_middle_of_a_step: "rank 0 is in topk, rank 1 is in the norm of gradients over ranks",
+}
+
+
+@pytest.mark.parametrize("action", list(APART), ids=lambda action: action.__name__)
+def test_apart_until_the_timeout(tmp_path, action):
+    results = answers(2, until_the_timeout, str(tmp_path), action)
     for message, missing, cause in results.values():
-        assert "rank 0 is in save_checkpoint, rank 1 is in the exchange of a batch" in message, message
+        assert APART[action] in message, message
         assert missing == () and "network" not in message
         assert cause.startswith("RuntimeError") and "gloo" in cause
+
+
+def watched_unequally(rank: int, world: int) -> str:
+    watch = DivergenceWatch(torch.nn.Linear(2, 2), every=100)
+    for _ in range(1 + rank):
+        watch.step()
+    try:
+        watch.compare()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_watches_of_different_lengths(ranks):
+    assert ranks(2).run(watched_unequally) == ["ranks have recorded different numbers of steps: [1, 2]"] * 2
 
 
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:1691, {}, NCCL version 2.27.7\n{}"
