@@ -151,6 +151,7 @@ class CenterLoss(ChangeableLoss):
             check_step([self.class_rows], [])
         pending, self._pending = self._pending, None
         record.end()
+        self.class_rows.updates += 1
         if pending is None or self.skipped:
             return
         rows, totals = pending

@@ -60,6 +60,7 @@ class ClassRows:
         self.grad_rows: Tensor | None = None
         self.optimizer: weakref.ref[Any] | None = None  # the RowOptimizer
         self.storages: dict[str, torch.UntypedStorage] = {}  # of DTensors
+        self.updates = 0  # how often an optimizer was to update the rows
         self.used = False  # an optimizer has used these gradients
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 

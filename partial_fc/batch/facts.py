@@ -42,6 +42,9 @@ class Agreed:
         facts.update({name: plain(attrgetter(path)(loss)) for name, path in loss.FACTS.items()})
         for name, parameter in (*rows.parameters.items(), *rows.shared.items()):
             facts[name] = f"{parameter.dtype}{'' if parameter.requires_grad else ', frozen'}"
+        if loss.training:
+            pending = rows.grad_rows is not None or any(p.grad is not None for p in rows.everything)
+            facts["row gradients"] = "added to those of an earlier backward" if pending else "cleared"
         moving = [local_part(p.detach()) for p in rows.shared.values()]
         if margin is not None:
             facts["margin"] = type(margin).__name__

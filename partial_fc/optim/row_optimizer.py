@@ -95,6 +95,7 @@ class RowOptimizer(RowState):
         if record.unchecked:
             check_step([rows], [])
         record.end()
+        rows.updates += 1
         if record.skipped:
             return loss
         with record_function("partial_fc::update"):

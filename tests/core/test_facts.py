@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from partial_fc import AdaFace, ArcFace, CenterLoss, CurricularFace, PartialFC, RowOptimizer, SphereFace2, gather
+from partial_fc import (
+    AdaFace,
+    ArcFace,
+    CenterLoss,
+    CurricularFace,
+    PartialFC,
+    RowOptimizer,
+    SphereFace2,
+    clip_grad_norm_,
+    gather,
+)
 from partial_fc.batch.facts import plain
 
 D, C = 6, 11
@@ -134,6 +144,21 @@ def other_ways(rank: int, world: int) -> dict[str, str]:
     if last:
         torch.nn.init.constant_(binary.margin.offset, 3.0)
     found["offset"] = attempt(lambda: binary(x, labels))
+    for name, rate in (("no step", 1.0), ("no zero_grad", 0.5)):
+        trained = PartialFC(D, C, sample_rate=rate)
+        optimizer = RowOptimizer(torch.optim.SGD, trained, lr=0.1)
+        trained(x, labels).backward()
+        clip_grad_norm_([], trained, max_norm=1.0)
+        if not last or name != "no step":
+            optimizer.step()
+        if not last or name != "no zero_grad":
+            optimizer.zero_grad()
+        found[name] = attempt(lambda trained=trained: trained(x, labels))
+    center = CenterLoss(D, C)
+    center(x, labels)
+    if not last:
+        center.step()
+    found["no step of centers"] = attempt(lambda: center(x, labels))
     replaced = PartialFC(D, C)
     if last:
         replaced.weight = torch.nn.Parameter(replaced.weight.detach().clone())
@@ -153,6 +178,9 @@ def test_other_ways_to_differ(ranks):
         "another loss": "loss is PartialFC on rank 0 and CenterLoss on rank 1",
         "alpha": "alpha is 0.5 on rank 0 and 0.25 on rank 1",
         "offset": "the running statistics of the margin sum to",
+        "no step": "updates is 1 on rank 0 and 0 on rank 1",
+        "no zero_grad": "row gradients is cleared on rank 0 and added to those of an earlier backward on rank 1",
+        "no step of centers": "updates is 1 on rank 0 and 0 on rank 1",
     }
     for name, expected in both.items():
         assert first[name] == last[name] and expected in first[name], (name, first[name], last[name])
