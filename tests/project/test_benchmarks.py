@@ -40,6 +40,7 @@ def test_quick_run(tmp_path: Path) -> None:
     assert (tmp_path / "head.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_questions() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "queries.py"), "--quick"]
     run = subprocess.run(
@@ -53,6 +54,7 @@ def test_quick_run_of_the_questions() -> None:
     assert all(len(row) == len(rows[0]) and all(float(cell) > 0 for cell in row[4:]) for row in rows[2:])
 
 
+@pytest.mark.slow
 def test_quick_run_of_agreement() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "agreement.py"), "--quick"]
     run = subprocess.run(
@@ -65,6 +67,7 @@ def test_quick_run_of_agreement() -> None:
     assert all(float(row[5]) > 0 for row in rows if row[0].endswith(("alone", "watch")))
 
 
+@pytest.mark.slow
 def test_quick_run_of_feeding() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "feeding.py"), "--quick"]
     run = subprocess.run(

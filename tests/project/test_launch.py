@@ -109,7 +109,7 @@ def close(run: Path, accelerated: list[tuple[float, ...]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "engine", ["fsdp2", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)]
+    "engine", [pytest.param(engine, marks=pytest.mark.slow) for engine in ("fsdp2", "zero2", "zero3")]
 )
 def test_accelerate_with_another_engine(tiny, accelerated, engine):
     out, file = tiny.parent / engine, tiny.parent / f"{engine}.yaml"

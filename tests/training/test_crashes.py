@@ -148,6 +148,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_exactly(
     assert tell_tale(out) == alone
 
 
+@pytest.mark.slow
 def test_asked_on_one_rank_all_save(tiny, undisturbed, tmp_path):
     out = tmp_path / "run"
     environment = ports()

@@ -219,7 +219,11 @@ def test_what_an_evaluation_draws_and_switches_is_put_back():
 
 
 @pytest.mark.parametrize(
-    ("metric", "values"), [("lfw/accuracy", [0.9, 0.7, 0.8, 0.6]), ("lfw/eer", [0.1, 0.3, 0.2, 0.4])]
+    ("metric", "values"),
+    [
+        ("lfw/accuracy", [0.9, 0.7, 0.8, 0.6]),
+        pytest.param("lfw/eer", [0.1, 0.3, 0.2, 0.4], marks=pytest.mark.slow),
+    ],
 )
 def test_the_best_checkpoint_is_kept_through_a_resume_and_can_be_evaluated(
     metric, values, files, tmp_path, monkeypatch, capsys, mistake
@@ -331,6 +335,7 @@ def test_two_ranks_give_what_one_gives_and_refuse_alike(files, evaluated, tmp_pa
     assert not (tmp_path / "evil").exists() and not list(Path().rglob("marker-of-a-payload"))
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_is_the_same_with_and_without_evaluation(files, tmp_path):
     succeed("train", *settings(files, tmp_path / "plain", **{"train.epochs": 2}))
     every = {"evaluation.every_steps": 1, "evaluation.best": "shop/mAP", "train.epochs": 2}
