@@ -158,10 +158,12 @@ def set_argument(margin: Any, name: str, value: Any) -> bool:
     if name not in names:
         _refuse_without_effect(margin, name, value, given, own)
         return False
+    if own and name == "momentum" and plain(value) == 0:
+        return False  # holds the running statistics of a margin that is built, for a while
     here, argument = vars(margin).get(name), given.arguments.get(name)
     if not own and here is not None and argument is not None and not equal(canonical(here), canonical(argument)):
         return False  # its constructor stores it in another form, which is what the caller sets
-    change(margin, given, {**given.arguments, name: _copied(plain(value))})
+    change(margin, given, {name: _copied(plain(value))})
     return True
 
 
@@ -176,8 +178,10 @@ def _refuse_without_effect(margin: nn.Module, name: str, value: Any, given: Give
     pass on to a class above.
     """
     there = name in vars(margin) or hasattr(type(margin), name)
-    setting = isinstance(plain(value), bool | int | float | str | tuple) and not name.startswith(("ds_", "id"))
+    if there and equal(canonical(getattr(margin, name)), canonical(value)):
+        return
     # DeepSpeed numbers modules by attributes of these names
+    setting = isinstance(plain(value), bool | int | float | str | tuple) and not name.startswith(("ds_", "id"))
     if (name in given.known and not there) or (own and setting):
         cls: Any = type(margin)
         names = ", ".join(argument_names(cls)) or "none"
@@ -187,12 +191,16 @@ def _refuse_without_effect(margin: nn.Module, name: str, value: Any, given: Give
         )
 
 
-def change(margin: Any, given: Given, arguments: dict[str, Any]) -> None:
-    """Make the margin one that was built with `arguments`, with the running statistics that it has."""
+def change(margin: Any, given: Given, asked: dict[str, Any]) -> None:
+    """Make the margin one that was built with the arguments of `given`, but for those of `asked`; state stays."""
+    arguments = {**given.arguments, **asked}
     before, after = (made(margin, each, given.prepared) for each in (given.arguments, arguments))
     check_structure(margin, after, given, arguments)
     for mine, old, new in zip(margin.modules(), before.modules(), after.modules(), strict=True):
         _take_over(mine, old, new)
+    for name in asked:  # also where the attribute was set by itself before
+        if name in vars(after):
+            vars(margin)[name] = vars(after)[name]
     known = {**given.known, **arguments}
     vars(margin)[GIVEN] = replace(given, arguments=arguments, known=known, plain=plain_of(after))
 
@@ -261,7 +269,8 @@ def argument_now(margin: nn.Module, name: str) -> Any:
 
 def check_argument(margin: nn.Module, name: str, value: Any) -> None:
     """ValueError unless an argument of the constructor can be changed to `value`."""
-    given, arguments = _with_argument(margin, name, value)
+    given, asked = _with_argument(margin, name, value)
+    arguments = {**given.arguments, **asked}
     check_structure(margin, made(margin, arguments, given.prepared), given, arguments)
 
 
@@ -270,7 +279,7 @@ def _with_argument(margin: nn.Module, name: str, value: Any) -> tuple[Given, dic
     names: tuple[str, ...] = () if given is None else argument_names(cls)
     if given is None or (name not in names and name not in given.arguments):
         raise ValueError(f"{cls.__name__} has no argument {name}; its arguments are {', '.join(names) or 'unknown'}")
-    return given, {**given.arguments, name: value}
+    return given, {name: value}
 
 
 def change_argument(margin: nn.Module, name: str, value: Any) -> None:

@@ -76,8 +76,10 @@ def load_state(margin: nn.Module, state: dict[str, Any]) -> None:
     arguments = _changed(margin, now)
     if arguments is None:
         return
-    if given.arguments is not given.built or arguments:
-        change(margin, given, {**given.built, **arguments} if arguments else given.built)
+    wanted = {**given.built, **arguments}
+    asked = {k: v for k, v in wanted.items() if not equal(v, given.arguments.get(k))}
+    if asked:
+        change(margin, given, asked)
     own = vars(margin)
     current = given_of(margin)
     assert current is not None
