@@ -20,6 +20,7 @@ from partial_fc.errors import NonFiniteError
 from partial_fc.head import PartialFC
 from partial_fc.loop.divergence import DivergenceError, DivergenceWatch
 from partial_fc.loop.joining import JoinedBatches
+from partial_fc.loop.margin_schedule import MarginSchedule
 from partial_fc.loop.preemption import PreemptionGuard
 from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
 from partial_fc.margins.base import Margin
@@ -52,6 +53,7 @@ __all__ = [
     "JoinedBatches",
     "MagFace",
     "Margin",
+    "MarginSchedule",
     "Neighbours",
     "NonFiniteError",
     "NormFace",

@@ -27,6 +27,7 @@ from partial_fc.batch.status import as_matrix
 from partial_fc.classes.changeable import ChangeableLoss
 from partial_fc.classes.class_means import Batches
 from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.given import real
 from partial_fc.distributed.ranks import Group, all_gather, all_gather_mesh, start_reduce_scatter, sum_over_replicas
 from partial_fc.nonfinite.check_gradients import check_step
 from partial_fc.optim.stored_rows import stated_rows
@@ -94,6 +95,7 @@ class CenterLoss(ChangeableLoss):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        alpha = real("alpha", alpha)
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha must be in (0, 1], not {alpha}")
         check_choice("update", update, ("paper", "gradient"))
@@ -106,7 +108,7 @@ class CenterLoss(ChangeableLoss):
         self.update = update
         # since the last step(): rows of classes seen [S], and for each Σ (c − x) and, in the last column, n: [S, D + 1]
         self._pending: tuple[Tensor, Tensor] | None = None
-        self._register("centers", torch.empty(self.shards.local, embedding_size, device=self._device, dtype=dtype))
+        self._register("centers", torch.empty(self.shards.local, self.embedding_size, device=self._device, dtype=dtype))
         self.centers.requires_grad_(update == "gradient")
         self.reset_parameters()
         self._complete()

@@ -13,6 +13,8 @@ An, X. et al.: Partial FC, arXiv 2010.05222 and 2203.15565.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.profiler import record_function
@@ -94,33 +96,31 @@ class PartialFC(HeadState):
         dtype: torch.dtype | None = None,
     ) -> None:
         margin = ArcFace() if margin is None else margin
-        check_head_arguments(margin, sample_rate, label_smoothing, interclass_filter, logits_budget)
+        numbers = check_head_arguments(margin, sample_rate, label_smoothing, interclass_filter, logits_budget)
         shared = SharedArguments(
             embedding_size, num_classes, group, seed, init_std, ignore_index, reduction, scale_embedding_grad,
             validate, on_nonfinite, max_skips, device,
         )  # fmt: skip
-        super().__init__(shared, sampled=sample_rate < 1)
-        self.margin = margin
-        self.label_smoothing = label_smoothing
-        self.interclass_filter = interclass_filter
+        super().__init__(shared, sampled=numbers.sample_rate < 1)
+        self._hold(margin, numbers)
         self.collect_metrics = metrics
-        self.logits_budget = DEFAULT_LOGITS_BUDGET if logits_budget is None else logits_budget
-        self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
-        self.forward_count = 0  # training forwards: keys what is drawn
-        self.selected_rows = None  # local rows of the last forward
-        self._sample_rate = sample_rate
+        self.logits_budget = DEFAULT_LOGITS_BUDGET if numbers.logits_budget is None else numbers.logits_budget
         self._workspace = Workspace()
-        self._measured = None
-        checked = checked_class_weights(class_weights, num_classes, self._device)
+        checked = checked_class_weights(class_weights, self.num_classes, self._device)
         self.register_buffer("class_weights", checked, persistent=False)
         dtype = dtype or torch.get_default_dtype()
         self._prepare_margin(dtype)
         local = (self.shards.local,) if margin.centers == 1 else (self.shards.local, margin.centers)
-        self._register("weight", torch.empty(*local, embedding_size, device=self._device, dtype=dtype))
+        self._register("weight", torch.empty(*local, self.embedding_size, device=self._device, dtype=dtype))
         bias = torch.empty(self.shards.local, device=self._device, dtype=dtype) if margin.bias else None
         self._register("bias", bias)
         self.reset_parameters()
         self._complete()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "margin" and name in self._modules:  # another one in the place of the first
+            value = self.fitting(value)
+        super().__setattr__(name, value)
 
     @torch._disable_dynamo  # collectives and sizes that depend on data: under torch.compile the head runs as it is
     def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from partial_fc.batch.facts import Agreed, plain
 from partial_fc.batch.refusals import agree
 from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.given import as_whole, real, whole
 from partial_fc.distributed.groups import device_of, ranks_of
 from partial_fc.distributed.ranks import Group, Ranks
 from partial_fc.distributed.wrapping import DDP, FSDP2, refuse
@@ -49,21 +50,31 @@ class SharedArguments:
     max_skips: int | None
     device: torch.device | str | None
 
-    def check(self) -> None:
-        """Raise ValueError for values out of range."""
-        for name in ("embedding_size", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not (math.isfinite(self.init_std) and self.init_std >= 0):
+    def checked(self) -> SharedArguments:
+        """Return them with every number in one spelling. ValueError for values out of range."""
+        if self.ignore_index is None:
+            raise ValueError("ignore_index is a label, not None: leave it at -100 if no sample is to be ignored")
+        numbers: dict[str, Any] = {
+            "embedding_size": whole("embedding_size", self.embedding_size, least=1),
+            "num_classes": whole("num_classes", self.num_classes, least=1),
+            "seed": whole("seed", self.seed),
+            "ignore_index": whole("ignore_index", self.ignore_index),
+            "init_std": real("init_std", self.init_std),
+        }
+        if not (math.isfinite(numbers["init_std"]) and numbers["init_std"] >= 0):
             raise ValueError(f"init_std must be at least 0, not {self.init_std}")
         check_choice("reduction", self.reduction, ("mean", "sum", "none"))
         check_choice("validate", self.validate, ("always", "first", "never"))
         check_choice("on_nonfinite", self.on_nonfinite, ("raise", "skip", "log"))
-        if self.max_skips is not None and self.max_skips < 0:
-            raise ValueError(
-                "max_skips is how many steps in a row may be skipped, at least 0, or None for any number, not "
-                f"{self.max_skips}"
-            )
+        if self.max_skips is not None:
+            most = as_whole(self.max_skips)
+            if most is None or most < 0:
+                raise ValueError(
+                    "max_skips is how many steps in a row may be skipped, at least 0, or None for any number, not "
+                    f"{self.max_skips!r}"
+                )
+            numbers["max_skips"] = most
+        return replace(self, **numbers)
 
 
 def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
@@ -90,7 +101,7 @@ class ShardedModule(nn.Module):
 
     def __init__(self, arguments: SharedArguments, *, sampled: bool) -> None:
         super().__init__()
-        arguments.check()
+        arguments = arguments.checked()
         self.embedding_size = arguments.embedding_size
         self.num_classes = arguments.num_classes
         self.seed = arguments.seed

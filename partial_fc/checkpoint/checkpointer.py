@@ -34,6 +34,7 @@ from partial_fc.checkpoint.locks import FolderLock
 from partial_fc.checkpoint.manifest import MANIFEST, find_damage, naming_the_checkpoint, read_manifest
 from partial_fc.checkpoint.save_load import Stateful, collect, load_checkpoint, write_checkpoint
 from partial_fc.distributed.agreement import check_same, on_first_rank
+from partial_fc.distributed.given import as_whole, whole, whole_if_any
 from partial_fc.distributed.operation import operation
 
 log = logging.getLogger("partial_fc")
@@ -72,13 +73,15 @@ class Checkpointer:
         best: Literal["max", "min"] = "max",
         timeout: float | None = None,
     ) -> None:
-        if keep_last < 1 or keep_best < 0:
-            raise ValueError(f"keep_last must be at least 1 and keep_best at least 0, not {keep_last} and {keep_best}")
+        last, also = as_whole(keep_last), as_whole(keep_best)
+        if last is None or also is None or last < 1 or also < 0:
+            raise ValueError(
+                f"keep_last must be at least 1 and keep_best at least 0, not {keep_last!r} and {keep_best!r}"
+            )
         if best not in ("max", "min"):
             raise ValueError(f'best must be "max" or "min", not {best!r}')
         self.folder = Path(folder)
-        self.keep_last = keep_last
-        self.keep_best = keep_best
+        self.keep_last, self.keep_best = last, also
         self.best = best
         self.asynchronous = asynchronous
         self._lock = FolderLock(self.folder)
@@ -98,7 +101,7 @@ class Checkpointer:
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint of a step, which need not exist yet; for `load_checkpoint`."""
-        return self.folder / f"step-{step:09d}"
+        return self.folder / f"step-{whole('step', step):09d}"
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint, None if there is none. Damaged ones are skipped with a warning.
@@ -139,6 +142,7 @@ class Checkpointer:
         then unchanged.
         """
         self.wait()
+        step = whole_if_any(step)
         check_same("(step, names to save)", (step, sorted(named)))
         on_first_rank(lambda: self._admit(step))
         state = collect(named, self._copy if self.asynchronous else None)
@@ -206,8 +210,7 @@ class Checkpointer:
 
     def _admit(self, step: int) -> None:
         """Lock the folder, and check that no checkpoint of another run is at `step` or later."""
-        if step < 0:
-            raise ValueError(f"step must be at least 0, not {step}")
+        step = whole("step", step, least=0)
         self._claim()
         others = [s for s in self.steps() if s >= step and s not in self._own | self._damaged]
         if others:

@@ -28,6 +28,7 @@ from partial_fc.classes.class_means import Batches, NewRows, new_rows_from_means
 from partial_fc.classes.interface import Change, Changeable
 from partial_fc.classes.mapping import ClassMoves, Mapped, class_moves, validate_mapping
 from partial_fc.classes.moves import move_rows
+from partial_fc.distributed.given import as_whole
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.texts import gather_texts
 from partial_fc.margins.base import Margin
@@ -60,10 +61,11 @@ def expand(
     """See `ChangeableLoss.expand`."""
     before = loss.num_classes
     check_reachable(loss)
+    given, new_classes = new_classes, as_whole(new_classes) or 0
 
     def prepare() -> tuple[_PreparedChange, dict[str, Any]]:
-        if not isinstance(new_classes, int) or new_classes < 1:
-            raise ValueError(f"new_classes must be an int of at least 1, not {new_classes!r}")
+        if new_classes < 1:
+            raise ValueError(f"new_classes must be an int of at least 1, not {given!r}")
         _check_init(init, (new_classes, *row_shape(loss)))
         change = Change(ClassMoves.identity(before), before + new_classes, new_classes, margin, class_weights)
         prepared, facts = _prepare(loss, change, optimizers)
@@ -302,8 +304,7 @@ def _digest(values: Tensor) -> list[Any]:
 
 
 def _digest_of_margin(margin: Margin) -> list[Any]:
-    options = {k: repr(v) for k, v in vars(margin).items() if not k.startswith("_")}
-    return [type(margin).__name__, options, [_digest(b) for b in margin.buffers()]]
+    return [margin.describe(), [_digest(b) for b in margin.buffers()]]
 
 
 # ---------------------------------------------------------------------------------------------------- optimizer state

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from partial_fc.classes.changeable import ChangeableLoss
 from partial_fc.classes.interface import Change
-from partial_fc.classes.tables import changed_class_weights, changed_margin, prepare_anew
+from partial_fc.classes.tables import changed_class_weights, changed_margin, check_same_structure, prepare_anew
 from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.given import real, whole
 from partial_fc.errors import log
 from partial_fc.margins.base import Margin
+from partial_fc.margins.state import load_state, misfit, state_of
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sampling import window_size
 from partial_fc.softmax.measured import Measured
+
+
+class HeadNumbers(NamedTuple):
+    """Arguments of a head, each in one spelling."""
+
+    sample_rate: float
+    label_smoothing: float
+    interclass_filter: float | None
+    logits_budget: int | None
 
 
 class HeadState(ChangeableLoss):
@@ -27,6 +38,7 @@ class HeadState(ChangeableLoss):
     class_weights: Tensor | None
     margin: Margin
     _sample_rate: float
+    label_smoothing: float
     interclass_filter: float | None
     forward_count: int
     logits_budget: int
@@ -41,6 +53,16 @@ class HeadState(ChangeableLoss):
         "metrics": "collect_metrics",
     }
 
+    def _hold(self, margin: Margin, numbers: HeadNumbers) -> None:
+        self.margin = margin
+        self._sample_rate = numbers.sample_rate
+        self.label_smoothing = numbers.label_smoothing
+        self.interclass_filter = numbers.interclass_filter
+        self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
+        self.forward_count = 0  # training forwards: keys what is drawn
+        self.selected_rows = None  # local rows of the last forward
+        self._measured = None
+
     def _prepare_margin(self, dtype: torch.dtype) -> None:
         """Fit the margin to the classes and the device; its parameters become parameters that all ranks share."""
         self.margin.prepare(self.num_classes, self._drawn_of(self.num_classes))
@@ -49,6 +71,20 @@ class HeadState(ChangeableLoss):
         for name, parameter in self.margin.named_parameters():
             local = local_part(parameter.detach()).to(wide)
             setattr(self.margin, name, nn.Parameter(self.shards.wrap_shared(local)))
+
+    def fitting(self, margin: Margin) -> Margin:
+        """Return a margin that is to replace this head's, prepared as at construction. Trained parameters stay.
+
+        TypeError or ValueError if the head was built for another kind.
+        """
+        if margin is self.margin:
+            return margin
+        check_head_arguments(margin, self.sample_rate, self.label_smoothing, self.interclass_filter, self.logits_budget)
+        check_same_structure(self.margin, margin)
+        margin.prepare(self.num_classes, self._drawn_of(self.num_classes))
+        for name, parameter in self.margin.named_parameters():
+            setattr(margin, name, parameter)
+        return margin.to(self._device).train(self.training)
 
     # ------------------------------------------------------------------------------------------------ public state
 
@@ -121,7 +157,7 @@ class HeadState(ChangeableLoss):
         return {
             "step": self.forward_count,
             "class_changes": self.class_changes,
-            "margin": self.margin.describe(),
+            **state_of(self.margin),
             "skips": self.skips,
             "rows": stated_rows(self.class_rows),
         }
@@ -131,16 +167,14 @@ class HeadState(ChangeableLoss):
         self.forward_count = int(state["step"])
         self.class_changes = int(state.get("class_changes", 0))
         self.class_rows.record.skips = int(state.get("skips", 0))
+        load_state(self.margin, state)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state dict is that of a head with another margin; its tensors are not read."""
         extra = state.get("_extra_state")
-        theirs = extra.get("margin") if isinstance(extra, dict) else None
-        if theirs is not None and theirs != self.margin.describe():
-            raise ValueError(
-                f"it is of a head with {theirs}, this one has {self.margin.describe()}; build the head with that "
-                "margin, or start a new run from the class weights alone (export_weights, import_weights)"
-            )
+        reason = misfit(self.margin, extra) if isinstance(extra, dict) else ""
+        if reason:
+            raise ValueError(reason)
 
     # ----------------------------------------------------------------------------------------------- changes of classes
 
@@ -155,7 +189,7 @@ class HeadState(ChangeableLoss):
 
         def take() -> None:
             self.class_weights = class_weights
-            self.margin = margin
+            self.add_module("margin", margin)  # prepared already
             self.selected_rows = None
             if margin is not change.margin:
                 prepare_anew(margin, change.num_classes, drawn)
@@ -172,13 +206,16 @@ def check_head_arguments(
     label_smoothing: float,
     interclass_filter: float | None,
     logits_budget: int | None,
-) -> None:
+) -> HeadNumbers:
+    """Return all but the margin as plain numbers; TypeError or ValueError for what no head can have."""
+    sample_rate, label_smoothing = real("sample_rate", sample_rate), real("label_smoothing", label_smoothing)
+    interclass_filter = None if interclass_filter is None else real("interclass_filter", interclass_filter)
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate is a share of the classes in (0, 1], not {sample_rate}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
-    if logits_budget is not None and logits_budget < 0:
-        raise ValueError(f"logits_budget is a number of bytes, at least 0, not {logits_budget}")
+    if logits_budget is not None:
+        logits_budget = whole("logits_budget, a number of bytes,", logits_budget, least=0)
     if not isinstance(margin, Margin):
         raise TypeError(f"margin must be an instance such as ArcFace(scale=64.0), not {margin!r}")
     name = type(margin).__name__
@@ -190,3 +227,4 @@ def check_head_arguments(
         raise ValueError(
             f"interclass_filter is a cosine in (-1, 1], for margins that normalise, not {interclass_filter}"
         )
+    return HeadNumbers(sample_rate, label_smoothing, interclass_filter, logits_budget)

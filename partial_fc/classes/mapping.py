@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partial_fc.distributed.given import whole
+
 Mapped = Tensor | Sequence[int] | Mapping[int, int]
 
 
@@ -87,11 +89,11 @@ def class_mapping(num_classes: int, *, merge: Iterable[Sequence[int]] = (), drop
     drop: ids. All other classes keep their order, and new ids have no gaps. `mapping[labels]` converts labels. Raises
     ValueError for an id that is out of range or named twice.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    num_classes = whole("num_classes", num_classes, least=1)
     goes_to: dict[int, int] = {}  # id -> first id of its group, or -1
-    groups = [[int(i) for i in group] for group in merge]
-    for ids, to in [*((group, group[0] if group else 0) for group in groups), ([int(i) for i in drop], -1)]:
+    groups = [[whole("a class in merge", i) for i in group] for group in merge]
+    dropped = [whole("a class in drop", i) for i in drop]
+    for ids, to in [*((group, group[0] if group else 0) for group in groups), (dropped, -1)]:
         if not ids and to >= 0:
             raise ValueError("merge has an empty group")
         for i in ids:

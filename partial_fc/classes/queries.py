@@ -31,6 +31,7 @@ from partial_fc.batch.exchange import exchange_payload
 from partial_fc.classes import best_classes
 from partial_fc.classes.best_classes import BestClasses, largest
 from partial_fc.classes.query_arguments import QUERY, check_query, unit_factors
+from partial_fc.distributed.given import whole_if_any
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
 from partial_fc.errors import NonFiniteError
@@ -53,6 +54,7 @@ def topk(
     class_rows: ClassRows, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
 ) -> Neighbours:
     """Return the k classes nearest to each embedding; see `ChangeableLoss.topk` for the arguments."""
+    k, tile_bytes = whole_if_any(k), whole_if_any(tile_bytes)
     rows = _RowTiles(class_rows, embeddings.dtype if isinstance(embeddings, Tensor) else None)
     ranks = rows.ranks
     world = ranks.world
@@ -89,6 +91,7 @@ def nearest_classes(
     class_rows: ClassRows, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
 ) -> Neighbours:
     """Return the k classes nearest to each class of this rank's shard; see `ChangeableLoss.nearest_classes`."""
+    k, tile_bytes = whole_if_any(k), whole_if_any(tile_bytes)
     rows = _RowTiles(class_rows, None)
     check_query(class_rows, k, class_rows.shards.num_classes - 1, tile_bytes, None)
     elements = tile_bytes // rows.dtype.itemsize

@@ -82,3 +82,21 @@ def prepare_anew(margin: Margin, num_classes: int, drawn: int) -> None:
     after = [local_part(t.detach()) for t in (*margin.buffers(), *margin.parameters())]
     for tensor, value in zip(after, state, strict=True):
         tensor.copy_(value)
+
+
+def check_same_structure(before: Margin, after: Margin) -> None:
+    """ValueError unless the parameters of a head with the first margin are also those of one with the second."""
+    for name in ("normalize", "bias", "centers"):
+        mine, theirs = getattr(before, name), getattr(after, name)
+        if mine != theirs:
+            raise ValueError(
+                f"this head was built for {name}={mine}, and {type(after).__name__} has {name}={theirs}: build another "
+                "head with this margin, and start it from the class weights (export_weights, import_weights)"
+            )
+    if (before.binary is None) != (after.binary is None):
+        binary = before if before.binary is not None else after
+        raise ValueError(
+            f"{type(after).__name__} cannot replace {type(before).__name__} in a head that is built: only "
+            f"{type(binary).__name__} takes classes for binary decisions, with a parameter of its own; build "
+            "another head"
+        )

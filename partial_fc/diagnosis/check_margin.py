@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from partial_fc.distributed.given import whole
 from partial_fc.head import PartialFC
 from partial_fc.margins.base import Margin, Positives
 from partial_fc.sampling import mix
@@ -64,6 +65,7 @@ def check_margin(
     Raises AssertionError that names the world size, the step and the differing value, or RuntimeError with the
     traceback of a rank that failed.
     """
+    worlds = [whole("a world size in worlds", world, least=1) for world in worlds]
     if not isinstance(margin, Margin):
         raise TypeError(f"margin must be an instance of a Margin such as ArcFace(), not {margin!r}")
     x, labels, weight = _inputs(margin)

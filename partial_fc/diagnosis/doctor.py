@@ -28,6 +28,7 @@ from partial_fc.diagnosis.checks import Check, agreed, gather_objects
 from partial_fc.diagnosis.trial import DYNAMIC, Embed, Trial
 from partial_fc.diagnosis.undo import Undo
 from partial_fc.diagnosis.wiring import Wiring
+from partial_fc.distributed.given import whole
 
 NEEDED = ("group", "wrapping", "device", "settings")  # if one of them fails, a step would hang or be meaningless
 
@@ -106,6 +107,8 @@ def doctor(
     for each in given:
         if not isinstance(each, torch.optim.Optimizer):
             raise TypeError(f"optimizers must be torch optimizers, not {type(each).__name__}")
+    if input_shape is not None:
+        input_shape = [whole("a size in input_shape", each, least=1) for each in input_shape]
     if batch is not None and not (isinstance(batch, Sequence) and len(batch) == 2):
         raise TypeError("batch must be a pair (inputs, labels)")
     wiring = Wiring.of(model, head, given, accelerator)

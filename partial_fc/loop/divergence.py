@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from partial_fc.distributed.agreement import check_same
+from partial_fc.distributed.given import as_whole, whole
 from partial_fc.distributed.groups import ranks_of
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.missing import naming_the_missing
@@ -100,8 +101,9 @@ class DivergenceWatch:
         buffers: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
+        given, every = every, as_whole(every) or 0
         if every < 1:
-            raise ValueError(f"every must be at least 1 step, not {every}")
+            raise ValueError(f"every must be at least 1 step, not {given!r}")
         check_choice("on_divergence", on_divergence, ("raise", "log"))
         for thing in things:
             if not isinstance(thing, nn.Module | torch.optim.Optimizer):
@@ -124,7 +126,7 @@ class DivergenceWatch:
         """
         if self.group is None:
             return
-        self._step = self._step + 1 if number is None else number
+        self._step = self._step + 1 if number is None else whole("number", number)
         self._recorded.append(self._sums())
         if len(self._recorded) >= self.every:
             self.compare()

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from partial_fc.distributed.given import whole
 from partial_fc.distributed.groups import device_of, ranks_of
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.missing import naming_the_missing
@@ -71,6 +72,12 @@ class JoinedBatches(Generic[Batch]):
         stand_in: Callable[[Batch], Batch] | None = None,
         group: Group = None,
     ) -> None:
+        if labels is not None and not isinstance(labels, str):
+            labels = whole("labels, the place of the labels,", labels)
+        if isinstance(ignore_index, Mapping):
+            ignore_index = {name: _label("ignore_index", each) for name, each in ignore_index.items()}
+        else:
+            ignore_index = _label("ignore_index", ignore_index)
         self.loader = loader
         self.group = group
         self.ended = False
@@ -155,6 +162,14 @@ def _broadcast(tensor: Tensor, flat: int, ranks: Ranks) -> Tensor:
             with naming_the_missing("the broadcast of a stand-in (JoinedBatches)", group):
                 dist.broadcast(tensor, dist.get_global_rank(group, source), group=group)
     return tensor
+
+
+def _label(name: str, value: Any) -> int:
+    if value is None:
+        raise ValueError(
+            f"{name} is a label, not None: give the one that the head ignores (-100 unless it was built so)"
+        )
+    return whole(name, value)
 
 
 def _with_ignored_labels(batch: Any, where: int | str | None, ignore_index: int | Mapping[str, int]) -> Any:

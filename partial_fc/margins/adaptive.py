@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc.distributed.dtensors import local_part
-from partial_fc.margins.base import Margin, require
+from partial_fc.distributed.given import real
+from partial_fc.margins.base import Margin, above_zero, angle, at_least, flag, momentum_of, require
 from partial_fc.margins.fixed import ArcFace, angular
 from partial_fc.margins.positives import Positives
 
@@ -38,8 +39,7 @@ class CurricularFace(ArcFace):
 
     def __init__(self, scale: float = 64.0, margin: float = 0.5, momentum: float = 0.01) -> None:
         super().__init__(scale, margin)
-        require("momentum is the weight of the new batch, in (0, 1]", momentum, 0 < momentum <= 1)
-        self.momentum = momentum
+        self.momentum = momentum_of(momentum)
         self.register_buffer("t", torch.zeros((), dtype=torch.float64))
 
     def reset(self) -> None:
@@ -74,10 +74,9 @@ class AdaFace(Margin):
 
     def __init__(self, scale: float = 64.0, margin: float = 0.4, h: float = 0.333, momentum: float = 0.01) -> None:
         super().__init__(scale)
-        require("margin is an angle in radians in [0, pi/2)", margin, 0 <= margin < math.pi / 2)
-        require("h, the concentration of the lengths, must be a positive number", h, 0 < h < math.inf)
-        require("momentum is the weight of the new batch, in (0, 1]", momentum, 0 < momentum <= 1)
-        self.margin, self.h, self.momentum = margin, h, momentum
+        self.margin = angle("margin", margin, math.pi / 2, "pi/2")
+        self.h = above_zero("h", "h, the concentration of the lengths,", h)
+        self.momentum = momentum_of(momentum)
         self.register_buffer("mean", torch.empty((), dtype=torch.float64))
         self.register_buffer("std", torch.empty((), dtype=torch.float64))
         self.reset()
@@ -125,10 +124,11 @@ class MagFace(Margin):
         penalty_weight: float = 35.0,
     ) -> None:
         super().__init__(scale)
+        l_a, u_a, l_m, u_m = real("l_a", l_a), real("u_a", u_a), real("l_m", l_m), real("u_m", u_m)
         require("l_a and u_a are lengths with 0 < l_a < u_a", (l_a, u_a), 0 < l_a < u_a < math.inf)
         require("l_m and u_m are angles in radians with 0 <= l_m <= u_m < pi", (l_m, u_m), 0 <= l_m <= u_m < math.pi)
-        require("penalty_weight must be at least 0", penalty_weight, 0 <= penalty_weight < math.inf)
-        self.l_a, self.u_a, self.l_m, self.u_m, self.penalty_weight = l_a, u_a, l_m, u_m, penalty_weight
+        self.l_a, self.u_a, self.l_m, self.u_m = l_a, u_a, l_m, u_m
+        self.penalty_weight = at_least(0, "penalty_weight", penalty_weight)
 
     def target(self, cosine: Tensor, positives: Positives) -> Tensor:
         length = positives.norm.clamp(self.l_a, self.u_a)
@@ -163,15 +163,16 @@ class ElasticFace(Margin):
     ) -> None:
         super().__init__(scale)
         require('kind must be "arc" or "cos"', repr(kind), kind in ("arc", "cos"))
-        margin = {"arc": 0.5, "cos": 0.35}[kind] if margin is None else margin
+        plus = flag("plus", plus)
+        margin = {"arc": 0.5, "cos": 0.35}[kind] if margin is None else real("margin", margin)
         deviation = ({"arc": 0.0175, "cos": 0.025}[kind] if plus else 0.0125) if deviation is None else deviation
         require(
             "margin is an angle in radians in [0, pi), or at least 0 for cos",
             margin,
             0 <= margin < (math.pi if kind == "arc" else math.inf),
         )
-        require("deviation, of the drawn margins, must be at least 0", deviation, 0 <= deviation < math.inf)
-        self.kind, self.margin, self.deviation, self.plus = kind, margin, deviation, plus
+        self.kind, self.margin = kind, margin
+        self.deviation, self.plus = at_least(0, "deviation, of the drawn margins,", deviation), plus
         self.sees_all = plus
 
     def target(self, cosine: Tensor, positives: Positives) -> Tensor:
@@ -227,12 +228,13 @@ class AdaptiveMargin(Margin):
         bad = (~counts.double().isfinite() | (counts < 0)).nonzero()
         if len(bad):
             raise ValueError(f"class_counts[{int(bad[0])}] is {counts[int(bad[0])].item()}; a count is at least 0")
+        smallest, largest = real("smallest", smallest), real("largest", largest)
         require(
             "0 <= smallest <= largest < pi must hold, in radians",
             (smallest, largest),
             0 <= smallest <= largest < math.pi,
         )
-        require("exponent must be a positive number", exponent, 0 < exponent < math.inf)
+        exponent = above_zero("exponent", "exponent", exponent)
         self.largest, self.smallest, self.exponent = largest, smallest, exponent
         weights = counts.double().clamp(min=1) ** -exponent
         low, high = weights.min(), weights.max()
@@ -276,11 +278,11 @@ class SphereFace2(Margin):
 
     def __init__(self, scale: float = 40.0, margin: float = 0.4, t: float = 3.0, balance: float = 0.7) -> None:
         super().__init__(scale)
-        require("margin is taken from the target cosine and must be at least 0", margin, 0 <= margin < math.inf)
-        require("t, the exponent of the similarities, must be at least 1", t, 1 <= t < math.inf)
+        balance = real("balance", balance)
         require("balance, the share of the own class in the loss, must be in (0, 1)", balance, 0 < balance < 1)
-        self.margin, self.t, self.balance = margin, t, balance
-        self.binary = (balance / scale, (1 - balance) / scale)
+        self.margin = at_least(0, "margin is taken from the target cosine and", margin)
+        self.t, self.balance = at_least(1, "t, the exponent of the similarities,", t), balance
+        self.binary = (balance / self.scale, (1 - balance) / self.scale)
         self._start = 0.0
         self.offset = nn.Parameter(torch.zeros(1))
 

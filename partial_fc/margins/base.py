@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.given import plain, real
+from partial_fc.margins.arguments import describe, given_of, remembering, remembering_classes, set_argument
 from partial_fc.margins.positives import Positives
 
 
 class Margin(nn.Module):
     """Base of all margins. A margin of your own defines `target`; see docs/margins.md.
+
+    The arguments of the constructor are attributes. Setting one validates it as the constructor does, and has the
+    effect of a margin that was built so; running statistics stay. What a head's parameters are made for (`centers`,
+    `bias`) cannot change.
 
     normalize: take embeddings and class weights at unit length, so that logits are cosines; else as they are.
     bias: whether the head adds a bias a class (only where nothing is normalised).
@@ -37,17 +43,36 @@ class Margin(nn.Module):
     by_class: bool = False
     has_rule: bool = False
     has_penalty: bool = False
+    other_names: ClassVar[Mapping[str, str]] = {}  # of attributes that are an argument under another name
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.has_rule = cls.negative is not Margin.negative
         cls.has_penalty = cls.penalty is not Margin.penalty
+        cls.__init__ = remembering(cls.__init__)  # type: ignore[method-assign]
+        if "prepare" in vars(cls):
+            cls.prepare = remembering_classes(cls.prepare)  # type: ignore[method-assign]
 
+    @remembering
     def __init__(self, scale: float = 64.0) -> None:
         super().__init__()
+        scale = real("scale", scale)
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale must be a positive number, not {scale}")
         self.scale = scale
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not set_argument(self, name, value):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # an argument that the constructor keeps under another name
+            given = given_of(self)
+            if given is None or name not in given.known:
+                raise
+            return given.known[name]
 
     def target(self, cosine: Tensor, positives: Positives) -> Tensor:
         """Target logits before scaling, `[P]`, of target cosines `[P]`: elementwise, differentiable by cosine and
@@ -69,6 +94,7 @@ class Margin(nn.Module):
         """What is added to each sample's loss `[N]`, of embedding lengths `[N]`; differentiable. None for nothing."""
         return None
 
+    @remembering_classes
     def prepare(self, num_classes: int, selected: int) -> None:
         """Called by the head that takes this margin, with its number of classes and how many of them a step selects.
 
@@ -79,13 +105,9 @@ class Margin(nn.Module):
         """Set buffers to what they are at the start."""
 
     def describe(self) -> str:
-        """Its name and settings, "ArcFace(scale=64.0, m1=1.0, m2=0.5, ...)": what must be the same on all ranks and in
-        a checkpoint."""
-        plain = (bool, int, float, str, tuple)
-        settings = {
-            k: v for k, v in vars(self).items() if isinstance(v, plain) and not k.startswith("_") and k != "training"
-        }
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
+        """Its name and its settings now, "ArcFace(scale=64.0, m1=1.0, m2=0.5, ...)": what must be the same on all
+        ranks. Equal values have one spelling: numbers are floats."""
+        return describe(self)
 
     def frozen(self) -> Margin:
         """This margin with buffers of its own, which later steps do not move."""
@@ -112,3 +134,38 @@ class Margin(nn.Module):
 def require(what: str, value: Any, valid: bool) -> None:
     if not valid:
         raise ValueError(f"{what}, not {value}")
+
+
+def angle(name: str, value: Any, below: float = math.pi, words: str = "pi") -> float:
+    """Return an angle in radians as a float. ValueError, naming the argument, unless it is in [0, below)."""
+    value = real(name, value)
+    require(f"{name} is an angle in radians in [0, {words})", value, 0 <= value < below)
+    return value
+
+
+def at_least(least: float, what: str, value: Any) -> float:
+    """Return a number as a float. ValueError unless it is finite and at least `least`. what: begins with its name."""
+    value = real(what.split()[0].rstrip(","), value)
+    require(f"{what} must be at least {least:g}", value, least <= value < math.inf)
+    return value
+
+
+def above_zero(name: str, what: str, value: Any) -> float:
+    """Return a number as a float. ValueError unless it is finite and above 0."""
+    value = real(name, value)
+    require(f"{what} must be a positive number", value, 0 < value < math.inf)
+    return value
+
+
+def momentum_of(value: Any) -> float:
+    """Return the weight of the new batch in a running statistic. ValueError unless it is in (0, 1]."""
+    value = real("momentum", value)
+    require("momentum is the weight of the new batch, in (0, 1]", value, 0 < value <= 1)
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a bool. ValueError, naming the argument, for anything else."""
+    value = plain(value)
+    require(f"{name} must be True or False", repr(value), isinstance(value, bool))
+    return bool(value)

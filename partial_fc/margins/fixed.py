@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from partial_fc.margins.base import Margin, require
+from partial_fc.margins.base import Margin, angle, at_least, require
 from partial_fc.margins.positives import Positives
 
 Gradient = Literal["exact", "straight_through"]
@@ -44,12 +44,11 @@ class CombinedMargin(Margin):
         self, scale: float = 64.0, m1: float = 1.0, m2: float = 0.5, m3: float = 0.0, gradient: Gradient = "exact"
     ) -> None:
         super().__init__(scale)
-        require("m1 multiplies the target angle and must be at least 1", m1, 1 <= m1 < math.inf)
-        require("m2 is an angle in radians in [0, pi)", m2, 0 <= m2 < math.pi)
-        require("m3 is taken from the target cosine and must be at least 0", m3, 0 <= m3 < math.inf)
+        self.m1, self.m2 = at_least(1, "m1 multiplies the target angle and", m1), angle("m2", m2)
+        self.m3 = at_least(0, "m3 is taken from the target cosine and", m3)
         known = gradient in ("exact", "straight_through")
         require('gradient must be "exact" or "straight_through"', repr(gradient), known)
-        self.m1, self.m2, self.m3, self.gradient = float(m1), float(m2), float(m3), gradient
+        self.gradient = gradient
 
     def target(self, cosine: Tensor, positives: Positives | None = None) -> Tensor:
         if self.gradient == "straight_through":
@@ -71,6 +70,7 @@ class ArcFace(CombinedMargin):
         gradient: "exact" or "straight_through", as for `CombinedMargin`.
     """
 
+    other_names = {"m2": "margin"}
+
     def __init__(self, scale: float = 64.0, margin: float = 0.5, gradient: Gradient = "exact") -> None:
-        require("margin is an angle in radians in [0, pi)", margin, 0 <= margin < math.pi)
-        super().__init__(scale, m2=margin, gradient=gradient)
+        super().__init__(scale, m2=angle("margin", margin), gradient=gradient)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from partial_fc.margins.base import Margin, require
+from partial_fc.distributed.given import as_whole
+from partial_fc.margins.base import Margin, at_least, flag, require
 from partial_fc.margins.fixed import ArcFace, CombinedMargin, Gradient
 from partial_fc.margins.positives import Positives
 
@@ -21,9 +20,10 @@ class SphereFace(CombinedMargin):
         margin: m, at least 1.
     """
 
+    other_names = {"m1": "margin"}
+
     def __init__(self, scale: float = 64.0, margin: float = 1.35) -> None:
-        require("margin multiplies the target angle and must be at least 1", margin, 1 <= margin < math.inf)
-        super().__init__(scale, m1=margin, m2=0.0)
+        super().__init__(scale, m1=at_least(1, "margin multiplies the target angle and", margin), m2=0.0)
 
 
 class CosFace(CombinedMargin):
@@ -34,9 +34,10 @@ class CosFace(CombinedMargin):
         margin: m, at least 0.
     """
 
+    other_names = {"m3": "margin"}
+
     def __init__(self, scale: float = 64.0, margin: float = 0.35) -> None:
-        require("margin is taken from the target cosine and must be at least 0", margin, 0 <= margin < math.inf)
-        super().__init__(scale, m2=0.0, m3=margin)
+        super().__init__(scale, m2=0.0, m3=at_least(0, "margin is taken from the target cosine and", margin))
 
 
 class NormFace(CombinedMargin):
@@ -61,7 +62,7 @@ class Softmax(Margin):
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__(scale=1.0)
-        self.bias = bias
+        self.bias = flag("bias", bias)
 
     def target(self, cosine: Tensor, positives: Positives | None = None) -> Tensor:
         return cosine
@@ -84,9 +85,6 @@ class SubCenterArcFace(ArcFace):
         self, scale: float = 64.0, margin: float = 0.5, centers: int = 3, gradient: Gradient = "exact"
     ) -> None:
         super().__init__(scale, margin, gradient)
-        require(
-            "centers, the rows a class has, must be a whole number of at least 1",
-            centers,
-            isinstance(centers, int) and centers >= 1,
-        )
-        self.centers = centers
+        rows = as_whole(centers)
+        require("centers, the rows a class has, must be a whole number of at least 1", centers, (rows or 0) >= 1)
+        self.centers = rows or 1

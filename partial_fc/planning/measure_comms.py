@@ -29,6 +29,7 @@ from torch import Tensor
 
 from partial_fc.batch.exchange import exchange_payload
 from partial_fc.batch.status import NO_LABEL, Status
+from partial_fc.distributed.given import real, whole
 from partial_fc.distributed.groups import ranks_of
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, start_reduce_scatter
 from partial_fc.head import PartialFC
@@ -63,9 +64,11 @@ def comms(
 
     Raises ValueError for invalid arguments.
     """
-    for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    num_classes = whole("num_classes", num_classes, least=1)
+    embedding_size = whole("embedding_size", embedding_size, least=1)
+    batch_size = whole("batch_size", batch_size, least=1)
+    backbone_parameters = whole("backbone_parameters", backbone_parameters)
+    repeats, sample_rate = whole("repeats", repeats), real("sample_rate", sample_rate)
     if backbone_parameters < 0 or repeats < 1 or not 0 < sample_rate <= 1:
         raise ValueError("backbone_parameters must be at least 0, repeats at least 1, and sample_rate in (0, 1]")
     ranks = ranks_of(None)

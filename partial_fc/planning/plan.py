@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from partial_fc.batch.status import DTYPES
+from partial_fc.distributed.given import as_whole, plain
 from partial_fc.head import DEFAULT_LOGITS_BUDGET
 from partial_fc.optim.optimizer_class import LowPrecision
 from partial_fc.optim.row_state import HALF
@@ -99,7 +100,7 @@ def plan(
     Raises ValueError for invalid arguments.
     """
     arguments = {k: v for k, v in locals().items() if k != "memory"}
-    _check(arguments, memory)
+    memory = _check(arguments, memory)
     made = _plan(arguments)
     if memory is None:
         return made
@@ -115,17 +116,25 @@ def _plan(arguments: dict[str, Any]) -> Plan:
 # ---------------------------------------------------------------------------------------------------- arguments
 
 
-def _check(arguments: dict[str, Any], memory: int | None) -> None:
+def _check(arguments: dict[str, Any], memory: int | None) -> int | None:
+    """Give every number of `arguments` one spelling, and return the memory. ValueError for what cannot be."""
     for name in ("num_classes", "embedding_size", "world_size", "batch_size"):
-        value = arguments[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
-    for name, value, least in (("memory", memory, 1), ("logits_budget", arguments["logits_budget"], 0)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ValueError(f"{name} must be a number of bytes of at least {least}, or None, not {value!r}")
-    rate = arguments["sample_rate"]
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+        value = as_whole(arguments[name])
+        if value is None or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, not {arguments[name]!r}")
+        arguments[name] = value
+    bytes_of = {"memory": memory, "logits_budget": arguments["logits_budget"]}
+    for name, least in (("memory", 1), ("logits_budget", 0)):
+        given = bytes_of[name]
+        if given is not None:
+            bytes_of[name] = as_whole(given)
+            if (bytes_of[name] or 0) < least or bytes_of[name] is None:
+                raise ValueError(f"{name} must be a number of bytes of at least {least}, or None, not {given!r}")
+    arguments["logits_budget"] = bytes_of["logits_budget"]
+    rate = plain(arguments["sample_rate"])
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
         raise ValueError(f"sample_rate must be in (0, 1], not {rate!r}")
+    arguments["sample_rate"] = float(rate)
     _check_choices(arguments)
     if arguments["update_in_backward"] and rate < 1:
         raise ValueError(f"update_in_backward requires sample_rate=1.0, not {rate!r}")
@@ -133,6 +142,7 @@ def _check(arguments: dict[str, Any], memory: int | None) -> None:
         raise ValueError(
             "update_in_backward is incompatible with autocast float16, which needs a GradScaler; use bfloat16 or None"
         )
+    return bytes_of["memory"]
 
 
 def _check_choices(arguments: dict[str, Any]) -> None:

@@ -49,12 +49,12 @@ class Derivatives(NamedTuple):
 def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Derivatives:
     """Return them from ∂L/∂(reduced loss)."""
     selection, options, targets = state.selection, state.options, state.targets
-    scale, smoothing = options.margin.scale, options.label_smoothing
+    scale, smoothing = options.scale, options.label_smoothing
     z, lse = saved.target_logits, saved.lse[:, None]
     d_loss = gradient_of_losses(grad.to(saved.x.dtype), selection.batch, selection.sample_weights, options.reduction)
     d_offset = None
-    if options.margin.binary:
-        d_lse, d_z, d_offset = decision_derivatives(selection, options.margin.binary, d_loss, z, saved.lse)
+    if options.binary:
+        d_lse, d_z, d_offset = decision_derivatives(selection, options.binary, d_loss, z, saved.lse)
         from_zero = d_lse
     else:
         d_lse = (d_loss * ((1 - smoothing) * selection.target_weights.sum(1) + smoothing))[:, None]
@@ -129,7 +129,7 @@ class BackwardTiles:
         self.saved = saved
         self.state = state
         self.stats = saved.x.dtype
-        self.scale = state.options.margin.scale
+        self.scale = state.options.scale
         if state.rows.count:  # now: rows that are updated inside backward are others afterwards
             self.target_rows, self.target_inverse = state.rows.at(state.targets.row)
         # where logits are scaled cosines, the share of label smoothing is the same for all rows of a sample

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -82,6 +82,7 @@ def forward(
         targets = TargetRows.locate(selection, len(weight), centers)
         cosines, targets = target_cosines(x, rows, targets, centers)
         z, slope_cosine, slope_norm, rule = apply_margin(cosines, norms, targets, selection, options, needs_grad)
+    options = replace(options, scale=margin.scale, binary=margin.binary)  # backward uses these, whatever changes
     # float16 has too little range for decisions, which have no maximum per sample that brings them near 1
     keep = selection.keep_logits and needs_grad and not (margin.binary and product is torch.float16)
     with record_function("partial_fc::forward_tiles"):
@@ -96,7 +97,7 @@ def forward(
     target_logits = found["z"].sum(0).view_as(selection.targets)
     hardest = found["hardest"].amax(0) if "hardest" in found else None
     of_targets = found["cosines"].sum(0).view_as(selection.targets)
-    measured = Measured(of_targets, target_logits, targets.exists, norms, hardest)
+    measured = Measured(of_targets, target_logits, targets.exists, norms, hardest, margin.scale)
     smoothed_over = found["count"].sum(0).clamp_(min=1) if "count" in found else x.new_empty(0)
     if margin.binary:
         losses = decision_losses(selection, margin.binary, target_logits, found["total"].sum(0))
@@ -189,9 +190,9 @@ class TileSums:
         work = product if state.bounded and not options.ruled else x.dtype
         in_place = keep and product == work
         self.scratch = None if in_place else x.new_empty(len(x) * min(state.tile, max(rows.count, 1)), dtype=work)
-        self.scaled = (x if options.ruled else x * options.margin.scale).to(product)
+        self.scaled = (x if options.ruled else x * options.scale).to(product)
         self.smoothing = SmoothingSums(x, options.ruled) if options.label_smoothing else None
-        self.active = x.new_zeros(len(x)) if options.margin.binary else None
+        self.active = x.new_zeros(len(x)) if options.binary else None
         self.hardest = x.new_full((len(x),), torch.finfo(x.dtype).min) if options.metrics else None
 
     def add(self, t: int, a: int, b: int) -> None:
@@ -212,7 +213,7 @@ class TileSums:
                 self._find_hardest(torch.where(logits > -torch.inf, cosines, -torch.inf), 1.0)
         else:
             state.targets.mask(logits, a)
-            self._find_hardest(logits, options.margin.scale)
+            self._find_hardest(logits, options.scale)
             if self.smoothing is not None:
                 self.smoothing.add_rows(w, bias)
         if self.active is not None:
@@ -245,7 +246,7 @@ def combine(sums: TileSums, z: Tensor, cosines: Tensor, selection: Selection) ->
     """Return by name what every rank found, `[world, ...]`: one all-gather."""
     parts = {"maximum": sums.maximum[:, 0], "total": sums.total[:, 0], "z": z, "cosines": cosines}
     if sums.smoothing is not None:
-        scale, rows = sums.state.options.margin.scale, sums.state.rows
+        scale, rows = sums.state.options.scale, sums.state.rows
         parts["logits"], parts["count"] = sums.smoothing.finish(sums.state.targets, z, cosines, scale, rows.count)
     if sums.active is not None:
         parts["active"] = sums.active

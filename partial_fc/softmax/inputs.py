@@ -25,6 +25,8 @@ class LossOptions:
     reduction: str
     scale_embedding_grad: bool
     metrics: bool
+    scale: float = 1.0  # the margin's in this forward, known once its target logits are; `binary` alike
+    binary: tuple[float, float] | None = None
 
     @property
     def ruled(self) -> bool:

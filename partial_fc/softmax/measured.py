@@ -19,6 +19,7 @@ class Measured:
     exists: Tensor  # [N, L]
     norms: Tensor  # [N] lengths of the embeddings
     hardest: Tensor | None  # [N] largest cosine (or plain logit) of another selected class; with metrics only
+    scale: float  # of the margin then
 
     def angles(self) -> Tensor:
         """Return the angles in radians of all existing targets."""
@@ -33,7 +34,7 @@ class Measured:
         hardest, norms = self.hardest[some], self.norms[some]
         found = {
             "accuracy": (best > hardest).to(norms.dtype).mean(),
-            "margin_met": (target > (0.0 if margin.binary else hardest * margin.scale)).to(norms.dtype).mean(),
+            "margin_met": (target > (0.0 if margin.binary else hardest * self.scale)).to(norms.dtype).mean(),
             "embedding_norm": norms.mean(),
         }
         if not margin.normalize:

@@ -61,23 +61,24 @@ def ruled_logits(
     Of the sub-centers of a class only the nearest takes part. Beyond `interclass_filter` a class is taken for the
     sample's own under another label, and takes no part either.
     """
-    margin, slope = options.margin, None
+    slope = None
     if rule is not None:
         with torch.enable_grad():  # on one tile; the rule is elementwise, so the derivative of the sum is that of each
             leaf = cosines.detach().requires_grad_()
             ruled = rule.margin.negative(leaf, rule.target)
             slope = torch.autograd.grad(ruled.sum(), leaf)[0]
-        logits = ruled.detach() * margin.scale
+        logits = ruled.detach() * options.scale
     else:
-        logits = cosines * margin.scale
+        logits = cosines * options.scale
     if options.interclass_filter is not None:
         logits.masked_fill_(cosines > options.interclass_filter, -torch.inf)
-    if margin.centers > 1 and logits.numel():
-        by_class = cosines.view(len(cosines), -1, margin.centers)
+    centers = options.margin.centers
+    if centers > 1 and logits.numel():
+        by_class = cosines.view(len(cosines), -1, centers)
         nearest = by_class.argmax(2, keepdim=True)
         others = torch.ones_like(by_class, dtype=torch.bool).scatter_(2, nearest, False)
         logits.view_as(by_class).masked_fill_(others, -torch.inf)
-    targets.mask(logits, a, margin.centers)
+    targets.mask(logits, a, centers)
     return logits, slope
 
 
@@ -97,7 +98,7 @@ def ruled_gradient(
     lse, d_lse: `[N, 1]`. d_every `[N]`: ∂L/∂(every selected logit), of label smoothing.
     """
     logits, slope = ruled_logits(options, rule, cosines, targets, a)
-    e = logits.sigmoid() if options.margin.binary else (logits - lse).exp_()
+    e = logits.sigmoid() if options.binary else (logits - lse).exp_()
     if options.label_smoothing:
         share = torch.where(d_lse != 0, d_every[:, None] / d_lse, 0.0)
         e += share * (logits > -torch.inf)

@@ -131,6 +131,7 @@ class RunConfig:
         self.output.check()
         self.backbone.check()
         self.head.check()
+        self.head.margin_schedule.check_epochs(self.train.epochs)
         self.center.check()
         self.evaluation.check()
         self.optimizers.check()

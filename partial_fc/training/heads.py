@@ -19,6 +19,7 @@ from partial_fc.head import PartialFC
 from partial_fc.margins.base import Margin
 from partial_fc.training.class_settings import ClassSettings
 from partial_fc.training.errors import UserError
+from partial_fc.training.margin_schedule import MarginScheduleConfig
 
 COUNTS = "class_counts"
 
@@ -72,6 +73,7 @@ class HeadConfig:
     margin: MarginSettings = field(default_factory=lambda: MarginSettings("ArcFace"))
     """The margin, with its arguments after it: --head.margin AdaFace --head.margin.h 0.33. docs/losses.md says what
     each is for, --head.margin.help AdaFace what it takes."""
+    margin_schedule: MarginScheduleConfig = field(default_factory=MarginScheduleConfig)
     sample_rate: float = 1.0
     """Share of all classes drawn as negatives each step (0 to 1); 1 is the exact softmax."""
     interclass_filter: float | None = None
@@ -95,6 +97,8 @@ class HeadConfig:
         if self.replicas < 1:
             raise UserError(f"--head.replicas is {self.replicas}; give at least 1")
         margin = self.margin.build_margin(torch.ones(2))
+        self.margin_schedule.check()
+        self.margin_schedule.build(self.margin.build_margin(torch.ones(2)), steps_per_epoch=1000)
         try:
             PartialFC(2, 2, margin, self.sample_rate, device=torch.device("meta"), **self._options)
         except ValueError as error:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from partial_fc import CenterLoss, DivergenceWatch, PartialFC, RowOptimizer
+from partial_fc import CenterLoss, DivergenceWatch, MarginSchedule, PartialFC, RowOptimizer
 from partial_fc.training.all_ranks import run_on_all
 from partial_fc.training.backbones.counts import Counts, count_backbone
 from partial_fc.training.config import RunConfig
@@ -40,6 +40,8 @@ class RunParts:
     """Parameters and operations of the backbone."""
     schedules: list[LambdaLR]
     """Of the backbone, the head, and the extra heads."""
+    margin_schedules: dict[str, MarginSchedule]
+    """Of the heads whose margin moves, by their names in checkpoints."""
     watch: DivergenceWatch | None
 
 
@@ -89,7 +91,17 @@ def build_parts(
     if extra is not None:
         engine.add_heads(extra.heads.values(), extra.optimizers.values())
         schedules += extra.schedules(schedules[1])
-    return RunParts(head, head_optimizer, extra, center, engine, counts, schedules, watch)
+    margin_schedules = _margin_schedules(config, head, extra, steps_per_epoch)
+    return RunParts(head, head_optimizer, extra, center, engine, counts, schedules, margin_schedules, watch)
+
+
+def _margin_schedules(
+    config: RunConfig, head: PartialFC, extra: ExtraHeads | None, steps_per_epoch: int
+) -> dict[str, MarginSchedule]:
+    """Return a schedule for the margin of each head, if the settings ask for one; each ends at the head's own value."""
+    heads = {"": head, **{f"_{name}": each for name, each in (extra.heads if extra else {}).items()}}
+    built = {name: config.head.margin_schedule.build(each, steps_per_epoch) for name, each in heads.items()}
+    return {f"margin_schedule{name}": each for name, each in built.items() if each is not None}
 
 
 def _first_then_new(backbone: nn.Module, config: RunConfig, shape: tuple[int, int, int]) -> Callable[[], nn.Module]:

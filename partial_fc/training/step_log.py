@@ -66,6 +66,7 @@ class StepLog:
                 "learning_rate": learning_rate,
                 "skipped_steps": head.skips,
                 "data_wait": self._data_wait(),
+                **self._scheduled(head),
                 **dict(zip(measured, values, strict=True)),
             }
         )
@@ -88,6 +89,13 @@ class StepLog:
         self._waited = self.progress.waited
         self._since = now
         return round(share, 4)
+
+    def _scheduled(self, head: PartialFC) -> dict[str, float]:
+        """Return the argument of the margin that a schedule moves, as head_margin: its value for the next step."""
+        schedule = self.config.head.margin_schedule
+        if schedule.start is None:
+            return {}
+        return {f"head_{schedule.argument}": float(getattr(head.margin, schedule.argument))}
 
     def _margin_state(self, head: PartialFC) -> dict[str, Tensor]:
         """Return the scalars of the margin's state: curricular_t, adaface_mean, adaface_std, sphereface2_offset."""

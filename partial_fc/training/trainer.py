@@ -90,6 +90,7 @@ class Trainer:
         self.engine = parts.engine
         self.counts = parts.counts
         self.schedules = parts.schedules
+        self.margin_schedules = parts.margin_schedules
         self.watch = parts.watch
         self._since = time.monotonic()  # progress.seconds counts the time up to here
         self._saved = -1  # the step of the newest checkpoint
@@ -285,7 +286,7 @@ class Trainer:
         self.faults.at("optimizer", self.progress.step + 1)
         if self.center is not None:
             self.center.step()  # if the step was skipped, it only discards what it has collected
-        for schedule in self.schedules:
+        for schedule in (*self.schedules, *self.margin_schedules.values()):
             schedule.step()
         if self.watch is not None:
             self.watch.step(self.progress.step + 1)
@@ -321,6 +322,7 @@ class Trainer:
             "head_optimizer": self.head_optimizer,
             "schedule": self.schedules[0],
             "head_schedule": self.schedules[1],
+            **self.margin_schedules,
             "progress": self.progress,
             "random": RandomState(),
         }

@@ -213,7 +213,7 @@ def _bad(rank: int, world: int, case: str) -> str:
     }
     if case in wrong and last:
         return any_message_of(lambda: head.topk(wrong[case], 2))
-    k = {"k of one": 3, "k is no int": 2.0, "k is 0": 0}.get(case, 2) if last else 2
+    k = {"k of one": 3, "k is no int": 2.5, "k is 0": 0}.get(case, 2) if last else 2
     if case == "k > C":
         return any_message_of(lambda: head.topk(x, 10))
     if case == "k > C - 1":

@@ -462,6 +462,7 @@ def test_public_names():
         "JoinedBatches",
         "MagFace",
         "Margin",
+        "MarginSchedule",
         "Neighbours",
         "NonFiniteError",
         "NormFace",

@@ -24,6 +24,7 @@ from partial_fc.checkpoint.layout import RowSource
 from partial_fc.checkpoint.manifest import MANIFEST
 from partial_fc.checkpoint.save_load import save_checkpoint, stored_tensors, stored_values, stream_tensor
 from partial_fc.head import PartialFC
+from partial_fc.margins.description import same_margin
 from partial_fc.margins.variants import NormFace
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.training.cli.parser import add_traceback
@@ -208,7 +209,7 @@ def import_weights_command(arguments: list[str]) -> None:
         sources, kind, described = _open_sources([Path(p) for p in asked.sources], asked.key)
         if kind == "head" and described is not None and given is None:
             built = margin.build_margin(torch.ones(sources["weight"].shape[0]), "margin").describe()
-            if described != built:
+            if not same_margin(described, built):
                 raise UserError(
                     f"{asked.sources[0]} comes from a head with {described}; give the margin of the checkpoint: "
                     "--margin, --margin.scale, ..."
