@@ -38,7 +38,8 @@ class Agreed:
         kind = rows.device.type
         facts: dict[str, Any] = {"loss": rows.owner, "mode": "train()" if loss.training else "eval()"}
         facts["gradients"] = "recorded" if torch.is_grad_enabled() else "off (no_grad)"
-        facts["autocast"] = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off"
+        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        facts["autocast"] = str(torch.get_autocast_dtype(kind)) if cast else "off"
         facts.update({name: plain(attrgetter(path)(loss)) for name, path in loss.FACTS.items()})
         for name, parameter in (*rows.parameters.items(), *rows.shared.items()):
             facts[name] = f"{parameter.dtype}{'' if parameter.requires_grad else ', frozen'}"

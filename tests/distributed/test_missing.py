@@ -90,13 +90,13 @@ def _saving(head: PartialFC, group: Any) -> Callable[[], Any]:
 
 COLLECTIVES: dict[str, Callable[[PartialFC, Any], Callable[[], Any]]] = {
     "the exchange of a batch": _forward,
-    "the exchange of a batch ": _gather,
+    "the exchange of a batch (": _gather,
     "the sum of the embeddings' gradients in backward": _backward,
     "the norm of gradients over ranks": _clipping,
-    "a query for nearest classes": _questions,
+    "nearest_classes": _questions,
     "the step": _ddp,
     "the check which ranks have a batch (JoinedBatches)": _joined,
-    "an agreement of all ranks": _saving,  # over all ranks: the last, as nothing goes on in a group afterwards
+    "save_checkpoint": _saving,  # over all ranks: the last, as nothing goes on in a group afterwards
 }
 
 
@@ -227,7 +227,7 @@ def test_other_errors_pass_as_they_are():
             raise error
         assert caught.value is error
     assert is_peer_error(RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5"))
-    assert is_peer_error(dist.DistBackendError("NCCL error in: ..."))
+    assert is_peer_error(dist.DistBackendError("NCCL error in: ..., ncclRemoteError: A call failed"))
     gone = RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer")
     with pytest.raises(RuntimeError) as without_group, naming_the_missing():
         raise gone

@@ -88,7 +88,8 @@ def planted(rank: int, world: int, kind: str, at: int, margin: Any, options: dic
     ],
 )
 def test_a_planted_difference_is_found_at_its_step(ranks, world, kind, margin, options, name):
-    at = 0 if kind == "statistics" else 7  # batch statistics differ from the first step on, without a plant
+    # batch statistics differ from the first step on, without a plant; counts of forwards are compared by the next one
+    at = {"statistics": 0, "forwards": 10}.get(kind, 7)
     texts = ranks(world).run(planted, kind, at, margin, options, timeout=120)
     assert len(set(texts)) == 1, texts
     text, last = texts[0]
@@ -97,8 +98,8 @@ def test_a_planted_difference_is_found_at_its_step(ranks, world, kind, margin, o
         return
     others = "rank 0" if world == 2 else "the other ranks"
     assert (
-        text
-        == f"ranks diverged: at step 7 {name} on rank {world - 1} differs from {others} (all ranks were equal at step 6)"
+        text == f"ranks diverged: at step {at} {name} on rank {world - 1} differs from {others} "
+        f"(all ranks were equal at step {at - 1})"
     )
     assert last == 10, "looked at every fifth step, and yet the very step"
 
@@ -152,8 +153,8 @@ def exchanges(rank: int, world: int) -> list[tuple[str, int]]:
 
 
 def test_one_small_exchange_every_so_many_steps(ranks):
-    exchange = ("all_gather", 12 * 8)  # two kinds, five steps and the shard
-    assert ranks(2).run(exchanges, timeout=120) == [[exchange] * 2] * 2
+    exchange = [("all_gather", 24 * 8), ("all_gather", 12 * 8)]  # how many steps; two kinds, five steps and the shard
+    assert ranks(2).run(exchanges, timeout=120) == [exchange * 2] * 2
 
 
 def test_checksums_see_every_bit_and_no_layout():
