@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.optim.optimizer_class import is_row_state, trial
+from partial_fc.optim.protocol import OneGroup, check_options, checked_groups, with_loading_hooks, with_saving_hooks
 from partial_fc.rows import ClassRows, UpdateRows
 
 HALF = (torch.bfloat16, torch.float16)
@@ -22,7 +23,7 @@ MASTER = "master_weight"  # state of this package's own, beside that of the wrap
 COUNT = "rounding_step"
 
 
-class RowState(torch.optim.Optimizer):
+class RowState(OneGroup):
     """Base of `RowOptimizer`: everything about state but the step.
 
     class_rows: what it moves. inner: the wrapped class, on stand-ins. initial_state: row state of a row that never had
@@ -61,6 +62,7 @@ class RowState(torch.optim.Optimizer):
             return rows.shards.wrap_shared(local)
         return rows.shards.wrap(local)
 
+    @with_saving_hooks
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; row state as DTensors `[C, ...]` where there is a group."""
         parameters = self.class_rows.everything
@@ -87,7 +89,10 @@ class RowState(torch.optim.Optimizer):
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state dict belongs to another class of optimizer; its tensors are not looked at."""
         own = self._options()
-        options = {**own, **state["param_groups"][0]}
+        stored = checked_groups(state, len(self.class_rows.everything))["param_groups"][0]
+        check_options(stored)
+        # a stored tensor, such as a learning rate, is a placeholder in a skeleton
+        options = {**own, **{k: v for k, v in stored.items() if not isinstance(v, dict)}}
         accepted = {k: v for k, v in options.items() if k in own and k not in ("fused", "foreach", "capturable")}
         known = {MASTER, COUNT, *trial(type(self.inner), accepted, torch.zeros(1, 1, device="cpu"), steps=1)[1]}
         for of_parameter in state["state"].values():
@@ -99,8 +104,10 @@ class RowState(torch.optim.Optimizer):
                     "here has not"
                 )
 
+    @with_loading_hooks
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load options and state; the row state must be of this class and of this head's shape, else ValueError."""
+        state_dict = checked_groups(state_dict, len(self.class_rows.everything))
         self.check_state(state_dict)
         parameters = self.class_rows.everything
         for i, state in state_dict["state"].items():

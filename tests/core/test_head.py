@@ -468,6 +468,7 @@ def test_public_names():
         "PartialFC",
         "Plan",
         "PreemptionGuard",
+        "Progress",
         "RandomState",
         "RankFiles",
         "RankMissing",
