@@ -62,7 +62,11 @@ class ClassRows:
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "optimizer": None}  # a copy gets an optimizer of its own
+        return {**vars(self), "optimizer": None, "grad_rows": None}  # a copy gets an optimizer and gradients of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.clear()
 
     @property
     def live_optimizer(self) -> Any:

@@ -7,11 +7,12 @@ wiring    errors for a loss that is built or trained wrongly
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.status import LabelSet
+from partial_fc.misuse import in_transform, misuse
 from partial_fc.nonfinite.bad_step import count_skip
 from partial_fc.nonfinite.zero_loss import zero_loss
 from partial_fc.sharded_module import ShardedModule
@@ -46,9 +47,12 @@ class ShardedLoss(ShardedModule):
 
     def _take(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None) -> tuple[GlobalBatch, Tensor]:
         """Return the global batch, checked, and what autograd follows: this rank's embeddings, or the gathered ones."""
+        problem, own = "", [(self._parameters.get(key), p) for key, p in self.class_rows.parameters.items()]
+        if any(now is not p or p._backward_hooks or p._post_accumulate_grad_hooks for now, p in own) or in_transform():
+            problem = misuse(self, gathered=isinstance(embeddings, GlobalBatch))
         if self.training:
             self._begin_forward()
-        batch = embeddings if isinstance(embeddings, GlobalBatch) else self._gather(embeddings, labels)
+        batch = embeddings if isinstance(embeddings, GlobalBatch) else self._gather(embeddings, labels, problem)
         if not batch.ranks.same_as(self.shards.ranks):
             raise RuntimeError("the batch was gathered over another group than the head's")
         record = self.class_rows.record
@@ -69,7 +73,7 @@ class ShardedLoss(ShardedModule):
         if rows.record.begin_forward(no_gradients=trained and no_gradients and rows.live_optimizer is None):
             self.forget_notes()
 
-    def _gather(self, embeddings: Tensor, labels: Tensor | None) -> GlobalBatch:
+    def _gather(self, embeddings: Tensor, labels: Tensor | None, problem: str) -> GlobalBatch:
         if labels is None and self.shards.ranks.group is None:  # else the other ranks must hear of it
             raise TypeError(
                 f"{self.class_rows.owner}(embeddings, labels) needs labels; only a GlobalBatch brings its own"
@@ -77,8 +81,8 @@ class ShardedLoss(ShardedModule):
         validate = self.class_rows.record.validate
         look = validate == "always" or (validate == "first" and not self._seen_batch)
         self._seen_batch = True
-        sets = [LabelSet(None, labels)]
-        return exchange(embeddings, sets, self.shards.ranks, look=look, device=self.class_rows.device)[0]
+        ranks, device = self.shards.ranks, self.class_rows.device
+        return exchange(embeddings, [LabelSet(None, labels)], ranks, look=look, device=device, problem=problem)[0]
 
     def _anchor(self) -> Tensor:
         """Return a scalar that requires grad, so that autograd calls the backward although the weights are detached."""
@@ -88,13 +92,9 @@ class ShardedLoss(ShardedModule):
     # ------------------------------------------------------------------------------------------------ what can be wrong
 
     def _check_wiring(self) -> None:
-        """Raise if it was built before its group, parameters were replaced, or no optimizer takes row gradients."""
+        """Raise if it was built before its group, or no optimizer takes row gradients."""
         rows = self.class_rows
         rows.check_group()
-        for key, parameter in rows.parameters.items():
-            now = self._parameters.get(key)  # torch.func.functional_call puts plain tensors there, for one call
-            if now is not parameter and isinstance(now, nn.Parameter):
-                raise errors.replaced_parameter(rows.owner, key)
         if not (self.training and torch.is_grad_enabled() and rows.sampled) or rows.live_optimizer is not None:
             return
         if rows.grad_rows is not None or rows.lost > 1:

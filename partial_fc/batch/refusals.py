@@ -68,3 +68,14 @@ def describe_nonfinite(row: Status) -> str:
     """Return which embedding is not finite."""
     of_class = "" if row.nonfinite_label == NO_LABEL else f" (label {row.nonfinite_label})"
     return f"embeddings[{row.nonfinite_at}]{of_class} holds a NaN or infinity"
+
+
+def describe_no_tensor(embeddings: object) -> str:
+    """Return what was given instead of embeddings."""
+    kind = type(embeddings).__name__
+    tracing = kind == "Proxy" and type(embeddings).__module__.startswith("torch.fx")
+    hint = (
+        "; torch.fx cannot trace a head, which exchanges batches with other ranks: trace the backbone, or make the "
+        "head a leaf of your Tracer (is_leaf_module)"
+    )
+    return f": embeddings must be a tensor [N, D], not {kind}{hint if tracing else ''}"

@@ -61,9 +61,7 @@ def backbone_in(checkpoint: Path) -> dict[str, Tensor]:
                 "name, save_checkpoint(path, backbone=...)"
             )
         tensors: dict[str, Any] = {
-            key: torch.empty(shape, dtype=dtype)
-            for key, (shape, dtype) in stored.items()
-            if key.startswith(f"{name}/")
+            key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in stored.items() if key.startswith(f"{name}/")
         }
         read(tensors, SafeReader(checkpoint / read_manifest(checkpoint)["data"]), alone=True)
     except (OSError, ValueError) as error:
