@@ -159,6 +159,8 @@ class ShardedModule(nn.Module):
             parameter.grad = None
             torch.utils.swap_tensors(parameter, moved)
         self.class_rows.hold(own, self._shared_parameters(), shards)
+        if self.class_rows.live_optimizer is not None:
+            self.class_rows.live_optimizer.follow_parameters()
         return self
 
     def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True) -> Any:

@@ -69,7 +69,8 @@ def _vector(head: Any, prefix: str, caller: Caller) -> str:
 
 def _average(head: Any, prefix: str, caller: Caller) -> str:
     averaged = caller.get("self")
-    if head.class_rows.shards.ranks.group is None or not prefix:
+    alone = head is getattr(averaged, "module", None) or head is caller.get("model")
+    if head.class_rows.shards.ranks.group is None or alone:
         return ""
     together = getattr(averaged, "multi_avg_fn", None) is not None
     together = together or (getattr(averaged, "avg_fn", None) is None and head.class_rows.device.type != "cpu")
@@ -89,15 +90,6 @@ def _replicate(head: Any, prefix: str, caller: Caller) -> str:
     )
 
 
-def _zero(head: Any, prefix: str, caller: Caller) -> str:
-    """model.zero_grad() clears row gradients, too."""
-    rows = head.class_rows
-    if rows.sampled:
-        rows.clear()
-    rows.record.end()
-    return ""
-
-
 TOOLS: dict[tuple[Any, str], Callable[[Any, str, Caller], str]] = {
     (CLIP, "clip_grad_norm_"): _clip,
     (CLIP, "clip_grads_with_norm_"): _clip,
@@ -108,7 +100,6 @@ TOOLS: dict[tuple[Any, str], Callable[[Any, str, Caller], str]] = {
     (VECTORS, "vector_to_parameters"): _vector,
     (SWA, "update_parameters"): _average,
     ("torch.nn.parallel.replicate", "replicate"): _replicate,
-    ("torch.nn.modules.module", "zero_grad"): _zero,
 }
 
 

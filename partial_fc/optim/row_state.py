@@ -123,6 +123,15 @@ class RowState(OneGroup):
             parameter = parameters[int(i)]
             self.state[parameter] = {key: self._fitted(value, parameter) for key, value in state.items()}
 
+    def follow_parameters(self) -> None:
+        """Take state to the device and dtype of its parameter, which was moved or cast; not to the meta device."""
+        for parameter, state in self.state.items():
+            if local_part(parameter.detach()).device.type == "meta":
+                continue
+            if parameter.dtype not in HALF:  # it would be older than the weights where they become half again
+                state.pop(MASTER, None)
+            state.update({key: self._fitted(value, parameter) for key, value in state.items()})
+
     def _fitted(self, value: Any, parameter: nn.Parameter) -> Any:
         """Return a piece of state on the device and in the dtype that the class expects; the same object where it is
         so."""

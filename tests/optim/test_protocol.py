@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from partial_fc import ArcFace, CenterLoss, PartialFC, RowOptimizer, Softmax, load_checkpoint, save_checkpoint
+from partial_fc import ArcFace, PartialFC, RowOptimizer, load_checkpoint, save_checkpoint
 from partial_fc.engines.joint import JointOptimizer
 
 CLASSES, WIDTH = 13, 6
@@ -184,7 +184,10 @@ def test_state_by_the_names_of_parameters_is_loaded():
     (head, optimizer), (_, another) = build(), build()
     train(head, optimizer, 0, 2)
     state = optimizer.state_dict()
-    named = {"state": {"weight": state["state"][0]}, "param_groups": [{**state["param_groups"][0], "params": ["weight"]}]}
+    named = {
+        "state": {"weight": state["state"][0]},
+        "param_groups": [{**state["param_groups"][0], "params": ["weight"]}],
+    }
     another.load_state_dict(named)
     theirs = another.state[another.class_rows.main]["momentum_buffer"]
     assert torch.equal(theirs, optimizer.state[head.weight]["momentum_buffer"])
