@@ -231,7 +231,7 @@ SLOW_TO_IMPORT = (profiles, compiled)  # in each rank
 
 
 def look(rank: int, world: int, more: tuple[Any, ...] = ()) -> None:
-    for kind in KINDS:
+    for kind in KINDS if world == 1 else ("sampled", "exact"):
         expected = train(*build(kind), steps=4)
         for tool in (*WORKS, *more):
             assert tool(*build(kind), kind) == expected, (kind, tool.__name__)
@@ -394,6 +394,7 @@ def test_what_is_refused_is_refused_alike_in_words(ranks):
 
 def one_rank_looks(rank: int, world: int) -> str:
     model, optimizer = build("sampled")
+    assert optimizer.param_groups
     if rank == 1:
         model.head.weight.register_hook(lambda grad: grad)
     return any_message_of(model, *batch(rank))
@@ -423,22 +424,22 @@ def test_a_head_is_pickled_where_there_is_no_group():
 
 def test_gradients_are_those_of_differences():
     """gradcheck in one process. On ranks, each would move its own embeddings in the same forward."""
-    for rate in (0.5, 1.0):
-        model = Model(rate, torch.float64)
-        optimizer = RowOptimizer(torch.optim.SGD, model.head, lr=0.1)
-        embeddings = model.backbone(batch()[0].double()).detach().requires_grad_()
+    sampled, exact, center = Model(0.5, torch.float64), Model(1.0, torch.float64), CenterLoss(WIDTH, CLASSES)
+    optimizer = RowOptimizer(torch.optim.SGD, sampled.head, lr=0.1)
+    embeddings = sampled.backbone(batch()[0].double()).detach().requires_grad_()
 
-        def loss(embeddings: Tensor) -> Tensor:
-            model.head.forward_count = 0
-            return model.head(embeddings, batch()[1])
+    def loss(head: Any) -> Callable[[Tensor], Tensor]:
+        def of(embeddings: Tensor) -> Tensor:
+            head.forward_count = 0  # the same window each time
+            return head(embeddings, batch()[1])
 
-        assert torch.autograd.gradcheck(loss, (embeddings,))
-        center = CenterLoss(WIDTH, CLASSES, dtype=torch.float64)
-        assert torch.autograd.gradcheck(lambda x: center(x, batch()[1]), (embeddings,))
-        assert "second derivatives" in any_message_of(
-            torch.autograd.grad, center(embeddings, batch()[1]), embeddings, create_graph=True
-        )
-        del optimizer
+        return of
+
+    for head in (sampled.head, exact.head, center.double()):
+        assert torch.autograd.gradcheck(loss(head), (embeddings,))
+        value = loss(head)(embeddings)
+        assert "second derivatives" in any_message_of(torch.autograd.grad, value, embeddings, create_graph=True)
+    assert optimizer.param_groups
 
 
 def test_an_exact_head_takes_other_weights_for_a_call():

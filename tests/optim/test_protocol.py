@@ -11,11 +11,19 @@ import pytest
 import torch
 from common import any_message_of, local
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from partial_fc import ArcFace, PartialFC, RowOptimizer, load_checkpoint, save_checkpoint
+from partial_fc import ArcFace, PartialFC, RowOptimizer, Softmax, load_checkpoint, save_checkpoint
 from partial_fc.engines.joint import JointOptimizer
 
 CLASSES, WIDTH = 13, 6
@@ -79,11 +87,11 @@ def test_there_is_one_group_and_options_may_be_set_in_it(kind):
 
     assert words in any_message_of(replaced)
     for change in (
-        lambda: optimizer.param_groups.append({"params": [other], "lr": 0.1}),
-        lambda: optimizer.param_groups[0].update(params=[other]),
+        lambda each: each.param_groups.append({"params": [other], "lr": 0.1}),
+        lambda each: each.param_groups[0].update(params=[other]),
     ):
         head, optimizer = build(kind)
-        change()
+        change(optimizer)
         before = weights(head)
         head(*batch(0)).backward()
         assert "were replaced" in any_message_of(optimizer.step)
@@ -271,7 +279,7 @@ def test_options_of_torch_work_and_are_saved(tmp_path, name):
 @pytest.mark.parametrize("option", ["differentiable", "capturable"])
 def test_options_that_cannot_work_are_refused(option):
     assert f"{option}=True is" in any_message_of(build, "exact", torch.optim.Adam, **{option: True})
-    head, optimizer = build("exact", torch.optim.Adam)
+    optimizer = build("exact", torch.optim.Adam)[1]
     state = optimizer.state_dict()
     state["param_groups"][0][option] = True
     assert f"{option}=True is" in any_message_of(optimizer.load_state_dict, state)
@@ -346,7 +354,7 @@ def test_a_head_and_its_optimizer_are_copied_together(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_optimizer_is_not_pickled(kind):
-    head, optimizer = build(kind)
+    optimizer = build(kind)[1]
     joint = JointOptimizer(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), optimizer)
     for each in (optimizer, joint):
         for use in (pickle.dumps, copy.copy):
@@ -402,3 +410,96 @@ def test_a_joint_optimizer_keeps_the_protocol(tmp_path):
     joint.zero_grad()
     parts = copy.deepcopy((joint, head))
     assert parts[0].heads[0].class_rows is parts[1].class_rows and len(parts[0].param_groups) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- by name
+
+
+class Model(nn.Module):
+    def __init__(self, seed: int, rate: float) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.backbone = nn.Linear(4, WIDTH)
+        self.head = PartialFC(WIDTH, CLASSES, Softmax(), sample_rate=rate, seed=seed)
+
+
+MODELS = (  # sample rate, options
+    (0.5, {}),
+    (0.5, {"full_state_dict": True}),
+    (1.0, {"cpu_offload": True}),
+    (1.0, {"full_state_dict": True, "cpu_offload": True}),
+)
+OPTIMIZERS = (  # sample rate, modes, steps before
+    (0.5, {}, 0),
+    (1.0, {}, 1),
+    (1.0, {"update_in_backward": True}, 0),
+    (0.5, {"low_precision": "master"}, 1),
+)
+
+
+def models_by_name(rank: int, world: int) -> None:
+    for rate, options in MODELS:
+        first, second = Model(1, rate), Model(2, rate)
+        first.head.forward_count = 7
+        if options.get("cpu_offload") and options.get("full_state_dict") and world > 1:
+            options = {**options, "broadcast_from_rank0": True}  # rank 0 alone has it
+        asked = StateDictOptions(**options)
+        if "broadcast_from_rank0" in options:
+            state = get_model_state_dict(first, options=asked)
+        else:
+            own = torch.optim.SGD(first.backbone.parameters(), lr=0.1, momentum=0.9)
+            state, of_backbone = get_state_dict(first, own, options=asked)
+            assert set(of_backbone["state"]) == {"backbone.weight", "backbone.bias"}
+        if options.get("full_state_dict") and (rank == 0 or "broadcast_from_rank0" not in options):
+            assert tuple(state["head.weight"].shape) == (CLASSES, WIDTH) and type(state["head.weight"]) is Tensor
+        set_model_state_dict(second, state, options=asked)
+        for name, value in first.head.named_parameters():
+            assert torch.equal(local(value), local(second.head.get_parameter(name))), (name, options)
+        assert torch.equal(first.backbone.weight, second.backbone.weight)
+        assert "broadcast_from_rank0" in options or second.head.forward_count == 7
+
+
+def optimizers_by_name(rank: int, world: int) -> list[str]:
+    words = []
+    flat = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True, cpu_offload=True)
+    empty: dict[str, Any] = {"state": {}, "param_groups": []}
+    for rate, modes, steps in OPTIMIZERS:
+        model = Model(1, rate)
+        if "low_precision" in modes:
+            model.head.bfloat16()
+        optimizer = RowOptimizer(torch.optim.Adam, model.head, lr=0.1, **modes)
+        own = torch.optim.SGD(model.backbone.parameters(), lr=0.1)
+        for _ in range(steps):
+            model.head(model.backbone(torch.ones(3, 4)), torch.tensor([1, 5, 12])).backward()
+            optimizer.step()
+            optimizer.zero_grad(), own.zero_grad()
+        before = {k: copy.deepcopy(v) for k, v in optimizer.state[model.head.weight].items()}
+        for each in (optimizer, JointOptimizer(own, optimizer)):
+            words += [
+                any_message_of(get_optimizer_state_dict, model, each, options=flat),
+                any_message_of(get_optimizer_state_dict, model.backbone, each),
+                any_message_of(get_state_dict, model, [own, each]),
+                any_message_of(set_optimizer_state_dict, model, each, empty),
+            ]
+        assert optimizer.param_groups[0]["lr"] == 0.1 and all(p.grad is None for p in model.parameters())
+        after = optimizer.state[model.head.weight]
+        assert before.keys() == after.keys()
+        assert all(torch.equal(local(before[k]), local(after[k])) for k in before)
+    return words
+
+
+def by_name(rank: int, world: int) -> list[str]:
+    models_by_name(rank, world)
+    return optimizers_by_name(rank, world)
+
+
+def test_state_by_name_is_for_models(ranks):
+    """torch.distributed.checkpoint.state_dict: models work, optimizers of heads are refused."""
+    first, second = ranks(2).run(by_name)
+    assert first == second
+    for words in (by_name(0, 1), first):
+        assert len(words) == 8 * len(OPTIMIZERS)
+        for text in words:
+            assert text.startswith("RuntimeError: torch.distributed.checkpoint.state_dict cannot save or load a")
+            assert "partial_fc.save_checkpoint(path, head=head, head_optimizer=optimizer)" in text
+            assert "the backbone's optimizer alone" in text
