@@ -9,6 +9,7 @@ from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.gather import gather
 from partial_fc.centers import CenterLoss
 from partial_fc.checkpoint.checkpointer import Checkpointer
+from partial_fc.checkpoint.progress import Progress
 from partial_fc.checkpoint.random_state import RandomState
 from partial_fc.checkpoint.save_load import load_checkpoint, save_checkpoint
 from partial_fc.classes.mapping import class_mapping
@@ -60,6 +61,7 @@ __all__ = [
     "PartialFC",
     "Plan",
     "PreemptionGuard",
+    "Progress",
     "RandomState",
     "RankFiles",
     "RankMissing",

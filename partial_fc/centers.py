@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, gradient_of_losses
 from partial_fc.batch.status import as_matrix
 from partial_fc.classes.changeable import ChangeableLoss
@@ -330,8 +331,9 @@ class _CenterDistance(torch.autograd.Function):
         return all_gather(of_all, batch.ranks.group).sum(0)[batch.local].clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():
+            raise errors.second_order()
         (differences,), own = ctx.saved_tensors, ctx.own
         d_loss = gradient_of_losses(grad.to(differences.dtype), own.batch, own.sample_weights, own.reduction)
         coefficients = d_loss[own.sample] * own.label_weights

@@ -46,3 +46,58 @@ def second_optimizer() -> RuntimeError:
         "another RowOptimizer was built for this head after this one, and both would move its rows; "
         "keep one, and build it again only where nothing steps the old one"
     )
+
+
+# ------------------------------------------------------------------------------------------------- tools for looking
+
+
+def parametrized(name: str) -> str:
+    return (
+        f"{name} was taken apart by a parametrization or by pruning, so that nothing would train what stands for it: "
+        "remove it (torch.nn.utils.parametrize.remove_parametrizations, prune.remove before the head is trained); "
+        "margins normalise class rows themselves"
+    )
+
+
+def given_for_a_call(name: str) -> str:
+    return (
+        f"functional_call gave this head another {name} for a training step, whose row gradients would go to the "
+        "head's own: build the head with sample_rate=1.0 and without update_in_backward, call eval(), or copy the "
+        "values into the head"
+    )
+
+
+def hooked(name: str) -> str:
+    return (
+        f"{name} has hooks that would never be called, because there is no gradient of all of its rows: remove them, "
+        "and look at head.row_grad after backward, or at the parameters in head_optimizer.param_groups[0]; hooks of "
+        "the head and of its embeddings work"
+    )
+
+
+def transformed() -> RuntimeError:
+    return RuntimeError(
+        "torch.func (grad, vmap, jvp) cannot go through a head, which exchanges batches with other ranks: use "
+        "backward() or torch.autograd.grad, and transforms for the backbone; functional_call alone works"
+    )
+
+
+def exported() -> RuntimeError:
+    return RuntimeError(
+        "torch.export and torch.onnx.export cannot take in a head, which exchanges batches with other ranks: export "
+        "the backbone, and the class weights by partial_fc.export_weights"
+    )
+
+
+def scripted() -> RuntimeError:
+    return RuntimeError(
+        "torch.jit (script, trace) cannot take in a head, which exchanges batches with other ranks: script the "
+        "backbone, and write the class weights by partial_fc.export_weights"
+    )
+
+
+def second_order() -> RuntimeError:
+    return RuntimeError(
+        "create_graph=True asks for second derivatives, which a head does not have: its gradients would be taken for "
+        "constants; call backward without it, and penalise gradients of a small dense head instead"
+    )

@@ -65,7 +65,12 @@ class ClassRows:
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "optimizer": None, "storages": {}}  # a copy gets an optimizer and storages of its own
+        # a copy gets an optimizer, gradients and storages of its own
+        return {**vars(self), "optimizer": None, "grad_rows": None, "storages": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.clear()
 
     @property
     def live_optimizer(self) -> Any:

@@ -7,11 +7,12 @@ wiring    errors for a loss that is built or trained wrongly
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.facts import Agreed
+from partial_fc.batch.misuse import check_use, in_transform
 from partial_fc.batch.refusals import agree, tell_others
 from partial_fc.batch.status import LabelSet
 from partial_fc.distributed.meeting import GATHERED
@@ -50,7 +51,11 @@ class ShardedLoss(ShardedModule):
     def _take(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None) -> tuple[GlobalBatch, Tensor]:
         """Return the global batch, checked, and what autograd follows: this rank's embeddings, or the gathered ones."""
         ranks, gathered = self.shards.ranks, isinstance(embeddings, GlobalBatch)
+        own = [(self._parameters.get(key), p) for key, p in self.class_rows.parameters.items()]
         try:
+            changed = any(now is not p or p._backward_hooks or p._post_accumulate_grad_hooks for now, p in own)
+            if changed or in_transform():
+                check_use(self)
             self._check_wiring()
         except RuntimeError as error:
             tell_others(error, gathered, ranks, self.class_rows.device)
@@ -101,13 +106,9 @@ class ShardedLoss(ShardedModule):
     # ------------------------------------------------------------------------------------------------ what can be wrong
 
     def _check_wiring(self) -> None:
-        """Raise if it was built before its group, parameters were replaced, or no optimizer takes row gradients."""
+        """Raise if it was built before its group, or no optimizer takes row gradients."""
         rows = self.class_rows
         rows.check_group()
-        for key, parameter in rows.parameters.items():
-            now = self._parameters.get(key)  # torch.func.functional_call puts plain tensors there, for one call
-            if now is not parameter and isinstance(now, nn.Parameter):
-                raise errors.replaced_parameter(rows.owner, key)
         if not (self.training and torch.is_grad_enabled() and rows.sampled) or rows.live_optimizer is not None:
             return
         if rows.grad_rows is not None or rows.lost > 1:

@@ -15,12 +15,15 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from partial_fc import errors
 from partial_fc.batch.facts import Agreed, plain
 from partial_fc.batch.refusals import agree
+from partial_fc.distributed.anomaly import allow_anomaly_detection
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import as_whole, real, whole
 from partial_fc.distributed.groups import device_of, ranks_of
 from partial_fc.distributed.ranks import Group, Ranks
+from partial_fc.distributed.tools import drawing_rows, meet_tool
 from partial_fc.distributed.wrapping import DDP, FSDP2, refuse
 from partial_fc.rows import ClassRows
 from partial_fc.sampling import mix
@@ -132,6 +135,8 @@ class ShardedModule(nn.Module):
     def _complete(self) -> None:
         """Call it when all parameters are registered: checks that all ranks built the same."""
         self.class_rows.hold(self._own_parameters(), self._shared_parameters(), self.class_rows.shards)
+        if self.class_rows.shards.mesh is not None:
+            allow_anomaly_detection()
         if self.class_rows.shards.ranks.group is not None and self._device.type != "meta":
             agree(self._agreed_at_start(), self.class_rows.shards.ranks, self._device, "the building of a head")
 
@@ -173,11 +178,15 @@ class ShardedModule(nn.Module):
             parameter.grad = None
             torch.utils.swap_tensors(parameter, moved)
         self.class_rows.hold(own, self._shared_parameters(), shards)
+        if self.class_rows.live_optimizer is not None:
+            self.class_rows.live_optimizer.follow_parameters()
         return self
 
     def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
-        """As of any module; RuntimeError if DistributedDataParallel asks, which would wrap the rows."""
+        """As of any module; RuntimeError if DistributedDataParallel asks, which would wrap the rows, or a tool of
+        torch that cannot use them."""
         refuse(DDP, self, prefix)
+        meet_tool(self, prefix)
         return super().named_modules(memo, prefix, remove_duplicate)
 
     def named_parameters(
@@ -187,6 +196,16 @@ class ShardedModule(nn.Module):
         if not recurse:
             refuse(FSDP2, self, prefix)
         return super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def apply(self: Self, fn: Callable[[nn.Module], None]) -> Self:
+        """As of any module; `fn` draws other numbers for the rows of this rank than for those of others."""
+        key = mix(self.seed, self.class_rows.shards.ranks.rank)
+        return super().apply(lambda module: drawing_rows(self, fn, key) if module is self else fn(module))
+
+    @property
+    def __jit_ignored_attributes__(self) -> list[str]:
+        """Refuse torch.jit, which asks for this first."""
+        raise errors.scripted()
 
     # ------------------------------------------------------------------------------------------------ skipped steps
 

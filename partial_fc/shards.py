@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from partial_fc.distributed.dtensors import local_part as local_part
 from partial_fc.distributed.dtensors import wrap_rows, wrap_shared
 from partial_fc.distributed.ranks import Ranks
+
+PICKLED = (
+    "a head in a process group cannot be pickled (torch.save(model), multiprocessing), because its rows are on several "
+    "ranks: use partial_fc.save_checkpoint(path, model=model) and load_checkpoint, at any number of ranks, or "
+    "export_weights for the class weights alone"
+)
 
 
 def shard_bounds(num_classes: int, rank: int, world: int) -> tuple[int, int]:
@@ -62,6 +69,11 @@ class ClassShards:
     def wrap_shared(self, local: Tensor) -> Tensor:
         """Return a DTensor of a tensor that is equal on all ranks; `local` itself where there is no group."""
         return wrap_shared(local, self.mesh)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.ranks.group is not None:
+            raise TypeError(PICKLED)
+        return super().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ClassShards:
         return self  # immutable, and process groups cannot be copied

@@ -75,7 +75,7 @@ def exchange(
     problem: something that is wrong already, which all ranks are to raise. agreed: what all ranks must have alike.
     """
     if not isinstance(embeddings, Tensor):  # the other ranks are waiting for the status
-        problem = problem or f": embeddings must be a tensor [N, D], not {type(embeddings).__name__}"
+        problem = problem or refusals.describe_no_tensor(embeddings)
         somewhere = next((s.labels.device for s in sets if isinstance(s.labels, Tensor)), None)
         embeddings = torch.empty(0, 0, device=device or somewhere)
     wants_grad = embeddings.requires_grad and torch.is_grad_enabled()

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.status import LabelSet
 from partial_fc.distributed.groups import ranks_of
@@ -110,8 +111,9 @@ class _Gathered(torch.autograd.Function):
         return everyone.view_as(everyone) if everyone.dtype == torch.float64 else everyone.float()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():
+            raise errors.second_order()
         return start_reduce_scatter(grad, ctx.ranks, ctx.counts)().to(ctx.dtype), None, None, None
 
 

@@ -12,7 +12,7 @@ import torch
 from partial_fc.batch.facts import Agreed, digest_of
 from partial_fc.batch.status import DTYPES, NO_LABEL, Status, inspect, of_set
 from partial_fc.batch.weights import describe_bad_weight
-from partial_fc.distributed.inquiry import RankMissing, names_of
+from partial_fc.distributed.inquiry import names_of
 from partial_fc.distributed.meeting import BATCH, GATHERED, meet, refuse_apart
 from partial_fc.distributed.ranks import Ranks, all_gather_mesh
 from partial_fc.distributed.texts import gather_texts
@@ -25,6 +25,7 @@ AGREED = {
 }
 
 
+WIRING = "\x1e"  # begins a problem that is no input's: a RuntimeError
 TOLERANCE = 1e-6  # of running statistics, whose last bits may depend on the device
 ALIKE = (
     "All ranks must build the same, call train() and eval() alike, change settings and load states together "
@@ -48,13 +49,15 @@ def raise_problem(
     refuse_apart([row.operation for row in status], ranks)
     if any(row.problem for row in status):
         texts = gather_texts(problem, ranks, device)
-        raise ValueError(next(ranks.name(flat) + text for flat, text in enumerate(texts) if text))
-    flat = next((flat for flat, row in enumerate(status) if row.names != status[0].names), None)
-    if flat is not None:
+        text, flat = next((text, flat) for flat, text in enumerate(texts) if text)
+        kind = RuntimeError if text.startswith(WIRING) else ValueError
+        raise kind(ranks.name(flat) + text.removeprefix(WIRING))
+    other = next((flat for flat, row in enumerate(status) if row.names != status[0].names), None)
+    if other is not None:
         own = sorted(repr(name) for name in names if name is not None)
         texts = gather_texts(f"a dict of {', '.join(own)}" if own else "no dict", ranks, device)
         raise ValueError(
-            f"ranks disagree: labels are {texts[0]} on {ranks.name(0)} and {texts[flat]} on {ranks.name(flat)}; "
+            f"ranks disagree: labels are {texts[0]} on {ranks.name(0)} and {texts[other]} on {ranks.name(other)}; "
             "every rank must bring the same names"
         )
     if any(row.facts != status[0].facts for row in status):
@@ -69,12 +72,12 @@ def tell_others(error: Exception, gathered: bool, ranks: Ranks, device: torch.de
     """
     if ranks.group is None:
         return
-    with contextlib.suppress(ValueError, RankMissing):
+    problem = f"{WIRING}: {error}"
+    with contextlib.suppress(RuntimeError):
         if gathered:
-            facts = {"wiring": str(error)}
+            facts = {"problem": problem}
             agree(Agreed(facts, digest_of(facts)), ranks, device, GATHERED)
         else:
-            problem = f": {error}"
             mine = inspect(torch.empty(0, 0), [], problem, False, False)[0].to(device)
             status = [Status(*row) for row in all_gather_mesh(mine, ranks, BATCH).tolist()]
             raise_problem(status, problem, [], None, ranks, device)
@@ -84,6 +87,9 @@ def refuse_difference(mine: Agreed | None, ranks: Ranks, device: torch.device) -
     """Raise ValueError on every rank: the digests differ, so say in what. A collective."""
     facts = {"loss": "gather"} if mine is None else mine.facts
     everyone = [json.loads(text) for text in gather_texts(json.dumps(facts), ranks, device)]
+    for flat, each in enumerate(everyone):
+        if "problem" in each:
+            raise RuntimeError(ranks.name(flat) + each["problem"].removeprefix(WIRING))
     different = []
     for name in {name: None for each in everyone for name in each}:
         who: dict[str, list[int]] = {}
@@ -147,3 +153,14 @@ def describe_nonfinite(row: Status) -> str:
     """Return which embedding is not finite."""
     of_class = "" if row.nonfinite_label == NO_LABEL else f" (label {row.nonfinite_label})"
     return f"embeddings[{row.nonfinite_at}]{of_class} holds a NaN or infinity"
+
+
+def describe_no_tensor(embeddings: object) -> str:
+    """Return what was given instead of embeddings."""
+    kind = type(embeddings).__name__
+    tracing = kind == "Proxy" and type(embeddings).__module__.startswith("torch.fx")
+    hint = (
+        "; torch.fx cannot trace a head, which exchanges batches with other ranks: trace the backbone, or make the "
+        "head a leaf of your Tracer (is_leaf_module)"
+    )
+    return f": embeddings must be a tensor [N, D], not {kind}{hint if tracing else ''}"

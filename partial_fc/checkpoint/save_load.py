@@ -41,6 +41,7 @@ from partial_fc.checkpoint.manifest import (
     publish,
     read_manifest,
 )
+from partial_fc.checkpoint.named import check_to_load, check_to_save
 from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.distributed.agreement import on_every_rank, on_first_rank
 from partial_fc.distributed.operation import operation
@@ -74,7 +75,8 @@ def save_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
     by block.
 
     Raises, the same on every rank: OSError if the folder cannot be written (full, read-only) or another process is
-    writing to it; TypeError for a state that could not be loaded again. The previous checkpoint is then unchanged.
+    writing to it; TypeError for a value without a state dict (give an epoch and a step as a `Progress`) and for a state
+    that could not be loaded again. The previous checkpoint is then unchanged.
     """
     folder = Path(path)
     state = collect(named)
@@ -90,6 +92,7 @@ def load_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
     there is no complete checkpoint; ValueError if a file is missing, truncated or damaged, or if names, shapes or the
     head's margin do not match.
     """
+    check_to_load(named)
     folder = Path(path)
     manifest = on_every_rank(lambda: read_manifest(folder))
     reader = SafeReader(folder / manifest["data"])
@@ -151,8 +154,9 @@ def stream_tensor(path: str | os.PathLike[str], key: str, take: Callable[[int, T
 def collect(named: dict[str, Stateful], copy: Copy | None = None) -> dict[str, Any]:
     """Return name -> RowBlocks, tensor or skeleton of everything in `named`. copy: replaces each tensor by a copy.
 
-    Raises TypeError for a state that could be written but not loaded again.
+    Raises TypeError for a value without a state dict, and for a state that could be written but not loaded again.
     """
+    check_to_save(named)
     state: dict[str, Any] = {}
     for name, stateful in named.items():
         tensors: dict[str, Any] = {}

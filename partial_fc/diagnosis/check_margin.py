@@ -215,7 +215,7 @@ def _sharded_steps(margin: Margin, rank: int, world: int) -> list[_StepResult]:
     head = PartialFC(WIDTH, NUM_CLASSES, margin, dtype=torch.float64, logits_budget=0 if rank % 2 else None)
     with torch.no_grad():
         local_part(head.weight).copy_(weight[head.selected])
-    found = []
+    found: list[_StepResult] = []
     for x, labels in zip(all_x[:, here], all_labels[:, here], strict=True):
         x = x.clone().requires_grad_()
         try:

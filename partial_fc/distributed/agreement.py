@@ -28,14 +28,14 @@ Failure = tuple[type[Exception], str]
 def on_every_rank(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Call `action` on every rank and return this rank's result.
 
-    If any rank fails with an OSError or a ValueError, all raise that of the first failed rank. It names that rank
-    unless all failed.
+    If any rank fails with an OSError, ValueError or TypeError, all raise that of the first failed rank. It names that
+    rank unless all failed.
     """
     result = None
     error = None
     try:
         result = action()
-    except (OSError, ValueError) as caught:
+    except (OSError, ValueError, TypeError) as caught:
         error = caught
     if dist.is_initialized() and any(failed for (failed,) in _meet(AGREEMENT, group, error is not None)):
         failures: list[Failure | None] = [None] * dist.get_world_size(group)
@@ -49,10 +49,8 @@ def on_every_rank(action: Callable[[], Result], group: dist.ProcessGroup | None 
 
 
 def on_first_rank(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Call `action` on the first rank of the group; return its result or raise its OSError or ValueError everywhere.
-
-    It is called when all ranks have come.
-    """
+    """Call `action` on the first rank of the group, when all ranks have come; return its result, or raise its error
+    everywhere (OSError, ValueError, TypeError)."""
     if not dist.is_initialized():
         return action()
     _meet(AGREEMENT, group)
@@ -61,7 +59,7 @@ def on_first_rank(action: Callable[[], Result], group: dist.ProcessGroup | None 
     if dist.get_rank(group) == 0:
         try:
             shared[0] = action()
-        except (OSError, ValueError) as caught:
+        except (OSError, ValueError, TypeError) as caught:
             error = caught
             shared[1] = _failure(caught)
     with naming_the_missing(AGREEMENT, group):
@@ -91,11 +89,11 @@ def _meet(what: str, group: dist.ProcessGroup | None, *values: int) -> list[list
     return meet(what, ranks, device_of(ranks), values)
 
 
-def _failure(error: OSError | ValueError | None) -> Failure | None:
+def _failure(error: OSError | ValueError | TypeError | None) -> Failure | None:
     """Return the error's class (or the base class that callers distinguish) and its message; None for no error."""
     if error is None:
         return None
-    kinds = (FileNotFoundError, FileExistsError, BlockingIOError, PermissionError, OSError, ValueError)
+    kinds = (FileNotFoundError, FileExistsError, BlockingIOError, PermissionError, OSError, ValueError, TypeError)
     return next(kind for kind in kinds if isinstance(error, kind)), str(error)
 
 

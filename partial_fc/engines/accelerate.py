@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from partial_fc import checkpoint, optim
+from partial_fc.checkpoint.named import check_to_save_here
 from partial_fc.engines.needs import need
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.rows import HasClassRows
@@ -51,10 +52,18 @@ class HeadOptimizer(AcceleratedOptimizer):
 
     _accelerate_step_called: bool  # set by the base class if the scaler did not skip the step
 
+    def __getattr__(self, name: str) -> Any:
+        # hooks are registered with the RowOptimizer itself, whose step() and state_dict() call them
+        if name.startswith("_optimizer_") and "optimizer" in vars(self):
+            return getattr(self.optimizer, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+
     def step(self, closure: Any = None) -> None:
         if self.scaler is None or not self.gradient_state.sync_gradients:
             super().step(closure)
             return
+        if closure is not None:
+            raise ValueError("a closure cannot be given to step() under a GradScaler; compute the loss before step()")
         # as the base class does, but without scaler.update(), which the prepared optimizer calls once per step
         if (
             self.optimizer in _unscaled
@@ -136,13 +145,14 @@ def clip_grad_norm_(
 def save_heads_with(accelerator: Accelerator, **named: checkpoint.Stateful) -> None:
     """Make accelerator.save_state also write `named`, and load_state read it.
 
-    named: heads, their optimizers, their schedules.
+    named: heads, their optimizers, their schedules; anything else with a state dict, such as a `Progress`.
 
     They are saved by `save_checkpoint` to a folder `partial_fc` within Accelerate's, which any number of ranks can
     read. Every rank must call save_state and load_state, with the same folder.
     """
     _check_not_prepared(accelerator)
     plain: dict[str, Any] = {name: _unwrapped(thing) for name, thing in named.items()}
+    check_to_save_here(plain)
 
     def save(models: Any, weights: Any, folder: str) -> None:
         _check_not_prepared(accelerator)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from partial_fc import checkpoint
+from partial_fc.checkpoint.named import check_to_load
 from partial_fc.nonfinite.step_check import decide
 from partial_fc.optim.clipping import clip_grad_norm_, gradient_norms
 from partial_fc.optim.row_optimizer import RowOptimizer
@@ -319,7 +320,7 @@ def _check_engine(engine: Any, joint_clipping: bool) -> None:
 def save_with_engine(engine: Any, folder: str | os.PathLike[str], tag: str | None = None, **named: Any) -> None:
     """Call engine.save_checkpoint(folder, tag), and save `named` to folder/tag/partial_fc.
 
-    named: heads, their optimizers, schedules.
+    named: heads, their optimizers, schedules, a `Progress`.
 
     Every rank must call it. The heads are written first, so that `latest`, which the engine writes last, names a
     complete checkpoint. Raises the errors of `partial_fc.save_checkpoint`.
@@ -338,6 +339,7 @@ def load_with_engine(engine: Any, folder: str | os.PathLike[str], tag: str | Non
 
     Raises FileNotFoundError if there is no checkpoint, and the ValueErrors of `partial_fc.load_checkpoint`.
     """
+    check_to_load(named)  # before the engine has changed
     path, _ = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
         with_tag = "" if tag is None else f" with the tag {tag}"

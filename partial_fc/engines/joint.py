@@ -6,15 +6,24 @@ param_groups    the groups of all of them, not copies: a schedule changes every 
 bad steps       all skip a step with non-finite gradients: if clip_grad_norm_ has not checked them, step() does
                 (partial_fc.check_gradients)
 state dict      the backbone's alone, which frameworks write from one rank; save the heads' by `save_checkpoint`
+hooks           of steps and of the state dict, as of any optimizer
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 
 from partial_fc.nonfinite.check_gradients import check_gradients
+from partial_fc.optim.protocol import (
+    copied_optimizer,
+    is_caller,
+    refuse_by_name,
+    with_loading_hooks,
+    with_saving_hooks,
+)
 from partial_fc.optim.row_optimizer import RowOptimizer
 
 
@@ -29,18 +38,42 @@ class JointOptimizer(torch.optim.Optimizer):
         # without super().__init__(): groups and state are those of the parts
         self.optimizer = optimizer
         self.heads = heads
+        self._first_groups = len(optimizer.param_groups)
+        self.__setstate__({})  # hooks, and a step() that calls them
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return [group for part in (self.optimizer, *self.heads) for group in part.param_groups]
+        own = self.optimizer.param_groups
+        of_heads = [group for head in self.heads for group in head.param_groups]
+        # groups that are added later are the last ones, as schedules expect
+        return [*own[: self._first_groups], *of_heads, *own[self._first_groups :]]
 
     @property
     def state(self) -> Any:  # type: ignore[override]
+        if is_caller(sys._getframe(1), "_init_optim_state"):
+            refuse_by_name("a JointOptimizer, because the rows of its heads are split by class")
         return self.optimizer.state
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.optimizer.defaults
+
+    @property
+    def saved_beside(self) -> tuple[RowOptimizer, ...]:
+        """The optimizers that `save_checkpoint` must be given, too."""
+        return self.heads
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the backbone's optimizer; ValueError for parameters of a head, which has its own."""
+        given = param_group["params"]
+        given = [given] if isinstance(given, torch.Tensor) else list(given)
+        theirs = {id(p) for head in self.heads for p in head.class_rows.everything}
+        if any(id(p[1] if isinstance(p, tuple) else p) in theirs for p in given):
+            raise ValueError(
+                "the group has parameters of a head, which the RowOptimizer of that head steps; leave them out, and "
+                "set its options in the RowOptimizer's param_groups[0]"
+            )
+        self.optimizer.add_param_group({**param_group, "params": given})
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         loss = None
@@ -61,8 +94,19 @@ class JointOptimizer(torch.optim.Optimizer):
         for part in (self.optimizer, *self.heads):
             part.zero_grad(set_to_none)
 
+    @with_saving_hooks
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
 
+    @with_loading_hooks
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a JointOptimizer cannot be pickled or copied by copy.copy, because it holds those of heads: save its "
+            "state_dict() and its heads by partial_fc.save_checkpoint, or copy it with its modules by copy.deepcopy"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copied_optimizer(self, memo)

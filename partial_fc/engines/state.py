@@ -25,6 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from partial_fc.distributed.groups import ranks_of
+from partial_fc.engines.joint import JointOptimizer
+from partial_fc.optim.protocol import step_quietly
+from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.shards import ClassShards
 
 
@@ -41,7 +44,15 @@ def BackboneState(model: nn.Module) -> Any:  # noqa: N802
 
 
 def OptimizerState(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:  # noqa: N802
-    """Return an object with the state dict of the plain optimizer; optimizer: the one that was passed to the engine."""
+    """Return an object with the state dict of the plain optimizer.
+
+    optimizer: the one that was passed to the engine. Raises ValueError for that of a head beside a DeepSpeed engine.
+    """
+    if _zero(model) is not None and isinstance(optimizer, RowOptimizer | JointOptimizer):
+        raise ValueError(
+            f"a {type(optimizer).__name__} is not the optimizer of the DeepSpeed engine; save it by a name of its own, "
+            "save_checkpoint(path, backbone=..., optimizer=..., head=head, head_optimizer=head_optimizer)"
+        )
     return _ZeroOptimizer(model, optimizer) if _zero(model) is not None else optimizer
 
 
@@ -273,6 +284,6 @@ def state_of_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     options = {k: v for k, v in optimizer.param_groups[0].items() if k in accepted and k != "params"}
     parameter = nn.Parameter(torch.zeros(1, 1))
     parameter.grad = torch.zeros(1, 1)
-    trial = type(optimizer)([parameter], **options)
+    trial = step_quietly(type(optimizer)([parameter], **options))
     trial.step()
     return {k: v for k, v in trial.state[parameter].items() if isinstance(v, Tensor)}

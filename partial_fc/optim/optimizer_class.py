@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc.distributed.dtensors import local_part
+from partial_fc.optim.protocol import check_options, step_quietly
 from partial_fc.rows import ClassRows, HasClassRows
 
 LowPrecision = Literal["master", "stochastic"]
@@ -28,6 +29,7 @@ def check_arguments(
     rows = getattr(head, "class_rows", None)
     if not isinstance(rows, ClassRows):
         raise TypeError(f"a RowOptimizer trains a PartialFC, not {type(head).__name__}")
+    check_options(options)
     if update_in_backward and rows.sampled:
         raise ValueError(
             "update_in_backward is for sample_rate=1.0; a sampled head has no gradient of the whole weight to save"
@@ -48,10 +50,10 @@ def construct(
     stand_ins = [nn.Parameter(local_part(p.detach())[:0]) for p in parameters]
     if "fused" in inspect.signature(cls).parameters and not {"fused", "foreach", "differentiable"} & set(options):
         try:
-            return cls(stand_ins, **{**options, "fused": True})
+            return step_quietly(cls(stand_ins, **{**options, "fused": True}))
         except RuntimeError:  # no fused kernel for this device or dtype
             pass
-    return cls(stand_ins, **options)
+    return step_quietly(cls(stand_ins, **options))
 
 
 @lru_cache
@@ -60,7 +62,7 @@ def fused_moves(cls: type[torch.optim.Optimizer], dtype: torch.dtype) -> bool:
     always."""
     parameter = nn.Parameter(torch.ones(64, dtype=dtype, device="cpu"))
     parameter.grad = torch.ones_like(parameter)
-    cls([parameter], lr=0.5, fused=True).step()  # type: ignore[call-arg]
+    step_quietly(cls([parameter], lr=0.5, fused=True)).step()  # type: ignore[call-arg]
     return bool((parameter < 1).all())
 
 
@@ -71,7 +73,7 @@ def trial(
     own."""
     generator = torch.Generator("cpu").manual_seed(1)
     parameters = [nn.Parameter(r.clone()) for r in (start.split(1) if split else [start])]
-    optimizer = cls(parameters, **options)
+    optimizer = step_quietly(cls(parameters, **options))
     for _ in range(steps):
         grad = torch.zeros_like(start)
         if start.any():

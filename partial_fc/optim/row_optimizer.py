@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partial_fc import errors
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.nonfinite.check_gradients import check_step
 from partial_fc.optim.in_backward import begin_update, end_update
@@ -73,8 +72,8 @@ class RowOptimizer(RowState):
         self._step_supports_amp_scaling = update_in_backward
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, and which rows had one."""
-        self.class_rows.clear()
+        """Forget the gradients, and which rows had one; with False, gradients of all rows become zeros instead."""
+        self.class_rows.clear() if set_to_none or self.class_rows.sampled else self.keep_zeros()
         self.class_rows.record.end()
 
     @torch.no_grad()
@@ -84,8 +83,9 @@ class RowOptimizer(RowState):
         If neither `clip_grad_norm_` nor `check_gradients` was called, losses and row gradients are checked here alike.
         """
         rows, record = self.class_rows, self.class_rows.record
-        if rows.live_optimizer not in (None, self):
-            raise errors.second_optimizer()
+        own = [group["params"] is rows.trainable for group in self.param_groups]
+        if rows.live_optimizer not in (None, self) or own != [True]:
+            self.refuse_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():

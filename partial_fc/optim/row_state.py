@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.optim.optimizer_class import is_row_state, trial
+from partial_fc.optim.protocol import OneGroup, check_options, checked_groups, with_loading_hooks, with_saving_hooks
 from partial_fc.optim.stored_rows import agree_to_load, marked, row_problem, stated_rows, taken
 from partial_fc.rows import ClassRows, UpdateRows
 
@@ -23,7 +24,7 @@ MASTER = "master_weight"  # state of this package's own, beside that of the wrap
 COUNT = "rounding_step"
 
 
-class RowState(torch.optim.Optimizer):
+class RowState(OneGroup):
     """Base of `RowOptimizer`: everything about state but the step.
 
     class_rows: what it moves. inner: the wrapped class, on stand-ins. initial_state: row state of a row that never had
@@ -62,6 +63,7 @@ class RowState(torch.optim.Optimizer):
             return rows.shards.wrap_shared(local)
         return marked(rows, rows.shards.wrap(local))
 
+    @with_saving_hooks
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; row state as DTensors `[C, ...]` where there is a group. "rows" says whose they
         are."""
@@ -94,7 +96,10 @@ class RowState(torch.optim.Optimizer):
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state dict belongs to another class of optimizer; its tensors are not looked at."""
         own = self._options()
-        options = {**own, **state["param_groups"][0]}
+        stored = checked_groups(state, len(self.class_rows.everything))["param_groups"][0]
+        check_options(stored)
+        # a stored tensor, such as a learning rate, is a placeholder in a skeleton
+        options = {**own, **{k: v for k, v in stored.items() if not isinstance(v, dict)}}
         accepted = {k: v for k, v in options.items() if k in own and k not in ("fused", "foreach", "capturable")}
         known = {MASTER, COUNT, *trial(type(self.inner), accepted, torch.zeros(1, 1, device="cpu"), steps=1)[1]}
         for of_parameter in state["state"].values():
@@ -106,6 +111,7 @@ class RowState(torch.optim.Optimizer):
                     "here has not"
                 )
 
+    @with_loading_hooks
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load options and state: this rank's rows of it, of this class and of this head's shape, else ValueError.
 
@@ -113,6 +119,7 @@ class RowState(torch.optim.Optimizer):
         """
         parameters = self.class_rows.everything
         agree_to_load(self.class_rows, "this state of a RowOptimizer", self._problem_of_state(state_dict))
+        state_dict = checked_groups(state_dict, len(parameters))
         self.param_groups[0].update({k: v for k, v in state_dict["param_groups"][0].items() if k != "params"})
         self.state.clear()
         for i, state in state_dict["state"].items():
@@ -121,14 +128,16 @@ class RowState(torch.optim.Optimizer):
 
     def _problem_of_state(self, state_dict: dict[str, Any]) -> str:
         """Return why a state dict cannot be loaded; "" if it can."""
+        parameters = self.class_rows.everything
         try:
+            state_dict = checked_groups(state_dict, len(parameters))
             self.check_state(state_dict)
         except ValueError as error:
             return str(error)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             return f"it is no state of a RowOptimizer ({type(error).__name__}: {error})"
         for i, state in state_dict["state"].items():
-            parameter = self.class_rows.everything[int(i)]
+            parameter = parameters[int(i)]
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.ndim and not self._is_shared(parameter):
                     problem = row_problem(self.class_rows, key, value, parameter.shape, state_dict)
@@ -138,6 +147,15 @@ class RowState(torch.optim.Optimizer):
 
     def _is_shared(self, parameter: nn.Parameter) -> bool:
         return any(parameter is shared for shared in self.class_rows.shared.values())
+
+    def follow_parameters(self) -> None:
+        """Take state to the device and dtype of its parameter, which was moved or cast; not to the meta device."""
+        for parameter, state in self.state.items():
+            if local_part(parameter.detach()).device.type == "meta":
+                continue
+            if parameter.dtype not in HALF:  # it would be older than the weights where they become half again
+                state.pop(MASTER, None)
+            state.update({key: self._fitted(value, parameter) for key, value in state.items()})
 
     def _fitted(self, value: Any, parameter: nn.Parameter) -> Any:
         """Return a piece of state on the device and in the dtype that the class expects; the same object where it is

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partial_fc import errors
 from partial_fc.softmax.backward import Gradients, backward
 from partial_fc.softmax.forward import Forwarded, SavedTensors, forward
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
@@ -72,8 +73,9 @@ class ShardedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
+        if torch.is_grad_enabled():
+            raise errors.second_order()
         weight, bias, *saved = ctx.saved_tensors
         with torch.autocast(weight.device.type, enabled=False):
             return backward(ctx, grad, weight, bias, SavedTensors(*saved))

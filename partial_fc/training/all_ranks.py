@@ -32,6 +32,20 @@ def run_on_main(action: Callable[[], object], accelerator: Accelerator) -> None:
     run_on_all(lambda: action() if accelerator.is_main_process else None, accelerator)
 
 
+def run_on_main_for_all(action: Callable[[], Returned], accelerator: Accelerator) -> Returned:
+    """Run `action` on the main process only; return its result, or raise its UserError, on every rank."""
+    result: list[Returned | None] = [None]
+
+    def run() -> None:
+        result[0] = action()
+
+    run_on_main(run, accelerator)
+    if accelerator.num_processes > 1:
+        with naming_the_missing("the word of the first rank"):
+            dist.broadcast_object_list(result)
+    return result[0]  # type: ignore[return-value]
+
+
 def raise_on_all(message: str | None, accelerator: Accelerator, stop: bool = False) -> None:
     """Raise UserError on every rank if any rank has a message, else Preempted if any rank was asked to `stop`.
 

@@ -20,6 +20,8 @@ from partial_fc.margins.base import Margin
 from partial_fc.training.class_settings import ClassSettings
 from partial_fc.training.errors import UserError
 from partial_fc.training.margin_schedule import MarginScheduleConfig
+from partial_fc.training.saved import checkpoint_in, heads_in
+from partial_fc.weights.rank_paths import in_folder
 
 COUNTS = "class_counts"
 
@@ -82,8 +84,8 @@ class HeadConfig:
     init_std: float = 0.01
     """Standard deviation of the initial class weights."""
     weights: str | None = None
-    """Class weights to start from: a safetensors file, a checkpoint, or a folder of files of each rank; drawn if not
-    given."""
+    """Class weights to start from: a run or a checkpoint of this project, a safetensors file, or a folder of files of
+    each rank; drawn if not given."""
     label_smoothing: float = 0.0
     """Share of the target spread over all selected classes (0 to 1)."""
     logits_budget: int | None = None
@@ -106,11 +108,33 @@ class HeadConfig:
 
     def check_weights(self) -> None:
         """UserError if the class weights to start from do not exist; a resumed run does not need them."""
-        if self.weights is not None and not Path(self.weights).exists():
+        if self.weights is not None:
+            self.weights_source(self.weights)
+
+    def weights_source(self, path: str) -> Path:
+        """Return what to import class weights from: the checkpoint that `path` is or holds, else the path itself.
+
+        Raises UserError for a path that is nothing to import from.
+        """
+        source = Path(path)
+        if not source.exists():
             raise UserError(
-                f"--head.weights: there is no {self.weights}; "
-                "give a safetensors file, a checkpoint or a folder of rank files"
+                f"--head.weights: there is no {path}; give a run or a checkpoint of this project, a safetensors file, "
+                "or a folder of rank files"
             )
+        checkpoint = checkpoint_in(source)
+        if checkpoint is None:
+            if source.is_dir():
+                _check_rank_files(source)
+            return source
+        names = heads_in(checkpoint)
+        if "head" not in names:
+            raise UserError(
+                f"--head.weights: {checkpoint} has no class weights named head; it has "
+                f"{', '.join(names) or 'none'}: write those of one name to a file, partial-fc export {checkpoint} "
+                "FILE.safetensors --name NAME, and give that"
+            )
+        return checkpoint
 
     def build_mesh(self, device: torch.device) -> DeviceMesh | None:
         """Return the mesh (replicas, ranks of a replica), each replica on neighbouring ranks; None for one replica."""
@@ -146,6 +170,17 @@ class HeadConfig:
     def _options(self) -> dict[str, Any]:
         names = ("init_std", "label_smoothing", "interclass_filter", "logits_budget")
         return {name: getattr(self, name) for name in names}
+
+
+def _check_rank_files(folder: Path) -> None:
+    try:
+        in_folder(folder)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--head.weights: {folder} is neither a run nor a checkpoint of this project; {error}"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"--head.weights: {error}") from error
 
 
 @dataclass

@@ -30,8 +30,10 @@ from accelerate.utils import LoggerType
 from partial_fc import Checkpointer
 from partial_fc.training.data import what_changed
 from partial_fc.training.errors import UserError, check_at_least
+from partial_fc.training.saved import CHECKPOINTS
+from partial_fc.training.saved import CONFIG as CONFIG
 
-CONFIG, HISTORY, UNREADABLE, METRICS = "config.yaml", "history.jsonl", "unreadable.txt", "metrics.json"
+HISTORY, UNREADABLE, METRICS = "history.jsonl", "unreadable.txt", "metrics.json"
 CURVES, DATA, PLOTS = "curves.json", "data.json", "plots"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # errors of file systems without hard links
 
@@ -149,7 +151,7 @@ class RunFolder:
     ) -> Checkpointer:
         """Return the Checkpointer of the run. timeout: of an asynchronous save, in seconds."""
         return Checkpointer(
-            self.path / "checkpoints",
+            self.path / CHECKPOINTS,
             keep_last=keep_last,
             keep_best=keep_best,
             asynchronous=asynchronous,

@@ -18,12 +18,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from partial_fc import CenterLoss, DivergenceWatch, MarginSchedule, PartialFC, RowOptimizer
-from partial_fc.training.all_ranks import run_on_all
+from partial_fc.training.all_ranks import run_on_all, run_on_main_for_all
 from partial_fc.training.backbones.counts import Counts, count_backbone
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.engine import Engine, Trained, make_engine
 from partial_fc.training.mixing import ExtraHeads, MixedIdentities
+from partial_fc.training.saved import checkpoint_in
 from partial_fc.training.schedules import build_schedules
 
 
@@ -72,7 +73,8 @@ def build_parts(
     # the same initial weights of the backbone on all ranks, and the same random numbers until the first epoch
     torch.manual_seed(config.seed)
     shape = train.image_shape
-    weights = None if resume else config.backbone.weights
+    named = None if resume else config.backbone.weights
+    weights = None if named is None else run_on_main_for_all(lambda: str(checkpoint_in(named) or named), accelerator)
     backbone = run_on_all(lambda: config.backbone.build(shape, weights), accelerator)
     counts = count_backbone(backbone, shape)
     trained = Trained(

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from partial_fc import PreemptionGuard, RandomState, gather, import_weights, naming_the_missing
-from partial_fc.training.all_ranks import run_on_main
+from partial_fc.training.all_ranks import run_on_main, run_on_main_for_all
 from partial_fc.training.config import RunConfig, save_config
 from partial_fc.training.data import DataSplits, open_data
 from partial_fc.training.data.labels import LABELS, LabelMap
@@ -119,10 +119,13 @@ class Trainer:
 
     def _import_class_weights(self) -> None:
         """Load the class weights that the settings name."""
-        if self.config.head.weights is None:
+        named = self.config.head.weights
+        if named is None:
             return
+        # of the first rank: a run that still saves may show each rank another checkpoint
+        source = run_on_main_for_all(lambda: str(self.config.head.weights_source(named)), self.accelerator)
         try:
-            import_weights(self.config.head.weights, self.head)
+            import_weights(source, self.head)
         except (OSError, ValueError) as error:
             raise UserError(f"--head.weights: {error}") from error
 

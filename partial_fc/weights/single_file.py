@@ -17,7 +17,7 @@ import secrets
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,7 @@ from partial_fc.weights.safetensors_file import (
 )
 
 SUFFIX = ".safetensors"
+OPTIONS = ("lr", "momentum", "betas", "weight_decay")  # of an optimizer in the files of another trainer
 
 HeadOrCenters = PartialFC | CenterLoss
 Source = str | os.PathLike[str] | RowSource
@@ -130,7 +131,8 @@ def import_weights(
             Values are cast to the head's dtype.
         key: name of the tensor in the source. Default: `weight` (and `bias`, if head and source have one) or `centers`.
             With a key, or from a RowSource, a bias is not imported.
-        optimizer: the head's `RowOptimizer`, to import the momentum in per-rank files, too; its options do not change.
+        optimizer: the head's `RowOptimizer`, to import the momentum in per-rank files, too. Its options, such as
+            the learning rate, stay as they are; a warning names those that differ in the files.
 
     Raises, the same on every rank and before any row has changed: FileNotFoundError; ValueError for a source that is
     damaged, lacks the tensor or has another shape; OSError for one that cannot be read. Values are not checked: a NaN
@@ -159,6 +161,7 @@ def import_weights(
     if optimizer is not None:
         files = found[main]  # type: ignore[index]
         _on_every_rank(ranks, lambda: _fill_state(files, rows_of, optimizer))  # type: ignore[arg-type]
+        _tell_of_options(files, optimizer)  # type: ignore[arg-type]
     log.info("imported %s of %d classes from %s", main, rows_of.num_classes, _named(source))
 
 
@@ -281,6 +284,23 @@ def _fill_state(source: RankFiles, rows_of: HeadOrCenters, optimizer: RowOptimiz
     if "step" in of_weight and source.step is not None:
         of_weight["step"] = torch.full_like(torch.as_tensor(of_weight["step"]), source.step)
     optimizer.load_state_dict(state)
+
+
+def _tell_of_options(source: RankFiles, optimizer: RowOptimizer) -> None:
+    """Log a warning that names the options that differ between the files and the optimizer, which keeps its own."""
+    group = optimizer.param_groups[0]
+    theirs = {k: v for k, v in source.options.items() if k in OPTIONS and k in group and _plain(v) != _plain(group[k])}
+    if theirs:
+        log.warning(
+            "the optimizer keeps %s, where %s has %s; set them in optimizer.param_groups[0] to go on with those",
+            {k: group[k] for k in theirs},
+            source,
+            theirs,
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
 
 
 # ---------------------------------------------------------------------------------------------------- agreement

@@ -469,6 +469,7 @@ def test_public_names():
         "PartialFC",
         "Plan",
         "PreemptionGuard",
+        "Progress",
         "RandomState",
         "RankFiles",
         "RankMissing",

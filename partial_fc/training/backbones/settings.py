@@ -22,8 +22,8 @@ class BackboneConfig:
     embedding_size: int = 128
     """Width of the embeddings, in numbers."""
     weights: str | None = None
-    """Weights to start from: a state dict by torch.save, such as the field's backbone.pth, safetensors, or a folder of
-    transformers; drawn if not given."""
+    """Weights to start from: a run or a checkpoint of this project, a state dict by torch.save, such as the field's
+    backbone.pth, safetensors, or a folder of transformers; drawn if not given."""
     dropout: float = 0.0
     """Probability (0 to 1) of setting a number before the last layer to zero in training."""
     gradient_checkpointing: bool = False
@@ -42,7 +42,8 @@ class BackboneConfig:
         """UserError if the file of weights to start from does not exist; a resumed run does not need it."""
         if self.weights is not None and not Path(self.weights).exists():
             raise UserError(
-                f"--backbone.weights: there is no file {self.weights}; give a state dict by torch.save, or safetensors"
+                f"--backbone.weights: there is no file {self.weights}; give a run or a checkpoint of this project, a "
+                "state dict by torch.save, or safetensors"
             )
 
     def build(self, image_shape: tuple[int, int, int], weights: str | None = None) -> nn.Module:

@@ -1,7 +1,8 @@
-"""Initial weights from a file: from another trainer, `partial-fc export-backbone`, timm or transformers.
+"""Initial weights from a file: from another trainer, `partial-fc export-backbone`, timm or transformers; or from a run.
 
 file             a state dict, from torch.save or as safetensors; torch.load with weights_only runs no code in the file
 or folder        of transformers: model.safetensors or pytorch_model.bin, or the parts that their index lists
+or run           of this project, or a checkpoint of it: the backbone in it (saved.py)
   1. unwrap      {"state_dict": ...} and similar; "module." (DDP) and "_orig_mod." (torch.compile) before every name
   2. rename      only for models of transformers, by transformers itself: its files have the names of earlier versions
   3. compare     names and shapes with the backbone, or with the model inside a `timm:` or `hf:` backbone; the output
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc.training.errors import UserError
+from partial_fc.training.saved import backbone_in, checkpoint_in, describe_backbone
 
 _WRAPPERS = ("state_dict", "state_dict_backbone", "backbone", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -30,7 +32,7 @@ _SHOWN = 3
 
 
 def load_weights(backbone: nn.Module, path: str | Path) -> None:
-    """Load weights and batch statistics from the file or folder `path` into `backbone`.
+    """Load weights and batch statistics from the file, folder, run or checkpoint `path` into `backbone`.
 
     Raises UserError, and changes nothing, for a file that cannot be read or does not fit. The message lists missing
     names, unknown names and shapes that differ.
@@ -54,6 +56,8 @@ def load_weights(backbone: nn.Module, path: str | Path) -> None:
         problems.append(f"different shapes: {_some(shapes)}")
     if any("position" in shape or "pos_embed" in shape for shape in shapes):
         problems.append("position embeddings are not interpolated: give the --data.image_size of the weights")
+    if problems and (found := checkpoint_in(path)) and (of_run := describe_backbone(found)):
+        problems.append(of_run)
     if problems:
         raise UserError(
             f"the weights {path} do not fit the backbone: {'; '.join(problems)}; check --backbone.name, the embedding "
@@ -65,8 +69,11 @@ def load_weights(backbone: nn.Module, path: str | Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a file or folder by name, unwrapped. Raises UserError if it cannot be read."""
+    """Return the tensors of a file, folder, run or checkpoint by name, unwrapped. UserError if it cannot be read."""
     path = Path(path)
+    checkpoint = checkpoint_in(path)
+    if checkpoint is not None:
+        return _without_prefixes(backbone_in(checkpoint))
     if path.is_dir():
         return _without_prefixes({name: value for part in _files_of(path) for name, value in _read(part).items()})
     return _without_prefixes(_read(path))
@@ -80,8 +87,8 @@ def _files_of(folder: Path) -> list[Path]:
     found = next((folder / name for name in _IN_FOLDERS if (folder / name).is_file()), None)
     if found is None:
         raise UserError(
-            f"the folder {folder} has no file of weights ({', '.join(_IN_FOLDERS)}); "
-            "name the file with --backbone.weights"
+            f"the folder {folder} is neither a run nor a checkpoint of this project, and has no file of weights "
+            f"({', '.join(_IN_FOLDERS)}); name the run or the file with --backbone.weights"
         )
     if found.suffix != ".json":
         return [found]

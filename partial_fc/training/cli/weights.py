@@ -30,7 +30,7 @@ from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.training.cli.parser import add_traceback
 from partial_fc.training.errors import UserError
 from partial_fc.training.heads import MarginSettings
-from partial_fc.training.run import RunFolder
+from partial_fc.training.saved import checkpoint_in
 from partial_fc.training.settings_parser import SettingsParser
 from partial_fc.weights.rank_files import RankFiles
 from partial_fc.weights.safetensors_file import (
@@ -90,18 +90,12 @@ def export_weights_command(arguments: list[str]) -> None:
 
 def _find_checkpoint(source: Path) -> Path:
     """Return `source` if it is a checkpoint, or the newest checkpoint of the run folder `source`."""
-    if (source / MANIFEST).exists():
-        return source
     if not source.is_dir():
         raise UserError(f"there is no folder {source}; give a checkpoint or the folder of a run")
-    run = RunFolder(source)
-    with contextlib.suppress(UserError):
-        run.check_run()
-        newest = run.newest_checkpoint()
-        if newest is None:
-            raise FileNotFoundError(f"the run {source} has no checkpoint yet")
-        return newest
-    raise UserError(f"{source} is neither a checkpoint (it has no {MANIFEST}) nor the folder of a run")
+    found = checkpoint_in(source)
+    if found is None:
+        raise UserError(f"{source} is neither a checkpoint (it has no {MANIFEST}) nor the folder of a run")
+    return found
 
 
 def _find_name(checkpoint: Path, stored: dict[str, Any], wanted: str | None) -> str:
@@ -249,7 +243,8 @@ def _open_sources(paths: list[Path], key: str | None) -> tuple[dict[str, RowSour
 def _import(output: Path, name: str, sources: dict[str, RowSource], kind: str, margin: MarginSettings) -> None:
     main = next(iter(sources.values()))
     state = _center_state(main) if kind == "center" else _head_state(sources, margin)
-    optimizer = _optimizer_state(main) if isinstance(main, RankFiles) and main.state else None
+    parameters = sum(key in ("weight", "bias", "margin.offset") for key in state)
+    optimizer = _optimizer_state(main, parameters) if isinstance(main, RankFiles) and main.state else None
     values = [*state.values(), *(optimizer["state"][0].values() if optimizer else ())]
     streamed = [value for value in values if isinstance(value, _ObservedRows)]
     with _progress_bar("importing", sum(source.shape[0] for source in streamed)) as bar:
@@ -305,8 +300,11 @@ def _center_state(centers: RowSource) -> dict[str, Any]:
     return {key: _ObservedRows(centers) if key == "centers" else value for key, value in loss.state_dict().items()}
 
 
-def _optimizer_state(files: RankFiles) -> dict[str, Any]:
-    """Return the state dict of a `RowOptimizer` with the per-row state in the files, and their options if known."""
+def _optimizer_state(files: RankFiles, parameters: int) -> dict[str, Any]:
+    """Return the state dict of a `RowOptimizer` with the per-row state in the files, and their options if known.
+
+    parameters: how many the head has. The files have state of its weight.
+    """
     cls, options = next(OPTIMIZERS[key] for key in files.state)
     accepted = inspect.signature(cls).parameters
     known = {
@@ -314,6 +312,7 @@ def _optimizer_state(files: RankFiles) -> dict[str, Any]:
     }
     optimizer = RowOptimizer(cls, PartialFC(1, 1, NormFace()), **{**options, **known})
     state = optimizer.state_dict()
+    state["param_groups"][0]["params"] = list(range(parameters))
     state["state"] = {0: {key: _ObservedRows(rows) for key, rows in files.state.items()}}
     if "exp_avg" in files.state:
         if files.step is None:

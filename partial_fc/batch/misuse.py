@@ -1,0 +1,39 @@
+"""What was done to a loss before a forward that could not take part in it. No usual forward enters this file.
+
+a parametrization     weight_norm, pruning: the parameter is gone, and what stands for it is trained by nobody
+functional_call       other weights for one call: row gradients of a sampled loss would go to its own
+hooks of a weight     are never called where no gradient of the whole weight exists
+torch.func, export    cannot go through collectives
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from partial_fc import errors
+
+in_transform = torch._C._functorch.peek_interpreter_stack  # of torch.func
+
+
+def check_use(loss: Any) -> None:
+    """Raise RuntimeError if the forward could not be a step of this loss."""
+    rows = loss.class_rows
+    if torch.compiler.is_compiling():
+        raise errors.exported()
+    if in_transform() is not None:
+        raise errors.transformed()
+    without_gradient = loss.training and torch.is_grad_enabled()
+    without_gradient = without_gradient and (rows.sampled or rows.begin_update_in_backward is not None)
+    for key, parameter in rows.parameters.items():
+        now = loss._parameters.get(key)
+        if now is not parameter and isinstance(now, nn.Parameter):
+            raise errors.replaced_parameter(rows.owner, key)
+        if now is None:
+            raise RuntimeError(errors.parametrized(key))
+        if now is not parameter and without_gradient:
+            raise RuntimeError(errors.given_for_a_call(key))
+        if without_gradient and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
+            raise RuntimeError(errors.hooked(key))
