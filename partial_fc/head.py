@@ -131,7 +131,7 @@ class PartialFC(HeadState):
         with record_function("partial_fc::select"):
             options = LossOptions(
                 self.margin, self.num_classes, self.label_smoothing, self.interclass_filter, self.reduction,
-                self.scale_embedding_grad, self.collect_metrics,
+                self.scale_embedding_grad, self.collect_metrics, self.class_weights,
             )  # fmt: skip
             selection = self._select(batch, options, scatter=x is not batch.embeddings)
             begin_update = None
@@ -157,6 +157,7 @@ class PartialFC(HeadState):
         shards, ranks = self.shards, batch.ranks
         dtype = stats_dtype(batch.embeddings, self.weight)
         targets, target_weights = targets_of(batch, self.ignore_index, dtype)
+        class_weights = self.class_weights, self.label_smoothing > 0
         rows = None
         if self.training and self._sample_rate < 1:
             seed, step, device = self.seed, self.forward_count, batch.embeddings.device
@@ -169,7 +170,7 @@ class PartialFC(HeadState):
             lo=shards.lo,
             targets=targets,
             target_weights=target_weights,
-            sample_weights=sample_weights_of(batch, self.ignore_index, self.reduction, dtype, self.class_weights),
+            sample_weights=sample_weights_of(batch, self.ignore_index, self.reduction, dtype, *class_weights),
             keep_logits=self._keeps_logits(batch, shards.local if rows is None else len(rows), options),
             scatter=scatter,
             first_sample=sum(row.samples for row in batch.status[: ranks.replica * ranks.world]),

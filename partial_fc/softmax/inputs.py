@@ -25,6 +25,7 @@ class LossOptions:
     reduction: str
     scale_embedding_grad: bool
     metrics: bool
+    class_weights: Tensor | None = None  # [C], for label smoothing
 
     @property
     def ruled(self) -> bool:
