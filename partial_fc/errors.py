@@ -38,3 +38,34 @@ def second_optimizer() -> RuntimeError:
         "another RowOptimizer was built for this head after this one, and both would move its rows; "
         "keep one, and build it again only where nothing steps the old one"
     )
+
+
+def clipped_in_backward() -> RuntimeError:
+    return RuntimeError("update_in_backward cannot be joined with clipping: rows moved before the norm was known")
+
+
+def missing_labels(owner: str) -> TypeError:
+    return TypeError(f"{owner}(embeddings, labels) needs labels; only a GlobalBatch brings its own")
+
+
+def not_a_step(problem: str) -> RuntimeError:
+    """Of a forward inside a checkpoint; problem: what `problem_of_forward` has found, "" where `gather` was inside."""
+    return RuntimeError(
+        problem.lstrip("\x1e: ")
+        or "this batch was gathered inside activation checkpointing (torch.utils.checkpoint with use_reentrant=True), "
+        "which cuts it off from the backbone: checkpoint the backbone alone, and call gather on its output"
+    )
+
+
+def no_norm(norm_type: float, max_norm: float) -> ValueError:
+    if not norm_type > 0:
+        return ValueError(f"norm_type is the order of the norm, above 0 or infinity, not {norm_type}")
+    return ValueError(f"max_norm is the largest norm, at least 0, not {max_norm}")
+
+
+def replaced_rows(owner: str, name: str) -> RuntimeError:
+    return RuntimeError(
+        f"this {owner} was called with another {name} (torch.func.functional_call), but gradients of selected rows, and "
+        "of rows that move inside backward, go to its own RowOptimizer: gradients of the given ones would be lost. Call "
+        "it so in eval() or under torch.no_grad(), or train with sample_rate=1.0 and without update_in_backward"
+    )

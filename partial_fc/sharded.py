@@ -7,12 +7,14 @@ wiring    errors for a loss that is built or trained wrongly
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.status import LabelSet
+from partial_fc.distributed.forwards import USUAL, problem_of_forward, surroundings
 from partial_fc.nonfinite.bad_step import count_skip
+from partial_fc.nonfinite.wiring import check_replacement, follow_in_eval
 from partial_fc.nonfinite.zero_loss import zero_loss
 from partial_fc.sharded_module import ShardedModule
 from partial_fc.shards import ClassShards
@@ -30,7 +32,9 @@ class ShardedLoss(ShardedModule):
     def _follow(self, loss: Tensor, losses: Tensor, batch: GlobalBatch) -> Tensor:
         """Return the loss, with a hook that makes the forward part of the step. losses: what it is the sum of."""
         record = self.class_rows.record
-        if self.training and loss.requires_grad and record.watches:
+        if not self.training:
+            return follow_in_eval(loss, self.class_rows)
+        if loss.requires_grad and record.watches:
             loss.register_hook(record.hook(losses, batch))
         return loss
 
@@ -46,11 +50,15 @@ class ShardedLoss(ShardedModule):
 
     def _take(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None) -> tuple[GlobalBatch, Tensor]:
         """Return the global batch, checked, and what autograd follows: this rank's embeddings, or the gathered ones."""
-        if self.training:
-            self._begin_forward()
-        batch = embeddings if isinstance(embeddings, GlobalBatch) else self._gather(embeddings, labels)
+        usual = [look() for look in surroundings()] == USUAL
+        problem = "" if usual else problem_of_forward(self.class_rows.owner, self.training)
+        batch = embeddings if isinstance(embeddings, GlobalBatch) else self._gather(embeddings, labels, problem)
+        if problem or (batch.cut_off and torch.is_grad_enabled()):
+            raise errors.not_a_step(problem)
         if not batch.ranks.same_as(self.shards.ranks):
             raise RuntimeError("the batch was gathered over another group than the head's")
+        if self.training:
+            self._begin_forward()
         record = self.class_rows.record
         valid = range(self.num_classes)
         reason = check_batch(batch, self.embedding_size, valid, self.ignore_index, record.on_nonfinite)
@@ -69,16 +77,15 @@ class ShardedLoss(ShardedModule):
         if rows.record.begin_forward(no_gradients=trained and no_gradients and rows.live_optimizer is None):
             self.forget_notes()
 
-    def _gather(self, embeddings: Tensor, labels: Tensor | None) -> GlobalBatch:
+    def _gather(self, embeddings: Tensor, labels: Tensor | None, problem: str) -> GlobalBatch:
         if labels is None and self.shards.ranks.group is None:  # else the other ranks must hear of it
-            raise TypeError(
-                f"{self.class_rows.owner}(embeddings, labels) needs labels; only a GlobalBatch brings its own"
-            )
+            raise errors.missing_labels(self.class_rows.owner)
         validate = self.class_rows.record.validate
         look = validate == "always" or (validate == "first" and not self._seen_batch)
+        sets, device = [LabelSet(None, labels)], self.class_rows.device
+        (batch,) = exchange(embeddings, sets, self.shards.ranks, look=look, device=device, problem=problem)
         self._seen_batch = True
-        sets = [LabelSet(None, labels)]
-        return exchange(embeddings, sets, self.shards.ranks, look=look, device=self.class_rows.device)[0]
+        return batch
 
     def _anchor(self) -> Tensor:
         """Return a scalar that requires grad, so that autograd calls the backward although the weights are detached."""
@@ -93,8 +100,8 @@ class ShardedLoss(ShardedModule):
         rows.check_group()
         for key, parameter in rows.parameters.items():
             now = self._parameters.get(key)  # torch.func.functional_call puts plain tensors there, for one call
-            if now is not parameter and isinstance(now, nn.Parameter):
-                raise errors.replaced_parameter(rows.owner, key)
+            if now is not parameter:
+                check_replacement(rows, key, now, self.training)
         if not (self.training and torch.is_grad_enabled() and rows.sampled) or rows.live_optimizer is not None:
             return
         if rows.grad_rows is not None or rows.lost > 1:

@@ -8,6 +8,7 @@ import torch
 
 from partial_fc.batch.status import DTYPES, NO_LABEL, Status, of_set
 from partial_fc.batch.weights import describe_bad_weight
+from partial_fc.distributed.forwards import WIRING
 from partial_fc.distributed.ranks import Ranks
 from partial_fc.distributed.texts import gather_texts
 
@@ -25,7 +26,10 @@ def raise_problem(
     """Raise ValueError where a rank has a batch that cannot be gathered, or label sets of other names. A collective."""
     if any(row.problem for row in status):
         texts = gather_texts(problem, ranks, device)
-        raise ValueError(next(ranks.name(flat) + text for flat, text in enumerate(texts) if text))
+        text, flat = next((text, flat) for flat, text in enumerate(texts) if text)
+        if text.startswith(WIRING):
+            raise RuntimeError(ranks.name(flat) + text.removeprefix(WIRING))
+        raise ValueError(ranks.name(flat) + text)
     own = sorted(repr(name) for name in names if name is not None)
     texts = gather_texts(f"a dict of {', '.join(own)}" if own else "no dict", ranks, device)
     flat = next(flat for flat, row in enumerate(status) if row.names != status[0].names)

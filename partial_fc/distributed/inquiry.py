@@ -5,7 +5,7 @@
     conclude   members of the group without a note are missing, and the conclusion is written to the store. If no note
                is absent, the other ranks' conclusions are used: some of them may have failed because of a rank in
                another group
-    report     the message and the ranks of a `RankMissing` (missing.py)
+    report     the message and the ranks of a `RankMissing`, which missing.py raises
 
 None of this uses collectives, which would fail as well. If the store does not respond, the rank that hosts it is
 missing. Each rank registers its process in the store when it builds its first head (one message): a rank on the same
@@ -21,6 +21,7 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -43,6 +44,29 @@ CAUSES = (
 END = "The process group can no longer be used: let this process end, and restart all ranks from the last checkpoint."
 
 _TIMEOUT = re.compile(r"[Tt]imed out (?:after )?waiting (?:for )?(\d+) ?ms")
+
+
+# What gloo and NCCL write about a peer. Specific, because a DataLoader's errors also mention timeouts and connections.
+_PEER_ERRORS = re.compile(r"gloo/transport|gloo/rendezvous|caused pair closure|NCCL|ncclSystemError|ncclRemoteError")
+
+
+class RankMissing(RuntimeError):
+    """A rank did not reach a collective: it has exited, was killed or stopped, or is slower than the timeout.
+
+    ranks: global ranks that are missing; empty if they could not be determined. Raised on every remaining rank, from
+    torch's error. The process group cannot be used afterwards: the process should end.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
+def is_peer_error(error: BaseException) -> bool:
+    """Return whether a collective failed because of another rank or the connection to it."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_PEER_ERRORS.search(str(error)))
 
 
 # --------------------------------------------------------------------------------------------------- processes of ranks

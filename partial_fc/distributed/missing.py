@@ -4,34 +4,17 @@
         dist.all_gather_single(...)
 
 If a peer has exited, the collective fails at once on the remaining ranks; if it is stopped or busy elsewhere, at the
-process group's timeout. The remaining ranks find out which rank is missing (inquiry.py), and each raises `RankMissing`.
+process group's timeout. The remaining ranks find out which rank is missing, and each raises `RankMissing` (inquiry.py).
 """
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterable
 from types import TracebackType
 
 import torch.distributed as dist
 
-from partial_fc.distributed.inquiry import explain_failure
-
-# What gloo and NCCL write about a peer. Specific, because a DataLoader's errors also mention timeouts and connections.
-_PEER_ERRORS = re.compile(r"gloo/transport|gloo/rendezvous|caused pair closure|NCCL|ncclSystemError|ncclRemoteError")
-
-
-class RankMissing(RuntimeError):
-    """A rank did not reach a collective: it has exited, was killed or stopped, or is slower than the timeout.
-
-    ranks: global ranks that are missing; empty if they could not be determined. Raised on every remaining rank, from
-    torch's error. The process group cannot be used afterwards: the process should end.
-    """
-
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
-        super().__init__(message)
-        self.ranks = tuple(ranks)
+from partial_fc.distributed.inquiry import RankMissing, explain_failure, is_peer_error
 
 
 class _NamingTheMissing:
@@ -67,10 +50,3 @@ def naming_the_missing(what: str = "a collective", group: dist.ProcessGroup | No
         group: the group of the collectives; None for all ranks.
     """
     return _NamingTheMissing(what, group)
-
-
-def is_peer_error(error: BaseException) -> bool:
-    """Return whether a collective failed because of another rank or the connection to it."""
-    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
-        return True
-    return isinstance(error, RuntimeError) and bool(_PEER_ERRORS.search(str(error)))
