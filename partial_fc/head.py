@@ -48,14 +48,15 @@ class PartialFC(HeadState):
         seed: of initial weights and draws; must agree between ranks.
         init_std: standard deviation of initial weights.
         ignore_index: label of samples that take no part.
-        reduction: "mean" over the valid samples of the global batch (weighted by sample_weights), "sum", or "none".
+        reduction: "mean" over the valid samples of the global batch (weighted; 0 without any), "sum", or "none": this
+            rank's weighted losses; the objective is then the mean over ranks of what each makes of them (docs/losses.md).
         scale_embedding_grad: multiply the embeddings' gradient by the number of ranks, by which DDP and FSDP divide.
         logits_budget: bytes of kept logits `[N, S]` on a rank (default 1 GiB); beyond it backward computes them again.
         label_smoothing: ε in [0, 1), as in `F.cross_entropy`, over the selected classes: all at r = 1.
         interclass_filter: cosine in (-1, 1] beyond which another class is taken for the sample's own under a second
             label and left out of the denominator (arXiv 2203.15565, section 3.4); None for no filter.
-        class_weights: `[C]`, the weight of each class's samples, on every rank; for a sample of several classes their
-            weighted mean. A mean is divided by the sum of the weights, as in `F.cross_entropy(weight=...)`.
+        class_weights: `[C]`, as in `F.cross_entropy(weight=...)`, on every rank; a sample of several classes has the
+            mean of their weights, by its label weights. A mean is divided by the sum of the samples' weights.
         metrics: measure `metrics` in every forward; nothing is computed for them otherwise.
         validate: look for bad labels, NaN and infinities "always", in the "first" batch and its step, or "never".
             Shapes are always checked. For a `GlobalBatch`, `gather` has looked.
