@@ -60,7 +60,7 @@ def executes() -> Callable[[Any], bool]:
     A private function of torch; where it is missing or does something else, every gradient is wanted.
     """
     function = getattr(torch._C, "_will_engine_execute_node", None)
-    return function if works(_tells, function) else lambda node: True
+    return function if function is not None and works(_tells, function) else lambda node: True
 
 
 def _tells(function: Callable[[Any], bool]) -> bool:

@@ -65,7 +65,7 @@ def no_norm(norm_type: float, max_norm: float) -> ValueError:
 
 def replaced_rows(owner: str, name: str) -> RuntimeError:
     return RuntimeError(
-        f"this {owner} was called with another {name} (torch.func.functional_call), but gradients of selected rows, and "
-        "of rows that move inside backward, go to its own RowOptimizer: gradients of the given ones would be lost. Call "
-        "it so in eval() or under torch.no_grad(), or train with sample_rate=1.0 and without update_in_backward"
+        f"this {owner} was called with another {name} (torch.func.functional_call), but gradients of selected rows, "
+        "and of rows that move inside backward, go to its own RowOptimizer: gradients of the given ones would be lost. "
+        "Call it so in eval() or under torch.no_grad(), or train with sample_rate=1.0 and without update_in_backward"
     )

@@ -49,7 +49,7 @@ class PartialFC(HeadState):
         init_std: standard deviation of initial weights.
         ignore_index: label of samples that take no part.
         reduction: "mean" over the valid samples of the global batch (weighted; 0 without any), "sum", or "none": this
-            rank's weighted losses; the objective is then the mean over ranks of what each makes of them (docs/losses.md).
+            rank's weighted losses; the objective is the mean over ranks of what each makes of them (docs/losses.md).
         scale_embedding_grad: multiply the embeddings' gradient by the number of ranks, by which DDP and FSDP divide.
         logits_budget: bytes of kept logits `[N, S]` on a rank (default 1 GiB); beyond it backward computes them again.
         label_smoothing: ε in [0, 1), as in `F.cross_entropy`, over the selected classes: all at r = 1.

@@ -34,18 +34,18 @@ def targets_of(batch: GlobalBatch, ignore_index: int, dtype: torch.dtype) -> tup
 
 
 def sample_weights_of(
-    batch: GlobalBatch, ignore_index: int, reduction: str, dtype: torch.dtype, class_weights: Tensor | None, within: bool
+    batch: GlobalBatch, ignored: int, reduction: str, dtype: torch.dtype, class_weights: Tensor | None, within: bool
 ) -> Tensor:
     """Return `[N]`: the weight of each sample's loss; for a mean, divided by the sum of the weights over all ranks, and
     0 where that is 0. within: the loss itself has the class weights in it, as with label smoothing."""
     counted = None if within else class_weights
-    weights = _weigh(batch.labels, batch.label_weights, batch.sample_weights, ignore_index, dtype, counted)
+    weights = _weigh(batch.labels, batch.label_weights, batch.sample_weights, ignored, dtype, counted)
     if reduction != "mean":
         return weights
     everywhere = weights
     if batch.ranks.replica_group is not None or counted is not class_weights:
         everywhere = _weigh(
-            batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights, ignore_index, dtype, class_weights
+            batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights, ignored, dtype, class_weights
         )
     total = everywhere.sum()
     return torch.where(total > 0, weights / total, 0.0)

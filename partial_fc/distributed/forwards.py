@@ -38,12 +38,14 @@ def surroundings() -> tuple[Callable[[], Any], ...]:
     hooks = getattr(getattr(bindings, "_autograd", None), "_top_saved_tensors_default_hooks", None)
     task = getattr(bindings, "_current_graph_task_id", None)
     transform = getattr(getattr(bindings, "_functorch", None), "peek_interpreter_stack", None)
-    return (
-        torch.is_grad_enabled,
-        partial(hooks, True) if works(_sees_hooks, hooks) else lambda: (None, None),
-        task if works(_sees_backward, task) else lambda: -1,
-        transform if works(_sees_transform, transform) else lambda: None,
-    )
+    looks: list[Callable[[], Any]] = [torch.is_grad_enabled, lambda: (None, None), lambda: -1, lambda: None]
+    if works(_sees_hooks, hooks):
+        looks[1] = partial(hooks, True)  # type: ignore[arg-type]
+    if works(_sees_backward, task):
+        looks[2] = task  # type: ignore[assignment]
+    if works(_sees_transform, transform):
+        looks[3] = transform  # type: ignore[assignment]
+    return tuple(looks)
 
 
 def problem_of_forward(owner: str, training: bool) -> str:

@@ -78,15 +78,16 @@ def _half_unscaled(scaler: Any, parameters: Sequence[Tensor], heads: Sequence[Cl
         if scaled and id(optimizer) not in ids and (known or optimizer is not None):
             missing.append(f"scaler.unscale_(the optimizer of this {rows.owner})")
     plain = [p for p in parameters if p.grad is not None]
-    scaled = [p for p in plain if id(p) not in held]
-    if scaled and (known or not ids - {id(rows.live_optimizer) for rows in heads}):
-        which = "" if len(scaled) == len(plain) else f", which holds {len(scaled)} of the {len(plain)} parameters given"
+    left = [p for p in plain if id(p) not in held]
+    if left and (known or not ids - {id(rows.live_optimizer) for rows in heads}):
+        which = "" if len(left) == len(plain) else f", which holds {len(left)} of the {len(plain)} parameters given"
         missing.append(f"scaler.unscale_(the optimizer of the backbone{which})")
     if not missing:
         return ""
+    alone = "; parameters that no optimizer holds must have no gradient, or not be given" if left else ""
     return (
         f"the GradScaler was told half: call {' and '.join(missing)} after backward and before gradients are clipped "
-        "or checked; they are still multiplied by the scale, and the norm is mostly theirs"
+        f"or checked; they are still multiplied by the scale, and the norm is mostly theirs{alone}"
     )
 
 

@@ -37,7 +37,7 @@ class RowState(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Makes a GradScaler call step() in any case, and say so: what cannot work is then refused instead of ignored."""
+        """Makes a GradScaler call step() in any case and say so: what cannot work is then refused, not ignored."""
         return self.update_in_backward or bool(self.class_rows.record.untrained)
 
     def update_for_forward(self) -> Callable[[], UpdateRows]:

@@ -192,8 +192,9 @@ class BackwardTiles:
         logits = tile_logits(self.scaled, w, state.rows.tile_bias(a, b), logits)
         if state.options.ruled:
             return ruled_gradient(
-                logits, a, state.options, state.rule, state.targets, lse, d.d_lse, d.d_every, state.smoothing, state.product
-            )
+                logits, a, state.options, state.rule, state.targets, lse, d.d_lse, d.d_every, state.smoothing,
+                state.product,
+            )  # fmt: skip
         state.targets.mask(logits, a)
         if state.bounded:
             return logits.exp_().to(state.product), d.from_zero

@@ -303,7 +303,7 @@ def trained_in_eval(rank: int, world: int, only_one: bool) -> dict[str, list[str
             step = loss.step if optimizer is None else optimizer.step
             loss.eval()
             loss(embeddings(rank), LABELS).backward()
-            if not (name == "update_in_backward"):
+            if name != "update_in_backward":
                 found.setdefault(name, []).append(message_of(clip_grad_norm_, [], loss, max_norm=1.0))
             found.setdefault(name, []).append(message_of(check_gradients, [], loss))
             found[name].append(message_of(step))
@@ -339,7 +339,9 @@ def one_rank_in_eval(rank: int, world: int) -> list[str]:
 def test_what_one_rank_trains_in_eval_all_refuse(ranks):
     first, second = ranks(2).run(one_rank_in_eval)
     assert first == second
-    assert all(text.startswith("RuntimeError: rank 1: the loss of a CenterLoss in eval() was trained") for text in first)
+    assert all(
+        text.startswith("RuntimeError: rank 1: the loss of a CenterLoss in eval() was trained") for text in first
+    )
 
 
 def test_a_gradient_by_the_input_in_eval_keeps_working():
@@ -439,7 +441,7 @@ def used_otherwise(rank: int, world: int) -> None:
         torch.testing.assert_close(gradient_of(loss), alone[0] + alone[1], msg=f"{name}: both")
         first.backward()
         torch.testing.assert_close(gradient_of(loss), 2 * alone[0] + alone[1], msg=f"{name}: twice")
-        loss, optimizer = build()
+        loss, _optimizer = build()
         total = loss(embeddings(rank, 0), LABELS) + loss(embeddings(rank, 1), LABELS)
         total.backward()
         torch.testing.assert_close(gradient_of(loss), alone[0] + alone[1], msg=f"{name}: a sum")

@@ -49,9 +49,7 @@ class Loop:
             self.scaler.unscale_(self.optimizers[name])
 
     def clip(self) -> Tensor:
-        return clip_grad_norm_(
-            self.backbone.parameters(), *self.heads.values(), max_norm=5.0, scaler=self.scaler
-        )
+        return clip_grad_norm_(self.backbone.parameters(), *self.heads.values(), max_norm=5.0, scaler=self.scaler)
 
     def check(self) -> bool:
         return check_gradients(self.backbone.parameters(), *self.heads.values(), scaler=self.scaler)

@@ -167,7 +167,9 @@ class Loss:
         others = self.rule(self.cosines, self.margined, share)
         skipped = torch.zeros_like(hit) if self.beyond is None else (self.cosines > self.beyond) & ~hit
         if self.name == "SphereFace2":
-            return of_class * self.binary(self.scale * self.margined + offset, self.scale * others + offset, share, skipped)
+            return of_class * self.binary(
+                self.scale * self.margined + offset, self.scale * others + offset, share, skipped
+            )
         losses = self.softmax(self.scale * torch.where(hit, self.margined, others), share, skipped, classes)
         return losses + of_class * self.penalty() if self.name == "MagFace" else losses
 

@@ -103,7 +103,9 @@ class Losses:
         self, share: Tensor, classes: Tensor, drawn: Tensor | None, bias: Tensor | None, offset: Tensor | None
     ) -> Tensor:
         losses = self.dense.losses(self.x, self.w, share, classes, bias, offset, drawn)
-        self.total_slope = torch.full((len(losses),), self.heaviest, dtype=torch.float64)  # of a loss by its logits, half of it
+        self.total_slope = torch.full(
+            (len(losses),), self.heaviest, dtype=torch.float64
+        )  # of a loss by its logits, half of it
         self.extra = torch.zeros(len(losses), dtype=torch.float64)  # the part of a loss that is of no logit
         if self.case.margin == "Softmax":
             some = self.dense.logits.numel() > 0
