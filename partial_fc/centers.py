@@ -22,15 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, gradient_of_losses
 from partial_fc.batch.status import as_matrix
 from partial_fc.classes.changeable import ChangeableLoss
 from partial_fc.classes.class_means import Batches
+from partial_fc.distributed.derivatives import executes, first_derivative
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import real
 from partial_fc.distributed.ranks import Group, all_gather, all_gather_mesh, start_reduce_scatter, sum_over_replicas
 from partial_fc.nonfinite.check_gradients import check_step
+from partial_fc.nonfinite.wiring import follow_in_eval
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sharded_module import Reduction, SharedArguments, check_choice
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
@@ -135,6 +136,8 @@ class CenterLoss(ChangeableLoss):
             loss = _CenterDistance.apply(x, anchor, differences, targets)
             if self.training and self.update == "paper":
                 self._note(differences, targets)
+        if not self.training:
+            return follow_in_eval(loss, rows, self.update == "paper" or self.centers.requires_grad)
         return self._follow(loss, loss.detach(), batch)
 
     @torch.no_grad()
@@ -177,7 +180,7 @@ class CenterLoss(ChangeableLoss):
             row=rows[sample, place],
             label_weights=label_weights[sample, place],
             counts=counts[sample, place],
-            sample_weights=sample_weights_of(batch, self.ignore_index, self.reduction, dtype),
+            sample_weights=sample_weights_of(batch, self.ignore_index, self.reduction, dtype, None, False),
             mesh_rows=self._mesh_rows(batch),
             reduction=self.reduction,
             scale_embedding_grad=self.scale_embedding_grad,
@@ -322,7 +325,7 @@ class _CenterDistance(torch.autograd.Function):
     def forward(ctx, embeddings, anchor, differences, own):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(differences)
         ctx.own = own
-        ctx.dtype = embeddings.dtype
+        ctx.embeddings = embeddings
         batch = own.batch
         losses = differences.square().sum(1).div_(2).mul_(own.label_weights)
         if own.reduction != "none":
@@ -332,16 +335,16 @@ class _CenterDistance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        if torch.is_grad_enabled():
-            raise errors.second_order()
+        if torch.is_grad_enabled():  # create_graph=True
+            return first_derivative("CenterLoss", _CenterDistance.backward, ctx, grad, ctx.embeddings)
         (differences,), own = ctx.saved_tensors, ctx.own
         d_loss = gradient_of_losses(grad.to(differences.dtype), own.batch, own.sample_weights, own.reduction)
         coefficients = d_loss[own.sample] * own.label_weights
         grad_own = differences * coefficients[:, None]  # ∂L/∂x of each own target; ∂L/∂c is minus that
         finish = _send(grad_own, own) if ctx.needs_input_grad[0] else None
-        if ctx.needs_input_grad[1]:  # while the embeddings' gradient travels
+        if ctx.needs_input_grad[1] and executes()(ctx.next_functions[1][0]):  # while the other gradient travels
             _hand_over(grad_own, own)
-        return None if finish is None else finish().to(ctx.dtype), None, None, None
+        return None if finish is None else finish().to(ctx.embeddings.dtype), None, None, None
 
 
 def _send(grad: Tensor, own: _OwnTargets) -> Callable[[], Tensor]:

@@ -75,13 +75,6 @@ def hooked(name: str) -> str:
     )
 
 
-def transformed() -> RuntimeError:
-    return RuntimeError(
-        "torch.func (grad, vmap, jvp) cannot go through a head, which exchanges batches with other ranks: use "
-        "backward() or torch.autograd.grad, and transforms for the backbone; functional_call alone works"
-    )
-
-
 def exported() -> RuntimeError:
     return RuntimeError(
         "torch.export and torch.onnx.export cannot take in a head, which exchanges batches with other ranks: export "
@@ -96,8 +89,24 @@ def scripted() -> RuntimeError:
     )
 
 
-def second_order() -> RuntimeError:
+def clipped_in_backward() -> RuntimeError:
+    return RuntimeError("update_in_backward cannot be joined with clipping: rows moved before the norm was known")
+
+
+def missing_labels(owner: str) -> TypeError:
+    return TypeError(f"{owner}(embeddings, labels) needs labels; only a GlobalBatch brings its own")
+
+
+def not_a_step(problem: str) -> RuntimeError:
+    """Of a forward inside a checkpoint; problem: what `problem_of_forward` has found, "" where `gather` was inside."""
     return RuntimeError(
-        "create_graph=True asks for second derivatives, which a head does not have: its gradients would be taken for "
-        "constants; call backward without it, and penalise gradients of a small dense head instead"
+        problem.lstrip("\x1e: ")
+        or "this batch was gathered inside activation checkpointing (torch.utils.checkpoint with use_reentrant=True), "
+        "which cuts it off from the backbone: checkpoint the backbone alone, and call gather on its output"
     )
+
+
+def no_norm(norm_type: float, max_norm: float) -> ValueError:
+    if not norm_type > 0:
+        return ValueError(f"norm_type is the order of the norm, above 0 or infinity, not {norm_type}")
+    return ValueError(f"max_norm is the largest norm, at least 0, not {max_norm}")

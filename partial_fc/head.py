@@ -50,14 +50,15 @@ class PartialFC(HeadState):
         seed: of initial weights and draws; must agree between ranks.
         init_std: standard deviation of initial weights.
         ignore_index: label of samples that take no part.
-        reduction: "mean" over the valid samples of the global batch (weighted by sample_weights), "sum", or "none".
+        reduction: "mean" over the valid samples of the global batch (weighted; 0 without any), "sum", or "none": this
+            rank's weighted losses; the objective is the mean over ranks of what each makes of them (docs/losses.md).
         scale_embedding_grad: multiply the embeddings' gradient by the number of ranks, by which DDP and FSDP divide.
         logits_budget: bytes of kept logits `[N, S]` on a rank (default 1 GiB); beyond it backward computes them again.
         label_smoothing: ε in [0, 1), as in `F.cross_entropy`, over the selected classes: all at r = 1.
         interclass_filter: cosine in (-1, 1] beyond which another class is taken for the sample's own under a second
             label and left out of the denominator (arXiv 2203.15565, section 3.4); None for no filter.
-        class_weights: `[C]`, the weight of each class's samples, on every rank; for a sample of several classes their
-            weighted mean. A mean is divided by the sum of the weights, as in `F.cross_entropy(weight=...)`.
+        class_weights: `[C]`, as in `F.cross_entropy(weight=...)`, on every rank; a sample of several classes has the
+            mean of their weights, by its label weights. A mean is divided by the sum of the samples' weights.
         metrics: measure `metrics` in every forward; nothing is computed for them otherwise.
         validate: look for bad labels, NaN and infinities "always", in the "first" batch and its step, or "never".
             Shapes are always checked. For a `GlobalBatch`, `gather` has looked.
@@ -130,7 +131,7 @@ class PartialFC(HeadState):
         with record_function("partial_fc::select"):
             options = LossOptions(
                 self.margin, self.num_classes, self.label_smoothing, self.interclass_filter, self.reduction,
-                self.scale_embedding_grad, self.collect_metrics,
+                self.scale_embedding_grad, self.collect_metrics, self.class_weights,
             )  # fmt: skip
             selection = self._select(batch, options, scatter=x is not batch.embeddings)
             begin_update = None
@@ -156,6 +157,7 @@ class PartialFC(HeadState):
         shards, ranks = self.shards, batch.ranks
         dtype = stats_dtype(batch.embeddings, self.weight)
         targets, target_weights = targets_of(batch, self.ignore_index, dtype)
+        class_weights = self.class_weights, self.label_smoothing > 0
         rows = None
         if self.training and self._sample_rate < 1:
             seed, step, device = self.seed, self.forward_count, batch.embeddings.device
@@ -168,7 +170,7 @@ class PartialFC(HeadState):
             lo=shards.lo,
             targets=targets,
             target_weights=target_weights,
-            sample_weights=sample_weights_of(batch, self.ignore_index, self.reduction, dtype, self.class_weights),
+            sample_weights=sample_weights_of(batch, self.ignore_index, self.reduction, dtype, *class_weights),
             keep_logits=self._keeps_logits(batch, shards.local if rows is None else len(rows), options),
             scatter=scatter,
             first_sample=sum(row.samples for row in batch.status[: ranks.replica * ranks.world]),

@@ -98,7 +98,7 @@ class ClassRows:
 
     @property
     def device(self) -> torch.device:
-        return local_part(self.main).device
+        return self.main.device
 
     def hold(self, parameters: dict[str, nn.Parameter], shared: dict[str, nn.Parameter], shards: ClassShards) -> None:
         """Take these parameters: after construction, a move to another device, a change of dtype or of the classes."""

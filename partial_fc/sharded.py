@@ -12,11 +12,13 @@ from torch import Tensor
 from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.facts import Agreed
-from partial_fc.batch.misuse import check_use, in_transform
+from partial_fc.batch.misuse import check_use
 from partial_fc.batch.refusals import agree, tell_others
 from partial_fc.batch.status import LabelSet
+from partial_fc.distributed.forwards import USUAL, surroundings
 from partial_fc.distributed.meeting import GATHERED
 from partial_fc.nonfinite.bad_step import count_skip
+from partial_fc.nonfinite.wiring import follow_in_eval
 from partial_fc.nonfinite.zero_loss import zero_loss
 from partial_fc.sharded_module import ShardedModule
 from partial_fc.shards import ClassShards
@@ -34,7 +36,9 @@ class ShardedLoss(ShardedModule):
     def _follow(self, loss: Tensor, losses: Tensor, batch: GlobalBatch) -> Tensor:
         """Return the loss, with a hook that makes the forward part of the step. losses: what it is the sum of."""
         record = self.class_rows.record
-        if self.training and loss.requires_grad and record.watches:
+        if not self.training:
+            return follow_in_eval(loss, self.class_rows)
+        if loss.requires_grad and record.watches:
             loss.register_hook(record.hook(losses, batch))
         return loss
 
@@ -54,20 +58,22 @@ class ShardedLoss(ShardedModule):
         own = [(self._parameters.get(key), p) for key, p in self.class_rows.parameters.items()]
         try:
             changed = any(now is not p or p._backward_hooks or p._post_accumulate_grad_hooks for now, p in own)
-            if changed or in_transform():
+            if changed or [look() for look in surroundings()] != USUAL:
                 check_use(self)
             self._check_wiring()
         except RuntimeError as error:
             tell_others(error, gathered, ranks, self.class_rows.device)
             raise
-        if self.training:
-            self._begin_forward()
         agreed = None if ranks.group is None else Agreed.of(self)
         batch = embeddings if isinstance(embeddings, GlobalBatch) else self._gather(embeddings, labels, agreed)
+        if batch.cut_off and torch.is_grad_enabled():
+            raise errors.not_a_step("")
         if not batch.ranks.same_as(ranks):
             raise RuntimeError("the batch was gathered over another group than the head's")
         if gathered and agreed is not None:
             agree(agreed, ranks, self.class_rows.device, GATHERED)
+        if self.training:
+            self._begin_forward()
         record = self.class_rows.record
         valid = range(self.num_classes)
         reason = check_batch(batch, self.embedding_size, valid, self.ignore_index, record.on_nonfinite)
@@ -88,15 +94,13 @@ class ShardedLoss(ShardedModule):
 
     def _gather(self, embeddings: Tensor, labels: Tensor | None, agreed: Agreed | None) -> GlobalBatch:
         if labels is None and self.shards.ranks.group is None:  # else the other ranks must hear of it
-            raise TypeError(
-                f"{self.class_rows.owner}(embeddings, labels) needs labels; only a GlobalBatch brings its own"
-            )
+            raise errors.missing_labels(self.class_rows.owner)
         validate = self.class_rows.record.validate
         look = validate == "always" or (validate == "first" and not self._seen_batch)
+        sets, device = [LabelSet(None, labels)], self.class_rows.device
+        (batch,) = exchange(embeddings, sets, self.shards.ranks, look=look, device=device, agreed=agreed)
         self._seen_batch = True
-        sets = [LabelSet(None, labels)]
-        device = self.class_rows.device
-        return exchange(embeddings, sets, self.shards.ranks, look=look, device=device, agreed=agreed)[0]
+        return batch
 
     def _anchor(self) -> Tensor:
         """Return a scalar that requires grad, so that autograd calls the backward although the weights are detached."""

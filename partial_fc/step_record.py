@@ -52,6 +52,8 @@ class StepRecord:
         self.counted = False  # the skipped step is in `skips`
         self.ever_checked = False
         self.backwards: list[BackwardPass] = []
+        self.untrained = ""  # why an update would leave rows where they are (nonfinite/wiring.py)
+        self.half_unscaled = ""  # which gradients a GradScaler has not unscaled (nonfinite/scalers.py)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "backwards": []}  # a copy has gradients of its own, and groups cannot be copied
@@ -69,7 +71,7 @@ class StepRecord:
     @property
     def unchecked(self) -> bool:
         """Whether an update has to check losses and gradients first, because nothing has."""
-        return self.watches and not self.checked and not self.skipped
+        return bool(self.untrained or (self.watches and not self.checked)) and not self.skipped
 
     def begin_forward(self, no_gradients: bool) -> bool:
         """Begin a training forward; return whether it follows a skipped step. no_gradients: none to accumulate to."""
@@ -109,7 +111,7 @@ class StepRecord:
 
     def end(self) -> None:
         """Gradients were cleared or used."""
-        self.finished = True
+        self.finished, self.untrained = True, ""
 
     def mark_checked(self) -> None:
         """All losses and gradients of the step were checked: it is finished."""

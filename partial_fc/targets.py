@@ -13,7 +13,7 @@ from torch import Tensor
 from partial_fc.batch import refusals
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.status import as_matrix
-from partial_fc.batch.weights import merge_repeated
+from partial_fc.batch.weights import mean_class_weights, merge_repeated
 from partial_fc.errors import NonFiniteError, log
 
 
@@ -34,19 +34,21 @@ def targets_of(batch: GlobalBatch, ignore_index: int, dtype: torch.dtype) -> tup
 
 
 def sample_weights_of(
-    batch: GlobalBatch, ignore_index: int, reduction: str, dtype: torch.dtype, class_weights: Tensor | None = None
+    batch: GlobalBatch, ignored: int, reduction: str, dtype: torch.dtype, class_weights: Tensor | None, within: bool
 ) -> Tensor:
-    """Return `[N]`: the weight of each sample's loss; for a mean, divided by the sum of the weights over all ranks."""
-    weights = _weigh(batch.labels, batch.label_weights, batch.sample_weights, ignore_index, dtype, class_weights)
+    """Return `[N]`: the weight of each sample's loss; for a mean, divided by the sum of the weights over all ranks, and
+    0 where that is 0. within: the loss itself has the class weights in it, as with label smoothing."""
+    counted = None if within else class_weights
+    weights = _weigh(batch.labels, batch.label_weights, batch.sample_weights, ignored, dtype, counted)
     if reduction != "mean":
         return weights
     everywhere = weights
-    if batch.ranks.replica_group is not None:
+    if batch.ranks.replica_group is not None or counted is not class_weights:
         everywhere = _weigh(
-            batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights, ignore_index, dtype, class_weights
+            batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights, ignored, dtype, class_weights
         )
     total = everywhere.sum()
-    return weights / torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, weights / total, 0.0)
 
 
 def _weigh(
@@ -65,10 +67,7 @@ def _weigh(
         weights = weights * sample_weights.to(dtype)
     if class_weights is None:
         return weights
-    shares = exists.to(dtype) * (1.0 if label_weights is None else label_weights.to(dtype))
-    of_class = class_weights.to(dtype)[torch.where(shares > 0, labels, 0)]
-    total = shares.sum(1)
-    return weights * (of_class * shares).sum(1) / torch.where(total > 0, total, 1.0)
+    return weights * mean_class_weights(labels, label_weights, exists, class_weights.to(dtype))
 
 
 def check_batch(batch: GlobalBatch, embedding_size: int, valid: range, ignore_index: int, on_nonfinite: str) -> str:

@@ -47,6 +47,7 @@ class GlobalBatch:
     status: tuple[Status, ...] = field(repr=False)  # of all ranks
     ranks: Ranks = field(repr=False)
     name: str | None = None  # of the label set, where `gather` was given several
+    cut_off: bool = False  # gathered inside a checkpoint that does not record, and so of no backbone outside it
 
     @property
     def local(self) -> slice:

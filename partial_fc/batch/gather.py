@@ -8,9 +8,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.status import LabelSet
+from partial_fc.distributed.derivatives import first_derivative
+from partial_fc.distributed.forwards import in_checkpoint, problem_of_forward
 from partial_fc.distributed.groups import ranks_of
 from partial_fc.distributed.ranks import Group, start_reduce_scatter
 
@@ -83,6 +84,7 @@ def gather(
         )
     ranks = ranks_of(group)
     sets, problem = _label_sets(labels, label_weights, sample_weights)
+    problem = problem_of_forward("batch", training=False) or problem
     batches = exchange(embeddings, sets, ranks, look=validate == "always", problem=problem)
     first = batches[0]
     everyone = _Gathered.apply(
@@ -90,6 +92,9 @@ def gather(
     )
     for batch in batches:
         batch.embeddings = everyone
+    cut_off = embeddings.requires_grad and not torch.is_grad_enabled() and in_checkpoint()
+    for batch in batches:
+        batch.cut_off = cut_off
     if not isinstance(labels, Mapping):
         return first
     by_name = {batch.name: batch for batch in batches}
@@ -107,14 +112,14 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, local, everyone, ranks, counts):  # type: ignore[no-untyped-def]
-        ctx.ranks, ctx.counts, ctx.dtype = ranks, counts, local.dtype
+        ctx.ranks, ctx.counts, ctx.embeddings = ranks, counts, local
         return everyone.view_as(everyone) if everyone.dtype == torch.float64 else everyone.float()
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        if torch.is_grad_enabled():
-            raise errors.second_order()
-        return start_reduce_scatter(grad, ctx.ranks, ctx.counts)().to(ctx.dtype), None, None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            return first_derivative("gather", _Gathered.backward, ctx, grad, ctx.embeddings)
+        return start_reduce_scatter(grad, ctx.ranks, ctx.counts)().to(ctx.embeddings.dtype), None, None, None
 
 
 def _label_sets(labels: Any, label_weights: Any, sample_weights: Any) -> tuple[list[LabelSet], str]:

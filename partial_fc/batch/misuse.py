@@ -4,6 +4,7 @@ a parametrization     weight_norm, pruning: the parameter is gone, and what stan
 functional_call       other weights for one call: row gradients of a sampled loss would go to its own
 hooks of a weight     are never called where no gradient of the whole weight exists
 torch.func, export    cannot go through collectives
+activation checkpointing, a forward in backward: not a step (distributed/forwards.py)
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import torch
 from torch import nn
 
 from partial_fc import errors
-
-in_transform = torch._C._functorch.peek_interpreter_stack  # of torch.func
+from partial_fc.distributed.forwards import problem_of_forward
 
 
 def check_use(loss: Any) -> None:
@@ -23,8 +23,9 @@ def check_use(loss: Any) -> None:
     rows = loss.class_rows
     if torch.compiler.is_compiling():
         raise errors.exported()
-    if in_transform() is not None:
-        raise errors.transformed()
+    problem = problem_of_forward(rows.owner, loss.training)
+    if problem:
+        raise errors.not_a_step(problem)
     without_gradient = loss.training and torch.is_grad_enabled()
     without_gradient = without_gradient and (rows.sampled or rows.begin_update_in_backward is not None)
     for key, parameter in rows.parameters.items():

@@ -12,6 +12,7 @@ import torch
 from partial_fc.batch.facts import Agreed, digest_of
 from partial_fc.batch.status import DTYPES, NO_LABEL, Status, inspect, of_set
 from partial_fc.batch.weights import describe_bad_weight
+from partial_fc.distributed.forwards import WIRING
 from partial_fc.distributed.inquiry import names_of
 from partial_fc.distributed.meeting import BATCH, GATHERED, meet, refuse_apart
 from partial_fc.distributed.ranks import Ranks, all_gather_mesh
@@ -25,7 +26,6 @@ AGREED = {
 }
 
 
-WIRING = "\x1e"  # begins a problem that is no input's: a RuntimeError
 TOLERANCE = 1e-6  # of running statistics, whose last bits may depend on the device
 ALIKE = (
     "All ranks must build the same, call train() and eval() alike, change settings and load states together "

@@ -79,6 +79,16 @@ def merge_repeated(labels: Tensor, weights: Tensor, exists: Tensor) -> Tensor:
     return (same * weights[:, None, :]).sum(2) * ~same.tril(-1).any(2)
 
 
+def mean_class_weights(labels: Tensor, label_weights: Tensor | None, exists: Tensor, class_weights: Tensor) -> Tensor:
+    """Return `[N]`: the mean weight of each sample's classes, as the sample's labels `[N, L]` weigh them."""
+    shares = exists.to(class_weights.dtype)
+    if label_weights is not None:
+        shares = shares * label_weights.to(class_weights.dtype)
+    total = shares.sum(1)
+    of_labels = class_weights[torch.where(shares > 0, labels, 0)]
+    return (of_labels * shares).sum(1) / torch.where(total > 0, total, 1.0)
+
+
 def _first_bad(kind: int, bad: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
     """Return (kind, index, bits of the value) of the first of `values [n]` that is bad, or `otherwise`."""
     any_bad, at = bad.max(0)

@@ -5,7 +5,7 @@
     conclude   members of the group without a note are missing, and the conclusion is written to the store. If no note
                is absent, the other ranks' conclusions are used: some of them may have failed because of a rank in
                another group
-    report     the message and the ranks of a `RankMissing` (missing.py)
+    report     the message and the ranks of a `RankMissing`, which missing.py raises
 
 None of this uses collectives, which would fail as well. If the store does not respond, the rank that hosts it is
 missing. Each rank registers its process in the store when it builds its first head (one message): a rank on the same
@@ -55,6 +55,10 @@ _OWN_ERRORS = re.compile(
     r"|invalid usage|invalid argument|[Uu]nhandled cuda|Duplicate GPU|CUDA error"
 )
 _TIMEOUT = re.compile(r"[Tt]imed out (?:after )?waiting (?:for )?(\d+) ?ms")
+
+
+# What gloo and NCCL write about a peer. Specific, because a DataLoader's errors also mention timeouts and connections.
+_PEER_ERRORS = re.compile(r"gloo/transport|gloo/rendezvous|caused pair closure|NCCL|ncclSystemError|ncclRemoteError")
 
 
 # --------------------------------------------------------------------------------------------------- processes of ranks

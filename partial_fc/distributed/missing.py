@@ -4,7 +4,7 @@
         dist.all_gather_single(...)
 
 If a peer has exited, the collective fails at once on the remaining ranks; if it is stopped or busy elsewhere, at the
-process group's timeout. The remaining ranks find out which rank is missing (inquiry.py), and each raises `RankMissing`.
+process group's timeout. The remaining ranks find out which rank is missing, and each raises `RankMissing` (inquiry.py).
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from torch import Tensor
 from partial_fc import checkpoint
 from partial_fc.checkpoint.named import check_to_load
 from partial_fc.nonfinite.step_check import decide
+from partial_fc.nonfinite.wiring import refuse_if
 from partial_fc.optim.clipping import clip_grad_norm_, gradient_norms
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.rows import HasClassRows
@@ -194,6 +195,7 @@ class DeepSpeedHead:
     def _heads_norm(self) -> Tensor:
         """Return the norm of the heads' gradient; infinity on all ranks if a head skips or a loss is not finite."""
         norms, flags = gradient_norms([], self.heads, 2.0, any(head.record.watches for head in self.heads))
+        refuse_if(self.heads, flags)
         norm = torch.zeros(())
         if norms:
             norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))

@@ -81,7 +81,7 @@ class JointOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         records = [head.class_rows.record for head in self.heads]
-        if not all(record.checked for record in records if record.watches):
+        if any(record.unchecked or (record.watches and not record.checked) for record in records):
             check_gradients([p for group in self.optimizer.param_groups for p in group["params"]], *self.heads)
         if any(record.skipped for record in records):
             return loss

@@ -12,7 +12,9 @@ from torch import Tensor
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Ranks
 from partial_fc.nonfinite.describe import not_finite
+from partial_fc.nonfinite.scalers import look_at_wiring, scaled_and_stepped
 from partial_fc.nonfinite.step_check import decide, local_flags, others
+from partial_fc.nonfinite.wiring import refuse_alone
 from partial_fc.rows import ClassRows, HasClassRows
 
 
@@ -41,17 +43,26 @@ def check_gradients(parameters: Iterable[Tensor] | Tensor, *heads: HasClassRows,
             "check_gradients needs the heads of the step, whose ranks agree: check_gradients(parameters, head)"
         )
     class_rows = [head.class_rows for head in heads]
+    plain = others(parameters, class_rows)
+    look_at_wiring(scaler, plain, class_rows)
     if not any(rows.record.watches for rows in class_rows):
         return not any(rows.record.skipped for rows in class_rows)
-    return check_step(class_rows, others(parameters, class_rows), scaler)
+    return check_step(class_rows, plain, scaler)
 
 
 def check_step(heads: Sequence[ClassRows], parameters: Sequence[Tensor], scaler: Any = None) -> bool:
     """Return whether the step may be taken: check losses and gradients, and agree. parameters: of the backbone."""
+    refuse_alone(heads)
     grads = [p.grad for p in parameters if p.grad is not None]
     grads += [p.grad for rows in heads for p in (*rows.carriers, *rows.shared.values()) if p.grad is not None]
     flags = agree_on_flags(local_flags(heads, [not_finite(grad) for grad in grads]), heads)
     return decide(heads, flags, parameters, scaler)
+
+
+def check_own_step(rows: ClassRows) -> None:
+    """Check, for an optimizer whose step() is called, a step that nobody has checked."""
+    rows.record.half_unscaled = scaled_and_stepped(rows)
+    check_step([rows], [])
 
 
 def agree_on_flags(flags: Tensor, heads: Sequence[ClassRows]) -> Tensor:

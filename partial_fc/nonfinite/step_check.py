@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.nonfinite.bad_step import refuse_step
+from partial_fc.nonfinite.wiring import REFUSED, raise_refusal
 from partial_fc.rows import ClassRows
 
 
@@ -29,7 +30,8 @@ def local_flags(heads: Sequence[ClassRows], bad_gradients: Iterable[Tensor]) -> 
     sums = [backward.losses.detach().sum() for rows in heads for backward in rows.record.backwards]
     bad_losses = [~total.isfinite() for total in sums]
     flags = [torch.stack([fine, *(each.to(device) for each in bad)]).any() for bad in (bad_gradients, bad_losses)]
-    return torch.stack(flags).double()
+    refused = any(rows.record.untrained or rows.record.half_unscaled for rows in heads)
+    return torch.stack(flags).double() + REFUSED * refused
 
 
 def decide(heads: Sequence[ClassRows], flags: Tensor, parameters: Sequence[Tensor], scaler: Any = None) -> bool:
@@ -37,7 +39,10 @@ def decide(heads: Sequence[ClassRows], flags: Tensor, parameters: Sequence[Tenso
 
     Raises NonFiniteError, on every rank alike, if a loss wants that, or if too many steps in a row were skipped.
     """
-    bad_gradient, bad_loss = (value != 0 for value in flags.tolist())
+    found = flags.tolist()
+    if max(found) >= REFUSED:
+        raise_refusal(heads)
+    bad_gradient, bad_loss = (value != 0 for value in found)
     records = [rows.record for rows in heads]
     already_skipped = any(record.skipped for record in records)  # by the batch's status, or by an earlier check
     if not (already_skipped or bad_gradient or bad_loss):

@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from partial_fc import errors
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.nonfinite.scalers import look_at_wiring
 from partial_fc.nonfinite.step_check import decide, local_flags, others
 from partial_fc.optim.row_state import HALF
 from partial_fc.rows import ClassRows, HasClassRows
@@ -47,9 +49,15 @@ def clip_grad_norm_(
 
     One wait for the device; none if every head has on_nonfinite="log" or checks no more (validate).
     """
+    norm_type = float(norm_type)  # "inf" too, as in torch
+    if not (norm_type > 0 and max_norm >= 0):
+        raise errors.no_norm(norm_type, max_norm)
     class_rows = [head.class_rows for head in heads]
     plain = others(parameters, class_rows)
-    norms, flags = gradient_norms(plain, class_rows, norm_type, any(rows.record.watches for rows in class_rows))
+    watched = any(rows.record.watches for rows in class_rows)
+    if scaler is not None or not watched:
+        look_at_wiring(scaler, plain, class_rows)
+    norms, flags = gradient_norms(plain, class_rows, norm_type, watched)
     if not norms:
         return torch.tensor(0.0)
     device = norms[0].device
@@ -73,9 +81,7 @@ def gradient_norms(
     """Return (norms of all gradients, those of each loss over its ranks; agreed flags for `decide`, if `check`)."""
     for rows in heads:
         if rows.live_optimizer is not None and rows.live_optimizer.update_in_backward:
-            raise RuntimeError(
-                "update_in_backward cannot be joined with clipping: rows moved before the norm was known"
-            )
+            raise errors.clipped_in_backward()
     plain = [*others(parameters, heads), *(p for rows in heads for p in rows.shared.values())]
     norms = [_norm(p.grad, norm_type) for p in plain if p.grad is not None]
     flags = local_flags(heads, [~norm.isfinite() for norm in norms]) if check else None

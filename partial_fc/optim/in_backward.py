@@ -11,6 +11,7 @@ from torch.profiler import record_function
 
 from partial_fc.nonfinite.check_gradients import agree_on_flags
 from partial_fc.nonfinite.describe import not_finite
+from partial_fc.nonfinite.scalers import scaled_and_stepped
 from partial_fc.nonfinite.step_check import decide, local_flags
 from partial_fc.rows import ClassRows, UpdateRows
 
@@ -29,6 +30,7 @@ def begin_update(optimizer: Any, start: Callable[[], Sequence[_Update]]) -> Upda
     optimizer.moved_in_backward = True
     rows: ClassRows = optimizer.class_rows
     # the hook of the loss has run: its losses and their gradient are in the record
+    optimizer.scaled_in_backward = bool(scaled_and_stepped(rows))
     if rows.record.watches and not _loss_is_finite(rows):
         return lambda a, b, grads: None
     updates = start()
@@ -42,8 +44,11 @@ def begin_update(optimizer: Any, start: Callable[[], Sequence[_Update]]) -> Upda
 
 
 def end_update(optimizer: Any) -> None:
-    """The optimizer's step() was called; RuntimeError if by a GradScaler, which gives it these attributes."""
-    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+    """The optimizer's step() was called; RuntimeError if by a GradScaler, which gives it these attributes, or after one
+    has scaled the loss."""
+    given = any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
+    if given or getattr(optimizer, "scaled_in_backward", False):
+        optimizer.scaled_in_backward = False
         raise RuntimeError(
             "update_in_backward cannot be joined with a GradScaler: rows moved before their gradient was unscaled"
         )

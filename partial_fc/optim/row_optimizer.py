@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from partial_fc.distributed.dtensors import local_part
-from partial_fc.nonfinite.check_gradients import check_step
+from partial_fc.nonfinite.check_gradients import check_own_step
 from partial_fc.optim.in_backward import begin_update, end_update
 from partial_fc.optim.optimizer_class import LowPrecision, check_arguments, construct, fused_moves, initial_state
 from partial_fc.optim.rounding import round_at_random
@@ -68,8 +68,6 @@ class RowOptimizer(RowState):
         super().__init__(list(rows.trainable), self.inner.defaults)
         self.param_groups[0]["params"] = rows.trainable  # this very list, which backward changes in place
         rows.optimizer = weakref.ref(self)
-        # makes a GradScaler call step() in any case and say so: then what cannot work is refused instead of ignored
-        self._step_supports_amp_scaling = update_in_backward
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and which rows had one; with False, gradients of all rows become zeros instead."""
@@ -93,7 +91,7 @@ class RowOptimizer(RowState):
         if self.update_in_backward:
             end_update(self)
         if record.unchecked:
-            check_step([rows], [])
+            check_own_step(rows)
         record.end()
         rows.updates += 1
         if record.skipped:

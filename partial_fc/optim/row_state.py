@@ -35,6 +35,12 @@ class RowState(OneGroup):
     inner: torch.optim.Optimizer
     initial_state: dict[str, float]
     low_precision: str | None
+    update_in_backward: bool
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Makes a GradScaler call step() in any case and say so: what cannot work is then refused, not ignored."""
+        return self.update_in_backward or bool(self.class_rows.record.untrained)
 
     def update_for_forward(self) -> Callable[[], UpdateRows]:
         """Return how the backward of a forward begins its update (update_in_backward); RuntimeError under float16."""

@@ -2,7 +2,7 @@
 
 For a logit z_ij = s x_i·w_j of a class that is no target, with p_ij = exp(z_ij − lse_i):
 
-    d_lse_i   = d_loss_i ((1 − ε) Σ_l weight_il + ε)       [N]      ε: label smoothing
+    d_lse_i   = d_loss_i ((1 − ε) Σ_l weight_il + ε)       [N]      ε: label smoothing (smoothing.py)
     d_z_ij    = d_lse_i p_ij − d_loss_i ε/|S|              [N, T]   a tile at a time
     d_x_i     = s Σ_j d_z_ij w_j                           [N, D]   then through the normalisation
     d_w_j     = s Σ_i d_z_ij x_i                           [T, D]   the same
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.batch.exchange import gradient_of_losses
+from partial_fc.distributed.derivatives import executes
 from partial_fc.distributed.ranks import start_reduce_scatter, sum_over_replicas
 from partial_fc.softmax import float16
 from partial_fc.softmax.decisions import decision_derivatives
@@ -40,7 +41,7 @@ class Derivatives(NamedTuple):
 
     d_lse: Tensor  # [N, 1]; multiplies exp(logit − lse)
     from_zero: Tensor  # [N, 1] d_lse exp(−lse); multiplies exp(logit)
-    d_every: Tensor  # [N] ∂L/∂(every selected logit), of label smoothing
+    d_every: Tensor  # [N] ∂L/∂(every selected logit), of label smoothing, but for the weight of the class
     d_cosine: Tensor  # [P] ∂L/∂(target cosine), 0 on ranks that do not own the class
     d_norm: Tensor  # [N] ∂L/∂‖X‖, by the margin
     d_offset: Tensor | None  # [1] ∂L/∂offset, of margins of binary decisions
@@ -49,7 +50,7 @@ class Derivatives(NamedTuple):
 def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Derivatives:
     """Return them from ∂L/∂(reduced loss)."""
     selection, options, targets = state.selection, state.options, state.targets
-    scale, smoothing = options.scale, options.label_smoothing
+    scale, smoothing = options.scale, state.smoothing
     z, lse = saved.target_logits, saved.lse[:, None]
     d_loss = gradient_of_losses(grad.to(saved.x.dtype), selection.batch, selection.sample_weights, options.reduction)
     d_offset = None
@@ -57,19 +58,21 @@ def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Deriv
         d_lse, d_z, d_offset = decision_derivatives(selection, options.binary, d_loss, z, saved.lse)
         from_zero = d_lse
     else:
-        d_lse = (d_loss * ((1 - smoothing) * selection.target_weights.sum(1) + smoothing))[:, None]
+        weights, of_all = selection.target_weights, d_loss.new_zeros(1)
+        if smoothing is not None:
+            weights, of_all = smoothing.counted(weights, saved.smoothed)
+        d_lse = (d_loss * (weights.sum(1) + of_all))[:, None]
         # bounded logits of others are at least -scale; where lse is less there are none: nothing may become infinite
         from_zero = d_lse * (-lse).clamp(max=scale + 1).exp()
-        d_z = d_lse * (z - lse).exp() - d_loss[:, None] * (1 - smoothing) * selection.target_weights
+        d_z = d_lse * (z - lse).exp() - d_loss[:, None] * weights
     d_every = torch.zeros_like(d_loss)
-    if smoothing:
-        d_every = -d_loss * smoothing / saved.smoothed_over
-        d_z = d_z + d_every[:, None]
+    if smoothing is not None:
+        d_every = smoothing.of_every(d_loss, saved.smoothed)
+        d_z = d_z + d_every[:, None] * smoothing.of_targets
     d_z = torch.where(targets.exists, d_z, 0.0).reshape(-1)
     d_cosine = d_z * saved.slope_cosine
-    if smoothing and not options.ruled:
-        # every row gets its share of label smoothing below; it is taken back where a margin replaces the logit
-        d_cosine = d_cosine - torch.where(targets.own, scale * d_every[targets.sample], 0.0)
+    if smoothing is not None:
+        d_cosine = d_cosine - smoothing.of_cosines(d_every, targets, scale)
     d_norm = torch.zeros_like(d_loss).index_add_(0, targets.sample, d_z * saved.slope_norm)
     if selection.ranks.rank == 0:  # the penalty is every sample's own; gradients are summed over the ranks
         d_norm = d_norm + d_loss * saved.slope_penalty
@@ -81,6 +84,7 @@ def backward(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved:
     state: ForwardState = ctx.state
     selection, sink = state.selection, state.sink
     want_x, want_w, want_b, want_offset, anchored, _ = ctx.needs_input_grad
+    anchored = anchored and executes()(ctx.next_functions[-1][0])  # not for autograd.grad(loss, embeddings)
     want_rows = want_w or want_b or anchored
     tiles = BackwardTiles(derivatives(grad, saved, state), weight, bias, saved, state)
     # with kept logits the sum of embedding gradients over ranks travels while the class gradients are computed
@@ -88,7 +92,7 @@ def backward(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved:
     overlap = overlap and selection.ranks.group is not None and sink.begin_update is None
     with record_function("partial_fc::backward_tiles"):
         dx, grads = tiles.run(want_x, want_rows and not overlap)
-    finish = _send(dx, state, ctx.embedding_dtype) if want_x else None
+    finish = _send(dx, state, ctx.embeddings.dtype) if want_x else None
     if overlap:
         with record_function("partial_fc::backward_tiles"):
             _, grads = tiles.run(False, True)
@@ -132,10 +136,8 @@ class BackwardTiles:
         self.scale = state.options.scale
         if state.rows.count:  # now: rows that are updated inside backward are others afterwards
             self.target_rows, self.target_inverse = state.rows.at(state.targets.row)
-        # where logits are scaled cosines, the share of label smoothing is the same for all rows of a sample
-        self.same_for_all = bool(state.options.label_smoothing) and not state.options.ruled
-        if self.same_for_all:
-            self.d_every_row = (d.d_every @ saved.x) * self.scale  # [D]
+        smoothing = state.smoothing
+        self.shares = None if smoothing is None else smoothing.shares(d.d_every, saved.x, saved.row_sum, self.scale)
 
     def run(self, want_x: bool, want_rows: bool) -> tuple[Tensor, list[Tensor]]:
         """Return (gradient of all embeddings from this rank's rows `[N, D]`, of rows `[S, ...]` and biases)."""
@@ -163,8 +165,8 @@ class BackwardTiles:
             at = slice(a, b) if update is None else slice(0, b - a)
             self._row_gradient(dw[at], e, weighted, w, a, b)
             if db is not None:
-                smoothing = self.d.d_every.sum() if self.same_for_all else 0.0
-                db[at] = torch.mv(e.t().to(self.stats), factor[:, 0]) + smoothing
+                smoothed = 0.0 if self.shares is None else self.shares.of_biases(a, b)
+                db[at] = torch.mv(e.t().to(self.stats), factor[:, 0]) + smoothed
             if update is not None:
                 grads = self._with_targets(dw[at], None if db is None else db[at], a)
                 update(a // centers, b // centers, grads)
@@ -190,8 +192,9 @@ class BackwardTiles:
         logits = tile_logits(self.scaled, w, state.rows.tile_bias(a, b), logits)
         if state.options.ruled:
             return ruled_gradient(
-                logits, a, state.options, state.rule, state.targets, lse, d.d_lse, d.d_every, state.product
-            )
+                logits, a, state.options, state.rule, state.targets, lse, d.d_lse, d.d_every, state.smoothing,
+                state.product,
+            )  # fmt: skip
         state.targets.mask(logits, a)
         if state.bounded:
             return logits.exp_().to(state.product), d.from_zero
@@ -209,8 +212,8 @@ class BackwardTiles:
             grad = float16.scaled_product(e, weighted).to(self.stats)
         else:
             grad = torch.mm(e.t(), weighted.to(product)).to(self.stats)
-        if self.same_for_all:
-            grad += self.d_every_row
+        if self.shares is not None:
+            self.shares.add_to_rows(grad, a, b)
         if rows.inverse is not None:
             tangent(grad, w, rows.inverse[a:b], out=out if out.dtype == grad.dtype else grad)
         if out.dtype != grad.dtype or rows.inverse is None:
@@ -220,8 +223,8 @@ class BackwardTiles:
         """Add the targets' share and go through the normalisation, in place."""
         if self.state.rows.count:
             dx.index_add_(0, self.state.targets.sample, self.target_rows * self.d.d_cosine[:, None])
-        if self.same_for_all:
-            dx += self.d.d_every[:, None] * (self.saved.row_sum[:-1] * self.scale)
+        if self.shares is not None:
+            dx += self.shares.of_x
         if self.state.rows.inverse is not None:
             tangent(dx, self.saved.x, self.saved.x_inverse, out=dx)
             dx.addcmul_(self.saved.x, self.d.d_norm[:, None])

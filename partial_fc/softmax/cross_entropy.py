@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partial_fc import errors
-from partial_fc.softmax.backward import Gradients, backward
+from partial_fc.distributed.derivatives import first_derivative
+from partial_fc.softmax.backward import backward
 from partial_fc.softmax.forward import Forwarded, SavedTensors, forward
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.measured import Measured
@@ -51,7 +51,9 @@ def sharded_cross_entropy(
     inputs = (embeddings, weight, bias, offset, anchor)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     dtypes = compute_dtypes(selection.batch.embeddings, weight)
-    with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
+    # the caller's hooks (activation checkpointing, offloading) are not for the small graphs of margins
+    hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
+    with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False), hooks:
         # detached: the state outlives backward and must not hold the parameters themselves
         of_bias = None if bias is None else bias.detach()
         forwarded = forward(selection, options, sink, weight.detach(), of_bias, dtypes, needs_grad)
@@ -68,14 +70,15 @@ class ShardedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         loss, _, _, saved, ctx.state = forwarded
         ctx.save_for_backward(weight, bias, *saved)
-        ctx.embedding_dtype = embeddings.dtype
+        ctx.embeddings = embeddings
         ctx.offset_dtype = None if offset is None else offset.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        if torch.is_grad_enabled():
-            raise errors.second_order()
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True
+            sources = ctx.embeddings, *ctx.saved_tensors[:2]
+            return first_derivative("PartialFC", ShardedCrossEntropy.backward, ctx, grad, *sources)
         weight, bias, *saved = ctx.saved_tensors
         with torch.autocast(weight.device.type, enabled=False):
             return backward(ctx, grad, weight, bias, SavedTensors(*saved))

@@ -18,7 +18,7 @@ from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.penalty import penalty_of
 from partial_fc.softmax.row_tiles import RowTiles, TargetRows, unit
 from partial_fc.softmax.ruled import Rule, nearest_centers, rows_of_classes, ruled_logits
-from partial_fc.softmax.smoothing import SmoothingSums
+from partial_fc.softmax.smoothing import Smoothing, SmoothingSums
 from partial_fc.softmax.tiles import tile_logits, tile_rows
 
 
@@ -35,7 +35,7 @@ class SavedTensors(NamedTuple):
     kept: Tensor  # [N · S] or empty
     maxima: Tensor  # [tiles, N, 1] or empty
     row_sum: Tensor  # [D + 1] or empty: sum of directions and biases, for label smoothing
-    smoothed_over: Tensor  # [1] or [N] or empty: how many classes label smoothing spreads over, on all ranks together
+    smoothed: Tensor  # [2, 1] or [2, N] or empty: how many classes label smoothing spreads over, their mean weight
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class ForwardState:
     tile: int  # rows of a tile
     product: torch.dtype  # of matrix products
     bounded: bool  # exponentials are of the logits themselves, no maximum subtracted
+    smoothing: Smoothing | None
 
 
 Forwarded = tuple[Tensor, Tensor, Measured, SavedTensors, ForwardState]
@@ -87,7 +88,8 @@ def forward(
     keep = selection.keep_logits and needs_grad and not (margin.binary and product is torch.float16)
     with record_function("partial_fc::forward_tiles"):
         bounded = is_bounded(options, stats, product)
-        state = ForwardState(selection, options, sink, rows, targets, rule, tile, product, bounded)
+        smoothing = Smoothing.of(options, selection, len(weight), stats) if options.label_smoothing else None
+        state = ForwardState(selection, options, sink, rows, targets, rule, tile, product, bounded, smoothing)
         sums = TileSums(x, state, keep)
         for t, (a, b) in enumerate(rows.tiles(tile)):
             sums.add(t, a, b)
@@ -98,20 +100,20 @@ def forward(
     hardest = found["hardest"].amax(0) if "hardest" in found else None
     of_targets = found["cosines"].sum(0).view_as(selection.targets)
     measured = Measured(of_targets, target_logits, targets.exists, norms, hardest, margin.scale)
-    smoothed_over = found["count"].sum(0).clamp_(min=1) if "count" in found else x.new_empty(0)
+    smoothed = x.new_empty(0) if smoothing is None else smoothing.combined(found)
     if margin.binary:
         losses = decision_losses(selection, margin.binary, target_logits, found["total"].sum(0))
         lse = found["active"].sum(0)
     else:
-        losses, lse = softmax_losses(found, target_logits, selection, options.label_smoothing, smoothed_over)
+        losses, lse = softmax_losses(found, target_logits, selection, smoothing, smoothed)
     slope_penalty = torch.zeros_like(norms)
     if margin.has_penalty:
-        penalty, slope_penalty = penalty_of(margin, norms, needs_grad)
+        penalty, slope_penalty = penalty_of(margin, norms, needs_grad, smoothing)
         losses = losses + penalty
     losses = torch.where(selection.sample_weights != 0, losses, 0.0) * selection.sample_weights
     row_sum = x.new_empty(0) if sums.smoothing is None else sums.smoothing.row_sum
     from_margin = slope_cosine, slope_norm, slope_penalty
-    saved = SavedTensors(x, x_inverse, lse, target_logits, *from_margin, sums.kept, sums.maxima, row_sum, smoothed_over)
+    saved = SavedTensors(x, x_inverse, lse, target_logits, *from_margin, sums.kept, sums.maxima, row_sum, smoothed)
     return _reduce(losses, selection, options.reduction), losses, measured, saved, state
 
 
@@ -191,7 +193,7 @@ class TileSums:
         in_place = keep and product == work
         self.scratch = None if in_place else x.new_empty(len(x) * min(state.tile, max(rows.count, 1)), dtype=work)
         self.scaled = (x if options.ruled else x * options.scale).to(product)
-        self.smoothing = SmoothingSums(x, options.ruled) if options.label_smoothing else None
+        self.smoothing = None if state.smoothing is None else SmoothingSums(x, state.smoothing)
         self.active = x.new_zeros(len(x)) if options.binary else None
         self.hardest = x.new_full((len(x),), torch.finfo(x.dtype).min) if options.metrics else None
 
@@ -208,14 +210,14 @@ class TileSums:
             cosines = logits
             logits, slope = ruled_logits(options, state.rule, cosines, state.targets, a)
             if self.smoothing is not None:
-                self.smoothing.add_logits(logits)
+                self.smoothing.add_logits(logits, a, b)
             if self.hardest is not None:
                 self._find_hardest(torch.where(logits > -torch.inf, cosines, -torch.inf), 1.0)
         else:
             state.targets.mask(logits, a)
             self._find_hardest(logits, options.scale)
             if self.smoothing is not None:
-                self.smoothing.add_rows(w, bias)
+                self.smoothing.add_rows(w, bias, a, b)
         if self.active is not None:
             self.total.add_(softplus(logits).sum(1, keepdim=True))
             self.active.add_(logits.sigmoid_().sum(1))
@@ -247,7 +249,7 @@ def combine(sums: TileSums, z: Tensor, cosines: Tensor, selection: Selection) ->
     parts = {"maximum": sums.maximum[:, 0], "total": sums.total[:, 0], "z": z, "cosines": cosines}
     if sums.smoothing is not None:
         scale, rows = sums.state.options.scale, sums.state.rows
-        parts["logits"], parts["count"] = sums.smoothing.finish(sums.state.targets, z, cosines, scale, rows.count)
+        parts |= sums.smoothing.finish(sums.state.targets, z, cosines, scale, rows.count)
     if sums.active is not None:
         parts["active"] = sums.active
     if sums.hardest is not None:
@@ -257,7 +259,7 @@ def combine(sums: TileSums, z: Tensor, cosines: Tensor, selection: Selection) ->
 
 
 def softmax_losses(
-    found: dict[str, Tensor], target_logits: Tensor, selection: Selection, smoothing: float, smoothed_over: Tensor
+    found: dict[str, Tensor], target_logits: Tensor, selection: Selection, smoothing: Smoothing | None, smoothed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return (losses `[N]`, lse `[N]` = log Σ exp over all selected classes)."""
     # in logarithms: where there is no class but the target, the exponential of its logit may be too small for float32
@@ -265,10 +267,8 @@ def softmax_losses(
     of_targets = torch.where(selection.targets >= 0, target_logits, -torch.inf).t()  # [L, N]
     lse = torch.cat((of_others, of_targets)).logsumexp(0)
     lse = torch.where(lse == -torch.inf, 0.0, lse)  # an ignored sample behind a filter may have no class; NaN stays
-    losses = (1 - smoothing) * (selection.target_weights * (lse[:, None] - target_logits)).sum(1)
-    if smoothing:
-        losses = losses + smoothing * (lse - found["logits"].sum(0) / smoothed_over)
-    return losses, lse
+    losses = (selection.target_weights * (lse[:, None] - target_logits)).sum(1)
+    return losses if smoothing is None else smoothing.losses(losses, lse, found["logits"].sum(0), smoothed), lse
 
 
 def _reduce(losses: Tensor, selection: Selection, reduction: str) -> Tensor:

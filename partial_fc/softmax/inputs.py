@@ -25,6 +25,7 @@ class LossOptions:
     reduction: str
     scale_embedding_grad: bool
     metrics: bool
+    class_weights: Tensor | None = None  # [C], for label smoothing
     scale: float = 1.0  # the margin's in this forward, known once its target logits are; `binary` alike
     binary: tuple[float, float] | None = None
 

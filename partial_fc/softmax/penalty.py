@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 from partial_fc.margins.base import Margin
+from partial_fc.softmax.smoothing import Smoothing
 
 
-def penalty_of(margin: Margin, norms: Tensor, needs_grad: bool) -> tuple[Tensor | float, Tensor]:
+def penalty_of(
+    margin: Margin, norms: Tensor, needs_grad: bool, smoothing: Smoothing | None
+) -> tuple[Tensor | float, Tensor]:
     """Return (what is added to the losses `[N]`, its derivative by the embeddings' lengths `[N]`)."""
     with torch.set_grad_enabled(needs_grad):
         leaf = norms.detach().requires_grad_(needs_grad)
         penalty = margin.penalty(leaf)
+        if penalty is not None and smoothing is not None:  # class weights are within the loss there
+            penalty = penalty * smoothing.of_samples
         if penalty is None or not needs_grad:
             return 0.0 if penalty is None else penalty, torch.zeros_like(norms)
         return penalty.detach(), torch.autograd.grad(penalty.sum(), leaf)[0]

@@ -16,6 +16,7 @@ from partial_fc.margins.base import Margin
 from partial_fc.softmax.float16 import scaled_values
 from partial_fc.softmax.inputs import LossOptions
 from partial_fc.softmax.row_tiles import RowTiles, TargetRows
+from partial_fc.softmax.smoothing import Smoothing
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def ruled_logits(
     sample's own under another label, and takes no part either.
     """
     slope = None
-    if rule is not None:
+    if rule is not None and torch.is_inference_mode_enabled():  # which nothing is differentiated in
+        logits = rule.margin.negative(cosines, rule.target) * options.scale
+    elif rule is not None:
         with torch.enable_grad():  # on one tile; the rule is elementwise, so the derivative of the sum is that of each
             leaf = cosines.detach().requires_grad_()
             ruled = rule.margin.negative(leaf, rule.target)
@@ -91,17 +94,18 @@ def ruled_gradient(
     lse: Tensor,
     d_lse: Tensor,
     d_every: Tensor,
+    smoothing: Smoothing | None,
     product: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Return (e `[N, T]`, factor `[N, 1]`) with ∂L/∂(scaled cosine) = e · factor, where the class is no target.
 
-    lse, d_lse: `[N, 1]`. d_every `[N]`: ∂L/∂(every selected logit), of label smoothing.
+    lse, d_lse: `[N, 1]`. d_every `[N]`: ∂L/∂(every selected logit), of label smoothing, but for the class's weight.
     """
     logits, slope = ruled_logits(options, rule, cosines, targets, a)
     e = logits.sigmoid() if options.binary else (logits - lse).exp_()
-    if options.label_smoothing:
+    if smoothing is not None:
         share = torch.where(d_lse != 0, d_every[:, None] / d_lse, 0.0)
-        e += share * (logits > -torch.inf)
+        e += share * (logits > -torch.inf) * smoothing.row_weights(a, a + e.shape[1])
     if slope is not None:
         e *= slope
     if product is not torch.float16:

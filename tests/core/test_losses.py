@@ -73,7 +73,7 @@ OPTIONS = [
     for loss, (rate, budget), (smoothing, beyond, weights) in itertools.product(
         ("arcface", "subcenter", "curricular", "magface"),
         ((1.0, None), (0.4, 0)),
-        ((0.1, None, False), (0.0, 0.3, False), (0.2, 0.2, True), (0.0, None, True)),
+        ((0.1, None, False), (0.0, 0.3, False), (0.2, 0.2, True), (0.0, None, True), (0.2, None, True)),
     )
 ]
 SHAPES = [

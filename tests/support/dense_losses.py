@@ -6,7 +6,7 @@
             weight 1
     cosines [N, S]      of x and w, the largest over sub-centers
     own     [N, S]      cosines of the samples' own classes, 0 elsewhere
-    losses  [N]         before they are weighted and reduced
+    losses  [N]         before they are weighted by sample and reduced; class weights are in them
 
 `Loss(...)` is called once per training step, as a head is, and updates the margin's state.
 """
@@ -74,10 +74,18 @@ def share_of(
     return share, (labels != ignore).any(1)
 
 
-def reduced(losses: Tensor, worth: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
-    """(the reduced loss, what each sample counts for in it `[N]`); worth `[N]`: weights of samples, 0 where ignored."""
-    total = worth.sum()
-    coefficient = worth / total if reduction == "mean" and total > 0 else worth
+def reduced(
+    losses: Tensor, worth: Tensor, reduction: str = "mean", of_class: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(the reduced loss, what each sample counts for in it `[N]`).
+
+    worth `[N]`: weights of samples, 0 where ignored. of_class `[N]`: weights of their classes, which the losses have in
+    them, and by whose sum a mean is divided.
+    """
+    total = (worth * of_class).sum()
+    coefficient = worth
+    if reduction == "mean":
+        coefficient = worth / total if total > 0 else torch.zeros_like(worth)
     weighted = torch.where(coefficient != 0, losses, 0.0) * coefficient
     return (weighted if reduction == "none" else weighted.sum()), coefficient
 
@@ -124,7 +132,7 @@ class Loss:
         worth = (share > 0).any(1).double()
         if sample_weights is not None:
             worth = worth * sample_weights
-        return reduced(losses, worth * self.class_weight(share, classes), self.reduction)[0]
+        return reduced(losses, worth, self.reduction, self.class_weight(share, classes))[0]
 
     def class_weight(self, share: Tensor, classes: Tensor) -> Tensor:
         """`[N]`: the mean weight of each sample's classes."""
@@ -145,9 +153,10 @@ class Loss:
     ) -> Tensor:
         """`[N]`. drawn: broadcast to `[N, S]`. What it goes through stays in the attributes."""
         hit = share > 0
+        of_class = self.class_weight(share, classes)
         if self.name == "Softmax":
             self.logits = x @ w.T + (0.0 if bias is None else bias)
-            return self.softmax(self.logits, share, torch.zeros_like(hit))
+            return self.softmax(self.logits, share, torch.zeros_like(hit), classes)
         directions, self.norm = unit(x)
         rows, self.row_norm = unit(w)
         self.by_center = torch.einsum("nd,skd->nsk", directions, rows.reshape(len(w), -1, x.shape[1]))
@@ -158,16 +167,20 @@ class Loss:
         others = self.rule(self.cosines, self.margined, share)
         skipped = torch.zeros_like(hit) if self.beyond is None else (self.cosines > self.beyond) & ~hit
         if self.name == "SphereFace2":
-            return self.binary(self.scale * self.margined + offset, self.scale * others + offset, share, skipped)
-        losses = self.softmax(self.scale * torch.where(hit, self.margined, others), share, skipped)
-        return losses + self.penalty() if self.name == "MagFace" else losses
+            return of_class * self.binary(
+                self.scale * self.margined + offset, self.scale * others + offset, share, skipped
+            )
+        losses = self.softmax(self.scale * torch.where(hit, self.margined, others), share, skipped, classes)
+        return losses + of_class * self.penalty() if self.name == "MagFace" else losses
 
-    def softmax(self, logits: Tensor, share: Tensor, skipped: Tensor) -> Tensor:
-        """Cross-entropy over the classes that are not skipped, with label smoothing over the same."""
+    def softmax(self, logits: Tensor, share: Tensor, skipped: Tensor, classes: Tensor) -> Tensor:
+        """Cross-entropy over the classes that are not skipped, with label smoothing over the same:
+        (1 − ε) w_y nll + ε/C Σ_c w_c (−log p_c), as torch.nn.functional.cross_entropy(weight=, label_smoothing=)."""
         log_p = torch.where(skipped, 0.0, logits) - logits.masked_fill(skipped, -math.inf).logsumexp(1, keepdim=True)
         log_p = torch.where(skipped.all(1, keepdim=True), 0.0, log_p)
-        even = torch.where(skipped, 0.0, log_p).sum(1) / (~skipped).sum(1).clamp(min=1)
-        own = torch.where(share > 0, share * log_p, 0.0).sum(1)
+        of_classes = torch.ones(len(classes)) if self.class_weights is None else self.class_weights[classes]
+        even = torch.where(skipped, 0.0, of_classes * log_p).sum(1) / (~skipped).sum(1).clamp(min=1)
+        own = torch.where(share > 0, share * log_p, 0.0).sum(1) * self.class_weight(share, classes)
         return -(1 - self.smoothing) * own - self.smoothing * even
 
     def binary(self, own: Tensor, others: Tensor, share: Tensor, skipped: Tensor) -> Tensor:

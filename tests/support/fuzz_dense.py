@@ -92,7 +92,10 @@ class Losses:
         if case.margin == "AdaptiveMargin":
             settings["class_counts"] = class_counts_of(case)
         self.case, self.bounds, self.x, self.w = case, bounds, x, w
-        self.dense = Loss(case.margin, settings, case.smoothing, beyond=case.beyond, state=dict(state))
+        self.dense = Loss(
+            case.margin, settings, case.smoothing, beyond=case.beyond, class_weights=class_weights_of(case), state=dict(state)
+        )  # fmt: skip
+        self.heaviest = 1.0 if self.dense.class_weights is None else max(1.0, float(self.dense.class_weights.max()))
         self.k = (x.shape[1] + len(x) + len(w) + 16) * bounds.u * SAFETY
         self.slope = self.factor = 1.0
 
@@ -100,7 +103,9 @@ class Losses:
         self, share: Tensor, classes: Tensor, drawn: Tensor | None, bias: Tensor | None, offset: Tensor | None
     ) -> Tensor:
         losses = self.dense.losses(self.x, self.w, share, classes, bias, offset, drawn)
-        self.total_slope = torch.ones(len(losses), dtype=torch.float64)  # of a loss by its logits, half of it
+        self.total_slope = torch.full(
+            (len(losses),), self.heaviest, dtype=torch.float64
+        )  # of a loss by its logits, half of it
         self.extra = torch.zeros(len(losses), dtype=torch.float64)  # the part of a loss that is of no logit
         if self.case.margin == "Softmax":
             some = self.dense.logits.numel() > 0
@@ -118,9 +123,9 @@ class Losses:
         if self.case.margin == "SphereFace2":
             balance = self.dense.settings["balance"]
             left = (share == 0) & ~self._skipped(share)
-            self.total_slope = (balance * share.sum(1) + (1 - balance) * left.sum(1)) / scale
+            self.total_slope = self.heaviest * (balance * share.sum(1) + (1 - balance) * left.sum(1)) / scale
         if self.case.margin == "MagFace":
-            self.extra = self.dense.penalty().detach()
+            self.extra = self.heaviest * self.dense.penalty().detach()
         return losses
 
     def _skipped(self, share: Tensor) -> Tensor:
@@ -194,7 +199,7 @@ class Losses:
         by_x = total * slope * torch.where(norm > 1e-12, 1 / norm, 0.0)
         if self.case.margin == "MagFace":
             s = self.case.settings
-            by_x = by_x + 2 * self.dense.scale * self._rise + s["penalty_weight"] / s["l_a"] ** 2
+            by_x = by_x + self.heaviest * (2 * self.dense.scale * self._rise + s["penalty_weight"] / s["l_a"] ** 2)
         inverse = torch.where(rows > 1e-12, 1 / rows, 0.0)
         inverse = inverse if inverse.ndim == 1 else inverse.amax(1)
         return by_x, (total * slope)[:, None] * inverse[None], total
@@ -312,9 +317,8 @@ class Check:
         drawn = self.drawn(found, batch, chosen, x, w)  # type: ignore[arg-type]
         losses = dense.of(share[:, chosen], chosen, drawn, bias, offset)
         of_center = part.double() if batch.sample_weights is None else part * batch.sample_weights
-        dense.dense.class_weights = class_weights_of(case)
-        worth = of_center * dense.dense.class_weight(share[:, chosen], chosen)
-        loss, coefficient = reduced(losses, worth, case.reduction)
+        of_class = dense.dense.class_weight(share[:, chosen], chosen)
+        loss, coefficient = reduced(losses, of_center, case.reduction, of_class)
         allowed = dense.loss_errors(losses)
         by_rank = torch.split(torch.arange(len(x)), list(case.counts))
         objective = (loss * batch.factors).sum() if case.reduction == "none" else loss * batch.factors[0]
