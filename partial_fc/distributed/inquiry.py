@@ -57,9 +57,6 @@ _OWN_ERRORS = re.compile(
 _TIMEOUT = re.compile(r"[Tt]imed out (?:after )?waiting (?:for )?(\d+) ?ms")
 
 
-# What gloo and NCCL write about a peer. Specific, because a DataLoader's errors also mention timeouts and connections.
-_PEER_ERRORS = re.compile(r"gloo/transport|gloo/rendezvous|caused pair closure|NCCL|ncclSystemError|ncclRemoteError")
-
 
 # --------------------------------------------------------------------------------------------------- processes of ranks
 
