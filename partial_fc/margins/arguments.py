@@ -154,6 +154,8 @@ def set_argument(margin: Any, name: str, value: Any) -> bool:
     cls = type(margin)
     names = {*argument_names(cls), *given.arguments}
     name = margin.other_names.get(name, name) if margin.other_names.get(name, name) in names else name
+    if inspect.isdatadescriptor(getattr(cls, name, None)):
+        return False  # a property of one's own
     own = cls.__module__.startswith("partial_fc.")
     if name not in names:
         _refuse_without_effect(margin, name, value, given, own)
@@ -208,7 +210,7 @@ def change(margin: Any, given: Given, asked: dict[str, Any]) -> None:
 def made(margin: nn.Module, arguments: dict[str, Any], prepared: tuple[int, int] | None) -> Any:
     """Return a margin of the same class with these arguments. ValueError if they are refused."""
     cls = type(margin)
-    with torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             other = cls(**arguments)
         except TypeError as error:
