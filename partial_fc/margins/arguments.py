@@ -66,7 +66,8 @@ def remembering(init: Function) -> Function:
             return
         arguments = _named([init], self, args, kwargs, defaults=True)
         if outermost:
-            inits = [each.__init__ for each in type(self).__mro__ if "__init__" in vars(each)]
+            classes: list[Any] = [each for each in type(self).__mro__ if "__init__" in vars(each)]
+            inits = [each.__init__ for each in classes]
             arguments = {
                 name: _copied(plain(v)) for name, v in _named(inits, self, args, kwargs, defaults=True).items()
             }
@@ -117,9 +118,13 @@ def _signature(init: Any) -> inspect.Signature:
     return inspect.signature(init)
 
 
-@functools.lru_cache(maxsize=512)
 def argument_names(cls: Any) -> tuple[str, ...]:
     """Return the names that a class's constructor takes, itself or in **options for the class above."""
+    return _argument_names(cls)
+
+
+@functools.lru_cache(maxsize=512)
+def _argument_names(cls: Any) -> tuple[str, ...]:
     found: list[str] = []
     for each in cls.__mro__:
         if "__init__" not in vars(each) or each is nn.Module:
