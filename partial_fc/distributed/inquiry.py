@@ -57,7 +57,6 @@ _OWN_ERRORS = re.compile(
 _TIMEOUT = re.compile(r"[Tt]imed out (?:after )?waiting (?:for )?(\d+) ?ms")
 
 
-
 # --------------------------------------------------------------------------------------------------- processes of ranks
 
 _registered_in: weakref.ref[dist.ProcessGroup] | None = None  # the default group whose store has this process

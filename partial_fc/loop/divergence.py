@@ -101,15 +101,11 @@ class DivergenceWatch:
         buffers: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        given, every = every, as_whole(every) or 0
-        if every < 1:
-            raise ValueError(f"every must be at least 1 step, not {given!r}")
         check_choice("on_divergence", on_divergence, ("raise", "log"))
         for thing in things:
             if not isinstance(thing, nn.Module | torch.optim.Optimizer):
                 raise TypeError(f"a DivergenceWatch takes modules and optimizers, not {type(thing).__name__}")
         self.things = things
-        self.every = every
         self.on_divergence = on_divergence
         self.buffers = buffers
         self.group = dist.group.WORLD if group is None and dist.is_initialized() else group
@@ -117,7 +113,11 @@ class DivergenceWatch:
         self._step = 0
         self._last_equal: int | None = None  # the last step known to be equal on all ranks
         self._recorded: list[_StepSums] = []
-        check_same("every", every, self.group)
+        steps = as_whole(every)
+        check_same("every", repr(every) if steps is None else steps, self.group)
+        if steps is None or steps < 1:
+            raise ValueError(f"every must be at least 1 step, not {every!r}")
+        self.every = steps
 
     def step(self, number: int | None = None) -> None:
         """Record the checksums of this step; every `every` steps, compare the recorded ones. Every rank must call it.

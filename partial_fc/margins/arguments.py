@@ -66,7 +66,8 @@ def remembering(init: Function) -> Function:
             return
         arguments = _named([init], self, args, kwargs, defaults=True)
         if outermost:
-            inits = [each.__init__ for each in type(self).__mro__ if "__init__" in vars(each)]
+            classes: list[Any] = [each for each in type(self).__mro__ if "__init__" in vars(each)]
+            inits = [each.__init__ for each in classes]
             arguments = {
                 name: _copied(plain(v)) for name, v in _named(inits, self, args, kwargs, defaults=True).items()
             }
@@ -117,9 +118,13 @@ def _signature(init: Any) -> inspect.Signature:
     return inspect.signature(init)
 
 
-@functools.lru_cache(maxsize=512)
 def argument_names(cls: Any) -> tuple[str, ...]:
     """Return the names that a class's constructor takes, itself or in **options for the class above."""
+    return _argument_names(cls)
+
+
+@functools.lru_cache(maxsize=512)
+def _argument_names(cls: Any) -> tuple[str, ...]:
     found: list[str] = []
     for each in cls.__mro__:
         if "__init__" not in vars(each) or each is nn.Module:
@@ -154,6 +159,8 @@ def set_argument(margin: Any, name: str, value: Any) -> bool:
     cls = type(margin)
     names = {*argument_names(cls), *given.arguments}
     name = margin.other_names.get(name, name) if margin.other_names.get(name, name) in names else name
+    if inspect.isdatadescriptor(getattr(cls, name, None)):
+        return False  # a property of one's own
     own = cls.__module__.startswith("partial_fc.")
     if name not in names:
         _refuse_without_effect(margin, name, value, given, own)
@@ -208,7 +215,7 @@ def change(margin: Any, given: Given, asked: dict[str, Any]) -> None:
 def made(margin: nn.Module, arguments: dict[str, Any], prepared: tuple[int, int] | None) -> Any:
     """Return a margin of the same class with these arguments. ValueError if they are refused."""
     cls = type(margin)
-    with torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             other = cls(**arguments)
         except TypeError as error:

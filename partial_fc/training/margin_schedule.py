@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from partial_fc import Margin, MarginSchedule, PartialFC
 from partial_fc.loop.margin_schedule import Shape
@@ -86,7 +87,7 @@ class MarginScheduleConfig:
         except ValueError as error:
             raise UserError(f"--head.margin_schedule: {error}") from error
 
-    def _steps(self, steps_per_epoch: int) -> dict[str, int | list[int]]:
+    def _steps(self, steps_per_epoch: int) -> dict[str, Any]:
         if self.shape == "step":
             return {"milestones": [max(1, round(each * steps_per_epoch)) for each in self.milestones or []]}
         begin = round(self.begin_epochs * steps_per_epoch)

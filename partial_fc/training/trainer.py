@@ -289,7 +289,8 @@ class Trainer:
         self.faults.at("optimizer", self.progress.step + 1)
         if self.center is not None:
             self.center.step()  # if the step was skipped, it only discards what it has collected
-        for schedule in (*self.schedules, *self.margin_schedules.values()):
+        schedules: list[Any] = [*self.schedules, *self.margin_schedules.values()]
+        for schedule in schedules:
             schedule.step()
         if self.watch is not None:
             self.watch.step(self.progress.step + 1)

@@ -34,6 +34,7 @@ from partial_fc.distributed.operation import operation
 from partial_fc.distributed.ranks import Ranks
 from partial_fc.errors import log
 from partial_fc.head import PartialFC
+from partial_fc.margins.state import describe_as_built
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.optim.row_state import MASTER
 from partial_fc.shards import local_part
@@ -78,7 +79,7 @@ def export_weights(path: str | os.PathLike[str], rows_of: HeadOrCenters, *, over
         "head" if isinstance(rows_of, PartialFC) else "center",
         rows_of.num_classes,
         rows_of.embedding_size,
-        rows_of.margin.describe() if isinstance(rows_of, PartialFC) else None,
+        describe_as_built(rows_of.margin) if isinstance(rows_of, PartialFC) else None,
     )
 
     def prepare() -> None:

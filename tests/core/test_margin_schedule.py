@@ -291,6 +291,25 @@ class Fixing(ArcFace):
         self.extra = extra
 
 
+class Described(Margin):
+    """Has a property for an argument, which decides itself what setting it means."""
+
+    def __init__(self, m: float = 0.1) -> None:
+        super().__init__(16.0)
+        self.doubled = 2 * m
+
+    @property
+    def m(self) -> float:
+        return self.doubled / 2
+
+    @m.setter
+    def m(self, value: float) -> None:
+        self.doubled = 2 * value
+
+    def target(self, cosine, positives):  # type: ignore[no-untyped-def]
+        return cosine - self.doubled
+
+
 class Warming(Margin):
     """Moves an argument of its own in its target."""
 
@@ -322,6 +341,11 @@ def test_a_margin_of_ones_own_changes_as_the_others_do():
     assert (fixing.scale, fixing.margin, fixing.extra) == (4.0, 0.3, 1.0)
     with pytest.raises(ValueError, match="Fixing cannot be built with extra=1.0, scale=4.0, margin=0.4"):  # noqa: RUF043
         fixing.margin = 0.4
+    described = PartialFC(D, C, Described())
+    described.margin.m = 0.2
+    other = PartialFC(D, C, Described())
+    other.load_state_dict(described.state_dict())
+    assert other.margin.doubled == described.margin.doubled == 0.4
     warming = Warming()
     head = PartialFC(D, C, warming)
     for expected in (0.1, 0.2, 0.25, 0.25):
@@ -573,6 +597,10 @@ def test_expand_keeps_a_margin_as_it_is_now():
     other.load_state_dict(head.state_dict())
     assert other.margin.margin == pytest.approx(0.2)
     adaptive = PartialFC(D, C, AdaptiveMargin(COUNTS))
+    with torch.inference_mode():  # as in an evaluation between steps
+        adaptive.margin.largest = 0.45
+    adaptive(torch.randn(2, D, requires_grad=True), torch.tensor([1, 2])).backward()
+    adaptive.zero_grad()
     moved = MarginSchedule(adaptive, start=0.1, end=0.5, end_step=4, argument="largest")
     adaptive.expand(1, margin=AdaptiveMargin([*COUNTS, 2]))
     moved.step()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+import torch
 import yaml
 from launched import logged, tiny_run
 
@@ -40,8 +39,7 @@ def test_a_run_moves_its_margin_and_resumes_within_an_epoch(tmp_path, capsys, mo
         return step(trainer)
 
     monkeypatch.setattr(Trainer, "_step", until_the_first)
-    with pytest.raises(KeyboardInterrupt):
-        main(["train", config, *SCHEDULE, "--output.folder", str(tmp_path / "stopped")])
+    assert main(["train", config, *SCHEDULE, "--output.folder", str(tmp_path / "stopped")]) != 0
     assert main(["train", "--resume", str(tmp_path / "stopped")]) == 0
     assert "step 1" in capsys.readouterr().out
     assert logged(tmp_path / "stopped") == rows
@@ -81,8 +79,6 @@ def test_mistakes_are_one_clear_error(given, words):
 )
 def test_what_the_settings_mean(given, values):
     config = to_config(train_parser(), [f"--head.margin_schedule.{each}" for each in given.split()])
-    import torch
-
     head = config.head.build(4, torch.ones(5), 0, torch.device("cpu"))
     schedule = config.head.margin_schedule.build(head, steps_per_epoch=10)
     assert schedule is not None
@@ -96,4 +92,3 @@ def test_help_names_every_setting(capsys):
     told = capsys.readouterr().out
     for name in ("start", "argument", "shape", "begin_epochs", "end_epochs", "milestones"):
         assert f"--head.margin_schedule.{name}" in told
-    assert Path(__file__).exists()
