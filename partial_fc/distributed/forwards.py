@@ -40,7 +40,7 @@ def surroundings() -> tuple[Callable[[], Any], ...]:
     transform = getattr(getattr(bindings, "_functorch", None), "peek_interpreter_stack", None)
     looks: list[Callable[[], Any]] = [torch.is_grad_enabled, lambda: (None, None), lambda: -1, lambda: None]
     if works(_sees_hooks, hooks):
-        looks[1] = partial(hooks, True)  # type: ignore[arg-type]
+        looks[1] = partial(hooks, True)  # type: ignore[arg-type,misc]
     if works(_sees_backward, task):
         looks[2] = task  # type: ignore[assignment]
     if works(_sees_transform, transform):

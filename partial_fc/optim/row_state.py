@@ -156,9 +156,10 @@ class RowState(OneGroup):
 
     def follow_parameters(self) -> None:
         """Take state to the device and dtype of its parameter, which was moved or cast; not to the meta device."""
-        for parameter, state in self.state.items():
-            if local_part(parameter.detach()).device.type == "meta":
+        for parameter in self.class_rows.everything:
+            if parameter not in self.state or local_part(parameter.detach()).device.type == "meta":
                 continue
+            state = self.state[parameter]
             if parameter.dtype not in HALF:  # it would be older than the weights where they become half again
                 state.pop(MASTER, None)
             state.update({key: self._fitted(value, parameter) for key, value in state.items()})

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from common import message_of
 from engines_common import IMAGE, D, backbone
 from shards import whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from partial_fc import load_checkpoint, save_checkpoint
+from partial_fc import PartialFC, RowOptimizer, load_checkpoint, save_checkpoint
 from partial_fc.engines.deepspeed import import_deepspeed
+from partial_fc.engines.joint import JointOptimizer
 from partial_fc.engines.state import BackboneState, OptimizerState, whole_state
 
 pytest.importorskip("deepspeed")
@@ -123,6 +125,21 @@ def refused(rank: int, world: int) -> str:
     with pytest.raises(ValueError, match="ZeRO-0") as error:
         BackboneState(engine)
     return str(error.value)
+
+
+def heads_optimizer(rank: int, world: int) -> list[str]:
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}
+    model = backbone()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = import_deepspeed().initialize(model=model, optimizer=plain, config=config)
+    own = RowOptimizer(torch.optim.SGD, PartialFC(4, 5), lr=0.1)
+    return [message_of(OptimizerState, engine, each) for each in (own, JointOptimizer(plain, own))]
+
+
+def test_the_optimizer_of_a_head_is_not_that_of_the_engine(ranks):
+    first, second = ranks(2).run(heads_optimizer)
+    assert first == second
+    assert all("is not the optimizer of the DeepSpeed engine; save it by a name of its own" in text for text in first)
 
 
 def test_half_precision_without_zero_is_refused(ranks):

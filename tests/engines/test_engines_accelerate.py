@@ -4,6 +4,7 @@ process."""
 from __future__ import annotations
 
 import contextlib
+import pickle
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from engines_common import (
 from torch import nn
 
 from partial_fc import RowOptimizer
-from partial_fc.engines.accelerate import clip_grad_norm_, prepare_heads, save_heads_with
+from partial_fc.engines.accelerate import HeadOptimizer, clip_grad_norm_, prepare_heads, save_heads_with
 from partial_fc.engines.ddp import ignore_heads
 
 DECAY = 0.9
@@ -235,6 +236,28 @@ def test_what_is_not_for_prepare_is_refused(ranks):
         strict=True,
     ):
         assert text.startswith(words)
+
+
+def test_a_prepared_optimizer_keeps_the_protocol():
+    """Hooks are those of the RowOptimizer; what cannot be saved is refused when it is named."""
+    engine, head = accelerator(), new_head()
+    own = RowOptimizer(torch.optim.SGD, head, lr=0.1)
+    prepared = prepare_heads(engine, own)
+    seen: list[Any] = []
+    prepared.register_step_post_hook(lambda optimizer, *_: seen.append(optimizer))
+    prepared.register_state_dict_post_hook(lambda optimizer, state: {**state, "version": 1})
+    prepared.step()
+    assert seen == [own] and prepared.state_dict()["version"] == 1
+    for use, words in (
+        (lambda: prepared.add_param_group({"params": []}), "another RowOptimizer for another head"),
+        (lambda: save_heads_with(engine, head=head, epoch=3), "epoch=3 is a plain value"),
+        (lambda: pickle.dumps(prepared), "cannot be pickled"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            use()
+    scaled = HeadOptimizer(own, device_placement=False, scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(ValueError, match="a closure cannot be given"):
+        scaled.step(lambda: 0.0)
 
 
 def test_one_process_without_a_group():

@@ -13,7 +13,7 @@ import torch
 from shards import local
 from torch import Tensor
 
-from partial_fc import ArcFace, PartialFC, RankFiles, RowOptimizer, import_weights, load_checkpoint
+from partial_fc import ArcFace, PartialFC, RankFiles, RowOptimizer, Softmax, import_weights, load_checkpoint
 from partial_fc.training.cli.main import main
 
 C, D = 23, 6
@@ -193,6 +193,34 @@ def test_state_must_be_that_of_the_optimizer(tmp_path):
     assert torch.equal(head.weight, before)
     import_weights(tmp_path / "none", head)
     assert torch.equal(head.weight, matrix(1).float())
+
+
+def test_options_of_the_files_are_told_of(tmp_path, caplog):
+    """import_weights leaves options alone and says so; the checkpoint of the command brings them."""
+    write(tmp_path / "run", "checkpoint")
+    head = PartialFC(D, C, dtype=torch.float64)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.3, momentum=0.8)
+    with caplog.at_level(logging.WARNING, "partial_fc"):
+        import_weights(tmp_path / "run", head, optimizer=optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert "the optimizer keeps {'lr': 0.3" in caplog.text and "has {'lr': 0.05" in caplog.text
+    assert "set them in optimizer.param_groups[0]" in caplog.text
+    assert main(["import", str(tmp_path / "run"), "--output", str(tmp_path / "start")]) == 0
+    load_checkpoint(tmp_path / "start", head=head, head_optimizer=optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    caplog.clear()
+    import_weights(tmp_path / "run", head, optimizer=optimizer)
+    assert "keeps" not in caplog.text
+
+
+def test_momentum_of_a_head_with_a_bias_is_imported(tmp_path):
+    write(tmp_path / "run", "checkpoint")
+    assert main(["import", str(tmp_path / "run"), "--output", str(tmp_path / "start"), "--margin", "Softmax"]) == 0
+    head = PartialFC(D, C, Softmax(), dtype=torch.float64)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.3, momentum=0.8)
+    load_checkpoint(tmp_path / "start", head=head, head_optimizer=optimizer)
+    assert optimizer.state[head.weight]["momentum_buffer"].shape == (C, D)
+    assert optimizer.param_groups[0]["lr"] == 0.05
 
 
 # -------------------------------------------------------------------------------------------- momentum that is left out

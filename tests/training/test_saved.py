@@ -1,0 +1,101 @@
+"""A run, or a checkpoint of it, as the source of weights for another run: `--head.weights RUN`, `--backbone.weights RUN`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from partial_fc import Checkpointer, PartialFC, Progress, import_weights, save_checkpoint
+from partial_fc.distributed.groups import ranks_of
+from partial_fc.shards import ClassShards
+from partial_fc.training.backbones import build_backbone
+from partial_fc.training.cli.main import main, train_parser
+from partial_fc.training.config import to_config
+from partial_fc.training.data import open_data
+from partial_fc.training.engine import make_accelerator
+from partial_fc.training.run_parts import build_parts
+from partial_fc.training.saved import backbone_in, checkpoint_in, heads_in
+
+RUN = ["--config", "configs/quickstart.yaml", "--data.identities", "60", "--train.batch_size", "64"]
+
+
+def small_run(folder: Path, *, backbone: str = "small", classes: int = 60, width: int = 128) -> tuple[Any, PartialFC]:
+    """A run folder as far as weights are concerned: settings and two checkpoints. Returns what the newest holds."""
+    head = PartialFC(width, classes, seed=77)
+    torch.manual_seed(9)
+    module = build_backbone(backbone, image_shape=(1, 32, 32), embedding_size=width)
+    checkpointer = Checkpointer(folder / "checkpoints")
+    for step in (1, 2):
+        with torch.no_grad():
+            head.weight.add_(1)
+            next(module.parameters()).add_(1)
+        checkpointer.save(step, backbone=module, head=head, progress=Progress(step=step))
+    checkpointer.release()
+    (folder / "config.yaml").write_text(f"backbone: {{name: {backbone}, embedding_size: {width}}}\n")
+    return module, head
+
+
+def test_a_run_or_a_checkpoint_of_it_is_a_source_of_both(tmp_path, monkeypatch, mistake):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    run = tmp_path / "run"
+    module, head = small_run(run)
+    config = to_config(train_parser(), RUN)
+    data = open_data(config.data, config.seed)
+    accelerator = make_accelerator(config)
+    for named in (run, run / "checkpoints", run / "checkpoints" / "step-000000002"):
+        config.backbone.weights = str(named)
+        built = build_parts(config, data.train, data.train, accelerator, 1, resume=False)
+        own = built.engine.named()["backbone"].state_dict()
+        assert all(torch.equal(own[name], value) for name, value in module.state_dict().items())
+        import_weights(config.head.weights_source(str(named)), built.head)
+        assert torch.equal(built.head.weight, head.weight)
+    start = ["train", *RUN, "--output.folder", str(tmp_path / "new"), "--check"]
+    assert main([*start, "--head.weights", str(run), "--backbone.weights", str(run)]) == 0
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "empty" / "config.yaml").write_text("{}\n")
+    (tmp_path / "other").mkdir()
+    save_checkpoint(tmp_path / "mine", model=nn.Linear(2, 2), first=PartialFC(4, 5))
+    save_checkpoint(tmp_path / "heads", first=PartialFC(4, 5))
+    for option in ("head", "backbone"):
+        flag = f"--{option}.weights"
+        assert "there is no" in mistake(*start, flag, tmp_path / "nothing")
+        assert "the run" in (text := mistake(*start, flag, tmp_path / "empty")) and "no complete checkpoint yet" in text
+        assert "neither a run nor a checkpoint of this project" in mistake(*start, flag, tmp_path / "other")
+    assert "has no class weights named head; it has first" in mistake(*start, "--head.weights", tmp_path / "mine")
+    assert "has no backbone; it has first" in mistake(*start, "--backbone.weights", tmp_path / "heads")
+    assert "do not fit the backbone" in mistake(*start, "--backbone.weights", tmp_path / "mine")
+    small_run(tmp_path / "wide", width=64)
+    text = mistake(*start, "--backbone.weights", tmp_path / "wide")
+    assert "different shapes" in text and "the run's backbone is small with embeddings of 64" in text
+    damaged = run / "checkpoints" / "step-000000002" / "manifest.json"
+    damaged.write_text("{")
+    assert "checkpoint" in mistake(*start, "--backbone.weights", damaged.parent)
+    assert main([*start, "--head.weights", str(run), "--backbone.weights", str(run)]) == 0  # the one before it
+
+
+def written_in_rows(rank: int, world: int, folder: str) -> None:
+    """As of FSDP2 and DeepSpeed: each rank has its rows of the backbone."""
+    shards = ClassShards.split(5, ranks_of(None), torch.device("cpu"))
+    whole = torch.arange(10.0).view(5, 2)
+
+    class Rows:
+        def state_dict(self) -> dict[str, Any]:
+            return {"fc.weight": shards.wrap(whole[shards.lo : shards.hi].clone()), "fc.bias": torch.ones(5)}
+
+    save_checkpoint(folder, backbone=Rows(), head=PartialFC(4, 7))  # type: ignore[arg-type]
+
+
+def read_on_ranks(rank: int, world: int, folder: str) -> bool:
+    found = checkpoint_in(folder)
+    assert found is not None and heads_in(found) == ["head"]
+    tensors = backbone_in(found)
+    return torch.equal(tensors["fc.weight"], torch.arange(10.0).view(5, 2)) and tensors["fc.bias"].sum() == 5
+
+
+def test_a_backbone_in_rows_is_read_at_any_world_size(ranks, tmp_path):
+    ranks(2).run(written_in_rows, str(tmp_path))
+    assert read_on_ranks(0, 1, str(tmp_path))
+    assert all(ranks(3).run(read_on_ranks, str(tmp_path)))
