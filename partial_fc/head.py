@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.batch.exchange import GlobalBatch
+from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET as DEFAULT_LOGITS_BUDGET
 from partial_fc.classes.head_state import HeadState, check_head_arguments
-from partial_fc.classes.tables import checked_class_weights
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.ranks import Group
 from partial_fc.margins.base import Margin
@@ -30,11 +30,9 @@ from partial_fc.sampling import draw_window, mix, select_rows
 from partial_fc.sharded_module import Reduction, SharedArguments
 from partial_fc.softmax.cross_entropy import sharded_cross_entropy
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
-from partial_fc.softmax.tiles import Workspace, compute_dtypes, logits_bytes
+from partial_fc.softmax.tiles import compute_dtypes, logits_bytes
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
 from partial_fc.targets import sample_weights_of, stats_dtype, targets_of
-
-DEFAULT_LOGITS_BUDGET = 1 << 30
 
 
 class PartialFC(HeadState):
@@ -102,26 +100,10 @@ class PartialFC(HeadState):
             embedding_size, num_classes, group, seed, init_std, ignore_index, reduction, scale_embedding_grad,
             validate, on_nonfinite, max_skips, device,
         )  # fmt: skip
-        super().__init__(shared, sampled=numbers.sample_rate < 1)
-        self._hold(margin, numbers)
-        self.collect_metrics = metrics
-        self.logits_budget = DEFAULT_LOGITS_BUDGET if numbers.logits_budget is None else numbers.logits_budget
-        self._workspace = Workspace()
-        checked = checked_class_weights(class_weights, self.num_classes, self._device)
-        self.register_buffer("class_weights", checked, persistent=False)
-        dtype = dtype or torch.get_default_dtype()
-        self._prepare_margin(dtype)
-        local = (self.shards.local,) if margin.centers == 1 else (self.shards.local, margin.centers)
-        self._register("weight", torch.empty(*local, self.embedding_size, device=self._device, dtype=dtype))
-        bias = torch.empty(self.shards.local, device=self._device, dtype=dtype) if margin.bias else None
-        self._register("bias", bias)
-        self.reset_parameters()
-        self._complete()
+        super().__init__(shared, margin, numbers, class_weights, metrics, dtype or torch.get_default_dtype())
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "margin" and name in self._modules:  # another one in the place of the first
-            value = self.fitting(value)
-        super().__setattr__(name, value)
+        super().__setattr__(name, self.fitting(value) if name == "margin" and name in self._modules else value)
 
     @torch._disable_dynamo  # collectives and sizes that depend on data: under torch.compile the head runs as it is
     def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:
@@ -134,9 +116,9 @@ class PartialFC(HeadState):
                 self.scale_embedding_grad, self.collect_metrics, self.class_weights,
             )  # fmt: skip
             selection = self._select(batch, options, scatter=x is not batch.embeddings)
-            begin_update = None
-            if self.training and torch.is_grad_enabled():
-                begin_update = self.class_rows.begin_update_in_backward
+            optimizer, begin_update = self.class_rows.live_optimizer, None
+            if self.training and torch.is_grad_enabled() and optimizer is not None and optimizer.update_in_backward:
+                begin_update = optimizer.update_for_forward()
         self.forward_count += self.training
         self.selected_rows = selection.rows
         all_rows = selection.rows is None and begin_update is None  # autograd takes the gradient of all rows

@@ -13,7 +13,6 @@ DTensor cannot be sparse, so the sharded parameter itself has none.) Carriers ar
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from partial_fc import errors
+from partial_fc.batch.row_sums import add_rows
 from partial_fc.distributed.dtensors import local_part, same_storage, wrap_rows
 from partial_fc.shards import ClassShards
 from partial_fc.step_record import StepRecord
@@ -78,15 +78,6 @@ class ClassRows:
         return None if self.optimizer is None else self.optimizer()
 
     @property
-    def begin_update_in_backward(self) -> Callable[[], UpdateRows] | None:
-        """How to begin an update of rows inside backward, if the `RowOptimizer` is to do that; else None."""
-        optimizer = self.live_optimizer
-        if optimizer is None or not optimizer.update_in_backward:
-            return None
-        begin: Callable[[], UpdateRows] = optimizer.update_for_forward()
-        return begin
-
-    @property
     def everything(self) -> list[nn.Parameter]:
         """All parameters, the sharded ones first."""
         return [*self.parameters.values(), *self.shared.values()]
@@ -125,20 +116,8 @@ class ClassRows:
         """Add the gradients `values[k] [S, ...]` of the sorted local rows `[S]`."""
         before = self.gradients()
         if self.grad_rows is not None and len(before) == len(values):
-            if self.used:
-                stale = (
-                    "row gradients of the last step are still there and add up; call zero_grad() of the RowOptimizer"
-                )
-                warnings.warn(stale, stacklevel=2)
-                self.used = False
-            union = torch.unique(torch.cat((self.grad_rows, rows)))
-            old, new = torch.searchsorted(union, self.grad_rows), torch.searchsorted(union, rows)
-            sums = [
-                v.new_zeros(len(union), *v.shape[1:]).index_copy_(0, old, b)
-                for v, b in zip(values, before, strict=True)
-            ]
-            values = [total.index_add_(0, new, now) for total, now in zip(sums, values, strict=True)]
-            rows = union
+            rows, values = add_rows(self.grad_rows, before, rows, values, stale=self.used)
+            self.used = False
         self.grad_rows = rows
         self.trainable[:] = [*(self._carrier(v, v) for v in values), *self.shared.values()]
 

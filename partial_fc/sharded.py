@@ -19,7 +19,6 @@ from partial_fc.distributed.forwards import USUAL, surroundings
 from partial_fc.distributed.meeting import GATHERED
 from partial_fc.nonfinite.bad_step import count_skip
 from partial_fc.nonfinite.wiring import follow_in_eval
-from partial_fc.nonfinite.zero_loss import zero_loss
 from partial_fc.sharded_module import ShardedModule
 from partial_fc.shards import ClassShards
 from partial_fc.targets import check_batch
@@ -41,14 +40,6 @@ class ShardedLoss(ShardedModule):
         if loss.requires_grad and record.watches:
             loss.register_hook(record.hook(losses, batch))
         return loss
-
-    def _zero_loss(self, x: Tensor, batch: GlobalBatch, gradient_of_all_rows: bool) -> Tensor:
-        """Return the loss of a skipped step. gradient_of_all_rows: give zeros to the parameters; else no rows."""
-        samples = batch.counts[batch.ranks.rank] if self.reduction == "none" else None
-        return zero_loss(x, samples, self.class_rows, gradient_of_all_rows)
-
-    def forget_notes(self) -> None:
-        """Drop what the forwards of a skipped step have noted."""
 
     # ------------------------------------------------------------------------------------------------ a batch
 

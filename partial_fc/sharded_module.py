@@ -249,6 +249,9 @@ class ShardedModule(nn.Module):
     def on_nonfinite(self, value: OnNonfinite) -> None:
         self.class_rows.record.on_nonfinite = value
 
+    def forget_notes(self) -> None:
+        """Drop what the forwards of a skipped step have noted."""
+
     # ------------------------------------------------------------------------------------------------ agreement
 
     def agreed_settings(self) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 
 from partial_fc.distributed.dtensors import local_part as local_part
-from partial_fc.distributed.dtensors import wrap_rows, wrap_shared
+from partial_fc.distributed.dtensors import wrap_rows
 from partial_fc.distributed.ranks import Ranks
 
 PICKLED = (
@@ -68,7 +69,9 @@ class ClassShards:
 
     def wrap_shared(self, local: Tensor) -> Tensor:
         """Return a DTensor of a tensor that is equal on all ranks; `local` itself where there is no group."""
-        return wrap_shared(local, self.mesh)
+        if self.mesh is None:
+            return local
+        return DTensor.from_local(local, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.ranks.group is not None:

@@ -9,27 +9,18 @@ update      end                  gradients were used or cleared: the next forwar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
 
+from partial_fc.batch.backward_pass import MOST, BackwardPass, add_up
 from partial_fc.batch.exchange import GlobalBatch
 
 Validate = Literal["always", "first", "never"]
 OnNonfinite = Literal["raise", "skip", "log"]
 
 DEFAULT_MAX_SKIPS = 20
-MOST_BACKWARDS = 64  # backward passes of one step whose losses are kept apart
-
-
-@dataclass
-class BackwardPass:
-    """A forward whose backward has run in this step."""
-
-    losses: Tensor  # [N] of the replica's batch, or the reduced loss
-    grad: Tensor  # ∂objective/∂loss
-    batch: GlobalBatch
 
 
 class StepRecord:
@@ -94,11 +85,8 @@ class StepRecord:
 
         def on_backward(grad: Tensor) -> None:
             self.join_step()
-            if len(self.backwards) == MOST_BACKWARDS:  # the first one becomes the sum of the older ones
-                first = self.backwards[0]
-                second = self.backwards.pop(1)
-                first.losses = first.losses.sum() + second.losses.sum()
-                first.grad = first.grad.sum() + second.grad.sum()
+            if len(self.backwards) == MOST:
+                add_up(self.backwards)
             self.backwards.append(BackwardPass(losses, grad, slim))
 
         return on_backward

@@ -14,7 +14,6 @@ from partial_fc.batch import refusals
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.status import as_matrix
 from partial_fc.batch.weights import mean_class_weights, merge_repeated
-from partial_fc.errors import NonFiniteError, log
 
 
 def stats_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
@@ -78,17 +77,8 @@ def check_batch(batch: GlobalBatch, embedding_size: int, valid: range, ignore_in
     width = batch.status[0].width
     if width != embedding_size:
         raise ValueError(f"embeddings have width {width}, the head has embedding_size {embedding_size}")
-    for flat, row in enumerate(batch.status):
-        for label, at in row.extremes():
-            if label != ignore_index and label not in valid:
-                text = refusals.describe_bad_label(label, at, row, valid, ignore_index)
-                raise ValueError(f"{batch.origin(flat)}: {text}")
-    for flat, row in enumerate(batch.status):
-        if row.nonfinite_at >= 0:
-            message = f"{batch.origin(flat)}: {refusals.describe_nonfinite(row)}"
-            if on_nonfinite == "raise":
-                raise NonFiniteError(message)
-            skip = on_nonfinite == "skip"
-            log.warning("%s%s", message, "; the step is skipped" if skip else "")
-            return message if skip else ""
+    if any(label != ignore_index and label not in valid for row in batch.status for label, _ in row.extremes()):
+        refusals.raise_bad_label(batch, valid, ignore_index)
+    if any(row.nonfinite_at >= 0 for row in batch.status):
+        return refusals.report_nonfinite(batch, on_nonfinite)
     return ""

@@ -20,6 +20,7 @@ from torch import Tensor
 from partial_fc.batch import refusals
 from partial_fc.batch.facts import Agreed
 from partial_fc.batch.problems import problem_of
+from partial_fc.batch.row_sums import of_all_samples
 from partial_fc.batch.status import LabelSet, Status, inspect, is_usual, of_set
 from partial_fc.distributed.meeting import BATCH
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
@@ -83,8 +84,7 @@ def exchange(
     embeddings = embeddings.detach()
     unusual = [each for each in sets if not is_usual(embeddings, each, device)]
     problem = problem or next(filter(None, (problem_of(embeddings, each, device) for each in unusual)), "")
-    facts = (0, None) if agreed is None else (agreed.digest, agreed.statistics)
-    mine = inspect(embeddings, sets, problem, wants_grad, look, *facts).to(device or embeddings.device)
+    mine = inspect(embeddings, sets, problem, wants_grad, look, agreed).to(device or embeddings.device)
     status = _exchange_status(mine, sets, problem, ranks, agreed)
     counts = [row.samples for row in status[0]]
     start = ranks.replica * ranks.world
@@ -164,9 +164,5 @@ def gradient_of_losses(grad: Tensor, batch: GlobalBatch, sample_weights: Tensor,
     """Return ∂objective/∂(unweighted loss_i) `[N]` from that of the loss, equal on all ranks, or `[N_local]`."""
     if reduction != "none":
         return grad * sample_weights
-    # each rank's scalar counts as averaged over the ranks, and each rank knows the gradient of its own samples only
-    padded = grad.new_zeros(max(batch.counts))
-    padded[: len(grad)] = grad
-    everyone = all_gather(padded, batch.ranks.group)
-    of_all = torch.cat([row[:n] for row, n in zip(everyone, batch.counts, strict=True)])
-    return of_all * sample_weights / batch.ranks.total
+    # each rank's scalar counts as averaged over the ranks
+    return of_all_samples(grad, batch.counts, batch.ranks) * sample_weights / batch.ranks.total

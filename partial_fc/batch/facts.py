@@ -19,8 +19,6 @@ from torch import Tensor
 
 from partial_fc.distributed.dtensors import local_part
 
-OF_OPTIMIZER = ("update_in_backward", "low_precision")
-
 
 @dataclass(frozen=True)
 class Agreed:
@@ -34,29 +32,28 @@ class Agreed:
     @classmethod
     def of(cls, loss: Any, **more: Any) -> Agreed:
         """Read them from a loss, whose `FACTS` has the name of each fact and where it stands; and some more."""
-        rows, margin = loss.class_rows, getattr(loss, "margin", None)
-        kind = rows.device.type
+        rows, margin, optimizer = loss.class_rows, getattr(loss, "margin", None), loss.class_rows.live_optimizer
         facts: dict[str, Any] = {"loss": rows.owner, "mode": "train()" if loss.training else "eval()"}
+        facts |= {name: plain(attrgetter(path)(loss)) for name, path in loss.FACTS.items()}
         facts["gradients"] = "recorded" if torch.is_grad_enabled() else "off (no_grad)"
+        kind = rows.device.type
         cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         facts["autocast"] = str(torch.get_autocast_dtype(kind)) if cast else "off"
-        facts.update({name: plain(attrgetter(path)(loss)) for name, path in loss.FACTS.items()})
-        for name, parameter in (*rows.parameters.items(), *rows.shared.items()):
-            facts[name] = f"{parameter.dtype}{'' if parameter.requires_grad else ', frozen'}"
+        named = (*rows.parameters.items(), *rows.shared.items())
+        facts |= {name: f"{p.dtype}{'' if p.requires_grad else ', frozen'}" for name, p in named}
         if loss.training:
-            pending = rows.grad_rows is not None or any(p.grad is not None for p in rows.everything)
+            pending = rows.grad_rows is not None or any(p.grad is not None for _, p in named)
             facts["row gradients"] = "added to those of an earlier backward" if pending else "cleared"
         moving = [local_part(p.detach()) for p in rows.shared.values()]
         if margin is not None:
             facts["margin"] = type(margin).__name__
-            facts.update(settings_of(vars(margin), "margin"))
+            facts |= settings_of(vars(margin), "margin")
             moving += [buffer for buffer in margin.buffers() if not buffer.ndim]
-        optimizer = rows.live_optimizer
         if optimizer is not None:
             facts["RowOptimizer"] = type(optimizer.inner).__name__
-            facts.update(settings_of({k: getattr(optimizer, k) for k in OF_OPTIMIZER}, "RowOptimizer"))
-            facts.update(settings_of(optimizer.param_groups[0], "RowOptimizer"))
-        facts.update(more)
+            own = {"update_in_backward": optimizer.update_in_backward, "low_precision": optimizer.low_precision}
+            facts |= settings_of({**own, **optimizer.param_groups[0]}, "RowOptimizer")
+        facts |= more
         return cls(facts, digest_of(facts), torch.stack([m.double().sum() for m in moving]).sum() if moving else None)
 
 

@@ -26,8 +26,8 @@ def check_use(loss: Any) -> None:
     problem = problem_of_forward(rows.owner, loss.training)
     if problem:
         raise errors.not_a_step(problem)
-    without_gradient = loss.training and torch.is_grad_enabled()
-    without_gradient = without_gradient and (rows.sampled or rows.begin_update_in_backward is not None)
+    early = rows.live_optimizer is not None and rows.live_optimizer.update_in_backward
+    without_gradient = loss.training and torch.is_grad_enabled() and (rows.sampled or early)
     for key, parameter in rows.parameters.items():
         now = loss._parameters.get(key)
         if now is not parameter and isinstance(now, nn.Parameter):

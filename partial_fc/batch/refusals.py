@@ -6,6 +6,7 @@ import contextlib
 import json
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from partial_fc.distributed.inquiry import names_of
 from partial_fc.distributed.meeting import BATCH, GATHERED, meet, refuse_apart
 from partial_fc.distributed.ranks import Ranks, all_gather_mesh
 from partial_fc.distributed.texts import gather_texts
+from partial_fc.errors import NonFiniteError, log
 
 AGREED = {
     "width": "embedding width",
@@ -164,3 +166,23 @@ def describe_no_tensor(embeddings: object) -> str:
         "head a leaf of your Tracer (is_leaf_module)"
     )
     return f": embeddings must be a tensor [N, D], not {kind}{hint if tracing else ''}"
+
+
+def raise_bad_label(batch: Any, valid: range, ignore_index: int) -> None:
+    """Raise ValueError for the first label of a `GlobalBatch` that is no class. Without such a label it returns."""
+    for flat, row in enumerate(batch.status):
+        for label, at in row.extremes():
+            if label != ignore_index and label not in valid:
+                raise ValueError(f"{batch.origin(flat)}: {describe_bad_label(label, at, row, valid, ignore_index)}")
+
+
+def report_nonfinite(batch: Any, on_nonfinite: str) -> str:
+    """Raise NonFiniteError for the first embedding of a `GlobalBatch` that is not finite, or log it; return why the
+    batch is to be skipped, or ""."""
+    flat, row = next((flat, row) for flat, row in enumerate(batch.status) if row.nonfinite_at >= 0)
+    message = f"{batch.origin(flat)}: {describe_nonfinite(row)}"
+    if on_nonfinite == "raise":
+        raise NonFiniteError(message)
+    skip = on_nonfinite == "skip"
+    log.warning("%s%s", message, "; the step is skipped" if skip else "")
+    return message if skip else ""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partial_fc.batch.facts import Agreed
 from partial_fc.batch.weights import first_bad_weight
 from partial_fc.distributed.meeting import BATCH, operation_number
 
@@ -123,13 +124,7 @@ def is_usual(embeddings: Tensor, given: LabelSet, device: torch.device | None) -
 
 
 def inspect(
-    embeddings: Tensor,
-    sets: list[LabelSet],
-    problem: str,
-    wants_grad: bool,
-    look: bool,
-    facts: int = 0,
-    statistics: Tensor | None = None,
+    embeddings: Tensor, sets: list[LabelSet], problem: str, wants_grad: bool, look: bool, agreed: Agreed | None = None
 ) -> Tensor:
     """Return this rank's statuses, int64 `[label sets, 24]`; a single one where there is a problem.
 
@@ -138,6 +133,7 @@ def inspect(
     if problem:
         return torch.tensor([[*NO_COUNTS, 1, *NO_FINDINGS, 0]])
     samples, width = embeddings.shape
+    facts, moving = (0, None) if agreed is None else (agreed.digest, agreed.statistics)
     names = [each.name for each in sets if each.name is not None]
     digest = 1 + int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=7).digest(), "big") if names else 0
     counts = []
@@ -146,7 +142,7 @@ def inspect(
         weights = (each.label_weights is not None) + 2 * (each.sample_weights is not None)
         dtype = DTYPES.index(embeddings.dtype)
         counts.append([NO_COUNTS[0], facts, samples, width, dtype, labels_each, weights, int(wants_grad), digest, 0])
-    moving = torch.zeros((), dtype=torch.float64) if statistics is None else statistics
+    moving = torch.zeros((), dtype=torch.float64) if moving is None else moving
     bits = moving.to(embeddings.device).view(torch.int64).expand(len(sets), 1)
     if not look or not samples:
         return torch.cat((torch.tensor([row + NO_FINDINGS for row in counts]).to(bits), bits), 1)

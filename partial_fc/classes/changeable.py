@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.classes import change as changes
 from partial_fc.classes import class_means
 from partial_fc.classes.class_means import Batches
@@ -17,6 +18,7 @@ from partial_fc.classes.mapping import Mapped
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES, Neighbours, nearest_classes, topk
 from partial_fc.distributed.operation import operation
 from partial_fc.margins.base import Margin
+from partial_fc.nonfinite.zero_loss import zero_loss
 from partial_fc.optim.stored_rows import agree_on_keys, agree_to_load, marked, row_problem, taken
 from partial_fc.sharded import ShardedLoss
 from partial_fc.shards import ClassShards
@@ -24,6 +26,11 @@ from partial_fc.shards import ClassShards
 
 class ChangeableLoss(ShardedLoss):
     """Base of `PartialFC` and `CenterLoss`. Nothing here takes part in a training step."""
+
+    def _zero_loss(self, x: Tensor, batch: GlobalBatch, gradient_of_all_rows: bool) -> Tensor:
+        """Return the loss of a skipped step. gradient_of_all_rows: give zeros to the parameters; else no rows."""
+        samples = batch.counts[batch.ranks.rank] if self.reduction == "none" else None
+        return zero_loss(x, samples, self.class_rows, gradient_of_all_rows)
 
     # ------------------------------------------------------------------------------------------------ queries
 

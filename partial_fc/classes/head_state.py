@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from partial_fc.classes.changeable import ChangeableLoss
 from partial_fc.classes.interface import Change
-from partial_fc.classes.tables import changed_class_weights, changed_margin, check_same_structure, prepare_anew
+from partial_fc.classes.tables import (
+    changed_class_weights,
+    changed_margin,
+    check_same_structure,
+    checked_class_weights,
+    prepare_anew,
+)
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import real, whole
 from partial_fc.errors import log
@@ -18,7 +24,11 @@ from partial_fc.margins.base import Margin
 from partial_fc.margins.state import load_state, misfit, state_of
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sampling import window_size
+from partial_fc.sharded_module import SharedArguments
 from partial_fc.softmax.measured import Measured
+from partial_fc.softmax.tiles import Workspace
+
+DEFAULT_LOGITS_BUDGET = 1 << 30
 
 
 class HeadNumbers(NamedTuple):
@@ -53,15 +63,36 @@ class HeadState(ChangeableLoss):
         "metrics": "collect_metrics",
     }
 
-    def _hold(self, margin: Margin, numbers: HeadNumbers) -> None:
+    def __init__(
+        self,
+        shared: SharedArguments,
+        margin: Margin,
+        numbers: HeadNumbers,
+        class_weights: Tensor | None,
+        metrics: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(shared, sampled=numbers.sample_rate < 1)
         self.margin = margin
         self._sample_rate = numbers.sample_rate
         self.label_smoothing = numbers.label_smoothing
         self.interclass_filter = numbers.interclass_filter
+        self.collect_metrics = metrics
+        self.logits_budget = DEFAULT_LOGITS_BUDGET if numbers.logits_budget is None else numbers.logits_budget
         self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
         self.forward_count = 0  # training forwards: keys what is drawn
         self.selected_rows = None  # local rows of the last forward
+        self._workspace = Workspace()
         self._measured = None
+        checked = checked_class_weights(class_weights, self.num_classes, self._device)
+        self.register_buffer("class_weights", checked, persistent=False)
+        self._prepare_margin(dtype)
+        local = (self.shards.local,) if margin.centers == 1 else (self.shards.local, margin.centers)
+        self._register("weight", torch.empty(*local, self.embedding_size, device=self._device, dtype=dtype))
+        bias = torch.empty(self.shards.local, device=self._device, dtype=dtype) if margin.bias else None
+        self._register("bias", bias)
+        self.reset_parameters()
+        self._complete()
 
     def _prepare_margin(self, dtype: torch.dtype) -> None:
         """Fit the margin to the classes and the device; its parameters become parameters that all ranks share."""

@@ -29,11 +29,6 @@ def wrap_rows(local: Tensor, mesh: DeviceMesh | None, rows: int) -> Tensor:
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def wrap_shared(local: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """Return the DTensor of a tensor that is equal on all ranks; `local` itself without a mesh."""
-    return local if mesh is None else DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
-
-
 def same_storage(tensor: Tensor, storage: torch.UntypedStorage) -> bool:
     """Return whether the tensor still has this storage: `tensor.data = other` gives it another."""
     return tensor.untyped_storage()._cdata == storage._cdata

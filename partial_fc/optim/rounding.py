@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from partial_fc.sampling import keyed_below
+from partial_fc.rows import ClassRows
+from partial_fc.sampling import keyed_below, mix
 
 
 def round_at_random(values: Tensor, ids: Tensor, key: int) -> Tensor:
@@ -20,3 +21,9 @@ def round_at_random(values: Tensor, ids: Tensor, key: int) -> Tensor:
     noise = keyed_below(places, key, 1 << 16).int()
     rounded = (flat.contiguous().view(torch.int32) + noise) & -65536
     return torch.where(flat.isfinite(), rounded.view(torch.float32), flat).view(values.shape)
+
+
+def round_rows(block: Tensor, rows: ClassRows, count: int, index: Tensor | None, a: int, b: int) -> Tensor:
+    """Round the local rows `index`, or a to b, of a loss. count: of the optimizer's steps, which keys the draw."""
+    ids = rows.shards.lo + (torch.arange(a, b, device=block.device) if index is None else index)
+    return round_at_random(block, ids, mix(rows.seed, count))

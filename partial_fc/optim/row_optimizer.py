@@ -23,10 +23,9 @@ from partial_fc.distributed.dtensors import local_part
 from partial_fc.nonfinite.check_gradients import check_own_step
 from partial_fc.optim.in_backward import begin_update, end_update
 from partial_fc.optim.optimizer_class import LowPrecision, check_arguments, construct, fused_moves, initial_state
-from partial_fc.optim.rounding import round_at_random
+from partial_fc.optim.rounding import round_rows
 from partial_fc.optim.row_state import COUNT, HALF, MASTER, RowState
 from partial_fc.rows import HasClassRows, UpdateRows
-from partial_fc.sampling import mix
 
 BLOCK_BYTES = 8 << 20  # bounds temporaries
 
@@ -167,9 +166,7 @@ class RowUpdate:
         if self.wide == "master":
             _put(local_part(self.state[MASTER]), block, index, a, b)
         if self.wide == "stochastic":
-            rows = self.optimizer.class_rows
-            ids = rows.shards.lo + (torch.arange(a, b, device=block.device) if index is None else index)
-            block = round_at_random(block, ids, mix(rows.seed, self.state[COUNT]))
+            block = round_rows(block, self.optimizer.class_rows, self.state[COUNT], index, a, b)
         _put(self.weight, block.to(self.weight.dtype), index, a, b)
 
 

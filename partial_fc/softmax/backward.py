@@ -29,9 +29,8 @@ from partial_fc.distributed.ranks import start_reduce_scatter, sum_over_replicas
 from partial_fc.softmax import float16
 from partial_fc.softmax.decisions import decision_derivatives
 from partial_fc.softmax.forward import ForwardState, SavedTensors
+from partial_fc.softmax.recompute import recomputed
 from partial_fc.softmax.row_tiles import tangent
-from partial_fc.softmax.ruled import ruled_gradient
-from partial_fc.softmax.tiles import tile_logits
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]
 
@@ -188,20 +187,8 @@ class BackwardTiles:
         if saved.kept.numel():
             e = saved.kept[samples * a : samples * b].view(samples, b - a)
             return e, d.from_zero if state.bounded else d.d_lse * (saved.maxima[t] - lse).exp_()
-        logits = self.scratch[: samples * (b - a)].view(samples, b - a)
-        logits = tile_logits(self.scaled, w, state.rows.tile_bias(a, b), logits)
-        if state.options.ruled:
-            return ruled_gradient(
-                logits, a, state.options, state.rule, state.targets, lse, d.d_lse, d.d_every, state.smoothing,
-                state.product,
-            )  # fmt: skip
-        state.targets.mask(logits, a)
-        if state.bounded:
-            return logits.exp_().to(state.product), d.from_zero
-        if state.product is not torch.float16:
-            return logits.sub_(lse).exp_().to(state.product), d.d_lse
-        e, factor = float16.scaled_exponentials(logits, lse)
-        return e, d.d_lse * factor
+        scratch = self.scratch[: samples * (b - a)].view(samples, b - a)
+        return recomputed(state, saved, d, self.scaled, scratch, a, b, w)
 
     def _row_gradient(self, out: Tensor, e: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
         """Write the gradient of rows a to b, but for the targets' share, to `out [T, D]`, perhaps the memory of w."""

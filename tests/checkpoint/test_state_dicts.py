@@ -139,7 +139,7 @@ def test_one_rank_that_cannot_load_keeps_all_from_it(ranks):
         "half the rows": "weight is [4, 4] in it, and [8, 4] here: give all 8 rows to every rank",
         "no tensor": "weight is int in it",
         "assign": "assign=True would put other tensors in the place of its parameters",
-        "no state of an optimizer": "it is no state of a RowOptimizer",
+        "no state of an optimizer": "it is no state of an optimizer",
         "another optimizer": "it is the state of another optimizer",
     }
     for name, text in expected.items():

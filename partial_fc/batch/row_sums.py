@@ -1,0 +1,36 @@
+"""Row gradients of several backward passes, added up; gradients of the losses of all ranks' samples."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from partial_fc.distributed.ranks import Ranks, all_gather
+
+
+def add_rows(
+    old_rows: Tensor, old: list[Tensor], rows: Tensor, values: list[Tensor], *, stale: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Return (sorted rows of both, sums of the values of both `[S, ...]`).
+
+    old_rows, rows: sorted. stale: an optimizer has used the old ones, so that they were to be cleared; warns.
+    """
+    if stale:
+        warnings.warn(
+            "row gradients of the last step are still there and add up; call zero_grad() of the RowOptimizer",
+            stacklevel=3,
+        )
+    union = torch.unique(torch.cat((old_rows, rows)))
+    before, now = torch.searchsorted(union, old_rows), torch.searchsorted(union, rows)
+    sums = [v.new_zeros(len(union), *v.shape[1:]).index_copy_(0, before, b) for v, b in zip(values, old, strict=True)]
+    return union, [total.index_add_(0, now, value) for total, value in zip(sums, values, strict=True)]
+
+
+def of_all_samples(grad: Tensor, counts: tuple[int, ...], ranks: Ranks) -> Tensor:
+    """Return `[N]` of which this rank knows its own samples' `[N_local]`, by one all-gather."""
+    padded = grad.new_zeros(max(counts))
+    padded[: len(grad)] = grad
+    everyone = all_gather(padded, ranks.group)
+    return torch.cat([row[:n] for row, n in zip(everyone, counts, strict=True)])
