@@ -158,7 +158,7 @@ def checkpointed(rank: int, world: int, names: tuple[str, ...]) -> dict[tuple[st
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("names", [tuple(WAYS)[:-2], tuple(WAYS)[-2:]])
 def test_a_head_inside_a_checkpoint_is_refused_before_it_counts(ranks, names):
-    for found in ranks(2).run(checkpointed, names):
+    for found in ranks(2).run(checkpointed, names, timeout=150.0):  # engines take their time to import
         for (name, kind), text in found.items():
             owner = "CenterLoss" if kind == "center" else "PartialFC"
             assert text.startswith("RuntimeError: "), (name, kind, text)
