@@ -35,16 +35,16 @@ def surroundings() -> tuple[Callable[[], Any], ...]:
     looked at, a backward that is never seen, a transform that is never seen.
     """
     bindings = torch._C
-    hooks = getattr(getattr(bindings, "_autograd", None), "_top_saved_tensors_default_hooks", None)
-    task = getattr(bindings, "_current_graph_task_id", None)
-    transform = getattr(getattr(bindings, "_functorch", None), "peek_interpreter_stack", None)
+    hooks: Any = getattr(getattr(bindings, "_autograd", None), "_top_saved_tensors_default_hooks", None)
+    task: Any = getattr(bindings, "_current_graph_task_id", None)
+    transform: Any = getattr(getattr(bindings, "_functorch", None), "peek_interpreter_stack", None)
     looks: list[Callable[[], Any]] = [torch.is_grad_enabled, lambda: (None, None), lambda: -1, lambda: None]
     if works(_sees_hooks, hooks):
-        looks[1] = partial(hooks, True)  # type: ignore[arg-type,misc]
+        looks[1] = partial(hooks, True)
     if works(_sees_backward, task):
-        looks[2] = task  # type: ignore[assignment]
+        looks[2] = task
     if works(_sees_transform, transform):
-        looks[3] = transform  # type: ignore[assignment]
+        looks[3] = transform
     return tuple(looks)
 
 

@@ -324,6 +324,10 @@ def test_evaluation_moves_nothing(update):
     loss = center(x, labels)
     loss.backward()
     assert x.grad is not None and x.grad.any()
+    with pytest.raises(RuntimeError, match=r"in eval\(\) was trained"):  # tests/core/test_not_steps.py
+        optimizer.step()
+    assert torch.equal(center.centers, before)
+    optimizer.zero_grad()
     optimizer.step()
     assert torch.equal(center.centers, before)
     center.train()

@@ -26,6 +26,7 @@ from partial_fc import (
     clip_grad_norm_,
     gather,
 )
+from partial_fc.engines.joint import JointOptimizer
 
 D, C = 6, 40
 LABELS = torch.tensor([0, 13, 25, 39])
@@ -158,7 +159,7 @@ def checkpointed(rank: int, world: int, names: tuple[str, ...]) -> dict[tuple[st
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("names", [tuple(WAYS)[:-2], tuple(WAYS)[-2:]])
 def test_a_head_inside_a_checkpoint_is_refused_before_it_counts(ranks, names):
-    for found in ranks(2).run(checkpointed, names):
+    for found in ranks(2).run(checkpointed, names, timeout=150.0):  # engines take their time to import
         for (name, kind), text in found.items():
             owner = "CenterLoss" if kind == "center" else "PartialFC"
             assert text.startswith("RuntimeError: "), (name, kind, text)
@@ -342,6 +343,19 @@ def test_what_one_rank_trains_in_eval_all_refuse(ranks):
     assert all(
         text.startswith("RuntimeError: rank 1: the loss of a CenterLoss in eval() was trained") for text in first
     )
+
+
+def test_a_joint_optimizer_refuses_before_the_backbone_moves():
+    backbone, (head, optimizer) = nn.Linear(D, D), sampled()
+    joint = JointOptimizer(torch.optim.SGD(backbone.parameters(), lr=0.1), optimizer)
+    before = backbone.weight.detach().clone()
+    for on_nonfinite in ("raise", "log"):
+        head.on_nonfinite = on_nonfinite
+        head.eval()
+        head(backbone(embeddings()), LABELS).backward()
+        assert "in eval() was trained" in message_of(joint.step)
+        assert torch.equal(backbone.weight.detach(), before)
+        joint.zero_grad()
 
 
 def test_a_gradient_by_the_input_in_eval_keeps_working():
