@@ -128,7 +128,12 @@ def refused(rank: int, world: int) -> str:
 
 
 def heads_optimizer(rank: int, world: int) -> list[str]:
-    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
     model = backbone()
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, *_ = import_deepspeed().initialize(model=model, optimizer=plain, config=config)
