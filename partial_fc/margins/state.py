@@ -2,7 +2,7 @@
 
 {"margin": "ArcFace(scale=64.0, m1=1.0, m2=0.0, ...)",                as it was built: the head to load it into
  "margin_now": {"describes": "ArcFace(..., m2=0.2, ...)",             as it is now
-                "arguments": {"margin": 0.2}, "attributes": {}}}      what load_state sets
+                "arguments": {"margin": 0.2}, "attributes": {}}}      only if it was changed
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ def describe_as_built(margin: nn.Module) -> str:
 
 
 def state_of(margin: nn.Module) -> dict[str, Any]:
-    """Return what a head's state holds of its margin: as it was built, as it is now, and what was changed."""
+    """Return what a head's state holds of its margin: as it was built and, if it was changed, as it is now."""
     given = given_of(margin)
-    now: dict[str, Any] = {"describes": describe(margin), "arguments": {}, "attributes": {}}
+    state: dict[str, Any] = {"margin": describe_as_built(margin)}
     if given is not None:
         changed = {k: v for k, v in given.arguments.items() if k not in given.built or given.built[k] is not v}
-        now["arguments"] = {k: v for k, v in changed.items() if not equal(v, given.built.get(k))}
-        mine = plain_of(margin, given.plain)
-        now["attributes"] = {k: v for k, v in mine.items() if v != given.plain[k]}
-    return {"margin": describe_as_built(margin), "margin_now": now}
+        arguments = {k: v for k, v in changed.items() if not equal(v, given.built.get(k))}
+        attributes = {k: v for k, v in plain_of(margin, given.plain).items() if v != given.plain[k]}
+        if arguments or attributes:
+            state["margin_now"] = {"describes": describe(margin), "arguments": arguments, "attributes": attributes}
+    return state
 
 
 def misfit(margin: nn.Module, state: dict[str, Any]) -> str:
@@ -66,17 +67,14 @@ def misfit(margin: nn.Module, state: dict[str, Any]) -> str:
 def load_state(margin: nn.Module, state: dict[str, Any]) -> None:
     """Give the margin the values that a head's state holds, which `misfit` has accepted.
 
-    A state of before margins could change leaves them as they are; so does one of another margin that has become this
-    one.
+    Without "margin_now" they are those that it was built with. A state of another margin that has become this one
+    changes nothing.
     """
-    now, theirs = state.get("margin_now"), state.get("margin")
+    now, theirs = state.get("margin_now") or {}, state.get("margin")
     given = given_of(margin)
-    if now is None or theirs is None or given is None or not _fits_as_built(margin, theirs):
+    if theirs is None or given is None or not _fits_as_built(margin, theirs):
         return
-    arguments = _changed(margin, now)
-    if arguments is None:
-        return
-    wanted = {**given.built, **arguments}
+    wanted = {**given.built, **_changed(margin, now)}
     asked = {k: v for k, v in wanted.items() if not equal(v, given.arguments.get(k))}
     if asked:
         change(margin, given, asked)
@@ -104,11 +102,11 @@ def _left_out_before(margin: nn.Module) -> list[str]:
     return [name for name in plain_of(margin) if not isinstance(vars(margin)[name], plain_types)]
 
 
-def _changed(margin: nn.Module, now: Any) -> dict[str, Any] | None:
+def _changed(margin: nn.Module, now: Any) -> dict[str, Any]:
     """Return the arguments that a state has changed. ValueError if the margin does not take them."""
     given = given_of(margin)
     if now is None or given is None:
-        return None
+        return {}
     arguments = dict(now.get("arguments", {}))
     unknown = sorted(set(arguments) - {*argument_names(type(margin)), *given.arguments})
     if unknown:
