@@ -21,7 +21,7 @@ from partial_fc.batch import refusals
 from partial_fc.batch.facts import Agreed
 from partial_fc.batch.problems import problem_of
 from partial_fc.batch.row_sums import of_all_samples
-from partial_fc.batch.status import LabelSet, Status, inspect, is_usual, of_set
+from partial_fc.batch.status import LabelSet, Status, inspect, is_usual
 from partial_fc.distributed.meeting import BATCH
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
 
@@ -55,10 +55,6 @@ class GlobalBatch:
         """The place of this rank's samples."""
         start = sum(self.counts[: self.ranks.rank])
         return slice(start, start + self.counts[self.ranks.rank])
-
-    def origin(self, flat: int) -> str:
-        """Return how an error names the part of the `flat`-th rank of the mesh."""
-        return self.ranks.name(flat) + of_set(self.name)
 
 
 def exchange(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partial_fc.batch.status import DTYPES, LabelSet, of_set
+from partial_fc.batch.refusals import of_set
+from partial_fc.batch.status import DTYPES, LabelSet
 from partial_fc.batch.weights import weights_problem
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from partial_fc.batch.facts import Agreed, digest_of
-from partial_fc.batch.status import DTYPES, NO_LABEL, Status, inspect, of_set
+from partial_fc.batch.status import DTYPES, NO_LABEL, Status, inspect
 from partial_fc.batch.weights import describe_bad_weight
 from partial_fc.distributed.forwards import WIRING
 from partial_fc.distributed.inquiry import names_of
@@ -33,6 +33,16 @@ ALIKE = (
     "All ranks must build the same, call train() and eval() alike, change settings and load states together "
     "(load_checkpoint on every rank)"
 )
+
+
+def of_set(name: str | None) -> str:
+    """Return how a message names a label set."""
+    return "" if name is None else f", {name!r}"
+
+
+def origin_of(batch: Any, flat: int) -> str:
+    """Return how an error names the part of a `GlobalBatch` that came from the `flat`-th rank of the mesh."""
+    return str(batch.ranks.name(flat) + of_set(batch.name))
 
 
 def raise_problem(
@@ -173,14 +183,14 @@ def raise_bad_label(batch: Any, valid: range, ignore_index: int) -> None:
     for flat, row in enumerate(batch.status):
         for label, at in row.extremes():
             if label != ignore_index and label not in valid:
-                raise ValueError(f"{batch.origin(flat)}: {describe_bad_label(label, at, row, valid, ignore_index)}")
+                raise ValueError(f"{origin_of(batch, flat)}: {describe_bad_label(label, at, row, valid, ignore_index)}")
 
 
 def report_nonfinite(batch: Any, on_nonfinite: str) -> str:
     """Raise NonFiniteError for the first embedding of a `GlobalBatch` that is not finite, or log it; return why the
     batch is to be skipped, or ""."""
     flat, row = next((flat, row) for flat, row in enumerate(batch.status) if row.nonfinite_at >= 0)
-    message = f"{batch.origin(flat)}: {describe_nonfinite(row)}"
+    message = f"{origin_of(batch, flat)}: {describe_nonfinite(row)}"
     if on_nonfinite == "raise":
         raise NonFiniteError(message)
     skip = on_nonfinite == "skip"

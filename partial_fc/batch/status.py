@@ -109,11 +109,6 @@ def as_matrix(labels: Tensor) -> Tensor:
     return labels if labels.ndim == 2 else labels[:, None]
 
 
-def of_set(name: str | None) -> str:
-    """Return how a message names a label set."""
-    return "" if name is None else f", {name!r}"
-
-
 def is_usual(embeddings: Tensor, given: LabelSet, device: torch.device | None) -> bool:
     """Return whether embeddings `[N, D]` and labels `[N]` fit each other and the loss; else see `problems.py`."""
     labels = given.labels
