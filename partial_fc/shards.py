@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -71,4 +72,6 @@ def _mesh(ranks: Ranks, device_type: str) -> DeviceMesh | None:
         return ranks.mesh
     if ranks.group is None:
         return None
+    if device_type == "meta":  # is no device of a mesh; the one that rows will have is taken, as far as it is known
+        device_type = "cuda" if dist.get_backend(ranks.group) == "nccl" else "cpu"
     return DeviceMesh.from_group(ranks.group, device_type, mesh_dim_names=("shard",))
