@@ -265,7 +265,7 @@ class ShardedModule(nn.Module):
 
 def _default_device(ranks: Ranks) -> torch.device:
     """Return torch's default device, or the current GPU where the group cannot exchange tensors of the CPU (NCCL)."""
-    default = torch.get_default_device()
+    default = torch.empty(0).device  # torch.get_default_device() of torch 2.6 overlooks `with torch.device(...)`
     return device_of(ranks) if default.type == "cpu" else default
 
 

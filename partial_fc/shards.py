@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from partial_fc.distributed.dtensors import local_part as local_part
 from partial_fc.distributed.dtensors import wrap_rows
+from partial_fc.distributed.groups import device_of
 from partial_fc.distributed.ranks import Ranks
 
 PICKLED = (
@@ -94,6 +95,8 @@ def is_own_mesh(mesh: DeviceMesh) -> bool:
 def _mesh(ranks: Ranks, device_type: str) -> DeviceMesh | None:
     if ranks.group is None:
         return None
+    if device_type == "meta":  # is no device of a mesh; the one that rows will have is taken, as far as it is known
+        device_type = device_of(ranks).type
     mesh = ranks.mesh or DeviceMesh.from_group(ranks.group, device_type, mesh_dim_names=("shard",))
     _own_meshes[id(mesh)] = weakref.ref(mesh)
     return mesh

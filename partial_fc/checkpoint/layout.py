@@ -15,7 +15,9 @@ unpickler that knows only the classes of the format (safe_reader.py).
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,12 +46,11 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.futures import Future
 
 from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.shards import local_part
+from partial_fc.shards import local_part, shard_bounds
 
 ROW_BLOCK_BYTES = 16 << 20  # smaller blocks are written more slowly (benchmarks/checkpoint.py)
 
@@ -97,8 +98,7 @@ class RowBlocks:
     def of_tensor(cls, tensor: DTensor, local: Tensor | None = None) -> RowBlocks:
         """Return this rank's rows of a row-sharded or replicated DTensor. local: a copy of them to write instead."""
         rows = local_part(tensor.detach()) if local is None else local
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        return cls(tensor.shape, rows.dtype, offset[0] if offset else 0, len(rows), lambda a, b: rows[a:b])
+        return cls(tensor.shape, rows.dtype, _rows_of_rank(tensor)[0], len(rows), lambda a, b: rows[a:b])
 
     @classmethod
     def of_source(cls, source: RowSource) -> RowBlocks:
@@ -130,7 +130,21 @@ class RowBlocks:
 
 def splits_by_rows(tensor: DTensor) -> bool:
     """Whether a DTensor is sharded by rows or replicated, so that `RowBlocks` can write it. DCP writes others."""
-    return tensor.ndim > 0 and all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in tensor.placements)
+    if not tensor.ndim or not all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in tensor.placements):
+        return False
+    lo, hi = _rows_of_rank(tensor)
+    return hi - lo == len(local_part(tensor.detach()))
+
+
+def _rows_of_rank(tensor: DTensor) -> tuple[int, int]:
+    """Return the rows [lo, hi) that the placements give to this rank, by the chunk rule."""
+    lo, hi = 0, tensor.shape[0]
+    for dim, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            mesh = tensor.device_mesh
+            a, b = shard_bounds(hi - lo, mesh.get_local_rank(dim), mesh.size(dim))
+            lo, hi = lo + a, lo + b
+    return lo, hi
 
 
 class _RowBlockPlanner(DefaultSavePlanner):
@@ -142,6 +156,7 @@ class _RowBlockPlanner(DefaultSavePlanner):
 class _Writer(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write as the base class does, but raise the OSError of a full disk instead of torch.save's error about it."""
+        _use_up_a_warning()
         try:
             return super().write_data(plan, planner)
         except Exception as error:
@@ -151,6 +166,14 @@ class _Writer(FileSystemWriter):
             if cause is None:
                 raise
             raise OSError(cause.errno, cause.strerror) from error
+
+
+@lru_cache
+def _use_up_a_warning() -> None:
+    """Torch warns once of storages with a dtype, which its own writer uses until 2.8."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.empty(0, device="cpu").storage()
 
 
 def write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:

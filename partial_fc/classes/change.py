@@ -31,6 +31,7 @@ from partial_fc.classes.moves import move_rows
 from partial_fc.distributed.given import as_whole
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.texts import gather_texts
+from partial_fc.inside_torch import tells_graphs
 from partial_fc.margins.base import Margin
 from partial_fc.optim.optimizer_class import initial_state
 from partial_fc.optim.row_optimizer import RowOptimizer
@@ -125,8 +126,14 @@ def _prepare(loss: Changeable, change: Change, optimizers: Optimizers) -> tuple[
     pending = loss.pending_work()
     if pending:
         raise RuntimeError(f"{pending}; they belong to the classes before the change")
+    if not tells_graphs(_held_by_a_graph):
+        raise RuntimeError(
+            f"torch {torch.__version__} does not tell whether a loss still holds the rows of before the change, so "
+            "classes cannot be changed with it; use a version that docs/versions.md lists, or build a new head and "
+            "load a checkpoint into it"
+        )
     for name, parameter in loss.class_rows.parameters.items():
-        if parameter._use_count() > 2:  # type: ignore[attr-defined]  # itself and AccumulateGrad
+        if _held_by_a_graph(parameter):
             raise RuntimeError(
                 f"{name} is still held by the autograd graph of a loss: call backward() on the loss or delete it "
                 "before changing classes"
@@ -146,6 +153,10 @@ def _prepare(loss: Changeable, change: Change, optimizers: Optimizers) -> tuple[
         "the number of changes before": loss.class_changes,
     }
     return _PreparedChange(change, held, apply_tables), facts
+
+
+def _held_by_a_graph(parameter: Tensor) -> bool:
+    return parameter._use_count() > 2  # type: ignore[attr-defined]  # itself and AccumulateGrad
 
 
 def _optimizers_of(loss: Changeable, given: Optimizers) -> list[torch.optim.Optimizer]:

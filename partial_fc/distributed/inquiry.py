@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 GRACE = 10.0  # seconds to wait for the notes of ranks that were still computing when the collective failed
@@ -212,7 +213,10 @@ class _Inquiry(threading.Thread):
 
 
 def _default_store() -> Any:
-    return dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    """Return the store of the process group. NotImplementedError where torch does not have it by that name."""
+    if not hasattr(dist.distributed_c10d, "_get_default_store"):
+        raise NotImplementedError(f"torch {torch.__version__} does not tell its store")
+    return dist.distributed_c10d._get_default_store()
 
 
 def _own_connection(store: Any) -> Any:
@@ -270,7 +274,10 @@ def explain_failure(error: str, what: str, group: dist.ProcessGroup | None, seco
 
 def _explain_by_store(inquiry: _Inquiry, what: str, how: str) -> tuple[str, list[int]]:
     """Return the message and the ranks if the store has failed or does not respond."""
-    store = _tcp_store(_default_store())
+    try:
+        store = _tcp_store(_default_store())
+    except NotImplementedError:
+        store = None
     agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if store is None or inquiry.rank == 0 or agent_hosts_it:
         address = "" if store is None else f" at {store.host}:{store.port}"

@@ -10,13 +10,15 @@ averaged. So the head looks who asks for its parameters. A wrapper that was told
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -24,23 +26,28 @@ class _Wrapper:
     """An engine's function that takes modules apart, and what tells which parameters it was told to leave alone."""
 
     name: str
-    module: str
-    function: str
+    code: Callable[[], CodeType | None]  # None where it was not imported
     left_alone: Callable[[dict[str, Any]], Iterable[Any]]  # of the function's local variables: names or parameters
     inside: str  # how to have a head within the wrapped module
 
 
+_DDP_INIT = inspect.unwrap(DistributedDataParallel.__init__).__code__
+
+
+def _fully_shard() -> CodeType | None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return None if fsdp is None else inspect.unwrap(fsdp.fully_shard).__code__
+
+
 DDP = _Wrapper(
     "DistributedDataParallel",
-    "torch.nn.parallel.distributed",
-    "__init__",
+    lambda: _DDP_INIT,
     lambda local: getattr(local.get("self"), "parameters_to_ignore", ()),
     "call partial_fc.engines.ddp.ignore_heads(model) on the module that is wrapped, before it is",
 )
 FSDP2 = _Wrapper(
     "fully_shard (FSDP2)",
-    "torch.distributed.fsdp._fully_shard._fully_shard",
-    "fully_shard",
+    _fully_shard,
     lambda local: local.get("ignored_params") or (),
     "pass ignored_params=partial_fc.engines.heads.head_parameters(model)",
 )
@@ -49,9 +56,10 @@ FSDP2 = _Wrapper(
 def refuse(wrapper: _Wrapper, head: nn.Module, prefix: str) -> None:
     """RuntimeError if `wrapper` asks for the parameters of `head`, which it calls `prefix`, and was not told to leave
     them alone."""
-    frame: FrameType | None = sys._getframe(2)
+    code = wrapper.code()
+    frame: FrameType | None = None if code is None else sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_name == wrapper.function and frame.f_globals.get("__name__") == wrapper.module:
+        if frame.f_code is code:
             left_alone = set(wrapper.left_alone(frame.f_locals))
             own = {f"{prefix}.{key}" if prefix else key: p for key, p in head._parameters.items() if p is not None}
             if not all(key in left_alone or p in left_alone for key, p in own.items()):

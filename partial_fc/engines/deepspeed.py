@@ -146,6 +146,12 @@ class DeepSpeedHead:
             groups = zero._get_norm_groups
             zero._get_norm_groups = lambda: [self._with_heads(groups())]
             return True
+        stage = int(self.engine.zero_optimization_stage())
+        if stage > 1:
+            raise RuntimeError(
+                f"with this version of DeepSpeed the norm of ZeRO-{stage} cannot be joined with that of heads, so one "
+                "could skip a step that the other takes; use a version that docs/versions.md lists"
+            )
         return False
 
     def _with_heads(self, norms: list[Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ from partial_fc import checkpoint
 from partial_fc.engines.ddp import ignore_heads
 from partial_fc.engines.heads import heads_of, without_heads
 from partial_fc.engines.joint import JointOptimizer
-from partial_fc.engines.needs import need
+from partial_fc.engines.needs import need, need_methods
 
 need("lightning", "2.6")
 
@@ -99,6 +99,9 @@ class HeadStrategy(DDPStrategy):
         return {
             f"optimizer.{i}.{k}": head for i, optimizer in enumerate(joint) for k, head in enumerate(optimizer.heads)
         }
+
+
+need_methods("lightning", DDPStrategy, HeadStrategy, "_heads", "_head_optimizers")
 
 
 # `checkpoint` is an argument in the methods above

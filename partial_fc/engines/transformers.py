@@ -29,7 +29,7 @@ from partial_fc import checkpoint, optim
 from partial_fc.engines.ddp import ignore_heads
 from partial_fc.engines.heads import heads_of, without_heads
 from partial_fc.engines.joint import JointOptimizer
-from partial_fc.engines.needs import need
+from partial_fc.engines.needs import need, need_methods
 from partial_fc.optim.row_optimizer import RowOptimizer
 
 need("transformers", "5.24")
@@ -143,6 +143,9 @@ class HeadTrainer(Trainer):
         names = tuple(f"{name}." for name in self._heads)  # these are loaded from another folder
         load_result.missing_keys[:] = [key for key in load_result.missing_keys if not key.startswith(names)]
         super()._issue_warnings_after_load(load_result)
+
+
+need_methods("transformers", Trainer, HeadTrainer, "_norm", "_named_optimizers")
 
 
 @contextmanager

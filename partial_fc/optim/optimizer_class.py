@@ -85,8 +85,13 @@ def trial(
 
 
 def initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> dict[str, float]:
-    """Return what row state holds for a row that never had a gradient: the state after a step of zero from zero."""
-    parameter, state = trial(cls, options, torch.zeros(1, 2, dtype=torch.float64, device="cpu"), steps=1)
+    """Return what row state holds for a row that never had a gradient.
+
+    It is what the constructor makes, else the state after a step of zero from zero.
+    """
+    zeros = torch.zeros(1, 2, dtype=torch.float64, device="cpu")
+    parameter, state = trial(cls, options, zeros, steps=1)
+    state = {**state, **trial(cls, options, zeros, steps=0)[1]}
     return {k: float(v.reshape(-1)[0]) for k, v in state.items() if is_row_state(v, parameter)}
 
 
@@ -97,6 +102,7 @@ def check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) 
         with torch.random.fork_rng(devices=[]):
             together = trial(cls, options, start, steps=2)[0]
             apart = trial(cls, options, start, steps=2, split=True)[0]
+            built = [trial(cls, options, each, steps=0)[1] for each in (start, 2 * start)]
     except (RuntimeError, AssertionError, TypeError) as error:
         if isinstance(error, TypeError) and "unexpected keyword" in str(error):
             raise
@@ -109,6 +115,13 @@ def check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) 
             "AdamW, RMSprop, "
             "Adagrad), and this one for the backbone"
         )
+
+    for key, value in built[0].items():
+        if is_row_state(value, start) and not (value == built[1][key].reshape(-1)[0]).all():
+            raise ValueError(
+                f"{cls.__name__} makes its state {key} from the weights when it is built, but rows come later as well "
+                "(a checkpoint is loaded, classes are added); use a class whose state begins with one number for all"
+            )
 
 
 def is_row_state(value: Any, block: Tensor) -> bool:

@@ -61,6 +61,7 @@ class RowOptimizer(RowState):
         self.class_rows = rows
         self.initial_state = initial_state(optimizer_class, options)  # row state of a row that never had a gradient
         self.inner = construct(optimizer_class, rows.everything, options)  # the class itself, stepped on blocks of rows
+        self.built = [dict(self.inner.state[p]) for p in self.inner.param_groups[0]["params"]]  # by its constructor
         self.update_in_backward = update_in_backward
         self.low_precision = low_precision
         self.moved_in_backward = False  # a backward has moved the rows since the last step()
@@ -131,7 +132,7 @@ class RowUpdate:
         self.wide = optimizer.low_precision if self.weight.dtype in HALF else None
         if self.wide == "master" and MASTER not in self.state:
             self.state[MASTER] = optimizer.allocate(parameter, torch.float32, MASTER)
-        self.before = {k: v for k, v in self.state.items() if k not in (MASTER, COUNT)}
+        self.before = {k: v for k, v in self.state.items() if k not in (MASTER, COUNT)} or optimizer.begin(parameter)
         group = optimizer.inner.param_groups[0]
         group.update({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
         if group.get("fused") and not self.wide and self.weight.dtype in HALF and self.weight.device.type == "cpu":

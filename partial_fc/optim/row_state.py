@@ -6,6 +6,7 @@ a checkpoint loads at any world size. Everything else is scalar state.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -28,12 +29,13 @@ class RowState(OneGroup):
     """Base of `RowOptimizer`: everything about state but the step.
 
     class_rows: what it moves. inner: the wrapped class, on stand-ins. initial_state: row state of a row that never had
-    a gradient, by key.
+    a gradient, by key. built: what the constructor of the class puts into the state of each parameter, for no rows.
     """
 
     class_rows: ClassRows
     inner: torch.optim.Optimizer
     initial_state: dict[str, float]
+    built: list[dict[str, Any]]
     low_precision: str | None
     update_in_backward: bool
 
@@ -54,6 +56,20 @@ class RowState(OneGroup):
     def begin_update_in_backward(self) -> UpdateRows:
         """Begin a step inside backward; call the result with local rows a to b and their gradients, each row once."""
         raise NotImplementedError
+
+    def begin(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """Put into the state of a parameter, and return, what the constructor of the class puts there."""
+        place = next(i for i, p in enumerate(self.class_rows.everything) if p is parameter)
+        none = local_part(parameter.detach())[:0]
+        begun = {}
+        for key, value in self.built[place].items():
+            if is_row_state(value, none):
+                dtype = self._state_dtype(parameter) if value.is_floating_point() else value.dtype
+                begun[key] = self.allocate(parameter, dtype, key)
+            else:
+                begun[key] = self._fitted(copy.deepcopy(value), parameter)
+        self.state[parameter].update(begun)
+        return begun
 
     def allocate(self, parameter: nn.Parameter, dtype: torch.dtype, key: str) -> Tensor:
         """Return new row state of a parameter."""

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from partial_fc.inside_torch import tells_holders
+
 TILE_BYTES = {"cpu": 4 << 20}  # a tile of logits stays in a core's cache; elsewhere large products matter more
 TILE_BYTES_ELSEWHERE = 256 << 20
 SLACK = 1.1  # the number of selected rows differs a little from step to step
@@ -77,7 +79,8 @@ class Workspace:
             return torch.empty(shape, dtype=dtype, device=device)
         size = math.prod(shape)
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.dtype != dtype or not size <= buffer.numel() <= SLACK**2 * size or _held(buffer):
+        fits = buffer is not None and buffer.dtype == dtype and size <= buffer.numel() <= SLACK**2 * size
+        if buffer is None or not fits or not tells_holders(_held) or _held(buffer):
             # drop the old one first: two at a time would be a higher peak than without this class
             self._buffers.pop(name, None)
             buffer = None
@@ -91,5 +94,5 @@ class Workspace:
 
 def _held(buffer: Tensor) -> bool:
     """Return whether another tensor, view or saved variable holds this storage."""
-    holders = int(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata))  # the storage object made here included
-    return holders > 2
+    storage = buffer.untyped_storage()  # one of the holders; without a name it may be gone before they are counted
+    return int(torch._C._storage_Use_Count(storage._cdata)) > 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import any_message_of
+from common import any_message_of, needs
 from shards import local, two_by_two
 from torch import Tensor
 from watching import Allocations
@@ -265,6 +265,7 @@ def test_a_head_that_diverged():
 # ---------------------------------------------------------------------------------------------------- progress
 
 
+@needs("tqdm")
 def test_a_bar_is_drawn_to_its_end(capsys):
     head = PartialFC(D, 100)
     head.nearest_classes(3, tile_bytes=4 * 30 * 30, progress=True)

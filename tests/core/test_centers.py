@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from common import message_of
+from common import message_of, needs
 from dense_centers import DenseCenters, center_losses
 from dense_losses import Loss, reduced, share_of
 from dense_optimizers import DenseAdamW, DenseSGD
-from forked import finish, fork
 from near import assert_near, near
 from shards import classes_of, local, part_of, samples_of, two_by_two, whole
 from side_by_side import check_cases
@@ -495,6 +494,7 @@ def wrap(rank: int, world: int, update: str) -> list[str]:
     ]
 
 
+@needs("accelerate")
 @pytest.mark.parametrize("update", ["paper", "gradient"])
 def test_wrapped_centers_raise_instead_of_being_broadcast(ranks, update):
     for texts in ranks(2).run(wrap, update):
@@ -683,6 +683,8 @@ def test_compiled_centers_fall_back_without_an_error():
 
 @pytest.mark.slow
 def test_the_example_learns():
+    from forked import finish, fork  # imports the application
+
     assert len((ROOT / "examples/center_loss.py").read_text().splitlines()) <= 60
     code, out, err = finish(fork("examples/center_loss.py", "2"))
     assert code == 0, err[-3000:]

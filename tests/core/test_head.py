@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from common import message_of
+from common import message_of, needs
 from dense_losses import Loss, share_of
 from near import near
 from runner import RankFailure
@@ -425,7 +425,7 @@ def prepare_with_accelerate(rank: int, world: int) -> str:
     return message_of(lambda: accelerator.prepare(Model())(torch.randn(2, D), torch.tensor([0, 1])).backward())
 
 
-@pytest.mark.parametrize("wrap", [wrap_in_ddp, prepare_with_accelerate])
+@pytest.mark.parametrize("wrap", [wrap_in_ddp, pytest.param(prepare_with_accelerate, marks=needs("accelerate"))])
 def test_a_wrapped_head_raises_instead_of_training_wrongly(ranks, wrap):
     texts = ranks(2).run(wrap)
     assert all("DistributedDataParallel was given a PartialFC (head.weight)" in text for text in texts), texts

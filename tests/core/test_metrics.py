@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense_losses import unit
+from dense_losses import turned, unit
 from shards import samples_of, selected_by_all
 from side_by_side import small_tiles
 
@@ -48,9 +48,7 @@ def measured(
         others = others.masked_fill(others > beyond, -torch.inf)
     hardest = others.amax(1)
     expected = {"accuracy": (target > hardest).double().mean(), "embedding_norm": x.norm(dim=1).mean()}
-    lowered = {ArcFace: lambda c: torch.cos(torch.acos(c) + 0.5), CosFace: lambda c: c - 0.35}.get(
-        type(margin), lambda c: c
-    )
+    lowered = {ArcFace: lambda c: turned(c, 1.0, 0.5), CosFace: lambda c: c - 0.35}.get(type(margin), lambda c: c)
     if type(margin) in (ArcFace, CosFace, Softmax):
         expected["margin_met"] = (lowered(target) > hardest).double().mean()
     if isinstance(margin, margins.SphereFace2):  # every class is a decision

@@ -239,6 +239,7 @@ def test_a_compiled_backbone_beside_the_head_trains_the_same():
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11, of its own doing
 def test_a_profile_shows_where_a_step_goes():
     head = PartialFC(D, 50, sample_rate=0.3)
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)

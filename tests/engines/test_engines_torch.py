@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from partial_fc import CenterLoss, PartialFC, SphereFace2, clip_grad_norm_, load_checkpoint, save_checkpoint
 from partial_fc.engines.ddp import ignore_heads
 from partial_fc.engines.heads import head_names, head_parameters, heads_of, without_heads
-from partial_fc.engines.needs import need
+from partial_fc.engines.needs import need, need_methods
 
 
 def train_ddp(rank: int, world: int, inside: bool, rate: float, bf16: bool, uneven: bool = False) -> Result:
@@ -261,6 +261,24 @@ def test_an_engine_that_is_missing_or_too_old_says_what_to_install(monkeypatch):
     for oldest in ("4.24", "5.0"):
         with pytest.raises(RuntimeError, match=f"transformers 4.9.1 is too old: {oldest} or newer"):
             need("transformers", oldest)
+
+
+def test_a_method_that_an_engine_no_longer_has_is_told_of():
+    """The engine would not call what the adapter puts in its place."""
+
+    class Engine:
+        def save(self) -> None: ...
+
+    class Own(Engine):
+        def save(self) -> None: ...
+
+        def _clip(self) -> None: ...
+
+        def _helper(self) -> None: ...
+
+    need_methods("torch", Engine, Own, "_clip", "_helper")
+    with pytest.raises(RuntimeError, match=r"torch [\d.+a-z]+ has no Engine._clip, so Own would train or save wrongly"):
+        need_methods("torch", Engine, Own, "_helper")
 
 
 def test_the_core_and_plain_ddp_import_no_engine():

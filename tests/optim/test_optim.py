@@ -8,13 +8,54 @@ import pytest
 import torch
 import torch.distributed as dist
 from near import near
-from shards import everyones, local, row_gradient
+from shards import everyones, local, part_of, row_gradient, whole
 from torch import Tensor, nn
 from watching import Allocations
 
-from partial_fc import ArcFace, PartialFC, RowOptimizer, Softmax, clip_grad_norm_
+from partial_fc import (
+    ArcFace,
+    PartialFC,
+    RowOptimizer,
+    Softmax,
+    clip_grad_norm_,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 D = 6
+
+
+class EarlyState(torch.optim.Optimizer):
+    """State of all kinds is made by the constructor, as torch's Adagrad did until 2.11: by row, a tensor, a number."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"sum": torch.full_like(p, 0.3), "mean": torch.zeros_like(p)}
+            self.state[p] |= {"step": torch.tensor(0.0), "count": 0}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                state = self.state[p]
+                state["step"] += 1
+                state["count"] += 1
+                state["sum"].addcmul_(p.grad, p.grad)
+                state["mean"].lerp_(p.grad, 0.5)
+                rate = self.param_groups[0]["lr"] / float(state["step"] + state["count"])
+                p.addcdiv_(state["mean"], state["sum"].sqrt(), value=-rate)
+
+
+class Anchored(EarlyState):
+    """Keeps the weights of when it was built."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["anchor"] = p.detach().clone()
+
+
 CLASSES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
@@ -26,6 +67,7 @@ CLASSES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.RMSprop, {"lr": 0.05, "momentum": 0.5, "centered": True}),
     (torch.optim.Adagrad, {"lr": 0.05, "initial_accumulator_value": 0.1}),
     (torch.optim.NAdam, {"lr": 0.05}),
+    (EarlyState, {"lr": 0.05}),
 ]
 
 
@@ -73,8 +115,11 @@ def test_classes_that_mix_rows_are_refused():
         RowOptimizer(torch.optim.LBFGS, head)
     with pytest.raises(ValueError, match=r"Adafactor moves a row by what other rows hold"):
         RowOptimizer(torch.optim.Adafactor, head)
-    with pytest.raises(ValueError, match="Muon"):
-        RowOptimizer(torch.optim.Muon, head)
+    if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+        with pytest.raises(ValueError, match="Muon"):
+            RowOptimizer(torch.optim.Muon, head)
+    with pytest.raises(ValueError, match="Anchored makes its state anchor from the weights when it is built"):
+        RowOptimizer(Anchored, head)
     with pytest.raises(ValueError, match="TrustRatio moves a row"):
         RowOptimizer(TrustRatio, head, lr=0.1)
     with pytest.raises(TypeError, match="momentun"):
@@ -83,6 +128,53 @@ def test_classes_that_mix_rows_are_refused():
         RowOptimizer(torch.optim.SGD, nn.Linear(2, 2), lr=0.1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer_class"):
         RowOptimizer("sgd", head)  # type: ignore[arg-type]
+
+
+EARLY = [EarlyState, torch.optim.Adagrad]
+
+
+def train_early(head: PartialFC, optimizer: RowOptimizer, steps: range, part: slice) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x, labels = torch.randn(6, D, generator=generator), torch.randint(0, 11, (6,), generator=generator)
+        head(x[part].to(head.weight.dtype), labels[part]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def saved_early(rank: int, world: int, folder: str, options: dict[str, Any]) -> list[Tensor]:
+    """Weights of each class after three steps, two of a head that loads them, and one with two more classes."""
+    found = []
+    for cls in EARLY:
+        for sampled in (False, True) if "update_in_backward" not in options else (False,):
+            for after in (range(3), range(3, 5)):
+                dtype = torch.bfloat16 if "low_precision" in options else torch.float64
+                head = PartialFC(D, 11, Softmax(), 0.6 if sampled else 1.0, dtype=dtype, init_std=1.0, seed=3)
+                optimizer = RowOptimizer(cls, head, lr=0.05, **options)
+                if after.start:
+                    load_checkpoint(folder, head=head, optimizer=optimizer)
+                train_early(head, optimizer, after, part_of(6, rank, world))
+                if not after.start:
+                    save_checkpoint(folder, head=head, optimizer=optimizer)
+            kinds = {torch.float32 if "low_precision" in options else head.weight.dtype}
+            state = optimizer.state[head.weight]
+            assert {v.dtype for k, v in state.items() if isinstance(v, Tensor) and v.ndim} == kinds
+            assert float(state["step"]) == 5, "a block and a rank count as one"
+            if "update_in_backward" not in options:
+                head.expand(2)
+                begun = {EarlyState: 0.3, torch.optim.Adagrad: 0.0}[cls]
+                assert whole(optimizer.state[head.weight]["sum"])[-2:].eq(begun).all()
+            train_early(head, optimizer, range(5, 6), part_of(6, rank, world))
+            found.append(whole(head.weight).float())
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"low_precision": "master"}, {"update_in_backward": True}], ids=str)
+def test_state_of_a_constructor_goes_on_at_any_world_size(ranks, tmp_path, options):
+    alone = saved_early(0, 1, str(tmp_path / "alone"), options)
+    for found in ranks(3).run(saved_early, str(tmp_path / "ranks"), options):
+        for mine, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-2 if options else 1e-6, atol=1e-2 if options else 1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"fused": False}])

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 
 def local(tensor: Any) -> Tensor:
     """This rank's part of a DTensor; a plain tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    """The mark of a test that is skipped beside torch alone (.ci/versions.py)."""
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
 
 
 def message_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:

@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from partial_fc.inside_torch import tells_backward
+
 _SAVED = "_buffers_before_recomputation"  # attribute of a normalisation while it is recomputed
 
 
@@ -32,7 +34,15 @@ def run_blocks(blocks: Iterable[nn.Module], x: torch.Tensor, recompute: bool, ra
 
 
 def keep_statistics(module: nn.Module) -> None:
-    """Leave the running statistics of batch normalisations in `module` unchanged when they are recomputed."""
+    """Leave the running statistics of batch normalisations in `module` unchanged when they are recomputed.
+
+    Raises RuntimeError where torch does not tell a backward pass, so that each batch would count twice.
+    """
+    if not tells_backward(_in_backward):
+        raise RuntimeError(
+            f"torch {torch.__version__} does not tell whether a backward pass is in progress, so blocks with batch "
+            "normalisation cannot be computed again in it; use a version that docs/versions.md lists"
+        )
     for each in module.modules():
         if isinstance(each, _BatchNorm):
             each.register_forward_pre_hook(_save_buffers)
@@ -40,9 +50,12 @@ def keep_statistics(module: nn.Module) -> None:
             each.register_forward_hook(_restore_buffers, always_call=True)
 
 
+def _in_backward() -> bool:
+    return int(torch._C._current_graph_task_id()) != -1  # torch.utils.checkpoint identifies backward passes by it
+
+
 def _save_buffers(norm: nn.Module, inputs: Any) -> None:
-    # The id is -1 outside of a backward pass; torch.utils.checkpoint identifies backward passes by it.
-    if norm.training and torch._C._current_graph_task_id() != -1:
+    if norm.training and _in_backward():
         norm.__dict__[_SAVED] = dict(norm._buffers)
         # The kernel updates copies. Without buffers it would save fewer tensors for the backward than the first time.
         norm._buffers.update({name: None if value is None else value.clone() for name, value in norm._buffers.items()})

@@ -292,7 +292,7 @@ def test_channels_last_is_another_layout_and_the_same_function(name):
     assert all(p.is_contiguous() for p in other.parameters()), "weights stay as every engine takes them"
 
 
-def test_dropout_is_before_the_last_layer_and_where_there_is_none_it_is_refused():
+def test_dropout_is_before_the_last_layer_and_where_there_is_none_it_is_refused(monkeypatch):
     for name in ("iresnet18", "mobilefacenet", "vit_t"):
         model = build_backbone(name, image_shape=(1, 16, 16), embedding_size=8, dropout=0.4)
         assert model.dropout.p == 0.4
@@ -304,6 +304,9 @@ def test_dropout_is_before_the_last_layer_and_where_there_is_none_it_is_refused(
         assert 0.2 < seen[0] < 0.6
     with pytest.raises(UserError, match=r"'small' has no dropout; leave --backbone\.dropout out"):
         build_backbone("small", image_shape=(1, 16, 16), embedding_size=8, dropout=0.4)
+    monkeypatch.setattr("partial_fc.training.backbones.recompute.tells_backward", lambda within: False)
+    with pytest.raises(RuntimeError, match=r"does not tell whether a backward pass is in progress"):
+        build_backbone("iresnet18", image_shape=(1, 16, 16), embedding_size=8, gradient_checkpointing=True)
     with pytest.raises(UserError, match=r"'small' has no gradient checkpointing; leave"):
         build_backbone("small", image_shape=(1, 16, 16), embedding_size=8, gradient_checkpointing=True)
     with pytest.raises(UserError, match=r"dropout is 1\.0; give a probability"):

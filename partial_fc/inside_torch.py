@@ -1,0 +1,59 @@
+"""What numbers depend on and torch does not promise: each is tried here when it is first used, and not used where it
+does not do what it should. docs/versions.md lists all private names of other packages.
+
+holders of a storage        memory is used again once nothing holds it       else it is never used again
+use count of a parameter    classes change while no graph holds the weight   else they do not change
+id of a backward pass       statistics stand still while blocks are computed again   else blocks are not
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+
+@lru_cache
+def tells_holders(held: Callable[[Tensor], bool]) -> bool:
+    """Return whether `held(buffer)` is true as long as a view of the buffer lives, in Python or inside torch alone."""
+    with torch.inference_mode(False):
+        buffer, other = (torch.empty(size, dtype=torch.float32, device="cpu") for size in (8, 4))
+        found = [held(buffer)]
+        view = buffer[:4].view(2, 2)
+        found.append(held(buffer))
+        other.grad = view.view(4)  # as backward leaves a gradient
+        del view
+        found.append(held(buffer))
+        other.grad = None
+        found.append(held(buffer))
+    return found == [False, True, True, False]
+
+
+@lru_cache
+def tells_graphs(held: Callable[[Tensor], bool]) -> bool:
+    """Return whether `held(parameter)` is true as long as an autograd graph has saved the parameter."""
+    with torch.inference_mode(False), torch.enable_grad():
+        parameter = nn.Parameter(torch.ones(4, dtype=torch.float32, device="cpu"))
+        found = [held(parameter)]
+        loss = (parameter * parameter).sum()
+        found.append(held(parameter))
+        loss.backward()
+        found.append(held(parameter))
+        loss = (parameter * parameter).sum()
+        del loss
+        found.append(held(parameter))
+    return found == [False, True, False, False]
+
+
+@lru_cache
+def tells_backward(within: Callable[[], bool]) -> bool:
+    """Return whether `within()` is true in a backward pass and not outside. Call it outside of one."""
+    found = [within()]
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(1, dtype=torch.float32, device="cpu", requires_grad=True)
+        loss = x.sum()
+        loss.register_hook(lambda grad: found.append(within()))
+        loss.backward()
+    return [*found, within()] == [False, True, False]
