@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.batch.exchange import GlobalBatch
-from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET as DEFAULT_LOGITS_BUDGET
 from partial_fc.classes.head_state import HeadState, check_head_arguments
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.ranks import Group

@@ -26,11 +26,8 @@ NO_LABEL = 2**62  # stands for a smallest or largest label where there is none
 
 @dataclass(frozen=True)
 class Status:
-    """One rank's local batch and one of its label sets. Indices are flat.
-
-    A new field: before `problem` if `inspect` counts it, after it if it searches for it; `NO_COUNTS` or `NO_FINDINGS`
-    gets a number more, `agreed` if all ranks must have it alike, and refusals.py its words.
-    """
+    """One rank's local batch and one of its label sets. Indices are flat. Before `problem` stands what `inspect`
+    counts, after it what it searches for; `NO_COUNTS` and `NO_FINDINGS` have as many numbers."""
 
     operation: int  # that this is a batch (distributed/meeting.py)
     facts: int  # digest of what all ranks must have alike (facts.py); 0 from `gather`

@@ -29,9 +29,9 @@ from partial_fc.classes.interface import Change, Changeable
 from partial_fc.classes.mapping import ClassMoves, Mapped, class_moves, validate_mapping
 from partial_fc.classes.moves import move_rows
 from partial_fc.distributed.given import as_whole
+from partial_fc.distributed.inside_torch import tells_graphs
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.texts import gather_texts
-from partial_fc.inside_torch import tells_graphs
 from partial_fc.margins.base import Margin
 from partial_fc.optim.optimizer_class import initial_state
 from partial_fc.optim.row_optimizer import RowOptimizer

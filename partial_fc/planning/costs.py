@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from partial_fc.batch.status import Status
-from partial_fc.head import DEFAULT_LOGITS_BUDGET
+from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
 from partial_fc.optim.optimizer_class import LowPrecision, check_rows_apart, initial_state
 from partial_fc.optim.row_state import HALF
 from partial_fc.sampling import window_size

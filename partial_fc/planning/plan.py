@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from partial_fc.batch.status import DTYPES
+from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
 from partial_fc.distributed.given import as_whole, plain
-from partial_fc.head import DEFAULT_LOGITS_BUDGET
 from partial_fc.optim.optimizer_class import LowPrecision
 from partial_fc.optim.row_state import HALF
 from partial_fc.planning.advice import SAVERS, Change, Fit, advise

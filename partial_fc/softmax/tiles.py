@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from partial_fc.inside_torch import tells_holders
+from partial_fc.distributed.inside_torch import tells_holders
 
 TILE_BYTES = {"cpu": 4 << 20}  # a tile of logits stays in a core's cache; elsewhere large products matter more
 TILE_BYTES_ELSEWHERE = 256 << 20

@@ -34,7 +34,7 @@ from partial_fc import (
     PartialFC,
     RowOptimizer,
 )
-from partial_fc.head import DEFAULT_LOGITS_BUDGET
+from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
 from partial_fc.softmax.tiles import logits_bytes, tile_rows
 
 D, C, VALID = 6, 10, "valid are 0 to 9 and ignore_index -100"

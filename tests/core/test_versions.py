@@ -24,8 +24,8 @@ import partial_fc.softmax.tiles
 from partial_fc import CenterLoss, PartialFC, RowOptimizer, Softmax
 from partial_fc.checkpoint.layout import _rows_of_rank, splits_by_rows
 from partial_fc.classes.change import _held_by_a_graph
+from partial_fc.distributed.inside_torch import tells_backward, tells_graphs, tells_holders
 from partial_fc.distributed.wrapping import DDP, FSDP2
-from partial_fc.inside_torch import tells_backward, tells_graphs, tells_holders
 from partial_fc.margins import SphereFace2, SubCenterArcFace
 from partial_fc.softmax.tiles import Workspace, _held
 

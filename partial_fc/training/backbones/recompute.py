@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from partial_fc.inside_torch import tells_backward
+from partial_fc.distributed.inside_torch import tells_backward
 
 _SAVED = "_buffers_before_recomputation"  # attribute of a normalisation while it is recomputed
 
