@@ -230,7 +230,7 @@ def check(rank: int, world: int, case: Case) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_dense_float64(ranks, world, name):
     results = ranks(world).run(check, CASES[name])

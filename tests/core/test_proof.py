@@ -60,7 +60,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cases", [FULL, SAMPLED, SHAPES, OPTIONS], ids=["full", "sampled", "shapes", "options"])
 def test_equals_dense_float64(ranks, world, cases):
     ranks(world).run(check_cases, cases)
