@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import struct
 from collections.abc import Sequence
@@ -78,21 +77,20 @@ def raise_problem(
 
 
 def tell_others(error: Exception, gathered: bool, ranks: Ranks, device: torch.device) -> None:
-    """Raise an error of this rank on the others too, which wait for its batch. gathered: it has been gathered before.
+    """Raise an error of this rank on every rank: the others wait for its batch. gathered: it has been gathered before.
 
-    Returns on this rank, which raises the error itself.
+    Returns where there are no others.
     """
-    if ranks.group is None:
+    if ranks.group is None or torch.compiler.is_compiling():
         return
     problem = f"{WIRING}: {error}"
-    with contextlib.suppress(RuntimeError):
-        if gathered:
-            facts = {"problem": problem}
-            agree(Agreed(facts, digest_of(facts)), ranks, device, GATHERED)
-        else:
-            mine = inspect(torch.empty(0, 0), [], problem, False, False)[0].to(device)
-            status = [Status(*row) for row in all_gather_mesh(mine, ranks, BATCH).tolist()]
-            raise_problem(status, problem, [], None, ranks, device)
+    if gathered:
+        facts = {"problem": problem}
+        agree(Agreed(facts, digest_of(facts)), ranks, device, GATHERED)
+    else:
+        mine = inspect(torch.empty(0, 0), [], problem, False, False)[0].to(device)
+        status = [Status(*row) for row in all_gather_mesh(mine, ranks, BATCH).tolist()]
+        raise_problem(status, problem, [], None, ranks, device)
 
 
 def refuse_difference(mine: Agreed | None, ranks: Ranks, device: torch.device) -> None:

@@ -257,7 +257,7 @@ def collectives_of(rank: int, world: int, names: list[str]) -> list[tuple[str, i
     return calls
 
 
-STATUS = 21 * 8
+STATUS = 24 * 8
 
 
 @pytest.mark.parametrize("names", [["faces"], ["faces", "plates"], ["faces", "plates", "glyphs"]])
@@ -267,7 +267,9 @@ def test_any_number_of_heads_makes_one_payload_and_one_reduce_scatter(ranks, nam
         status = [("all_gather", STATUS)] + [("all_gather", others * STATUS)] * bool(others)
         exchange = [*status, ("all_gather", 4 * (D * 8 + 8 * len(names)))]
         assert calls[: len(exchange)] == exchange
-        assert [name for name, _ in calls[len(exchange) : -1]] == ["all_gather"] * len(names)  # statistics of each head
+        of_heads = calls[len(exchange) : -1]  # of each head: what all ranks must have alike, then statistics
+        assert [name for name, _ in of_heads] == ["all_gather"] * 2 * len(names)
+        assert [size for _, size in of_heads[::2]] == [STATUS] * len(names)
         assert calls[-1] == ("reduce_scatter", 2 * 4 * D * 8)
 
 
