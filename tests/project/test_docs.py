@@ -46,6 +46,19 @@ def test_files_that_contributing_names_exist():
             assert (ROOT / "partial_fc" / folder.name).is_dir(), f"tests/{folder.name} mirrors no package"
 
 
+def test_every_edge_names_tests_that_exist():
+    """`tests/...py::name`; `...::name` and `::name` are of the file that was named last."""
+    text = (ROOT / "docs/edges.md").read_text()
+    named = re.findall(r"`((?:tests/[\w/]+\.py)?|\.\.\.)::(\w+)`", text)
+    assert len(named) > 100
+    file = ""
+    for path, name in named:
+        file = path if path.startswith("tests") else file
+        assert re.search(rf"^def {name}\b", (ROOT / file).read_text(), re.MULTILINE), f"{file}::{name}"
+    for section in text.split("\n## ")[1:]:
+        assert "tests/" in section, section.splitlines()[0]
+
+
 def test_the_changelog_begins_with_this_version():
     versions = re.findall(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert versions[0] == partial_fc.__version__ and versions == sorted(versions, reverse=True)
