@@ -29,15 +29,16 @@ def replaced_parameter(owner: str, name: str) -> RuntimeError:
 def assigned_data(owner: str, name: str) -> RuntimeError:
     return RuntimeError(
         f"a tensor was assigned to {name}.data of this {owner}, which has no effect on rows that are split over ranks: "
-        f'load_state_dict({{"{name}": tensor}}, strict=False) on every rank takes all C rows, and import_weights those '
-        "of a file"
+        f'in a new {owner} call load_state_dict({{"{name}": tensor}}, strict=False) on every rank, which takes all C '
+        "rows, or import_weights(file, ...)"
     )
 
 
 def untaken_gradients(owner: str) -> RuntimeError:
     return RuntimeError(
         f"no RowOptimizer takes the row gradients of this {owner}, so it would never train: "
-        "build RowOptimizer(torch.optim.SGD, it, ...) instead of passing its parameters() to an optimizer"
+        "build head_optimizer = RowOptimizer(torch.optim.SGD, head, lr=...) and keep it; an optimizer over "
+        "head.parameters() does not work with sampling"
     )
 
 
@@ -90,7 +91,10 @@ def scripted() -> RuntimeError:
 
 
 def clipped_in_backward() -> RuntimeError:
-    return RuntimeError("update_in_backward cannot be joined with clipping: rows moved before the norm was known")
+    return RuntimeError(
+        "update_in_backward cannot be joined with clipping: rows moved before the norm was known; clip the backbone "
+        "alone, or build the RowOptimizer without update_in_backward"
+    )
 
 
 def missing_labels(owner: str) -> TypeError:

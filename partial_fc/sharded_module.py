@@ -99,7 +99,7 @@ class ShardedModule(nn.Module):
         **{name: name for name in ("num_classes", "embedding_size", "seed", "init_std", "ignore_index", "reduction")},
         **{name: name for name in ("scale_embedding_grad", "class_changes")},
         **{name: f"class_rows.record.{name}" for name in ("validate", "on_nonfinite", "max_skips", "skips")},
-        "updates": "class_rows.updates",
+        "steps of the optimizer": "class_rows.updates",
     }
 
     def __init__(self, arguments: SharedArguments, *, sampled: bool) -> None:

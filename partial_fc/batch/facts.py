@@ -43,7 +43,7 @@ class Agreed:
         facts |= {name: f"{p.dtype}{'' if p.requires_grad else ', frozen'}" for name, p in named}
         if loss.training:
             pending = rows.grad_rows is not None or any(p.grad is not None for _, p in named)
-            facts["row gradients"] = "added to those of an earlier backward" if pending else "cleared"
+            facts["the gradient of an earlier backward"] = "kept" if pending else "cleared"
         moving = [local_part(p.detach()) for p in rows.shared.values()]
         if margin is not None:
             facts["margin"] = type(margin).__name__

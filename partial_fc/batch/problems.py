@@ -38,7 +38,9 @@ def embeddings_problem(embeddings: Tensor) -> str:
 def _labels_problem(embeddings: Tensor, labels: Any) -> str:
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        return f"labels must be an int64 tensor, not {found}"
+        soft = isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2
+        hint = ": for soft labels give gather class ids [N, L] and label_weights [N, L]" if soft else ""
+        return f"labels must be an int64 tensor, not {found}{hint}"
     if labels.ndim not in (1, 2) or (labels.ndim == 2 and not labels.shape[1]):
         return f"labels must be [N] or [N, L] with L at least 1, but are {list(labels.shape)}"
     if len(labels) != len(embeddings):

@@ -22,15 +22,16 @@ from partial_fc.errors import NonFiniteError, log
 AGREED = {
     "width": "embedding width",
     "dtype": "embedding dtype",
-    "labels_each": "labels a sample (0: a plain [N])",
-    "weights": "weights (1: label weights, 2: sample weights)",
+    "labels_each": "labels",
+    "weights": "weights",
 }
+WEIGHTS = ("none", "label_weights", "sample_weights", "label_weights and sample_weights")
 
 
 TOLERANCE = 1e-6  # of running statistics, whose last bits may depend on the device
 ALIKE = (
-    "All ranks must build the same, call train() and eval() alike, change settings and load states together "
-    "(load_checkpoint on every rank)"
+    "Every rank must build the head with the same arguments, and call forward, backward, step(), zero_grad(), train(), "
+    "eval(), autocast, no_grad and load_checkpoint alike: load_checkpoint on every rank, nothing under `if rank == 0`"
 )
 
 
@@ -61,15 +62,16 @@ def raise_problem(
     if any(row.problem for row in status):
         texts = gather_texts(problem, ranks, device)
         text, flat = next((text, flat) for flat, text in enumerate(texts) if text)
-        kind = RuntimeError if text.startswith(WIRING) else ValueError
-        raise kind(ranks.name(flat) + text.removeprefix(WIRING))
+        if text.startswith(WIRING):
+            raise _of_wiring(texts, ranks)
+        raise ValueError(ranks.name(flat) + text)
     other = next((flat for flat, row in enumerate(status) if row.names != status[0].names), None)
     if other is not None:
         own = sorted(repr(name) for name in names if name is not None)
         texts = gather_texts(f"a dict of {', '.join(own)}" if own else "no dict", ranks, device)
         raise ValueError(
             f"ranks disagree: labels are {texts[0]} on {ranks.name(0)} and {texts[other]} on {ranks.name(other)}; "
-            "every rank must bring the same names"
+            "every rank must pass the same names"
         )
     if any(row.facts != status[0].facts for row in status):
         refuse_difference(agreed, ranks, device)
@@ -97,17 +99,24 @@ def refuse_difference(mine: Agreed | None, ranks: Ranks, device: torch.device) -
     """Raise ValueError on every rank: the digests differ, so say in what. A collective."""
     facts = {"loss": "gather"} if mine is None else mine.facts
     everyone = [json.loads(text) for text in gather_texts(json.dumps(facts), ranks, device)]
-    for flat, each in enumerate(everyone):
-        if "problem" in each:
-            raise RuntimeError(ranks.name(flat) + each["problem"].removeprefix(WIRING))
+    if any("problem" in each for each in everyone):
+        raise _of_wiring([each.get("problem", "") for each in everyone], ranks)
     different = []
-    for name in {name: None for each in everyone for name in each}:
+    same_loss = len({each["loss"] for each in everyone}) == 1
+    for name in {name: None for each in everyone for name in each} if same_loss else ("loss",):
         who: dict[str, list[int]] = {}
         for flat, each in enumerate(everyone):
             who.setdefault(str(each.get(name, "nothing")), []).append(ranks.global_rank(flat))
         if len(who) > 1:
             different.append(f"{name} is {' and '.join(f'{value} on {names_of(them)}' for value, them in who.items())}")
     raise ValueError(f"ranks disagree: {'; '.join(different)}. {ALIKE}")
+
+
+def _of_wiring(texts: Sequence[str], ranks: Ranks) -> RuntimeError:
+    """Return the error of the first rank that has one; without its name where all have the same."""
+    flat = next(flat for flat, text in enumerate(texts) if text)
+    text = texts[flat].removeprefix(WIRING)
+    return RuntimeError(text.removeprefix(": ") if len(set(texts)) == 1 else ranks.name(flat) + text)
 
 
 def refuse_statistics(bits: Sequence[int], ranks: Ranks) -> None:
@@ -137,17 +146,22 @@ def raise_finding(status: Sequence[Status], ranks: Ranks, name: str | None) -> N
         for field, description in AGREED.items():
             mine, theirs = getattr(first, field), getattr(row, field)
             if mine != theirs:
-                if field == "dtype":
-                    mine, theirs = DTYPES[mine], DTYPES[theirs]
+                mine, theirs = (_shown(field, value) for value in (mine, theirs))
                 of_labels = "" if field in ("width", "dtype") else of_set(name)
                 raise ValueError(
                     f"ranks disagree{of_labels}: {description} {mine} on {ranks.name(0)} and {theirs} on "
-                    f"{ranks.name(flat)}; every rank must bring the same"
+                    f"{ranks.name(flat)}; every rank must pass the same"
                 )
     for flat, row in enumerate(status):
         if row.bad_weight:
             text = describe_bad_weight(row.bad_weight, row.bad_weight_at, row.bad_weight_bits, row.labels_each)
             raise ValueError(f"{ranks.name(flat)}{of_set(name)}: {text}")
+
+
+def _shown(field: str, value: int) -> str:
+    if field == "labels_each":
+        return f"[N, {value}]" if value else "[N]"
+    return str({"dtype": DTYPES, "weights": WEIGHTS}[field][value] if field in ("dtype", "weights") else value)
 
 
 def describe_bad_label(label: int, at: int, row: Status, valid: range, ignore_index: int) -> str:

@@ -21,6 +21,7 @@ import contextlib
 import io
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -205,9 +206,10 @@ def _after_reload(skeleton: Any, name: str) -> Any:
     try:
         return torch.load(buffer, weights_only=True)
     except pickle.UnpicklingError as error:
+        kind = re.search(r"Unsupported (?:global|class).*?([\w.]+\.\w+)", str(error))
         raise TypeError(
-            f"the state of {name} holds an object that is neither a tensor nor a plain value: "
-            f"{str(error).splitlines()[0]}"
+            f"the state of {name} holds {kind[1] if kind else 'an object'}, which is neither a tensor nor a plain value: "
+            "a state dict that is saved may hold tensors, numbers, text, lists, tuples and dicts"
         ) from error
 
 
@@ -260,18 +262,23 @@ def _destinations(stateful: Stateful, name: str, metadata: dict[str, Any], folde
         own = here.get(key)
         if own is None and isinstance(stateful, torch.optim.Optimizer):
             own = _empty_like_parameter(stateful, key.removeprefix(f"{name}/"), metadata[key])
-        destinations[key] = _destination(key, metadata[key], own, folder)
+        destinations[key] = _destination(key, metadata[key], own, folder, hasattr(stateful, "class_rows"))
     return destinations
 
 
-def _destination(key: str, stored: Any, here: Tensor | None, folder: Path) -> Tensor:
-    """Return the tensor to read `key` into: the object's own tensor, or a new one if it has none yet."""
+def _destination(key: str, stored: Any, here: Tensor | None, folder: Path, by_class: bool) -> Tensor:
+    """Return the tensor to read `key` into: the object's own tensor, or a new one if it has none yet.
+
+    by_class: it is of a head, a center loss or their optimizer.
+    """
     if here is None:
         return torch.empty(stored.size, dtype=stored.properties.dtype)
     if here.shape == stored.size:
         return here.detach() if here.requires_grad else here  # itself: it may be marked with the rows that it has
     problem = f"checkpoint {folder}: {key} has shape {list(stored.size)}, but the shape here is {list(here.shape)}"
-    if isinstance(here, DTensor) or here.ndim == len(stored.size) > 1:
+    if not by_class:
+        problem += "; build it with the sizes of the run that wrote the checkpoint"
+    elif here.ndim == len(stored.size) > 1:
         if here.shape[1:] == stored.size[1:]:
             problem += (
                 f"; the checkpoint has {stored.size[0]} classes: build the head for as many, load, "

@@ -39,10 +39,14 @@ CONCLUDED = "partial_fc/concluded"  # JSON list of the ranks that this rank foun
 PROCESS = "partial_fc/process"  # JSON [machine, pid, start time]
 
 CAUSES = (
-    "Usual causes: its data ended before the others' (use JoinedBatches), it raised an exception (see its own output), "
-    "it was killed (out of memory?) or stopped, or it is slower than the timeout."
+    "Usual causes there: it ran other code (under `if rank == 0`, or a batch was left out), its data ended before the "
+    "others' (use JoinedBatches), it raised an exception (see its own output), it was killed (out of memory?) or "
+    "stopped, or it is slower than the timeout."
 )
-TOGETHER = "Every rank of the group must call each of them, in the same order: take it out of `if rank == 0`."
+TOGETHER = (
+    "Every rank of the group must call each of them, in the same order, and none of them under `if rank == 0`. (The "
+    "exchange of a batch is that of a forward, head(embeddings, labels), or of gather.)"
+)
 END = "The process group can no longer be used: let this process end, and restart all ranks from the last checkpoint."
 
 # What gloo and NCCL write. Specific, because a DataLoader's errors also mention timeouts and connections.

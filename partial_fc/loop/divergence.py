@@ -153,7 +153,10 @@ class DivergenceWatch:
         device = recorded[0].sums[0].device
         steps = meet("the comparison of checksums", ranks_of(self.group), device, (len(recorded),))
         if any(count != steps[0] for count in steps):
-            raise ValueError(f"ranks have recorded different numbers of steps: {[count for (count,) in steps]}")
+            raise ValueError(
+                "ranks have called step() of a DivergenceWatch different numbers of times since the last comparison: "
+                f"{', '.join(str(count) for (count,) in steps)}; every rank must call it once a training step"
+            )
         mine = torch.stack([sums.combined(device) for sums in recorded], 1)  # [2, steps]
         shard = torch.full((2, 1), self._shard(), dtype=torch.int64, device=device)
         table = all_gather(torch.cat((shard, mine), 1), self.group).tolist()

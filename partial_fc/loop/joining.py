@@ -46,7 +46,8 @@ class JoinedBatches(Generic[Batch]):
     Args:
         loader: this rank's batches, any number; may be empty.
         labels: where the labels are in a batch: an index of a tuple or list, a key, or the name of an attribute.
-            Default: the last item of a tuple or list, else "labels". Labels are an integer tensor, or a dict of them
+            Default: the last item of a tuple or list (TypeError where several may be labels), else "labels". Labels are
+            an integer tensor, or a dict of them
             (`gather` with labels by name).
         ignore_index: the head's; a dict by name for several heads.
         stand_in: function that makes a stand-in from a batch, instead of ignoring its labels.
@@ -172,10 +173,19 @@ def _label(name: str, value: Any) -> int:
     return whole(name, value)
 
 
+def _may_be_labels(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.ndim == 1 and not part.is_floating_point() and part.dtype != torch.bool
+
+
 def _with_ignored_labels(batch: Any, where: int | str | None, ignore_index: int | Mapping[str, int]) -> Any:
     """Return a copy of the batch with all labels set to `ignore_index`. where: the place of the labels."""
     if where is None:
         where = -1 if isinstance(batch, tuple | list) else "labels"
+        if isinstance(batch, tuple | list) and sum(_may_be_labels(part) for part in batch) > 1:
+            raise TypeError(
+                f"{sum(_may_be_labels(part) for part in batch)} items of a batch may be its labels (integers [N]): say "
+                "which they are, JoinedBatches(loader, labels=1)"
+            )
     if isinstance(batch, tuple | list):
         if not isinstance(where, int):
             raise TypeError(f"labels={where!r} is not an index of a {type(batch).__name__}; pass an int")

@@ -86,8 +86,8 @@ def _half_unscaled(scaler: Any, parameters: Sequence[Tensor], heads: Sequence[Cl
         return ""
     alone = "; parameters that no optimizer holds must have no gradient, or not be given" if left else ""
     return (
-        f"the GradScaler was told half: call {' and '.join(missing)} after backward and before gradients are clipped "
-        f"or checked; they are still multiplied by the scale, and the norm is mostly theirs{alone}"
+        "scaler.unscale_() was not called for every optimizer, so that some gradients are still multiplied by the loss "
+        f"scale: call {' and '.join(missing)} after backward and before gradients are clipped or checked{alone}"
     )
 
 

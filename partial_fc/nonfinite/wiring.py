@@ -35,9 +35,9 @@ def follow_in_eval(loss: Tensor, rows: ClassRows, moves: bool | None = None) -> 
 
     def note(grad: Tensor) -> None:
         rows.record.untrained = (
-            f"the loss of a {rows.owner} in eval() was trained, but its rows do not move in eval(): call train() of "
-            f"the {rows.owner} before the forward; or zero_grad() of its optimizer (or of itself) after a backward "
-            "that is not to train, and leave it out of the step"
+            f"the loss of a {rows.owner} in eval() was trained (its backward() was called), but classes do not train in "
+            f"eval(): call train() of the {rows.owner} before the forward; or, if that backward was not for training, "
+            "zero_grad() of its optimizer (or of itself) after it"
         )
 
     reached.register_hook(note)
@@ -65,7 +65,7 @@ def raise_refusal(heads: Sequence[ClassRows]) -> None:
             everyone = all(texts)
             flat = next(flat for flat, each in enumerate(texts) if each)
             raise RuntimeError(text if everyone else f"{ranks.name(flat)}: {text}")
-    raise RuntimeError("a rank of another group refused this step")
+    raise RuntimeError("a head on ranks of another group refused this step; the output of those ranks says why")
 
 
 def refuse_alone(heads: Sequence[ClassRows]) -> None:

@@ -28,7 +28,10 @@ def check_arguments(
         raise TypeError(f"optimizer_class must be a torch.optim.Optimizer class such as torch.optim.SGD, not {cls!r}")
     rows = getattr(head, "class_rows", None)
     if not isinstance(rows, ClassRows):
-        raise TypeError(f"a RowOptimizer trains a PartialFC, not {type(head).__name__}")
+        raise TypeError(
+            f"a RowOptimizer takes the PartialFC or CenterLoss itself, not {type(head).__name__}: "
+            "RowOptimizer(torch.optim.SGD, head, lr=0.1)"
+        )
     check_options(options)
     if update_in_backward and rows.sampled:
         raise ValueError(

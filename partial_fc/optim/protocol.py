@@ -93,7 +93,8 @@ def checked_groups(state: Mapping[str, Any], parameters: int) -> dict[str, Any]:
     parameters."""
     groups = state.get("param_groups")
     if not groups or "state" not in state:
-        raise ValueError("it is no state of an optimizer: it has no state and param_groups")
+        found = ", ".join(map(str, state)) or "nothing"
+        raise ValueError(f'it is no state of an optimizer, which has "state" and "param_groups": it has {found}')
     if len(groups) != 1 or len(groups[0]["params"]) != parameters:
         theirs = " and ".join(str(len(group["params"])) for group in groups)
         raise ValueError(

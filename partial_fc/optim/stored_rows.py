@@ -87,8 +87,11 @@ def row_problem(rows: ClassRows, name: str, value: Any, shape: Iterable[int], st
 
 def _partial(rows: ClassRows, value: Any, shape: tuple[int, ...]) -> str:
     """Return what to do about a plain tensor of some of the rows."""
-    some = isinstance(value, Tensor) and tuple(value.shape[1:]) == shape[1:] and rows.shards.ranks.world > 1
-    return f": give all {shape[0]} rows to every rank. {WAY}" if some else ""
+    if not isinstance(value, Tensor) or tuple(value.shape[1:]) != shape[1:] or rows.shards.ranks.world == 1:
+        return ""
+    if len(value) > shape[0]:
+        return f": build the head for {len(value)} classes, load, then call remap()"
+    return f": give all {shape[0]} rows to every rank. {WAY}"
 
 
 def taken(rows: ClassRows, value: Tensor) -> Tensor:

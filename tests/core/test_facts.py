@@ -178,9 +178,9 @@ def test_other_ways_to_differ(ranks):
         "another loss": "loss is PartialFC on rank 0 and CenterLoss on rank 1",
         "alpha": "alpha is 0.5 on rank 0 and 0.25 on rank 1",
         "offset": "the running statistics of the margin sum to",
-        "no step": "updates is 1 on rank 0 and 0 on rank 1",
-        "no zero_grad": "row gradients is cleared on rank 0 and added to those of an earlier backward on rank 1",
-        "no step of centers": "updates is 1 on rank 0 and 0 on rank 1",
+        "no step": "steps of the optimizer is 1 on rank 0 and 0 on rank 1",
+        "no zero_grad": "the gradient of an earlier backward is cleared on rank 0 and kept on rank 1",
+        "no step of centers": "steps of the optimizer is 1 on rank 0 and 0 on rank 1",
     }
     for name, expected in both.items():
         assert first[name] == last[name] and expected in first[name], (name, first[name], last[name])

@@ -407,8 +407,8 @@ BETWEEN_RANKS = {
     "more names": ": labels are a dict of 'faces', 'plates' on rank 0 and a dict of 'cars', 'faces', 'plates' on",
     "fewer names": ": labels are a dict of 'faces', 'plates' on rank 0 and a dict of 'plates' on",
     "no dict": ": labels are a dict of 'faces', 'plates' on rank 0 and no dict on",
-    "more labels each": ", 'plates': labels a sample (0: a plain [N]) 2 on rank 0 and 3 on",
-    "no sample weights": ", 'faces': weights (1: label weights, 2: sample weights) 2 on rank 0 and 0 on",
+    "more labels each": ", 'plates': labels [N, 2] on rank 0 and [N, 3] on",
+    "no sample weights": ", 'faces': weights sample_weights on rank 0 and none on",
     "width": ": embedding width 6 on rank 0 and 3 on",
 }
 
@@ -428,7 +428,7 @@ def test_ranks_that_disagree_raise_the_same_error(ranks, world, kind):
     texts, losses = zip(*ranks(world).run(bad_batch, kind, timeout=20), strict=True)
     names = " names" if kind.endswith(("names", "dict")) else ""
     assert set(texts) == {
-        f"ValueError: ranks disagree{BETWEEN_RANKS[kind]} rank {world - 1}; every rank must bring the same{names}"
+        f"ValueError: ranks disagree{BETWEEN_RANKS[kind]} rank {world - 1}; every rank must pass the same{names}"
     }
     assert len(set(losses)) == 1
 

@@ -17,6 +17,7 @@ from shards import two_by_two, whole
 from torch import Tensor, nn
 
 from partial_fc import ArcFace, CenterLoss, JoinedBatches, PartialFC, RowOptimizer, Softmax, clip_grad_norm_, gather
+from partial_fc.loop import joining
 
 D, C, WIDTH = 6, 11, 4
 Pair = namedtuple("Pair", ["images", "labels"])
@@ -220,3 +221,12 @@ def test_a_place_of_the_labels_or_a_stand_in_of_ones_own():
     with pytest.raises(TypeError, match="ignore_index is a dict"):
         _with_ignored_labels((images, labels), None, {"a": 1})
     assert JoinedBatches([], stand_in=lambda batch: batch * 0)._make_stand_in(torch.ones(2)).tolist() == [0, 0]  # type: ignore[attr-defined, misc]
+
+
+def test_two_items_that_may_be_labels_are_asked_about():
+    """(images, labels, index): the index is the last item, and ignoring it would train the stand-in's labels."""
+    batch = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([7, 8])
+    with pytest.raises(TypeError, match=r"2 items of a batch may be its labels .* labels=1"):
+        joining._with_ignored_labels(batch, None, -100)
+    _, labels, index = joining._with_ignored_labels(batch, 1, -100)
+    assert labels.tolist() == [-100, -100] and index.tolist() == [7, 8]

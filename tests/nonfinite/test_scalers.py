@@ -81,7 +81,7 @@ def told_half(rank: int, world: int) -> None:
             loop.unscale(*(name for name in ALL if name not in forgotten))
             for function in (loop.clip, loop.check):
                 said = message_of(function)
-                assert said.startswith("RuntimeError: the GradScaler was told half: call "), said
+                assert said.startswith("RuntimeError: scaler.unscale_() was not called for every optimizer"), said
                 assert all(call in said for call in calls), (forgotten, said)
                 assert said.count("unscale_(") == len(calls), (forgotten, said)
             loop.unscale(*forgotten)  # what it asks for is enough
@@ -107,7 +107,7 @@ def one_rank_forgets(rank: int, world: int) -> str:
 def test_what_one_rank_forgets_all_refuse(ranks):
     first, second = ranks(2).run(one_rank_forgets)
     assert first == second
-    assert first.startswith("RuntimeError: rank 1: the GradScaler was told half")
+    assert first.startswith("RuntimeError: rank 1: scaler.unscale_() was not called for every optimizer")
 
 
 def test_nothing_to_tell():

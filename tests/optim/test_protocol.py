@@ -173,7 +173,7 @@ def test_hooks_of_state_dicts_are_called(tmp_path, kind):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: {"state": state["state"]}, "it has no state and param_groups"),
+        (lambda state: {"state": state["state"]}, "it is no state of an optimizer"),
         (lambda state: {**state, "param_groups": 2 * state["param_groups"]}, "groups of 1 and 1 parameters"),
         (lambda state: {**state, "param_groups": [{**state["param_groups"][0], "params": [0, 1]}]}, "groups of 2"),
         (lambda state: {**state, "state": {5: {}}}, "it has state of 5, which is in none of its groups"),
