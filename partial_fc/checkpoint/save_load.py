@@ -208,8 +208,8 @@ def _after_reload(skeleton: Any, name: str) -> Any:
     except pickle.UnpicklingError as error:
         kind = re.search(r"Unsupported (?:global|class).*?([\w.]+\.\w+)", str(error))
         raise TypeError(
-            f"the state of {name} holds {kind[1] if kind else 'an object'}, which is neither a tensor nor a plain value: "
-            "a state dict that is saved may hold tensors, numbers, text, lists, tuples and dicts"
+            f"the state of {name} holds {kind[1] if kind else 'an object'}, which is neither a tensor nor a plain "
+            "value: a state dict that is saved may hold tensors, numbers, text, lists, tuples and dicts"
         ) from error
 
 

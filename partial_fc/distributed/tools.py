@@ -51,8 +51,8 @@ def _clip(head: Any, prefix: str, caller: Caller) -> str:
         return ""
     if head.class_rows.live_optimizer is not None and head.class_rows.live_optimizer.update_in_backward:
         return (
-            f"the gradients of this {owner} cannot be clipped: it {why}. Clip those of the backbone alone, or build its "
-            "RowOptimizer without update_in_backward"
+            f"the gradients of this {owner} cannot be clipped: it {why}. Clip those of the backbone alone, or build "
+            "its RowOptimizer without update_in_backward"
         )
     why = why or "is split over the ranks, and cannot be clipped together with replicated parameters"
     return (

@@ -47,8 +47,7 @@ class JoinedBatches(Generic[Batch]):
         loader: this rank's batches, any number; may be empty.
         labels: where the labels are in a batch: an index of a tuple or list, a key, or the name of an attribute.
             Default: the last item of a tuple or list (TypeError where several may be labels), else "labels". Labels are
-            an integer tensor, or a dict of them
-            (`gather` with labels by name).
+            an integer tensor, or a dict of them (`gather` with labels by name).
         ignore_index: the head's; a dict by name for several heads.
         stand_in: function that makes a stand-in from a batch, instead of ignoring its labels.
         group: the ranks that train together, as for the head; None for all.
