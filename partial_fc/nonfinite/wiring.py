@@ -36,8 +36,8 @@ def follow_in_eval(loss: Tensor, rows: ClassRows, moves: bool | None = None) -> 
     def note(grad: Tensor) -> None:
         rows.record.untrained = (
             f"the loss of a {rows.owner} in eval() was trained (its backward() was called), but classes do not train "
-            f"in eval(): call train() of the {rows.owner} before the forward; or, if that backward was not for training, "
-            "zero_grad() of its optimizer (or of itself) after it"
+            f"in eval(): call train() of the {rows.owner} before the forward; or, if that backward was not for "
+            "training, zero_grad() of its optimizer (or of itself) after it"
         )
 
     reached.register_hook(note)
