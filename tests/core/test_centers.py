@@ -254,7 +254,8 @@ def test_centers_cost_a_head_one_number_over_the_network(ranks, update, joint):
     for calls in ranks(2).run(collectives_of_a_step, update, joint):
         status = len(dataclasses.fields(partial_fc.batch.status.Status)) * 8
         assert calls[:2] == [("all_gather", status), ("all_gather", 8 * D * 4 + 8 * 8)]
-        statistics = [4 * 16 * 4, 4] if joint else [4]
+        # of each loss of a gathered batch: what all ranks must have alike, then its numbers
+        statistics = [status, 4 * 16 * 4, status, 4] if joint else [4]
         assert calls[2:-1] == [*(("all_gather", size) for size in statistics), ("reduce_scatter", 16 * D * 4)]
         assert calls[-1][0] == "all_reduce", "two flags, since nobody has judged the step before"
 
@@ -428,7 +429,8 @@ def test_settings_that_disagree_raise_on_every_rank(ranks):
     texts = ranks(3).run(different_settings)
     assert texts[0] == texts[1] == texts[2]
     assert "seed is 0 on rank 0 and 1 on rank 1" in texts[0][0]
-    assert all("alpha, update" in text and "rank 2" in text for text in texts[0][1:])
+    assert "alpha is 0.5 on ranks 0 and 1 and 0.3 on rank 2" in texts[0][1]
+    assert "update is paper on ranks 0 and 1 and gradient on rank 2" in texts[0][2]
 
 
 def bad_labels(rank: int, world: int) -> list[Any]:

@@ -208,7 +208,7 @@ def test_process_killed_while_saving(world, tmp_path):
     """At the end of its writing; test_checkpointer.py kills runs at any moment."""
     results = answers(world, dies_while_saving, str(tmp_path), silent=(world - 1,))
     for message, missing in results.values():
-        assert missing == (world - 1,) and f"rank {world - 1} did not reach the writing of a checkpoint" in message
+        assert missing == (world - 1,) and f"rank {world - 1} did not reach Checkpointer.save" in message
     found = Checkpointer(tmp_path)
     assert found.latest() == tmp_path / "step-000000001"
     head = PartialFC(D, C, ArcFace(scale=8.0), dtype=torch.float64, seed=0)

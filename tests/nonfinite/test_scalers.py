@@ -83,7 +83,7 @@ def told_half(rank: int, world: int) -> None:
                 said = message_of(function)
                 assert said.startswith("RuntimeError: scaler.unscale_() was not called for every optimizer"), said
                 assert all(call in said for call in calls), (forgotten, said)
-                assert said.count("unscale_(") == len(calls), (forgotten, said)
+                assert said.count("unscale_(the ") == len(calls), (forgotten, said)
             loop.unscale(*forgotten)  # what it asks for is enough
             loop.clip()
             loop.step()
