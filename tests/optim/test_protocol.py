@@ -307,6 +307,7 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # torch 2.6 to 2.8 warn of their own SequentialLR
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("joint", [False, True])
 def test_schedules_change_rate_and_momentum_as_of_any_optimizer(name, joint):
