@@ -104,7 +104,7 @@ def missing_labels(owner: str) -> TypeError:
 def not_a_step(problem: str) -> RuntimeError:
     """Of a forward inside a checkpoint; problem: what `problem_of_forward` has found, "" where `gather` was inside."""
     return RuntimeError(
-        problem.lstrip("\x1e: ")
+        problem
         or "this batch was gathered inside activation checkpointing (torch.utils.checkpoint with use_reentrant=True), "
         "which cuts it off from the backbone: checkpoint the backbone alone, and call gather on its output"
     )

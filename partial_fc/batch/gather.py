@@ -11,7 +11,7 @@ from torch import Tensor
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.status import LabelSet
 from partial_fc.distributed.derivatives import first_derivative
-from partial_fc.distributed.forwards import in_checkpoint, problem_of_forward
+from partial_fc.distributed.forwards import WIRING, in_checkpoint, problem_of_forward
 from partial_fc.distributed.groups import ranks_of
 from partial_fc.distributed.ranks import Group, start_reduce_scatter
 
@@ -84,7 +84,8 @@ def gather(
         )
     ranks = ranks_of(group)
     sets, problem = _label_sets(labels, label_weights, sample_weights)
-    problem = problem_of_forward("batch", training=False) or problem
+    refused = problem_of_forward("batch", training=False)
+    problem = f"{WIRING}: {refused}" if refused else problem
     batches = exchange(embeddings, sets, ranks, look=validate == "always", problem=problem)
     first = batches[0]
     everyone = _Gathered.apply(

@@ -42,7 +42,7 @@ def on_every_rank(action: Callable[[], Result], group: dist.ProcessGroup | None 
         with naming_the_missing(AGREEMENT, group):
             dist.all_gather_object(failures, _failure(error), group=group)
         rank, (kind, text) = next((rank, failure) for rank, failure in enumerate(failures) if failure is not None)
-        raise kind(text if None not in failures else f"rank {_global_rank(rank, group)}: {text}") from error
+        raise kind(text if None not in failures else f"{ranks_of(group).name(rank)}: {text}") from error
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
@@ -78,10 +78,11 @@ def check_same(what: str, value: object, group: dist.ProcessGroup | None = None)
     values: list[object] = [None] * dist.get_world_size(group)
     with naming_the_missing(f"the comparison of {what}", group):
         dist.all_gather_object(values, value, group=group)
+    ranks = ranks_of(group)
     for rank, other in enumerate(values):
         if other != values[0]:
-            first, here = _global_rank(0, group), _global_rank(rank, group)
-            raise ValueError(f"ranks disagree: {what} is {values[0]!r} on rank {first} and {other!r} on rank {here}")
+            first, here = ranks.name(0), ranks.name(rank)
+            raise ValueError(f"ranks disagree: {what} is {values[0]!r} on {first} and {other!r} on {here}")
 
 
 def _meet(what: str, group: dist.ProcessGroup | None, *values: int) -> list[list[int]]:
@@ -95,7 +96,3 @@ def _failure(error: OSError | ValueError | TypeError | None) -> Failure | None:
         return None
     kinds = (FileNotFoundError, FileExistsError, BlockingIOError, PermissionError, OSError, ValueError, TypeError)
     return next(kind for kind in kinds if isinstance(error, kind)), str(error)
-
-
-def _global_rank(rank: int, group: dist.ProcessGroup | None) -> int:
-    return rank if group is None else dist.get_global_rank(group, rank)

@@ -49,14 +49,14 @@ def surroundings() -> tuple[Callable[[], Any], ...]:
 
 
 def problem_of_forward(owner: str, training: bool) -> str:
-    """Return why a forward of this class of loss cannot be a step, as it follows the rank's name; "" if it can be.
+    """Return why a forward of this class of loss cannot be a step, "" if it can be.
 
     In training it is refused inside activation checkpointing, and in any backward pass.
     """
     _, _, task, transform = surroundings()
     if transform() is not None:
         return (
-            f"{WIRING}: a {owner} cannot be transformed by torch.func (grad, vmap, jacrev, ...), because its "
+            f"a {owner} cannot be transformed by torch.func (grad, vmap, jacrev, ...), because its "
             "collectives take real tensors. Use torch.autograd.grad(loss, embeddings) for gradients, and transform "
             "the backbone alone"
         )
@@ -68,10 +68,10 @@ def problem_of_forward(owner: str, training: bool) -> str:
         "computes them again by itself where they exceed logits_budget"
     )
     if task() >= 0:
-        return f"{WIRING}: this {owner} in train() is called inside a backward pass, where it {again}. {way}"
+        return f"this {owner} in train() is called inside a backward pass, where it {again}. {way}"
     if in_checkpoint():
         return (
-            f"{WIRING}: this {owner} in train() is called inside activation checkpointing (torch.utils.checkpoint), "
+            f"this {owner} in train() is called inside activation checkpointing (torch.utils.checkpoint), "
             f"which calls it again in backward, where it {again}. {way}"
         )
     return ""

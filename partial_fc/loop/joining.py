@@ -180,9 +180,10 @@ def _with_ignored_labels(batch: Any, where: int | str | None, ignore_index: int 
     """Return a copy of the batch with all labels set to `ignore_index`. where: the place of the labels."""
     if where is None:
         where = -1 if isinstance(batch, tuple | list) else "labels"
-        if isinstance(batch, tuple | list) and sum(_may_be_labels(part) for part in batch) > 1:
+        possible = sum(map(_may_be_labels, batch)) if isinstance(batch, tuple | list) else 0
+        if possible > 1:
             raise TypeError(
-                f"{sum(_may_be_labels(part) for part in batch)} items of a batch may be its labels (integers [N]): say "
+                f"{possible} items of a batch may be its labels (integers [N]): say "
                 "which they are, JoinedBatches(loader, labels=1)"
             )
     if isinstance(batch, tuple | list):
