@@ -11,14 +11,15 @@ usual step finds by three calls into torch that there is nothing to look for (`s
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from functools import lru_cache, partial
-from types import FrameType
 from typing import Any
 
 import torch
+
+from partial_fc.distributed.callers import callers
+from partial_fc.distributed.inside_torch import tells_backward
 
 # what `surroundings` find in a usual step
 USUAL: list[Any] = [True, None, -1, None]
@@ -82,12 +83,7 @@ def in_checkpoint() -> bool:
     top = surroundings()[1]()
     if top is not None and getattr(top[0], "__module__", "") in CHECKPOINTING:  # the composable one has no frame
         return True
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") in CHECKPOINTING:
-            return True
-        frame = frame.f_back
-    return False
+    return any(frame.f_globals.get("__name__") in CHECKPOINTING for frame in callers())
 
 
 def works(check: Callable[[Any], bool], function: Any) -> bool:
@@ -117,12 +113,7 @@ def _sees_hooks(hooks: Callable[[bool], Any]) -> bool:
 
 
 def _sees_backward(task: Callable[[], int]) -> bool:
-    seen = []
-    leaf = torch.zeros((), device="cpu", requires_grad=True)
-    double = leaf * 2
-    double.register_hook(lambda grad: seen.append(task()))
-    torch.autograd.backward(double)
-    return seen[0] >= 0 and task() == -1
+    return tells_backward(lambda: task() >= 0)
 
 
 def _sees_transform(transform: Callable[[], Any]) -> bool:

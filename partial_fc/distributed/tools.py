@@ -8,13 +8,13 @@ that were put into a list before are not seen.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
+
+from partial_fc.distributed.callers import callers
 
 CLIP, SWA = "torch.nn.utils.clip_grad", "torch.optim.swa_utils"
 VECTORS = "torch.nn.utils.convert_parameters"
@@ -24,15 +24,13 @@ Caller = dict[str, Any]  # local variables of the function
 
 def meet_tool(head: Any, prefix: str) -> None:
     """RuntimeError if a function that cannot work with the parameters of `head` asks for them; `prefix` is its name."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
+    for frame in callers():
         meet = TOOLS.get((frame.f_globals.get("__name__"), frame.f_code.co_name))
         if meet is not None:
             problem = meet(head, prefix, frame.f_locals)
             if problem:
                 raise RuntimeError(problem)
             return
-        frame = frame.f_back
 
 
 def _gradient_is_elsewhere(head: Any) -> str:

@@ -14,11 +14,13 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from partial_fc.distributed.callers import callers
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ def refuse(wrapper: _Wrapper, head: nn.Module, prefix: str) -> None:
     """RuntimeError if `wrapper` asks for the parameters of `head`, which it calls `prefix`, and was not told to leave
     them alone."""
     code = wrapper.code()
-    frame: FrameType | None = None if code is None else sys._getframe(2)
-    while frame is not None:
+    for frame in callers() if code is not None else ():
         if frame.f_code is code:
             left_alone = set(wrapper.left_alone(frame.f_locals))
             own = {f"{prefix}.{key}" if prefix else key: p for key, p in head._parameters.items() if p is not None}
@@ -71,4 +72,3 @@ def refuse(wrapper: _Wrapper, head: nn.Module, prefix: str) -> None:
                     f"be inside, {wrapper.inside}"
                 )
             return
-        frame = frame.f_back

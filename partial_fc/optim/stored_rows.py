@@ -11,14 +11,13 @@ If one rank cannot load, no rank does, and all raise the same error.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
-from types import FrameType
 from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from partial_fc.distributed.callers import callers
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.texts import gather_texts
 from partial_fc.rows import ClassRows
@@ -48,12 +47,8 @@ def marked(rows: ClassRows, value: Value) -> Value:
 
 def stated_rows(rows: ClassRows) -> dict[str, int] | None:
     """Return what a state says about its rows; None to torch.distributed.checkpoint, which brings each rank its own."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
-            return None
-        frame = frame.f_back
-    return own_rows(rows)
+    by_torch = any(frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict" for frame in callers())
+    return None if by_torch else own_rows(rows)
 
 
 def row_problem(rows: ClassRows, name: str, value: Any, shape: Iterable[int], state: Any) -> str:
