@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc import errors
-from partial_fc.batch.facts import Agreed, plain
+from partial_fc.batch.facts import Agreed, comparable
 from partial_fc.batch.refusals import agree
 from partial_fc.distributed.anomaly import allow_anomaly_detection
 from partial_fc.distributed.dtensors import local_part
@@ -260,7 +260,7 @@ class ShardedModule(nn.Module):
 
     def _agreed_at_start(self) -> Agreed:
         """Return what the building compares: also what has a value for each class."""
-        return Agreed.of(self, **{name: plain(float(b.double().sum())) for name, b in self.named_buffers()})
+        return Agreed.of(self, **{name: comparable(float(b.double().sum())) for name, b in self.named_buffers()})
 
 
 def _default_device(ranks: Ranks) -> torch.device:

@@ -34,7 +34,7 @@ class Agreed:
         """Read them from a loss, whose `FACTS` has the name of each fact and where it stands; and some more."""
         rows, margin, optimizer = loss.class_rows, getattr(loss, "margin", None), loss.class_rows.live_optimizer
         facts: dict[str, Any] = {"loss": rows.owner, "mode": "train()" if loss.training else "eval()"}
-        facts |= {name: plain(attrgetter(path)(loss)) for name, path in loss.FACTS.items()}
+        facts |= {name: comparable(attrgetter(path)(loss)) for name, path in loss.FACTS.items()}
         facts["gradients"] = "recorded" if torch.is_grad_enabled() else "off (no_grad)"
         kind = rows.device.type
         cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -57,12 +57,12 @@ class Agreed:
         return cls(facts, digest_of(facts), torch.stack([m.double().sum() for m in moving]).sum() if moving else None)
 
 
-def plain(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """Return a value as it is compared and shown: a number is what it is worth, however it is spelled."""
     if isinstance(value, Tensor):
-        return plain(value.item()) if value.numel() == 1 and value.device.type == "cpu" else "a tensor"
+        return comparable(value.item()) if value.numel() == 1 and value.device.type == "cpu" else "a tensor"
     if isinstance(value, tuple | list):
-        return [plain(each) for each in value]
+        return [comparable(each) for each in value]
     if isinstance(value, bool) or not isinstance(value, Real):
         return value if isinstance(value, bool) else str(value)
     number = float(value)
@@ -73,7 +73,7 @@ def settings_of(values: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """Return the plain values of public names, each under "owner.name"."""
     kinds = (str, Real, tuple, Tensor, type(None))
     public = {k: v for k, v in values.items() if k[0] != "_" and k not in ("training", "params", "initial_lr")}
-    return {f"{owner}.{k}": plain(v) for k, v in public.items() if isinstance(v, kinds)}
+    return {f"{owner}.{k}": comparable(v) for k, v in public.items() if isinstance(v, kinds)}
 
 
 def digest_of(facts: dict[str, Any]) -> int:

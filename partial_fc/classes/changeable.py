@@ -19,7 +19,7 @@ from partial_fc.classes.queries import DEFAULT_TILE_BYTES, Neighbours, nearest_c
 from partial_fc.distributed.operation import operation
 from partial_fc.margins.base import Margin
 from partial_fc.nonfinite.zero_loss import zero_loss
-from partial_fc.optim.stored_rows import agree_on_keys, agree_to_load, marked, row_problem, taken
+from partial_fc.optim.stored_rows import agree_to_load, marked, row_problem, taken
 from partial_fc.sharded import ShardedLoss
 from partial_fc.shards import ClassShards
 
@@ -89,16 +89,20 @@ class ChangeableLoss(ShardedLoss):
         rows, assign = self.class_rows, bool(local_metadata.get("assign_to_params_buffers"))
         extra = state_dict.get(f"{prefix}_extra_state")
         given = {name: state_dict[prefix + name] for name in rows.parameters if prefix + name in state_dict}
-        agree_to_load(rows, f"this state of a {type(self).__name__}", self._problem_of_state(given, extra, assign))
-        loaded = {**state_dict, **{prefix + name: taken(rows, value) for name, value in given.items()}}
-        if rows.shards.ranks.group is not None and rows.device.type != "meta":
-            # what one rank lacks or has too much, all do; torch raises on all, or on none, by its `strict`
+        what, problem = f"this state of a {type(self).__name__}", self._problem_of_state(given, extra, assign)
+        absent, more = set[str](), set[str]()
+        if rows.shards.ranks.group is not None:
             expected = {prefix + name for name in self.state_dict()}
-            absent, more = expected - loaded.keys(), {key for key in loaded if key.startswith(prefix)} - expected
-            absent, more = agree_on_keys(rows, absent, more)
-            missing_keys += sorted(key for key in absent & loaded.keys() if "." in key[len(prefix) :])
-            unexpected_keys += sorted(more - loaded.keys())
-            loaded = {key: value for key, value in loaded.items() if key not in absent}
+            absent, more = (
+                expected - state_dict.keys(),
+                {key for key in state_dict if key.startswith(prefix)} - expected,
+            )
+        # what one rank lacks or has too much, all do; torch raises on all, or on none, by its `strict`
+        absent, more = agree_to_load(rows, what, problem, absent, more)
+        loaded = {**state_dict, **{prefix + name: taken(rows, value) for name, value in given.items()}}
+        missing_keys += sorted(key for key in absent & loaded.keys() if "." in key[len(prefix) :])
+        unexpected_keys += sorted(more - loaded.keys())
+        loaded = {key: value for key, value in loaded.items() if key not in absent}
         super()._load_from_state_dict(loaded, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -98,24 +98,21 @@ def taken(rows: ClassRows, value: Tensor) -> Tensor:
     return rows.shards.wrap(value[rows.shards.lo : rows.shards.hi])
 
 
-def agree_to_load(rows: ClassRows, what: str, problem: str) -> None:
-    """Raise ValueError on every rank if any has a problem. A collective."""
-    ranks = rows.shards.ranks
+def agree_to_load(
+    rows: ClassRows, what: str, problem: str, absent: Iterable[str] = (), more: Iterable[str] = ()
+) -> tuple[set[str], set[str]]:
+    """Return the keys that are absent, and those that are too many, on any rank; a collective where there is a group.
+
+    Raises ValueError on every rank if any has a problem.
+    """
+    ranks, everyone = rows.shards.ranks, [(problem, sorted(absent), sorted(more))]
     if ranks.group is not None and rows.device.type != "meta":
-        if any(failed for (failed,) in meet("load_state_dict", ranks, rows.device, (problem != "",))):
-            texts = gather_texts(problem, ranks, rows.device)
-            flat = next(flat for flat, text in enumerate(texts) if text)
-            alike = all(text == texts[0] for text in texts)
-            raise ValueError(f"{'' if alike else ranks.name(flat) + ': '}{what} cannot be loaded: {texts[flat]}")
-    elif problem:
-        raise ValueError(f"{what} cannot be loaded: {problem}")
-
-
-def agree_on_keys(rows: ClassRows, absent: set[str], more: set[str]) -> tuple[set[str], set[str]]:
-    """Return the keys that are absent, and those that are too many, on any rank. A collective."""
-    ranks = rows.shards.ranks
-    if not any(failed for (failed,) in meet("load_state_dict", ranks, rows.device, (bool(absent or more),))):
-        return absent, more
-    texts = gather_texts(json.dumps([sorted(absent), sorted(more)]), ranks, rows.device)
-    lacking, having = zip(*(json.loads(text) for text in texts), strict=True)
+        mine = everyone[0]
+        if any(unusual for (unusual,) in meet("load_state_dict", ranks, rows.device, (any(map(bool, mine)),))):
+            everyone = [tuple(json.loads(text)) for text in gather_texts(json.dumps(mine), ranks, rows.device)]
+    problems, lacking, having = zip(*everyone, strict=True)
+    flat = next((flat for flat, each in enumerate(problems) if each), None)
+    if flat is not None:
+        who = "" if len(set(problems)) == 1 else f"{ranks.name(flat)}: "
+        raise ValueError(f"{who}{what} cannot be loaded: {problems[flat]}")
     return set().union(*lacking), set().union(*having)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from common import outcome_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from partial_fc import ArcFace, CenterLoss, CosFace, CurricularFace, PartialFC, RowOptimizer
 
 D = 4
+attempt = partial(outcome_of, fine="loaded")
 
 
 def build(classes: int, seed: int = 0, margin: Any = None) -> tuple[PartialFC, RowOptimizer]:
@@ -31,14 +34,6 @@ def build(classes: int, seed: int = 0, margin: Any = None) -> tuple[PartialFC, R
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def attempt(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "loaded"
 
 
 def of_one_rank(rank: int, world: int, folder: str, classes: int) -> dict[str, Any]:

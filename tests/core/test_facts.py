@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from common import outcome_of
 from torch import Tensor
 
 from partial_fc import (
@@ -20,9 +22,10 @@ from partial_fc import (
     clip_grad_norm_,
     gather,
 )
-from partial_fc.batch.facts import plain
+from partial_fc.batch.facts import comparable
 
 D, C = 6, 11
+attempt = partial(outcome_of, fine="nothing")
 
 
 def data(rank: int = 0) -> tuple[Tensor, Tensor]:
@@ -77,14 +80,6 @@ HEAD: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     ),
 }
 DO_NOT_MATTER = {"logits_budget", "logits_mode", "selected_rows", "class_rows", "training", "collect_metrics", "margin"}
-
-
-def attempt(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def changed_on_one_rank(rank: int, world: int, gathered: bool) -> dict[str, tuple[str, bool]]:
@@ -195,8 +190,15 @@ def test_other_ways_to_differ(ranks):
 def test_a_number_is_what_it_is_worth():
     import numpy as np
 
-    assert plain(64) == plain(64.0) == plain(np.int64(64)) == plain(np.float32(64)) == plain(torch.tensor(64.0)) == 64
-    assert repr(plain(64.0)) == repr(plain(np.int64(64)))
-    assert plain(True) is True and repr(plain(1.0)) == "1"
-    assert plain((0.9, 1)) == [0.9, 1] and plain(None) == "None"
-    assert repr(plain(float("nan"))) == "nan" and plain(float("inf")) == float("inf")
+    assert (
+        comparable(64)
+        == comparable(64.0)
+        == comparable(np.int64(64))
+        == comparable(np.float32(64))
+        == comparable(torch.tensor(64.0))
+        == 64
+    )
+    assert repr(comparable(64.0)) == repr(comparable(np.int64(64)))
+    assert comparable(True) is True and repr(comparable(1.0)) == "1"
+    assert comparable((0.9, 1)) == [0.9, 1] and comparable(None) == "None"
+    assert repr(comparable(float("nan"))) == "nan" and comparable(float("inf")) == float("inf")

@@ -30,6 +30,15 @@ def any_message_of(function: Callable[..., Any], *arguments: Any, **options: Any
     return _message(function, (ValueError, RuntimeError, TypeError), *arguments, **options)
 
 
+def outcome_of(call: Callable[[], Any], *, fine: str) -> str:
+    """The class and the words of the ValueError or RuntimeError that the call raises; `fine` if it raises nothing."""
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return fine
+
+
 def _message(function: Callable[..., Any], kinds: tuple[type[Exception], ...], *arguments: Any, **options: Any) -> str:
     try:
         function(*arguments, **options)
