@@ -33,11 +33,15 @@ def meet_tool(head: Any, prefix: str) -> None:
             return
 
 
+def _moves_in_backward(rows: Any) -> bool:
+    return rows.live_optimizer is not None and rows.live_optimizer.update_in_backward
+
+
 def _gradient_is_elsewhere(head: Any) -> str:
     rows = head.class_rows
     if rows.sampled:
         return "is sampled: its gradients are those of selected rows, which parameters() does not have"
-    if rows.live_optimizer is not None and rows.live_optimizer.update_in_backward:
+    if _moves_in_backward(rows):
         return "is updated in backward, before its gradient could be clipped"
     return ""
 
@@ -47,7 +51,7 @@ def _clip(head: Any, prefix: str, caller: Caller) -> str:
     mixed = head.class_rows.shards.ranks.group is not None and prefix
     if not why and not mixed:
         return ""
-    if head.class_rows.live_optimizer is not None and head.class_rows.live_optimizer.update_in_backward:
+    if _moves_in_backward(head.class_rows):
         return (
             f"the gradients of this {owner} cannot be clipped: it {why}. Clip those of the backbone alone, or build "
             "its RowOptimizer without update_in_backward"

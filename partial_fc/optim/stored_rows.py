@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from partial_fc.distributed.callers import callers
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.texts import gather_texts
+from partial_fc.optim.protocol import STATE_DICTS
 from partial_fc.rows import ClassRows
 from partial_fc.shards import is_own_mesh
 
@@ -47,7 +48,7 @@ def marked(rows: ClassRows, value: Value) -> Value:
 
 def stated_rows(rows: ClassRows) -> dict[str, int] | None:
     """Return what a state says about its rows; None to torch.distributed.checkpoint, which brings each rank its own."""
-    by_torch = any(frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict" for frame in callers())
+    by_torch = any(frame.f_globals.get("__name__") == STATE_DICTS for frame in callers())
     return None if by_torch else own_rows(rows)
 
 
