@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from partial_fc.batch.exchange import GlobalBatch, gradient_of_losses
+from partial_fc.batch.row_sums import add_to_rows
 from partial_fc.batch.status import as_matrix
 from partial_fc.classes.changeable import ChangeableLoss
 from partial_fc.classes.class_means import Batches
@@ -162,26 +163,40 @@ class CenterLoss(ChangeableLoss):
             return
         rows, totals = pending
         sum_over_replicas(totals, self.shards.ranks, "the sum of moves of centers")
+        if self._takes_every_target:
+            totals = _every_sum(rows, totals)
         centers = local_part(self.centers.detach())
         moves = totals[:, :-1] * (self.alpha / (1 + totals[:, -1:]))
         centers.index_copy_(0, rows, (centers.index_select(0, rows) - moves).to(centers.dtype))
 
     def _own_targets(self, batch: GlobalBatch, scatter: bool) -> _OwnTargets:
         dtype = stats_dtype(batch.embeddings, self.centers)
-        targets, label_weights = targets_of(batch, self.ignore_index, dtype)
+        found = targets_of(batch, self.num_classes, self.ignore_index, dtype)
+        targets, label_weights = found.ids, found.weights
         counts = label_weights
         if batch.sample_weights is not None:
             counts = label_weights * batch.sample_weights.to(label_weights.dtype)[:, None]
-        rows = targets - self.shards.lo
-        sample, place = ((rows >= 0) & (rows < self.shards.local) & (counts > 0)).nonzero(as_tuple=True)
+        rows, every = targets - self.shards.lo, self._takes_every_target
+        if every:
+            inside = rows.remainder(max(self.shards.local, 1))  # those of other ranks are spread, and count nothing
+            own = inside == rows
+            label_weights, counts, rows = label_weights * own, counts * own, inside
+            sample = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
+            sample, row, *weights = (
+                t.reshape(-1)[: None if self.shards.local else 0] for t in (sample, rows, label_weights, counts)
+            )
+        else:
+            sample, place = ((rows >= 0) & (rows < self.shards.local) & (counts > 0)).nonzero(as_tuple=True)
+            row, *weights = (t[sample, place] for t in (rows, label_weights, counts))
         return _OwnTargets(
             batch=batch,
             sample=sample,
-            row=rows[sample, place],
-            label_weights=label_weights[sample, place],
-            counts=counts[sample, place],
-            sample_weights=sample_weights_of(batch, self.ignore_index, self.reduction, dtype, None, False),
+            row=row,
+            label_weights=weights[0],
+            counts=weights[1],
+            sample_weights=sample_weights_of(batch, found, self.num_classes, self.ignore_index, self.reduction),
             mesh_rows=self._mesh_rows(batch),
+            every=every,
             reduction=self.reduction,
             scale_embedding_grad=self.scale_embedding_grad,
             scatter=scatter,
@@ -189,12 +204,22 @@ class CenterLoss(ChangeableLoss):
             row_dtype=self.centers.dtype,
         )
 
+    @property
+    def _takes_every_target(self) -> bool:
+        """Whether targets of other ranks stay among this rank's and count nothing: how many are its own would have to
+        be waited for."""
+        return self.update == "paper" and self.class_rows.device.type != "cpu"
+
     def _mesh_rows(self, batch: GlobalBatch) -> Tensor:
         """On a 2-D mesh: own rows that targets of any replica are of, so that all replicas hold sums of the same rows.
         Else none."""
         labels = as_matrix(batch.mesh_labels)
         if batch.ranks.replica_group is None:
             return labels.new_empty(0)
+        if self._takes_every_target:
+            return (labels.reshape(-1) - self.shards.lo).remainder(max(self.shards.local, 1))[
+                : None if self.shards.local else 0
+            ]
         targets = labels != self.ignore_index
         if batch.mesh_label_weights is not None:
             targets &= batch.mesh_label_weights > 0
@@ -214,7 +239,9 @@ class CenterLoss(ChangeableLoss):
         counts = own.counts[:, None]
         rows, totals = own.by_row(torch.cat((-differences * counts, counts), 1))
         if self._pending is not None:
-            rows, totals = _sum_rows(torch.cat((self._pending[0], rows)), torch.cat((self._pending[1], totals)))
+            rows, totals = torch.cat((self._pending[0], rows)), torch.cat((self._pending[1], totals))
+            if not own.every:  # else the sums of one row are added up by `step`
+                rows, totals = _sum_rows(rows, totals)
         self._pending = rows, totals
 
     # ------------------------------------------------------------------------------------------------ what can be wrong
@@ -293,6 +320,7 @@ class _OwnTargets:
     counts: Tensor  # [P] label weight times sample weight, above 0
     sample_weights: Tensor  # [N]: what each sample's loss counts for in the reduced loss
     mesh_rows: Tensor  # [M]: on a 2-D mesh, own rows of the targets of all replicas
+    every: bool  # targets of other ranks are among them, with weights of 0
     reduction: Reduction
     scale_embedding_grad: bool
     scatter: bool  # backward itself returns the gradient of this rank's embeddings
@@ -302,6 +330,10 @@ class _OwnTargets:
     def by_row(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(sorted rows `[S]` of own targets and of `mesh_rows`, for each the sum of the `values [P, K]` of its
         targets)."""
+        if self.every:  # a row for each target; the first of those of one class has the sum of all
+            rows = (self.row if self.batch.ranks.replica_group is None else self.mesh_rows).sort().values
+            sums = values.new_zeros(len(rows), values.shape[1])
+            return rows, add_to_rows(sums, torch.searchsorted(rows, self.row), values)
         nothing = values.new_zeros(len(self.mesh_rows), values.shape[1])
         return _sum_rows(torch.cat((self.row, self.mesh_rows)), torch.cat((values, nothing)))
 
@@ -309,7 +341,13 @@ class _OwnTargets:
 def _sum_rows(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """(distinct rows `[S]`, sorted; the sum of the `values [P, ...]` of each)."""
     distinct, place = torch.unique(rows, return_inverse=True)
-    return distinct, values.new_zeros(len(distinct), *values.shape[1:]).index_add_(0, place, values)
+    return distinct, add_to_rows(values.new_zeros(len(distinct), *values.shape[1:]), place, values)
+
+
+def _every_sum(rows: Tensor, values: Tensor) -> Tensor:
+    """Return `[P, ...]`: for each of `rows [P]` the sum of the values of all that are the same row."""
+    place = torch.searchsorted(rows.sort().values, rows)
+    return add_to_rows(torch.zeros_like(values), place, values).index_select(0, place)
 
 
 class _CenterDistance(torch.autograd.Function):
@@ -330,7 +368,7 @@ class _CenterDistance(torch.autograd.Function):
         losses = differences.square().sum(1).div_(2).mul_(own.label_weights)
         if own.reduction != "none":
             return all_gather_mesh((losses * own.sample_weights[own.sample]).sum(), batch.ranks).sum()
-        of_all = torch.zeros_like(own.sample_weights).index_add_(0, own.sample, losses).mul_(own.sample_weights)
+        of_all = add_to_rows(torch.zeros_like(own.sample_weights), own.sample, losses).mul_(own.sample_weights)
         return all_gather(of_all, batch.ranks.group).sum(0)[batch.local].clone()
 
     @staticmethod
@@ -350,7 +388,7 @@ class _CenterDistance(torch.autograd.Function):
 def _send(grad: Tensor, own: _OwnTargets) -> Callable[[], Tensor]:
     """Begin to return the gradient by embeddings, from that of own targets `[P, D]`."""
     batch = own.batch
-    dx = grad.new_zeros(len(batch.embeddings), grad.shape[1]).index_add_(0, own.sample, grad)
+    dx = add_to_rows(grad.new_zeros(len(batch.embeddings), grad.shape[1]), own.sample, grad)
     if own.scale_embedding_grad:
         dx.mul_(batch.ranks.total)
     if not own.scatter:

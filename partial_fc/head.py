@@ -123,6 +123,8 @@ class PartialFC(HeadState):
         all_rows = selection.rows is None and begin_update is None  # autograd takes the gradient of all rows
         if self.training and self.class_rows.record.bad_forward:
             return self._zero_loss(x, batch, gradient_of_all_rows=all_rows)
+        if self.training:
+            self.class_rows.record.remember(each for each in self.margin.buffers() if not each.ndim)
         weight = local_part(self.weight)
         bias = None if self.bias is None else local_part(self.bias)
         anchor = None
@@ -137,21 +139,28 @@ class PartialFC(HeadState):
         """Return the targets, and this rank's rows that take part."""
         shards, ranks = self.shards, batch.ranks
         dtype = stats_dtype(batch.embeddings, self.weight)
-        targets, target_weights = targets_of(batch, self.ignore_index, dtype)
-        class_weights = self.class_weights, self.label_smoothing > 0
-        rows = None
+        targets = targets_of(batch, self.num_classes, self.ignore_index, dtype)
+        counts = self.num_classes, self.ignore_index, self.reduction, self.class_weights, self.label_smoothing > 0
+        rows = slots = None
         if self.training and self._sample_rate < 1:
             seed, step, device = self.seed, self.forward_count, batch.embeddings.device
-            window = draw_window(self.num_classes, self._sample_rate, seed=seed, step=step, device=device)
-            positives = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
-            rows = select_rows(window, positives, shards.lo, shards.hi)
+            positives = targets.ids  # of this replica; a label without weight is drawn nevertheless
+            if ranks.replica_group is not None or batch.label_weights is not None:
+                positives = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
+            if device.type == "cpu":
+                window = draw_window(self.num_classes, self._sample_rate, seed=seed, step=step, device=device)
+                rows = select_rows(window, positives, shards.lo, shards.hi)
+            else:
+                rows, slots = self._draws_for(device).select(step, positives, options.takes_slots)
         return Selection(
             batch=batch,
             rows=rows,
+            slots=slots,
             lo=shards.lo,
-            targets=targets,
-            target_weights=target_weights,
-            sample_weights=sample_weights_of(batch, self.ignore_index, self.reduction, dtype, *class_weights),
+            targets=targets.ids,
+            exists=targets.exists,
+            target_weights=targets.weights,
+            sample_weights=sample_weights_of(batch, targets, *counts),
             keep_logits=self._keeps_logits(batch, shards.local if rows is None else len(rows), options),
             scatter=scatter,
             first_sample=sum(row.samples for row in batch.status[: ranks.replica * ranks.world]),
@@ -161,7 +170,7 @@ class PartialFC(HeadState):
     def _keeps_logits(self, batch: GlobalBatch, classes: int, options: LossOptions) -> bool:
         """Return whether logits are kept for backward; label smoothing of ruled logits needs them anew."""
         product = compute_dtypes(batch.embeddings, self.weight)[1]
-        size = logits_bytes(len(batch.embeddings), classes * self.margin.centers, product)
+        size = logits_bytes(batch.most_samples, classes * self.margin.centers, product)
         keep = size <= self.logits_budget and not (options.ruled and self.label_smoothing)
         if self.training and self.logits_mode != ("kept" if keep else "tiled"):
             self._report_mode(keep, size)

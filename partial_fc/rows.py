@@ -28,6 +28,7 @@ from partial_fc.distributed.dtensors import local_part, same_storage, wrap_rows
 from partial_fc.shards import ClassShards
 from partial_fc.step_record import StepRecord
 
+Pads = tuple[int, Tensor] | None  # how many rows stand before [M] that are pads or not (softmax/draws.py)
 UpdateRows = Callable[[int, int, list[Tensor]], None]  # local rows a to b, their gradients: one tensor a parameter
 
 
@@ -58,6 +59,7 @@ class ClassRows:
         self.shared: dict[str, nn.Parameter] = {}
         self.trainable: list[nn.Parameter] = []
         self.grad_rows: Tensor | None = None
+        self.pads: Pads = None  # of grad_rows, which are sorted without
         self.optimizer: weakref.ref[Any] | None = None  # the RowOptimizer
         self.storages: dict[str, torch.UntypedStorage] = {}  # of DTensors
         self.updates = 0  # how often an optimizer was to update the rows
@@ -66,7 +68,7 @@ class ClassRows:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy gets an optimizer, gradients and storages of its own
-        return {**vars(self), "optimizer": None, "grad_rows": None, "storages": {}}
+        return {**vars(self), "optimizer": None, "grad_rows": None, "pads": None, "storages": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -102,7 +104,7 @@ class ClassRows:
     def clear(self) -> None:
         """Forget all gradients."""
         self.lost += self.grad_rows is not None and self.live_optimizer is None
-        self.grad_rows = None
+        self.grad_rows = self.pads = None
         self.used = False
         for parameter in self.everything:
             parameter.grad = None
@@ -112,13 +114,13 @@ class ClassRows:
         else:
             self.trainable[:] = self.everything
 
-    def accumulate(self, rows: Tensor, values: list[Tensor]) -> None:
-        """Add the gradients `values[k] [S, ...]` of the sorted local rows `[S]`."""
+    def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads = None) -> None:
+        """Add the gradients `values[k] [S, ...]` of the local rows `[S]`, sorted but for pads."""
         before = self.gradients()
         if self.grad_rows is not None and len(before) == len(values):
             rows, values = add_rows(self.grad_rows, before, rows, values, stale=self.used)
-            self.used = False
-        self.grad_rows = rows
+            self.used, pads = False, None  # rows that stood there twice are one now
+        self.grad_rows, self.pads = rows, pads
         self.trainable[:] = [*(self._carrier(v, v) for v in values), *self.shared.values()]
 
     def gradients(self) -> list[Tensor]:

@@ -103,13 +103,18 @@ def window_size(num_classes: int, sample_rate: float) -> int:
     return max(1, round(sample_rate * num_classes))
 
 
-def draw_window(num_classes: int, sample_rate: float, *, seed: int, step: int, device: torch.device) -> Tensor:
-    """Return the class ids `[round(r * C)]` that `step` draws, distinct, unsorted: the same on every rank."""
+def draw_window(
+    num_classes: int, sample_rate: float, *, seed: int, step: int, device: torch.device, steps: int = 1
+) -> Tensor:
+    """Return the class ids `[round(r * C)]` that `step` draws, distinct, unsorted: the same on every rank.
+
+    steps: draw for so many steps of one cycle, one after another.
+    """
     size = window_size(num_classes, sample_rate)
     steps_in_cycle = -(-num_classes // size)
     permutation, outside = _cycle(num_classes, seed, step // steps_in_cycle, device)
     start = step % steps_in_cycle * size
-    return permutation(torch.arange(start, start + size, device=device) % num_classes, outside)
+    return permutation(torch.arange(start, start + steps * size, device=device) % num_classes, outside)
 
 
 def select_rows(window: Tensor, labels: Tensor, lo: int, hi: int) -> Tensor:

@@ -38,7 +38,7 @@ class ShardedLoss(ShardedModule):
         if not self.training:
             return follow_in_eval(loss, self.class_rows)
         if loss.requires_grad and record.watches:
-            loss.register_hook(record.hook(losses, batch))
+            loss.register_hook(record.hook(losses, batch, self.ignore_index))
         return loss
 
     # ------------------------------------------------------------------------------------------------ a batch
@@ -87,8 +87,10 @@ class ShardedLoss(ShardedModule):
         if labels is None and self.shards.ranks.group is None:  # else the other ranks must hear of it
             raise errors.missing_labels(self.class_rows.owner)
         validate = self.class_rows.record.validate
-        look = validate == "always" or (validate == "first" and not self._seen_batch)
         sets, device = [LabelSet(None, labels)], self.class_rows.device
+        # elsewhere than on a CPU the check of the step finds what is bad, without a wait for the device in forward
+        look = validate == "always" or (validate == "first" and not self._seen_batch)
+        look = look and (device.type == "cpu" or self.class_rows.record.on_nonfinite == "log")
         (batch,) = exchange(embeddings, sets, self.shards.ranks, look=look, device=device, agreed=agreed)
         self._seen_batch = True
         return batch

@@ -8,7 +8,7 @@ update      end                  gradients were used or cleared: the next forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -43,11 +43,16 @@ class StepRecord:
         self.counted = False  # the skipped step is in `skips`
         self.ever_checked = False
         self.backwards: list[BackwardPass] = []
+        self.statistics: list[tuple[Tensor, Tensor]] = []  # running statistics, and what they were before the step
         self.untrained = ""  # why an update would leave rows where they are (nonfinite/wiring.py)
         self.half_unscaled = ""  # which gradients a GradScaler has not unscaled (nonfinite/scalers.py)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "backwards": []}  # a copy has gradients of its own, and groups cannot be copied
+        return {
+            **vars(self),
+            "backwards": [],
+            "statistics": [],
+        }  # a copy has gradients of its own, and groups cannot be copied
 
     @property
     def skipped(self) -> bool:
@@ -77,9 +82,9 @@ class StepRecord:
         return after_skip
 
     def _new_step(self) -> None:
-        self.bad_step, self.finished, self.backwards = False, False, []
+        self.bad_step, self.finished, self.backwards, self.statistics = False, False, [], []
 
-    def hook(self, losses: Tensor, batch: GlobalBatch) -> Callable[[Tensor], None]:
+    def hook(self, losses: Tensor, batch: GlobalBatch, ignore_index: int) -> Callable[[Tensor], None]:
         """Return a hook for the loss: when its backward runs, the forward becomes a part of the step."""
         slim = replace(batch, embeddings=batch.embeddings.new_empty(0))  # only labels and places outlive the backward
 
@@ -87,7 +92,7 @@ class StepRecord:
             self.join_step()
             if len(self.backwards) == MOST:
                 add_up(self.backwards)
-            self.backwards.append(BackwardPass(losses, grad, slim))
+            self.backwards.append(BackwardPass(losses, grad, slim, ignore_index))
 
         return on_backward
 
@@ -104,4 +109,12 @@ class StepRecord:
     def mark_checked(self) -> None:
         """All losses and gradients of the step were checked: it is finished."""
         self.checked = self.finished = self.ever_checked = True
-        self.backwards = []
+        self.backwards, self.statistics = [], []
+
+    def remember(self, statistics: Iterable[Tensor]) -> None:
+        """A forward of the step is to move running statistics."""
+        self.statistics = self.statistics or [(each, each.clone()) for each in statistics]
+
+    def undo_statistics(self) -> None:
+        for each, before in self.statistics:
+            each.copy_(before)

@@ -7,6 +7,9 @@ statuses of all ranks ── check_batch ──>        errors that every rank r
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,52 +24,81 @@ def stats_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else torch.float32
 
 
-def targets_of(batch: GlobalBatch, ignore_index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return class ids `[N, L]`, -1 where there is no target, and their weights in the sample, 0 there."""
+class Targets(NamedTuple):
+    """The classes that the samples count for."""
+
+    ids: Tensor  # [N, L] class ids, -1 where there is no target
+    exists: Tensor  # [N, L] whether there is a target
+    weights: Tensor  # [N, L] of each in its sample, 0 where there is none
+    named: Tensor  # [N, L] whether a label is a class; it may have no weight
+    fine: Tensor | None  # 0-d: whether every label is a class or ignored, in a batch that nobody has looked at
+
+
+def targets_of(batch: GlobalBatch, classes: int, ignore_index: int, dtype: torch.dtype) -> Targets:
     labels = as_matrix(batch.labels)
-    exists = labels != ignore_index
-    weights = exists.to(dtype)
+    named, fine = _named(labels, classes, ignore_index, batch.looked)
+    exists, weights = named, named.to(dtype)
     if batch.label_weights is not None:
-        weights = merge_repeated(labels, weights * batch.label_weights.to(dtype), exists)
-        exists = exists & (weights > 0)
-    return torch.where(exists, labels, -1), weights * exists
+        weights = merge_repeated(labels, weights * batch.label_weights.to(dtype), named)
+        exists = named & (weights > 0)
+        weights = weights * exists
+    return Targets(torch.where(exists, labels, -1), exists, weights, named, fine)
+
+
+def _named(labels: Tensor, classes: int, ignore_index: int, looked: bool) -> tuple[Tensor, Tensor | None]:
+    named = labels != ignore_index
+    if looked:
+        return named, None
+    inside = labels == labels.clamp(0, classes - 1)
+    return named & inside, (named <= inside).all()
 
 
 def sample_weights_of(
-    batch: GlobalBatch, ignored: int, reduction: str, dtype: torch.dtype, class_weights: Tensor | None, within: bool
+    batch: GlobalBatch,
+    targets: Targets,
+    classes: int,
+    ignored: int,
+    reduction: str,
+    class_weights: Tensor | None = None,
+    within: bool = False,
 ) -> Tensor:
     """Return `[N]`: the weight of each sample's loss; for a mean, divided by the sum of the weights over all ranks, and
-    0 where that is 0. within: the loss itself has the class weights in it, as with label smoothing."""
-    counted = None if within else class_weights
-    weights = _weigh(batch.labels, batch.label_weights, batch.sample_weights, ignored, dtype, counted)
-    if reduction != "mean":
-        return weights
-    everywhere = weights
-    if batch.ranks.replica_group is not None or counted is not class_weights:
-        everywhere = _weigh(
-            batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights, ignored, dtype, class_weights
-        )
-    total = everywhere.sum()
-    return torch.where(total > 0, weights / total, 0.0)
+    0 where that is 0. within: the loss itself has the class weights in it, as with label smoothing.
+
+    A bad label in a batch that nobody has looked at makes all of them infinite or NaN: the check of the step finds it.
+    """
+    counted, dtype = None if within else class_weights, targets.weights.dtype
+    one = targets.weights[:, 0] if batch.label_weights is None and targets.ids.shape[1] == 1 else None
+    weights = _weigh(one, targets.named, batch.labels, batch.label_weights, batch.sample_weights, dtype, counted)
+    if reduction == "mean":
+        everywhere = weights
+        if batch.ranks.replica_group is not None or counted is not class_weights:
+            named, _ = _named(as_matrix(batch.mesh_labels), classes, ignored, batch.looked)
+            of_mesh = batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights
+            everywhere = _weigh(None, named, *of_mesh, dtype, class_weights)
+        weights = weights / torch.nn.functional.threshold(everywhere.sum(), 0.0, math.inf)
+    return weights if targets.fine is None else weights / targets.fine
 
 
 def _weigh(
+    weights: Tensor | None,
+    named: Tensor,
     labels: Tensor,
     label_weights: Tensor | None,
     sample_weights: Tensor | None,
-    ignore_index: int,
     dtype: torch.dtype,
     class_weights: Tensor | None,
 ) -> Tensor:
-    """Return `[n]`: 0 for ignored samples, else sample weight times the weighted mean of its classes' weights."""
-    labels = as_matrix(labels)
-    exists = labels != ignore_index
-    weights = exists.any(1).to(dtype)
+    """Return `[n]`: 0 for ignored samples, else sample weight times the weighted mean of its classes' weights.
+
+    weights: 1 for samples that are not ignored, where it is known.
+    """
+    weights = named.any(1).to(dtype) if weights is None else weights
     if sample_weights is not None:
         weights = weights * sample_weights.to(dtype)
     if class_weights is None:
         return weights
-    return weights * mean_class_weights(labels, label_weights, exists, class_weights.to(dtype))
+    return weights * mean_class_weights(as_matrix(labels), label_weights, named, class_weights.to(dtype))
 
 
 def check_batch(batch: GlobalBatch, embedding_size: int, valid: range, ignore_index: int, on_nonfinite: str) -> str:
@@ -78,7 +110,7 @@ def check_batch(batch: GlobalBatch, embedding_size: int, valid: range, ignore_in
     if width != embedding_size:
         raise ValueError(f"embeddings have width {width}, the head has embedding_size {embedding_size}")
     if any(label != ignore_index and label not in valid for row in batch.status for label, _ in row.extremes()):
-        refusals.raise_bad_label(batch, valid, ignore_index)
+        raise ValueError(refusals.bad_label_in(batch, valid, ignore_index))
     if any(row.nonfinite_at >= 0 for row in batch.status):
         return refusals.report_nonfinite(batch, on_nonfinite)
     return ""

@@ -18,6 +18,7 @@ class BackwardPass:
     losses: Tensor  # [N] of the replica's batch, or the reduced loss
     grad: Tensor  # ∂objective/∂loss
     batch: GlobalBatch
+    ignore_index: int
 
 
 def add_up(backwards: list[BackwardPass]) -> None:

@@ -47,6 +47,7 @@ class GlobalBatch:
     mesh_sample_weights: Tensor | None
     status: tuple[Status, ...] = field(repr=False)  # of all ranks
     ranks: Ranks = field(repr=False)
+    looked: bool  # for bad labels, before anything was computed; else they make the loss NaN
     name: str | None = None  # of the label set, where `gather` was given several
     cut_off: bool = False  # gathered inside a checkpoint that does not record, and so of no backbone outside it
 
@@ -55,6 +56,12 @@ class GlobalBatch:
         """The place of this rank's samples."""
         start = sum(self.counts[: self.ranks.rank])
         return slice(start, start + self.counts[self.ranks.rank])
+
+    @property
+    def most_samples(self) -> int:
+        """N of the largest replica: what is summed over replicas tile by tile needs the same tiles on all of them."""
+        world, samples = self.ranks.world, [row.samples for row in self.status]
+        return max(sum(samples[i : i + world]) for i in range(0, len(samples), world))
 
 
 def exchange(
@@ -80,7 +87,8 @@ def exchange(
     embeddings = embeddings.detach()
     unusual = [each for each in sets if not is_usual(embeddings, each, device)]
     problem = problem or next(filter(None, (problem_of(embeddings, each, device) for each in unusual)), "")
-    mine = inspect(embeddings, sets, problem, wants_grad, look, agreed).to(device or embeddings.device)
+    mine = inspect(embeddings, sets, problem, wants_grad, look, agreed)
+    mine = mine if ranks.group is None else mine.to(ranks.place_of_counts(device or embeddings.device))
     status = _exchange_status(mine, sets, problem, ranks, agreed)
     counts = [row.samples for row in status[0]]
     start = ranks.replica * ranks.world
@@ -94,7 +102,7 @@ def exchange(
     of_replica = iter(gathered[1:])
     of_mesh = iter(across)
     return [
-        GlobalBatch(gathered[0], *each.take(of_replica), own, *each.take(of_mesh), rows, ranks, each.name)
+        GlobalBatch(gathered[0], *each.take(of_replica), own, *each.take(of_mesh), rows, ranks, look, each.name)
         for each, rows in zip(sets, status, strict=True)
     ]
 

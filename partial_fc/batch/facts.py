@@ -53,6 +53,7 @@ class Agreed:
             facts["RowOptimizer"] = type(optimizer.inner).__name__
             own = {"update_in_backward": optimizer.update_in_backward, "low_precision": optimizer.low_precision}
             facts |= settings_of({**own, **optimizer.param_groups[0]}, "RowOptimizer")
+        moving = moving if kind == "cpu" else []  # the host would wait for them
         facts |= more
         return cls(facts, digest_of(facts), torch.stack([m.double().sum() for m in moving]).sum() if moving else None)
 

@@ -86,7 +86,10 @@ def gather(
     sets, problem = _label_sets(labels, label_weights, sample_weights)
     refused = problem_of_forward("batch", training=False)
     problem = f"{WIRING}: {refused}" if refused else problem
-    batches = exchange(embeddings, sets, ranks, look=validate == "always", problem=problem)
+    # elsewhere than on a CPU a look waits for the device: without weights the check of the step finds what is bad
+    on_host = isinstance(embeddings, Tensor) and embeddings.device.type == "cpu"
+    look = validate == "always" and (on_host or any(each.weighted for each in sets))
+    batches = exchange(embeddings, sets, ranks, look=look, problem=problem)
     first = batches[0]
     everyone = _Gathered.apply(
         require_grad_like_others(embeddings, first.status), first.embeddings, ranks, first.counts

@@ -90,7 +90,7 @@ def tell_others(error: Exception, gathered: bool, ranks: Ranks, device: torch.de
         facts = {"problem": problem}
         agree(Agreed(facts, digest_of(facts)), ranks, device, GATHERED)
     else:
-        mine = inspect(torch.empty(0, 0), [], problem, False, False)[0].to(device)
+        mine = inspect(torch.empty(0, 0), [], problem, False, False)[0].to(ranks.place_of_counts(device))
         status = [Status(*row) for row in all_gather_mesh(mine, ranks, BATCH).tolist()]
         raise_problem(status, problem, [], None, ranks, device)
 
@@ -190,12 +190,13 @@ def describe_no_tensor(embeddings: object) -> str:
     return f": embeddings must be a tensor [N, D], not {kind}{hint if tracing else ''}"
 
 
-def raise_bad_label(batch: Any, valid: range, ignore_index: int) -> None:
-    """Raise ValueError for the first label of a `GlobalBatch` that is no class. Without such a label it returns."""
+def bad_label_in(batch: Any, valid: range, ignore_index: int) -> str:
+    """Return the first label of a `GlobalBatch` that is no class, in words; "" if there is none."""
     for flat, row in enumerate(batch.status):
         for label, at in row.extremes():
             if label != ignore_index and label not in valid:
-                raise ValueError(f"{origin_of(batch, flat)}: {describe_bad_label(label, at, row, valid, ignore_index)}")
+                return f"{origin_of(batch, flat)}: {describe_bad_label(label, at, row, valid, ignore_index)}"
+    return ""
 
 
 def report_nonfinite(batch: Any, on_nonfinite: str) -> str:

@@ -25,7 +25,17 @@ def add_rows(
     union = torch.unique(torch.cat((old_rows, rows)))
     before, now = torch.searchsorted(union, old_rows), torch.searchsorted(union, rows)
     sums = [v.new_zeros(len(union), *v.shape[1:]).index_copy_(0, before, b) for v, b in zip(values, old, strict=True)]
-    return union, [total.index_add_(0, now, value) for total, value in zip(sums, values, strict=True)]
+    return union, [add_to_rows(total, now, value) for total, value in zip(sums, values, strict=True)]
+
+
+def add_to_rows(out: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """Add `values [n, ...]` to the given rows of `out`, in place; the same order of sums in every run.
+
+    `index_add_` adds in any order elsewhere than on a CPU; there `index_put_` sorts rows that are repeated.
+    """
+    if out.device.type == "cpu":
+        return out.index_add_(0, rows, values.to(out.dtype))
+    return out.index_put_((rows,), values.to(out.dtype), accumulate=True)
 
 
 def of_all_samples(grad: Tensor, counts: tuple[int, ...], ranks: Ranks) -> Tensor:

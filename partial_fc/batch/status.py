@@ -21,6 +21,7 @@ from partial_fc.batch.weights import first_bad_weight
 from partial_fc.distributed.meeting import BATCH, operation_number
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 NO_LABEL = 2**62  # stands for a smallest or largest label where there is none
 
 
@@ -135,7 +136,7 @@ def inspect(
         dtype = DTYPES.index(embeddings.dtype)
         counts.append([NO_COUNTS[0], facts, samples, width, dtype, labels_each, weights, int(wants_grad), digest, 0])
     moving = torch.zeros((), dtype=torch.float64) if moving is None else moving
-    bits = moving.to(embeddings.device).view(torch.int64).expand(len(sets), 1)
+    bits = moving.view(torch.int64).expand(len(sets), 1)
     if not look or not samples:
         return torch.cat((torch.tensor([row + NO_FINDINGS for row in counts]).to(bits), bits), 1)
     bad = (embeddings * 0).sum(1) != 0  # NaN for a row with a NaN or infinity; a tenth of the time of isfinite().all(1)
@@ -146,7 +147,7 @@ def inspect(
         if each.weighted:
             weight = first_bad_weight(each.labels, each.label_weights, each.sample_weights)
         found.append(torch.cat((_extremes(each.labels.reshape(-1)), nonfinite, weight)))
-    return torch.cat((torch.tensor(counts).to(embeddings.device), torch.stack(found), bits), 1)
+    return torch.cat((torch.tensor(counts).to(embeddings.device), torch.stack(found), bits.to(embeddings.device)), 1)
 
 
 def _extremes(labels: Tensor) -> Tensor:

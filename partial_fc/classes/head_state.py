@@ -25,6 +25,7 @@ from partial_fc.margins.state import load_state, misfit, state_of
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sampling import window_size
 from partial_fc.sharded_module import SharedArguments
+from partial_fc.softmax.draws import Draws
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.tiles import Workspace
 
@@ -83,6 +84,7 @@ class HeadState(ChangeableLoss):
         self.forward_count = 0  # training forwards: keys what is drawn
         self.selected_rows = None  # local rows of the last forward
         self._workspace = Workspace()
+        self._draws: Draws | None = None
         self._measured = None
         checked = checked_class_weights(class_weights, self.num_classes, self._device)
         self.register_buffer("class_weights", checked, persistent=False)
@@ -130,7 +132,7 @@ class HeadState(ChangeableLoss):
         lo, hi = self.shards.lo, self.shards.hi
         if self.selected_rows is None:
             return torch.arange(lo, hi, device=self.class_rows.device)
-        return self.selected_rows + lo
+        return self.selected_rows.unique() + lo
 
     @property
     def row_grad(self) -> tuple[Tensor, Tensor] | None:
@@ -138,7 +140,12 @@ class HeadState(ChangeableLoss):
         rows = self.class_rows
         if not rows.sampled or rows.grad_rows is None:
             return None
-        return rows.grad_rows + self.shards.lo, rows.gradients()[0]
+        ids, grad = rows.grad_rows + self.shards.lo, rows.gradients()[0]
+        if rows.pads is not None:
+            real = ~torch.nn.functional.pad(rows.pads[1], (rows.pads[0], 0))
+            ids, order = ids[real].sort()
+            grad = grad[real][order]
+        return ids, grad
 
     @property
     def target_angle(self) -> Tensor:
@@ -160,6 +167,12 @@ class HeadState(ChangeableLoss):
         if self._measured is None or self._measured.hardest is None:
             raise RuntimeError("metrics are known after a forward of a head that was built with metrics=True")
         return self._measured.summary(self.margin)
+
+    def _draws_for(self, device: torch.device) -> Draws:
+        draws = Draws(self.num_classes, self._sample_rate, self.seed, self.shards, device)
+        if self._draws is None or self._draws.key != draws.key:
+            self._draws = draws
+        return self._draws
 
     def _report_mode(self, keep: bool, size: int) -> None:
         self.logits_mode = "kept" if keep else "tiled"

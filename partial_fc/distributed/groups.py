@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from partial_fc.distributed.host_groups import host_group_of
 from partial_fc.distributed.inquiry import register_process
 from partial_fc.distributed.ranks import Group, Ranks
 
@@ -27,10 +28,11 @@ def ranks_of(group: Group) -> Ranks:
             )
         shard = group.get_group(group.ndim - 1)
         replicate = group.get_group(0) if group.ndim == 2 else None
-        return Ranks(*_place(shard), *(_place(replicate) if replicate else (0, 1)), shard, replicate, group)
+        hosts = host_group_of(shard), host_group_of(replicate)
+        return Ranks(*_place(shard), *(_place(replicate) if replicate else (0, 1)), shard, replicate, group, *hosts)
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise ValueError(f"group must be a ProcessGroup that holds this rank, a DeviceMesh or None, not {group!r}")
-    return Ranks(*_place(group), group=group)
+    return Ranks(*_place(group), group=group, host_group=host_group_of(group))
 
 
 def device_of(ranks: Ranks) -> torch.device:

@@ -3,12 +3,13 @@ does not do what it should. docs/versions.md lists all private names of other pa
 
 holders of a storage        memory is used again once nothing holds it       else it is never used again
 use count of a parameter    classes change while no graph holds the weight   else they do not change
+norms of many tensors      one launch for the gradients of a backbone       else one each
 id of a backward pass       statistics stand still while blocks are computed again   else blocks are not
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -57,3 +58,18 @@ def tells_backward(within: Callable[[], bool]) -> bool:
         loss.register_hook(lambda grad: found.append(within()))
         loss.backward()
     return [*found, within()] == [False, True, False]
+
+
+@lru_cache
+def foreach_norm() -> Callable[..., Sequence[Tensor]]:
+    """Return a function of (tensors of one dtype, order, dtype) that returns the norm of each, 0-d."""
+    function = getattr(torch, "_foreach_norm", None)
+    with torch.inference_mode(False), torch.no_grad():
+        tensors = [torch.tensor(values, dtype=torch.bfloat16, device="cpu") for values in ([3.0, 4.0], [256.0, 1.0])]
+        try:
+            found = [norm.item() for norm in function(tensors, 2.0, dtype=torch.float32)]  # type: ignore[misc]
+        except (RuntimeError, TypeError):
+            found = []
+    if function is not None and found == [5.0, torch.tensor(65537.0).sqrt().item()]:
+        return function  # type: ignore[no-any-return]
+    return lambda tensors, order, dtype=None: [torch.linalg.vector_norm(t, order, dtype=dtype) for t in tensors]

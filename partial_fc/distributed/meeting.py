@@ -39,7 +39,8 @@ def meet(what: str, ranks: Ranks, device: torch.device, values: Sequence[int] = 
     if ranks.group is None:
         return [list(values)]
     row = [operation_number(what), *values]
-    mine = torch.tensor(row + [0] * (WIDTH - len(row)), dtype=torch.int64, device=device)
+    where = ranks.place_of_counts(device)
+    mine = torch.tensor(row + [0] * (WIDTH - len(row)), dtype=torch.int64, device=where)
     table = all_gather_mesh(mine, ranks, what).tolist()
     refuse_apart([others[0] for others in table], ranks)
     return [others[1 : 1 + len(values)] for others in table]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -39,6 +40,9 @@ class Ranks:
     group: dist.ProcessGroup | None = None
     replica_group: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = None
+    # the same ranks, for tensors of the CPU: what the host must know does not wait for a device (host_groups.py)
+    host_group: dist.ProcessGroup | None = None
+    host_replica_group: dist.ProcessGroup | None = None
 
     @property
     def total(self) -> int:
@@ -54,6 +58,10 @@ class Ranks:
     def name(self, flat: int) -> str:
         """Return how an error names the `flat`-th rank of the mesh."""
         return f"rank {self.global_rank(flat)}"
+
+    def place_of_counts(self, device: torch.device) -> torch.device:
+        """Return where the ranks exchange what their hosts must know; device: that of the rows."""
+        return device if self.host_group is None else torch.device("cpu")
 
     def same_as(self, other: Ranks) -> bool:
         return (self.group, self.replica_group) == (other.group, other.replica_group)
@@ -75,8 +83,10 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup | None, what: str = "an 
 
 def all_gather_mesh(tensor: Tensor, ranks: Ranks, what: str = "an exchange") -> Tensor:
     """Return `[replicas * world, *tensor.shape]`, in the order of the mesh."""
-    gathered = all_gather(tensor, ranks.group, what)
-    return all_gather(gathered, ranks.replica_group, what).flatten(0, 1) if ranks.replica_group else gathered
+    host = tensor.device.type == "cpu" and ranks.host_group is not None
+    group, replicas = (ranks.host_group, ranks.host_replica_group) if host else (ranks.group, ranks.replica_group)
+    gathered = all_gather(tensor, group, what)
+    return all_gather(gathered, replicas, what).flatten(0, 1) if replicas else gathered
 
 
 def sum_over_replicas(tensor: Tensor, ranks: Ranks, what: str) -> Tensor:

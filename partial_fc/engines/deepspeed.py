@@ -18,6 +18,7 @@ has no such norm; it is checked and clipped here, before its step. Tested with D
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
@@ -208,7 +209,7 @@ class DeepSpeedHead:
         if any(head.record.skipped for head in self.heads):
             norm = torch.full_like(norm, torch.inf)
         self._flags = flags
-        return norm if flags is None else torch.where((flags > 0).any().to(norm.device), torch.inf, norm)
+        return norm if flags is None else torch.where(flags.isfinite().all().to(norm.device), norm, torch.inf)
 
     def _conclude(self) -> None:
         """Report to the heads whether the step was skipped, as `check_gradients` does.
@@ -217,9 +218,8 @@ class DeepSpeedHead:
         """
         if self._flags is None:
             return
-        bad_gradient = torch.tensor(float(self.skipped)).to(self._flags)
         scaler = _EngineScaler() if self._has_loss_scale() else None
-        decide(self.heads, torch.stack((bad_gradient, self._flags[1])), [], scaler)
+        decide(self.heads, [math.inf if self.skipped else 0.0, *self._flags[1:].tolist()], [], scaler)
 
     def tell(self, losses: Iterable[HasClassRows]) -> None:
         """Make losses without an optimizer here (a `CenterLoss`, before its step()) skip the step if it was skipped."""

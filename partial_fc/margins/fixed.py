@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ Gradient = Literal["exact", "straight_through"]
 
 def angular(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
     """Return cos(factor · θ + added) `[P]`, continued monotonically past π; 1 below 0. added: radians."""
+    if factor == 1 and isinstance(added, float) and 0 <= added < math.pi:
+        return AddedAngle.apply(cosine, added)  # type: ignore[no-any-return]
     # acos has infinite slope at ±1: a step inside, the slope stays finite. The step is the dtype's resolution of an
     # angle near 0, so the value is unharmed: cos changes by at most its own rounding.
     edge = 1 - torch.finfo(cosine.dtype).eps
@@ -26,6 +28,33 @@ def angular(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
     extended = torch.where(turns % 2 == 0, 1.0, -1.0) * torch.cos(argument) - 2 * turns
     # a clamped cosine passes no gradient; it gets that of cos θ itself, which is 1
     return extended + torch.where(beyond, 1.0, 0.0) * (cosine - cosine.detach())
+
+
+class AddedAngle(torch.autograd.Function):
+    """cos(θ + m) = cos θ cos m − sin θ sin m, and beyond π its continuation −2 − cos(θ + m): a third of the operations.
+
+    The derivative by cos θ is sin(θ + m)/sin θ = cos m + sin m cos θ/sin θ, whose sign changes at π as well.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cosine: Tensor, added: float) -> Tensor:
+        edge = 1 - torch.finfo(cosine.dtype).eps  # as in `angular`
+        inside = cosine.clamp(-edge, edge)
+        sine = (1 - inside).mul_(1 + inside).sqrt_()
+        ctx.added = added
+        ctx.save_for_backward(cosine, inside, sine)
+        moved = (inside * math.cos(added)).sub_(sine, alpha=math.sin(added))
+        return torch.where(inside < -math.cos(added), -2 - moved, moved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        cosine, inside, sine = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            edge = 1 - torch.finfo(cosine.dtype).eps
+            inside = cosine.clamp(-edge, edge)
+            sine = ((1 - inside) * (1 + inside)).sqrt()
+        slope = (inside / sine * math.sin(ctx.added) + math.cos(ctx.added)).abs()
+        return grad * slope.masked_fill(inside != cosine, 1.0), None
 
 
 class CombinedMargin(Margin):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from partial_fc.batch.later import later_bad_label
 from partial_fc.errors import NonFiniteError, log
 from partial_fc.nonfinite.describe import describe
 from partial_fc.nonfinite.scalers import active_scalers, report_overflow
@@ -27,12 +28,18 @@ def refuse_step(
     scalers = active_scalers(scaler)
     # a finite loss with a non-finite gradient is the scale's fault where a scaler is at work
     overflow = not bad_loss and (not reason if already_skipped else bool(scalers))
-    if not overflow and not reason:
+    bad_label = bad_label_of(heads) if bad_loss else ""
+    if not (overflow or reason or bad_label):
         reason = describe(heads, parameters)
     for record in records:
+        if not overflow:
+            record.undo_statistics()
         record.mark_checked()
         record.bad_step = True
         record.reason = reason
+    if bad_label:
+        forget_gradients(heads, parameters)
+        raise ValueError(bad_label)
     if not overflow:
         if any(record.on_nonfinite == "raise" for record in watching):
             raise NonFiniteError(reason)
@@ -45,6 +52,12 @@ def refuse_step(
             report_overflow(each)
     else:
         forget_gradients(heads, parameters)
+
+
+def bad_label_of(heads: Sequence[ClassRows]) -> str:
+    """Return which label of the step is no class, the same words on every rank; "" if all are."""
+    found = (later_bad_label(rows.record.backwards, rows.shards.num_classes) for rows in heads)
+    return next(filter(None, found), "")
 
 
 def count_skip(record: StepRecord, reason: str) -> None:

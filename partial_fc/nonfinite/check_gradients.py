@@ -9,11 +9,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Ranks
-from partial_fc.nonfinite.describe import not_finite
+from partial_fc.distributed.ranks import Ranks, sum_over_replicas
 from partial_fc.nonfinite.scalers import look_at_wiring, scaled_and_stepped
-from partial_fc.nonfinite.step_check import decide, local_flags, others
+from partial_fc.nonfinite.step_check import decide, local_flags, norms_of, others
 from partial_fc.nonfinite.wiring import refuse_alone
 from partial_fc.rows import ClassRows, HasClassRows
 
@@ -53,10 +53,12 @@ def check_gradients(parameters: Iterable[Tensor] | Tensor, *heads: HasClassRows,
 def check_step(heads: Sequence[ClassRows], parameters: Sequence[Tensor], scaler: Any = None) -> bool:
     """Return whether the step may be taken: check losses and gradients, and agree. parameters: of the backbone."""
     refuse_alone(heads)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    grads += [p.grad for rows in heads for p in (*rows.carriers, *rows.shared.values()) if p.grad is not None]
-    flags = agree_on_flags(local_flags(heads, [not_finite(grad) for grad in grads]), heads)
-    return decide(heads, flags, parameters, scaler)
+    grads = [local_part(p.grad) for p in parameters if p.grad is not None]
+    of_losses = [p.grad for rows in heads for p in (*rows.carriers, *rows.shared.values()) if p.grad is not None]
+    grads += [local_part(grad) for grad in of_losses]
+    # absolute values, whose sum overflows only where a gradient is of no use
+    flags = agree_on_flags(local_flags(heads, norms_of([grad for grad in grads if grad.numel()], 1.0)), heads)
+    return decide(heads, flags.tolist(), parameters, scaler)
 
 
 def check_own_step(rows: ClassRows) -> None:
@@ -66,20 +68,19 @@ def check_own_step(rows: ClassRows) -> None:
 
 
 def agree_on_flags(flags: Tensor, heads: Sequence[ClassRows]) -> Tensor:
-    """Return the largest of every flag over the ranks of all heads, which as a rule are the same ranks."""
+    """Return the sum of every flag over the ranks of all heads, which as a rule are the same ranks."""
     seen: list[Ranks] = []
     for rows in heads:
         ranks = rows.shards.ranks
         if not any(ranks.same_as(other) for other in seen):
             seen.append(ranks)
-            flags = max_over_ranks(flags, ranks)
+            flags = sum_of_flags(flags, ranks, "the agreement on a step")
     return flags
 
 
-def max_over_ranks(flags: Tensor, ranks: Ranks) -> Tensor:
-    """Return the largest of every flag over all ranks: one small collective, two on a 2-D mesh."""
-    for group in (ranks.group, ranks.replica_group):
-        if group is not None:
-            with naming_the_missing("the agreement on a step", group):
-                dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
-    return flags
+def sum_of_flags(flags: Tensor, ranks: Ranks, what: str) -> Tensor:
+    """Return the sum of every flag over all ranks: one small collective, two on a 2-D mesh. A sum keeps every NaN."""
+    if ranks.group is not None:
+        with naming_the_missing(what, ranks.group):
+            dist.all_reduce(flags, group=ranks.group)
+    return sum_over_replicas(flags, ranks, what)

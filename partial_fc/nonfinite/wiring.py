@@ -3,7 +3,7 @@
     eval()     the loss of a sampled head in eval() is trained: gradients reach the weight, no optimizer moves its rows
     scaler     gradients that a GradScaler scaled and nobody unscaled (scalers.py)
 
-What a rank finds is a text of its `StepRecord`. It travels as a large number in the flags of the step's check, so that
+What a rank finds is a text of its `StepRecord`. It travels as a flag of the step's check, so that
 every rank hears of it in the collective that it takes part in anyway; then the words are exchanged and raised.
 """
 
@@ -16,8 +16,6 @@ from torch import Tensor
 
 from partial_fc.distributed.texts import gather_texts
 from partial_fc.rows import ClassRows
-
-REFUSED = 2.0**40  # in the flags of a step
 
 
 def follow_in_eval(loss: Tensor, rows: ClassRows, moves: bool | None = None) -> Tensor:
@@ -80,5 +78,5 @@ def refuse_alone(heads: Sequence[ClassRows]) -> None:
 def refuse_if(heads: Sequence[ClassRows], flags: Tensor | None) -> None:
     """Raise RuntimeError on every rank if the agreed flags, or this rank alone, say that the step is one to refuse."""
     refuse_alone(heads)
-    if flags is not None and bool((flags >= REFUSED).any()):
+    if flags is not None and bool(flags[2]):
         raise_refusal(heads)

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from partial_fc import errors
+from partial_fc.batch.status import HALF
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import sum_over_replicas
+from partial_fc.nonfinite.check_gradients import sum_of_flags
 from partial_fc.nonfinite.scalers import look_at_wiring
-from partial_fc.nonfinite.step_check import decide, local_flags, others
-from partial_fc.optim.row_state import HALF
+from partial_fc.nonfinite.step_check import alike, decide, local_flags, norms_of, others
 from partial_fc.rows import ClassRows, HasClassRows
 
 NORM = "the norm of gradients over ranks"  # in a `RankMissing`
@@ -60,17 +62,20 @@ def clip_grad_norm_(
     norms, flags = gradient_norms(plain, class_rows, norm_type, watched)
     if not norms:
         return torch.tensor(0.0)
-    device = norms[0].device
-    total = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
-    if flags is not None:
-        flags[0] += (~total.isfinite()).to(flags)
-        if not decide(class_rows, flags, plain, scaler):
+    total = norms[0]
+    if len(norms) > 1:
+        total = torch.linalg.vector_norm(torch.stack([n.to(total.device) for n in norms]), norm_type)
+    if flags is None:
+        factor: Tensor | float = (max_norm / (total + 1e-6)).clamp_(max=1.0)
+    else:
+        *found, norm = torch.cat((flags, total.to(flags)[None])).tolist()
+        if not decide(class_rows, found if math.isfinite(norm) else [norm, *found[1:]], plain, scaler):
             return total
-    factor = (max_norm / (total + 1e-6)).clamp_(max=1.0)
+        factor = min(max_norm / (norm + 1e-6), 1.0)
     of_losses = [p for rows in class_rows for p in (*rows.shared.values(), *rows.carriers)]
-    for parameter in [*plain, *of_losses]:
-        if parameter.grad is not None:
-            local_part(parameter.grad).mul_(factor.to(parameter.grad.device))
+    grads = [local_part(p.grad) for p in [*plain, *of_losses] if p.grad is not None]
+    for (device, dtype), same in alike(grads) if factor != 1.0 else ():
+        torch._foreach_mul_(same, factor.to(device, dtype) if isinstance(factor, Tensor) else factor)
     return total
 
 
@@ -78,47 +83,52 @@ def clip_grad_norm_(
 def gradient_norms(
     parameters: Iterable[Tensor] | Tensor, heads: Sequence[ClassRows], norm_type: float, check: bool
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Return (norms of all gradients, those of each loss over its ranks; agreed flags for `decide`, if `check`)."""
+    """Return (float64 norms of gradients, those of each loss over its ranks; agreed flags for `decide`, if `check`)."""
     for rows in heads:
         if rows.live_optimizer is not None and rows.live_optimizer.update_in_backward:
             raise errors.clipped_in_backward()
     plain = [*others(parameters, heads), *(p for rows in heads for p in rows.shared.values())]
-    norms = [_norm(p.grad, norm_type) for p in plain if p.grad is not None]
-    flags = local_flags(heads, [~norm.isfinite() for norm in norms]) if check else None
-    for rows in heads:
-        norm, flags = _norm_over_ranks(rows, norm_type, flags)
+    grads = [p.grad for p in plain if p.grad is not None]
+    norms = [norm.double() for norm in norms_of([g for g in grads if not isinstance(g, DTensor)], norm_type)]
+    norms += [_norm_of_shards(grad, norm_type) for grad in grads if isinstance(grad, DTensor)]
+    own = [_own_norm(rows, norm_type) for rows in heads]
+    flags = local_flags(heads, [*norms, *own]) if check else None
+    for rows, norm in zip(heads, own, strict=True):
+        norm, flags = _over_ranks(rows, norm, norm_type, flags)
         norms.append(norm)
     return norms, flags
 
 
-def _norm(grad: Tensor, norm_type: float) -> Tensor:
-    """Return the norm of one gradient over all its shards, float64; half precision is summed in float32."""
+def _norm_of_shards(grad: DTensor, norm_type: float) -> Tensor:
+    """Return the norm of one gradient over all its shards; half precision is summed in float32."""
     norm = torch.linalg.vector_norm(grad, norm_type, dtype=torch.float32 if grad.dtype in HALF else None)
-    if isinstance(norm, DTensor):
-        with naming_the_missing(NORM):
-            norm = norm.full_tensor()
-    return norm.double()
+    with naming_the_missing(NORM):
+        return norm.full_tensor().double()  # type: ignore[attr-defined, no-any-return]
 
 
-def _norm_over_ranks(rows: ClassRows, norm_type: float, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return (norm of all shards, flags of any rank): one collective; with flags one more between replicas."""
-    ranks = rows.shards.ranks
+def _own_norm(rows: ClassRows, norm_type: float) -> Tensor:
+    """Return the norm of this rank's rows."""
     grads = [local_part(carrier.grad) for carrier in rows.carriers if carrier.grad is not None]
-    parts = [_norm(grad, norm_type) for grad in grads if grad.numel()]
-    parts = parts or [torch.zeros((), dtype=torch.float64, device=rows.device)]
-    norm = torch.linalg.vector_norm(torch.stack(parts), norm_type)
+    parts = [part.double() for part in norms_of([grad for grad in grads if grad.numel()], norm_type)]
+    if not parts:
+        return torch.zeros((), dtype=torch.float64, device=rows.device)
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), norm_type)
+
+
+def _over_ranks(rows: ClassRows, norm: Tensor, norm_type: float, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return (norm of all shards, flags of all ranks): one collective; with flags one more between replicas, and for a
+    maximum, which may lose a NaN."""
+    ranks = rows.shards.ranks
     if ranks.group is None:
         return norm, flags
-    largest = math.isinf(norm_type)
-    own = norm if largest else norm.pow(norm_type)
-    if flags is not None:  # a maximum may lose a NaN, which flags do not
-        flags = torch.stack((flags[0] + (~own.isfinite()).to(flags), flags[1])).to(rows.device)
-    numbers = own[None] if flags is None else torch.cat((own[None], flags))
+    if math.isinf(norm_type):
+        with naming_the_missing(NORM, ranks.group):
+            dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=ranks.group)
+        return norm, None if flags is None else sum_of_flags(flags.to(rows.device), ranks, NORM)
+    own = norm.pow(norm_type)[None]
+    numbers = own if flags is None else torch.cat((own, flags.to(rows.device)))
     with naming_the_missing(NORM, ranks.group):
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=ranks.group)
+        dist.all_reduce(numbers, group=ranks.group)
     if flags is not None:
-        flags = numbers[1:].contiguous()
-        if ranks.replica_group is not None:
-            with naming_the_missing(NORM, ranks.replica_group):
-                dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.replica_group)
-    return numbers[0] if largest else numbers[0].pow(1 / norm_type), flags
+        flags = sum_over_replicas(numbers[1:].contiguous(), ranks, NORM)
+    return numbers[0].pow(1 / norm_type), flags

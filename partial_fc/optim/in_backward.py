@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.nonfinite.check_gradients import agree_on_flags
-from partial_fc.nonfinite.describe import not_finite
 from partial_fc.nonfinite.scalers import scaled_and_stepped
 from partial_fc.nonfinite.step_check import decide, local_flags
 from partial_fc.rows import ClassRows, UpdateRows
@@ -57,5 +56,5 @@ def end_update(optimizer: Any) -> None:
 
 def _loss_is_finite(rows: ClassRows) -> bool:
     """Check the losses and their gradients alone: those of the rows do not exist yet."""
-    bad = [not_finite(backward.grad) for backward in rows.record.backwards]
-    return decide([rows], agree_on_flags(local_flags([rows], bad), [rows]), [])
+    grads = [backward.grad.sum() for backward in rows.record.backwards]
+    return decide([rows], agree_on_flags(local_flags([rows], grads), [rows]).tolist(), [])

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from partial_fc.batch.status import HALF
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.nonfinite.check_gradients import check_own_step
 from partial_fc.optim.in_backward import begin_update, end_update
 from partial_fc.optim.optimizer_class import LowPrecision, check_arguments, construct, fused_moves, initial_state
 from partial_fc.optim.rounding import round_rows
-from partial_fc.optim.row_state import COUNT, HALF, MASTER, RowState
-from partial_fc.rows import HasClassRows, UpdateRows
+from partial_fc.optim.row_state import COUNT, MASTER, RowState
+from partial_fc.rows import HasClassRows, Pads, UpdateRows
 
-BLOCK_BYTES = 8 << 20  # bounds temporaries
+BLOCK_BYTES = 8 << 20  # bounds temporaries, which stay in the cache of a CPU
+BLOCK_BYTES_ELSEWHERE = 256 << 20
 
 
 class RowOptimizer(RowState):
@@ -114,7 +116,7 @@ class RowOptimizer(RowState):
         for parameter, grad in zip(rows.parameters.values(), grads, strict=True):
             update = RowUpdate(self, parameter)
             if grad is not None:
-                for a, b in row_blocks(len(grad), grad):
+                for a, b in blocks_with_pads(grad, rows.pads):
                     update.apply(None if selected is None else selected[a:b], a, b, grad[a:b])
 
     def begin_update_in_backward(self) -> UpdateRows:
@@ -173,9 +175,24 @@ class RowUpdate:
 
 def row_blocks(count: int, weight: Tensor) -> Iterator[tuple[int, int]]:
     """Yield blocks (a, b) of bounded size; one empty block without rows, so that scalar state counts on all ranks."""
-    size = max(1, BLOCK_BYTES // max(1, weight[:1].nbytes if len(weight) else 1))
+    most = BLOCK_BYTES if weight.device.type == "cpu" else BLOCK_BYTES_ELSEWHERE
+    size = max(1, most // max(1, weight[:1].nbytes if len(weight) else 1))
     for a in range(0, max(count, 1), size):
         yield a, min(a + size, count)
+
+
+def blocks_with_pads(grad: Tensor, pads: Pads) -> Iterator[tuple[int, int]]:
+    """Yield blocks of rows with gradients `[S, ...]`. A pad gets the gradient of the row that it is, in its block."""
+    first = len(grad)
+    if pads is not None:
+        window, are = pads
+        grad[window:] = torch.where(are.view(-1, *[1] * (grad.ndim - 1)), grad[window - 1], grad[window:])
+        if len(list(row_blocks(len(grad), grad))) > 1:
+            first = window - 1
+    if first or not len(grad):
+        yield from row_blocks(first, grad)
+    if first < len(grad):
+        yield first, len(grad)
 
 
 def _take(tensor: Tensor, index: Tensor | None, a: int, b: int) -> Tensor:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partial_fc.batch.status import HALF
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.optim.optimizer_class import is_row_state, trial
 from partial_fc.optim.protocol import OneGroup, check_options, checked_groups, with_loading_hooks, with_saving_hooks
 from partial_fc.optim.stored_rows import agree_to_load, marked, row_problem, stated_rows, taken
 from partial_fc.rows import ClassRows, UpdateRows
 
-HALF = (torch.bfloat16, torch.float16)
 MASTER = "master_weight"  # state of this package's own, beside that of the wrapped class
 COUNT = "rounding_step"
 

@@ -12,9 +12,9 @@ NETWORK_IS_FINE = 0.2  # below this share of a step, communication is not worth 
 HINTS = {
     "status": "it is a message of 192 bytes, so this is latency: use more samples per step, or fewer ranks",
     "payload": "all ranks receive all embeddings: use a smaller embedding_size or fewer ranks per head",
-    "statistics": "every rank sends 4 numbers per sample: use fewer ranks per head",
+    "statistics": "every rank sends 3 numbers per sample: use fewer ranks per head",
     "embedding gradient": "all embedding gradients are sent back: use a smaller embedding_size or fewer ranks per head",
-    "clip norm": "it is three numbers, so this is latency: clip every few steps, or not at all",
+    "clip norm": "it is four numbers, so this is latency: clip every few steps, or not at all",
     "backbone gradient": "accumulate gradients over micro-batches (no_sync), or use DDP's bfloat16 communication hook",
 }
 INTERFACE = "check that the fast network interface is used (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"

@@ -23,13 +23,12 @@ from typing import Any
 
 import torch
 
-from partial_fc.batch.status import Status
+from partial_fc.batch.status import HALF, Status
 from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
 from partial_fc.optim.optimizer_class import LowPrecision, check_rows_apart, initial_state
-from partial_fc.optim.row_state import HALF
 from partial_fc.sampling import window_size
 from partial_fc.shards import shard_bounds
-from partial_fc.softmax.tiles import compute_dtypes, logits_bytes, tile_rows
+from partial_fc.softmax.tiles import compute_dtypes, logits_bytes, tile_rows, tile_size
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),
@@ -128,7 +127,7 @@ def sizes(
         C_local=local,
         S=rows,
         D=D,
-        T=min(tile_rows(N, D, device), rows),
+        T=min(tile_size(rows, tile_rows(N, D, device), 1, device), max(rows, 1)),
         window=window,
         world=world_size,
         w=dtype.itemsize,
@@ -191,8 +190,8 @@ def traffic(z: Sizes) -> dict[str, int]:
         logits += z.N * z.S * (3 * z.s + 2 * z.p) * (1 if z.kept else 2)
 
     directions = 2 * z.w * (z.window > 0)  # gathered
-    directions += z.w + z.s + 2 * z.s * (z.w != z.s)  # divided by the length; widened before that
-    used = z.p + (z.s + z.p) * z.low  # read by a product; lowered for it
+    directions += z.w + (z.s if z.held else z.p)  # divided by the length
+    used = z.p + (z.s + z.p) * (z.low and z.held)  # read by a product; lowered for it
     lengths = z.w
     class_rows = rows * (lengths + (1 + direction_passes(z)) * directions + (2 if z.kept else 3) * used)
 
@@ -228,7 +227,8 @@ def collectives(z: Sizes) -> tuple[Collective, ...]:
         return ()
     others = z.world - 1
     gradient = z.N_local * z.D * z.s
-    gathers = {"status": 8 * len(fields(Status)), "payload": payload_bytes(z), "statistics": 4 * z.N * z.s}
+    statistics = (3 + (not z.bounded)) * z.N * z.s
+    gathers = {"status": 8 * len(fields(Status)), "payload": payload_bytes(z), "statistics": statistics}
     found = [Collective(f"{name} (all-gather)", own, own * others, own * others) for name, own in gathers.items()]
     scatter = Collective(
         "embedding gradient (reduce-scatter)", gradient * z.world, gradient * others, gradient * others

@@ -2,9 +2,9 @@
 
     status [24] int64              all-gather       sizes, and what is wrong with the batch; the host waits for it
     payload [n, D], [n]            all-gather       embeddings and labels
-    statistics [4, N]              all-gather       maximum, sum and target of every sample
+    statistics [3, N]              all-gather       sum, target and its cosine of every sample
     embedding gradient [N, D]      reduce-scatter
-    clip norm, flags [3] float64   all-reduce
+    clip norm, flags [4] float64   all-reduce
     backbone gradient [P]          all-reduce       in buckets, as DDP sends them
 
 Each is called as the head calls it (batch/, softmax/), with tensors of the same size: once to warm up,
@@ -107,7 +107,7 @@ def planned(z: Sizes, backbone_parameters: int) -> tuple[Collective, ...]:
     """Return the collectives of a step: the head's, the norm for clipping, DDP's; none on a single rank."""
     if z.world == 1:
         return ()
-    found = [*collectives(z), _all_reduce("clip norm", 24, z.world)]
+    found = [*collectives(z), _all_reduce("clip norm", 32, z.world)]
     if backbone_parameters:
         found.append(_all_reduce("backbone gradient", 4 * backbone_parameters, z.world))
     return tuple(found)
@@ -152,7 +152,7 @@ def _calls(kind: str, z: Sizes, planned: Collective, ranks: Ranks, device: torch
             lambda: start_reduce_scatter(least, ranks, (1,) * world)(),
         )
     if kind == "clip norm":
-        norm = torch.zeros(3, dtype=torch.float64, device=device)
+        norm = torch.zeros(4, dtype=torch.float64, device=device)
 
         def reduce_norm() -> object:
             return dist.all_reduce(norm, group=ranks.group)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from partial_fc.optim.row_optimizer import BLOCK_BYTES
+from partial_fc.optim.row_optimizer import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE
 from partial_fc.planning.costs import Sizes, payload_bytes
 from partial_fc.sharded_module import INIT_BLOCK
 
@@ -60,7 +60,7 @@ def items(z: Sizes) -> tuple[Item, ...]:
         Item(
             "kept logits",
             "N·S",
-            dict.fromkeys(step if z.cpu else ("forward", "combine", "backward"), z.logits if z.kept else 0),
+            dict.fromkeys(step if z.cpu else ("forward", "combine", "backward"), z.N * z.T * z.tiles * z.p * z.kept),
         ),
         Item("logits of a tile", "N·T", logits),
         Item("rows of a tile", "T·D, several", tiles),
@@ -102,23 +102,23 @@ def _tile_logits(z: Sizes) -> dict[str, int]:
 
 
 def _directions(z: Sizes) -> tuple[int, int]:
-    """Return (bytes of a tile's directions, bytes while they are computed); both 0 if rows are held.
+    """Return (bytes of a tile's directions in the dtype of the products, bytes while they are computed); 0 if rows are
+    held in that dtype.
 
-    They are computed from rows that are gathered, widened and divided.
+    They are computed from rows that may have to be gathered first; the CPU widens what it divides.
     """
     elements = z.T * z.D
     if z.held:
-        return 0, 0
-    return elements * z.s, elements * (z.w * (z.window > 0) + z.s * (z.w != z.s) + z.s)
+        return elements * z.p * z.low, elements * z.p * z.low
+    return elements * z.p, elements * (z.w * (z.window > 0) + z.s * z.low + z.s * (z.w != z.s) + z.p)
 
 
 def _tile_forward(z: Sizes) -> int:
     """Bytes beside the logits while forward computes a tile: the largest of the moments between two operations."""
     directions, computing = _directions(z)
-    lowered = z.T * z.D * z.p * z.low
     narrow = 0 if z.bounded else z.N * z.T * z.p  # logits before they are widened
-    summed = z.N * z.T * z.s * (z.cpu and z.low and z.bounded)  # the CPU widens what it sums
-    return max(computing, directions + lowered + narrow, directions + summed)
+    summed = z.N * z.T * z.s * (z.low and z.bounded)  # the CPU widens what it sums
+    return max(computing, directions + narrow, directions + summed)
 
 
 def _tile_backward(z: Sizes) -> int:
@@ -132,12 +132,14 @@ def _tile_backward(z: Sizes) -> int:
     product = rows * z.p * z.low + own
     if not z.bounded:  # float16 is unscaled after it is widened
         product = 2 * rows * z.s
+    # the rows themselves in the dtype of the statistics, where their directions are not in it
+    vectors = rows * z.s * (z.low and not z.held and (z.w != z.s or z.window > 0))
     transposed = z.N * z.T * z.p * (z.cpu and z.low and z.bounded)  # the CPU transposes half precision
     return max(
         computing + directions * (z.tiles > 1),  # beside the directions of the previous tile
-        directions + rows * z.p * z.low + max(narrow, samples * z.p * z.low),
+        directions + max(narrow, samples * z.p * z.low),
         directions + product + transposed + samples * z.p * z.low,
-        directions + own + rows * z.s,  # the component of the gradient along the directions
+        directions + vectors + own + rows * z.s,  # the component of the gradient along the directions
         directions + 2 * samples * z.s,  # the terms of the targets
         directions + block_bytes(z, rows) if z.in_backward else 0,
     )
@@ -155,8 +157,8 @@ def _embeddings(z: Sizes) -> dict[str, int]:
     return {
         "gather": gathered,
         "select": gathered,
-        "forward": gathered + one * 4 * z.s,  # unit vectors, those of the targets, the targets' rows, their product
-        "combine": gathered + one * (z.s + z.p),
+        "forward": gathered + one * max(3 * z.s, 2 * z.s + z.p),  # unit vectors, the targets' rows, their product
+        "combine": gathered + one * (2 * z.s + z.p),
         "backward": gathered + backward,
         "update": gathered + z.N_local * z.D * z.s,
     }
@@ -184,7 +186,8 @@ def _collective_buffers(z: Sizes) -> dict[str, int]:
 
 
 def _block_elements(z: Sizes) -> int:
-    return min(z.S, max(1, BLOCK_BYTES // (z.D * z.w))) * z.D
+    most = BLOCK_BYTES if z.cpu else BLOCK_BYTES_ELSEWHERE
+    return min(z.S, max(1, most // (z.D * z.w))) * z.D
 
 
 def block_bytes(z: Sizes, elements: int) -> int:

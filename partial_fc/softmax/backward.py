@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.batch.exchange import gradient_of_losses
+from partial_fc.batch.row_sums import add_to_rows
 from partial_fc.distributed.derivatives import executes
 from partial_fc.distributed.ranks import start_reduce_scatter, sum_over_replicas
 from partial_fc.softmax import float16
@@ -31,6 +32,7 @@ from partial_fc.softmax.decisions import decision_derivatives
 from partial_fc.softmax.forward import ForwardState, SavedTensors
 from partial_fc.softmax.recompute import recomputed
 from partial_fc.softmax.row_tiles import tangent
+from partial_fc.softmax.tiles import tile_of
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]
 
@@ -40,9 +42,9 @@ class Derivatives(NamedTuple):
 
     d_lse: Tensor  # [N, 1]; multiplies exp(logit − lse)
     from_zero: Tensor  # [N, 1] d_lse exp(−lse); multiplies exp(logit)
-    d_every: Tensor  # [N] ∂L/∂(every selected logit), of label smoothing, but for the weight of the class
+    d_every: Tensor | None  # [N] ∂L/∂(every selected logit), of label smoothing, but for the weight of the class
     d_cosine: Tensor  # [P] ∂L/∂(target cosine), 0 on ranks that do not own the class
-    d_norm: Tensor  # [N] ∂L/∂‖X‖, by the margin
+    d_norm: Tensor | None  # [N] ∂L/∂‖X‖, by the margin
     d_offset: Tensor | None  # [1] ∂L/∂offset, of margins of binary decisions
 
 
@@ -52,29 +54,38 @@ def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Deriv
     scale, smoothing = options.scale, state.smoothing
     z, lse = saved.target_logits, saved.lse[:, None]
     d_loss = gradient_of_losses(grad.to(saved.x.dtype), selection.batch, selection.sample_weights, options.reduction)
-    d_offset = None
+    d_offset = d_every = d_norm = None
     if options.binary:
         d_lse, d_z, d_offset = decision_derivatives(selection, options.binary, d_loss, z, saved.lse)
         from_zero = d_lse
     else:
-        weights, of_all = selection.target_weights, d_loss.new_zeros(1)
+        weights, d_lse = selection.target_weights, d_loss
         if smoothing is not None:
             weights, of_all = smoothing.counted(weights, saved.smoothed)
-        d_lse = (d_loss * (weights.sum(1) + of_all))[:, None]
+            d_lse = d_loss * (weights.sum(1) + of_all)
+        elif not selection.counts_once:
+            d_lse = d_loss * weights.sum(1)
+        d_lse = d_lse[:, None]
         # bounded logits of others are at least -scale; where lse is less there are none: nothing may become infinite
-        from_zero = d_lse * (-lse).clamp(max=scale + 1).exp()
-        d_z = d_lse * (z - lse).exp() - d_loss[:, None] * weights
-    d_every = torch.zeros_like(d_loss)
+        from_zero = d_lse / lse.clamp(min=-scale - 1).exp_() if state.bounded else d_lse
+        if smoothing is None and selection.counts_once:
+            d_z = (z - lse).expm1_().mul_(d_lse)
+        else:
+            d_z = d_lse * (z - lse).exp_() - d_loss[:, None] * weights
     if smoothing is not None:
         d_every = smoothing.of_every(d_loss, saved.smoothed)
         d_z = d_z + d_every[:, None] * smoothing.of_targets
-    d_z = torch.where(targets.exists, d_z, 0.0).reshape(-1)
+    if z.shape[1] > 1 or options.binary:  # with one target a sample, d_loss is 0 where there is none
+        d_z = torch.where(targets.exists, d_z, 0.0)
+    d_z = d_z.reshape(-1)
     d_cosine = d_z * saved.slope_cosine
-    if smoothing is not None:
+    if smoothing is not None and d_every is not None:
         d_cosine = d_cosine - smoothing.of_cosines(d_every, targets, scale)
-    d_norm = torch.zeros_like(d_loss).index_add_(0, targets.sample, d_z * saved.slope_norm)
-    if selection.ranks.rank == 0:  # the penalty is every sample's own; gradients are summed over the ranks
-        d_norm = d_norm + d_loss * saved.slope_penalty
+    if saved.slope_norm.numel():
+        d_norm = targets.sum_of_samples(d_z * saved.slope_norm)
+    if saved.slope_penalty.numel() and selection.ranks.rank == 0:  # every sample's own; gradients are summed over ranks
+        of_penalty = d_loss * saved.slope_penalty
+        d_norm = of_penalty if d_norm is None else d_norm + of_penalty
     return Derivatives(d_lse, from_zero, d_every, d_cosine, d_norm, d_offset)
 
 
@@ -89,6 +100,8 @@ def backward(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved:
     # with kept logits the sum of embedding gradients over ranks travels while the class gradients are computed
     overlap = want_x and want_rows and selection.scatter and saved.kept.numel() > 0
     overlap = overlap and selection.ranks.group is not None and sink.begin_update is None
+    # two communicators at work at once must be so in the same order on all ranks
+    overlap = overlap and selection.ranks.replica_group is None
     with record_function("partial_fc::backward_tiles"):
         dx, grads = tiles.run(want_x, want_rows and not overlap)
     finish = _send(dx, state, ctx.embeddings.dtype) if want_x else None
@@ -98,7 +111,8 @@ def backward(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved:
     d_weight = d_bias = d_offset = None
     if grads and anchored:
         assert selection.rows is not None
-        sink.accumulate(selection.rows, grads)
+        slots = selection.slots
+        sink.accumulate(selection.rows, grads, None if slots is None else (slots.window, slots.pads))
     elif grads:
         d_weight, d_bias = grads[0] if want_w else None, grads[1] if want_b else None
     if want_offset and tiles.d.d_offset is not None:
@@ -133,34 +147,38 @@ class BackwardTiles:
         self.state = state
         self.stats = saved.x.dtype
         self.scale = state.options.scale
-        if state.rows.count:  # now: rows that are updated inside backward are others afterwards
-            self.target_rows, self.target_inverse = state.rows.at(state.targets.row)
-        smoothing = state.smoothing
-        self.shares = None if smoothing is None else smoothing.shares(d.d_every, saved.x, saved.row_sum, self.scale)
+        if state.rows.count:
+            self.target_rows, self.target_inverse = state.targets.directions
+        self.shares = None
+        if state.smoothing is not None and d.d_every is not None:
+            self.shares = state.smoothing.shares(d.d_every, saved.x, saved.row_sum, self.scale)
 
     def run(self, want_x: bool, want_rows: bool) -> tuple[Tensor, list[Tensor]]:
         """Return (gradient of all embeddings from this rank's rows `[N, D]`, of rows `[S, ...]` and biases)."""
         state, rows, x = self.state, self.state.rows, self.saved.x
         centers, ruled = state.options.margin.centers, state.options.ruled
-        dx = x.new_zeros(len(x), x.shape[1] if want_x else 0)
+        dx = x.new_empty(len(x), x.shape[1] if want_x else 0) if rows.count else torch.zeros_like(x)
         update = state.sink.begin_update() if want_rows and state.sink.begin_update is not None else None
         length = rows.count if update is None else min(state.tile, rows.count)
         dw = rows.gradient_memory(length) if want_rows else None
         db = x.new_empty(length, dtype=self.stats) if want_rows and self.bias is not None else None
         if not self.saved.kept.numel():
             work = state.product if state.bounded and not ruled else self.stats
-            self.scratch = x.new_empty(len(x) * min(state.tile, max(rows.count, 1)), dtype=work)
+            self.scratch = x.new_empty(len(x) * state.tile + 1, dtype=work)
             self.scaled = (x if ruled else x * self.scale).to(state.product)
-        previous, weighted = None, x
+        previous, scaled_factor, weighted = None, x, x
         for t, (a, b) in enumerate(rows.tiles(state.tile)):
-            w = rows.tile(a, b)
+            w = rows.tile(a, b, state.product)
             e, factor = self._exponentials(t, a, b, w)
-            if want_x:
-                dx.addcmul_(torch.mm(e, w.to(state.product)).to(self.stats), factor)
+            if factor is not previous:
+                previous, scaled_factor = factor, factor * self.scale
+                weighted = x * scaled_factor if dw is not None else x
+            if want_x and t == 0:
+                torch.mul(torch.mm(e, w), scaled_factor, out=dx)
+            elif want_x:
+                dx.addcmul_(torch.mm(e, w).to(self.stats), scaled_factor)
             if dw is None:
                 continue
-            if factor is not previous:
-                previous, weighted = factor, x * (factor * self.scale)
             at = slice(a, b) if update is None else slice(0, b - a)
             self._row_gradient(dw[at], e, weighted, w, a, b)
             if db is not None:
@@ -170,7 +188,7 @@ class BackwardTiles:
                 grads = self._with_targets(dw[at], None if db is None else db[at], a)
                 update(a // centers, b // centers, grads)
         if want_x:
-            self._finish_embeddings(dx.mul_(self.scale))
+            self._finish_embeddings(dx)
         if dw is None:
             return dx, []
         rows.held = None  # its memory holds the gradient now; a second backward gathers the rows again
@@ -183,12 +201,10 @@ class BackwardTiles:
     def _exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return (e `[N, T]`, factor `[N, 1]`) of tile t: ∂L/∂logit = e · factor where the logit is no target."""
         saved, state, d = self.saved, self.state, self.d
-        samples, lse = len(saved.x), saved.lse[:, None]
         if saved.kept.numel():
-            e = saved.kept[samples * a : samples * b].view(samples, b - a)
-            return e, d.from_zero if state.bounded else d.d_lse * (saved.maxima[t] - lse).exp_()
-        scratch = self.scratch[: samples * (b - a)].view(samples, b - a)
-        return recomputed(state, saved, d, self.scaled, scratch, a, b, w)
+            e = tile_of(saved.kept, t, len(saved.x), state.tile)[:, : b - a]
+            return e, d.from_zero if state.bounded else d.d_lse * (saved.maxima[t] - saved.lse[:, None]).exp_()
+        return recomputed(state, saved, d, self.scaled, self.scratch, t, a, b, w)
 
     def _row_gradient(self, out: Tensor, e: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
         """Write the gradient of rows a to b, but for the targets' share, to `out [T, D]`, perhaps the memory of w."""
@@ -202,34 +218,42 @@ class BackwardTiles:
         if self.shares is not None:
             self.shares.add_to_rows(grad, a, b)
         if rows.inverse is not None:
-            tangent(grad, w, rows.inverse[a:b], out=out if out.dtype == grad.dtype else grad)
+            vector, is_unit = rows.vectors(a, b, w)
+            final = out if out.dtype == grad.dtype else grad
+            tangent(grad, vector, rows.inverse[a:b], out=final, is_unit=is_unit)
         if out.dtype != grad.dtype or rows.inverse is None:
             out.copy_(grad)
 
     def _finish_embeddings(self, dx: Tensor) -> None:
         """Add the targets' share and go through the normalisation, in place."""
-        if self.state.rows.count:
-            dx.index_add_(0, self.state.targets.sample, self.target_rows * self.d.d_cosine[:, None])
+        state, d = self.state, self.d
+        if state.rows.count:
+            if state.targets.labels_each == 1:
+                dx.addcmul_(self.target_rows, d.d_cosine[:, None])
+            else:
+                dx += state.targets.sum_of_samples(self.target_rows * d.d_cosine[:, None])
         if self.shares is not None:
             dx += self.shares.of_x
-        if self.state.rows.inverse is not None:
+        if state.rows.inverse is not None:
             tangent(dx, self.saved.x, self.saved.x_inverse, out=dx)
-            dx.addcmul_(self.saved.x, self.d.d_norm[:, None])
+            if d.d_norm is not None:
+                dx.addcmul_(self.saved.x, d.d_norm[:, None])
 
     def _with_targets(self, dw: Tensor, db: Tensor | None, a: int) -> list[Tensor]:
         """Return the gradients of rows a, a + 1, ... with the targets' share in them, summed over replicas."""
         targets, ranks = self.state.targets, self.state.selection.ranks
         if len(dw):
-            position = targets.row - a
-            here = targets.own & (position >= 0) & (position < len(dw))
-            position = torch.where(here, position, 0)
-            d_cosine = torch.where(here, self.d.d_cosine, 0.0)
-            grad = self.saved.x[targets.sample] * d_cosine[:, None]
+            position, d_cosine = targets.row, self.d.d_cosine
+            if len(dw) < self.state.rows.count:
+                position = position - a
+                here = targets.own & (position >= 0) & (position < len(dw))
+                position, d_cosine = position.remainder(len(dw)), d_cosine * here
+            grad = targets.of_samples(self.saved.x) * d_cosine[:, None]
             if self.state.rows.inverse is not None:
                 tangent(grad, self.target_rows, self.target_inverse, out=grad)
-            dw.index_add_(0, position, grad.to(dw.dtype))
+            add_to_rows(dw, position, grad)
             if db is not None:
-                db.index_add_(0, position, d_cosine)
+                add_to_rows(db, position, d_cosine)
         grads = [dw.view(len(dw) // self.state.options.margin.centers, *self.weight.shape[1:])]
         if db is not None and self.bias is not None:
             grads.append(db.to(self.bias.dtype))

@@ -16,10 +16,10 @@ from partial_fc.softmax.decisions import decision_losses, softplus
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.penalty import penalty_of
-from partial_fc.softmax.row_tiles import RowTiles, TargetRows, unit
+from partial_fc.softmax.row_tiles import RowTiles, TargetRows, inverse_of, row_dots
 from partial_fc.softmax.ruled import Rule, nearest_centers, rows_of_classes, ruled_logits
 from partial_fc.softmax.smoothing import Smoothing, SmoothingSums
-from partial_fc.softmax.tiles import tile_logits, tile_rows
+from partial_fc.softmax.tiles import tile_logits, tile_of, tile_rows, tile_size
 
 
 class SavedTensors(NamedTuple):
@@ -30,9 +30,9 @@ class SavedTensors(NamedTuple):
     lse: Tensor  # [N] log Σ exp over all selected classes; Σ sigmoid of the other classes for binary decisions
     target_logits: Tensor  # [N, L]
     slope_cosine: Tensor  # [P] ∂(target logit)/∂(target cosine), 0 on ranks that do not own the class
-    slope_norm: Tensor  # [P] ∂(target logit)/∂‖X‖, the same
-    slope_penalty: Tensor  # [N] ∂(the margin's penalty)/∂‖X‖
-    kept: Tensor  # [N · S] or empty
+    slope_norm: Tensor  # [P] ∂(target logit)/∂‖X‖, the same; empty where the margin does not depend on it
+    slope_penalty: Tensor  # [N] ∂(the margin's penalty)/∂‖X‖, or empty
+    kept: Tensor  # [tiles, N, size] or empty
     maxima: Tensor  # [tiles, N, 1] or empty
     row_sum: Tensor  # [D + 1] or empty: sum of directions and biases, for label smoothing
     smoothed: Tensor  # [2, 1] or [2, N] or empty: how many classes label smoothing spreads over, their mean weight
@@ -48,7 +48,8 @@ class ForwardState:
     rows: RowTiles
     targets: TargetRows
     rule: Rule | None
-    tile: int  # rows of a tile
+    tile: int  # rows of every tile but the last
+    places: Tensor  # [tiles, P] where targets stand in the memory of the tiles
     product: torch.dtype  # of matrix products
     bounded: bool  # exponentials are of the logits themselves, no maximum subtracted
     smoothing: Smoothing | None
@@ -73,12 +74,15 @@ def forward(
     margin, X, (stats, product) = options.margin, selection.batch.embeddings, dtypes
     centers = margin.centers
     norms = torch.linalg.vector_norm(X, dim=1, dtype=stats)
-    x, x_inverse = unit(X, stats) if margin.normalize else (X.to(stats), X.new_empty(0))
+    x_inverse = inverse_of(norms)[:, None] if margin.normalize else X.new_empty(0)
+    x = X * x_inverse if margin.normalize else X.to(stats)
     index = selection.rows
     if index is not None and centers > 1:
         index = rows_of_classes(index, centers)
     rows = RowTiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad)
-    tile = max(1, tile_rows(len(x), x.shape[1], X.device.type) // centers) * centers  # holds whole classes
+    kind = X.device.type
+    most = tile_rows(selection.batch.most_samples, x.shape[1], kind)
+    tile = tile_size(rows.count, most, centers, kind)
     with record_function("partial_fc::targets"):
         targets = TargetRows.locate(selection, len(weight), centers)
         cosines, targets = target_cosines(x, rows, targets, centers)
@@ -89,31 +93,34 @@ def forward(
     with record_function("partial_fc::forward_tiles"):
         bounded = is_bounded(options, stats, product)
         smoothing = Smoothing.of(options, selection, len(weight), stats) if options.label_smoothing else None
-        state = ForwardState(selection, options, sink, rows, targets, rule, tile, product, bounded, smoothing)
-        sums = TileSums(x, state, keep)
+        in_place = keep and (product == stats or (bounded and not options.ruled))
+        places = x.new_empty(0) if options.ruled else targets.places(rows.count, tile, apart=in_place)
+        state = ForwardState(selection, options, sink, rows, targets, rule, tile, places, product, bounded, smoothing)
+        sums = TileSums(x, state, keep, in_place)
         for t, (a, b) in enumerate(rows.tiles(tile)):
             sums.add(t, a, b)
         rows.measured = True
     with record_function("partial_fc::combine"):
         found = combine(sums, z, cosines, selection)
-    target_logits = found["z"].sum(0).view_as(selection.targets)
-    hardest = found["hardest"].amax(0) if "hardest" in found else None
-    of_targets = found["cosines"].sum(0).view_as(selection.targets)
+    target_logits = found["z"].view_as(selection.targets)
+    hardest = found.get("hardest")
+    of_targets = found["cosines"].view_as(selection.targets)
     measured = Measured(of_targets, target_logits, targets.exists, norms, hardest, margin.scale)
-    smoothed = x.new_empty(0) if smoothing is None else smoothing.combined(found)
+    none = x.new_empty(0)
+    smoothed = none if smoothing is None else smoothing.combined(found)
     if margin.binary:
-        losses = decision_losses(selection, margin.binary, target_logits, found["total"].sum(0))
-        lse = found["active"].sum(0)
+        losses, lse = decision_losses(selection, margin.binary, target_logits, found["total"]), found["active"]
     else:
         losses, lse = softmax_losses(found, target_logits, selection, smoothing, smoothed)
-    slope_penalty = torch.zeros_like(norms)
+    slope_penalty = none
     if margin.has_penalty:
         penalty, slope_penalty = penalty_of(margin, norms, needs_grad, smoothing)
         losses = losses + penalty
-    losses = torch.where(selection.sample_weights != 0, losses, 0.0) * selection.sample_weights
-    row_sum = x.new_empty(0) if sums.smoothing is None else sums.smoothing.row_sum
+    losses = torch.where(selection.sample_weights != 0, losses * selection.sample_weights, selection.sample_weights)
+    row_sum = none if sums.smoothing is None else sums.smoothing.row_sum
     from_margin = slope_cosine, slope_norm, slope_penalty
-    saved = SavedTensors(x, x_inverse, lse, target_logits, *from_margin, sums.kept, sums.maxima, row_sum, smoothed)
+    kept = none if sums.kept is None else sums.kept
+    saved = SavedTensors(x, x_inverse, lse, target_logits, *from_margin, kept, sums.maxima, row_sum, smoothed)
     return _reduce(losses, selection, options.reduction), losses, measured, saved, state
 
 
@@ -131,10 +138,13 @@ def target_cosines(x: Tensor, rows: RowTiles, targets: TargetRows, centers: int)
     if not rows.count:
         return x.new_zeros(len(targets.sample)), targets
     if centers == 1:
-        cosines = torch.linalg.vecdot(x[targets.sample], rows.at(targets.row)[0]) + rows.bias_at(targets.row)
+        targets = replace(targets, directions=rows.at(targets.row))
+        cosines = row_dots(targets.of_samples(x), targets.directions[0])[:, 0]
+        cosines = cosines if rows.bias is None else cosines + rows.bias_at(targets.row)
     else:
         cosines, targets = nearest_centers(x, rows, targets, centers)
-    return torch.where(targets.own, cosines, 0.0), targets
+        targets = replace(targets, directions=rows.at(targets.row))
+    return cosines * targets.own, targets
 
 
 def apply_margin(
@@ -148,50 +158,53 @@ def apply_margin(
         cosines = all_gather(cosines, selection.ranks.group).sum(0)
     with torch.set_grad_enabled(needs_grad):
         cosine = cosines.detach().requires_grad_(needs_grad)
-        norm = norms[targets.sample].requires_grad_(needs_grad)
+        norm = targets.of_samples(norms).detach().requires_grad_(needs_grad)
         positives = Positives(
             label=selection.targets.reshape(-1),
-            sample=targets.sample + selection.first_sample,
+            sample=targets.sample + selection.first_sample if selection.first_sample else targets.sample,
             norm=norm,
             exists=targets.exists.reshape(-1),
             draw=selection.draw_key,
             replicas=selection.ranks.replica_group,
         )
-        z = margin.target(cosine, positives) * margin.scale
-        grads: tuple[Tensor | None, ...] = (None, None)
-        if needs_grad and z.requires_grad:
-            grads = torch.autograd.grad(z.sum(), (cosine, norm), allow_unused=True)
-    by_cosine, by_norm = (torch.zeros_like(cosines) if g is None else torch.where(targets.own, g, 0.0) for g in grads)
-    z = z.detach()
+        moved = margin.target(cosine, positives)
+        by_cosine, by_norm = None, None
+        if needs_grad and moved.requires_grad:
+            scale = torch.full_like(moved, margin.scale)
+            by_cosine, by_norm = torch.autograd.grad(moved, (cosine, norm), scale, allow_unused=True)
+    by_cosine = torch.zeros_like(cosines) if by_cosine is None else by_cosine * targets.own
+    by_norm = cosines.new_empty(0) if by_norm is None else by_norm * targets.own
+    z = moved.detach() * margin.scale
     rule = Rule.of(margin, z, selection.target_weights) if margin.has_rule else None
-    return torch.where(targets.own, z, 0.0), by_cosine, by_norm, rule
+    return z * targets.own, by_cosine, by_norm, rule
 
 
 class TileSums:
     """Sums over the logits of this rank: call `add` for each tile of rows.
 
-    maximum `[N, 1]`: largest logit so far, 0 where logits are bounded. total `[N, 1]`: Σ exp(logit − maximum). kept
-    `[N · S]`: exponentials for backward, tile after tile; maxima `[tiles, N, 1]`: subtracted from them. For binary
-    decisions total is the sum of their losses, kept their derivatives, active `[N]` the sum of these.
+    maximum `[N, 1]`: largest logit so far, where logits are not bounded. total `[N, 1]`: Σ exp(logit − maximum). kept:
+    exponentials for backward, tile after tile; maxima `[tiles, N, 1]`: subtracted from them. For binary decisions total
+    is the sum of their losses, kept their derivatives, active `[N]` the sum of these.
     """
 
-    def __init__(self, x: Tensor, state: ForwardState, keep: bool) -> None:
+    def __init__(self, x: Tensor, state: ForwardState, keep: bool, in_place: bool) -> None:
         options, rows, product = state.options, state.rows, state.product
         self.state = state
-        self.keep = keep
         self.stats = x.dtype
         self.samples = len(x)
-        self.maximum = x.new_full((len(x), 1), 0.0 if state.bounded else torch.finfo(x.dtype).min)
-        self.total = x.new_zeros(len(x), 1)
-        self.kept = x.new_empty(0)
+        self.maximum = None if state.bounded else x.new_full((len(x), 1), torch.finfo(x.dtype).min)
+        self.total = x.new_zeros(len(x), 1) if options.binary or not rows.count else x.new_empty(len(x), 1)
+        self.kept: Tensor | None = None
+        tiles, size = -(-rows.count // state.tile), len(x) * state.tile
         if keep:
             name = "logits" if rows.index is None else "selected logits"
-            self.kept = rows.workspace.take(name, (len(x) * rows.count,), product, x.device)
-        self.maxima = x.new_empty(-(-rows.count // state.tile) if keep else 0, len(x), 1)
+            self.memory = rows.workspace.take(name, (size * tiles + 1,), product, x.device)
+            self.kept = self.memory[:-1]
+        self.maxima = x.new_empty(0 if state.bounded or not keep else tiles, len(x), 1)
         # bounded exponentials may be computed in the products' dtype at once; their sum is in that of the statistics
         work = product if state.bounded and not options.ruled else x.dtype
-        in_place = keep and product == work
-        self.scratch = None if in_place else x.new_empty(len(x) * min(state.tile, max(rows.count, 1)), dtype=work)
+        self.scratch = None if in_place else x.new_empty(size + 1, dtype=work)
+        self.memory = self.memory if self.scratch is None else self.scratch  # and a number more, behind the tiles
         self.scaled = (x if options.ruled else x * options.scale).to(product)
         self.smoothing = None if state.smoothing is None else SmoothingSums(x, state.smoothing)
         self.active = x.new_zeros(len(x)) if options.binary else None
@@ -199,12 +212,13 @@ class TileSums:
 
     def add(self, t: int, a: int, b: int) -> None:
         """Add tile t: rows a to b."""
-        state, options, samples = self.state, self.state.options, self.samples
-        w, bias = state.rows.tile(a, b), state.rows.tile_bias(a, b)
-        kept = self.kept[samples * a : samples * b] if self.keep else None
-        where = kept if self.scratch is None else self.scratch[: samples * (b - a)]
+        state, options = self.state, self.state.options
+        w = state.rows.tile(a, b, state.product if self.smoothing is None else self.stats)
+        bias = state.rows.tile_bias(a, b)
+        kept = None if self.kept is None else tile_of(self.kept, t, self.samples, state.tile)[:, : b - a]
+        where = kept if self.scratch is None else tile_of(self.scratch, 0, self.samples, state.tile)[:, : b - a]
         assert where is not None
-        logits = tile_logits(self.scaled, w, bias, where.view(samples, b - a))
+        logits = tile_logits(self.scaled, w.to(state.product), bias, where)
         slope = None
         if options.ruled:
             cosines = logits
@@ -214,7 +228,9 @@ class TileSums:
             if self.hardest is not None:
                 self._find_hardest(torch.where(logits > -torch.inf, cosines, -torch.inf), 1.0)
         else:
-            state.targets.mask(logits, a)
+            self.memory.index_fill_(0, state.places[t], -torch.inf)  # targets count with their margin elsewhere
+            if state.selection.slots is not None:
+                state.selection.slots.mask(logits, a, b)
             self._find_hardest(logits, options.scale)
             if self.smoothing is not None:
                 self.smoothing.add_rows(w, bias, a, b)
@@ -222,22 +238,25 @@ class TileSums:
             self.total.add_(softplus(logits).sum(1, keepdim=True))
             self.active.add_(logits.sigmoid_().sum(1))
         else:
-            self._exponentiate(logits)
+            self._exponentiate(t, logits)
         if kept is not None:
-            self.maxima[t] = self.maximum
             if slope is not None:
                 logits.mul_(slope)  # backward then needs no rule
             if self.scratch is not None or options.ruled:
-                kept.view(samples, b - a).copy_(logits)
+                kept.copy_(logits)
 
-    def _exponentiate(self, logits: Tensor) -> None:
+    def _exponentiate(self, t: int, logits: Tensor) -> None:
         """Replace a tile of logits by exponentials and add them up."""
-        if not self.state.bounded and self.samples:
+        if self.maximum is not None and self.samples:
             before = self.maximum
             self.maximum = torch.maximum(before, logits.amax(1, keepdim=True))
             logits.sub_(self.maximum)
-            self.total.mul_((before - self.maximum).exp_())
-        self.total.add_(logits.exp_().sum(1, keepdim=True, dtype=self.stats))
+            if t:
+                self.total.mul_((before - self.maximum).exp_())
+            if len(self.maxima):
+                self.maxima[t] = self.maximum
+        total = logits.exp_().sum(1, keepdim=True, dtype=self.stats)
+        self.total = total if t == 0 else self.total.add_(total)
 
     def _find_hardest(self, logits: Tensor, scale: float) -> None:
         if self.hardest is not None and logits.numel():
@@ -245,17 +264,25 @@ class TileSums:
 
 
 def combine(sums: TileSums, z: Tensor, cosines: Tensor, selection: Selection) -> dict[str, Tensor]:
-    """Return by name what every rank found, `[world, ...]`: one all-gather."""
-    parts = {"maximum": sums.maximum[:, 0], "total": sums.total[:, 0], "z": z, "cosines": cosines}
+    """Return by name what the ranks found together: one all-gather. total: of the largest maximum."""
+    parts = {"total": sums.total[:, 0], "z": z, "cosines": cosines}
     if sums.smoothing is not None:
         scale, rows = sums.state.options.scale, sums.state.rows
         parts |= sums.smoothing.finish(sums.state.targets, z, cosines, scale, rows.count)
     if sums.active is not None:
         parts["active"] = sums.active
+    if sums.maximum is not None:
+        parts["maximum"] = sums.maximum[:, 0]
     if sums.hardest is not None:
         parts["hardest"] = sums.hardest
+    if selection.ranks.group is None:
+        return parts
     everyone = all_gather(torch.cat(list(parts.values())), selection.ranks.group, "the combination of the softmax")
-    return dict(zip(parts, everyone.split([len(p) for p in parts.values()], dim=1), strict=True))
+    found = dict(zip(parts, everyone.split([len(p) for p in parts.values()], dim=1), strict=True))
+    if sums.maximum is not None:
+        largest = found["maximum"].amax(0)
+        found["total"] = found["total"] * (found["maximum"] - largest).exp()
+    return {name: each.amax(0) if name in ("maximum", "hardest") else each.sum(0) for name, each in found.items()}
 
 
 def softmax_losses(
@@ -263,12 +290,20 @@ def softmax_losses(
 ) -> tuple[Tensor, Tensor]:
     """Return (losses `[N]`, lse `[N]` = log Σ exp over all selected classes)."""
     # in logarithms: where there is no class but the target, the exponential of its logit may be too small for float32
-    of_others = found["total"].log() + found["maximum"]  # [world, N]
-    of_targets = torch.where(selection.targets >= 0, target_logits, -torch.inf).t()  # [L, N]
-    lse = torch.cat((of_others, of_targets)).logsumexp(0)
-    lse = torch.where(lse == -torch.inf, 0.0, lse)  # an ignored sample behind a filter may have no class; NaN stays
-    losses = (selection.target_weights * (lse[:, None] - target_logits)).sum(1)
-    return losses if smoothing is None else smoothing.losses(losses, lse, found["logits"].sum(0), smoothed), lse
+    lse = found["total"].log()
+    if "maximum" in found:
+        lse = lse + found["maximum"]
+    if target_logits.shape[1] == 1:  # an ignored sample's 0 harms nothing: its loss is multiplied by 0
+        lse = torch.logaddexp(lse, target_logits[:, 0])
+    else:
+        of_targets = torch.where(selection.exists, target_logits, -torch.inf)
+        lse = torch.cat((lse[:, None], of_targets), 1).logsumexp(1)
+        lse = torch.where(lse == -torch.inf, 0.0, lse)  # an ignored sample behind a filter may have no class; NaN stays
+    if selection.counts_once:
+        losses = lse - target_logits[:, 0]
+    else:
+        losses = (selection.target_weights * (lse[:, None] - target_logits)).sum(1)
+    return losses if smoothing is None else smoothing.losses(losses, lse, found["logits"], smoothed), lse
 
 
 def _reduce(losses: Tensor, selection: Selection, reduction: str) -> Tensor:

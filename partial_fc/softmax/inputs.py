@@ -10,7 +10,8 @@ from torch import Tensor
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.distributed.ranks import Ranks
 from partial_fc.margins.base import Margin
-from partial_fc.rows import UpdateRows
+from partial_fc.rows import Pads, UpdateRows
+from partial_fc.softmax.draws import Slots
 from partial_fc.softmax.tiles import Workspace
 
 
@@ -34,21 +35,33 @@ class LossOptions:
         """Whether logits of other classes are more than scaled cosines."""
         return self.margin.has_rule or self.margin.centers > 1 or self.interclass_filter is not None
 
+    @property
+    def takes_slots(self) -> bool:
+        """Whether nothing but the exponential depends on the logits of single rows."""
+        return not (self.ruled or self.binary or self.label_smoothing or self.margin.binary)
+
 
 @dataclass(frozen=True)
 class Selection:
     """One forward: the global batch, its targets, and the class rows of this rank that take part."""
 
     batch: GlobalBatch
-    rows: Tensor | None  # [S] sorted local rows (classes); None for the whole shard
+    rows: Tensor | None  # [S] local rows (classes), sorted but for slots; None for the whole shard
+    slots: Slots | None  # behind the window of a sampled forward, elsewhere than on a CPU
     lo: int  # first class id of the shard
     targets: Tensor  # [N, L] class ids, -1 where there is no target
+    exists: Tensor  # [N, L] whether there is one
     target_weights: Tensor  # [N, L], 0 where there is no target
     sample_weights: Tensor  # [N]: what each sample's loss counts for in the reduced loss
     keep_logits: bool  # for backward; else they are computed again
     scatter: bool  # backward returns the gradient of this rank's embeddings, not of the gathered ones
     first_sample: int  # place of this replica's first sample among those of all replicas
     draw_key: int  # for what a margin draws: differs from forward to forward, the same on every rank
+
+    @property
+    def counts_once(self) -> bool:
+        """Whether a sample has one target of weight 1, or none and weight 0 itself."""
+        return self.targets.shape[1] == 1 and self.batch.label_weights is None
 
     @property
     def ranks(self) -> Ranks:
@@ -60,5 +73,5 @@ class RowGradientSink:
     """Where gradients of class rows go: into memory of `workspace`, then to one of the other two or to autograd."""
 
     workspace: Workspace
-    accumulate: Callable[[Tensor, list[Tensor]], None]  # under sampling: local rows, gradients
+    accumulate: Callable[[Tensor, list[Tensor], Pads], None]  # under sampling: local rows, gradients
     begin_update: Callable[[], UpdateRows] | None  # rows are updated inside backward, tile by tile

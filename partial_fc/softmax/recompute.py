@@ -10,24 +10,28 @@ from torch import Tensor
 from partial_fc.softmax import float16
 from partial_fc.softmax.forward import ForwardState, SavedTensors
 from partial_fc.softmax.ruled import ruled_gradient
-from partial_fc.softmax.tiles import tile_logits
+from partial_fc.softmax.tiles import tile_logits, tile_of
 
 
 def recomputed(
-    state: ForwardState, saved: SavedTensors, d: Any, scaled: Tensor, scratch: Tensor, a: int, b: int, w: Tensor
+    state: ForwardState, saved: SavedTensors, d: Any, scaled: Tensor, scratch: Tensor, t: int, a: int, b: int, w: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return (e `[N, T]`, factor `[N, 1]`) of rows a to b: ∂L/∂logit = e · factor where the logit is no target.
+    """Return (e `[N, T]`, factor `[N, 1]`) of tile t, rows a to b: ∂L/∂logit = e · factor where the logit is no target.
 
-    d: `Derivatives`. scaled: `[N, D]`, what the rows' directions w `[T, D]` are multiplied by. scratch: `[N, T]`.
+    d: `Derivatives`. scaled: `[N, D]`, what the rows' directions w `[T, D]` are multiplied by. scratch: of a tile.
     """
     lse = saved.lse[:, None]
-    logits = tile_logits(scaled, w, state.rows.tile_bias(a, b), scratch)
+    logits = tile_logits(
+        scaled, w, state.rows.tile_bias(a, b), tile_of(scratch, 0, len(saved.x), state.tile)[:, : b - a]
+    )
     if state.options.ruled:
         return ruled_gradient(
             logits, a, state.options, state.rule, state.targets, lse, d.d_lse, d.d_every, state.smoothing,
             state.product,
         )  # fmt: skip
-    state.targets.mask(logits, a)
+    scratch.index_fill_(0, state.places[t], -torch.inf)
+    if state.selection.slots is not None:
+        state.selection.slots.mask(logits, a, b)
     if state.bounded:
         return logits.exp_().to(state.product), d.from_zero
     if state.product is not torch.float16:

@@ -8,6 +8,7 @@ A class may have K sub-centers: K rows, one after another. A tile never cuts a c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,34 +16,45 @@ import torch
 from torch import Tensor
 
 from partial_fc.softmax.inputs import Selection
-from partial_fc.softmax.tiles import Workspace, mask_targets
+from partial_fc.softmax.tiles import Workspace
 
 TINY = 1e-12  # a vector shorter than this has no direction: its cosines are 0 and it gets no gradient
 
 
+def inverse_of(length: Tensor) -> Tensor:
+    """Return 1/length, 0 where there is no direction."""
+    return torch.nn.functional.threshold(length, TINY, math.inf).reciprocal_()
+
+
 def inverse_length(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 1/length `[n, 1]` of vectors `[n, D]`, in `dtype`; 0 for a vector without a direction."""
-    norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype)
-    return torch.where(norm > TINY, norm.reciprocal(), 0.0)
+    return inverse_of(torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype))
 
 
-def unit(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return (vectors `[n, D]` at unit length, 1/length `[n, 1]`), in `dtype`; both 0 without a direction."""
-    inverse = inverse_length(vectors, dtype)
-    return vectors.to(dtype) * inverse, inverse
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return the dot product of each row of `[n, D]`, `[n, 1]`; elsewhere than on a CPU without a product `[n, D]`."""
+    if a.device.type == "cpu":
+        return torch.linalg.vecdot(a, b).unsqueeze(1)
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)
 
 
-def tangent(grad: Tensor, direction: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
-    """Return ∂/∂v from g = ∂/∂u, u = v/‖v‖: `(g − (g·u) u) / ‖v‖`, rows `[n, D]`. out may be either input's memory."""
-    along = torch.linalg.vecdot(grad, direction).unsqueeze(1)
-    return torch.addcmul(grad, direction, along, value=-1, out=out).mul_(inverse)
+def tangent(grad: Tensor, vector: Tensor, inverse: Tensor, out: Tensor, *, is_unit: bool = True) -> Tensor:
+    """Return ∂/∂v from g = ∂/∂u, u = v/‖v‖: `(g − (g·u) u) / ‖v‖`, rows `[n, D]`. vector: u, or v unless `is_unit`.
+
+    out may be either input's memory.
+    """
+    along = row_dots(grad, vector)
+    if not is_unit:
+        along = along.mul_(inverse).mul_(inverse)
+    return torch.addcmul(grad, vector, along, value=-1, out=out).mul_(inverse)
 
 
 class RowTiles:
-    """The selected class rows of this rank, tile by tile, in the dtype of the statistics.
+    """The selected class rows of this rank, tile by tile.
 
     index: sorted rows of the flat weight `[C_local · K, D]`, or None for all. normalize: give directions; else rows as
-    they are. Rows that are picked out of the shard are gathered once a forward, into the memory of their gradient.
+    they are. dtype: of the statistics. Rows that are picked out of the shard are gathered once a forward, into the
+    memory of their gradient. On a CPU that is done tile by tile, while a tile is in the cache; elsewhere at once.
     """
 
     def __init__(
@@ -66,6 +78,11 @@ class RowTiles:
         self.held: Tensor | None = None  # directions of gathered rows
         if index is not None and needs_grad and weight.dtype == dtype:
             self.held = self.gradient_memory(self.count)
+        if weight.device.type != "cpu" and self.held is not None:
+            self.tile(0, self.count, dtype)
+            self.measured = True
+        elif weight.device.type != "cpu" and normalize and index is None:
+            self.inverse, self.measured = inverse_length(self.weight, dtype), True
 
     def gradient_memory(self, length: int) -> Tensor:
         """Return memory `[length, D]` for the gradient of the rows: that of the held directions if there are any."""
@@ -74,19 +91,26 @@ class RowTiles:
         name = "rows" if self.index is None else "selected rows"
         return self.workspace.take(name, (length, self.weight.shape[1]), self.weight.dtype, self.weight.device)
 
-    def tile(self, a: int, b: int) -> Tensor:
+    def tile(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
         """Return directions `[b − a, D]` of rows a to b."""
         held = None if self.held is None else self.held[a:b]
         if held is not None and self.measured:
-            return held
+            return held.to(dtype)
         part = self.weight[a:b]
         if self.index is not None:
             part = torch.index_select(self.weight, 0, self.index[a:b], out=held)
         if self.inverse is None:
-            return part.to(self.dtype)
+            return part.to(dtype)
         if not self.measured:
             self.inverse[a:b] = inverse_length(part, self.dtype)
-        return torch.mul(part.to(self.dtype), self.inverse[a:b], out=held)
+        out = torch.empty_like(part, dtype=dtype) if held is None else held
+        return torch.mul(part, self.inverse[a:b], out=out).to(dtype)
+
+    def vectors(self, a: int, b: int, directions: Tensor) -> tuple[Tensor, bool]:
+        """Return (vectors `[b − a, D]` of rows a to b in the dtype of the statistics, whether of unit length)."""
+        if self.held is not None or directions.dtype == self.dtype:
+            return (directions if self.held is None else self.held[a:b]), True
+        return (self.weight[a:b] if self.index is None else self.weight[self.index[a:b]]).to(self.dtype), False
 
     def tile_bias(self, a: int, b: int) -> Tensor | None:
         if self.bias is None:
@@ -95,10 +119,14 @@ class RowTiles:
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return (directions `[P, D]`, 1/length `[P, 1]`; 1 where nothing is normalised) of single rows."""
+        if self.held is not None and self.inverse is not None and self.measured:
+            return self.held.index_select(0, positions), self.inverse.index_select(0, positions)
         part = self.weight.index_select(0, positions if self.index is None else self.index[positions])
-        if self.inverse is not None:
-            return unit(part, self.dtype)
-        return part.to(self.dtype), part.new_ones(len(part), 1, dtype=self.dtype)
+        if self.inverse is None:
+            return part.to(self.dtype), part.new_ones(len(part), 1, dtype=self.dtype)
+        measured = self.measured and self.index is None
+        inverse = self.inverse.index_select(0, positions) if measured else inverse_length(part, self.dtype)
+        return part * inverse, inverse
 
     def bias_at(self, positions: Tensor) -> Tensor | float:
         if self.bias is None:
@@ -114,29 +142,51 @@ class RowTiles:
 class TargetRows:
     """The P = N · L targets of all samples as this rank sees them, in the order of the samples."""
 
+    labels_each: int  # L
     sample: Tensor  # [P] which sample
-    first: (
-        Tensor  # [P] position of the class's first center among the selected rows; 0 where another rank owns the class
-    )
+    first: Tensor  # [P] position of the class's first center among the selected rows; any where the class is elsewhere
     row: Tensor  # [P] position of the center that is nearest to the sample; `first` until that is known
     own: Tensor  # [P] whether this rank owns the class
+    directions: tuple[Tensor, ...]  # [P, D] of the rows, and [P, 1] 1/length, once they are known
     exists: Tensor  # [N, L] whether there is a target
 
     @classmethod
     def locate(cls, selection: Selection, local_classes: int, centers: int) -> TargetRows:
         n, each = selection.targets.shape
-        flat = selection.targets.reshape(-1)
-        local = flat - selection.lo
-        own = (local >= 0) & (local < local_classes) & (flat >= 0)
-        if selection.rows is not None and len(selection.rows):
-            local = torch.searchsorted(selection.rows, local)
-        first = torch.where(own, local, 0) * centers
-        sample = torch.arange(n, device=flat.device)
+        local = selection.targets.reshape(-1)
+        local = local - selection.lo if selection.lo else local
+        # classes of other ranks are spread over the rows, so that no row gets the zeros of all of them
+        first = local.remainder(max(local_classes, 1))
+        own = first == local
+        if selection.rows is not None and selection.slots is not None:
+            first = selection.slots.find(selection.rows, first)
+        elif selection.rows is not None and len(selection.rows):
+            first = torch.searchsorted(selection.rows, first).clamp_(max=len(selection.rows) - 1)
+        if centers > 1:
+            first = first * centers
+        sample = torch.arange(n, device=local.device)
         if each > 1:
             sample = sample.repeat_interleave(each)
-        return cls(sample, first, first, own, selection.targets >= 0)
+        return cls(each, sample, first, first, own, (), selection.exists)
 
-    def mask(self, logits: Tensor, a: int, centers: int = 1) -> None:
-        """Write −inf at the targets in the tile `[N, T]` that begins with row a."""
-        shape = self.exists.shape
-        mask_targets(logits, (self.first - a).view(shape), self.own.view(shape), centers)
+    def of_samples(self, values: Tensor) -> Tensor:
+        """Return what `[N, ...]` holds for the sample of each target, `[P, ...]`."""
+        return values if self.labels_each == 1 else values.index_select(0, self.sample)
+
+    def sum_of_samples(self, values: Tensor) -> Tensor:
+        """Return the sum of `[P, ...]` over each sample's targets, `[N, ...]`: always in the same order."""
+        return values if self.labels_each == 1 else values.unflatten(0, self.exists.shape).sum(1)
+
+    def places(self, rows: int, size: int, *, apart: bool) -> Tensor:
+        """Return `[tiles, P]`: where the target stands in the memory of a tile `[N, size]`, and behind the end of the
+        memory where it is not in the tile. apart: each tile has memory of its own, one after another."""
+        samples, elsewhere, tiles = len(self.exists), ~self.own, -(-max(rows, 1) // size)
+        if tiles == 1:
+            place = torch.add(self.first, self.sample, alpha=size)[None]
+        else:
+            starts = torch.arange(0, rows, size, device=self.first.device)[:, None]
+            column = self.first - starts
+            elsewhere = (column != column.clamp(0, size - 1)).logical_or_(elsewhere)
+            place = column.add_(self.sample, alpha=size)
+            place = place.add_(starts, alpha=samples) if apart else place
+        return place.masked_fill_(elsewhere, samples * size * (tiles if apart else 1))

@@ -50,7 +50,7 @@ def nearest_centers(x: Tensor, rows: RowTiles, targets: TargetRows, centers: int
     is."""
     positions = targets.first[:, None] + torch.arange(centers, device=x.device)
     directions = rows.at(positions.reshape(-1))[0].view(len(targets.first), centers, x.shape[1])
-    cosines, nearest = torch.linalg.vecdot(x[targets.sample][:, None], directions).max(1)
+    cosines, nearest = torch.linalg.vecdot(targets.of_samples(x)[:, None], directions).max(1)
     return cosines, replace(targets, row=targets.first + nearest)
 
 
@@ -81,8 +81,25 @@ def ruled_logits(
         nearest = by_class.argmax(2, keepdim=True)
         others = torch.ones_like(by_class, dtype=torch.bool).scatter_(2, nearest, False)
         logits.view_as(by_class).masked_fill_(others, -torch.inf)
-    targets.mask(logits, a, centers)
+    mask_targets(logits, targets, a, centers)
     return logits, slope
+
+
+def mask_targets(logits: Tensor, targets: TargetRows, a: int, centers: int) -> None:
+    """Write −inf where a column of the tile `[N, T]` is a center of the class of a target: targets count with their
+    margin elsewhere. a: row of the first column."""
+    width = logits.shape[1]
+    if not logits.numel():
+        return
+    first, own = ((t.view(targets.exists.shape)) for t in (targets.first - a, targets.own))
+    # a sample without a target in this tile writes back what it reads; several targets a sample go one by one, so that
+    # none undoes another
+    for each in range(first.shape[1]):
+        for center in range(centers):
+            at = first[:, each : each + 1] + center
+            here = own[:, each : each + 1] & (at >= 0) & (at < width)
+            at = at.clamp(0, width - 1)
+            logits.scatter_(1, at, torch.where(here, -torch.inf, logits.gather(1, at)))
 
 
 def ruled_gradient(
@@ -93,7 +110,7 @@ def ruled_gradient(
     targets: TargetRows,
     lse: Tensor,
     d_lse: Tensor,
-    d_every: Tensor,
+    d_every: Tensor | None,
     smoothing: Smoothing | None,
     product: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
@@ -103,7 +120,7 @@ def ruled_gradient(
     """
     logits, slope = ruled_logits(options, rule, cosines, targets, a)
     e = logits.sigmoid() if options.binary else (logits - lse).exp_()
-    if smoothing is not None:
+    if smoothing is not None and d_every is not None:
         share = torch.where(d_lse != 0, d_every[:, None] / d_lse, 0.0)
         e += share * (logits > -torch.inf) * smoothing.row_weights(a, a + e.shape[1])
     if slope is not None:

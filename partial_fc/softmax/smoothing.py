@@ -57,9 +57,9 @@ class Smoothing:
         return self.of_targets.reshape(-1) if isinstance(self.of_targets, Tensor) else self.of_targets
 
     def combined(self, found: dict[str, Tensor]) -> Tensor:
-        """Return (number of a sample's classes, their mean weight) `[2, 1]` or `[2, N]`, from sums of all ranks."""
-        count = found["count"].sum(0).clamp(min=1)
-        return torch.stack((count, found["weight"].sum(0) / count if "weight" in found else torch.ones_like(count)))
+        """Return (number of a sample's classes, their mean weight) `[2, 1]` or `[2, N]`, from sums over all ranks."""
+        count = found["count"].clamp(min=1)
+        return torch.stack((count, found["weight"] / count if "weight" in found else torch.ones_like(count)))
 
     def losses(self, plain: Tensor, lse: Tensor, logits: Tensor, combined: Tensor) -> Tensor:
         """Return losses `[N]`. plain `[N]`: without smoothing. logits `[N]`: the weighted sum of those of all ranks."""
@@ -81,7 +81,7 @@ class Smoothing:
         """Return `[P]`: what every row gets below, and the rows of targets must not, whose logit a margin replaces."""
         if self.ruled:
             return 0.0
-        return torch.where(targets.own, scale * d_every[targets.sample] * self.flat_target_weights(), 0.0)
+        return torch.where(targets.own, scale * targets.of_samples(d_every) * self.flat_target_weights(), 0.0)
 
     def shares(self, d_every: Tensor, x: Tensor, row_sum: Tensor, scale: float) -> SmoothingShares | None:
         """Return the gradients of the second term where logits are scaled cosines; None where they are ruled."""
@@ -145,15 +145,15 @@ class SmoothingSums:
         weights = self.smoothing.of_rows
         of_targets = self.smoothing.flat_target_weights()
         if self.smoothing.ruled:
-            sums = self.logit_sum.index_add(0, targets.sample, target_logits * of_targets)
-            own = targets.own.to(sums.dtype)
-            found = {"logits": sums, "count": self.count.index_add(0, targets.sample, own)}
+            own = targets.own.to(self.count.dtype)
+            sums = self.logit_sum + targets.sum_of_samples(target_logits * of_targets)
+            found = {"logits": sums, "count": self.count + targets.sum_of_samples(own)}
             if weights is not None:
-                found["weight"] = self.weight.index_add(0, targets.sample, own * of_targets)
+                found["weight"] = self.weight + targets.sum_of_samples(own * of_targets)
             return found
         sums = (self.x @ self.row_sum[:-1] + self.row_sum[-1]) * scale
         with_margin = torch.where(targets.own, target_logits - scale * cosines, 0.0)
-        sums.index_add_(0, targets.sample, with_margin * of_targets)
+        sums += targets.sum_of_samples(with_margin * of_targets)
         found = {"logits": sums, "count": sums.new_full((1,), float(rows))}
         if weights is not None:
             found["weight"] = weights.sum()[None]

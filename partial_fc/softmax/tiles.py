@@ -1,4 +1,4 @@
-"""One tile of logits `[N, T]`: its size, dtype, product and targets, and the memory of all tiles."""
+"""One tile of logits `[N, T]`: its size, dtype and product, and the memory of all tiles."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ def tile_rows(samples: int, width: int, device_type: str) -> int:
     return max(64, budget // (4 * max(samples, width, 1)) // 64 * 64)
 
 
+def tile_size(rows: int, most: int, centers: int, device_type: str) -> int:
+    """Return the rows of each tile but the last, of at most about `most`: tiles of equal size, whole classes.
+
+    Elsewhere than on a CPU a multiple of 8, so that every line of logits in half precision begins at a multiple of 16
+    bytes.
+    """
+    unit = centers if device_type == "cpu" else math.lcm(8, centers)
+    return -(-max(rows, 1) // -(-max(rows, 1) // most) // unit) * unit
+
+
 def compute_dtypes(embeddings: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtypes of statistics (at least float32) and of products (autocast's, or that of half weights)."""
     if torch.float64 in (embeddings.dtype, weight.dtype):
@@ -36,30 +46,17 @@ def logits_bytes(samples: int, rows: int, product: torch.dtype) -> int:
 
 
 def tile_logits(scaled: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Return `scaled wᵀ + bias` `[N, T]`, written into `out`."""
+    """Return `scaled wᵀ + bias` `[N, T]`, written into `out`; w: in the dtype of `scaled`."""
     if scaled.dtype == out.dtype:
-        torch.mm(scaled, w.to(scaled.dtype).t(), out=out)
+        torch.mm(scaled, w.t(), out=out)
     else:
-        out.copy_(torch.mm(scaled, w.to(scaled.dtype).t()))
+        out.copy_(torch.mm(scaled, w.t()))
     return out if bias is None else out.add_(bias)
 
 
-def mask_targets(logits: Tensor, first: Tensor, own: Tensor, centers: int = 1) -> None:
-    """Write −inf where a column is the class of a target: targets count with their margin elsewhere.
-
-    first `[N, L]`: column of the first center of each target's class; own `[N, L]`: whether the class is on this rank.
-    """
-    width = logits.shape[1]
-    if not logits.numel():
-        return
-    # a sample without a target in this tile writes back what it reads; several targets a sample go one by one, so that
-    # none undoes another
-    for each in range(first.shape[1]):
-        for center in range(centers):
-            at = first[:, each : each + 1] + center
-            here = own[:, each : each + 1] & (at >= 0) & (at < width)
-            at = at.clamp(0, width - 1)
-            logits.scatter_(1, at, torch.where(here, -torch.inf, logits.gather(1, at)))
+def tile_of(memory: Tensor, t: int, samples: int, size: int) -> Tensor:
+    """Return the memory `[N, size]` of tile t."""
+    return memory[t * samples * size : (t + 1) * samples * size].view(samples, size)
 
 
 class Workspace:

@@ -255,7 +255,7 @@ def test_centers_cost_a_head_one_number_over_the_network(ranks, update, joint):
         status = len(dataclasses.fields(partial_fc.batch.status.Status)) * 8
         assert calls[:2] == [("all_gather", status), ("all_gather", 8 * D * 4 + 8 * 8)]
         # of each loss of a gathered batch: what all ranks must have alike, then its numbers
-        statistics = [status, 4 * 16 * 4, status, 4] if joint else [4]
+        statistics = [status, 3 * 16 * 4, status, 4] if joint else [4]
         assert calls[2:-1] == [*(("all_gather", size) for size in statistics), ("reduce_scatter", 16 * D * 4)]
         assert calls[-1][0] == "all_reduce", "two flags, since nobody has judged the step before"
 

@@ -49,7 +49,7 @@ def test_it_sends_what_a_step_sends(ranks, world, rate):
         kinds = [(name.split("(")[1][:-1].replace("-", "_"), own) for name, own in reported.items()]
         assert real == kinds[:-1], "status, payload, statistics, embedding gradient, clip norm, in the order of a step"
         assert reported == {c.name: c.own for c in costs.collectives(z)} | {
-            "clip norm (all-reduce)": 24,
+            "clip norm (all-reduce)": 32,
             "backbone gradient (all-reduce)": 4 * P,
         }
         assert set(kinds) <= sent

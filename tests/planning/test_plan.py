@@ -71,7 +71,7 @@ def test_sampled_rows_by_hand():
     half = plan(10_000, 8, 1, 4, 0.1, dtype=torch.bfloat16)
     gradient = next(i for i in half.items if i.name == "row gradients")
     assert gradient.bytes == dict.fromkeys(("backward", "update"), 1004 * 8 * 2)
-    gathered, divided, used = 2 * 2 + 2, 4 + 2 * 4, 2 + 2 + 4  # widened to be divided, and lowered to be used
+    gathered, divided, used = 2 * 2 + 2, 2, 2  # divided in float32, but read and written in half precision
     assert half.traffic["class rows"] == 1004 * 8 * (2 + 2 * (gathered + divided) + 2 * used)
 
 
@@ -80,7 +80,7 @@ def test_the_network_by_hand():
     assert (status.own, status.sent) == (8 * len(fields(Status)), 3 * status.own)
     assert payload.own == 10 * 8 * 4 + 10 * 8
     assert payload.sent == payload.received == 3 * payload.own
-    assert (statistics.own, statistics.sent) == (4 * 40 * 4, 3 * 4 * 40 * 4)
+    assert (statistics.own, statistics.sent) == (3 * 40 * 4, 3 * 3 * 40 * 4)
     assert (gradient.own, gradient.sent, gradient.received) == (40 * 8 * 4, 30 * 8 * 4, 30 * 8 * 4)
 
 
@@ -121,12 +121,15 @@ def test_bytes_scale():
         assert item(sizes(dtype=torch.bfloat16), name) * 2 == item(one, name)
         assert item(sizes(sample_rate=0.2), name) == item(one, name)
     assert item(sizes(sample_rate=0.2), "row gradients") == pytest.approx(2 * item(one, "row gradients"), rel=1e-3)
-    assert item(sizes(autocast=torch.bfloat16), "kept logits") == 1024 * one.rows * 2
+    kept = item(sizes(autocast=torch.bfloat16), "kept logits")  # in tiles of equal size, multiples of 8
+    assert kept == pytest.approx(1024 * one.rows * 2, rel=1e-3)
     assert one.mode == "tiled"
     assert sizes(batch_size=4096).operations["matrix products"] == pytest.approx(
         4 * one.operations["matrix products"], rel=0.01
     )
-    assert item(plan(**GPUS, update_in_backward=True), "weight gradient") == 65536 * 512 * 4
+    tile = 29_000_000 // 8 / 56  # 56 tiles of equal size, of at most 65,536 rows
+    in_backward = item(plan(**GPUS, update_in_backward=True), "weight gradient")
+    assert in_backward == pytest.approx(tile * 512 * 4, rel=1e-3)
     master = sizes(dtype=torch.bfloat16, low_precision="master")
     assert item(master, "optimizer state") == 2 * item(one, "optimizer state")  # float32 weights and momentum
     phases = one.phases
@@ -181,7 +184,7 @@ def test_the_mode_is_the_heads_at_the_boundary_of_the_budget(over, dtype, autoca
     made = plan(500, 8, 1, 6, logits_budget=budget, autocast=autocast, device="cpu", dtype=dtype)
     assert head.logits_mode == made.mode == ("tiled" if over else "kept")
     assert made.logits == 6 * 500 * width
-    assert over or made.logits == head._workspace._buffers["logits"].nbytes
+    assert over or made.logits + width == head._workspace._buffers["logits"].nbytes  # one number more
     loss.backward()
 
 
@@ -364,6 +367,7 @@ def small(monkeypatch):
     monkeypatch.setattr(tiles, "TILE_BYTES_ELSEWHERE", 1 << 18)
     for module in (optim, memory):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 18)
+        monkeypatch.setattr(module, "BLOCK_BYTES_ELSEWHERE", 1 << 18)
     monkeypatch.setattr(Workspace, "take", lambda self, name, shape, dtype, device: torch.empty(shape, dtype=dtype))
 
 
@@ -444,7 +448,9 @@ def test_tensors_are_those_that_were_planned(changes):
     found = allocated(made)
     for phase in ("forward", "backward", "update"):
         if phase in found:
-            assert made.phases[phase] == pytest.approx(found[phase], rel=0.05), phase
+            # in half precision the CPU has temporaries of its own, which differ from one processor to another
+            rel = 0.05 if changes.get("dtype") not in (BF16, F16) else 0.1
+            assert made.phases[phase] == pytest.approx(found[phase], rel=rel), phase
     assert made.peak == pytest.approx(max(found.values()), rel=0.02)
 
 

@@ -1,0 +1,46 @@
+"""What is bad in a batch that nobody looked at before it was computed: found when the loss turns out not to be finite.
+
+Elsewhere than on a CPU a look at labels would make the host wait for the device in every forward. So a bad label makes
+the loss infinite or NaN instead (targets.py), the check of the step finds that where it waits anyway, and every rank
+then looks at the labels, which all of them hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from partial_fc.batch.backward_pass import BackwardPass
+from partial_fc.batch.exchange import GlobalBatch
+from partial_fc.batch.refusals import bad_label_in
+from partial_fc.batch.status import LabelSet, Status, inspect
+
+
+def later_bad_label(backwards: Iterable[BackwardPass], classes: int) -> str:
+    """Return which label of the step's batches is no class; "" if all are, or were looked at before."""
+    for backward in backwards:
+        if not backward.batch.looked:
+            text = bad_label_in(looked_at(backward.batch), range(classes), backward.ignore_index)
+            if text:
+                return text
+    return ""
+
+
+def looked_at(batch: GlobalBatch) -> GlobalBatch:
+    """Return the batch with what its labels hold in its statuses, as if it had been looked at; embeddings are not."""
+    status: list[Status] = []
+    start = 0
+    for row in batch.status:
+        labels = batch.mesh_labels[start : start + row.samples].cpu()
+        start += row.samples
+        found: Any = Status(*inspect(_nothing(labels), [LabelSet(None, labels)], "", False, True)[0].tolist())
+        extremes = {name: getattr(found, name) for name in vars(found) if name.startswith(("small", "larg", "second"))}
+        status.append(replace(row, **extremes))
+    return replace(batch, status=tuple(status), looked=True)
+
+
+def _nothing(labels: Tensor) -> Tensor:
+    return labels.new_zeros(len(labels), 1).float()
