@@ -16,7 +16,7 @@ import peers
 import torch
 from cases import Work
 from gpu_run import ERROR, SKIPPED, Outcome, Run
-from gpu_speed import allocated, peak_of, timed
+from gpu_speed import allocated, peak_of, seconds_of, timed
 from ranks import run_ranks
 
 OURS = "partial_fc"
@@ -36,7 +36,7 @@ def compare(run: Run) -> None:
 
     def measure() -> Outcome:
         backend = "nccl" if run.device.type == "cuda" else "gloo"
-        arguments = (str(run.device), there, run.tf32)
+        arguments = (str(run.device), there, run.tf32, seconds_of(run.quick))
         (answer,) = run_ranks(1, on_a_rank, *arguments, timeout=run.left(), start="spawn", backend=backend)
         found.extend(answer)
         return Outcome("", f"{len(answer)} peers on one rank by {backend}")
@@ -53,7 +53,7 @@ def compare(run: Run) -> None:
         run.note(case, Outcome("", text + (f", {each['peak'] / 2**30:.2f} GiB" if each["peak"] else ""), each))
 
 
-def on_a_rank(device: str, asked: Sequence[tuple[Work, str]], tf32: bool) -> list[dict[str, Any]]:
+def on_a_rank(device: str, asked: Sequence[tuple[Work, str]], tf32: bool, seconds: float) -> list[dict[str, Any]]:
     """Milliseconds and bytes of each; a traceback where it failed."""
     where = torch.device(device)
     if where.type == "cuda":
@@ -67,7 +67,7 @@ def on_a_rank(device: str, asked: Sequence[tuple[Work, str]], tf32: bool) -> lis
             before = allocated(where)
             made = peers.BUILDERS[name](work)
             made.step()
-            row["ms"] = timed(made.step, where)
+            row["ms"] = timed(made.step, where, seconds)
             peak = peak_of(made.step, where)
             row["peak"] = None if peak is None else peak - before
         except Exception:

@@ -28,7 +28,7 @@ from partial_fc import PartialFC, Plan, RowOptimizer, plan
 
 PIECE = 1 << 30  # bytes of logits of a piece of the floor
 SPARE = 0.95  # share of the free memory that a case may use
-SECONDS = 2.0  # that a case's steps are repeated for
+SECONDS, QUICK_SECONDS = 2.0, 0.02  # that a step is repeated for
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,14 @@ def measured(run: Run, size: Size) -> Outcome:
     before = allocated(device)
     step, head = step_of(size, x, labels)
     step()  # allocates the state of the optimizer
-    taken = timed(step, device)
+    seconds = seconds_of(run.quick)
+    taken = timed(step, device, seconds)
     peak = peak_of(step, device)
     peak = None if peak is None else peak - before
     rows, mode = len(head.selected), head.logits_mode
     del step, head, x, labels
     run.release()
-    floor_ms = timed(floor(size.N, rows, size.D, size.product, device), device)
+    floor_ms = timed(floor(size.N, rows, size.D, size.product, device), device, seconds)
     figures: dict[str, Any] = {
         "step_ms": taken, "floor_ms": floor_ms, "ratio": taken / floor_ms, "rows": rows, "logits": mode,
         "operations": 6 * size.N * rows * size.D, "planned": planned.peak, "peak": peak,
@@ -160,7 +161,11 @@ def floor(N: int, S: int, D: int, dtype: torch.dtype, device: torch.device) -> C
 # ---------------------------------------------------------------------------------------------------- figures
 
 
-def timed(thing: Callable[[], Any], device: torch.device, seconds: float = SECONDS) -> float:
+def seconds_of(quick: bool) -> float:
+    return QUICK_SECONDS if quick else SECONDS
+
+
+def timed(thing: Callable[[], Any], device: torch.device, seconds: float) -> float:
     """Median milliseconds of a call, of 3 to 30, after two that are not counted."""
     once = min(_milliseconds(thing, device, 2))
     return statistics.median(_milliseconds(thing, device, max(3, min(30, int(1e3 * seconds / max(once, 1e-3))))))

@@ -44,8 +44,13 @@ def test_quick_run(tmp_path: Path) -> None:
 
 def test_the_run_for_a_gpu_on_a_cpu(tmp_path: Path) -> None:
     """All parts at small sizes; on a CPU there are no waits to count, and no memory of a device."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *args("--device cpu --out"), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu.py"),
+        *args("--device cpu --minutes 10 --out"),
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
@@ -53,7 +58,9 @@ def test_the_run_for_a_gpu_on_a_cpu(tmp_path: Path) -> None:
     assert sum(map(len, of.values())) == len(rows)
     assert {row["verdict"] for part in ("proof", "two") for row in of[part]} == {"PASS"}
     proven = " ".join(row["case"] for row in of["proof"])
-    assert all(f"{name}, {dtype}," in proven for name in MarginSettings.names for dtype in ("float64", "float32"))
+    assert all(
+        f"{name}, {dtype}," in proven for name in MarginSettings.names for dtype in ("float64", "float32", "bf16")
+    )
     assert {row["verdict"] for row in of["waits"]} == {"skipped"} and len(of["waits"]) == 4
     assert all(row["ratio"] > 0 and row["rows"] > 0 and row["planned"] > 0 for row in of["speed"])
     assert {row["bf16"] for row in of["speed"]} == {True, False} and len(of["profile"][0]["kernels"]) > 5
