@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,31 @@ def test_a_run_for_a_gpu_that_fails_or_has_no_time_says_so(monkeypatch: pytest.M
     text = gpu_report.table(rows, {}, False)
     assert "- FAIL: one: ValueError: of no use" in text and "- float64: 1 of 1 pass" in text
     assert "## Not measured\n\n- waits, three: no time" in text
+
+
+def test_waits_are_counted_where_this_package_causes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where torch warns; here a step of a made-up file of the package does."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_waits
+
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def wait() -> None:
+        if modes[-1:] == ["warn"]:
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+
+    names: dict[str, Any] = {"wait": wait}
+    text = "def once():\n    wait()\n\ndef twice():\n    wait()\n    once()\n"
+    exec(compile(text, str(ROOT / "partial_fc" / "made_up.py"), "exec"), names)
+    assert gpu_waits.waits_of(names["twice"]) == ["partial_fc/made_up.py:5", "partial_fc/made_up.py:2"]
+    assert modes == ["warn", "default"]
+    outcome = gpu_waits.count(names["twice"])
+    assert outcome.verdict == "FAIL" and outcome.figures["most"] == 2
+    assert outcome.text.startswith("at most 2 a step, 1 allowed: partial_fc/made_up.py:5 ×1, ")
+    assert gpu_waits.count(names["once"]).verdict == gpu_waits.count(lambda: None).verdict == "PASS"
 
 
 @pytest.mark.slow
