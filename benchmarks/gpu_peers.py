@@ -14,7 +14,7 @@ from typing import Any
 
 import peers
 import torch
-from cases import Work
+from cases import Trained, Work
 from gpu_run import ERROR, SKIPPED, Outcome, Run
 from gpu_speed import allocated, peak_of, seconds_of, timed
 from ranks import run_ranks
@@ -37,7 +37,7 @@ def compare(run: Run) -> None:
     def measure() -> Outcome:
         backend = "nccl" if run.device.type == "cuda" else "gloo"
         arguments = (str(run.device), there, run.tf32, seconds_of(run.quick))
-        (answer,) = run_ranks(1, on_a_rank, *arguments, timeout=run.left(), start="spawn", backend=backend)
+        (answer,) = run_ranks(1, on_a_rank, *arguments, timeout=run.left(), start=run.start, backend=backend)
         found.extend(answer)
         return Outcome("", f"{len(answer)} peers on one rank by {backend}")
 
@@ -63,6 +63,7 @@ def on_a_rank(device: str, asked: Sequence[tuple[Work, str]], tf32: bool, second
     rows = []
     for work, name in asked:
         row: dict[str, Any] = {"work": str(work), "peer": name}
+        made: Trained | None = None
         try:
             before = allocated(where)
             made = peers.BUILDERS[name](work)

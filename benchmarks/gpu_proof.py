@@ -57,7 +57,7 @@ MARGINS: dict[str, dict[str, Any]] = {
 }
 # The smallest numbers of a gradient are rounding in float32, and AdamW would make them as large as all others: eps is
 # far above them
-ADAMW = {"lr": 0.02, "eps": 1e-2}
+ADAMW: dict[str, Any] = {"lr": 0.02, "eps": 1e-2}
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], Callable[[], Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.5, "momentum": 0.9, "weight_decay": 5e-4}, lambda: DenseSGD(0.5)),
     "adamw": (torch.optim.AdamW, ADAMW, lambda: DenseAdamW(**ADAMW)),

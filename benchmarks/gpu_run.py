@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -87,6 +87,11 @@ class Run:
         beside = self.out / "results.json.new"
         beside.write_text(json.dumps(results, indent=1) + "\n")
         beside.replace(self.out / "results.json")
+
+    @property
+    def start(self) -> Literal["forkserver", "spawn"]:
+        """How processes are started: anew where they use CUDA, which a server may have touched by what it imports."""
+        return "spawn" if self.device.type == "cuda" else "forkserver"
 
     def of(self, part: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["part"] == part]

@@ -49,7 +49,7 @@ def two(run: Run) -> None:
             path, error = Path(folder) / "done", ""
             path.touch()
             try:
-                run_ranks(2, on_a_rank, str(run.device), waiting, path, timeout=run.left(), start="spawn")
+                run_ranks(2, on_a_rank, str(run.device), waiting, path, timeout=run.left(), start=run.start)
             except RuntimeError as problem:
                 error = str(problem)
             done = [json.loads(line) for line in path.read_text().splitlines()]

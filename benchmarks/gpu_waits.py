@@ -102,7 +102,7 @@ def waits_of(step: Callable[[], None]) -> list[str]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         torch.cuda.set_sync_debug_mode("warn")
         try:
             step()

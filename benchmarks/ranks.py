@@ -75,7 +75,7 @@ def run_ranks(
     backend: str = "gloo",
 ) -> list[Any]:
     """What `function(*arguments)` returned on each of `world` ranks; RuntimeError with the traceback of the first rank
-    that failed. start: "spawn" where ranks use CUDA, which the server may have touched by what it imports."""
+    that failed. start: "spawn" where ranks use CUDA, which the server may have touched by what it has imported."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context(start)
     if start == "forkserver":
