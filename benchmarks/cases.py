@@ -2,8 +2,11 @@
 
 A *step* is forward, backward, step of RowOptimizer(SGD, momentum 0.9), zero_grad, on embeddings that are leaves. The
 *floor* is the three matrix products of a step, `L = X Wᵀ`, `L W`, `Lᵀ X`, for X [N, D], W [S, D] and L [N, S] in memory
-that is allocated beforehand; S is the number of rows that the rank really selects. Both are timed in the same
-processes, in turn.
+that is allocated beforehand, and nothing else: no exponentials, no gathering of rows, no optimizer. S is the number of
+rows that the rank selects in its first step: under sampling its share of the window, r·C / ranks, and the batch's
+classes outside the window, about (1 − r)·N / ranks more. The *bare floor* of sampled cases leaves those out: the same
+products over exactly r·C / ranks rows. All are timed in the same processes, in turn; a repetition takes as long as its
+slowest rank.
 
 Memory is measured in new processes, in the unit in which it is paid: resident pages of a rank's process.
 
@@ -79,11 +82,11 @@ def local_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def batch(work: Work, world: int, rank: int) -> tuple[Tensor, Tensor]:
-    """This rank's share of the samples: embeddings [N_local, D], a leaf, and labels [N_local]."""
-    generator = torch.Generator().manual_seed(rank)
+    """This rank's share of the samples: embeddings [N_local, D], a leaf, and labels [N_local], on torch's default device."""
+    generator, there = torch.Generator("cpu").manual_seed(rank), torch.empty(0).device
     n = work.N // world
-    x = torch.randn(n, work.D, generator=generator).requires_grad_()
-    return x, torch.randint(work.C, (n,), generator=generator)
+    x = torch.randn(n, work.D, generator=generator, device="cpu").to(there).requires_grad_()
+    return x, torch.randint(work.C, (n,), generator=generator, device="cpu").to(there)
 
 
 def trained(
@@ -142,7 +145,7 @@ def floor(N: int, S: int, D: int, dtype: torch.dtype = torch.float32) -> Callabl
 
 
 def time_steps(works: dict[str, Work], with_profile: bool) -> dict[str, Any]:
-    """Steps of one or several works and the floor of the first, in turn."""
+    """Steps of one or several works and the floor of the first, in turn; where it samples, its bare floor, too."""
     things: dict[str, Callable[[], Any]] = {}
     selected: dict[str, int] = {}
     for name, work in works.items():
@@ -151,7 +154,10 @@ def time_steps(works: dict[str, Work], with_profile: bool) -> dict[str, Any]:
         selected[name] = len(head.selected)
         things[name] = made.step
     first, work = next(iter(works.items()))
-    things["floor"] = floor(work.N, selected[first], work.D, torch.bfloat16 if work.bf16 else torch.float32)
+    dtype = torch.bfloat16 if work.bf16 else torch.float32
+    things["floor"] = floor(work.N, selected[first], work.D, dtype)
+    if work.r < 1:
+        things["bare floor"] = floor(work.N, round(work.r * work.C / dist.get_world_size()), work.D, dtype)
     taken = interleaved(things, work.repetitions)
     profiles = {name: profile(things[name]) for name in [*works, "floor"]} if with_profile else {}
     return {"times": taken, "selected": selected, "profiles": profiles}

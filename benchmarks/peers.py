@@ -133,7 +133,7 @@ def textbook(work: Work) -> Trained:
 
 
 def with_loss_parallel(work: Work) -> Trained:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(torch.empty(0).device.type, (dist.get_world_size(),))
     local = torch.randn(work.C // dist.get_world_size(), work.D) * 0.01
     weight = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)]))
     x, labels = of_rank(work)
@@ -154,7 +154,9 @@ def with_loss_parallel(work: Work) -> Trained:
 def metric_learning(work: Work) -> Trained:
     from pytorch_metric_learning.losses import ArcFaceLoss
 
-    head = DistributedDataParallel(ArcFaceLoss(work.C, work.D, margin=math.degrees(0.5), scale=64))
+    head = DistributedDataParallel(
+        ArcFaceLoss(work.C, work.D, margin=math.degrees(0.5), scale=64).to(torch.empty(0).device)
+    )
     return trained(head, *of_rank(work), sgd(head), head.parameters)
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,15 +33,22 @@ PRELOADED = ["torch", "torch._dynamo", "torch.distributed.tensor.parallel", "tor
 
 
 def _serve(
-    rank: int, world: int, store: str, pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world: int,
+    store: str,
+    pipe: Connection,
+    backend: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=300)
+            backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=300)
         )
         result = function(*arguments)
         dist.barrier()
@@ -59,19 +66,27 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 1200.0) -> list[Any]:
+def run_ranks(
+    world: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = 1200.0,
+    start: Literal["forkserver", "spawn"] = "forkserver",
+    backend: str = "gloo",
+) -> list[Any]:
     """What `function(*arguments)` returned on each of `world` ranks; RuntimeError with the traceback of the first rank
-    that failed."""
+    that failed. start: "spawn" where ranks use CUDA, which the server may have touched by what it has imported."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         for rank in range(world):
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, world, os.path.join(folder, "store"), there, function, arguments),
+                args=(rank, world, os.path.join(folder, "store"), there, backend, function, arguments),
                 daemon=True,
             )
             process.start()

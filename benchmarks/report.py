@@ -89,7 +89,12 @@ def _marks(axes: Axes, rows: Sequence[Row]) -> None:
     axes.axvline(1, color=MARK, linewidth=1.5)
     axes.set_xlim(0, 1.35 * max(1, *shares))
     names = [
-        row["case"] if "/ floor" in row["title"] or row["unit"] == "MiB" else f"{row['case']}, by C" for row in rows
+        row["case"]
+        if "/ floor" in row["title"] or row["unit"] == "MiB"
+        else f"{row['case']}, bare floor"
+        if "/ bare floor" in row["title"]
+        else f"{row['case']}, by C"
+        for row in rows
     ]
     axes.set_yticks(places, [name.replace("_", " ") for name in names], fontsize=8)
     axes.invert_yaxis()

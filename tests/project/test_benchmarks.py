@@ -8,9 +8,11 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from partial_fc.training.config import MarginSettings, save_config, to_config
 
 ROOT = Path(__file__).parents[2]
 CASES = {"exact", "sampled", "many", "bf16", "memory", "memory_in_backward", "peers", "growth"}
+GPU_PARTS = ("proof", "waits", "two", "speed", "peers", "profile")
 
 
 def test_quick_run(tmp_path: Path) -> None:
@@ -38,6 +41,81 @@ def test_quick_run(tmp_path: Path) -> None:
     assert (tmp_path / "table.md").read_text() in run.stdout
     assert run.stdout.count("| peers |") == sum(row["case"] == "peers" for row in results["rows"])
     assert (tmp_path / "head.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_run_for_a_gpu_on_a_cpu(tmp_path: Path) -> None:
+    """All parts at small sizes; on a CPU there are no waits to count, and no memory of a device."""
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu.py"),
+        *args("--device cpu --minutes 10 --out"),
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    of = {part: [row for row in rows if row["part"] == part] for part in GPU_PARTS}
+    assert sum(map(len, of.values())) == len(rows)
+    assert {row["verdict"] for part in ("proof", "two") for row in of[part]} == {"PASS"}
+    proven = " ".join(row["case"] for row in of["proof"])
+    assert all(
+        f"{name}, {dtype}," in proven for name in MarginSettings.names for dtype in ("float64", "float32", "bf16")
+    )
+    assert {row["verdict"] for row in of["waits"]} == {"skipped"} and len(of["waits"]) == 4
+    assert all(row["ratio"] > 0 and row["rows"] > 0 and row["planned"] > 0 for row in of["speed"])
+    assert {row["bf16"] for row in of["speed"]} == {True, False} and len(of["profile"][0]["kernels"]) > 5
+    assert all(row["verdict"] in ("", "skipped") for part in ("speed", "peers", "profile") for row in of[part])
+    assert (tmp_path / "table.md").read_text() in run.stdout and "proof: PASS, waits: not run, two: PASS" in run.stdout
+    bars = ElementTree.parse(tmp_path / "plot.svg").getroot().findall("{http://www.w3.org/2000/svg}rect")
+    assert len(bars) == 1 + len(of["speed"])
+
+
+def test_a_run_for_a_gpu_that_fails_or_has_no_time_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_report
+    from gpu_run import Outcome, Run
+
+    def fails() -> Outcome:
+        raise ValueError("of no use")
+
+    run = Run(torch.device("cpu"), True, 1.0, tmp_path)
+    run.begin("proof", 1.0)
+    run.measure("one", fails)
+    run.measure("two", lambda: Outcome("PASS", "fine", {"dtype": "float64", "largest": 0.0}))
+    run.begin("waits", 1.0)
+    run.measure("three", lambda: Outcome("PASS"), seconds=61)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["verdict"] for row in rows] == ["FAIL", "PASS", "no time"] and "of no use" in rows[0]["traceback"]
+    assert gpu_report.verdicts(rows) == {"proof": "FAIL", "waits": "no time", "two": "not run"}
+    text = gpu_report.table(rows, {}, False)
+    assert "- FAIL: one: ValueError: of no use" in text and "- float64: 1 of 1 pass" in text
+    assert "## Not measured\n\n- waits, three: no time" in text
+
+
+def test_waits_are_counted_where_this_package_causes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where torch warns; here a step of a made-up file of the package does."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_waits
+
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def wait() -> None:
+        if modes[-1:] == ["warn"]:
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+
+    names: dict[str, Any] = {"wait": wait}
+    text = "def once():\n    wait()\n\ndef twice():\n    wait()\n    once()\n"
+    exec(compile(text, str(ROOT / "partial_fc" / "made_up.py"), "exec"), names)
+    assert gpu_waits.waits_of(names["twice"]) == ["partial_fc/made_up.py:5", "partial_fc/made_up.py:2"]
+    assert modes == ["warn", "default"]
+    outcome = gpu_waits.count(names["twice"])
+    assert outcome.verdict == "FAIL" and outcome.figures["most"] == 2
+    assert outcome.text.startswith("at most 2 a step, 1 allowed: partial_fc/made_up.py:5 ×1, ")
+    assert gpu_waits.count(names["once"]).verdict == gpu_waits.count(lambda: None).verdict == "PASS"
 
 
 @pytest.mark.slow
