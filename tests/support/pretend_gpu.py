@@ -1,0 +1,363 @@
+"""A GPU to test with where there is none: a device `gpu` in a CPU build of torch, whose work is counted.
+
+    register()                              gives the device to this process, until it ends: not to that of pytest
+    with PretendGpu() as gpu:
+        head = PartialFC(16, 300, device=gpu.device)
+        gpu.clear()
+        head(x, y).backward()
+        gpu.counts.launches, gpu.counts.waits, gpu.counts.bytes
+        gpu.table()                         the same by line of partial_fc
+
+A tensor of the device holds its values in memory of the CPU, which the same operator of the CPU computes: so autograd,
+DTensors, optimizers and collectives run, and their numbers are right. What a GPU would refuse raises `DeviceMistake`,
+and is in `gpu.mistakes` even if somebody catches it:
+
+    a tensor of the CPU beside one of the device, except where torch takes a number (0-d) or an index
+    a tensor of the CPU for a collective of a group of the device, as NCCL refuses it; and the other way round
+
+A group is the device's if its backend is `pretend`: all ranks after `join`, and the groups of a DeviceMesh. One of
+`dist.new_group(backend="gloo")` is for data of the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from device_counts import INDEXED, UPLOAD, Counts, Event, arguments_of, bytes_of, is_free, launches_of, wait_of
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import partial_fc
+from partial_fc.distributed import groups
+
+NAME, BACKEND = "gpu", "pretend"
+PACKAGE = str(Path(partial_fc.__file__).parent) + os.sep
+OUTSIDE = (str(Path(torch.__file__).parent) + os.sep, __file__)
+
+# whether this torch can have a device that is written in Python
+AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+
+_kept: list[Any] = []  # what must live as long as the process
+_on_host: dict[str, dist.ProcessGroup] = {}  # by the name of a group of the device: a group of the same ranks for CPUs
+
+
+class DeviceMistake(AssertionError):
+    """What a GPU, or NCCL, would refuse. No RuntimeError, which some code catches to try something else."""
+
+
+# ------------------------------------------------------------------------------------------------ the device
+
+
+@cache
+def register() -> None:
+    """Give this process the device, and a backend for its collectives."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_module())
+    autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    autocast.fallback(torch.library.fallthrough_kernel)  # the package casts by itself
+    _kept.append(autocast)
+    dist.Backend.register_backend(BACKEND, _backend, extended_api=True, devices=[NAME])
+
+
+def _module() -> types.ModuleType:
+    """`torch.gpu`: what torch asks of the module of a device."""
+    module = types.ModuleType(f"torch.{NAME}")
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": 1,
+        "current_device": 0,
+        "set_device": None,
+        "manual_seed_all": None,
+        "_is_in_bad_fork": False,
+        "get_amp_supported_dtype": [torch.bfloat16, torch.float16],
+    }
+    for name, answer in answers.items():
+        setattr(module, name, lambda *given, answer=answer: answer)
+    vars(module)["synchronize"] = lambda *given: _machine()._note(Event(_machine()._line(), "synchronize", 0, 0, "it"))
+    return module
+
+
+def join(rank: int, world: int, store: str) -> None:
+    """Make this process a rank whose default group is the device's; alone it has none. For `Ranks(world, join)`."""
+    register()
+    if world > 1:
+        dist.init_process_group(BACKEND, init_method=f"file://{store}", rank=rank, world_size=world)
+        _mend_device_of()
+
+
+def _mend_device_of() -> None:
+    """Let the package find the device of a group, as long as it takes every device but the CPU for CUDA."""
+    try:
+        groups.device_of(groups.ranks_of(None))
+    except (AssertionError, RuntimeError):  # a build without CUDA
+        groups.device_of.__code__ = _device_of.__code__
+
+
+def _device_of(ranks):  # type: ignore[no-untyped-def]
+    """In the place of the package's, with the names of its module."""
+    on_host = ranks.group is None or "cpu:" in dist.get_backend_config(ranks.group)
+    return torch.device("cpu") if on_host else torch.device("gpu", 0)
+
+
+def _backend(options: Any, unused: Any) -> Any:
+    """The backend of a new group: gloo, which is given the values of tensors of the device (`_communicate`)."""
+    rank, world = options.group_rank, options.group_size
+    gloo = dist.ProcessGroupGloo(options.store, rank, world, timeout=options.timeout)
+    group = dist.ProcessGroup(options.store, rank, world)
+    kind = dist.ProcessGroup.BackendType.GLOO
+    group._set_default_backend(kind)
+    group._register_backend(torch.device("cpu"), kind, gloo)
+    name = f"{options.group_id} on the host"
+    group._set_group_name(name)
+    torch._C._distributed_c10d._register_process_group(name, group)
+    _on_host[options.group_id] = group
+    return gloo
+
+
+class GpuTensor(Tensor):
+    """A tensor of the device. values: of the CPU; views have views of them."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> GpuTensor:
+        assert not isinstance(values, GpuTensor)
+        made: GpuTensor = Tensor._make_wrapper_subclass(
+            cls,
+            values.size(),
+            strides=values.stride(),
+            storage_offset=values.storage_offset(),
+            dtype=values.dtype,
+            device=torch.device(NAME, 0),
+        )
+        made.values = values
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _machine()._dispatch(func, types, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        machine = _machine()
+        machine._note(Event(machine._line(), "tolist", 1, self.nbytes, "tolist"))
+        return self.values.tolist()
+
+    def data_ptr(self) -> int:
+        return self.values.data_ptr()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return GpuTensor, (self.values,)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"{NAME}({self.values!r})"
+
+
+# ------------------------------------------------------------------------------------------------ its machine
+
+
+def _machine() -> PretendGpu:
+    if PretendGpu.entered is None:
+        raise DeviceMistake("a tensor of the pretend GPU is used outside of `with PretendGpu()`")
+    return PretendGpu.entered
+
+
+class PretendGpu(TorchDispatchMode):
+    """The device at work. counts: of everything since `clear`. mistakes: what was refused since it was entered."""
+
+    entered: PretendGpu | None = None
+
+    def __init__(self) -> None:
+        register()
+        super().__init__()
+        self.device = torch.device(NAME, 0)
+        self.mistakes: list[str] = []
+        self._events: list[Event] = []
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> PretendGpu:
+        assert PretendGpu.entered is None, "there is one pretend GPU"
+        PretendGpu.entered = self
+        # torch.tensor(..., device=) makes a tensor of the CPU, and then a copy that is seen here
+        torch._C._set_only_lift_cpu_tensors(True)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        PretendGpu.entered = None
+        torch._C._set_only_lift_cpu_tensors(False)
+        super().__exit__(*error)
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(tuple(self._events))
+
+    def clear(self) -> None:
+        """Count from here."""
+        self._events = []
+
+    def table(self) -> str:
+        return self.counts.table()
+
+    @contextlib.contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Leave out what is done inside: batches, gradients that stand for those of a backbone."""
+        before = self._events
+        self._events = []
+        try:
+            yield
+        finally:
+            self._events = before
+
+    def __torch_dispatch__(
+        self, func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._dispatch(func, types, args, kwargs or {})
+
+    # ------------------------------------------------------------------------------------------------ one operator
+
+    def _dispatch(self, func: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not all(issubclass(each, GpuTensor) for each in types):
+            return NotImplemented  # DTensors and the like, which come again with their local parts
+        if func.namespace in ("c10d", "_c10d_functional"):
+            return self._communicate(func, args, kwargs)
+        here = [t for t in tree_leaves((args, kwargs)) if isinstance(t, GpuTensor)]
+        to = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else ""
+        if not here and to != NAME:
+            return func(*args, **kwargs)
+        name, named = func.__name__.split(".")[0], arguments_of(func, args, kwargs)
+        line = self._line()
+        wait = self._copy_or_mix(func, name, named, line, to) or wait_of(name, named)
+        values = dict(tree_map(_values, kwargs))
+        if to == NAME:
+            values["device"] = torch.device("cpu")
+        if values.get("pin_memory"):
+            values["pin_memory"] = False  # on a build without CUDA
+        out = func(*tree_map(_values, args), **values)
+        if torch.Tag.inplace_view in func.tags:
+            with no_dispatch():
+                func(*args, **kwargs)  # the tensor itself gets the shape that its values have now
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        known = {id(t.values): t for t in here}
+        if func.namespace == "aten" and not is_free(func, name):
+            fresh = [t for t in made if id(t) not in known]
+            size = bytes_of(func, name, tree_map(_values, named), fresh)
+            self._note(Event(line, name, launches_of(name, named), size, wait))
+        if not made or (to == "cpu" and here):
+            return out
+        if name == "copy_" and not isinstance(args[0], GpuTensor):
+            return args[0]
+        return tree_map(lambda each: _wrapped(each, known), out)
+
+    def _copy_or_mix(self, func: Any, name: str, named: dict[str, Any], line: str, to: str) -> str:
+        """Return why a copy between host and device waits, "" if it is none; refuse other mixes of both."""
+        tensors = [t for t in tree_leaves(named) if isinstance(t, Tensor)]
+        on_host = [t for t in tensors if not isinstance(t, GpuTensor)]
+        if name == "_to_copy":
+            if to == "cpu" and not on_host:
+                return "" if named.get("non_blocking") else "copy to the host"
+            return UPLOAD if on_host and not named.get("non_blocking") else ""
+        if not on_host:
+            return ""
+        if name == "copy_":
+            if named.get("non_blocking"):
+                return ""
+            return UPLOAD if isinstance(named["self"], GpuTensor) else "copy to the host"
+        if name in INDEXED:  # torch copies an index itself; a 0-d value is a number
+            others = [t for t in on_host if t is not named.get("values") or t.ndim]
+            if all(any(t is index for index in named["indices"]) for t in others):
+                return UPLOAD if others else ""
+        numbers = torch.Tag.pointwise in func.tags or name.startswith("_foreach_")
+        if to == NAME or (numbers and all(t.ndim == 0 for t in on_host)):
+            return ""
+        raise self._refuse(f"{name} of tensors of the device and of the CPU at {line}")
+
+    def _communicate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a collective of a group of the device on the values, among the same ranks."""
+        named, line = arguments_of(func, args, kwargs), self._line()
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        here = [t for t in tensors if isinstance(t, GpuTensor)]
+        if "process_group" in named:
+            name = dist.ProcessGroup.unbox(named["process_group"]).group_name
+        else:
+            name = named.get("group_name", "")
+        if name not in _on_host:
+            if here and name:
+                raise self._refuse(f"a tensor of the device for {func} of a group of the host at {line}")
+            if not here:
+                return func(*args, **kwargs)
+        elif len(here) < len(tensors):
+            raise self._refuse(f"a tensor of the CPU for {func} of a group of the device at {line}")
+        if "process_group" in named:
+            named["process_group"] = _on_host[name].boxed()
+        elif name:
+            named["group_name"] = f"{name} on the host"
+        positional = [each for each in func._schema.arguments if not each.kwarg_only]
+        values = {key: tree_map(_values, value) for key, value in named.items()}
+        given = [values.pop(each.name) for each in positional if each.name in values]
+        known = {id(t.values): t for t in here}
+        return tree_map(lambda each: _wrapped(each, known), func(*given, **values))
+
+    # ------------------------------------------------------------------------------------------------ notes
+
+    def _note(self, event: Event) -> None:
+        self._events.append(event)
+
+    def _refuse(self, what: str) -> DeviceMistake:
+        self.mistakes.append(what)
+        return DeviceMistake(what)
+
+    def _line(self) -> str:
+        """The innermost line of partial_fc that is running; else that of its caller.
+
+        Backward of a device runs in a thread of its own: there the line is the one that waits for it.
+        """
+        waiting = sys._current_frames().get(self._thread)
+        stacks = [sys._getframe(1)] + ([waiting] if threading.get_ident() != self._thread and waiting else [])
+        for stack in stacks:
+            for name, number in _lines(stack):
+                if name.startswith(PACKAGE):
+                    return f"{name.removeprefix(PACKAGE)}:{number}"
+        for stack in reversed(stacks):
+            for name, number in _lines(stack):
+                if not name.startswith(OUTSIDE):
+                    return f"{Path(name).name}:{number} (caller)"
+        return "?"
+
+
+def _lines(frame: types.FrameType | None) -> Iterator[tuple[str, int]]:
+    while frame is not None:
+        yield frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+
+
+def _values(given: Any) -> Any:
+    return given.values if isinstance(given, GpuTensor) else given
+
+
+def _wrapped(made: Any, known: dict[int, GpuTensor]) -> Any:
+    """A result as a tensor of the device: the one that was given, where it was changed in place."""
+    if not isinstance(made, Tensor):
+        return made
+    if id(made) not in known:
+        return GpuTensor(made)
+    assert known[id(made)].shape == made.shape, f"an operator has resized a tensor to {list(made.shape)}"
+    return known[id(made)]
