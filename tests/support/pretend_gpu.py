@@ -251,7 +251,8 @@ class PretendGpu(TorchDispatchMode):
             values["device"] = torch.device("cpu")
         if values.get("pin_memory"):
             values["pin_memory"] = False  # on a build without CUDA
-        out = func(*tree_map(_values, args), **values)
+        given = tree_map(_values, args)
+        out = _in_float32(func, given, values) if name.startswith("_fused_") else func(*given, **values)
         if torch.Tag.inplace_view in func.tags:
             with no_dispatch():
                 func(*args, **kwargs)  # the tensor itself gets the shape that its values have now
@@ -351,6 +352,22 @@ def _lines(frame: types.FrameType | None) -> Iterator[tuple[str, int]]:
 
 def _values(given: Any) -> Any:
     return given.values if isinstance(given, GpuTensor) else given
+
+
+def _in_float32(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run a fused optimizer as a GPU does, which computes in float32; the CPU's does not move all half precision."""
+    wide: list[tuple[Tensor, Tensor]] = []
+
+    def widened(each: Any) -> Any:
+        if isinstance(each, Tensor) and each.dtype in (torch.bfloat16, torch.float16):
+            wide.append((each, each.float()))
+            return wide[-1][1]
+        return each
+
+    out = func(*tree_map(widened, args), **tree_map(widened, kwargs))
+    for narrow, values in wide:
+        narrow.copy_(values)
+    return out
 
 
 def _wrapped(made: Any, known: dict[int, GpuTensor]) -> Any:
