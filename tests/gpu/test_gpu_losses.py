@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from common import local
-from on_gpu import ALONE, CLASSES, LAYOUTS, RANKS, WIDTH, Place, Pools, on_both
+from on_gpu import ALONE, CLASSES, LAYOUTS, RANKS, WIDTH, Place, Pools, on_both, on_layouts
 from torch import Tensor, nn
 
 from partial_fc import (
@@ -94,8 +94,9 @@ def margin_in_all_modes(place: Place, name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", MARGINS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "name"), on_layouts(MARGINS, {"ArcFace", "CurricularFace", "AdaFace", "SphereFace2"})
+)
 def test_margins(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
     on_both(gpu_ranks, ranks, layout, margin_in_all_modes, name)
 
@@ -127,8 +128,9 @@ def options_in_modes(place: Place, name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "name"), on_layouts(OPTIONS, {"label smoothing", "class weights", "losses of samples"})
+)
 def test_options(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
     on_both(gpu_ranks, ranks, layout, options_in_modes, name)
 

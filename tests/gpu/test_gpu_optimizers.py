@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from on_gpu import ALONE, CLASSES, LAYOUTS, RANKS, WIDTH, Place, Pools, on_both
+from on_gpu import ALONE, CLASSES, LAYOUTS, RANKS, WIDTH, Place, Pools, on_both, on_layouts
 from torch import nn
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer, check_gradients, clip_grad_norm_
@@ -60,8 +60,7 @@ def all_and_sampled(place: Place, optimizer: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "optimizer"), on_layouts(OPTIMIZERS, {"AdamW"}))
 def test_classes_of_optimizers(gpu_ranks: Pools, ranks: Pools, layout: str, optimizer: str):
     on_both(gpu_ranks, ranks, layout, all_and_sampled, optimizer)
 
@@ -118,8 +117,7 @@ def clipped(place: Place, norm_type: float) -> list[Any]:
     return [*found, *(head.weight for head in heads)]
 
 
-@pytest.mark.parametrize("norm_type", [2.0, 3.0, float("inf")])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "norm_type"), on_layouts([2.0, 3.0, float("inf")], {2.0}))
 def test_clipping(gpu_ranks: Pools, ranks: Pools, layout: str, norm_type: float):
     on_both(gpu_ranks, ranks, layout, clipped, norm_type)
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 TENSORS_OF_A_LAUNCH = 64  # of `_foreach_` and fused operators; between 30 and 110 in torch's multi_tensor_apply
 UPLOAD = "upload"  # a copy to the device for which the host waits: torch.tensor(..., device=), .to(device)
@@ -112,17 +112,64 @@ class Counts:
         return "\n".join([*rows, f"{self.launches:8} {self.waits:5} {self.bytes:12,}  together"])
 
 
-def arguments_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of an operator by their names."""
-    names = [argument.name for argument in func._schema.arguments]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+@dataclass(frozen=True)
+class Operator:
+    """What is known of an operator of torch before it runs.
+
+    changed: arguments that it writes to; out: those of them that it does not read. free: a view of its input, or an
+    allocation. numbers: a 0-d tensor of the CPU is a number to it.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    positional: tuple[str, ...]
+    changed: frozenset[str]
+    out: frozenset[str]
+    free: bool
+    numbers: bool
+    changes_shape: bool
+
+    @staticmethod
+    @cache
+    def of(func: Any) -> Operator:
+        schema, name = func._schema, func.__name__.split(".")[0]
+        view = bool(schema.returns)
+        view = view and all(each.alias_info is not None and not each.alias_info.is_write for each in schema.returns)
+        written = [each for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+        return Operator(
+            name=name,
+            arguments=tuple(each.name for each in schema.arguments),
+            positional=tuple(each.name for each in schema.arguments if not each.kwarg_only),
+            changed=frozenset(each.name for each in written),
+            out=frozenset(each.name for each in written if each.is_out or name in OVERWRITES),
+            free=view or name in FREE,
+            numbers=torch.Tag.pointwise in func.tags or name.startswith("_foreach_"),
+            changes_shape=torch.Tag.inplace_view in func.tags,
+        )
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by their names."""
+        return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
 
 
-def is_free(func: Any, name: str) -> bool:
-    """Whether it is a view of its input, or only allocates."""
-    returns = func._schema.returns
-    view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    return view or name in FREE
+def tensors_in(given: Any) -> list[Tensor]:
+    """The tensors of an argument, of a list or dict of arguments, or of a result."""
+    if isinstance(given, Tensor):
+        return [given]
+    if isinstance(given, list | tuple):
+        return [tensor for each in given for tensor in tensors_in(each)]
+    return tensors_in(list(given.values())) if isinstance(given, dict) else []
+
+
+def each_tensor(change: Callable[[Tensor], Any], given: Any) -> Any:
+    """The same argument or result with each tensor changed."""
+    if isinstance(given, Tensor):
+        return change(given)
+    if isinstance(given, list | tuple):
+        return type(given)([each_tensor(change, each) for each in given])
+    if isinstance(given, dict):
+        return {name: each_tensor(change, each) for name, each in given.items()}
+    return given
 
 
 def launches_of(name: str, named: Mapping[str, Any]) -> int:
@@ -142,21 +189,19 @@ def wait_of(name: str, named: Mapping[str, Any]) -> str:
     return WAITS.get(name, "")
 
 
-def bytes_of(func: Any, name: str, named: Mapping[str, Any], results: Iterable[Tensor]) -> int:
+def bytes_of(operator: Operator, named: Mapping[str, Any], results: Iterable[Tensor]) -> int:
     """How many bytes an operator reads and writes. results: tensors that it has made."""
-    made = list(results)
+    name = operator.name
     if name in WRITE_AT:
         return _bytes_at(name, named)
     read: list[Tensor] = []
-    written = list(made)
-    for argument in func._schema.arguments:
-        tensors = [leaf for leaf in tree_leaves(named.get(argument.name)) if isinstance(leaf, Tensor)]
-        changed = argument.alias_info is not None and argument.alias_info.is_write
-        if argument.name == "grads" and named.get("grad_scale") is None:
-            changed = False  # fused optimizers write them only to unscale them
-        if changed:
+    written = list(results)
+    for argument, given in named.items():
+        tensors = tensors_in(given)
+        # fused optimizers write gradients only to unscale them
+        if argument in operator.changed and not (argument == "grads" and named.get("grad_scale") is None):
             written += tensors
-        if not changed or not (argument.is_out or name in OVERWRITES):
+        if argument not in operator.out:
             read += tensors
     if name in READ_AT:  # as much of the first tensor as the result has
         read = [tensor for tensor in read if tensor is not named.get("self", named.get("weight"))]
@@ -166,7 +211,7 @@ def bytes_of(func: Any, name: str, named: Mapping[str, Any], results: Iterable[T
 
 def _bytes_at(name: str, named: Mapping[str, Any]) -> int:
     """The same of an operator that writes where an index says."""
-    indices = [leaf for leaf in tree_leaves((named.get("index"), named.get("indices"))) if isinstance(leaf, Tensor)]
+    indices = tensors_in((named.get("index"), named.get("indices")))
     source = next((named[key] for key in ("source", "src", "values") if isinstance(named.get(key), Tensor)), None)
     if source is None:  # a number: as often as the index says
         row = named["self"].select(named["dim"], 0) if name == "index_fill_" and len(named["self"]) else named["self"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,12 @@ ALONE, RANKS, REPLICAS = "one process", "two ranks", "two replicas"
 LAYOUTS = (ALONE, RANKS, REPLICAS)
 
 CLASSES, WIDTH = 150, 6  # three tiles of 64 class rows, where a tile is as small as it may be
+
+
+def on_layouts(names: Iterable[Any], of_replicas: Collection[Any]) -> list[tuple[str, Any]]:
+    """(layout, name) of all names; on replicas only these, for which a mesh does something else than ranks."""
+    return [(layout, name) for layout in LAYOUTS for name in names if layout != REPLICAS or name in of_replicas]
+
 
 Pools = Callable[[int], Ranks]
 
@@ -65,7 +71,7 @@ def run(rank: int, world: int, scenario: Callable[..., Any], layout: str, kind: 
     try:
         if kind == "cpu":
             return plain(scenario(_place(rank, world, layout, torch.device("cpu")), *arguments))
-        with PretendGpu() as gpu:
+        with PretendGpu(counting=False) as gpu:
             found = plain(scenario(_place(rank, world, layout, gpu.device), *arguments))
         assert not gpu.mistakes, gpu.mistakes
         return found

@@ -21,7 +21,6 @@ A group is the device's if its backend is `pretend`: all ranks after `join`, and
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
@@ -33,12 +32,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from device_counts import INDEXED, UPLOAD, Counts, Event, arguments_of, bytes_of, is_free, launches_of, wait_of
+from device_counts import (
+    INDEXED,
+    UPLOAD,
+    Counts,
+    Event,
+    Operator,
+    bytes_of,
+    each_tensor,
+    launches_of,
+    tensors_in,
+    wait_of,
+)
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 import partial_fc
 from partial_fc.distributed import groups
@@ -63,7 +72,10 @@ class DeviceMistake(AssertionError):
 
 @cache
 def register() -> None:
-    """Give this process the device, and a backend for its collectives."""
+    """Give this process the device, and a backend for its collectives.
+
+    Before its first backward, for which torch starts a thread for each device.
+    """
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_module())
     autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
     autocast.fallback(torch.library.fallthrough_kernel)  # the package casts by itself
@@ -182,15 +194,19 @@ def _machine() -> PretendGpu:
 
 
 class PretendGpu(TorchDispatchMode):
-    """The device at work. counts: of everything since `clear`. mistakes: what was refused since it was entered."""
+    """The device at work. counts: of everything since `clear`. mistakes: what was refused since it was entered.
+
+    counting: False where nobody asks for counts, which take half of the time.
+    """
 
     entered: PretendGpu | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, counting: bool = True) -> None:
         register()
         super().__init__()
         self.device = torch.device(NAME, 0)
         self.mistakes: list[str] = []
+        self._counting = counting
         self._events: list[Event] = []
         self._thread = threading.get_ident()
 
@@ -217,16 +233,6 @@ class PretendGpu(TorchDispatchMode):
     def table(self) -> str:
         return self.counts.table()
 
-    @contextlib.contextmanager
-    def unseen(self) -> Iterator[None]:
-        """Leave out what is done inside: batches, gradients that stand for those of a backbone."""
-        before = self._events
-        self._events = []
-        try:
-            yield
-        finally:
-            self._events = before
-
     def __torch_dispatch__(
         self, func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -237,85 +243,78 @@ class PretendGpu(TorchDispatchMode):
     def _dispatch(self, func: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not all(issubclass(each, GpuTensor) for each in types):
             return NotImplemented  # DTensors and the like, which come again with their local parts
+        tensors = tensors_in((args, kwargs))
+        here = [t for t in tensors if isinstance(t, GpuTensor)]
         if func.namespace in ("c10d", "_c10d_functional"):
-            return self._communicate(func, args, kwargs)
-        here = [t for t in tree_leaves((args, kwargs)) if isinstance(t, GpuTensor)]
+            return self._communicate(func, args, kwargs, here, len(here) < len(tensors))
         to = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else ""
         if not here and to != NAME:
             return func(*args, **kwargs)
-        name, named = func.__name__.split(".")[0], arguments_of(func, args, kwargs)
-        line = self._line()
-        wait = self._copy_or_mix(func, name, named, line, to) or wait_of(name, named)
-        values = dict(tree_map(_values, kwargs))
+        operator = Operator.of(func)
+        named = operator.named(args, kwargs)
+        wait = self._copy_or_mix(operator, named, [t for t in tensors if not isinstance(t, GpuTensor)], to)
+        given, options = each_tensor(_values, args), each_tensor(_values, kwargs)
         if to == NAME:
-            values["device"] = torch.device("cpu")
-        if values.get("pin_memory"):
-            values["pin_memory"] = False  # on a build without CUDA
-        given = tree_map(_values, args)
-        out = _in_float32(func, given, values) if name.startswith("_fused_") else func(*given, **values)
-        if torch.Tag.inplace_view in func.tags:
+            options["device"] = torch.device("cpu")
+        if options.get("pin_memory"):
+            options["pin_memory"] = False  # on a build without CUDA
+        out = (_in_float32 if operator.name.startswith("_fused_") else _as_it_is)(func, given, options)
+        if operator.changes_shape:
             with no_dispatch():
                 func(*args, **kwargs)  # the tensor itself gets the shape that its values have now
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        known = {id(t.values): t for t in here}
-        if func.namespace == "aten" and not is_free(func, name):
-            fresh = [t for t in made if id(t) not in known]
-            size = bytes_of(func, name, tree_map(_values, named), fresh)
-            self._note(Event(line, name, launches_of(name, named), size, wait))
+        made, known = tensors_in(out), {id(t.values): t for t in here}
+        if self._counting and func.namespace == "aten" and not operator.free:
+            wait = wait or wait_of(operator.name, named)
+            size = bytes_of(operator, each_tensor(_values, named), [t for t in made if id(t) not in known])
+            self._note(Event(self._line(), operator.name, launches_of(operator.name, named), size, wait))
         if not made or (to == "cpu" and here):
             return out
-        if name == "copy_" and not isinstance(args[0], GpuTensor):
+        if operator.name == "copy_" and not isinstance(args[0], GpuTensor):
             return args[0]
-        return tree_map(lambda each: _wrapped(each, known), out)
+        return each_tensor(lambda each: _wrapped(each, known), out)
 
-    def _copy_or_mix(self, func: Any, name: str, named: dict[str, Any], line: str, to: str) -> str:
+    def _copy_or_mix(self, operator: Operator, named: dict[str, Any], on_host: list[Tensor], to: str) -> str:
         """Return why a copy between host and device waits, "" if it is none; refuse other mixes of both."""
-        tensors = [t for t in tree_leaves(named) if isinstance(t, Tensor)]
-        on_host = [t for t in tensors if not isinstance(t, GpuTensor)]
+        name, blocking = operator.name, not named.get("non_blocking")
         if name == "_to_copy":
             if to == "cpu" and not on_host:
-                return "" if named.get("non_blocking") else "copy to the host"
-            return UPLOAD if on_host and not named.get("non_blocking") else ""
+                return "copy to the host" if blocking else ""
+            return UPLOAD if on_host and blocking else ""
         if not on_host:
             return ""
         if name == "copy_":
-            if named.get("non_blocking"):
-                return ""
-            return UPLOAD if isinstance(named["self"], GpuTensor) else "copy to the host"
+            return (UPLOAD if isinstance(named["self"], GpuTensor) else "copy to the host") if blocking else ""
         if name in INDEXED:  # torch copies an index itself; a 0-d value is a number
             others = [t for t in on_host if t is not named.get("values") or t.ndim]
             if all(any(t is index for index in named["indices"]) for t in others):
                 return UPLOAD if others else ""
-        numbers = torch.Tag.pointwise in func.tags or name.startswith("_foreach_")
-        if to == NAME or (numbers and all(t.ndim == 0 for t in on_host)):
+        if to == NAME or (operator.numbers and all(t.ndim == 0 for t in on_host)):
             return ""
-        raise self._refuse(f"{name} of tensors of the device and of the CPU at {line}")
+        raise self._refuse(f"{name} of tensors of the device and of the CPU")
 
-    def _communicate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _communicate(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], here: list[GpuTensor], any_on_host: bool
+    ) -> Any:
         """Run a collective of a group of the device on the values, among the same ranks."""
-        named, line = arguments_of(func, args, kwargs), self._line()
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        here = [t for t in tensors if isinstance(t, GpuTensor)]
+        operator = Operator.of(func)
+        named = operator.named(args, kwargs)
+        name = named.get("group_name", "")
         if "process_group" in named:
             name = dist.ProcessGroup.unbox(named["process_group"]).group_name
-        else:
-            name = named.get("group_name", "")
-        if name not in _on_host:
-            if here and name:
-                raise self._refuse(f"a tensor of the device for {func} of a group of the host at {line}")
-            if not here:
-                return func(*args, **kwargs)
-        elif len(here) < len(tensors):
-            raise self._refuse(f"a tensor of the CPU for {func} of a group of the device at {line}")
+        if name and name not in _on_host:
+            if here:
+                raise self._refuse(f"a tensor of the device for {func} of a group of the host")
+            return func(*args, **kwargs)
+        if name and any_on_host:
+            raise self._refuse(f"a tensor of the CPU for {func} of a group of the device")
+        values = {key: each_tensor(_values, value) for key, value in named.items()}
         if "process_group" in named:
-            named["process_group"] = _on_host[name].boxed()
+            values["process_group"] = _on_host[name].boxed()
         elif name:
-            named["group_name"] = f"{name} on the host"
-        positional = [each for each in func._schema.arguments if not each.kwarg_only]
-        values = {key: tree_map(_values, value) for key, value in named.items()}
-        given = [values.pop(each.name) for each in positional if each.name in values]
+            values["group_name"] = f"{name} on the host"
+        given = [values.pop(each) for each in operator.positional if each in values]
         known = {id(t.values): t for t in here}
-        return tree_map(lambda each: _wrapped(each, known), func(*given, **values))
+        return each_tensor(lambda each: _wrapped(each, known), func(*given, **values))
 
     # ------------------------------------------------------------------------------------------------ notes
 
@@ -323,8 +322,8 @@ class PretendGpu(TorchDispatchMode):
         self._events.append(event)
 
     def _refuse(self, what: str) -> DeviceMistake:
-        self.mistakes.append(what)
-        return DeviceMistake(what)
+        self.mistakes.append(f"{what}, at {self._line()}")
+        return DeviceMistake(self.mistakes[-1])
 
     def _line(self) -> str:
         """The innermost line of partial_fc that is running; else that of its caller.
@@ -350,30 +349,32 @@ def _lines(frame: types.FrameType | None) -> Iterator[tuple[str, int]]:
         frame = frame.f_back
 
 
-def _values(given: Any) -> Any:
+def _values(given: Tensor) -> Tensor:
     return given.values if isinstance(given, GpuTensor) else given
+
+
+def _as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
 
 
 def _in_float32(func: Any, args: Any, kwargs: Any) -> Any:
     """Run a fused optimizer as a GPU does, which computes in float32; the CPU's does not move all half precision."""
     wide: list[tuple[Tensor, Tensor]] = []
 
-    def widened(each: Any) -> Any:
-        if isinstance(each, Tensor) and each.dtype in (torch.bfloat16, torch.float16):
-            wide.append((each, each.float()))
-            return wide[-1][1]
-        return each
+    def widened(each: Tensor) -> Tensor:
+        if each.dtype not in (torch.bfloat16, torch.float16):
+            return each
+        wide.append((each, each.float()))
+        return wide[-1][1]
 
-    out = func(*tree_map(widened, args), **tree_map(widened, kwargs))
+    out = func(*each_tensor(widened, args), **each_tensor(widened, kwargs))
     for narrow, values in wide:
         narrow.copy_(values)
     return out
 
 
-def _wrapped(made: Any, known: dict[int, GpuTensor]) -> Any:
+def _wrapped(made: Tensor, known: dict[int, GpuTensor]) -> Tensor:
     """A result as a tensor of the device: the one that was given, where it was changed in place."""
-    if not isinstance(made, Tensor):
-        return made
     if id(made) not in known:
         return GpuTensor(made)
     assert known[id(made)].shape == made.shape, f"an operator has resized a tensor to {list(made.shape)}"
