@@ -25,7 +25,16 @@ TENSORS_OF_A_LAUNCH = 64  # of `_foreach_` and fused operators; between 30 and 1
 UPLOAD = "upload"  # a copy to the device for which the host waits: torch.tensor(..., device=), .to(device)
 
 # allocate, or look at nothing but shapes; views are known by their schema
-FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "is_same_size"}
+FREE = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "_unsafe_view",
+    "is_same_size",
+    "resize_",
+}
 WAITS = {
     "_local_scalar_dense": "item",
     "equal": "equal",
@@ -127,7 +136,6 @@ class Operator:
     out: frozenset[str]
     free: bool
     numbers: bool
-    changes_shape: bool
 
     @staticmethod
     @cache
@@ -144,7 +152,6 @@ class Operator:
             out=frozenset(each.name for each in written if each.is_out or name in OVERWRITES),
             free=view or name in FREE,
             numbers=torch.Tag.pointwise in func.tags or name.startswith("_foreach_"),
-            changes_shape=torch.Tag.inplace_view in func.tags,
         )
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ NAME, BACKEND = "gpu", "pretend"
 PACKAGE = str(Path(partial_fc.__file__).parent) + os.sep
 OUTSIDE = (str(Path(torch.__file__).parent) + os.sep, __file__)
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
 # whether this torch can have a device that is written in Python
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
@@ -80,6 +83,7 @@ def register() -> None:
     autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
     autocast.fallback(torch.library.fallthrough_kernel)  # the package casts by itself
     _kept.append(autocast)
+    torch.accelerator.synchronize = getattr(torch, NAME).synchronize  # type: ignore[assignment]  # C++ has none
     dist.Backend.register_backend(BACKEND, _backend, extended_api=True, devices=[NAME])
 
 
@@ -98,8 +102,22 @@ def _module() -> types.ModuleType:
     }
     for name, answer in answers.items():
         setattr(module, name, lambda *given, answer=answer: answer)
-    vars(module)["synchronize"] = lambda *given: _machine()._note(Event(_machine()._line(), "synchronize", 0, 0, "it"))
+    vars(module).update(Stream=_Stream, current_stream=lambda *given: _Stream(), stream=lambda *given: nullcontext())
+    vars(module)["synchronize"] = _synchronize
     return module
+
+
+def _synchronize(device: Any = None) -> None:
+    if PretendGpu.entered is not None:
+        PretendGpu.entered._note("synchronize", 0, 0, "synchronize")
+
+
+class _Stream:
+    """The one stream, on which everything has happened when it is asked."""
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, other: object) -> None: ...
 
 
 def join(rank: int, world: int, store: str) -> None:
@@ -165,8 +183,7 @@ class GpuTensor(Tensor):
         return _machine()._dispatch(func, types, args, kwargs or {})
 
     def tolist(self) -> Any:
-        machine = _machine()
-        machine._note(Event(machine._line(), "tolist", 1, self.nbytes, "tolist"))
+        _machine()._note("tolist", 1, self.nbytes, "tolist")
         return self.values.tolist()
 
     def data_ptr(self) -> int:
@@ -241,7 +258,7 @@ class PretendGpu(TorchDispatchMode):
     # ------------------------------------------------------------------------------------------------ one operator
 
     def _dispatch(self, func: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not all(issubclass(each, GpuTensor) for each in types):
+        if not all(each in PLAIN or issubclass(each, GpuTensor) for each in types):
             return NotImplemented  # DTensors and the like, which come again with their local parts
         tensors = tensors_in((args, kwargs))
         here = [t for t in tensors if isinstance(t, GpuTensor)]
@@ -259,14 +276,11 @@ class PretendGpu(TorchDispatchMode):
         if options.get("pin_memory"):
             options["pin_memory"] = False  # on a build without CUDA
         out = (_in_float32 if operator.name.startswith("_fused_") else _as_it_is)(func, given, options)
-        if operator.changes_shape:
-            with no_dispatch():
-                func(*args, **kwargs)  # the tensor itself gets the shape that its values have now
         made, known = tensors_in(out), {id(t.values): t for t in here}
         if self._counting and func.namespace == "aten" and not operator.free:
             wait = wait or wait_of(operator.name, named)
             size = bytes_of(operator, each_tensor(_values, named), [t for t in made if id(t) not in known])
-            self._note(Event(self._line(), operator.name, launches_of(operator.name, named), size, wait))
+            self._note(operator.name, launches_of(operator.name, named), size, wait)
         if not made or (to == "cpu" and here):
             return out
         if operator.name == "copy_" and not isinstance(args[0], GpuTensor):
@@ -318,8 +332,9 @@ class PretendGpu(TorchDispatchMode):
 
     # ------------------------------------------------------------------------------------------------ notes
 
-    def _note(self, event: Event) -> None:
-        self._events.append(event)
+    def _note(self, operator: str, launches: int, size: int, wait: str) -> None:
+        if self._counting:
+            self._events.append(Event(self._line(), operator, launches, size, wait))
 
     def _refuse(self, what: str) -> DeviceMistake:
         self.mistakes.append(f"{what}, at {self._line()}")
@@ -377,5 +392,8 @@ def _wrapped(made: Tensor, known: dict[int, GpuTensor]) -> Tensor:
     """A result as a tensor of the device: the one that was given, where it was changed in place."""
     if id(made) not in known:
         return GpuTensor(made)
-    assert known[id(made)].shape == made.shape, f"an operator has resized a tensor to {list(made.shape)}"
-    return known[id(made)]
+    given = known[id(made)]
+    if (given.shape, given.stride()) != (made.shape, made.stride()):  # unsqueeze_, resize_, ...
+        with no_dispatch():
+            given.data = GpuTensor(made)
+    return given
