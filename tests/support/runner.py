@@ -37,13 +37,20 @@ def seed(number: int) -> None:
     torch.manual_seed(number)
 
 
-def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
+Join = Callable[[int, int, str], None]  # (rank, world, path of a store): makes the process group
+
+
+def join_gloo(rank: int, world: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+
+
+def _serve(rank: int, world: int, store: str, pipe: Connection, join: Join) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="29599"
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    join(rank, world, store)
     gc.freeze()  # what is imported stays: each collection would walk over all of it
     pipe.send((True, "ready"))
     environment = dict(os.environ)
@@ -53,7 +60,8 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
         except EOFError:
             return
         if task is None:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
             return
         function, arguments = task
         os.environ.clear()  # engines set variables, which the next test is not to find
@@ -90,8 +98,9 @@ class RankFailure(AssertionError):
 
 
 class Ranks:
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, join: Join = join_gloo) -> None:
         self.world = world
+        self.join = join
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
 
@@ -138,7 +147,7 @@ class Ranks:
         store = os.path.join(self.folder.name, "store")
         for rank in range(self.world):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, store, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world, store, there, self.join), daemon=True)
             process.start()
             there.close()
             self.processes.append(process)

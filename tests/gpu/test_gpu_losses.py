@@ -1,0 +1,243 @@
+"""Losses on the pretend GPU train as on CPUs: margins, modes, labels, several losses on one batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from common import local
+from on_gpu import ALONE, CLASSES, LAYOUTS, RANKS, WIDTH, Place, Pools, on_both, on_layouts
+from torch import Tensor, nn
+
+from partial_fc import (
+    AdaFace,
+    AdaptiveMargin,
+    ArcFace,
+    CenterLoss,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    NormFace,
+    PartialFC,
+    RowOptimizer,
+    Softmax,
+    SphereFace,
+    SphereFace2,
+    SubCenterArcFace,
+    check_gradients,
+    clip_grad_norm_,
+    gather,
+)
+from partial_fc.softmax import tiles
+
+SMALL_TILES = {"TILE_BYTES": {"cpu": 1}, "TILE_BYTES_ELSEWHERE": 1}  # 64 rows
+
+MARGINS: dict[str, Callable[[], Margin]] = {
+    "Softmax": Softmax,
+    "NormFace": NormFace,
+    "ArcFace": ArcFace,
+    "ArcFace, straight through": lambda: ArcFace(gradient="straight_through"),
+    "CosFace": CosFace,
+    "SphereFace": SphereFace,
+    "CombinedMargin": lambda: CombinedMargin(m1=1.1, m2=0.2, m3=0.1),
+    "SubCenterArcFace": lambda: SubCenterArcFace(centers=2),
+    "CurricularFace": CurricularFace,
+    "AdaFace": AdaFace,
+    "MagFace": MagFace,
+    "ElasticFace": ElasticFace,
+    "ElasticFace+": lambda: ElasticFace(plus=True),
+    "AdaptiveMargin": lambda: AdaptiveMargin(torch.arange(1, CLASSES + 1)),
+    "SphereFace2": SphereFace2,
+}
+
+MODES: dict[str, dict[str, Any]] = {
+    "kept": {},
+    "tiled": {"logits_budget": 0},
+    "sampled": {"sample_rate": 0.5},
+    "sampled and tiled": {"sample_rate": 0.5, "logits_budget": 0},
+}
+
+
+def steps(place: Place, head: PartialFC, batches: int = 2) -> list[Any]:
+    """What two steps give: losses, gradients of embeddings, norms; the weight at the end."""
+    # half precision is rounded once by a fused kernel, and here after each operator
+    fused = {"fused": False} if head.weight.dtype == torch.bfloat16 else {}
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, **fused)
+    found: list[Any] = []
+    for step in range(batches):
+        x, y = place.batch(step, scale=10.0)
+        loss = head(x, y)
+        loss.sum().backward()
+        norm = clip_grad_norm_([], head, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found += [loss.detach(), x.grad, norm]
+    return [*found, head.weight]
+
+
+def margin_in_all_modes(place: Place, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for mode, options in MODES.items():
+        with mock.patch.multiple(tiles, **SMALL_TILES):
+            head = PartialFC(
+                WIDTH, CLASSES, MARGINS[name](), device=place.device, group=place.group, init_std=1.0, **options
+            )
+            found[mode] = steps(place, head)
+            assert head.logits_mode == ("tiled" if "logits_budget" in options else "kept")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), on_layouts(MARGINS, {"ArcFace", "CurricularFace", "AdaFace", "SphereFace2"})
+)
+def test_margins(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
+    on_both(gpu_ranks, ranks, layout, margin_in_all_modes, name)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "label smoothing": {"label_smoothing": 0.1},
+    "label smoothing of ruled logits": {"label_smoothing": 0.1, "margin": CurricularFace()},
+    "class weights": {"class_weights": torch.arange(1.0, CLASSES + 1)},
+    "class weights and label smoothing": {"class_weights": torch.arange(1.0, CLASSES + 1), "label_smoothing": 0.2},
+    "a filter": {"interclass_filter": 0.5},
+    "a sum": {"reduction": "sum"},
+    "losses of samples": {"reduction": "none"},
+    "metrics": {"metrics": True},
+    "validate first": {"validate": "first"},
+    "validate never": {"validate": "never"},
+    "half precision": {"dtype": torch.bfloat16},
+    "double precision": {"dtype": torch.float64},
+}
+
+
+def options_in_modes(place: Place, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for mode in ("kept", "tiled", "sampled"):
+        options = {"margin": ArcFace(), **copy.deepcopy(OPTIONS[name]), **MODES[mode]}
+        head = PartialFC(WIDTH, CLASSES, device=place.device, group=place.group, init_std=1.0, **options)
+        found[mode] = steps(place, head)
+        if options.get("metrics"):
+            found[f"metrics, {mode}"] = head.metrics
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), on_layouts(OPTIONS, {"label smoothing", "class weights", "losses of samples"})
+)
+def test_options(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
+    on_both(gpu_ranks, ranks, layout, options_in_modes, name)
+
+
+def under_autocast(place: Place, dtype: torch.dtype) -> list[Any]:
+    found: list[Any] = []
+    for mode in MODES.values():
+        head = PartialFC(WIDTH, CLASSES, device=place.device, group=place.group, init_std=1.0, **mode)
+        optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
+        x, y = place.batch(0)
+        with torch.autocast(place.device.type, dtype):
+            loss = head(x.to(dtype), y)
+        loss.backward()
+        optimizer.step()
+        found += [loss.detach(), x.grad, head.weight]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [ALONE, RANKS])
+def test_autocast(gpu_ranks: Pools, ranks: Pools, layout: str, dtype: torch.dtype):
+    on_both(gpu_ranks, ranks, layout, under_autocast, dtype)
+
+
+def center_losses(place: Place, update: str) -> list[Any]:
+    """A head and a center loss on one exchange, with labels of weight and samples of weight."""
+    head = PartialFC(WIDTH, CLASSES, device=place.device, group=place.group, init_std=1.0)
+    center = CenterLoss(WIDTH, CLASSES, update=update, device=place.device, group=place.group)  # type: ignore[arg-type]
+    optimizers: list[Any] = [RowOptimizer(torch.optim.SGD, head, lr=0.1)]
+    optimizers.append(RowOptimizer(torch.optim.SGD, center, lr=0.1) if update == "gradient" else center)
+    found: list[Any] = []
+    for step in range(2):
+        x, y = place.batch(step)
+        two, half = torch.stack((y, y.flip(0)), 1), torch.full((len(y), 2), 0.5, device=place.device)
+        batch = gather(x, two, label_weights=half, sample_weights=half[:, 0], group=place.group)
+        loss = head(batch) + 0.1 * center(batch)
+        loss.backward()
+        clip_grad_norm_([], head, center, max_norm=5.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        found += [loss.detach(), x.grad]
+    return [*found, head.weight, center.centers]
+
+
+@pytest.mark.parametrize("update", ["paper", "gradient"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_center_losses(gpu_ranks: Pools, ranks: Pools, layout: str, update: str):
+    on_both(gpu_ranks, ranks, layout, center_losses, update)
+
+
+def several_heads(place: Place) -> list[Any]:
+    """Heads of labels of their own, one of them sampled, behind a backbone; two micro-batches a step."""
+    backbone = nn.Linear(WIDTH, WIDTH, bias=False, device=place.device)
+    with torch.no_grad():
+        backbone.weight.copy_(place.filled(WIDTH, WIDTH))
+    common = {"device": place.device, "group": place.group, "init_std": 1.0}
+    heads = {
+        "faces": PartialFC(WIDTH, CLASSES, sample_rate=0.5, **common),
+        "kinds": PartialFC(WIDTH, 3, Softmax(), **common),
+    }
+    optimizers: list[Any] = [RowOptimizer(torch.optim.AdamW, head, lr=0.1) for head in heads.values()]
+    optimizers.append(torch.optim.SGD(backbone.parameters(), lr=0.1, momentum=0.9))
+    found: list[Any] = []
+    for step in range(2):
+        for micro in range(2):
+            x, y = place.batch(2 * step + micro)
+            batches = gather(backbone(x), {"faces": y, "kinds": y % 3}, group=place.group)
+            loss = sum(head(batches[name]) for name, head in heads.items())
+            assert isinstance(loss, Tensor)
+            loss.backward()
+            found.append(loss.detach())
+        found.append(clip_grad_norm_(backbone.parameters(), *heads.values(), max_norm=1.0))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [*found, backbone.weight, *(head.weight for head in heads.values())]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_several_heads(gpu_ranks: Pools, ranks: Pools, layout: str):
+    on_both(gpu_ranks, ranks, layout, several_heads)
+
+
+def a_bad_batch(place: Place) -> list[Any]:
+    """A NaN on the last rank, which all leave out; then a step as usual; and in eval()."""
+    head = PartialFC(WIDTH, CLASSES, device=place.device, group=place.group, init_std=1.0, on_nonfinite="skip")
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
+    before, found = local(head.weight.detach()).clone(), []
+    for step in range(2):
+        x, y = place.batch(step)
+        if step == 0 and place.rank == place.world - 1:
+            x = x.detach().clone()
+            x[1, 2] = float("nan")
+            x.requires_grad_()
+        loss = head(x, y)
+        loss.backward()
+        found += [loss.detach(), check_gradients([], head)]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(before, local(head.weight)) == (step == 0)
+    head.eval()
+    with torch.no_grad():
+        found.append(head(*place.batch(2)))
+    return [*found, head.skips, head.weight]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bad_batch_is_skipped(gpu_ranks: Pools, ranks: Pools, layout: str):
+    on_both(gpu_ranks, ranks, layout, a_bad_batch)
