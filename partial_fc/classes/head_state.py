@@ -152,7 +152,7 @@ class HeadState(ChangeableLoss):
         """Mean angle of embeddings to their target class in the last forward, in radians, without margin (0-d)."""
         if self._measured is None:
             raise RuntimeError("target_angle is known after a forward")
-        return self._measured.angles().mean()
+        return self._measured.angles().nanmean()
 
     @property
     def metrics(self) -> dict[str, Tensor]:

@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Ranks, sum_over_replicas
-from partial_fc.nonfinite.scalers import look_at_wiring, scaled_and_stepped
+from partial_fc.nonfinite.scalers import SUSPICIOUS, largest_factor, look_at_wiring, scaled_and_stepped
 from partial_fc.nonfinite.step_check import decide, local_flags, norms_of, others
 from partial_fc.nonfinite.wiring import refuse_alone
 from partial_fc.rows import ClassRows, HasClassRows
@@ -53,17 +54,27 @@ def check_gradients(parameters: Iterable[Tensor] | Tensor, *heads: HasClassRows,
 def check_step(heads: Sequence[ClassRows], parameters: Sequence[Tensor], scaler: Any = None) -> bool:
     """Return whether the step may be taken: check losses and gradients, and agree. parameters: of the backbone."""
     refuse_alone(heads)
+    return decide(heads, agree_on_flags(flags_of(heads, parameters), heads).tolist(), parameters, scaler)
+
+
+def flags_of(heads: Sequence[ClassRows], parameters: Sequence[Tensor]) -> Tensor:
+    """Return this rank's flags of a step (`local_flags`)."""
     grads = [local_part(p.grad) for p in parameters if p.grad is not None]
     of_losses = [p.grad for rows in heads for p in (*rows.carriers, *rows.shared.values()) if p.grad is not None]
     grads += [local_part(grad) for grad in of_losses]
     # absolute values, whose sum overflows only where a gradient is of no use
-    flags = agree_on_flags(local_flags(heads, norms_of([grad for grad in grads if grad.numel()], 1.0)), heads)
-    return decide(heads, flags.tolist(), parameters, scaler)
+    return local_flags(heads, norms_of([grad for grad in grads if grad.numel()], 1.0))
 
 
 def check_own_step(rows: ClassRows) -> None:
     """Check, for an optimizer whose step() is called, a step that nobody has checked."""
-    rows.record.half_unscaled = scaled_and_stepped(rows)
+    refuse_alone([rows])
+    flags = torch.cat((flags_of([rows], []), largest_factor(rows).to(rows.device)))
+    *found, largest = agree_on_flags(flags, [rows]).tolist()
+    if largest < SUSPICIOUS:
+        decide([rows], found, [])
+        return
+    rows.record.half_unscaled = scaled_and_stepped(rows)  # on all ranks, which agree once more
     check_step([rows], [])
 
 

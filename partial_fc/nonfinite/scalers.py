@@ -129,14 +129,20 @@ def _optimizer(key: int, ids: set[int]) -> Any:
 # ---------------------------------------------------------------------------------- an optimizer that steps by itself
 
 
+def largest_factor(rows: ClassRows) -> Tensor:
+    """Return the largest gradient by a loss of the step, float64 `[1]`; 0 without any."""
+    grads = [backward.grad.detach().double().reshape(-1) for backward in rows.record.backwards if backward.grad.numel()]
+    grads = grads or [torch.zeros(1, dtype=torch.float64, device=rows.device)]
+    return torch.cat([grad.to(rows.device) for grad in grads]).abs().amax()[None]
+
+
 def scaled_and_stepped(rows: ClassRows) -> str:
     """Return what is wrong where a scaler scaled the loss, and the optimizer's step() was called directly; else "".
 
     For steps that nobody has checked: it waits for the device. The gradient by the loss tells, if it is large, that a
     scale may be in it; then the scalers of the process are searched.
     """
-    grads = [backward.grad.detach().abs().amax() for backward in rows.record.backwards if backward.grad.numel()]
-    largest = max((float(grad) for grad in grads), default=0.0)
+    largest = float(largest_factor(rows))
     if largest < SUSPICIOUS:
         return ""
     for scaler in all_scalers():

@@ -128,10 +128,9 @@ def _tile_backward(z: Sizes) -> int:
     samples = z.N * z.D
     narrow = 0 if z.bounded else z.N * z.T * z.p
     # the gradient, unless the product can be written to its final place
-    own = 0 if z.p == z.s == z.w and not z.held else rows * z.s
-    product = rows * z.p * z.low + own
-    if not z.bounded:  # float16 is unscaled after it is widened
-        product = 2 * rows * z.s
+    own = 0 if z.s == z.w and not z.held else rows * z.s
+    low = rows * (z.p if z.bounded else z.s) * z.low  # float16 is unscaled after it is widened
+    product = low + (own if z.bounded else rows * z.s)
     # the rows themselves in the dtype of the statistics, where their directions are not in it
     vectors = rows * z.s * (z.low and not z.held and (z.w != z.s or z.window > 0))
     transposed = z.N * z.T * z.p * (z.cpu and z.low and z.bounded)  # the CPU transposes half precision
@@ -139,7 +138,7 @@ def _tile_backward(z: Sizes) -> int:
         computing + directions * (z.tiles > 1),  # beside the directions of the previous tile
         directions + max(narrow, samples * z.p * z.low),
         directions + product + transposed + samples * z.p * z.low,
-        directions + vectors + own + rows * z.s,  # the component of the gradient along the directions
+        directions + vectors + low + own + rows * z.s,  # the component of the gradient along the directions
         directions + 2 * samples * z.s,  # the terms of the targets
         directions + block_bytes(z, rows) if z.in_backward else 0,
     )

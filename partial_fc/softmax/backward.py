@@ -28,10 +28,11 @@ from partial_fc.batch.row_sums import add_to_rows
 from partial_fc.distributed.derivatives import executes
 from partial_fc.distributed.ranks import start_reduce_scatter, sum_over_replicas
 from partial_fc.softmax import float16
+from partial_fc.softmax.at_once import RowsAtOnce
 from partial_fc.softmax.decisions import decision_derivatives
 from partial_fc.softmax.forward import ForwardState, SavedTensors
 from partial_fc.softmax.recompute import recomputed
-from partial_fc.softmax.row_tiles import tangent
+from partial_fc.softmax.row_tiles import tangent, tangent_at
 from partial_fc.softmax.tiles import tile_of
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]
@@ -147,6 +148,7 @@ class BackwardTiles:
         self.state = state
         self.stats = saved.x.dtype
         self.scale = state.options.scale
+        self.weighted_dtype = self.stats if state.product is torch.float16 else state.product
         if state.rows.count:
             self.target_rows, self.target_inverse = state.targets.directions
         self.shares = None
@@ -159,6 +161,7 @@ class BackwardTiles:
         centers, ruled = state.options.margin.centers, state.options.ruled
         dx = x.new_empty(len(x), x.shape[1] if want_x else 0) if rows.count else torch.zeros_like(x)
         update = state.sink.begin_update() if want_rows and state.sink.begin_update is not None else None
+        self.at_end = update is None and isinstance(rows, RowsAtOnce) and rows.projects_at_end
         length = rows.count if update is None else min(state.tile, rows.count)
         dw = rows.gradient_memory(length) if want_rows else None
         db = x.new_empty(length, dtype=self.stats) if want_rows and self.bias is not None else None
@@ -172,7 +175,7 @@ class BackwardTiles:
             e, factor = self._exponentials(t, a, b, w)
             if factor is not previous:
                 previous, scaled_factor = factor, factor * self.scale
-                weighted = x * scaled_factor if dw is not None else x
+                weighted = (x * scaled_factor).to(self.weighted_dtype) if dw is not None else x
             if want_x and t == 0:
                 torch.mul(torch.mm(e, w), scaled_factor, out=dx)
             elif want_x:
@@ -191,7 +194,9 @@ class BackwardTiles:
             self._finish_embeddings(dx)
         if dw is None:
             return dx, []
-        rows.held = None  # its memory holds the gradient now; a second backward gathers the rows again
+        if self.at_end and isinstance(rows, RowsAtOnce):
+            rows.project_all(dw, scaled=state.product != self.stats)
+        rows.release()
         if update is None:
             return dx, self._with_targets(dw, db, 0)
         if not rows.count:  # the optimizer's scalar state counts this step as on other ranks
@@ -209,19 +214,26 @@ class BackwardTiles:
     def _row_gradient(self, out: Tensor, e: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
         """Write the gradient of rows a to b, but for the targets' share, to `out [T, D]`, perhaps the memory of w."""
         product, rows = self.state.product, self.state.rows
-        if product == self.stats == out.dtype and rows.held is None:
+        if product is torch.float16:
+            grad = float16.scaled_product(e, weighted)
+        elif product == self.stats == out.dtype and not rows.overlaps:
             grad = torch.mm(e.t(), weighted, out=out)
-        elif product is torch.float16:
-            grad = float16.scaled_product(e, weighted).to(self.stats)
         else:
-            grad = torch.mm(e.t(), weighted.to(product)).to(self.stats)
+            grad = torch.mm(e.t(), weighted)
         if self.shares is not None:
+            grad = grad.to(self.stats)
             self.shares.add_to_rows(grad, a, b)
-        if rows.inverse is not None:
+        if rows.inverse is not None and not self.at_end:
             vector, is_unit = rows.vectors(a, b, w)
-            final = out if out.dtype == grad.dtype else grad
-            tangent(grad, vector, rows.inverse[a:b], out=final, is_unit=is_unit)
-        if out.dtype != grad.dtype or rows.inverse is None:
+            final = out if out.dtype == self.stats else torch.empty_like(grad, dtype=self.stats)
+            inverse = rows.inverse[a:b]
+            if is_unit:
+                grad = tangent(grad.to(self.stats), vector, inverse, out=final)
+            else:
+                grad = tangent_at(grad, vector, inverse, out=final)
+        elif rows.inverse is not None and grad is not out:
+            grad = torch.mul(grad, rows.inverse[a:b], out=out)
+        if grad is not out:
             out.copy_(grad)
 
     def _finish_embeddings(self, dx: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch.profiler import record_function
 
 from partial_fc.distributed.ranks import all_gather
 from partial_fc.margins.positives import Positives
+from partial_fc.softmax.at_once import RowsAtOnce
 from partial_fc.softmax.decisions import decision_losses, softplus
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.measured import Measured
@@ -79,8 +80,11 @@ def forward(
     index = selection.rows
     if index is not None and centers > 1:
         index = rows_of_classes(index, centers)
-    rows = RowTiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad)
     kind = X.device.type
+    row_tiles = RowTiles if kind == "cpu" else RowsAtOnce
+    rows = row_tiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad)
+    if isinstance(rows, RowsAtOnce):
+        rows.measure(product, sink.begin_update is None)
     most = tile_rows(selection.batch.most_samples, x.shape[1], kind)
     tile = tile_size(rows.count, most, centers, kind)
     with record_function("partial_fc::targets"):

@@ -22,26 +22,33 @@ class Measured:
     scale: float  # of the margin then
 
     def angles(self) -> Tensor:
-        """Return the angles in radians of all existing targets."""
-        return torch.acos(self.cosines[self.exists].clamp(-1, 1))
+        """Return the angles `[N, L]` in radians to all targets, NaN where there is none."""
+        return torch.where(self.exists, torch.acos(self.cosines.clamp(-1, 1)), torch.nan)
 
     def summary(self, margin: Margin) -> dict[str, Tensor]:
-        """Return the figures of `PartialFC.metrics`."""
+        """Return the figures of `PartialFC.metrics`. Nothing waits for the device."""
         assert self.hardest is not None
         some = self.exists.any(1)
-        best = torch.where(self.exists, self.cosines, -torch.inf).amax(1)[some]
-        target = torch.where(self.exists, self.target_logits, -torch.inf).amax(1)[some]
-        hardest, norms = self.hardest[some], self.norms[some]
+        best = torch.where(self.exists, self.cosines, -torch.inf).amax(1)
+        target = torch.where(self.exists, self.target_logits, -torch.inf).amax(1)
+        hardest = self.hardest
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.where(some, values.to(self.norms.dtype), torch.nan).nanmean()
+
         found = {
-            "accuracy": (best > hardest).to(norms.dtype).mean(),
-            "margin_met": (target > (0.0 if margin.binary else hardest * self.scale)).to(norms.dtype).mean(),
-            "embedding_norm": norms.mean(),
+            "accuracy": mean(best > hardest),
+            "margin_met": mean(target > (0.0 if margin.binary else hardest * self.scale)),
+            "embedding_norm": mean(self.norms),
         }
         if not margin.normalize:
             return found
-        angles = self.angles()
-        marks = torch.tensor([0.1, 0.5, 0.9], dtype=angles.dtype, device=angles.device)
-        spread = torch.quantile(angles, marks) if len(angles) else torch.full_like(marks, torch.nan)
-        percentiles = dict(zip(("target_angle_p10", "target_angle_p50", "target_angle_p90"), spread, strict=True))
-        hardest_angle = torch.acos(hardest.clamp(-1, 1)).mean()
-        return found | {"target_angle": angles.mean(), **percentiles, "hardest_angle": hardest_angle}
+        angles = self.angles().reshape(-1)
+        percentiles = {
+            f"target_angle_p{percent}": torch.nanquantile(angles, percent / 100)
+            if len(angles)
+            else torch.full_like(found["accuracy"], torch.nan)
+            for percent in (10, 50, 90)
+        }
+        hardest_angle = mean(torch.acos(hardest.clamp(-1, 1)))
+        return found | {"target_angle": angles.nanmean(), **percentiles, "hardest_angle": hardest_angle}

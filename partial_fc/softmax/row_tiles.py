@@ -38,15 +38,19 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)
 
 
-def tangent(grad: Tensor, vector: Tensor, inverse: Tensor, out: Tensor, *, is_unit: bool = True) -> Tensor:
-    """Return ∂/∂v from g = ∂/∂u, u = v/‖v‖: `(g − (g·u) u) / ‖v‖`, rows `[n, D]`. vector: u, or v unless `is_unit`.
+def tangent(grad: Tensor, direction: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
+    """Return ∂/∂v from g = ∂/∂u, u = v/‖v‖: `(g − (g·u) u) / ‖v‖`, rows `[n, D]`. out may be either input's memory."""
+    return torch.addcmul(grad, direction, row_dots(grad, direction), value=-1, out=out).mul_(inverse)
 
-    out may be either input's memory.
-    """
-    along = row_dots(grad, vector)
-    if not is_unit:
-        along = along.mul_(inverse).mul_(inverse)
-    return torch.addcmul(grad, vector, along, value=-1, out=out).mul_(inverse)
+
+def tangent_at(grad: Tensor, vector: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
+    """As `tangent`, from v itself; grad: of any dtype, may be the memory of out."""
+    return project(torch.mul(grad, inverse, out=out), vector, inverse)
+
+
+def project(scaled: Tensor, vector: Tensor, inverse: Tensor) -> Tensor:
+    """Return `h − (h·u) u`, u = v/‖v‖, in the memory of h = g/‖v‖."""
+    return scaled.addcmul_(vector, row_dots(scaled, vector).mul_(inverse.square()), value=-1)
 
 
 class RowTiles:
@@ -54,7 +58,7 @@ class RowTiles:
 
     index: sorted rows of the flat weight `[C_local · K, D]`, or None for all. normalize: give directions; else rows as
     they are. dtype: of the statistics. Rows that are picked out of the shard are gathered once a forward, into the
-    memory of their gradient. On a CPU that is done tile by tile, while a tile is in the cache; elsewhere at once.
+    memory of their gradient. All is done tile by tile, while a tile is in the cache.
     """
 
     def __init__(
@@ -75,21 +79,27 @@ class RowTiles:
         self.count = len(self.weight) if index is None else len(index)
         self.inverse = weight.new_empty(self.count, 1, dtype=dtype) if normalize else None
         self.measured = False  # the lengths of all tiles are known
+        self.needs_grad = needs_grad
         self.held: Tensor | None = None  # directions of gathered rows
+        self.memory: Tensor | None = None  # of their gradient, if they are held there
         if index is not None and needs_grad and weight.dtype == dtype:
-            self.held = self.gradient_memory(self.count)
-        if weight.device.type != "cpu" and self.held is not None:
-            self.tile(0, self.count, dtype)
-            self.measured = True
-        elif weight.device.type != "cpu" and normalize and index is None:
-            self.inverse, self.measured = inverse_length(self.weight, dtype), True
+            self.held = self.memory = self.gradient_memory(self.count)
 
     def gradient_memory(self, length: int) -> Tensor:
         """Return memory `[length, D]` for the gradient of the rows: that of the held directions if there are any."""
-        if self.held is not None:
-            return self.held
+        if self.memory is not None:
+            return self.memory
         name = "rows" if self.index is None else "selected rows"
         return self.workspace.take(name, (length, self.weight.shape[1]), self.weight.dtype, self.weight.device)
+
+    def release(self) -> None:
+        """The memory holds the gradient now: a second backward makes the directions again."""
+        self.held = self.memory = None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the gradient is written over the directions that it is projected with."""
+        return self.held is not None
 
     def tile(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
         """Return directions `[b − a, D]` of rows a to b."""
@@ -119,13 +129,10 @@ class RowTiles:
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return (directions `[P, D]`, 1/length `[P, 1]`; 1 where nothing is normalised) of single rows."""
-        if self.held is not None and self.inverse is not None and self.measured:
-            return self.held.index_select(0, positions), self.inverse.index_select(0, positions)
         part = self.weight.index_select(0, positions if self.index is None else self.index[positions])
         if self.inverse is None:
             return part.to(self.dtype), part.new_ones(len(part), 1, dtype=self.dtype)
-        measured = self.measured and self.index is None
-        inverse = self.inverse.index_select(0, positions) if measured else inverse_length(part, self.dtype)
+        inverse = inverse_length(part, self.dtype)
         return part * inverse, inverse
 
     def bias_at(self, positions: Tensor) -> Tensor | float:

@@ -102,7 +102,9 @@ def _module() -> types.ModuleType:
     }
     for name, answer in answers.items():
         setattr(module, name, lambda *given, answer=answer: answer)
-    vars(module).update(Stream=_Stream, current_stream=lambda *given: _Stream(), stream=lambda *given: nullcontext())
+    vars(module).update(
+        Event=_Event, Stream=_Stream, current_stream=lambda *given: _Stream(), stream=lambda *given: nullcontext()
+    )
     vars(module)["synchronize"] = _synchronize
     return module
 
@@ -110,6 +112,14 @@ def _module() -> types.ModuleType:
 def _synchronize(device: Any = None) -> None:
     if PretendGpu.entered is not None:
         PretendGpu.entered._note("synchronize", 0, 0, "synchronize")
+
+
+class _Event:
+    """Has happened at once."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
 
 
 class _Stream:

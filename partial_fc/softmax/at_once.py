@@ -1,0 +1,60 @@
+"""The class rows of a forward elsewhere than on a CPU: lengths and directions are made for all of them at once.
+
+A tile that stays in a cache saves nothing there, and every launch costs. Directions of all rows stand in the memory of
+the gradient that follows them, in the dtype of the products, so that backward need not make them again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from partial_fc.softmax.row_tiles import RowTiles, inverse_length, project
+
+
+class RowsAtOnce(RowTiles):
+    """As `RowTiles`. Where all rows take part, `held` has the dtype of the products."""
+
+    def measure(self, product: torch.dtype, whole_gradient: bool) -> None:
+        """whole_gradient: there will be a gradient of all rows at once, and so memory for it."""
+        if self.held is not None:
+            self.tile(0, self.count, self.dtype)
+            self.measured = True
+        elif self.inverse is not None and self.index is None:
+            self.inverse, self.measured = inverse_length(self.weight, self.dtype), True
+            if self.needs_grad and whole_gradient and self.weight.dtype == self.dtype:
+                self.memory = self.gradient_memory(self.count)
+                self.held = self.memory.view(product)[:, : self.memory.shape[1]]  # the beginning of each row
+                torch.mul(self.weight, self.inverse, out=self.held)
+
+    def tile(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
+        if self.index is None and self.held is not None and self.inverse is not None and dtype != self.held.dtype:
+            return torch.mul(self.weight[a:b], self.inverse[a:b]).to(dtype)
+        return super().tile(a, b, dtype)
+
+    @property
+    def overlaps(self) -> bool:
+        return self.held is not None and self.index is not None
+
+    @property
+    def projects_at_end(self) -> bool:
+        """Whether the gradient of all rows goes through the normalisation at once, not tile by tile."""
+        return self.held is not None and self.index is None
+
+    def project_all(self, grad: Tensor, scaled: bool) -> None:
+        """Take the gradient of all rows, perhaps divided by their lengths already, through the normalisation."""
+        assert self.inverse is not None
+        project(grad if scaled else grad.mul_(self.inverse), self.weight, self.inverse)
+
+    def vectors(self, a: int, b: int, directions: Tensor) -> tuple[Tensor, bool]:
+        if self.index is None:
+            return self.weight[a:b].to(self.dtype), False
+        return super().vectors(a, b, directions)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if self.inverse is None or not self.measured:
+            return super().at(positions)
+        inverse = self.inverse.index_select(0, positions)
+        if self.held is not None and self.index is not None:
+            return self.held.index_select(0, positions), inverse
+        return self.weight.index_select(0, positions) * inverse, inverse
