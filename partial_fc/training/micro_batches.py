@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
 from partial_fc import naming_the_missing
+from partial_fc.distributed.groups import ranks_of
+from partial_fc.distributed.meeting import meet
 from partial_fc.training.all_ranks import raise_on_all
 from partial_fc.training.data.loader import Batch, BatchLoader
 from partial_fc.training.errors import UserError
@@ -161,8 +162,7 @@ class MicroBatches:
         """Return the smallest count of all ranks, and whether all ranks continue."""
         if self.accelerator.num_processes == 1:
             return count, continuing
-        smallest = torch.tensor([count, int(continuing)], device=self.accelerator.device)
-        with naming_the_missing("the agreement on the next micro-batch"):
-            dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-        count, all_continue = smallest.tolist()
-        return count, bool(all_continue)
+        mine = (count, int(continuing))
+        table = meet("the agreement on the next micro-batch", ranks_of(None), self.accelerator.device, mine)
+        counts, all_continue = zip(*table, strict=True)
+        return min(counts), all(all_continue)
