@@ -13,9 +13,10 @@ from partial_fc.distributed.ranks import Ranks, all_gather
 def add_rows(
     old_rows: Tensor, old: list[Tensor], rows: Tensor, values: list[Tensor], *, stale: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return (sorted rows of both, sums of the values of both `[S, ...]`).
+    """Return (sorted rows of both, sums of the values of both `[S, ...]`). The host waits for how many there are.
 
-    old_rows, rows: sorted. stale: an optimizer has used the old ones, so that they were to be cleared; warns.
+    A row may stand in one of them more than once. stale: an optimizer has used the old ones, so that they were to be
+    cleared; warns.
     """
     if stale:
         warnings.warn(
@@ -24,7 +25,7 @@ def add_rows(
         )
     union = torch.unique(torch.cat((old_rows, rows)))
     before, now = torch.searchsorted(union, old_rows), torch.searchsorted(union, rows)
-    sums = [v.new_zeros(len(union), *v.shape[1:]).index_copy_(0, before, b) for v, b in zip(values, old, strict=True)]
+    sums = [add_to_rows(v.new_zeros(len(union), *v.shape[1:]), before, b) for v, b in zip(values, old, strict=True)]
     return union, [add_to_rows(total, now, value) for total, value in zip(sums, values, strict=True)]
 
 
