@@ -16,8 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from watching import collectives
 
 from partial_fc import (
+    AdaFace,
     ArcFace,
     CenterLoss,
+    CurricularFace,
     NonFiniteError,
     PartialFC,
     RowOptimizer,
@@ -475,3 +477,33 @@ def one_rank_fails(rank: int, world: int) -> str:
 def test_a_run_can_go_on_after_an_error(ranks):
     (text,) = set(ranks(2).run(one_rank_fails, timeout=120))
     assert "NonFiniteError" in text
+
+
+@pytest.mark.parametrize("margin", [CurricularFace, AdaFace])
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_running_statistics_of_a_bad_step_are_undone(policy, margin):
+    head = PartialFC(D, 20, margin(scale=8.0), on_nonfinite=policy)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
+
+    def step(factor: float) -> list[float]:
+        for weight in (1.0, factor):  # the second of two micro-batches may be bad
+            (head(5 * torch.randn(6, D, requires_grad=True), torch.arange(6)) * weight).backward()
+        try:
+            clip_grad_norm_([], head, max_norm=1.0)
+            optimizer.step()
+        except NonFiniteError:
+            assert policy == "raise"
+        optimizer.zero_grad()
+        return [buffer.item() for buffer in head.margin.buffers()]
+
+    good = step(1.0)
+    assert step(float("inf")) == good
+    assert step(1.0) != good
+
+
+@pytest.mark.parametrize("label", [-1, 20, 10**12])
+def test_a_bad_label_that_nobody_looks_for_shows_in_the_loss(label):
+    head = PartialFC(D, 20, validate="never")
+    labels = torch.tensor([3, label, -100])
+    assert not head(torch.randn(3, D), labels).isfinite()
+    assert head(torch.randn(3, D), labels[[0, 2]].repeat(2)[:3]).isfinite()
