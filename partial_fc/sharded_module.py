@@ -21,7 +21,8 @@ from partial_fc.batch.refusals import agree
 from partial_fc.distributed.anomaly import allow_anomaly_detection
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import as_whole, real, whole
-from partial_fc.distributed.groups import device_of, ranks_of
+from partial_fc.distributed.groups import backends_of, device_of, ranks_of
+from partial_fc.distributed.own_gpu import check_own_gpus
 from partial_fc.distributed.ranks import Group, Ranks
 from partial_fc.distributed.tools import drawing_rows, meet_tool
 from partial_fc.distributed.wrapping import DDP, FSDP2, refuse
@@ -137,8 +138,13 @@ class ShardedModule(nn.Module):
         self.class_rows.hold(self._own_parameters(), self._shared_parameters(), self.class_rows.shards)
         if self.class_rows.shards.mesh is not None:
             allow_anomaly_detection()
-        if self.class_rows.shards.ranks.group is not None and self._device.type != "meta":
-            agree(self._agreed_at_start(), self.class_rows.shards.ranks, self._device, "the building of a head")
+        ranks = self.class_rows.shards.ranks
+        if ranks.group is not None and self._device.type != "meta":
+            what = "the building of a head"
+            check_own_gpus(ranks, self._device, what)
+            agree(self._agreed_at_start(), ranks, device_of(ranks), what)
+            if self._device.type == "cpu" and "cpu" not in backends_of(ranks.group):
+                raise errors.rows_that_cannot_travel(type(self).__name__, ", ".join(backends_of(ranks.group)))
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._parameters.items() if p is not None}
@@ -260,7 +266,8 @@ class ShardedModule(nn.Module):
 
     def _agreed_at_start(self) -> Agreed:
         """Return what the building compares: also what has a value for each class."""
-        return Agreed.of(self, **{name: comparable(float(b.double().sum())) for name, b in self.named_buffers()})
+        values = {name: comparable(float(b.double().sum())) for name, b in self.named_buffers()}
+        return Agreed.of(self, device=self.class_rows.device.type, **values)
 
 
 def _default_device(ranks: Ranks) -> torch.device:

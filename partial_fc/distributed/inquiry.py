@@ -74,14 +74,14 @@ def register_process() -> None:
     if world is None or (_registered_in is not None and _registered_in() is world):
         return
     _registered_in = weakref.ref(world)
-    process = [_machine(), os.getpid(), _stat(os.getpid())[1]]
+    process = [machine_id(), os.getpid(), _stat(os.getpid())[1]]
     try:
-        _default_store().set(f"{PROCESS}/{dist.get_rank()}", json.dumps(process))
+        default_store().set(f"{PROCESS}/{dist.get_rank()}", json.dumps(process))
     except (RuntimeError, OSError, NotImplementedError):
         return  # the store cannot be written to: a later message will not contain the state of the process
 
 
-def _machine() -> str:
+def machine_id() -> str:
     """Return an id of this machine and of its process namespace; "" if there is none."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
@@ -106,7 +106,7 @@ def _state_of(rank: int, store: Any) -> str:
     if not store.check([key]):
         return ""
     machine, pid, started = json.loads(store.get(key))
-    if not machine or machine != _machine():
+    if not machine or machine != machine_id():
         return ""
     state, since = _stat(pid)
     if not state or since != started or state in "ZX":
@@ -171,7 +171,7 @@ class _Inquiry(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._ask(_own_connection(_default_store()))
+            self._ask(_own_connection(default_store()))
         except Exception as error:  # the host of the store has exited, or this kind of store has no such operation
             self.failure = error
         finally:
@@ -216,7 +216,7 @@ class _Inquiry(threading.Thread):
         self.late = self.rank in self.missing
 
 
-def _default_store() -> Any:
+def default_store() -> Any:
     """Return the store of the process group. NotImplementedError where torch does not have it by that name."""
     if not hasattr(dist.distributed_c10d, "_get_default_store"):
         raise NotImplementedError(f"torch {torch.__version__} does not tell its store")
@@ -279,7 +279,7 @@ def explain_failure(error: str, what: str, group: dist.ProcessGroup | None, seco
 def _explain_by_store(inquiry: _Inquiry, what: str, how: str) -> tuple[str, list[int]]:
     """Return the message and the ranks if the store has failed or does not respond."""
     try:
-        store = _tcp_store(_default_store())
+        store = _tcp_store(default_store())
     except NotImplementedError:
         store = None
     agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
