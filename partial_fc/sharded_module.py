@@ -130,8 +130,7 @@ class ShardedModule(nn.Module):
         """Fill it with the initial rows of `seed` and `init_std`; do nothing on the meta device."""
         local = local_part(parameter.detach())
         if local.device.type != "meta":
-            lo, hi = self.class_rows.shards.lo, self.class_rows.shards.hi
-            local.copy_(initial_rows(lo, hi, local.shape[1:], std=self.init_std, seed=self.seed))
+            fill_initial_rows(local, self.class_rows.shards.lo, std=self.init_std, seed=self.seed)
 
     def _complete(self) -> None:
         """Call it when all parameters are registered: checks that all ranks built the same."""
@@ -277,19 +276,24 @@ def _default_device(ranks: Ranks) -> torch.device:
 
 
 def initial_rows(lo: int, hi: int, row_shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:
-    """Rows `[lo, hi)` of the initial matrix, float32 `[hi - lo, *row_shape]`, normal with deviation `std`.
+    """Return rows `[lo, hi)` of the initial matrix in host memory, float32 `[hi - lo, *row_shape]`."""
+    out = torch.empty(hi - lo, *row_shape, device="cpu", dtype=torch.float32)
+    fill_initial_rows(out, lo, std=std, seed=seed)
+    return out
+
+
+def fill_initial_rows(out: Tensor, lo: int, *, std: float, seed: int) -> None:
+    """Fill `out [n, ...]`, on any device, with the rows of the initial matrix from class id `lo` on: normal numbers
+    with deviation `std`, drawn in float32.
 
     Drawn in fixed blocks of 1,024 rows with a generator each, keyed by (seed, block), because `normal_` draws other
-    numbers for another size of tensor: any rank can draw any rows, and all agree.
+    numbers for another size of tensor: any rank can draw any rows, and all agree. One block is in host memory.
     """
     cpu = torch.device("cpu")  # whatever the default device and dtype are: the draw is part of the meaning of a seed
-    out = torch.empty(hi - lo, *row_shape, device=cpu, dtype=torch.float32)
+    rows = torch.empty(INIT_BLOCK, *out.shape[1:], device=cpu, dtype=torch.float32)
+    hi = lo + len(out)
     for block in range(lo // INIT_BLOCK, -(-hi // INIT_BLOCK)):
         start = block * INIT_BLOCK
-        generator = torch.Generator(cpu).manual_seed(mix(seed, block))
-        rows = torch.empty(INIT_BLOCK, *row_shape, device=cpu, dtype=torch.float32).normal_(
-            0.0, std, generator=generator
-        )
+        rows.normal_(0.0, std, generator=torch.Generator(cpu).manual_seed(mix(seed, block)))
         a, b = max(lo, start), min(hi, start + INIT_BLOCK)
         out[a - lo : b - lo] = rows[a - start : b - start]
-    return out
