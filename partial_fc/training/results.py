@@ -60,7 +60,7 @@ def evaluate_sets(
         )
         labels = dataset.labels[indices]
         work = split_work(accelerator, config.evaluation.tile)
-        results.append(evaluate_embeddings(embeddings, labels, name=name, **work))
+        results.append(evaluate_embeddings(embeddings, labels, name=name, **work, device=accelerator.device))
         if pictures:
             note_hardest(folder.path, name, dataset, (embeddings, labels, indices), config.evaluation.tile, accelerator)
     return results

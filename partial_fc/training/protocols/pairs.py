@@ -94,11 +94,14 @@ def score_pairs(
     rank: int = 0,
     world: int = 1,
     reduce: Reduce | None = None,
+    device: torch.device | None = None,
 ) -> Scored:
     """Count the cosines of all `pairs` of the unit rows `unit` `[n, D]`.
 
-    Calls `reduce` twice, three times with `keep_scores`. Temporary memory: three tensors `[block, D]`.
+    Calls `reduce` twice, three times with `keep_scores`. Temporary memory: three tensors `[block, D]`. device: where
+    cosines are computed, by default the device of the rows, which are copied there.
     """
+    unit = unit if device is None else unit.to(device)
     count = len(pairs.same)
     histogram = torch.zeros(2 * FOLDS * BINS, dtype=torch.int64)
     grid = torch.zeros(2 * FOLDS * (THRESHOLDS + 1), dtype=torch.int64)
