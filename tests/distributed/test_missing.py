@@ -32,7 +32,7 @@ from partial_fc import (
     save_checkpoint,
 )
 from partial_fc.distributed import inquiry
-from partial_fc.distributed.missing import is_peer_error
+from partial_fc.distributed.inquiry import is_peer_error
 
 D, C, VICTIM = 6, 10, 1
 SECONDS = 3.0  # the timeout of the groups, once all ranks are there
