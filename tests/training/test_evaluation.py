@@ -4,6 +4,7 @@ import json
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 from torch.nn import functional as F
 
+from partial_fc import gather
 from partial_fc.training import evaluation, results
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import (
@@ -379,3 +381,28 @@ def test_a_run_asks_for_its_own_device(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hardest, "note_pairs", lambda *_: None)
     found = results.evaluate_sets(torch.nn.Identity(), {"faces": data}, run, config, SimpleNamespace(path=None))
     assert found == ["figures"] and asked == [gpu, gpu]
+
+
+def rows_in_blocks(rank: int, world: int, counts: list[int]) -> tuple[Tensor, Tensor, int]:
+    """Embeddings of all ranks, their positions, and the largest number of rows that was on the device at once."""
+    start = sum(counts[:rank])
+    positions = torch.arange(start, start + counts[rank]).flip(0)
+    embeddings = positions[:, None].float() * torch.ones(3)
+    seen: list[int] = []
+
+    def noting(*tensors: Tensor) -> Any:
+        batch = gather(*tensors)
+        seen.append(len(batch.labels))
+        return batch
+
+    run: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=world)
+    with mock.patch.object(results, "BLOCK", 4), mock.patch.object(results, "gather", noting):
+        found = results.gather_rows(embeddings, positions, run)
+    return *found, max(seen)
+
+
+@pytest.mark.parametrize("counts", [[10, 0, 3], [1, 2, 1], [0, 0, 0]])
+def test_embeddings_travel_in_blocks(ranks: Any, counts: list[int]):
+    for embeddings, positions, largest in ranks(3).run(rows_in_blocks, counts):
+        assert positions.tolist() == list(range(sum(counts))) == embeddings[:, 2].tolist()
+        assert embeddings.shape == (sum(counts), 3) and largest <= 3 * 4
