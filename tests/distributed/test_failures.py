@@ -9,6 +9,7 @@ import contextlib
 import json
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from missing_ranks import answers, set_timeout, told
 from torch import Tensor
 
-from partial_fc import ArcFace, PartialFC, naming_the_missing
+from partial_fc import ArcFace, CenterLoss, PartialFC, naming_the_missing
 from partial_fc.distributed import failures, inquiry
 
 D, C, VICTIM = 6, 10, 1
@@ -53,12 +54,14 @@ def data() -> tuple[Tensor, Tensor]:
 def step_without_memory(rank: int, world: int, where: str) -> tuple[str, tuple[int, ...], str]:
     """What each rank raises where one has no memory in forward, after the exchange, or in backward."""
     inquiry.SETTLE = 0.3
-    head = PartialFC(D, C, Hungry())
+    head = CenterLoss(D, C) if where == "center" else PartialFC(D, C, Hungry())
     head(*data()).backward()
     head.zero_grad()
     dist.barrier()
     set_timeout(2.0)
     Hungry.fails = where == "forward" and rank == VICTIM
+    if where == "center" and rank == VICTIM:
+        head._differences = mock.Mock(side_effect=torch.OutOfMemoryError(WORDS))
 
     def step() -> None:
         x, labels = data()
@@ -75,15 +78,18 @@ def step_without_memory(rank: int, world: int, where: str) -> tuple[str, tuple[i
     return "nothing was raised", (), ""
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["forward", "backward", "center"])
 def test_ranks_that_wait_for_one_without_memory_say_so(where):
     found = answers(3, step_without_memory, where)
     assert found[VICTIM][0] == WORDS, "its own error passes unchanged"
-    place = "the forward of a head, in partial_fc.softmax." if where == "forward" else "a training step: CUDA"
+    place = {"forward": "the forward of a head, in partial_fc.softmax.", "backward": "a training step: CUDA"}
     for rank in (0, 2):
         message, missing, _ = found[rank]
         assert missing == (VICTIM,), message
-        assert f"rank {VICTIM}: it ran out of memory in {place}" in message, message
+        assert (
+            f"rank {VICTIM}: it ran out of memory in {place.get(where, 'the forward of a center loss, in partial_fc.centers')}"
+            in message
+        ), message
         assert WORDS in message and " s ago), and its process (pid " in message
 
 
