@@ -61,9 +61,12 @@ def construct(
     cls: type[torch.optim.Optimizer], parameters: list[nn.Parameter], options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """Build the class on stand-ins of the parameters, with its fused kernel where it has one and the caller did not
-    choose."""
-    stand_ins = [nn.Parameter(local_part(p.detach())[:0]) for p in parameters]
-    if "fused" in inspect.signature(cls).parameters and not {"fused", "foreach", "differentiable"} & set(options):
+    choose. Those of the meta device stand for parameters of another one, which may have what is chosen."""
+    of_none = [local_part(p.detach())[:0] for p in parameters]
+    meta = any(each.device.type == "meta" for each in of_none)
+    stand_ins = [nn.Parameter(torch.empty_like(each, device="cpu") if meta else each) for each in of_none]
+    chosen = {"fused", "foreach", "differentiable"} & set(options)
+    if "fused" in inspect.signature(cls).parameters and not (meta or chosen):
         try:
             return step_quietly(cls(stand_ins, **{**options, "fused": True}))
         except RuntimeError:  # no fused kernel for this device or dtype

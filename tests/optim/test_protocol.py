@@ -296,6 +296,8 @@ def test_what_only_a_gpu_has_is_left_out_of_trials_on_the_cpu(monkeypatch):
     optimizer.check_state(template)
     head, plain = build("exact", torch.optim.Adam, fused=True)
     assert plain.inner.defaults["fused"]
+    of_another_device = PartialFC(WIDTH, CLASSES, device="meta")
+    assert RowOptimizer(torch.optim.Adam, of_another_device, fused=True).inner.defaults["fused"]
     assert "fused" in any_message_of(RowOptimizer, torch.optim.Adadelta, head, fused=True)
 
 
