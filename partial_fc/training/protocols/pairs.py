@@ -110,8 +110,7 @@ def score_pairs(
     stop = count * (rank + 1) // world
     for start in range(count * rank // world, stop, block):
         part = slice(start, min(start + block, stop))
-        first = unit[pairs.first[part]]
-        second = unit[pairs.second[part]]
+        first, second = (unit.index_select(0, each[part].to(unit.device)) for each in (pairs.first, pairs.second))
         cosines = torch.linalg.vecdot(first, second).cpu()
         distances = first.sub_(second).square_().sum(1).double().cpu()
         kind_and_fold = torch.where(pairs.same[part], GENUINE, IMPOSTOR) * FOLDS + pairs.fold[part]
