@@ -1,5 +1,6 @@
 """Plain DistributedDataParallel, as in your own loop: torchrun --nproc_per_node 2 examples/ddp.py [EPOCHS] [BACKEND]"""
 
+import os
 import sys
 
 import torch
@@ -15,12 +16,13 @@ from partial_fc.training.evaluation import evaluate_embeddings
 
 
 def main(epochs: int = 4, backend: str = "gloo") -> None:
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before anything is on a GPU
     dist.init_process_group(backend)
     rank, world = dist.get_rank(), dist.get_world_size()
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if backend == "nccl" else torch.device("cpu")
     data = GlyphIdentities("train")
     loader = BatchLoader(data, batch_size=256, rank=rank, world=world, augment=AugmentConfig())
-
     torch.manual_seed(0)
     backbone = build_backbone("small", image_shape=data.image_shape, embedding_size=128).to(device)
     model = DistributedDataParallel(backbone)
@@ -42,9 +44,10 @@ def main(epochs: int = 4, backend: str = "gloo") -> None:
             for schedule in schedules:
                 schedule.step()
         if rank == 0:
-            angle = f"target angle {head.target_angle.item():.2f} rad"
-            print(f"epoch {epoch + 1}: loss {loss.item():.3f}, {angle}", flush=True)
-
+            print(
+                f"epoch {epoch + 1}: loss {loss.item():.3f}, target angle {head.target_angle.item():.2f} rad",
+                flush=True,
+            )
     backbone.eval()
     seen = BatchLoader(GlyphIdentities("seen"), batch_size=500, rank=rank, world=world, shuffle=False, drop_last=False)
     with torch.no_grad():

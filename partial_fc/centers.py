@@ -30,6 +30,7 @@ from partial_fc.classes.class_means import Batches
 from partial_fc.distributed.derivatives import executes, first_derivative
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import real
+from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Group, all_gather, all_gather_mesh, start_reduce_scatter, sum_over_replicas
 from partial_fc.nonfinite.check_gradients import check_step
 from partial_fc.nonfinite.wiring import follow_in_eval
@@ -130,7 +131,8 @@ class CenterLoss(ChangeableLoss):
         rows = self.class_rows
         if self.training and rows.record.bad_forward:
             return self._zero_loss(x, batch, gradient_of_all_rows=not rows.sampled)
-        with record_function("partial_fc::centers"):
+        named = naming_the_missing("the forward of a center loss", batch.ranks.group)
+        with record_function("partial_fc::centers"), named:
             targets = self._own_targets(batch, scatter=x is not batch.embeddings)
             differences = self._differences(targets)
             anchor = self._anchor() if self.training and rows.sampled else None

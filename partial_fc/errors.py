@@ -18,6 +18,13 @@ def built_before_group() -> RuntimeError:
     )
 
 
+def rows_that_cannot_travel(owner: str, kinds: str) -> ValueError:
+    return ValueError(
+        f"this {owner} is on the CPU, but its process group exchanges tensors of {kinds} alone: leave device= out or "
+        'give it that of this rank, or name a backend for the CPU as well, init_process_group("cpu:gloo,cuda:nccl")'
+    )
+
+
 def replaced_parameter(owner: str, name: str) -> RuntimeError:
     return RuntimeError(
         f"another tensor was put in the place of this {owner}'s {name}, which its optimizer does not know: keep "

@@ -22,6 +22,7 @@ from torch.profiler import record_function
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.classes.head_state import HeadState, check_head_arguments
 from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Group
 from partial_fc.margins.base import Margin
 from partial_fc.margins.fixed import ArcFace
@@ -114,25 +115,24 @@ class PartialFC(HeadState):
                 self.margin, self.num_classes, self.label_smoothing, self.interclass_filter, self.reduction,
                 self.scale_embedding_grad, self.collect_metrics, self.class_weights,
             )  # fmt: skip
-            selection = self._select(batch, options, scatter=x is not batch.embeddings)
+            chosen = self._select(batch, options, scatter=x is not batch.embeddings)
             optimizer, begin_update = self.class_rows.live_optimizer, None
             if self.training and torch.is_grad_enabled() and optimizer is not None and optimizer.update_in_backward:
                 begin_update = optimizer.update_for_forward()
         self.forward_count += self.training
-        self.selected_rows = selection.rows
-        all_rows = selection.rows is None and begin_update is None  # autograd takes the gradient of all rows
+        self.selected_rows = chosen.rows
+        all_rows = chosen.rows is None and begin_update is None  # autograd takes the gradient of all rows
         if self.training and self.class_rows.record.bad_forward:
             return self._zero_loss(x, batch, gradient_of_all_rows=all_rows)
         if self.training:
             self.class_rows.record.remember(each for each in self.margin.buffers() if not each.ndim)
-        weight = local_part(self.weight)
-        bias = None if self.bias is None else local_part(self.bias)
-        anchor = None
+        weight, bias, anchor = local_part(self.weight), None if self.bias is None else local_part(self.bias), None
         if not all_rows:  # row gradients go to the sink, so autograd must not see the weights
             weight, bias, anchor = weight.detach(), None if bias is None else bias.detach(), self._anchor()
         offset = local_part(self.margin.get_parameter("offset")) if self.margin.binary else None
         sink = RowGradientSink(self._workspace, self.class_rows.accumulate, begin_update)
-        loss, losses, self._measured = sharded_cross_entropy(x, weight, bias, offset, anchor, selection, options, sink)
+        with naming_the_missing("the forward of a head", self.shards.ranks.group):
+            loss, losses, self._measured = sharded_cross_entropy(x, weight, bias, offset, anchor, chosen, options, sink)
         return self._follow(loss, losses, batch)
 
     def _select(self, batch: GlobalBatch, options: LossOptions, scatter: bool) -> Selection:

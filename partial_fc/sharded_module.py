@@ -21,7 +21,8 @@ from partial_fc.batch.refusals import agree
 from partial_fc.distributed.anomaly import allow_anomaly_detection
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import as_whole, real, whole
-from partial_fc.distributed.groups import device_of, ranks_of
+from partial_fc.distributed.groups import backends_of, device_of, ranks_of
+from partial_fc.distributed.own_gpu import check_own_gpus
 from partial_fc.distributed.ranks import Group, Ranks
 from partial_fc.distributed.tools import drawing_rows, meet_tool
 from partial_fc.distributed.wrapping import DDP, FSDP2, refuse
@@ -129,16 +130,20 @@ class ShardedModule(nn.Module):
         """Fill it with the initial rows of `seed` and `init_std`; do nothing on the meta device."""
         local = local_part(parameter.detach())
         if local.device.type != "meta":
-            lo, hi = self.class_rows.shards.lo, self.class_rows.shards.hi
-            local.copy_(initial_rows(lo, hi, local.shape[1:], std=self.init_std, seed=self.seed))
+            fill_initial_rows(local, self.class_rows.shards.lo, std=self.init_std, seed=self.seed)
 
     def _complete(self) -> None:
         """Call it when all parameters are registered: checks that all ranks built the same."""
         self.class_rows.hold(self._own_parameters(), self._shared_parameters(), self.class_rows.shards)
         if self.class_rows.shards.mesh is not None:
             allow_anomaly_detection()
-        if self.class_rows.shards.ranks.group is not None and self._device.type != "meta":
-            agree(self._agreed_at_start(), self.class_rows.shards.ranks, self._device, "the building of a head")
+        ranks = self.class_rows.shards.ranks
+        if ranks.group is not None and self._device.type != "meta":
+            what = "the building of a head"
+            check_own_gpus(ranks, self._device, what)
+            agree(self._agreed_at_start(), ranks, device_of(ranks), what)
+            if self._device.type == "cpu" and "cpu" not in backends_of(ranks.group):
+                raise errors.rows_that_cannot_travel(type(self).__name__, ", ".join(backends_of(ranks.group)))
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._parameters.items() if p is not None}
@@ -260,7 +265,8 @@ class ShardedModule(nn.Module):
 
     def _agreed_at_start(self) -> Agreed:
         """Return what the building compares: also what has a value for each class."""
-        return Agreed.of(self, **{name: comparable(float(b.double().sum())) for name, b in self.named_buffers()})
+        values = {name: comparable(float(b.double().sum())) for name, b in self.named_buffers()}
+        return Agreed.of(self, device=self.class_rows.device.type, **values)
 
 
 def _default_device(ranks: Ranks) -> torch.device:
@@ -270,19 +276,24 @@ def _default_device(ranks: Ranks) -> torch.device:
 
 
 def initial_rows(lo: int, hi: int, row_shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:
-    """Rows `[lo, hi)` of the initial matrix, float32 `[hi - lo, *row_shape]`, normal with deviation `std`.
+    """Return rows `[lo, hi)` of the initial matrix in host memory, float32 `[hi - lo, *row_shape]`."""
+    out = torch.empty(hi - lo, *row_shape, device="cpu", dtype=torch.float32)
+    fill_initial_rows(out, lo, std=std, seed=seed)
+    return out
+
+
+def fill_initial_rows(out: Tensor, lo: int, *, std: float, seed: int) -> None:
+    """Fill `out [n, ...]`, on any device, with the rows of the initial matrix from class id `lo` on: normal numbers
+    with deviation `std`, drawn in float32.
 
     Drawn in fixed blocks of 1,024 rows with a generator each, keyed by (seed, block), because `normal_` draws other
-    numbers for another size of tensor: any rank can draw any rows, and all agree.
+    numbers for another size of tensor: any rank can draw any rows, and all agree. One block is in host memory.
     """
     cpu = torch.device("cpu")  # whatever the default device and dtype are: the draw is part of the meaning of a seed
-    out = torch.empty(hi - lo, *row_shape, device=cpu, dtype=torch.float32)
+    rows = torch.empty(INIT_BLOCK, *out.shape[1:], device=cpu, dtype=torch.float32)
+    hi = lo + len(out)
     for block in range(lo // INIT_BLOCK, -(-hi // INIT_BLOCK)):
         start = block * INIT_BLOCK
-        generator = torch.Generator(cpu).manual_seed(mix(seed, block))
-        rows = torch.empty(INIT_BLOCK, *row_shape, device=cpu, dtype=torch.float32).normal_(
-            0.0, std, generator=generator
-        )
+        rows.normal_(0.0, std, generator=torch.Generator(cpu).manual_seed(mix(seed, block)))
         a, b = max(lo, start), min(hi, start + INIT_BLOCK)
         out[a - lo : b - lo] = rows[a - start : b - start]
-    return out

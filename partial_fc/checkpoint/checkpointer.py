@@ -8,9 +8,10 @@
     save(step)                 snapshot (if asynchronous) ── write, all ranks ──> step-000001000/ ── retention
     latest(), load()           the newest complete checkpoint
 
-An asynchronous save copies the state to CPU memory, and a thread writes the copy; a training step waits only for the
-copy. The thread uses a gloo group of its own, so its messages never mix with those of a step. The memory of the copy is
-kept for the next save: the peak is the same, and memory that has been written before is copied to several times faster.
+An asynchronous save copies the state to CPU memory (snapshot.py), and a thread writes the copy; a training step waits
+only for the copy. The thread uses a gloo group of its own, so its messages never mix with those of a step. The memory
+of the copy is kept for the next save: the peak is the same, and memory that has been written before is copied to
+several times faster.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from partial_fc.checkpoint.locks import FolderLock
 from partial_fc.checkpoint.manifest import MANIFEST, find_damage, naming_the_checkpoint, read_manifest
 from partial_fc.checkpoint.save_load import Stateful, collect, load_checkpoint, write_checkpoint
+from partial_fc.checkpoint.snapshot import Snapshots
 from partial_fc.distributed.agreement import check_same, on_first_rank
 from partial_fc.distributed.given import as_whole, whole, whole_if_any
 from partial_fc.distributed.operation import operation
@@ -87,7 +88,7 @@ class Checkpointer:
         self._lock = FolderLock(self.folder)
         self._own: set[int] = set()  # steps that this object wrote or found
         self._damaged: set[int] = set()  # newer checkpoints that latest() skipped; they may be replaced
-        self._copies: dict[str, Tensor] = {}
+        self._snapshots = Snapshots()
         self._writer: _Writer | None = None
         limit = None if timeout is None else datetime.timedelta(seconds=timeout)
         self._group = dist.new_group(backend="gloo", timeout=limit) if asynchronous and dist.is_initialized() else None
@@ -145,9 +146,7 @@ class Checkpointer:
         step = whole_if_any(step)
         check_same("(step, names to save)", (step, sorted(named)))
         on_first_rank(lambda: self._admit(step))
-        state = collect(named, self._copy if self.asynchronous else None)
-        if self.asynchronous:
-            self._wait_for_copies()
+        state = collect(named, self._snapshots.copy if self.asynchronous else None)
         note = {"step": step, "metric": None if metric is None or math.isnan(metric) else float(metric)}
 
         def write() -> None:
@@ -252,22 +251,6 @@ class Checkpointer:
             return None
         return metric
 
-    # ------------------------------------------------------------------------------------------------ the copy
-
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a copy of the tensor in CPU memory, in the memory of the previous save if it fits."""
-        copy = self._copies.get(name)
-        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-            self._copies.pop(name, None)
-            pinned = tensor.device.type == "cuda"  # for a copy that does not block
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
-            self._copies[name] = copy
-        return copy.copy_(tensor, non_blocking=True)
-
-    def _wait_for_copies(self) -> None:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-
 
 def _is_incomplete_save(path: Path) -> bool:
     """Whether a folder holds only files of an incomplete checkpoint."""
@@ -280,6 +263,8 @@ class _Writer:
     """One save in a thread. join() raises its exception."""
 
     def __init__(self, write: Callable[[], None]) -> None:
+        # a new thread begins with GPU 0, and torch's writer waits for the current one, also for tensors of the CPU
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._error: BaseException | None = None
         # not a daemon: a process that ends without wait() still finishes its save
         self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint")
@@ -287,6 +272,8 @@ class _Writer:
 
     def _run(self, write: Callable[[], None]) -> None:
         try:
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)
             write()
         except BaseException as error:
             self._error = error

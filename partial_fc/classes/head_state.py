@@ -117,7 +117,7 @@ class HeadState(ChangeableLoss):
         margin.prepare(self.num_classes, self._drawn_of(self.num_classes))
         for name, parameter in self.margin.named_parameters():
             setattr(margin, name, parameter)
-        return margin.to(self._device).train(self.training)
+        return margin.to(self.class_rows.device).train(self.training)
 
     # ------------------------------------------------------------------------------------------------ public state
 

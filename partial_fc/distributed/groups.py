@@ -35,11 +35,28 @@ def ranks_of(group: Group) -> Ranks:
     return Ranks(*_place(group), group=group, host_group=host_group_of(group))
 
 
+def backends_of(group: dist.ProcessGroup | None) -> dict[str, str]:
+    """Return the backend of a group for each type of device that it can exchange: {"cpu": "gloo", "cuda": "nccl"}.
+
+    `dist.get_backend` is of no use here: it says "undefined" of a group that was made without a name, and the whole
+    list of one that has a backend for each type.
+    """
+    pairs = (each.partition(":") for each in dist.get_backend_config(group).split(","))
+    return {kind: backend for kind, _, backend in pairs}
+
+
 def device_of(ranks: Ranks) -> torch.device:
-    """Return the device of tensors that the group can exchange: the current GPU if it has no backend for the CPU."""
-    if ranks.group is None or "cpu:" in dist.get_backend_config(ranks.group):
+    """Return the device of tensors that the group can exchange: the CPU, or the current device of the accelerator whose
+    backend the group has, if it has none for the CPU (NCCL alone)."""
+    if ranks.group is None:
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    kinds = backends_of(ranks.group)
+    return torch.device("cpu") if "cpu" in kinds else current_device(next(iter(kinds)))
+
+
+def current_device(kind: str) -> torch.device:
+    """Return the device of this type that this process uses where none is named."""
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def _place(group: dist.ProcessGroup) -> tuple[int, int]:

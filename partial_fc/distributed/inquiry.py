@@ -17,20 +17,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import threading
 import time
 import weakref
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
+
+from partial_fc.distributed.failures import failure_of, tell_own
+from partial_fc.distributed.store import SILENCE, default_store, machine_id, own_connection, tcp_store
 
 GRACE = 10.0  # seconds to wait for the notes of ranks that were still computing when the collective failed
 SETTLE = 1.0  # seconds to wait for the last note, once all ranks but one have written theirs
-SILENCE = 5.0  # seconds after which a store is considered not to respond
 POLL = 0.05  # seconds between two looks at the store
 
 # keys in the store, each followed by "/" and a global rank
@@ -74,20 +73,11 @@ def register_process() -> None:
     if world is None or (_registered_in is not None and _registered_in() is world):
         return
     _registered_in = weakref.ref(world)
-    process = [_machine(), os.getpid(), _stat(os.getpid())[1]]
+    process = [machine_id(), os.getpid(), _stat(os.getpid())[1]]
     try:
-        _default_store().set(f"{PROCESS}/{dist.get_rank()}", json.dumps(process))
+        default_store().set(f"{PROCESS}/{dist.get_rank()}", json.dumps(process))
     except (RuntimeError, OSError, NotImplementedError):
         return  # the store cannot be written to: a later message will not contain the state of the process
-
-
-def _machine() -> str:
-    """Return an id of this machine and of its process namespace; "" if there is none."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
 
 
 def _stat(pid: int) -> tuple[str, str]:
@@ -106,7 +96,7 @@ def _state_of(rank: int, store: Any) -> str:
     if not store.check([key]):
         return ""
     machine, pid, started = json.loads(store.get(key))
-    if not machine or machine != _machine():
+    if not machine or machine != machine_id():
         return ""
     state, since = _stat(pid)
     if not state or since != started or state in "ZX":
@@ -153,7 +143,7 @@ class _Inquiry(threading.Thread):
 
     where: the collective that each rank of `members` came to
     missing: global ranks of `members` without a note, or those that other ranks found missing
-    seen: the state of each missing rank's process, in words
+    seen: the error that each missing rank has noted, and the state of its process, in words
     late: other ranks found this rank missing
     """
 
@@ -171,7 +161,7 @@ class _Inquiry(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._ask(_own_connection(_default_store()))
+            self._ask(own_connection(default_store()))
         except Exception as error:  # the host of the store has exited, or this kind of store has no such operation
             self.failure = error
         finally:
@@ -185,7 +175,8 @@ class _Inquiry(threading.Thread):
         store.set(f"{CONCLUDED}/{self.rank}", json.dumps(sorted(absent)))
         if not absent:
             self._read_conclusions(store)
-        self.seen = {rank: _state_of(rank, store) for rank in sorted(self.missing)}
+        for rank in sorted(self.missing):
+            self.seen[rank] = ", and ".join(filter(None, (failure_of(rank, store), _state_of(rank, store))))
         if self.rank == 0:  # it may host the store: keep it until the others have read from it
             present = [rank for rank in self.members if rank not in absent]
             self._wait(store, CONCLUDED, present, time.monotonic() + SETTLE)
@@ -216,47 +207,26 @@ class _Inquiry(threading.Thread):
         self.late = self.rank in self.missing
 
 
-def _default_store() -> Any:
-    """Return the store of the process group. NotImplementedError where torch does not have it by that name."""
-    if not hasattr(dist.distributed_c10d, "_get_default_store"):
-        raise NotImplementedError(f"torch {torch.__version__} does not tell its store")
-    return dist.distributed_c10d._get_default_store()
-
-
-def _own_connection(store: Any) -> Any:
-    """Return the same store on a connection of its own, because the existing one may be locked by a waiting thread."""
-    tcp = _tcp_store(store)
-    if tcp is not None:
-        # fails within SILENCE if the host has exited; the store itself would retry for its whole timeout
-        socket.create_connection((tcp.host, tcp.port), SILENCE).close()
-    if hasattr(store, "clone"):  # from torch 2.7 on
-        store = store.clone()
-        store.set_timeout(timedelta(seconds=SILENCE))
-    return store
-
-
-def _tcp_store(store: Any) -> Any:
-    """Return the TCPStore below all prefixes; None if the store is of another kind."""
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    return store if isinstance(store, dist.TCPStore) else None
-
-
 # ---------------------------------------------------------------------------------------------------- the message
 
 
-def explain_failure(error: str, what: str, group: dist.ProcessGroup | None, seconds: float) -> tuple[str, list[int]]:
-    """Return the message of a `RankMissing` and its ranks.
+def explain_failure(
+    error: BaseException, what: str, group: dist.ProcessGroup | None, seconds: float
+) -> tuple[str, list[int]] | None:
+    """Return the message of a `RankMissing` and its ranks; None for an error of this rank, which the others are told.
 
-    error: torch's message. what: what the collective was for. seconds: from its start to its failure.
+    error: torch's. what: what the collective was for. seconds: from its start to its failure.
     """
+    if not is_peer_error(error):
+        tell_own(error, what)
+        return None
     members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
     inquiry = _Inquiry(dist.get_rank(), what, members)
     inquiry.start()
     inquiry.answered.wait(SILENCE)
     if inquiry.answered.is_set():
         inquiry.join(GRACE + 2 * SETTLE + SILENCE)
-    timeout = _TIMEOUT.search(error)
+    timeout = _TIMEOUT.search(str(error))
     how = (
         f"waited {int(timeout[1]) / 1000:g} s, the timeout"
         if timeout
@@ -279,7 +249,7 @@ def explain_failure(error: str, what: str, group: dist.ProcessGroup | None, seco
 def _explain_by_store(inquiry: _Inquiry, what: str, how: str) -> tuple[str, list[int]]:
     """Return the message and the ranks if the store has failed or does not respond."""
     try:
-        store = _tcp_store(_default_store())
+        store = tcp_store(default_store())
     except NotImplementedError:
         store = None
     agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from partial_fc.distributed.inquiry import RankMissing, explain_failure, is_peer_error
+from partial_fc.distributed.inquiry import RankMissing, explain_failure
 from partial_fc.distributed.operation import current_operation
 
 
@@ -34,18 +34,18 @@ class _NamingTheMissing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, RankMissing) or not is_peer_error(error) or not dist.is_initialized():
+        if error is None or isinstance(error, RankMissing) or not dist.is_initialized():
             return
-        what = current_operation(self._what)
-        message, ranks = explain_failure(str(error), what, self._group, time.monotonic() - self._start)
-        raise RankMissing(message, ranks) from error
+        told = explain_failure(error, current_operation(self._what), self._group, time.monotonic() - self._start)
+        if told is not None:
+            raise RankMissing(*told) from error
 
 
 def naming_the_missing(what: str = "a collective", group: dist.ProcessGroup | None = None) -> _NamingTheMissing:
     """Return a context manager that turns an error caused by a missing peer into a `RankMissing` that names the peer.
 
     The block may hold one collective or a whole training step, with its backward and DistributedDataParallel's
-    reductions. Other errors pass unchanged. Without a process group the context manager does nothing.
+    reductions. Other errors pass unchanged, and the ranks that wait are told. Without a process group it does nothing.
 
     Args:
         what: the purpose of the collectives, for the message.

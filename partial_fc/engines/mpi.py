@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from partial_fc.distributed.own_gpu import take_own_gpu
+
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # set by mpirun: Open MPI; MPICH and its relatives
 MISSING = (
     "mpi4py is required under mpirun: pip install 'partial_fc[mpi]'; it must find the library of the MPI that mpirun "
@@ -32,9 +34,11 @@ MISSING = (
 def init_process_group(backend: str | None = None, **options: Any) -> None:
     """Call `torch.distributed.init_process_group` for the ranks that mpirun started.
 
-    backend: NCCL by default if there are GPUs, else gloo. Raises the errors of `set_rank_variables`.
+    The GPU of the local rank becomes the current one. backend: NCCL by default if there are GPUs, else gloo. Raises the
+    errors of `set_rank_variables`.
     """
     set_rank_variables()
+    take_own_gpu()
     dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"), **options)
 
 

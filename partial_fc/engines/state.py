@@ -201,7 +201,7 @@ class _ZeroOptimizer:
         return {**self._options(), "state": state, "loss_scaler": self._loss_scaler()}
 
     def state_template(self) -> dict[str, Any]:
-        of_element = state_of_a_step(self._optimizer)
+        of_element = state_of_a_step(self._optimizer, _flat_pieces(self._zero)[0].device)
         state: dict[int, dict[str, Tensor]] = {}
         for i, parameter in self._parameters():
             shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -275,15 +275,16 @@ def _parameter_groups(zero: Any) -> list[list[nn.Parameter]]:
     return groups
 
 
-def state_of_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_of_a_step(optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Tensor]:
     """Return the state tensors that the optimizer's class keeps per parameter.
 
-    They are those of one step on a `[1, 1]` parameter with the options of the first group.
+    They are those of one step on a `[1, 1]` parameter with the options of the first group. device: where the
+    class steps, because some options, and some classes, are for GPUs alone.
     """
     accepted = inspect.signature(type(optimizer)).parameters
     options = {k: v for k, v in optimizer.param_groups[0].items() if k in accepted and k != "params"}
-    parameter = nn.Parameter(torch.zeros(1, 1))
-    parameter.grad = torch.zeros(1, 1)
+    parameter = nn.Parameter(torch.zeros(1, 1, device=device))
+    parameter.grad = torch.zeros(1, 1, device=device)
     trial = step_quietly(type(optimizer)([parameter], **options))
     trial.step()
     return {k: v for k, v in trial.state[parameter].items() if isinstance(v, Tensor)}

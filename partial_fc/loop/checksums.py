@@ -17,14 +17,15 @@ MIX = -4658895280553007687  # odd 64-bit number (from splitmix64)
 
 
 def checksums(tensors: list[Tensor]) -> Tensor:
-    """Return int64 `[len(tensors)]`: a checksum of the bits of each. Two kernels per tensor, and a few in all.
+    """Return int64 `[len(tensors)]`: a checksum of the bits of each, on a GPU if any of them is on one.
 
-    Changes can cancel each other out only within the same 1,024 words. The remaining words at the end of a tensor are
-    mixed one by one.
+    Two kernels per tensor, and a few in all. Changes can cancel each other out only within the same 1,024 words. The
+    remaining words at the end of a tensor are mixed one by one.
     """
     if not tensors:
-        return torch.zeros(0, dtype=torch.int64)
-    device = tensors[0].device
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
+    # where most of them are: a sum that left a GPU for the CPU would be waited for
+    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
     rest = torch.zeros(len(tensors), 8 * WORDS, dtype=torch.uint8, device=device)  # zero-padded ends of the tensors
     parts, counts = [], []
     for row, tensor in zip(rest, tensors, strict=True):

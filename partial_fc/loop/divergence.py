@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from partial_fc.distributed.agreement import check_same
 from partial_fc.distributed.given import as_whole, whole
-from partial_fc.distributed.groups import ranks_of
+from partial_fc.distributed.groups import device_of, ranks_of
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import all_gather
@@ -150,14 +150,16 @@ class DivergenceWatch:
         recorded, self._recorded = self._recorded, []
         if self.group is None or not recorded:
             return
-        device = recorded[0].sums[0].device
-        steps = meet("the comparison of checksums", ranks_of(self.group), device, (len(recorded),))
+        ranks = ranks_of(self.group)
+        device = device_of(ranks)  # what is watched may be elsewhere, or nothing but numbers
+        steps = meet("the comparison of checksums", ranks, device, (len(recorded),))
         if any(count != steps[0] for count in steps):
             raise ValueError(
                 "ranks have called step() of a DivergenceWatch different numbers of times since the last comparison: "
                 f"{', '.join(str(count) for (count,) in steps)}; every rank must call it once a training step"
             )
-        mine = torch.stack([sums.combined(device) for sums in recorded], 1)  # [2, steps]
+        there = next((s.device for each in recorded for s in each.sums if s.device.type != "cpu"), device)
+        mine = torch.stack([sums.combined(there) for sums in recorded], 1).to(device)  # [2, steps]
         shard = torch.full((2, 1), self._shard(), dtype=torch.int64, device=device)
         table = all_gather(torch.cat((shard, mine), 1), self.group).tolist()
         for i, sums in enumerate(recorded):

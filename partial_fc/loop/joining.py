@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.distributed.given import whole
-from partial_fc.distributed.groups import device_of, ranks_of
+from partial_fc.distributed.groups import current_device, device_of, ranks_of
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Group, Ranks
@@ -143,11 +143,13 @@ def _batch_of(batch: Any, flat: int, ranks: Ranks, device: torch.device) -> Any:
         return batch
     content = bytearray(len(received))
     torch.frombuffer(content, dtype=torch.uint8).copy_(received)
+    return torch.load(io.BytesIO(content), map_location=_to_own_device, weights_only=False)
 
-    def to_device(storage: Any, location: str) -> Any:
-        return storage if location == "cpu" else storage.to(device=device)
 
-    return torch.load(io.BytesIO(content), map_location=to_device, weights_only=False)
+def _to_own_device(storage: Any, location: str) -> Any:
+    """Return the storage where this rank has such tensors: location is the device of the rank that has sent it."""
+    kind = location.partition(":")[0]
+    return storage if kind == "cpu" else storage.to(device=current_device(kind))
 
 
 def _broadcast(tensor: Tensor, flat: int, ranks: Ranks) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from partial_fc.distributed.groups import device_of, ranks_of
 from partial_fc.distributed.missing import naming_the_missing
 
 # Windows has no SIGUSR1
@@ -79,11 +80,7 @@ class PreemptionGuard:
         """
         if not dist.is_initialized():
             return self.noted is not None
-        # on the CPU if the group supports it, else on this rank's GPU
-        on_cpu = "cpu:" in dist.get_backend_config(self._group)
-        noted = torch.tensor(
-            [int(self.noted is not None)], device="cpu" if on_cpu else torch.accelerator.current_accelerator()
-        )
+        noted = torch.tensor([int(self.noted is not None)], device=device_of(ranks_of(self._group)))
         with naming_the_missing("the agreement whether to stop", self._group):
             dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
         return bool(noted)

@@ -15,6 +15,8 @@ from partial_fc.rows import ClassRows, HasClassRows
 
 LowPrecision = Literal["master", "stochastic"]
 
+KERNELS = ("capturable", "fused")  # options that some devices have and others have not
+
 
 def check_arguments(
     cls: type[torch.optim.Optimizer],
@@ -33,6 +35,7 @@ def check_arguments(
             "RowOptimizer(torch.optim.SGD, head, lr=0.1)"
         )
     check_options(options)
+    check_kernels(options, rows)
     if update_in_backward and rows.sampled:
         raise ValueError(
             "update_in_backward is for sample_rate=1.0; a sampled head has no gradient of the whole weight to save"
@@ -45,13 +48,25 @@ def check_arguments(
     return rows
 
 
+def check_kernels(options: dict[str, Any], rows: ClassRows) -> None:
+    """Raise ValueError for an option of kernels that the device of the rows does not have."""
+    if options.get("capturable") and rows.device.type == "cpu":
+        raise ValueError(
+            f"capturable=True is for parameters on a GPU, and this {rows.owner} is on the CPU: leave it out, or build "
+            "the optimizer when the rows are on a GPU"
+        )
+
+
 def construct(
     cls: type[torch.optim.Optimizer], parameters: list[nn.Parameter], options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """Build the class on stand-ins of the parameters, with its fused kernel where it has one and the caller did not
-    choose."""
-    stand_ins = [nn.Parameter(local_part(p.detach())[:0]) for p in parameters]
-    if "fused" in inspect.signature(cls).parameters and not {"fused", "foreach", "differentiable"} & set(options):
+    choose. Those of the meta device stand for parameters of another one, which may have what is chosen."""
+    of_none = [local_part(p.detach())[:0] for p in parameters]
+    meta = any(each.device.type == "meta" for each in of_none)
+    stand_ins = [nn.Parameter(torch.empty_like(each, device="cpu") if meta else each) for each in of_none]
+    chosen = {"fused", "foreach", "differentiable"} & set(options)
+    if "fused" in inspect.signature(cls).parameters and not (meta or chosen):
         try:
             return step_quietly(cls(stand_ins, **{**options, "fused": True}))
         except RuntimeError:  # no fused kernel for this device or dtype
@@ -73,7 +88,11 @@ def trial(
     cls: type[torch.optim.Optimizer], options: dict[str, Any], start: Tensor, steps: int, split: bool = False
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return (the parameter, its state) after some steps of a small problem. split: every row is a parameter of its
-    own."""
+    own.
+
+    It is on the CPU, wherever the rows are, and without the options that choose kernels: they change no number.
+    """
+    options = {name: _on_cpu(value) for name, value in options.items() if name not in KERNELS}
     generator = torch.Generator("cpu").manual_seed(1)
     parameters = [nn.Parameter(r.clone()) for r in (start.split(1) if split else [start])]
     optimizer = step_quietly(cls(parameters, **options))
@@ -85,6 +104,13 @@ def trial(
             parameter.grad = rows.clone()
         optimizer.step()
     return torch.cat([p.detach() for p in parameters]), optimizer.state[parameters[0]]
+
+
+def _on_cpu(value: Any) -> Any:
+    """Return an option with its tensors, such as a learning rate, on the CPU."""
+    if isinstance(value, tuple | list):
+        return type(value)(map(_on_cpu, value))
+    return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
 def initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> dict[str, float]:

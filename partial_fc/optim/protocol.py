@@ -81,11 +81,6 @@ def check_options(options: Mapping[str, Any]) -> None:
             "differentiable=True is not for a RowOptimizer, which moves rows in place, outside autograd; leave it out, "
             "and differentiate through the update of a small dense head by torch.func instead"
         )
-    if options.get("capturable"):
-        raise ValueError(
-            "capturable=True is for CUDA graphs, which cannot hold a step of a head: its sizes depend on the batch; "
-            "leave it out, and capture the backbone alone"
-        )
 
 
 def checked_groups(state: Mapping[str, Any], parameters: int) -> dict[str, Any]:

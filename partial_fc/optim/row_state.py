@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from partial_fc.batch.status import HALF
 from partial_fc.distributed.dtensors import local_part
-from partial_fc.optim.optimizer_class import is_row_state, trial
+from partial_fc.optim.optimizer_class import check_kernels, is_row_state, trial
 from partial_fc.optim.protocol import OneGroup, check_options, checked_groups, with_loading_hooks, with_saving_hooks
 from partial_fc.optim.stored_rows import agree_to_load, marked, row_problem, stated_rows, taken
 from partial_fc.rows import ClassRows, UpdateRows
@@ -120,9 +120,10 @@ class RowState(OneGroup):
         own = self._options()
         stored = checked_groups(state, len(self.class_rows.everything))["param_groups"][0]
         check_options(stored)
+        check_kernels(stored, self.class_rows)
         # a stored tensor, such as a learning rate, is a placeholder in a skeleton
         options = {**own, **{k: v for k, v in stored.items() if not isinstance(v, dict)}}
-        accepted = {k: v for k, v in options.items() if k in own and k not in ("fused", "foreach", "capturable")}
+        accepted = {k: v for k, v in options.items() if k in own and k != "foreach"}
         known = {MASTER, COUNT, *trial(type(self.inner), accepted, torch.zeros(1, 1, device="cpu"), steps=1)[1]}
         for of_parameter in state["state"].values():
             unknown = sorted(set(of_parameter) - known)

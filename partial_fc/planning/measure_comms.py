@@ -30,7 +30,7 @@ from torch import Tensor
 from partial_fc.batch.exchange import exchange_payload
 from partial_fc.batch.status import NO_LABEL, Status
 from partial_fc.distributed.given import real, whole
-from partial_fc.distributed.groups import ranks_of
+from partial_fc.distributed.groups import backends_of, device_of, ranks_of
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, start_reduce_scatter
 from partial_fc.head import PartialFC
 from partial_fc.planning.comms_report import Comms, Measured
@@ -49,7 +49,7 @@ def comms(
     *,
     backbone_parameters: int = 0,
     backbone_seconds: float = 0.0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     repeats: int = 7,
 ) -> Comms:
     """Measure the communication of a head's training step. Every rank must call it; all return the same result.
@@ -59,7 +59,7 @@ def comms(
         batch_size: N, samples of the global batch.
         backbone_parameters: how many float32 numbers of the backbone's gradient DDP sums across ranks; 0 to skip it.
         backbone_seconds: seconds of the backbone's forward and backward on this rank, if known.
-        device: the device of this rank.
+        device: the device of this rank; default: one whose tensors the group can exchange.
         repeats: calls of each collective, of which the median is taken.
 
     Raises ValueError for invalid arguments.
@@ -72,7 +72,7 @@ def comms(
     if backbone_parameters < 0 or repeats < 1 or not 0 < sample_rate <= 1:
         raise ValueError("backbone_parameters must be at least 0, repeats at least 1, and sample_rate in (0, 1]")
     ranks = ranks_of(None)
-    device = torch.device(device)
+    device = device_of(ranks) if device is None else torch.device(device)
     options = (torch.float32, None, None, False, None, device.type)
     z = sizes(num_classes, embedding_size, ranks.world, batch_size, sample_rate, "sgd-momentum", *options)
     timer = _Timer(ranks, device, repeats)
@@ -93,7 +93,7 @@ def comms(
         },
         ranks=ranks.world,
         nodes=_nodes(),
-        backend=dist.get_backend() if ranks.group is not None else "no process group",
+        backend=_backend(ranks, device),
         device=device.type,
         collectives=tuple(measured),
         head_seconds=head_seconds,
@@ -101,6 +101,13 @@ def comms(
         measured_rows=measured_rows,
         backbone_seconds=timer.slowest(backbone_seconds),
     )
+
+
+def _backend(ranks: Ranks, device: torch.device) -> str:
+    """Return the name of what sends tensors of this device."""
+    if ranks.group is None:
+        return "no process group"
+    return backends_of(ranks.group).get(device.type, "none for this device")
 
 
 def planned(z: Sizes, backbone_parameters: int) -> tuple[Collective, ...]:
@@ -197,7 +204,7 @@ class _Timer:
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self.device)
 
 
 def _head_seconds(z: Sizes, sample_rate: float, ranks: Ranks, device: torch.device, timer: _Timer) -> tuple[float, int]:

@@ -197,19 +197,22 @@ def evaluate_embeddings(
     world: int = 1,
     reduce: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
+    device: torch.device | None = None,
 ) -> Evaluation:
     """Return all figures for `embeddings` `[n, D]` of the identities `labels` `[n]`, under the display name `name`.
 
     With several ranks, each calls with the same embeddings and its own `rank`; `reduce` returns the sum of an int64
     tensor over ranks (two calls: 21 MB of counts, and two numbers), and every rank returns the same Evaluation.
     Embeddings need not be normalised; one of zero length has cosine 0 with all others. A tile of `tile` x `tile` pairs
-    is compared at a time and takes about 60 bytes per pair.
+    is compared at a time and takes about 60 bytes per pair. device: where tiles are computed, by default the device of
+    the embeddings; only what a tile needs is copied there.
 
     Raises UserError for non-finite embeddings, different lengths, or labels without a genuine or without an impostor
     pair.
     """
-    pairs = pair_histograms(embeddings, labels, tile=tile, rank=rank, world=world, progress=progress)
-    hits_probes = torch.tensor(rank1(embeddings, labels, tile=tile, rank=rank, world=world), device=embeddings.device)
+    share: dict[str, Any] = {"tile": tile, "rank": rank, "world": world, "device": device}
+    pairs = pair_histograms(embeddings, labels, progress=progress, **share)
+    hits_probes = torch.tensor(rank1(embeddings, labels, **share), device=pairs.counts.device)
     if reduce is not None:
         pairs = PairHistograms(reduce(pairs.counts))
         hits_probes = reduce(hits_probes)
@@ -236,19 +239,27 @@ def evaluate_embeddings(
 
 
 def pair_histograms(
-    embeddings: Tensor, labels: Tensor, *, tile: int = 2048, rank: int = 0, world: int = 1, progress: bool = False
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    tile: int = 2048,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = False,
+    device: torch.device | None = None,
 ) -> PairHistograms:
     """Return histograms of this rank's share of all pairs i < j of `embeddings` `[n, D]`, identities `labels` `[n]`.
 
-    Tile t of the upper triangle belongs to rank t mod `world`. `progress` shows a bar over this rank's tiles. Raises
-    UserError as `evaluate_embeddings` does.
+    Tile t of the upper triangle belongs to rank t mod `world`. `progress` shows a bar over this rank's tiles. device
+    and errors are those of `evaluate_embeddings`.
     """
     unit, identities = _prepare(embeddings, labels, tile)
     blocks = list(zip(unit.split(tile), identities.split(tile), strict=True))
     own_tiles = list(islice(combinations_with_replacement(range(len(blocks)), 2), rank, None, world))
-    counts = torch.zeros(2 * FOLDS * BINS, dtype=torch.int64, device=unit.device)
+    device = unit.device if device is None else device
+    counts = torch.zeros(2 * FOLDS * BINS, dtype=torch.int64, device=device)
     for i, j in tqdm(own_tiles, desc="pairs", unit="tile", disable=not progress, leave=False):
-        (rows, row_ids), (columns, column_ids) = blocks[i], blocks[j]
+        rows, row_ids, columns, column_ids = (part.to(device) for part in (*blocks[i], *blocks[j]))
         bins = bins_of(cosine_tile(rows, columns))
         different = row_ids[:, None] != column_ids
         fold = torch.minimum(row_ids[:, None], column_ids) % FOLDS
@@ -260,13 +271,21 @@ def pair_histograms(
     return PairHistograms(counts.view(2, FOLDS, BINS))
 
 
-def rank1(embeddings: Tensor, labels: Tensor, *, tile: int = 2048, rank: int = 0, world: int = 1) -> tuple[int, int]:
+def rank1(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    tile: int = 2048,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | None = None,
+) -> tuple[int, int]:
     """Closed-set identification: return `(hits, probes)` of this rank's share of the probes.
 
     The rank-1 rate is the sum of hits over ranks divided by that of probes. The gallery is the first image of each
     identity in the order of `embeddings` `[n, D]`; the probes are all other images. A probe is a hit if its nearest
     gallery embedding (the first, if several are equally near) is of its own identity. An identity with a single image
-    is only a distractor in the gallery. Raises UserError as `evaluate_embeddings` does.
+    is only a distractor in the gallery. device and errors are those of `evaluate_embeddings`.
     """
     unit, identities = _prepare(embeddings, labels, tile)
     count = int(identities.max()) + 1
@@ -276,13 +295,14 @@ def rank1(embeddings: Tensor, labels: Tensor, *, tile: int = 2048, rank: int = 0
     probes = (positions != first[identities]).nonzero().flatten()
     hits = total = 0
     for chosen in probes.split(tile)[rank::world]:
-        best = unit.new_full((len(chosen),), -torch.inf)
-        nearest = torch.zeros_like(chosen)
+        searched = unit[chosen].to(unit.device if device is None else device)
+        best = searched.new_full((len(chosen),), -torch.inf)
+        nearest = torch.zeros_like(best, dtype=torch.int64)
         for start in range(0, count, tile):
-            value, index = cosine_tile(unit[chosen], gallery[start : start + tile]).max(1)
+            value, index = cosine_tile(searched, gallery[start : start + tile].to(searched.device)).max(1)
             nearest = torch.where(value > best, index + start, nearest)
             best = torch.maximum(value, best)
-        hits += int((nearest == identities[chosen]).sum())
+        hits += int((nearest == identities[chosen].to(nearest.device)).sum())
         total += len(chosen)
     return hits, total
 

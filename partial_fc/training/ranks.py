@@ -24,6 +24,7 @@ from importlib.util import find_spec
 import torch
 import torch.distributed as dist
 
+from partial_fc.distributed.own_gpu import take_own_gpu
 from partial_fc.engines import mpi
 from partial_fc.training.errors import UserError
 
@@ -71,9 +72,9 @@ def find_ranks() -> None:
 
 
 def check_devices(cpu: bool) -> None:
-    """Raise UserError on every rank unless each rank has a GPU of its own, or no rank has a GPU.
+    """Make each rank's own GPU its current device. UserError on every rank unless each has one, or no rank has a GPU.
 
-    cpu: the run uses the CPU, so that nothing is checked.
+    cpu: the run uses the CPU, so that nothing is done.
     """
     if cpu or dist.is_initialized() or "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return
@@ -94,6 +95,7 @@ def check_devices(cpu: bool) -> None:
                 f"GPU{'s' * (each['gpus'] > 1)}; start as many processes per node as it has GPUs, and let each see "
                 "all of them (Slurm: --gpus-per-node, not --gpus-per-task)"
             )
+    take_own_gpu()
 
 
 def launcher_has_exited() -> bool:

@@ -15,12 +15,13 @@ from typing import Any
 
 import accelerate
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import partial_fc
-from partial_fc import gather, load_checkpoint
+from partial_fc import gather, load_checkpoint, naming_the_missing
 from partial_fc.training.all_ranks import raise_on_all, run_on_main, sum_ranks
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.config import RunConfig
@@ -35,6 +36,8 @@ from partial_fc.training.report.hardest import note_hardest, note_pairs
 from partial_fc.training.report.report import write_report
 from partial_fc.training.run import RunFolder
 from partial_fc.training.settings_parser import plain_settings, with_arguments_beside
+
+BLOCK = 1 << 16  # embeddings of a rank that travel at a time
 
 
 def evaluate_sets(
@@ -60,7 +63,7 @@ def evaluate_sets(
         )
         labels = dataset.labels[indices]
         work = split_work(accelerator, config.evaluation.tile)
-        results.append(evaluate_embeddings(embeddings, labels, name=name, **work))
+        results.append(evaluate_embeddings(embeddings, labels, name=name, **work, device=accelerator.device))
         if pictures:
             note_hardest(folder.path, name, dataset, (embeddings, labels, indices), config.evaluation.tile, accelerator)
     return results
@@ -160,9 +163,26 @@ def embed_images(
     except UserError as error:
         message = str(error)
     raise_on_all(message, accelerator, asked_to_stop())
-    gathered = gather(torch.cat(parts).to(device), torch.cat(indices).to(device))  # positions in the place of labels
-    order = gathered.labels.argsort()
-    return gathered.embeddings[order].cpu(), gathered.labels[order].cpu()
+    return gather_rows(torch.cat(parts), torch.cat(indices), accelerator)
+
+
+def gather_rows(embeddings: Tensor, positions: Tensor, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Return all ranks' embeddings `[n, D]` and positions `[n]`, in the order of positions, on the CPU of every rank.
+
+    They travel in blocks, so that a device never holds those of a whole data set.
+    """
+    device, longest = accelerator.device, torch.tensor(len(positions), device=accelerator.device)
+    if accelerator.num_processes > 1:
+        with naming_the_missing("the count of embeddings"):
+            dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    parts, places = [], []
+    for start in range(0, max(int(longest), 1), BLOCK):
+        here = slice(start, start + BLOCK)
+        batch = gather(embeddings[here].to(device), positions[here].to(device))  # positions in the place of labels
+        parts.append(batch.embeddings.cpu())
+        places.append(batch.labels.cpu())
+    order = torch.cat(places).argsort()
+    return torch.cat(parts)[order], torch.cat(places)[order]
 
 
 def claim_output(out: RunFolder, accelerator: Accelerator) -> None:

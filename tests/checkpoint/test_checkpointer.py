@@ -328,6 +328,15 @@ def test_an_asynchronous_error_comes_with_the_next_call(tmp_path, monkeypatch):
     assert checkpointer.steps() == [1, 3]
 
 
+def test_the_thread_uses_the_gpu_of_its_rank(monkeypatch):
+    taken: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: taken.append((threading.current_thread().name, index)))
+    partial_fc.checkpoint.checkpointer._Writer(lambda: taken.append(("written", 0))).join()
+    assert taken == [("checkpoint", 3), ("written", 0)]
+
+
 # -------------------------------------------------------------------------------------------------- one writer a folder
 
 HOLD = """

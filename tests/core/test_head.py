@@ -17,9 +17,12 @@ from near import near
 from runner import RankFailure
 from shards import local, row_gradient, selected_by_all, two_by_two, whole
 from torch import Tensor, nn
+from watching import Allocations
 
 import partial_fc
-from partial_fc import ArcFace, NonFiniteError, NormFace, PartialFC, RowOptimizer, Softmax, gather
+from partial_fc import AdaFace, ArcFace, NonFiniteError, NormFace, PartialFC, RowOptimizer, Softmax, gather
+from partial_fc.sampling import mix
+from partial_fc.sharded_module import INIT_BLOCK
 
 D = 6
 
@@ -208,6 +211,30 @@ def test_initial_weights_are_the_same_at_every_world_size(ranks, classes):
         ]
         assert torch.equal(torch.cat(parts), single)
     assert not torch.equal(PartialFC(D, classes, seed=5).weight.detach(), single)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_drawn_into_their_place_block_by_block(dtype):
+    head = PartialFC(8, 5000, seed=3, init_std=0.5, dtype=dtype)
+    with torch.no_grad():
+        head.weight.zero_()
+    with Allocations() as made:
+        head.reset_parameters()
+    assert made.elements <= INIT_BLOCK * 8  # and no copy of the shard in host memory
+    parts = []
+    for block in range(5):
+        generator = torch.Generator().manual_seed(mix(3, block))
+        parts.append(torch.empty(INIT_BLOCK, 8).normal_(0.0, 0.5, generator=generator))
+    assert torch.equal(head.weight, torch.cat(parts)[:5000].to(dtype))
+
+
+def test_a_margin_is_put_where_the_rows_are():
+    """The head was built on another device than that of its rows."""
+    head = PartialFC(8, 50, AdaFace(), device="meta").to_empty(device="cpu")
+    head.reset_parameters()
+    head.margin = AdaFace(margin=0.3)
+    assert {buffer.device.type for buffer in head.margin.buffers()} == {"cpu"}
+    head(torch.randn(4, 8), torch.arange(4))
 
 
 def casts(rank: int, world: int) -> None:

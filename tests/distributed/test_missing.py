@@ -32,7 +32,7 @@ from partial_fc import (
     save_checkpoint,
 )
 from partial_fc.distributed import inquiry
-from partial_fc.distributed.missing import is_peer_error
+from partial_fc.distributed.inquiry import is_peer_error
 
 D, C, VICTIM = 6, 10, 1
 SECONDS = 3.0  # the timeout of the groups, once all ranks are there
@@ -244,7 +244,7 @@ def one_that_is_named_already(rank: int, world: int) -> tuple[bool, list[str]]:
         same = error is inner and error.ranks == (5,)
     PartialFC(D, C)
     dist.barrier()
-    store = inquiry._default_store()
+    store = inquiry.default_store()
     return same, [inquiry._state_of(r, store) for r in range(world)]
 
 
@@ -263,7 +263,7 @@ def test_the_state_of_processes_is_seen(tmp_path):
     def seen(started: str) -> str:
         store.set(
             f"{inquiry.PROCESS}/7",
-            json.dumps([inquiry._machine(), process.pid, started]),
+            json.dumps([inquiry.machine_id(), process.pid, started]),
         )
         return inquiry._state_of(7, store)
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from partial_fc import PartialFC, RowOptimizer, load_checkpoint, save_checkpoint
 from partial_fc.engines.deepspeed import import_deepspeed
 from partial_fc.engines.joint import JointOptimizer
-from partial_fc.engines.state import BackboneState, OptimizerState, whole_state
+from partial_fc.engines.state import BackboneState, OptimizerState, state_of_a_step, whole_state
 
 pytest.importorskip("deepspeed")
 
@@ -149,3 +149,10 @@ def test_the_optimizer_of_a_head_is_not_that_of_the_engine(ranks):
 
 def test_half_precision_without_zero_is_refused(ranks):
     assert "use ZeRO-1" in ranks(2).run(refused)[0]
+
+
+def test_state_is_tried_where_the_parameters_are():
+    """The meta device stands for a GPU, without which some classes and options do not work."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.empty(5))], lr=0.1, momentum=0.9)
+    state = state_of_a_step(optimizer, torch.device("meta"))
+    assert {name: each.device.type for name, each in state.items()} == {"momentum_buffer": "meta"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -189,3 +190,36 @@ def test_without_ranks_nothing_is_done_and_bad_arguments_are_named():
         DivergenceWatch(nn.Linear(2, 2), on_divergence="mend")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="modules and optimizers"):
         DivergenceWatch(torch.ones(2))  # type: ignore[arg-type]
+
+
+class Sent(Exception):
+    """Enough was seen."""
+
+
+def devices_of_what_is_sent(rank: int, world: int) -> list[str]:
+    """Where the numbers of a comparison are in a group of NCCL alone; the meta device stands for the GPU."""
+    watch = DivergenceWatch(nn.Linear(2, 2), every=9)  # all that it watches is on the CPU
+    watch.step()
+    seen: list[str] = []
+
+    def met(what: str, ranks: Any, device: torch.device, values: Any) -> list[Any]:
+        seen.append(device.type)
+        return [values] * world
+
+    def gathered(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+        seen.append(tensor.device.type)
+        raise Sent
+
+    with (
+        mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"),
+        mock.patch("partial_fc.distributed.groups.current_device", return_value=torch.device("meta")),
+        mock.patch("partial_fc.loop.divergence.meet", met),
+        mock.patch("partial_fc.loop.divergence.all_gather", gathered),
+        pytest.raises(Sent),
+    ):
+        watch.compare()
+    return seen
+
+
+def test_what_is_compared_travels_on_the_device_of_the_group(ranks):
+    assert ranks(2).run(devices_of_what_is_sent) == [["meta", "meta"]] * 2

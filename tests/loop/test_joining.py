@@ -6,6 +6,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -230,3 +231,23 @@ def test_two_items_that_may_be_labels_are_asked_about():
         joining._with_ignored_labels(batch, None, -100)
     _, labels, index = joining._with_ignored_labels(batch, 1, -100)
     assert labels.tolist() == [-100, -100] and index.tolist() == [7, 8]
+
+
+def stand_in_of_a_gpu(rank: int, world: int) -> list[str]:
+    """Where a batch from GPU 1 goes on a rank that never had one; the group exchanges tensors of the CPU too."""
+    places: list[str] = []
+    storage = mock.Mock(to=lambda device: places.append(str(device)))
+
+    def load(file: Any, map_location: Any, weights_only: bool) -> Any:
+        map_location(storage, "cuda:1")
+        assert map_location(storage, "cpu") is storage
+        return torch.ones(2, 3), torch.tensor([1, 2])
+
+    with mock.patch.object(torch.cuda, "current_device", return_value=0), mock.patch.object(torch, "load", load):
+        joined = JoinedBatches([(torch.ones(2, 3), torch.tensor([1, 2]))] if rank else [])
+        assert len(list(joined)) == 1
+    return places
+
+
+def test_a_stand_in_goes_to_the_ranks_own_gpu(ranks):
+    assert ranks(2).run(stand_in_of_a_gpu) == [["cuda:0"], []]

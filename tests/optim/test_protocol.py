@@ -25,6 +25,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer, Softmax, load_checkpoint, save_checkpoint
 from partial_fc.engines.joint import JointOptimizer
+from partial_fc.rows import ClassRows
 
 CLASSES, WIDTH = 13, 6
 KINDS = {
@@ -283,6 +284,21 @@ def test_options_that_cannot_work_are_refused(option):
     state = optimizer.state_dict()
     state["param_groups"][0][option] = True
     assert f"{option}=True is" in any_message_of(optimizer.load_state_dict, state)
+
+
+def test_what_only_a_gpu_has_is_left_out_of_trials_on_the_cpu(monkeypatch):
+    """Rows that say they are on a GPU: the class gets the option, and what is tried on the CPU does without."""
+    monkeypatch.setattr(ClassRows, "device", torch.device("cuda", 0))
+    optimizer = build("exact", torch.optim.Adam, capturable=True)[1]
+    assert optimizer.inner.defaults["capturable"] and optimizer.param_groups[0]["capturable"]
+    template = optimizer.state_template()
+    assert template["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    optimizer.check_state(template)
+    head, plain = build("exact", torch.optim.Adam, fused=True)
+    assert plain.inner.defaults["fused"]
+    of_another_device = PartialFC(WIDTH, CLASSES, device="meta")
+    assert RowOptimizer(torch.optim.Adam, of_another_device, fused=True).inner.defaults["fused"]
+    assert "fused" in any_message_of(RowOptimizer, torch.optim.Adadelta, head, fused=True)
 
 
 SCHEDULES: dict[str, Any] = {

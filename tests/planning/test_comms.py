@@ -18,6 +18,7 @@ from partial_fc import PartialFC, RowOptimizer, clip_grad_norm_
 from partial_fc.planning import costs
 from partial_fc.planning.measure_comms import BUCKET, Comms, Measured, comms, planned
 from partial_fc.training.cli.main import main
+from partial_fc.training.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 comms_module = importlib.import_module("partial_fc.planning.measure_comms")
@@ -175,6 +176,17 @@ def test_the_command_in_one_process(capsys, mistake):
     )
     assert "--num_classes" in mistake("comms", "--batch_size", "8")
     assert "nowhere.yaml" in mistake("comms", "nowhere.yaml")
+
+
+def no_device(cpu: bool) -> None:
+    raise UserError(f"devices were looked at, cpu={cpu}")
+
+
+def test_commands_choose_their_gpu_before_they_build_anything(monkeypatch, mistake):
+    sizes = ("--num_classes", "8", "--embedding_size", "4", "--batch_size", "2")
+    for command, given in (("comms", (*sizes, "--cpu")), ("doctor", ("configs/quickstart.yaml",))):
+        monkeypatch.setattr(f"partial_fc.training.cli.{command}.check_devices", no_device)
+        assert "devices were looked at, cpu=True" in mistake(command, *given)
 
 
 def test_the_command_of_a_run_on_two_ranks():

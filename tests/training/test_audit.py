@@ -22,6 +22,7 @@ from partial_fc.shards import local_part
 from partial_fc.training import audit
 from partial_fc.training.cli.main import main
 from partial_fc.training.data import GlyphIdentities, scan_folder
+from partial_fc.training.errors import UserError
 
 TWICE, OF, BROKEN = "twice", "id020", ("broken_a", "broken_b", "broken_c", "broken_d")
 IMAGES = ["--data.image_size", "32", "--data.channels", "1"]
@@ -250,3 +251,11 @@ def test_help(capsys: Any) -> None:
         main(["audit", "--help"])
     assert ended.value.code == 0
     assert "--mean_threshold" in capsys.readouterr().out
+
+
+def test_the_gpu_is_chosen_before_anything_is_built(trained, tmp_path, monkeypatch, mistake):
+    def no_device(cpu: bool) -> None:
+        raise UserError("devices were looked at")
+
+    monkeypatch.setattr("partial_fc.training.cli.audit.check_devices", no_device)
+    assert "devices were looked at" in mistake("audit", trained / "run", "--output", tmp_path / "out")

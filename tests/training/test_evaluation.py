@@ -2,6 +2,9 @@
 
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 from torch.nn import functional as F
 
-from partial_fc.training import evaluation
+from partial_fc import gather
+from partial_fc.training import evaluation, results
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import (
     BINS,
@@ -21,6 +25,8 @@ from partial_fc.training.evaluation import (
     pair_histograms,
     rank1,
 )
+from partial_fc.training.protocols.pairs import Pairs, folds_of, score_pairs
+from partial_fc.training.report import hardest
 
 RESOLUTION = 2 / BINS
 
@@ -321,3 +327,82 @@ def test_bad_input_is_a_user_error(embeddings: Tensor, labels: Tensor, message: 
 def test_a_tile_of_nothing_is_a_user_error():
     with pytest.raises(UserError, match="tile is 0"):
         evaluate_embeddings(*faces(), name="faces", tile=0)
+
+
+# ---------------------------------------------------------------------------------------------------- devices
+
+
+class Seen(Exception):
+    """Enough was seen."""
+
+
+def test_tiles_are_compared_on_the_device_that_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    """The meta device, on which nothing can be counted, stands for a GPU."""
+    seen: list[str] = []
+
+    def note(*tensors: Tensor) -> Tensor:
+        seen.extend(each.device.type for each in tensors if isinstance(each, Tensor) and each.is_floating_point())
+        raise Seen
+
+    embeddings, labels = faces(identities=6, images=4)
+    pairs = Pairs(torch.arange(0, 24, 2), torch.arange(1, 24, 2), torch.arange(12) % 2 == 0, folds_of(12))
+    meta = torch.device("meta")
+    monkeypatch.setattr(evaluation, "cosine_tile", note)
+    monkeypatch.setattr(hardest, "_hardest", note)
+    monkeypatch.setattr(torch.linalg, "vecdot", note)
+    for compare in (
+        lambda: pair_histograms(embeddings, labels, device=meta),
+        lambda: rank1(embeddings, labels, device=meta),
+        lambda: hardest.hardest_pairs(embeddings, labels, device=meta),
+        lambda: score_pairs(embeddings, pairs, device=meta),
+    ):
+        with pytest.raises(Seen):
+            compare()
+    assert seen == ["meta"] * 7, seen
+
+
+def test_a_run_asks_for_its_own_device(monkeypatch: pytest.MonkeyPatch):
+    gpu, asked = torch.device("cuda", 1), []
+    embeddings, labels = faces(identities=6, images=4)
+    run = SimpleNamespace(device=gpu, process_index=0, num_processes=1, is_main_process=True)
+    data, config = SimpleNamespace(labels=labels), SimpleNamespace(evaluation=SimpleNamespace(tile=64))
+
+    def evaluate(*_: Any, device: torch.device, **__: Any) -> str:
+        asked.append(device)
+        return "figures"
+
+    def pairs(*_: Any, device: torch.device, **__: Any) -> tuple[list[Any], list[Any]]:
+        asked.append(device)
+        return [], []
+
+    monkeypatch.setattr(results, "embed_images", lambda *_, **__: (embeddings, torch.arange(24)))
+    monkeypatch.setattr(results, "evaluate_embeddings", evaluate)
+    monkeypatch.setattr(hardest, "hardest_pairs", pairs)
+    monkeypatch.setattr(hardest, "note_pairs", lambda *_: None)
+    found = results.evaluate_sets(torch.nn.Identity(), {"faces": data}, run, config, SimpleNamespace(path=None))
+    assert found == ["figures"] and asked == [gpu, gpu]
+
+
+def rows_in_blocks(rank: int, world: int, counts: list[int]) -> tuple[Tensor, Tensor, int]:
+    """Embeddings of all ranks, their positions, and the largest number of rows that was on the device at once."""
+    start = sum(counts[:rank])
+    positions = torch.arange(start, start + counts[rank]).flip(0)
+    embeddings = positions[:, None].float() * torch.ones(3)
+    seen: list[int] = []
+
+    def noting(*tensors: Tensor) -> Any:
+        batch = gather(*tensors)
+        seen.append(len(batch.labels))
+        return batch
+
+    run: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=world)
+    with mock.patch.object(results, "BLOCK", 4), mock.patch.object(results, "gather", noting):
+        found = results.gather_rows(embeddings, positions, run)
+    return *found, max(seen)
+
+
+@pytest.mark.parametrize("counts", [[10, 0, 3], [1, 2, 1], [0, 0, 0]])
+def test_embeddings_travel_in_blocks(ranks: Any, counts: list[int]):
+    for embeddings, positions, largest in ranks(3).run(rows_in_blocks, counts):
+        assert positions.tolist() == list(range(sum(counts))) == embeddings[:, 2].tolist()
+        assert embeddings.shape == (sum(counts), 3) and largest <= 3 * 4

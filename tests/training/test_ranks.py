@@ -197,8 +197,11 @@ def told(rank: int, world: int, port: int, given: list[dict[str, str]], gpus: li
     gone = [name for name, value in given[rank].items() if not value]
     for name in gone:
         del os.environ[name]
+    taken = mock.Mock()
     cuda = (
-        mock.patch.multiple(torch.cuda, is_available=lambda: gpus[rank] > 0, device_count=lambda: gpus[rank])
+        mock.patch.multiple(
+            torch.cuda, is_available=lambda: gpus[rank] > 0, device_count=lambda: gpus[rank], set_device=taken
+        )
         if gpus
         else mock.MagicMock()
     )
@@ -210,6 +213,7 @@ def told(rank: int, world: int, port: int, given: list[dict[str, str]], gpus: li
         ):
             found.find_ranks()
             found.check_devices(cpu=False)
+            assert not gpus or taken.call_args == mock.call(rank)  # the current device before anything is on one
     except UserError as error:
         return str(error)
     finally:

@@ -18,6 +18,7 @@ from partial_fc.training.cli.parser import CommandParser, add_on_error, add_trac
 from partial_fc.training.config import RunConfig, to_config
 from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
+from partial_fc.training.ranks import check_devices
 from partial_fc.training.results import claim_output, describe_environment, load_backbone, remove_if_empty
 from partial_fc.training.run import CONFIG, RunFolder
 from partial_fc.training.settings_parser import SettingsParser
@@ -69,6 +70,7 @@ def audit_command(arguments: list[str], train_parser: SettingsParser) -> None:
     config.data.on_error = options.on_error
     if options.data is not None:
         config.data.folder = options.data
+    check_devices(config.train.cpu)
     accelerator = Accelerator(
         cpu=config.train.cpu or not torch.cuda.is_available(), mixed_precision=config.train.mixed_precision
     )

@@ -21,6 +21,7 @@ from partial_fc.training.cli.plan import add_head_sizes
 from partial_fc.training.config import RunConfig, add_config, to_config
 from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
+from partial_fc.training.ranks import check_devices
 from partial_fc.training.settings_parser import SettingsParser
 
 MAX_IMAGES = 16  # in the measurement of the backbone
@@ -75,6 +76,7 @@ def comms_command(arguments: list[str]) -> None:
 
 
 def _measure(cpu: bool, options: Any, config: RunConfig | None) -> None:
+    check_devices(cpu)
     from accelerate import PartialState
 
     state = PartialState(cpu=cpu or not torch.cuda.is_available())
@@ -125,6 +127,6 @@ def _backbone_seconds(backbone: torch.nn.Module, shape: tuple[int, ...], images:
         begin = time.perf_counter()
         backbone(x).sum().backward()
         if device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - begin)
     return statistics.median(times[1:]) * images / count  # the first call warms up

@@ -15,6 +15,7 @@ from partial_fc.diagnosis.doctor import doctor
 from partial_fc.training.cli.parser import add_traceback, config_first
 from partial_fc.training.config import add_config, to_config
 from partial_fc.training.errors import UserError
+from partial_fc.training.ranks import check_devices
 from partial_fc.training.settings_parser import SettingsParser
 
 MAX_IMAGES = 32  # of a rank's first batch
@@ -44,6 +45,7 @@ def doctor_command(arguments: list[str]) -> int:
     if config.data.mix:
         raise UserError("doctor checks a single head; run it without --data.mix")
     as_json = parser.parse_args(arguments).json
+    check_devices(config.train.cpu)
     from partial_fc.training.trainer import Trainer
 
     class Unclaimed(Trainer):

@@ -292,8 +292,9 @@ def _measure_into(out: RunFolder, measure: Callable[[], list[Result]], accelerat
     claim_output(out, accelerator)
     try:
         results = measure()
-    except BaseException:
-        accelerator.wait_for_everyone()
+    except BaseException as error:
+        if isinstance(error, UserError):  # raised on all ranks; the others may be waiting elsewhere after any other one
+            accelerator.wait_for_everyone()
         remove_if_empty(out, accelerator)
         raise
     accelerator.wait_for_everyone()

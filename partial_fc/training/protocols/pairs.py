@@ -94,11 +94,14 @@ def score_pairs(
     rank: int = 0,
     world: int = 1,
     reduce: Reduce | None = None,
+    device: torch.device | None = None,
 ) -> Scored:
     """Count the cosines of all `pairs` of the unit rows `unit` `[n, D]`.
 
-    Calls `reduce` twice, three times with `keep_scores`. Temporary memory: three tensors `[block, D]`.
+    Calls `reduce` twice, three times with `keep_scores`. Temporary memory: three tensors `[block, D]`. device: where
+    cosines are computed, by default the device of the rows, which are copied there.
     """
+    unit = unit if device is None else unit.to(device)
     count = len(pairs.same)
     histogram = torch.zeros(2 * FOLDS * BINS, dtype=torch.int64)
     grid = torch.zeros(2 * FOLDS * (THRESHOLDS + 1), dtype=torch.int64)
@@ -107,8 +110,7 @@ def score_pairs(
     stop = count * (rank + 1) // world
     for start in range(count * rank // world, stop, block):
         part = slice(start, min(start + block, stop))
-        first = unit[pairs.first[part]]
-        second = unit[pairs.second[part]]
+        first, second = (unit.index_select(0, each[part].to(unit.device)) for each in (pairs.first, pairs.second))
         cosines = torch.linalg.vecdot(first, second).cpu()
         distances = first.sub_(second).square_().sum(1).double().cpu()
         kind_and_fold = torch.where(pairs.same[part], GENUINE, IMPOSTOR) * FOLDS + pairs.fold[part]

@@ -200,13 +200,14 @@ def _relevant_scores(
     # the same product as for the irrelevant images, but only over the range of these labels
     for start in range(first, last, tile):
         stop = min(start + tile, last)
-        in_tile = ((indices >= start) & (indices < stop)).nonzero()
-        if len(in_tile):
-            queries = in_tile[:, 0].unique()
-            products = cosine_tile(block[queries], gallery.unit[start:stop].to(block.device))
-            row = torch.searchsorted(queries, in_tile[:, 0])
-            column = indices[in_tile[:, 0], in_tile[:, 1]] - start
-            scores[in_tile[:, 0], in_tile[:, 1]] = products[row, column]
+        query, place = ((indices >= start) & (indices < stop)).nonzero(as_tuple=True)
+        if len(query):
+            queries = query.unique()
+            searched = block.index_select(0, queries.to(block.device))
+            products = cosine_tile(searched, gallery.unit[start:stop].to(block.device))
+            row, column = torch.searchsorted(queries, query), indices[query, place] - start
+            at, found = ([each.to(block.device) for each in pair] for pair in ((query, place), (row, column)))
+            scores[at[0], at[1]] = products[found[0], found[1]]
     return scores.sort(1).values
 
 

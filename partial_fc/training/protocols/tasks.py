@@ -65,7 +65,7 @@ class Verification(Task):
         embeddings = found.new_zeros(len(self.images), found.shape[1])
         embeddings[indices] = found
         return verification_bin.verify_embeddings(
-            embeddings, self.images.same, name=self.name, readable=readable, **_ranks_only(how)
+            embeddings, self.images.same, name=self.name, readable=readable, **_without_tiles(how)
         )
 
 
@@ -104,7 +104,7 @@ class TemplatePairs(Task):
             normalize_images=self.normalize_images,
         )
         result, self.scores = templates.score_templates(
-            ids, pooled, self.pairs, self.same, name=self.name, **_ranks_only(how)
+            ids, pooled, self.pairs, self.same, name=self.name, **_without_tiles(how)
         )
         return result
 
@@ -188,9 +188,9 @@ def first_twice(names: Sequence[str]) -> str | None:
     return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
-def _ranks_only(how: dict[str, Any]) -> dict[str, Any]:
+def _without_tiles(how: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that functions on listed pairs take: these have no tiles."""
-    return {key: value for key, value in how.items() if key in ("rank", "world", "reduce")}
+    return {key: value for key, value in how.items() if key in ("rank", "world", "reduce", "device")}
 
 
 def _negative_if_junk(numbers: Tensor, names: list[str]) -> Tensor:

@@ -221,6 +221,7 @@ def score_templates(
     rank: int = 0,
     world: int = 1,
     reduce: Reduce | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Result, Tensor]:
     """Score pairs of templates; return (figures, cosine of each pair `[P]` float32).
 
@@ -228,8 +229,8 @@ def score_templates(
     pairs: template ids `[P, 2]`; same: bool `[P]`.
 
     A pair with a template that is not in `ids` (none of its images could be read) is skipped and counted; its score is
-    NaN. `block` pairs are scored at a time. Calls `reduce` three times. Figures: "tar@FAR" for FAR from 1e-6 to 1e-1,
-    None where the FAR is less than one impostor pair; "eer".
+    NaN. `block` pairs are scored at a time, on `device` (default: where the embeddings are). Calls `reduce` three
+    times. Figures: "tar@FAR" for FAR from 1e-6 to 1e-1, None where the FAR is less than one impostor pair; "eer".
 
     Raises UserError for shapes that do not match, embeddings that are not finite, or if pairs of one kind are missing.
     """
@@ -249,7 +250,8 @@ def score_templates(
         fold=folds_of(len(pairs))[kept],
     )
     listed.check(name)
-    scored = score_pairs(unit, listed, keep_scores=True, block=block, rank=rank, world=world, reduce=reduce)
+    how = {"block": block, "rank": rank, "world": world}
+    scored = score_pairs(unit, listed, keep_scores=True, **how, reduce=reduce, device=device)
     assert scored.scores is not None
     scores = torch.full((len(pairs),), torch.nan)
     scores[kept] = scored.scores

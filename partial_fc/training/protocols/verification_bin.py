@@ -83,11 +83,13 @@ def verify_embeddings(
     rank: int = 0,
     world: int = 1,
     reduce: Reduce | None = None,
+    device: torch.device | None = None,
 ) -> Result:
     """Verify the pairs (`embeddings[2i]`, `embeddings[2i + 1]`), `[2P, D]`; `same` bool `[P]`: one identity or two.
 
     readable: bool `[2P]`. A pair with an unreadable image is skipped and counted; the other pairs stay in their folds.
-    Embeddings need not be normalised. `block` pairs are compared at a time. Calls `reduce` three times.
+    Embeddings need not be normalised. `block` pairs are compared at a time, on `device` (default: where the embeddings
+    are). Calls `reduce` three times.
 
     Figures: "accuracy" and "accuracy_std" (None with fewer than ten pairs), "tar@FAR" (None where the FAR is less than
     one impostor pair), "eer". Raises UserError for shapes that do not match, embeddings that are not finite, or if
@@ -108,7 +110,8 @@ def verify_embeddings(
         fold=folds_of(len(same))[kept],
     )
     pairs.check(name)
-    scored = score_pairs(unit, pairs, keep_scores=True, block=block, rank=rank, world=world, reduce=reduce)
+    how = {"block": block, "rank": rank, "world": world}
+    scored = score_pairs(unit, pairs, keep_scores=True, **how, reduce=reduce, device=device)
     histograms = scored.histograms
     accuracy, deviation = scored.grid.accuracy() or (None, None)
     genuine = int(pairs.same.sum())

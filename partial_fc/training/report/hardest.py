@@ -42,23 +42,32 @@ Pair = tuple[float, int, int]
 
 
 def hardest_pairs(
-    embeddings: Tensor, labels: Tensor, *, tile: int = 2048, rank: int = 0, world: int = 1, kept: int = KEPT
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    tile: int = 2048,
+    rank: int = 0,
+    world: int = 1,
+    kept: int = KEPT,
+    device: torch.device | None = None,
 ) -> tuple[list[Pair], list[Pair]]:
     """Return (genuine, impostor): the hardest pairs of this rank's share of all pairs i < j, hardest first.
 
     embeddings: `[n, D]`; labels: `[n]`. At most `kept` of each kind. Only the hardest pair of each identity, and of
     each two identities, is returned: an identity that is stored twice would fill the list otherwise. The tiles of the
-    upper triangle are assigned round-robin, as for the histograms.
+    upper triangle are assigned round-robin, as for the histograms. device: where they are computed, by default the
+    device of the embeddings.
     """
     # Sorted by identity, a tile has few identities, and the identity of a row is never after that of its column.
     order = labels.argsort(stable=True)
     identity = labels[order].unique_consecutive(return_inverse=True)[1]
-    unit = F.normalize(embeddings.float(), dim=1)[order]
+    unit = F.normalize(embeddings.float(), dim=1)[order.to(embeddings.device)]
+    device = unit.device if device is None else device
     starts = range(0, len(unit), tile)
     genuine = impostor = torch.empty(3, 0, dtype=torch.float64)
     for i, j in islice(combinations_with_replacement(starts, 2), rank, None, world):
-        rows, columns = identity[i : i + tile], identity[j : j + tile]
-        cosines = unit[i : i + tile] @ unit[j : j + tile].T
+        rows, columns = (identity[at : at + tile].to(device) for at in (i, j))
+        cosines = unit[i : i + tile].to(device) @ unit[j : j + tile].to(device).T
         same = rows[:, None] == columns
         once = torch.ones_like(same).triu(1) if i == j else torch.ones_like(same)
         genuine = _merged(genuine, _hardest(-cosines, same & once, rows, columns, kept), i, j, identity, kept)
@@ -161,7 +170,8 @@ def note_hardest(
     found: embeddings, labels and indices in the data set.
     """
     embeddings, labels, indices = found
-    mine = hardest_pairs(embeddings, labels, tile=tile, rank=accelerator.process_index, world=accelerator.num_processes)
+    place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    mine = hardest_pairs(embeddings, labels, tile=tile, **place, device=accelerator.device)
     genuine, impostor = (_gathered(pairs, accelerator) for pairs in mine)
     if not accelerator.is_main_process:
         return

@@ -125,7 +125,7 @@ def test_pictures_are_those_of_the_pairs(tmp_path: Path):
     indices = torch.arange(len(data))[5:].flip(0)  # some images could not be read; the order is another
     embeddings = torch.randn(len(indices), 8, generator=torch.Generator().manual_seed(1))
     embeddings[0] = embeddings[-1]  # of two identities: the last image and the sixth
-    accelerator = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)
+    accelerator = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))
     note_hardest(tmp_path, "seen", data, (embeddings, data.labels[indices], indices), 7, accelerator)
     shown = read_pictures(tmp_path)["sets"]["seen"]
     first = shown["impostor"][0]
