@@ -65,8 +65,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def steps(place: Place, head: PartialFC, batches: int = 2) -> list[Any]:
-    """What two steps give: losses, gradients of embeddings, norms; the weight at the end."""
+def steps(place: Place, head: PartialFC, batches: int) -> list[Any]:
+    """What training steps give: losses, gradients of embeddings, norms; the weight at the end."""
     # half precision is rounded once by a fused kernel, and here after each operator
     fused = {"fused": False} if head.weight.dtype == torch.bfloat16 else {}
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, **fused)
@@ -89,7 +89,7 @@ def margin_in_all_modes(place: Place, name: str) -> dict[str, Any]:
             head = PartialFC(
                 WIDTH, CLASSES, MARGINS[name](), device=place.device, group=place.group, init_std=1.0, **options
             )
-            found[mode] = steps(place, head)
+            found[mode] = steps(place, head, batches=2 if mode == "kept" else 1)
             assert head.logits_mode == ("tiled" if "logits_budget" in options else "kept")
     return found
 
@@ -122,7 +122,7 @@ def options_in_modes(place: Place, name: str) -> dict[str, Any]:
     for mode in ("kept", "tiled", "sampled"):
         options = {"margin": ArcFace(), **copy.deepcopy(OPTIONS[name]), **MODES[mode]}
         head = PartialFC(WIDTH, CLASSES, device=place.device, group=place.group, init_std=1.0, **options)
-        found[mode] = steps(place, head)
+        found[mode] = steps(place, head, batches=2 if mode == "sampled" else 1)
         if options.get("metrics"):
             found[f"metrics, {mode}"] = head.metrics
     return found
