@@ -87,12 +87,12 @@ def test_what_is_counted(gpu_ranks: Pools):
         "nonzero": (1, 1, 32),
         "unique": (1, 1, 32),
         "a boolean index": (2, 1, 16 + 2 + 2 + 8 + 8),
-        "to the host": (1, 1, 32),
-        "to the host, unasked": (1, 0, 32),
-        "an upload": (1, 1, 2 * MIB),
-        "an upload, unasked": (1, 0, 2 * MIB),
-        "an upload of a number": (1, 1, 8),
-        "a number of the CPU": (1, 0, 40),
+        "to the host": (1, 1, 16),
+        "to the host, unasked": (1, 0, 16),
+        "an upload": (1, 1, MIB),
+        "an upload, unasked": (1, 0, MIB),
+        "an upload of a number": (1, 1, 4),
+        "a number of the CPU": (1, 0, 32),
         "synchronize": (0, 1, 0),
     }
 

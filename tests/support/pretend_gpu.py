@@ -279,7 +279,8 @@ class PretendGpu(TorchDispatchMode):
         made, known = tensors_in(out), {id(t.values): t for t in here}
         if self._counting and func.namespace == "aten" and not operator.free:
             wait = wait or wait_of(operator.name, named)
-            size = bytes_of(operator, each_tensor(_values, named), [t for t in made if id(t) not in known])
+            fresh = [] if to == "cpu" else [t for t in made if id(t) not in known]
+            size = bytes_of(operator, each_tensor(_of_device, named), fresh)
             self._note(operator.name, launches_of(operator.name, named), size, wait)
         if not made or (to == "cpu" and here):
             return out
@@ -366,6 +367,11 @@ def _lines(frame: types.FrameType | None) -> Iterator[tuple[str, int]]:
 
 def _values(given: Tensor) -> Tensor:
     return given.values if isinstance(given, GpuTensor) else given
+
+
+def _of_device(given: Tensor) -> Tensor | None:
+    """Its values, for a count of bytes: memory of the host is none of the device's."""
+    return given.values if isinstance(given, GpuTensor) else None
 
 
 def _as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
