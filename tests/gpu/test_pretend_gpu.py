@@ -55,6 +55,11 @@ def counted(rank: int, world: int) -> dict[str, tuple[int, int, int]]:
             "to the host, unasked": lambda: rows.to("cpu", non_blocking=True),
             "an upload": lambda: on_host.to(gpu.device),
             "an upload, unasked": lambda: on_host.to(gpu.device, non_blocking=True),
+            "an upload from pinned memory": lambda: torch.tensor([1, 2], pin_memory=True).to(
+                gpu.device, non_blocking=True
+            ),
+            "a download to pinned memory": lambda: torch.empty(2, pin_memory=True).copy_(two[:, 0], non_blocking=True),
+            "an event": lambda: torch.get_device_module(gpu.device).Event().synchronize(),
             "an upload of a number": lambda: torch.tensor(1.0, device=gpu.device),
             "a number of the CPU": lambda: rows + torch.tensor(1),
             "synchronize": torch.accelerator.synchronize,
@@ -91,6 +96,9 @@ def test_what_is_counted(gpu_ranks: Pools):
         "to the host, unasked": (1, 0, 16),
         "an upload": (1, 1, MIB),
         "an upload, unasked": (1, 0, MIB),
+        "an upload from pinned memory": (1, 0, 16),
+        "a download to pinned memory": (1, 0, 8),
+        "an event": (0, 1, 0),
         "an upload of a number": (1, 1, 4),
         "a number of the CPU": (1, 0, 32),
         "synchronize": (0, 1, 0),
