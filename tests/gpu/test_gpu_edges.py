@@ -166,6 +166,49 @@ def test_tensors_of_another_device_are_refused(gpu_ranks: Pools, ranks: Pools, l
     on_both(gpu_ranks, ranks, layout, one_device_too_many)
 
 
+# ---------------------------------------------------------------------------------------------------- unusual batches
+
+
+def unusual_shapes(place: Place, rate: float) -> list[Any]:
+    """A rank without samples, nobody with samples, samples that are all ignored, ranks without classes; and backward by
+    the embeddings alone, twice, in eval(), of other dtypes."""
+    found: list[Any] = []
+    x, y = place.batch(0)
+    some = len(x) if place.rank == 0 else 0
+    batches = [(x[:some], y[:some]), (x[:0], y[:0]), (x, torch.full_like(y, -100)), (x, y)]
+    for classes in (CLASSES, 1):
+        for metrics in (False, True):
+            head = PartialFC(
+                WIDTH, classes, sample_rate=rate, device=place.device, group=place.group, init_std=1.0, metrics=metrics
+            )
+            optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
+            for inputs, labels in batches:
+                leaf = inputs.detach().requires_grad_()
+                loss = head(leaf, labels.clamp(max=classes - 1))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                found += [loss.detach(), leaf.grad]
+            found.append(head.weight)
+    loss = head_of(place, sample_rate=rate)(x, y)
+    found += torch.autograd.grad(loss, x, retain_graph=True)
+    found += torch.autograd.grad(loss, x)
+    head = head_of(place, sample_rate=rate).eval()
+    found.append(head(x, y).detach())
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        leaf = x.detach().to(dtype).requires_grad_()
+        loss = head_of(place, sample_rate=rate)(leaf, y)
+        loss.backward()
+        found += [loss.detach(), leaf.grad]
+    return found
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unusual_batches(gpu_ranks: Pools, ranks: Pools, layout: str, rate: float):
+    on_both(gpu_ranks, ranks, layout, unusual_shapes, rate)
+
+
 # ---------------------------------------------------------------------------------------------------- moves and defaults
 
 

@@ -65,6 +65,11 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+def modes(place: Place, *names: str) -> dict[str, dict[str, Any]]:
+    """Modes of logits; of a group the first and the last alone, whose tiles are computed as those of one process."""
+    return {name: MODES[name] for name in names if place.world == 1 or name not in ("tiled", "sampled")}
+
+
 def steps(place: Place, head: PartialFC, batches: int) -> list[Any]:
     """What training steps give: losses, gradients of embeddings, norms; the weight at the end."""
     # half precision is rounded once by a fused kernel, and here after each operator
@@ -84,7 +89,7 @@ def steps(place: Place, head: PartialFC, batches: int) -> list[Any]:
 
 def margin_in_all_modes(place: Place, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for mode, options in MODES.items():
+    for mode, options in modes(place, *MODES).items():
         with mock.patch.multiple(tiles, **SMALL_TILES):
             head = PartialFC(
                 WIDTH, CLASSES, MARGINS[name](), device=place.device, group=place.group, init_std=1.0, **options
@@ -119,10 +124,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def options_in_modes(place: Place, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for mode in ("kept", "tiled", "sampled"):
-        options = {"margin": ArcFace(), **copy.deepcopy(OPTIONS[name]), **MODES[mode]}
+    for mode, of_mode in modes(place, "kept", "tiled", "sampled and tiled").items():
+        options = {"margin": ArcFace(), **copy.deepcopy(OPTIONS[name]), **of_mode}
         head = PartialFC(WIDTH, CLASSES, device=place.device, group=place.group, init_std=1.0, **options)
-        found[mode] = steps(place, head, batches=2 if mode == "sampled" else 1)
+        found[mode] = steps(place, head, batches=2 if mode == "kept" else 1)
         if options.get("metrics"):
             found[f"metrics, {mode}"] = head.metrics
     return found
@@ -137,7 +142,7 @@ def test_options(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
 
 def under_autocast(place: Place, dtype: torch.dtype) -> list[Any]:
     found: list[Any] = []
-    for mode in MODES.values():
+    for mode in modes(place, *MODES).values():
         head = PartialFC(WIDTH, CLASSES, device=place.device, group=place.group, init_std=1.0, **mode)
         optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
         x, y = place.batch(0)
