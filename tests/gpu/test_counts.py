@@ -201,7 +201,9 @@ def counts_of(case: Case) -> Counts:
         mock.patch.object(row_optimizer, "BLOCK_BYTES", of_block if case.blocks > 1 else row_optimizer.BLOCK_BYTES),
         PretendGpu() as gpu,
     ):
-        return Step(case, gpu).counts()
+        counts = Step(case, gpu).counts()
+        assert not gpu.mistakes, gpu.mistakes
+        return counts
 
 
 def further(first: Case, second: Case, more: int) -> dict[str, float]:

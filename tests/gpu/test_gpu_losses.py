@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from common import local
-from on_gpu import ALONE, CLASSES, LAYOUTS, RANKS, WIDTH, Place, Pools, on_both, on_layouts
+from on_gpu import ALONE, CLASSES, HALF, LAYOUTS, NAME, RANKS, WIDTH, Place, Pools, on_both, on_layouts, run
 from torch import Tensor, nn
 
 from partial_fc import (
@@ -65,8 +65,13 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def steps(place: Place, head: PartialFC, batches: int = 2) -> list[Any]:
-    """What two steps give: losses, gradients of embeddings, norms; the weight at the end."""
+def modes(place: Place, *names: str) -> dict[str, dict[str, Any]]:
+    """Modes of logits; of a group the first and the last alone, whose tiles are computed as those of one process."""
+    return {name: MODES[name] for name in names if place.world == 1 or name not in ("tiled", "sampled")}
+
+
+def steps(place: Place, head: PartialFC, batches: int) -> list[Any]:
+    """What training steps give: losses, gradients of embeddings, norms; the weight at the end."""
     # half precision is rounded once by a fused kernel, and here after each operator
     fused = {"fused": False} if head.weight.dtype == torch.bfloat16 else {}
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, **fused)
@@ -84,12 +89,12 @@ def steps(place: Place, head: PartialFC, batches: int = 2) -> list[Any]:
 
 def margin_in_all_modes(place: Place, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for mode, options in MODES.items():
+    for mode, options in modes(place, *MODES).items():
         with mock.patch.multiple(tiles, **SMALL_TILES):
             head = PartialFC(
                 WIDTH, CLASSES, MARGINS[name](), device=place.device, group=place.group, init_std=1.0, **options
             )
-            found[mode] = steps(place, head)
+            found[mode] = steps(place, head, batches=2 if mode == "kept" else 1)
             assert head.logits_mode == ("tiled" if "logits_budget" in options else "kept")
     return found
 
@@ -119,10 +124,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def options_in_modes(place: Place, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for mode in ("kept", "tiled", "sampled"):
-        options = {"margin": ArcFace(), **copy.deepcopy(OPTIONS[name]), **MODES[mode]}
+    for mode, of_mode in modes(place, "kept", "tiled", "sampled and tiled").items():
+        options = {"margin": ArcFace(), **copy.deepcopy(OPTIONS[name]), **of_mode}
         head = PartialFC(WIDTH, CLASSES, device=place.device, group=place.group, init_std=1.0, **options)
-        found[mode] = steps(place, head)
+        found[mode] = steps(place, head, batches=2 if mode == "kept" else 1)
         if options.get("metrics"):
             found[f"metrics, {mode}"] = head.metrics
     return found
@@ -132,12 +137,12 @@ def options_in_modes(place: Place, name: str) -> dict[str, Any]:
     ("layout", "name"), on_layouts(OPTIONS, {"label smoothing", "class weights", "losses of samples"})
 )
 def test_options(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
-    on_both(gpu_ranks, ranks, layout, options_in_modes, name)
+    on_both(gpu_ranks, ranks, layout, options_in_modes, name, **(HALF if name == "half precision" else {}))
 
 
 def under_autocast(place: Place, dtype: torch.dtype) -> list[Any]:
     found: list[Any] = []
-    for mode in MODES.values():
+    for mode in modes(place, *MODES).values():
         head = PartialFC(WIDTH, CLASSES, device=place.device, group=place.group, init_std=1.0, **mode)
         optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
         x, y = place.batch(0)
@@ -228,7 +233,7 @@ def a_bad_batch(place: Place) -> list[Any]:
             x.requires_grad_()
         loss = head(x, y)
         loss.backward()
-        found += [loss.detach(), check_gradients([], head)]
+        found += [loss.detach() if step else 0.0, check_gradients([], head)]  # 0 or NaN, by when it was found
         optimizer.step()
         optimizer.zero_grad()
         assert torch.equal(before, local(head.weight)) == (step == 0)
@@ -236,6 +241,36 @@ def a_bad_batch(place: Place) -> list[Any]:
     with torch.no_grad():
         found.append(head(*place.batch(2)))
     return [*found, head.skips, head.weight]
+
+
+def a_bad_label(place: Place, way: str) -> tuple[str, bool, bool]:
+    """The words of the error that a label out of range makes, whether the forward returned, whether nothing moved."""
+    options = {"device": place.device, "group": place.group, "init_std": 1.0}
+    loss = CenterLoss(WIDTH, CLASSES, **options) if way == "center" else PartialFC(WIDTH, CLASSES, **options)
+    rows = next(loss.parameters())
+    optimizer = loss if isinstance(loss, CenterLoss) else RowOptimizer(torch.optim.SGD, loss, lr=0.1)
+    before, returned = local(rows.detach()).clone(), False
+    x, y = place.batch(0)
+    if place.rank == place.world - 1:
+        y[1] = CLASSES
+    try:
+        value = loss(gather(x, y, group=place.group)) if way == "gather" else loss(x, y)
+        returned = True
+        value.backward()
+        if way == "clip":
+            clip_grad_norm_([x], loss, max_norm=1.0)
+        optimizer.step()
+    except ValueError as error:
+        return str(error), returned, torch.equal(before, local(rows))
+    return "", returned, False
+
+
+@pytest.mark.parametrize("way", ["clip", "step", "gather", "center"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bad_label_is_named_where_the_host_waits(gpu_ranks: Pools, layout: str, way: str):
+    found = gpu_ranks(1 if layout == ALONE else 2).run(run, a_bad_label, layout, NAME, (way,))
+    text = f"rank {len(found) - 1}: labels[1] is {CLASSES}; valid are 0 to {CLASSES - 1} and ignore_index -100"
+    assert found == [(f"{text}; labels are counted from 0", True, True)] * len(found)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

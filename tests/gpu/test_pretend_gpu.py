@@ -55,6 +55,11 @@ def counted(rank: int, world: int) -> dict[str, tuple[int, int, int]]:
             "to the host, unasked": lambda: rows.to("cpu", non_blocking=True),
             "an upload": lambda: on_host.to(gpu.device),
             "an upload, unasked": lambda: on_host.to(gpu.device, non_blocking=True),
+            "an upload from pinned memory": lambda: torch.tensor([1, 2], pin_memory=True).to(
+                gpu.device, non_blocking=True
+            ),
+            "a download to pinned memory": lambda: torch.empty(2, pin_memory=True).copy_(two[:, 0], non_blocking=True),
+            "an event": lambda: torch.get_device_module(gpu.device).Event().synchronize(),
             "an upload of a number": lambda: torch.tensor(1.0, device=gpu.device),
             "a number of the CPU": lambda: rows + torch.tensor(1),
             "synchronize": torch.accelerator.synchronize,
@@ -87,12 +92,15 @@ def test_what_is_counted(gpu_ranks: Pools):
         "nonzero": (1, 1, 32),
         "unique": (1, 1, 32),
         "a boolean index": (2, 1, 16 + 2 + 2 + 8 + 8),
-        "to the host": (1, 1, 32),
-        "to the host, unasked": (1, 0, 32),
-        "an upload": (1, 1, 2 * MIB),
-        "an upload, unasked": (1, 0, 2 * MIB),
-        "an upload of a number": (1, 1, 8),
-        "a number of the CPU": (1, 0, 40),
+        "to the host": (1, 1, 16),
+        "to the host, unasked": (1, 0, 16),
+        "an upload": (1, 1, MIB),
+        "an upload, unasked": (1, 0, MIB),
+        "an upload from pinned memory": (1, 0, 16),
+        "a download to pinned memory": (1, 0, 8),
+        "an event": (0, 1, 0),
+        "an upload of a number": (1, 1, 4),
+        "a number of the CPU": (1, 0, 32),
         "synchronize": (0, 1, 0),
     }
 
@@ -163,7 +171,7 @@ def by_line(rank: int, world: int) -> tuple[dict[str, int], str]:
 def test_work_is_told_by_line_also_of_backward(gpu_ranks: Pools):
     ((lines, table),) = gpu_ranks(1).run(by_line)
     files = {line.split(":")[0] for line in lines}
-    assert {"softmax/forward.py", "softmax/backward.py", "batch/status.py", "margins/fixed.py"} <= files
+    assert {"softmax/forward.py", "softmax/backward.py", "targets.py", "margins/fixed.py"} <= files
     assert "?" not in files
     of_caller = [line for line in lines if line.endswith("(caller)")]
     assert sum(lines[line] for line in of_caller) <= 2, "backward() itself makes the gradient of the loss"

@@ -35,6 +35,8 @@ def on_layouts(names: Iterable[Any], of_replicas: Collection[Any]) -> list[tuple
     return [(layout, name) for layout in LAYOUTS for name in names if layout != REPLICAS or name in of_replicas]
 
 
+HALF = {"rtol": 0.02, "atol": 0.02}  # weights in half precision: another last bit before they are rounded
+
 Pools = Callable[[int], Ranks]
 
 
@@ -86,8 +88,16 @@ def _place(rank: int, world: int, layout: str, device: torch.device) -> Place:
     return Place(device, rank, world, group)
 
 
-def on_both(gpu_ranks: Pools, ranks: Pools, layout: str, scenario: Callable[..., Any], *arguments: Any) -> None:
-    """Run it on both; the results are finite, and equal within 1e-6 of the larger one."""
+def on_both(
+    gpu_ranks: Pools,
+    ranks: Pools,
+    layout: str,
+    scenario: Callable[..., Any],
+    *arguments: Any,
+    rtol: float = 1e-4,
+    atol: float = 3e-5,
+) -> None:
+    """Run it on both; the results are finite and equal, but for what float32 loses: the device takes other sums."""
     if layout == ALONE:
         on_cpu = [run(0, 1, scenario, layout, "cpu", arguments)]
     else:
@@ -100,4 +110,4 @@ def on_both(gpu_ranks: Pools, ranks: Pools, layout: str, scenario: Callable[...,
     for each in leaves:
         finite = bool(each.isfinite().all()) if isinstance(each, Tensor) else math.isfinite(each)
         assert finite, on_gpu
-    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=rtol, atol=atol)

@@ -25,9 +25,9 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ def register() -> None:
     autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
     autocast.fallback(torch.library.fallthrough_kernel)  # the package casts by itself
     _kept.append(autocast)
+    torch.tensor = _without_pinning(torch.tensor)
     torch.accelerator.synchronize = getattr(torch, NAME).synchronize  # type: ignore[assignment]  # C++ has none
     dist.Backend.register_backend(BACKEND, _backend, extended_api=True, devices=[NAME])
 
@@ -102,24 +103,19 @@ def _module() -> types.ModuleType:
     }
     for name, answer in answers.items():
         setattr(module, name, lambda *given, answer=answer: answer)
-    vars(module).update(
-        Event=_Event, Stream=_Stream, current_stream=lambda *given: _Stream(), stream=lambda *given: nullcontext()
-    )
-    vars(module)["synchronize"] = _synchronize
+    vars(module).update(Stream=_Stream, Event=_Event, synchronize=_synchronize)
+    vars(module).update(current_stream=lambda *given: _Stream(), stream=lambda *given: nullcontext())
     return module
+
+
+def _without_pinning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.tensor, which pins memory before the device sees it."""
+    return wraps(make)(lambda data, *, pin_memory=False, **options: make(data, **options))
 
 
 def _synchronize(device: Any = None) -> None:
     if PretendGpu.entered is not None:
         PretendGpu.entered._note("synchronize", 0, 0, "synchronize")
-
-
-class _Event:
-    """Has happened at once."""
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
 
 
 class _Stream:
@@ -128,6 +124,24 @@ class _Stream:
     def synchronize(self) -> None: ...
 
     def wait_stream(self, other: object) -> None: ...
+
+    def wait_event(self, other: object) -> None: ...
+
+
+class _Event:
+    """A place in the stream. To wait for it is a wait for the device."""
+
+    def __init__(self, **options: object) -> None: ...
+
+    def record(self, stream: object = None) -> None: ...
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        _synchronize()
 
 
 def join(rank: int, world: int, store: str) -> None:
@@ -275,21 +289,23 @@ class PretendGpu(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional"):
             return self._communicate(func, args, kwargs, here, len(here) < len(tensors))
         to = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else ""
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}  # all memory of the host is as good as pinned
         if not here and to != NAME:
-            return func(*args, **kwargs)
+            return args[0].clone() if func is torch.ops.aten._pin_memory.default else func(*args, **kwargs)
         operator = Operator.of(func)
         named = operator.named(args, kwargs)
-        wait = self._copy_or_mix(operator, named, [t for t in tensors if not isinstance(t, GpuTensor)], to)
+        on_host = [t for t in tensors if not isinstance(t, GpuTensor)]
+        wait = self._copy_or_mix(operator, named, on_host, to)
         given, options = each_tensor(_values, args), each_tensor(_values, kwargs)
         if to == NAME:
             options["device"] = torch.device("cpu")
-        if options.get("pin_memory"):
-            options["pin_memory"] = False  # on a build without CUDA
         out = (_in_float32 if operator.name.startswith("_fused_") else _as_it_is)(func, given, options)
         made, known = tensors_in(out), {id(t.values): t for t in here}
         if self._counting and func.namespace == "aten" and not operator.free:
             wait = wait or wait_of(operator.name, named)
-            size = bytes_of(operator, each_tensor(_values, named), [t for t in made if id(t) not in known])
+            fresh = [] if to == "cpu" else [t for t in made if id(t) not in known and not any(t is o for o in on_host)]
+            size = bytes_of(operator, each_tensor(_of_device, named), fresh)
             self._note(operator.name, launches_of(operator.name, named), size, wait)
         if not made or (to == "cpu" and here):
             return out
@@ -376,6 +392,11 @@ def _lines(frame: types.FrameType | None) -> Iterator[tuple[str, int]]:
 
 def _values(given: Tensor) -> Tensor:
     return given.values if isinstance(given, GpuTensor) else given
+
+
+def _of_device(given: Tensor) -> Tensor | None:
+    """Its values, for a count of bytes: memory of the host is none of the device's."""
+    return given.values if isinstance(given, GpuTensor) else None
 
 
 def _as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
