@@ -44,10 +44,7 @@ def main(epochs: int = 4, backend: str = "gloo") -> None:
             for schedule in schedules:
                 schedule.step()
         if rank == 0:
-            print(
-                f"epoch {epoch + 1}: loss {loss.item():.3f}, target angle {head.target_angle.item():.2f} rad",
-                flush=True,
-            )
+            print(f"epoch {epoch + 1}: loss {loss:.3f}, target angle {head.target_angle:.2f} rad", flush=True)
     backbone.eval()
     seen = BatchLoader(GlyphIdentities("seen"), batch_size=500, rank=rank, world=world, shuffle=False, drop_last=False)
     with torch.no_grad():
