@@ -64,6 +64,7 @@ MOST: dict[str, dict[str, float]] = {
     "a further tile, kept, bf16": {"launches": 36, "waits": 0},
     "a further tile, r=0.25": {"launches": 31, "waits": 0},
     "a further block of the optimizer": {"launches": 1, "waits": 0},
+    "a further block of the optimizer, r=0.25, AdamW": {"launches": 9, "waits": 0},
     "a further micro-batch": {"launches": 258, "waits": 3},
     "400 parameters to clip": {"launches": 3200, "waits": 0},
     "r=1, an element": {"bytes": 102},
@@ -129,6 +130,11 @@ FURTHER: dict[str, tuple[Case, Case, int]] = {
     "a further tile, kept, bf16": (Case(tiles=4, autocast=torch.bfloat16), Case(tiles=8, autocast=torch.bfloat16), 4),
     "a further tile, r=0.25": (Case(tiles=2, rate=0.25), Case(tiles=4, rate=0.25), 2),
     "a further block of the optimizer": (Case(blocks=4), Case(blocks=8), 4),
+    "a further block of the optimizer, r=0.25, AdamW": (
+        Case(blocks=8, rate=0.25, **ADAMW),  # three blocks of the selected rows, then five
+        Case(blocks=16, rate=0.25, **ADAMW),
+        2,
+    ),
     "a further micro-batch": (Case(micro_batches=2), Case(micro_batches=4), 2),
     "400 parameters to clip": (Case(), Case(parameters=400), 1),
 }
