@@ -26,6 +26,7 @@ from torch import Tensor
 
 from partial_fc import (
     CenterLoss,
+    DivergenceWatch,
     JoinedBatches,
     PartialFC,
     RowOptimizer,
@@ -56,11 +57,14 @@ MOST: dict[str, dict[str, float]] = {
     "r=1, two ranks": {"launches": 311, "waits": 4},
     "r=0.25, two ranks": {"launches": 417, "waits": 6},
     "r=1, two ranks, JoinedBatches": {"launches": 317, "waits": 8},
+    "r=1, two ranks, 10 parameters": {"launches": 391, "waits": 4},
+    "r=1, two ranks, 10 parameters, DivergenceWatch": {"launches": 432, "waits": 5},
     "a further tile, kept": {"launches": 31, "waits": 0},
     "a further tile, tiled": {"launches": 43, "waits": 0},
     "a further tile, kept, bf16": {"launches": 36, "waits": 0},
     "a further tile, r=0.25": {"launches": 31, "waits": 0},
     "a further block of the optimizer": {"launches": 1, "waits": 0},
+    "a further block of the optimizer, r=0.25, AdamW": {"launches": 9, "waits": 0},
     "a further micro-batch": {"launches": 258, "waits": 3},
     "400 parameters to clip": {"launches": 3200, "waits": 0},
     "r=1, an element": {"bytes": 102},
@@ -87,8 +91,10 @@ class Case:
     center: str = ""
     micro_batches: int = 1
     joined: bool = False
+    watched: bool = False
     clip: bool = True
     parameters: int = 0
+    elements: int = 8  # of a parameter
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
     options: dict[str, Any] = field(default_factory=lambda: {"lr": 0.1, "momentum": 0.9})
     more: dict[str, Any] = field(default_factory=dict)
@@ -113,6 +119,8 @@ CASES: dict[str, Case] = {
     "r=1, two ranks": Case(world=2),
     "r=0.25, two ranks": Case(world=2, rate=0.25),
     "r=1, two ranks, JoinedBatches": Case(world=2, joined=True),
+    "r=1, two ranks, 10 parameters": Case(world=2, parameters=10, elements=4096),
+    "r=1, two ranks, 10 parameters, DivergenceWatch": Case(world=2, parameters=10, elements=4096, watched=True),
 }
 
 # what one more of something costs: the difference of two cases, divided by how many more there are
@@ -122,6 +130,11 @@ FURTHER: dict[str, tuple[Case, Case, int]] = {
     "a further tile, kept, bf16": (Case(tiles=4, autocast=torch.bfloat16), Case(tiles=8, autocast=torch.bfloat16), 4),
     "a further tile, r=0.25": (Case(tiles=2, rate=0.25), Case(tiles=4, rate=0.25), 2),
     "a further block of the optimizer": (Case(blocks=4), Case(blocks=8), 4),
+    "a further block of the optimizer, r=0.25, AdamW": (
+        Case(blocks=8, rate=0.25, **ADAMW),  # three blocks of the selected rows, then five
+        Case(blocks=16, rate=0.25, **ADAMW),
+        2,
+    ),
     "a further micro-batch": (Case(micro_batches=2), Case(micro_batches=4), 2),
     "400 parameters to clip": (Case(), Case(parameters=400), 1),
 }
@@ -161,11 +174,12 @@ class Step:
         optimizers: list[Any] = [RowOptimizer(case.optimizer, head, **case.options)]
         if center is not None:
             optimizers.append(RowOptimizer(torch.optim.SGD, center, lr=0.1) if case.center == "gradient" else center)
-        backbone = [torch.nn.Parameter(torch.randn(8, device=gpu.device)) for _ in range(case.parameters)]
+        backbone = [torch.nn.Parameter(torch.randn(case.elements, device=gpu.device)) for _ in range(case.parameters)]
+        watch = DivergenceWatch(torch.nn.ParameterList(backbone), head, every=100) if case.watched else None
         for _ in range(3):
             batches = [self.batch() for _ in range(case.micro_batches)]
             for parameter in backbone:
-                parameter.grad = torch.randn(8, device=gpu.device)
+                parameter.grad = torch.randn(case.elements, device=gpu.device)
             gpu.clear()
             for x, y in JoinedBatches(batches) if case.joined else batches:
                 cast = torch.autocast(gpu.device.type, case.autocast) if case.autocast else nullcontext()
@@ -181,6 +195,8 @@ class Step:
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            if watch is not None:
+                watch.step()
             if head.collect_metrics:
                 assert head.metrics
         return gpu.counts
@@ -275,7 +291,7 @@ def main(names: list[str]) -> None:
     pool = Ranks(2, join)
     if not names:
         for name, found in {**measured(0, 1), **pool.run(measured)[0]}.items():
-            print(f"{name:40}", ", ".join(f"{what} {value:g}" for what, value in found.items()))
+            print(f"{name:48}", ", ".join(f"{what} {value:g}" for what, value in found.items()))
     for name in names:
         print(f"== {name}")
         if name.endswith(AN_ELEMENT):

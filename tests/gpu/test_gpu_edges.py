@@ -176,20 +176,19 @@ def unusual_shapes(place: Place, rate: float) -> list[Any]:
     x, y = place.batch(0)
     some = len(x) if place.rank == 0 else 0
     batches = [(x[:some], y[:some]), (x[:0], y[:0]), (x, torch.full_like(y, -100)), (x, y)]
-    for classes in (CLASSES, 1):
-        for metrics in (False, True):
-            head = PartialFC(
-                WIDTH, classes, sample_rate=rate, device=place.device, group=place.group, init_std=1.0, metrics=metrics
-            )
-            optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
-            for inputs, labels in batches:
-                leaf = inputs.detach().requires_grad_()
-                loss = head(leaf, labels.clamp(max=classes - 1))
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                found += [loss.detach(), leaf.grad]
-            found.append(head.weight)
+    for classes, metrics in ((CLASSES, False), (1, True)):
+        head = PartialFC(
+            WIDTH, classes, sample_rate=rate, device=place.device, group=place.group, init_std=1.0, metrics=metrics
+        )
+        optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
+        for inputs, labels in batches:
+            leaf = inputs.detach().requires_grad_()
+            loss = head(leaf, labels.clamp(max=classes - 1))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found += [loss.detach(), leaf.grad]
+        found.append(head.weight)
     loss = head_of(place, sample_rate=rate)(x, y)
     found += torch.autograd.grad(loss, x, retain_graph=True)
     found += torch.autograd.grad(loss, x)
