@@ -335,7 +335,8 @@ class _OwnTargets:
         if self.every:  # a row for each target; the first of those of one class has the sum of all
             rows = (self.row if self.batch.ranks.replica_group is None else self.mesh_rows).sort().values
             sums = values.new_zeros(len(rows), values.shape[1])
-            return rows, add_to_rows(sums, torch.searchsorted(rows, self.row), values)
+            place = torch.searchsorted(rows, self.row).clamp_(max=max(len(rows) - 1, 0))  # some count 0 and are no row
+            return rows, add_to_rows(sums, place, values)
         nothing = values.new_zeros(len(self.mesh_rows), values.shape[1])
         return _sum_rows(torch.cat((self.row, self.mesh_rows)), torch.cat((values, nothing)))
 

@@ -38,7 +38,7 @@ def trained(
     kind, options = OPTIMIZERS[optimizer]
     found: list[Any] = []
     size = 4 * WIDTH * 40 if blocks else row_optimizer.BLOCK_BYTES
-    with mock.patch.object(row_optimizer, "BLOCK_BYTES", size):
+    with mock.patch.multiple(row_optimizer, BLOCK_BYTES=size, BLOCK_BYTES_ELSEWHERE=size):
         stepped = RowOptimizer(kind, head, **options, **optimizer_options)
         for step in range(batches):
             x, y = place.batch(step)

@@ -220,20 +220,8 @@ SCENARIOS: dict[str, tuple[Callable[..., list[Any]], tuple[Any, ...]]] = {
 WITH_FILES = {"checkpoints": checkpoints, "a checkpointer": checkpointers, "weight files": weight_files}
 
 
-# checksums of no tensors are a tensor of the CPU, and so are those that begin with one, as Adam's count of steps; they
-# are compared over the ranks
-UNWATCHED = pytest.mark.xfail(strict=False, reason="a DivergenceWatch of a head or of Adam sends a tensor of the CPU")
-OF_NO_DEVICE = ("a watch of a head", "a watch of an optimizer")
-
-
-@pytest.mark.parametrize(
-    ("layout", "name"),
-    [
-        pytest.param(layout, name, marks=UNWATCHED if name in OF_NO_DEVICE and layout != ALONE else ())
-        for layout in LAYOUTS
-        for name in SCENARIOS
-    ],
-)
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_tools(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
     scenario, arguments = SCENARIOS[name]
     on_both(gpu_ranks, ranks, layout, scenario, *arguments)

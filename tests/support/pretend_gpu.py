@@ -51,7 +51,6 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import partial_fc
-from partial_fc.distributed import groups
 
 NAME, BACKEND = "gpu", "pretend"
 PACKAGE = str(Path(partial_fc.__file__).parent) + os.sep
@@ -149,21 +148,6 @@ def join(rank: int, world: int, store: str) -> None:
     register()
     if world > 1:
         dist.init_process_group(BACKEND, init_method=f"file://{store}", rank=rank, world_size=world)
-        _mend_device_of()
-
-
-def _mend_device_of() -> None:
-    """Let the package find the device of a group, as long as it takes every device but the CPU for CUDA."""
-    try:
-        groups.device_of(groups.ranks_of(None))
-    except (AssertionError, RuntimeError):  # a build without CUDA
-        groups.device_of.__code__ = _device_of.__code__
-
-
-def _device_of(ranks):  # type: ignore[no-untyped-def]
-    """In the place of the package's, with the names of its module."""
-    on_host = ranks.group is None or "cpu:" in dist.get_backend_config(ranks.group)
-    return torch.device("cpu") if on_host else torch.device("gpu", 0)
 
 
 def _backend(options: Any, unused: Any) -> Any:

@@ -240,6 +240,7 @@ def score_templates(
             f"{list(same.shape)} do not match; give [T], [T, D], [P, 2] and [P]"
         )
     unit = unit_rows(embeddings, "template")
+    ids, pairs, same = ids.cpu(), pairs.cpu(), same.cpu()  # numbers; the products are where the embeddings are
     rows = torch.searchsorted(ids, pairs.contiguous()).clamp_(max=max(len(ids) - 1, 0))
     known = (ids[rows] == pairs).all(1) if len(ids) else torch.zeros(len(pairs), dtype=torch.bool)
     kept = known.nonzero().flatten()
