@@ -65,6 +65,7 @@ def test_right_margins_pass(margin, capsys):
     assert f"{type(margin).__name__}: loss, gradients and state equal the dense reference" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_at_all_worlds(capsys):
     check_margin(ElasticFace(plus=True))
     assert "on 1, 2, 3 ranks" in capsys.readouterr().out

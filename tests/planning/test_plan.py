@@ -500,6 +500,7 @@ def measure_all() -> None:
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process's memory can be reset on Linux only"
 )
+@pytest.mark.slow
 def test_memory_is_what_was_planned():
     """Resident memory of the CPU, heap and all. Nothing is subtracted."""
     root = Path(__file__).parents[2]

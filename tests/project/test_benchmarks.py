@@ -26,6 +26,7 @@ CASES = {"exact", "sampled", "many", "bf16", "memory", "memory_in_backward", "pe
 GPU_PARTS = ("proof", "waits", "two", "speed", "peers", "profile")
 
 
+@pytest.mark.slow
 def test_quick_run(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "head.py"), "--quick", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

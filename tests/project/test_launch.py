@@ -124,7 +124,8 @@ def test_accelerate_with_another_engine(tiny, accelerated, engine):
     )
 
 
-@pytest.mark.parametrize("file", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("file", ["zero3", "zero2"])
+@pytest.mark.slow
 def test_deepspeed(tiny, accelerated, file):
     out = tiny.parent / f"deepspeed_{file}"
     options = f"--num_gpus 2 --master_port {free_port()}"
@@ -175,6 +176,7 @@ def slurm(tmp_path) -> dict[str, str]:
     return {"PATH": path, **job}
 
 
+@pytest.mark.slow
 def test_slurm(tiny, accelerated, slurm):
     out = tiny.parent / "slurm"
     command = f"bash launch/slurm.sbatch {tiny} --output.folder {out}"

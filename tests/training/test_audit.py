@@ -135,6 +135,7 @@ def test_classes_that_no_step_has_touched(hardly_trained, tmp_path):
     assert json.loads((out / "audit.json").read_text())["never_updated"] == len(unmoved)
 
 
+@pytest.mark.slow
 def test_two_ranks_find_the_same(trained, hardly_trained, tmp_path):
     for run in (trained / "run", hardly_trained):
         one, two = tmp_path / f"{run.name}-one", tmp_path / f"{run.name}-two"

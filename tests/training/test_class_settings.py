@@ -493,6 +493,7 @@ def test_a_run_of_an_earlier_version_goes_on_exactly(tmp_path, mistake):
     assert 'Settings that differ</h2>\n<p class="note">None.' in page
 
 
+@pytest.mark.slow
 def test_a_run_of_a_margin_of_ones_own_is_resumed_where_it_is_trusted(own, tmp_path, monkeypatch, capsys):
     import subprocess
     import sys

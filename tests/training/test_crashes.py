@@ -242,6 +242,7 @@ def killed(tiny: Path, out: Path, fault: str, ranks: int = 2, **settings: str) -
     return len(losses(out)), RunFolder(out).checkpointer().steps()[-1]
 
 
+@pytest.mark.slow
 def test_killed_in_backward_and_started_again(tiny, undisturbed, tmp_path):
     out = tmp_path / "run"
     logged, saved = killed(tiny, out, "kill:backward@step=6,rank=1")

@@ -222,9 +222,10 @@ def test_what_an_evaluation_draws_and_switches_is_put_back():
     ("metric", "values"),
     [
         ("lfw/accuracy", [0.9, 0.7, 0.8, 0.6]),
-        pytest.param("lfw/eer", [0.1, 0.3, 0.2, 0.4], marks=pytest.mark.slow),
+        ("lfw/eer", [0.1, 0.3, 0.2, 0.4]),
     ],
 )
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_through_a_resume_and_can_be_evaluated(
     metric, values, files, tmp_path, monkeypatch, capsys, mistake
 ):

@@ -192,6 +192,7 @@ def test_sets_that_cannot_be_mixed_say_so(sets, message):
         check_mix(sets)
 
 
+@pytest.mark.slow
 def test_a_mixed_run_goes_on_exactly_and_evaluates_as_any(tmp_path, capsys):
     for identity in range(6):
         (tmp_path / f"other/p{identity}").mkdir(parents=True)

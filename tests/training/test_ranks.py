@@ -293,6 +293,7 @@ def test_ones_own_loop_finds_its_ranks_by_mpi():
     assert sorted(out.splitlines()) == ["0 2 0 2 127.0.0.1 2", "1 2 1 2 127.0.0.1 2"]
 
 
+@pytest.mark.slow
 def test_variables_that_mpi_contradicts_are_refused_on_all_ranks():
     told = "from partial_fc.training import ranks\ntry:\n    ranks.find_ranks()\nexcept ranks.UserError as error:\n    print(error)"
     code, out, err = finish(mpirun("-c", told, RANK="0", WORLD_SIZE="2"))

@@ -334,11 +334,12 @@ def test_what_is_measured_is_logged_now_and_then(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(["--head.margin", "AdaFace", "--head.margin.momentum", "0.1"], marks=pytest.mark.slow),
+        ["--head.margin", "AdaFace", "--head.margin.momentum", "0.1"],
         ["--center.weight", "0.01", "--train.accumulation", "2"],
     ],
     ids=["adaface", "center"],
 )
+@pytest.mark.slow
 def test_running_statistics_and_centers_go_on_exactly(tmp_path, settings):
     """The second epoch again, from the checkpoint after the first, on two ranks."""
     folder, again = tmp_path / "run", tmp_path / "again"
@@ -405,11 +406,12 @@ def test_centers_move_once_a_step_by_all_micro_batches_and_not_when_it_is_skippe
 @pytest.mark.parametrize(
     ("settings", "seen"),
     [
-        pytest.param([], 18, marks=pytest.mark.slow),
+        ([], 18),
         (["--train.checkpoint_steps", "4", "--train.asynchronous_checkpoints", "true"], 12),
     ],
     ids=["between epochs", "within an epoch"],
 )
+@pytest.mark.slow
 def test_a_killed_run_goes_on_exactly(run, tmp_path, settings, seen):
     """SIGKILL of all processes after some checkpoint; the resumed run logs the losses of the undisturbed one."""
     folder = tmp_path / "run"
@@ -524,6 +526,7 @@ def test_ranks_that_read_no_image_fail_alike(tmp_path):
 # -------------------------------------------------------------------------------------------------- example and results
 
 
+@pytest.mark.slow
 def test_the_plain_ddp_example_learns(tmp_path):
     lines = (ROOT / "examples/ddp.py").read_text().splitlines()
     assert len(lines) <= 60

@@ -441,6 +441,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_commands_hold_a_block_of_a_matrix_of_200_megabytes(tmp_path):
     small, large = tmp_path / "small.safetensors", tmp_path / "large.safetensors"
     create(small, {"weight": ((100, 512), torch.float32)}, {})
