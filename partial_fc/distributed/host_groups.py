@@ -11,8 +11,14 @@ import weakref
 
 import torch.distributed as dist
 
+from partial_fc.distributed.inquiry import RankMissing
 from partial_fc.distributed.missing import naming_the_missing
 
+NO_GROUP = (
+    "a loss in a group of NCCL exchanges counts by a gloo group beside it, which could not be made: set "
+    "GLOO_SOCKET_IFNAME to the network interface that the machines reach each other by (lo on a single machine), or "
+    'begin with init_process_group("cpu:gloo,cuda:nccl")'
+)
 _beside: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
 
@@ -26,7 +32,12 @@ def host_group_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     if not dist.is_gloo_available():
         return None
     if group not in _beside:
-        with naming_the_missing("the making of a group for counts", group):
-            ranks = dist.get_process_group_ranks(group)
-            _beside[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        ranks = dist.get_process_group_ranks(group)
+        try:
+            with naming_the_missing("the making of a group for counts", group):
+                _beside[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        except RankMissing:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(f"{NO_GROUP} ({error})") from error
     return _beside[group]

@@ -7,21 +7,32 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from common import message_of
 from torch import Tensor
 
 import partial_fc.distributed.ranks as exchanges
 from partial_fc import PartialFC, RowOptimizer
+from partial_fc.distributed import host_groups
 from partial_fc.distributed.groups import ranks_of
 from partial_fc.distributed.meeting import meet
 
 
-def of_gpus_alone(group: Any = None) -> str:
-    return "cuda:nccl"
+class GpusAlone:
+    """torch.distributed as `host_group_of` sees it, with groups that have a backend for GPUs alone."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def get_backend_config(self, group: Any = None) -> str:
+        return "cuda:nccl"
+
+    def unable(self, *given: Any, **options: Any) -> Any:
+        raise RuntimeError("gloo: no interface")
 
 
 def one_group_beside(rank: int, world: int) -> tuple[bool, bool, list[list[int]], bool]:
     plain = ranks_of(None)
-    with mock.patch.object(dist, "get_backend_config", of_gpus_alone):
+    with mock.patch.object(host_groups, "dist", GpusAlone()):
         first, second = ranks_of(None), ranks_of(None)
     device = torch.device("cpu")
     assert first.host_group is not None
@@ -48,8 +59,8 @@ def groups_of_a_step(rank: int, world: int) -> tuple[list[tuple[str, bool]], flo
     x, labels = torch.randn(5, 8, generator=generator), torch.randint(0, 40, (5,), generator=generator)
     losses = []
     seen: list[tuple[str, bool]] = []
-    for config in (dist.get_backend_config, of_gpus_alone):
-        with mock.patch.object(dist, "get_backend_config", config):
+    for module in (dist, GpusAlone()):
+        with mock.patch.object(host_groups, "dist", module):
             head = PartialFC(8, 40, device="cpu")
         optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
         beside = head.shards.ranks.host_group
@@ -72,3 +83,22 @@ def test_counts_go_between_hosts_and_tensors_do_not(ranks):
     for seen, plain, beside in ranks(2).run(groups_of_a_step):
         assert seen == [("counts", True), ("tensors", False), ("tensors", False)]
         assert plain == beside
+
+
+def without_gloo(rank: int, world: int) -> str:
+    """The words where no gloo group can be made."""
+
+    host_groups._beside.clear()
+    module = GpusAlone()
+    vars(module)["new_group"] = module.unable
+    with mock.patch.object(host_groups, "dist", module):
+        return message_of(ranks_of, None)
+
+
+def test_where_no_group_for_hosts_can_be_made_the_way_is_named(ranks):
+    for text in ranks(2).run(without_gloo):
+        assert (
+            text.startswith(f"RuntimeError: {host_groups.NO_GROUP}")
+            and "GLOO_SOCKET_IFNAME" in text
+            and "no interface" in text
+        )
