@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from partial_fc.batch.row_sums import add_to_rows
 from partial_fc.softmax.row_tiles import RowTiles, inverse_length, project
 
 
@@ -37,19 +38,27 @@ class RowsAtOnce(RowTiles):
         return self.held is not None and self.index is not None
 
     @property
-    def projects_at_end(self) -> bool:
+    def _projects_at_end(self) -> bool:
         """Whether the gradient of all rows goes through the normalisation at once, not tile by tile."""
         return self.held is not None and self.index is None
 
-    def project_all(self, grad: Tensor, scaled: bool) -> None:
-        """Take the gradient of all rows, perhaps divided by their lengths already, through the normalisation."""
-        assert self.inverse is not None
-        project(grad if scaled else grad.mul_(self.inverse), self.weight, self.inverse)
+    def through_lengths(self, grad: Tensor, directions: Tensor, a: int, b: int, out: Tensor) -> None:
+        if self.inverse is None or not self._projects_at_end:
+            super().through_lengths(grad, directions, a, b, out)
+        elif grad is not out:
+            torch.mul(grad, self.inverse[a:b], out=out)
 
-    def vectors(self, a: int, b: int, directions: Tensor) -> tuple[Tensor, bool]:
-        if self.index is None:
-            return self.weight[a:b].to(self.dtype), False
-        return super().vectors(a, b, directions)
+    def units(self, a: int, b: int, directions: Tensor) -> Tensor | None:
+        return None if self.index is None else super().units(a, b, directions)
+
+    def release(self, grad: Tensor) -> None:
+        if self._projects_at_end and self.held is not None and self.inverse is not None:
+            scaled = self.held.dtype != self.dtype  # products of another dtype were divided by the lengths tile by tile
+            project(grad if scaled else grad.mul_(self.inverse), self.weight, self.inverse)
+        super().release(grad)
+
+    def add_at(self, out: Tensor, positions: Tensor, values: Tensor) -> None:
+        add_to_rows(out, positions, values)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self.inverse is None or not self.measured:

@@ -24,15 +24,13 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.batch.exchange import gradient_of_losses
-from partial_fc.batch.row_sums import add_to_rows
 from partial_fc.distributed.derivatives import executes
 from partial_fc.distributed.ranks import start_reduce_scatter, sum_over_replicas
 from partial_fc.softmax import float16
-from partial_fc.softmax.at_once import RowsAtOnce
-from partial_fc.softmax.decisions import decision_derivatives
 from partial_fc.softmax.forward import ForwardState, SavedTensors
+from partial_fc.softmax.other_derivatives import length_derivatives, other_derivatives
 from partial_fc.softmax.recompute import recomputed
-from partial_fc.softmax.row_tiles import tangent, tangent_at
+from partial_fc.softmax.row_tiles import tangent
 from partial_fc.softmax.tiles import tile_of
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]
@@ -51,42 +49,25 @@ class Derivatives(NamedTuple):
 
 def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Derivatives:
     """Return them from ∂L/∂(reduced loss)."""
-    selection, options, targets = state.selection, state.options, state.targets
-    scale, smoothing = options.scale, state.smoothing
+    selection, options, smoothing = state.selection, state.options, state.smoothing
     z, lse = saved.target_logits, saved.lse[:, None]
     d_loss = gradient_of_losses(grad.to(saved.x.dtype), selection.batch, selection.sample_weights, options.reduction)
-    d_offset = d_every = d_norm = None
-    if options.binary:
-        d_lse, d_z, d_offset = decision_derivatives(selection, options.binary, d_loss, z, saved.lse)
-        from_zero = d_lse
+    d_every = d_norm = d_offset = None
+    if selection.counts_once and smoothing is None and not options.binary:
+        d_lse = d_loss[:, None]
+        d_z = (z - lse).expm1_().mul_(d_lse)
     else:
-        weights, d_lse = selection.target_weights, d_loss
-        if smoothing is not None:
-            weights, of_all = smoothing.counted(weights, saved.smoothed)
-            d_lse = d_loss * (weights.sum(1) + of_all)
-        elif not selection.counts_once:
-            d_lse = d_loss * weights.sum(1)
-        d_lse = d_lse[:, None]
-        # bounded logits of others are at least -scale; where lse is less there are none: nothing may become infinite
-        from_zero = d_lse / lse.clamp(min=-scale - 1).exp_() if state.bounded else d_lse
-        if smoothing is None and selection.counts_once:
-            d_z = (z - lse).expm1_().mul_(d_lse)
-        else:
-            d_z = d_lse * (z - lse).exp_() - d_loss[:, None] * weights
-    if smoothing is not None:
-        d_every = smoothing.of_every(d_loss, saved.smoothed)
-        d_z = d_z + d_every[:, None] * smoothing.of_targets
-    if z.shape[1] > 1 or options.binary:  # with one target a sample, d_loss is 0 where there is none
-        d_z = torch.where(targets.exists, d_z, 0.0)
+        d_lse, d_z, d_every, d_offset = other_derivatives(d_loss, saved, state)
     d_z = d_z.reshape(-1)
     d_cosine = d_z * saved.slope_cosine
     if smoothing is not None and d_every is not None:
-        d_cosine = d_cosine - smoothing.of_cosines(d_every, targets, scale)
-    if saved.slope_norm.numel():
-        d_norm = targets.sum_of_samples(d_z * saved.slope_norm)
-    if saved.slope_penalty.numel() and selection.ranks.rank == 0:  # every sample's own; gradients are summed over ranks
-        of_penalty = d_loss * saved.slope_penalty
-        d_norm = of_penalty if d_norm is None else d_norm + of_penalty
+        d_cosine = d_cosine - smoothing.of_cosines(d_every, state.targets, options.scale)
+    if saved.slope_norm.numel() or saved.slope_penalty.numel():
+        d_norm = length_derivatives(d_loss, d_z, saved, state)
+    from_zero = d_lse
+    if state.bounded and not options.binary:
+        # logits of others are at least -scale; where lse is less there are none: nothing may become infinite
+        from_zero = d_lse / lse.clamp(min=-options.scale - 1).exp_()
     return Derivatives(d_lse, from_zero, d_every, d_cosine, d_norm, d_offset)
 
 
@@ -161,7 +142,6 @@ class BackwardTiles:
         centers, ruled = state.options.margin.centers, state.options.ruled
         dx = x.new_empty(len(x), x.shape[1] if want_x else 0) if rows.count else torch.zeros_like(x)
         update = state.sink.begin_update() if want_rows and state.sink.begin_update is not None else None
-        self.at_end = update is None and isinstance(rows, RowsAtOnce) and rows.projects_at_end
         length = rows.count if update is None else min(state.tile, rows.count)
         dw = rows.gradient_memory(length) if want_rows else None
         db = x.new_empty(length, dtype=self.stats) if want_rows and self.bias is not None else None
@@ -194,9 +174,7 @@ class BackwardTiles:
             self._finish_embeddings(dx)
         if dw is None:
             return dx, []
-        if self.at_end and isinstance(rows, RowsAtOnce):
-            rows.project_all(dw, scaled=state.product != self.stats)
-        rows.release()
+        rows.release(dw)
         if update is None:
             return dx, self._with_targets(dw, db, 0)
         if not rows.count:  # the optimizer's scalar state counts this step as on other ranks
@@ -223,18 +201,7 @@ class BackwardTiles:
         if self.shares is not None:
             grad = grad.to(self.stats)
             self.shares.add_to_rows(grad, a, b)
-        if rows.inverse is not None and not self.at_end:
-            vector, is_unit = rows.vectors(a, b, w)
-            final = out if out.dtype == self.stats else torch.empty_like(grad, dtype=self.stats)
-            inverse = rows.inverse[a:b]
-            if is_unit:
-                grad = tangent(grad.to(self.stats), vector, inverse, out=final)
-            else:
-                grad = tangent_at(grad, vector, inverse, out=final)
-        elif rows.inverse is not None and grad is not out:
-            grad = torch.mul(grad, rows.inverse[a:b], out=out)
-        if grad is not out:
-            out.copy_(grad)
+        rows.through_lengths(grad, w, a, b, out)
 
     def _finish_embeddings(self, dx: Tensor) -> None:
         """Add the targets' share and go through the normalisation, in place."""
@@ -253,19 +220,19 @@ class BackwardTiles:
 
     def _with_targets(self, dw: Tensor, db: Tensor | None, a: int) -> list[Tensor]:
         """Return the gradients of rows a, a + 1, ... with the targets' share in them, summed over replicas."""
-        targets, ranks = self.state.targets, self.state.selection.ranks
+        rows, targets, ranks = self.state.rows, self.state.targets, self.state.selection.ranks
         if len(dw):
             position, d_cosine = targets.row, self.d.d_cosine
-            if len(dw) < self.state.rows.count:
+            if len(dw) < rows.count:
                 position = position - a
                 here = targets.own & (position >= 0) & (position < len(dw))
                 position, d_cosine = position.remainder(len(dw)), d_cosine * here
             grad = targets.of_samples(self.saved.x) * d_cosine[:, None]
-            if self.state.rows.inverse is not None:
+            if rows.inverse is not None:
                 tangent(grad, self.target_rows, self.target_inverse, out=grad)
-            add_to_rows(dw, position, grad)
+            rows.add_at(dw, position, grad)
             if db is not None:
-                add_to_rows(db, position, d_cosine)
+                rows.add_at(db, position, d_cosine)
         grads = [dw.view(len(dw) // self.state.options.margin.centers, *self.weight.shape[1:])]
         if db is not None and self.bias is not None:
             grads.append(db.to(self.bias.dtype))

@@ -144,7 +144,8 @@ def target_cosines(x: Tensor, rows: RowTiles, targets: TargetRows, centers: int)
     if centers == 1:
         targets = replace(targets, directions=rows.at(targets.row))
         cosines = row_dots(targets.of_samples(x), targets.directions[0])[:, 0]
-        cosines = cosines if rows.bias is None else cosines + rows.bias_at(targets.row)
+        biases = rows.biases(targets.row)
+        cosines = cosines if biases is None else cosines + biases
     else:
         cosines, targets = nearest_centers(x, rows, targets, centers)
         targets = replace(targets, directions=rows.at(targets.row))
@@ -216,7 +217,7 @@ class TileSums:
         """Add tile t: rows a to b."""
         state = self.state
         w = state.rows.tile(a, b, state.product if state.smoothing is None else self.stats)
-        bias = state.rows.tile_bias(a, b)
+        bias = state.rows.biases(slice(a, b))
         kept = None if self.kept is None else tile_of(self.kept, t, self.samples, state.tile)[:, : b - a]
         where = kept if self.scratch is None else tile_of(self.scratch, 0, self.samples, state.tile)[:, : b - a]
         assert where is not None

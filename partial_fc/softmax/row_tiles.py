@@ -92,8 +92,8 @@ class RowTiles:
         name = "rows" if self.index is None else "selected rows"
         return self.workspace.take(name, (length, self.weight.shape[1]), self.weight.dtype, self.weight.device)
 
-    def release(self) -> None:
-        """The memory holds the gradient now: a second backward makes the directions again."""
+    def release(self, grad: Tensor) -> None:
+        """All tiles have written to the gradient: a second backward makes the directions again."""
         self.held = self.memory = None
 
     @property
@@ -116,16 +116,33 @@ class RowTiles:
         out = torch.empty_like(part, dtype=dtype) if held is None else held
         return torch.mul(part, self.inverse[a:b], out=out).to(dtype)
 
-    def vectors(self, a: int, b: int, directions: Tensor) -> tuple[Tensor, bool]:
-        """Return (vectors `[b − a, D]` of rows a to b in the dtype of the statistics, whether of unit length)."""
-        if self.held is not None or directions.dtype == self.dtype:
-            return (directions if self.held is None else self.held[a:b]), True
-        return (self.weight[a:b] if self.index is None else self.weight[self.index[a:b]]).to(self.dtype), False
+    def through_lengths(self, grad: Tensor, directions: Tensor, a: int, b: int, out: Tensor) -> None:
+        """Write to `out [T, D]` the gradient of rows a to b, given that of their directions; both may be one memory."""
+        if self.inverse is not None:
+            final = out if out.dtype == self.dtype else torch.empty_like(grad, dtype=self.dtype)
+            if (unit := self.units(a, b, directions)) is not None:
+                grad = tangent(grad.to(self.dtype), unit, self.inverse[a:b], out=final)
+            else:
+                vectors = self.weight[a:b] if self.index is None else self.weight[self.index[a:b]]
+                grad = tangent_at(grad, vectors.to(self.dtype), self.inverse[a:b], out=final)
+        if grad is not out:
+            out.copy_(grad)
 
-    def tile_bias(self, a: int, b: int) -> Tensor | None:
+    def units(self, a: int, b: int, directions: Tensor) -> Tensor | None:
+        """Return the directions of rows a to b in the dtype of the statistics, None where only others are at hand."""
+        if self.held is not None:
+            return self.held[a:b]
+        return directions if directions.dtype == self.dtype else None
+
+    def add_at(self, out: Tensor, positions: Tensor, values: Tensor) -> None:
+        """Add `values [P, ...]` to single rows of `out`; the same order of sums in every run."""
+        out.index_add_(0, positions, values.to(out.dtype))
+
+    def biases(self, at: slice | Tensor) -> Tensor | None:
+        """Return the biases of a tile, or of single rows; None if there are none."""
         if self.bias is None:
             return None
-        return (self.bias[a:b] if self.index is None else self.bias[self.index[a:b]]).to(self.dtype)
+        return self.bias[at if self.index is None else self.index[at]].to(self.dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return (directions `[P, D]`, 1/length `[P, 1]`; 1 where nothing is normalised) of single rows."""
@@ -134,11 +151,6 @@ class RowTiles:
             return part.to(self.dtype), part.new_ones(len(part), 1, dtype=self.dtype)
         inverse = inverse_length(part, self.dtype)
         return part * inverse, inverse
-
-    def bias_at(self, positions: Tensor) -> Tensor | float:
-        if self.bias is None:
-            return 0.0
-        return self.bias[positions if self.index is None else self.index[positions]].to(self.dtype)
 
     def tiles(self, size: int) -> Iterator[tuple[int, int]]:
         for a in range(0, self.count, size):
