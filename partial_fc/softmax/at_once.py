@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from partial_fc.batch.row_sums import add_to_rows
-from partial_fc.softmax.row_tiles import RowTiles, inverse_length, project
+from partial_fc.softmax.by_vectors import project
+from partial_fc.softmax.row_tiles import RowTiles, inverse_length
 
 
 class RowsAtOnce(RowTiles):

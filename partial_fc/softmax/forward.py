@@ -18,10 +18,10 @@ from partial_fc.softmax.further_sums import FurtherSums
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.penalty import penalty_of
-from partial_fc.softmax.row_tiles import RowTiles, TargetRows, inverse_of, row_dots
+from partial_fc.softmax.row_tiles import RowTiles, TargetRows, inverse_of
 from partial_fc.softmax.ruled import Rule, nearest_centers, rows_of_classes
 from partial_fc.softmax.smoothing import Smoothing
-from partial_fc.softmax.tiles import tile_logits, tile_of, tile_rows, tile_size
+from partial_fc.softmax.tiles import row_dots, tile_logits, tile_of, tile_rows, tile_size
 
 
 class SavedTensors(NamedTuple):

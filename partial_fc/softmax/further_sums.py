@@ -102,7 +102,7 @@ class FurtherSums:
 
     def parts(self, z: Tensor, cosines: Tensor, rows: int) -> dict[str, Tensor]:
         """Return by name what the ranks combine. z, cosines `[P]`: of the targets. rows: of this rank."""
-        parts = {}
+        parts: dict[str, Tensor] = {}
         if self.smoothing is not None:
             parts |= self.smoothing.finish(self.targets, z, cosines, self.options.scale, rows)
         if self.active is not None:

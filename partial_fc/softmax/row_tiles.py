@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from partial_fc.softmax.by_vectors import tangent_at
 from partial_fc.softmax.inputs import Selection
-from partial_fc.softmax.tiles import Workspace
+from partial_fc.softmax.tiles import Workspace, row_dots
 
 TINY = 1e-12  # a vector shorter than this has no direction: its cosines are 0 and it gets no gradient
 
@@ -31,26 +32,9 @@ def inverse_length(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     return inverse_of(torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype))
 
 
-def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Return the dot product of each row of `[n, D]`, `[n, 1]`; elsewhere than on a CPU without a product `[n, D]`."""
-    if a.device.type == "cpu":
-        return torch.linalg.vecdot(a, b).unsqueeze(1)
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)
-
-
 def tangent(grad: Tensor, direction: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
     """Return ∂/∂v from g = ∂/∂u, u = v/‖v‖: `(g − (g·u) u) / ‖v‖`, rows `[n, D]`. out may be either input's memory."""
     return torch.addcmul(grad, direction, row_dots(grad, direction), value=-1, out=out).mul_(inverse)
-
-
-def tangent_at(grad: Tensor, vector: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
-    """As `tangent`, from v itself; grad: of any dtype, may be the memory of out."""
-    return project(torch.mul(grad, inverse, out=out), vector, inverse)
-
-
-def project(scaled: Tensor, vector: Tensor, inverse: Tensor) -> Tensor:
-    """Return `h − (h·u) u`, u = v/‖v‖, in the memory of h = g/‖v‖."""
-    return scaled.addcmul_(vector, row_dots(scaled, vector).mul_(inverse.square()), value=-1)
 
 
 class RowTiles:
