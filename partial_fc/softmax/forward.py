@@ -209,7 +209,7 @@ class TileSums:
         self.memory = self.memory if self.scratch is None else self.scratch  # and a number more, behind the tiles
         self.scaled = (x if options.ruled else x * options.scale).to(product)
         self.further: FurtherSums | None = None
-        if FurtherSums.needed(options, state.bounded):
+        if options.ruled or options.binary or options.metrics or state.smoothing is not None or not state.bounded:
             of_others = state.rule, state.smoothing, state.bounded
             self.further = FurtherSums(x, options, state.targets, *of_others, kept=tiles if keep else 0)
 

@@ -49,11 +49,6 @@ class FurtherSums:
         self.active = x.new_zeros(len(x)) if options.binary else None
         self.hardest = x.new_full((len(x),), lowest) if options.metrics else None
 
-    @staticmethod
-    def needed(options: LossOptions, bounded: bool) -> bool:
-        """Return whether anything but Σ exp(logit) is to be found."""
-        return not bounded or bool(options.ruled or options.label_smoothing or options.binary or options.metrics)
-
     def add(
         self, t: int, logits: Tensor, total: Tensor, w: Tensor, bias: Tensor | None, a: int, b: int
     ) -> tuple[Tensor, Tensor]:
