@@ -26,7 +26,7 @@ from partial_fc.sampling import draw_window, mix, select_rows
 from partial_fc.softmax.cross_entropy import sharded_cross_entropy
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes
-from partial_fc.targets import sample_weights_of, stats_dtype, targets_of
+from partial_fc.targets import sample_weights_of, targets_of
 
 
 class PartialFC(HeadState):
@@ -101,20 +101,20 @@ class PartialFC(HeadState):
     def _select(self, batch: GlobalBatch, options: LossOptions, scatter: bool) -> Selection:
         """Return the targets, and this rank's rows that take part."""
         shards, ranks = self.shards, batch.ranks
-        dtype = stats_dtype(batch.embeddings, self.weight)
+        dtype, _ = compute_dtypes(batch.embeddings, self.weight)
         targets = targets_of(batch, self.num_classes, self.ignore_index, dtype)
         counts = self.num_classes, self.ignore_index, self.reduction, self.class_weights, self.label_smoothing > 0
         rows = slots = None
         if self.training and self._sample_rate < 1:
-            seed, step, device = self.seed, self.forward_count, batch.embeddings.device
             positives = targets.ids  # of this replica; a label without weight is drawn nevertheless
             if ranks.replica_group is not None or batch.label_weights is not None:
                 positives = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
+            seed, step, device = self.seed, self.forward_count, batch.embeddings.device
             if device.type == "cpu":
                 window = draw_window(self.num_classes, self._sample_rate, seed=seed, step=step, device=device)
                 rows = select_rows(window, positives, shards.lo, shards.hi)
             else:
-                rows, slots = self._draws_for(device).select(step, positives, options.takes_slots)
+                rows, slots = self._select_at_once(positives, options)
         return Selection(
             batch=batch,
             rows=rows,

@@ -15,14 +15,8 @@ from torch import Tensor
 
 from partial_fc.batch import refusals
 from partial_fc.batch.exchange import GlobalBatch
-from partial_fc.batch.loss_weights import weigh_batch
+from partial_fc.batch.loss_weights import weigh_batch, weigh_labels, without_bad_labels
 from partial_fc.batch.status import as_matrix
-from partial_fc.batch.weights import merge_repeated
-
-
-def stats_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the dtype of losses and weights: float32, or float64 if either tensor is."""
-    return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else torch.float32
 
 
 class Targets(NamedTuple):
@@ -37,21 +31,13 @@ class Targets(NamedTuple):
 
 def targets_of(batch: GlobalBatch, classes: int, ignore_index: int, dtype: torch.dtype) -> Targets:
     labels = as_matrix(batch.labels)
-    named, fine = _named(labels, classes, ignore_index, batch.looked)
+    named, fine = labels != ignore_index, None
+    if not batch.looked:
+        named, fine = without_bad_labels(labels, named, classes)
     exists, weights = named, named.to(dtype)
     if batch.label_weights is not None:
-        weights = merge_repeated(labels, weights * batch.label_weights.to(dtype), named)
-        exists = named & (weights > 0)
-        weights = weights * exists
+        exists, weights = weigh_labels(labels, named, batch.label_weights.to(dtype))
     return Targets(torch.where(exists, labels, -1), exists, weights, named, fine)
-
-
-def _named(labels: Tensor, classes: int, ignore_index: int, looked: bool) -> tuple[Tensor, Tensor | None]:
-    named = labels != ignore_index
-    if looked:
-        return named, None
-    inside = labels == labels.clamp(0, classes - 1)
-    return named & inside, (named <= inside).all()
 
 
 def sample_weights_of(
@@ -73,11 +59,7 @@ def sample_weights_of(
     if one is not None and plain:
         weights = everywhere = one
     else:
-
-        def in_mesh() -> Tensor:
-            return _named(as_matrix(batch.mesh_labels), classes, ignored, batch.looked)[0]
-
-        of_labels = targets.named, in_mesh, one, targets.weights.dtype
+        of_labels = targets.named, one, targets.weights.dtype, classes, ignored
         weights, everywhere = weigh_batch(batch, *of_labels, class_weights, within, reduction == "mean")
     if reduction == "mean":
         weights = weights / torch.nn.functional.threshold(everywhere.sum(), 0.0, math.inf)

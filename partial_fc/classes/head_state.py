@@ -27,7 +27,8 @@ from partial_fc.margins.state import load_state, misfit, state_of
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sampling import window_size
 from partial_fc.sharded_module import Reduction, SharedArguments
-from partial_fc.softmax.draws import Draws
+from partial_fc.softmax.draws import Draws, Slots
+from partial_fc.softmax.inputs import LossOptions
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.tiles import Workspace
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
@@ -194,11 +195,14 @@ class HeadState(ChangeableLoss):
             raise RuntimeError("metrics are known after a forward of a head that was built with metrics=True")
         return self._measured.summary(self.margin)
 
-    def _draws_for(self, device: torch.device) -> Draws:
-        draws = Draws(self.num_classes, self._sample_rate, self.seed, self.shards, device)
+    def _select_at_once(self, positives: Tensor, options: LossOptions) -> tuple[Tensor, Slots | None]:
+        """Return this rank's rows of the forward, and the slots behind its window, without a wait for the device."""
+        draws = Draws(self.num_classes, self._sample_rate, self.seed, self.shards, positives.device)
         if self._draws is None or self._draws.key != draws.key:
             self._draws = draws
-        return self._draws
+        # with slots nothing but the exponential may depend on the logits of single rows
+        slots = not (options.ruled or options.binary or options.label_smoothing or options.margin.binary)
+        return self._draws.select(self.forward_count, positives, slots)
 
     def _report_mode(self, keep: bool, size: int) -> None:
         self.logits_mode = "kept" if keep else "tiled"

@@ -81,9 +81,8 @@ def gradient_norms(
     parameters: Iterable[Tensor] | Tensor, heads: Sequence[ClassRows], norm_type: float, check: bool
 ) -> tuple[list[Tensor], Tensor | None]:
     """Return (float64 norms of gradients, those of each loss over its ranks; agreed flags for `decide`, if `check`)."""
-    for rows in heads:
-        if rows.live_optimizer is not None and rows.live_optimizer.update_in_backward:
-            raise errors.clipped_in_backward()
+    if any(optimizer is not None and optimizer.update_in_backward for optimizer in (h.live_optimizer for h in heads)):
+        raise errors.clipped_in_backward()
     plain = [*others(parameters, heads), *(p for rows in heads for p in rows.shared.values())]
     grads = [p.grad for p in plain if p.grad is not None]
     norms = [norm.double() for norm in norms_of([g for g in grads if not isinstance(g, DTensor)], norm_type)]
@@ -98,8 +97,7 @@ def gradient_norms(
 
 def _own_norm(rows: ClassRows, norm_type: float) -> Tensor:
     """Return the norm of this rank's rows."""
-    grads = [local_part(carrier.grad) for carrier in rows.carriers if carrier.grad is not None]
-    parts = [part.double() for part in norms_of([grad for grad in grads if grad.numel()], norm_type)]
+    parts = [part.double() for part in norms_of([grad for grad in rows.gradients() if grad.numel()], norm_type)]
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=rows.device)
     return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), norm_type)

@@ -78,9 +78,7 @@ class BackwardTiles:
         self.weight = weight
         self.saved = saved
         self.state = state
-        self.stats = self.weighted_dtype = saved.x.dtype
-        if state.product is not torch.float16:
-            self.weighted_dtype = state.product
+        self.stats, self.weighted_dtype = saved.x.dtype, state.product
         if state.rows.count:
             self.target_rows, self.target_inverse = state.targets.directions
 

@@ -24,15 +24,14 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.distributed.derivatives import executes, first_derivative
-from partial_fc.distributed.ranks import start_reduce_scatter, sum_over_replicas
+from partial_fc.distributed.ranks import start_reduce_scatter
 from partial_fc.softmax.backward import BackwardTiles, derivatives, is_usual
+from partial_fc.softmax.decisions import offset_gradient
 from partial_fc.softmax.forward import Forwarded, ForwardState, SavedTensors, forward
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.other_tiles import OtherTiles
 from partial_fc.softmax.tiles import compute_dtypes
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]
 
 
 def sharded_cross_entropy(
@@ -90,18 +89,15 @@ class ShardedCrossEntropy(torch.autograd.Function):
             return gradients(ctx, grad, weight, bias, SavedTensors(*saved))
 
 
-def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved: SavedTensors) -> Gradients:
+def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved: SavedTensors) -> tuple[Any, ...]:
     """Return the gradients of (embeddings, weight, bias, offset); under an anchor, rows' go to the sink."""
     state: ForwardState = ctx.state
     selection, sink = state.selection, state.sink
     want_x, want_w, want_b, want_offset, anchored, _ = ctx.needs_input_grad
     anchored = anchored and executes()(ctx.next_functions[-1][0])  # not for autograd.grad(loss, embeddings)
     want_rows = want_w or want_b or anchored
-    d = derivatives(grad, saved, state)
-    if is_usual(bias, saved, state):
-        tiles = BackwardTiles(d, weight, saved, state)
-    else:
-        tiles = OtherTiles(d, weight, bias, saved, state)
+    d, usual = derivatives(grad, saved, state), is_usual(bias, saved, state)
+    tiles = BackwardTiles(d, weight, saved, state) if usual else OtherTiles(d, weight, bias, saved, state)
     # with kept logits the sum of embedding gradients over ranks travels while the class gradients are computed
     overlap = want_x and want_rows and selection.scatter and saved.kept.numel() > 0
     overlap = overlap and selection.ranks.group is not None and sink.begin_update is None
@@ -121,9 +117,7 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
     elif grads:
         d_weight, d_bias = grads[0] if want_w else None, grads[1] if want_b else None
     if want_offset and d.d_offset is not None:
-        # every rank knows all it is made of, but for the samples of other replicas
-        d_offset = sum_over_replicas(d.d_offset, selection.ranks, "the gradient of the offset")
-        d_offset = d_offset.to(ctx.offset_dtype)
+        d_offset = offset_gradient(d.d_offset, selection.ranks).to(ctx.offset_dtype)
     return None if finish is None else finish(), d_weight, d_bias, d_offset, None, None
 
 

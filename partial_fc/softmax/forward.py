@@ -13,11 +13,10 @@ from torch.profiler import record_function
 from partial_fc.distributed.ranks import all_gather
 from partial_fc.margins.positives import Positives
 from partial_fc.softmax.at_once import RowsAtOnce
-from partial_fc.softmax.decisions import decision_losses
 from partial_fc.softmax.further_sums import FurtherSums
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.measured import Measured
-from partial_fc.softmax.penalty import penalty_of
+from partial_fc.softmax.other_losses import other_losses
 from partial_fc.softmax.row_tiles import RowTiles, TargetRows, inverse_of
 from partial_fc.softmax.ruled import Rule, nearest_centers, rows_of_classes
 from partial_fc.softmax.smoothing import Smoothing
@@ -78,14 +77,12 @@ def forward(
     norms = torch.linalg.vector_norm(X, dim=1, dtype=stats)
     x_inverse = inverse_of(norms)[:, None] if margin.normalize else X.new_empty(0)
     x = X * x_inverse if margin.normalize else X.to(stats)
-    index = selection.rows
-    if index is not None and centers > 1:
-        index = rows_of_classes(index, centers)
+    index = selection.rows if centers == 1 else rows_of_classes(selection.rows, centers)
     kind = X.device.type
     row_tiles = RowTiles if kind == "cpu" else RowsAtOnce
     rows = row_tiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad)
     if isinstance(rows, RowsAtOnce):
-        rows.measure(product, sink.begin_update is None)
+        rows.measure(product, whole_gradient=needs_grad and sink.begin_update is None)
     most = tile_rows(selection.batch.most_samples, x.shape[1], kind)
     tile = tile_size(rows.count, most, centers, kind)
     with record_function("partial_fc::targets"):
@@ -110,21 +107,19 @@ def forward(
     target_logits = found["z"].view_as(selection.targets)
     of_targets = found["cosines"].view_as(selection.targets)
     measured = Measured(of_targets, target_logits, targets.exists, norms, found.get("hardest"), margin.scale)
-    none = x.new_empty(0)
-    smoothed = none if smoothing is None else smoothing.combined(found)
-    if margin.binary:
-        losses, lse = decision_losses(selection, margin.binary, target_logits, found["total"]), found["active"]
+    none = smoothed = slope_penalty = x.new_empty(0)
+    if bounded and selection.counts_once and smoothing is None and not (margin.binary or margin.has_penalty):
+        # in logarithms: where there is no class but the target, the exponential of its logit may be too small for
+        # float32; an ignored sample's 0 harms nothing: its loss is multiplied by 0
+        lse = torch.logaddexp(found["total"].log(), target_logits[:, 0])
+        losses = lse - target_logits[:, 0]
     else:
-        losses, lse = softmax_losses(found, target_logits, selection, smoothing, smoothed)
-    slope_penalty = none
-    if margin.has_penalty:
-        penalty, slope_penalty = penalty_of(margin, norms, needs_grad, smoothing)
-        losses = losses + penalty
+        given = target_logits, selection, margin, smoothing, norms, needs_grad
+        losses, lse, smoothed, slope_penalty = other_losses(found, *given)
     losses = torch.where(selection.sample_weights != 0, losses * selection.sample_weights, selection.sample_weights)
     slopes = slope_cosine, slope_norm, slope_penalty
-    kept = none if sums.kept is None else sums.kept
     maxima, row_sum = (none, none) if sums.further is None else sums.further.for_backward()
-    saved = SavedTensors(x, x_inverse, lse, target_logits, *slopes, kept, maxima, row_sum, smoothed)
+    saved = SavedTensors(x, x_inverse, lse, target_logits, *slopes, sums.kept, maxima, row_sum, smoothed)
     return _reduce(losses, selection, options.reduction), losses, measured, saved, state
 
 
@@ -187,8 +182,8 @@ def apply_margin(
 class TileSums:
     """Sums over the logits of this rank: call `add` for each tile of rows.
 
-    total `[N, 1]`: Σ exp(logit), targets left out. kept: exponentials for backward, tile after tile, or None. further:
-    whatever else is to be found, or None.
+    total `[N, 1]`: Σ exp(logit), targets left out. kept: exponentials for backward, tile after tile, or empty.
+    further: whatever else is to be found, or None.
     """
 
     def __init__(self, x: Tensor, state: ForwardState, keep: bool, in_place: bool) -> None:
@@ -197,7 +192,7 @@ class TileSums:
         self.stats = x.dtype
         self.samples = len(x)
         self.total = x.new_zeros(len(x), 1) if options.binary or not rows.count else x.new_empty(len(x), 1)
-        self.kept: Tensor | None = None
+        self.keep, self.kept = keep, x.new_empty(0)
         tiles, size = -(-rows.count // state.tile), len(x) * state.tile
         if keep:
             name = "logits" if rows.index is None else "selected logits"
@@ -218,7 +213,7 @@ class TileSums:
         state = self.state
         w = state.rows.tile(a, b, state.product if state.smoothing is None else self.stats)
         bias = state.rows.biases(slice(a, b))
-        kept = None if self.kept is None else tile_of(self.kept, t, self.samples, state.tile)[:, : b - a]
+        kept = tile_of(self.kept, t, self.samples, state.tile)[:, : b - a] if self.keep else None
         where = kept if self.scratch is None else tile_of(self.scratch, 0, self.samples, state.tile)[:, : b - a]
         assert where is not None
         values = tile_logits(self.scaled, w.to(state.product), bias, where)
@@ -248,27 +243,6 @@ def combine(sums: TileSums, z: Tensor, cosines: Tensor, selection: Selection) ->
         largest = found["maximum"].amax(0)
         found["total"] = found["total"] * (found["maximum"] - largest).exp()
     return {name: each.amax(0) if name in ("maximum", "hardest") else each.sum(0) for name, each in found.items()}
-
-
-def softmax_losses(
-    found: dict[str, Tensor], target_logits: Tensor, selection: Selection, smoothing: Smoothing | None, smoothed: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return (losses `[N]`, lse `[N]` = log Σ exp over all selected classes)."""
-    # in logarithms: where there is no class but the target, the exponential of its logit may be too small for float32
-    lse = found["total"].log()
-    if "maximum" in found:
-        lse = lse + found["maximum"]
-    if target_logits.shape[1] == 1:  # an ignored sample's 0 harms nothing: its loss is multiplied by 0
-        lse = torch.logaddexp(lse, target_logits[:, 0])
-    else:
-        of_targets = torch.where(selection.exists, target_logits, -torch.inf)
-        lse = torch.cat((lse[:, None], of_targets), 1).logsumexp(1)
-        lse = torch.where(lse == -torch.inf, 0.0, lse)  # an ignored sample behind a filter may have no class; NaN stays
-    if selection.counts_once:
-        losses = lse - target_logits[:, 0]
-    else:
-        losses = (selection.target_weights * (lse[:, None] - target_logits)).sum(1)
-    return losses if smoothing is None else smoothing.losses(losses, lse, found["logits"], smoothed), lse
 
 
 def _reduce(losses: Tensor, selection: Selection, reduction: str) -> Tensor:

@@ -27,6 +27,8 @@ class OtherTiles(BackwardTiles):
     ) -> None:
         super().__init__(d, weight, saved, state)
         self.bias = bias
+        if state.product is torch.float16:
+            self.weighted_dtype = self.stats
         self.shares = None
         if state.smoothing is not None and d.d_every is not None:
             self.shares = state.smoothing.shares(d.d_every, saved.x, saved.row_sum, state.options.scale)

@@ -63,7 +63,6 @@ class RowTiles:
         self.count = len(self.weight) if index is None else len(index)
         self.inverse = weight.new_empty(self.count, 1, dtype=dtype) if normalize else None
         self.measured = False  # the lengths of all tiles are known
-        self.needs_grad = needs_grad
         self.held: Tensor | None = None  # directions of gathered rows
         self.memory: Tensor | None = None  # of their gradient, if they are held there
         if index is not None and needs_grad and weight.dtype == dtype:
@@ -104,19 +103,14 @@ class RowTiles:
         """Write to `out [T, D]` the gradient of rows a to b, given that of their directions; both may be one memory."""
         if self.inverse is not None:
             final = out if out.dtype == self.dtype else torch.empty_like(grad, dtype=self.dtype)
-            if (unit := self.units(a, b, directions)) is not None:
+            unit = directions if self.held is None else self.held[a:b]
+            if unit.dtype == self.dtype:
                 grad = tangent(grad.to(self.dtype), unit, self.inverse[a:b], out=final)
             else:
                 vectors = self.weight[a:b] if self.index is None else self.weight[self.index[a:b]]
                 grad = tangent_at(grad, vectors.to(self.dtype), self.inverse[a:b], out=final)
         if grad is not out:
             out.copy_(grad)
-
-    def units(self, a: int, b: int, directions: Tensor) -> Tensor | None:
-        """Return the directions of rows a to b in the dtype of the statistics, None where only others are at hand."""
-        if self.held is not None:
-            return self.held[a:b]
-        return directions if directions.dtype == self.dtype else None
 
     def add_at(self, out: Tensor, positions: Tensor, values: Tensor) -> None:
         """Add `values [P, ...]` to single rows of `out`; the same order of sums in every run."""
