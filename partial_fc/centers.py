@@ -36,8 +36,9 @@ from partial_fc.nonfinite.check_gradients import check_step
 from partial_fc.nonfinite.wiring import follow_in_eval
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sharded_module import Reduction, SharedArguments, check_choice
+from partial_fc.softmax.tiles import compute_dtypes
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
-from partial_fc.targets import sample_weights_of, stats_dtype, targets_of
+from partial_fc.targets import sample_weights_of, targets_of
 
 if TYPE_CHECKING:
     from partial_fc.head import PartialFC
@@ -172,7 +173,7 @@ class CenterLoss(ChangeableLoss):
         centers.index_copy_(0, rows, (centers.index_select(0, rows) - moves).to(centers.dtype))
 
     def _own_targets(self, batch: GlobalBatch, scatter: bool) -> _OwnTargets:
-        dtype = stats_dtype(batch.embeddings, self.centers)
+        dtype, _ = compute_dtypes(batch.embeddings, self.centers)
         found = targets_of(batch, self.num_classes, self.ignore_index, dtype)
         targets, label_weights = found.ids, found.weights
         counts = label_weights

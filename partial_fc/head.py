@@ -20,19 +20,14 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.batch.exchange import GlobalBatch
-from partial_fc.classes.head_state import HeadState, check_head_arguments
+from partial_fc.classes.head_state import HeadState
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Group
-from partial_fc.margins.base import Margin
-from partial_fc.margins.fixed import ArcFace
 from partial_fc.sampling import draw_window, mix, select_rows
-from partial_fc.sharded_module import Reduction, SharedArguments
 from partial_fc.softmax.cross_entropy import sharded_cross_entropy
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes
-from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
-from partial_fc.targets import sample_weights_of, stats_dtype, targets_of
+from partial_fc.targets import sample_weights_of, targets_of
 
 
 class PartialFC(HeadState):
@@ -70,38 +65,6 @@ class PartialFC(HeadState):
     for "none". Raises ValueError for bad arguments or inputs, the same on every rank; RuntimeError for wrong wiring.
     """
 
-    def __init__(
-        self,
-        embedding_size: int,
-        num_classes: int,
-        margin: Margin | None = None,
-        sample_rate: float = 1.0,
-        *,
-        group: Group = None,
-        seed: int = 0,
-        init_std: float = 0.01,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-        scale_embedding_grad: bool = True,
-        logits_budget: int | None = None,
-        label_smoothing: float = 0.0,
-        interclass_filter: float | None = None,
-        class_weights: Tensor | None = None,
-        metrics: bool = False,
-        validate: Validate = "always",
-        on_nonfinite: OnNonfinite = "raise",
-        max_skips: int | None = DEFAULT_MAX_SKIPS,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        margin = ArcFace() if margin is None else margin
-        numbers = check_head_arguments(margin, sample_rate, label_smoothing, interclass_filter, logits_budget)
-        shared = SharedArguments(
-            embedding_size, num_classes, group, seed, init_std, ignore_index, reduction, scale_embedding_grad,
-            validate, on_nonfinite, max_skips, device,
-        )  # fmt: skip
-        super().__init__(shared, margin, numbers, class_weights, metrics, dtype or torch.get_default_dtype())
-
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, self.fitting(value) if name == "margin" and name in self._modules else value)
 
@@ -138,20 +101,20 @@ class PartialFC(HeadState):
     def _select(self, batch: GlobalBatch, options: LossOptions, scatter: bool) -> Selection:
         """Return the targets, and this rank's rows that take part."""
         shards, ranks = self.shards, batch.ranks
-        dtype = stats_dtype(batch.embeddings, self.weight)
+        dtype, _ = compute_dtypes(batch.embeddings, self.weight)
         targets = targets_of(batch, self.num_classes, self.ignore_index, dtype)
         counts = self.num_classes, self.ignore_index, self.reduction, self.class_weights, self.label_smoothing > 0
         rows = slots = None
         if self.training and self._sample_rate < 1:
-            seed, step, device = self.seed, self.forward_count, batch.embeddings.device
             positives = targets.ids  # of this replica; a label without weight is drawn nevertheless
             if ranks.replica_group is not None or batch.label_weights is not None:
                 positives = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
+            seed, step, device = self.seed, self.forward_count, batch.embeddings.device
             if device.type == "cpu":
                 window = draw_window(self.num_classes, self._sample_rate, seed=seed, step=step, device=device)
                 rows = select_rows(window, positives, shards.lo, shards.hi)
             else:
-                rows, slots = self._draws_for(device).select(step, positives, options.takes_slots)
+                rows, slots = self._select_at_once(positives, options)
         return Selection(
             batch=batch,
             rows=rows,

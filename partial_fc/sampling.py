@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-ROUNDS = 6  # four are enough for a permutation that looks random; six leave a margin and cost 30 operations a class
+ROUNDS = 6  # even; four are enough for what looks random; six leave a margin and cost 30 operations a class
 _MASK64 = (1 << 64) - 1
 
 
@@ -65,13 +65,9 @@ class Permutation:
         a, b = self._sides
         left, right = positions // b, positions % b
         for i in range(ROUNDS):
-            key, side = mix(self.key, i), a if i % 2 == 0 else b
-            if i % 2 == 0:
-                left = left + keyed_below(right, key, a)
-                left -= side * (left >= side)
-            else:
-                right = right + keyed_below(left, key, b)
-                right -= side * (right >= side)
+            left = left + keyed_below(right, mix(self.key, i), a)
+            left -= a * (left >= a)
+            left, right, a, b = right, left, b, a
         return left * b + right
 
     def outside(self) -> Tensor:

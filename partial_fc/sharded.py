@@ -13,10 +13,9 @@ from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.facts import Agreed
 from partial_fc.batch.misuse import check_use
-from partial_fc.batch.refusals import agree, tell_others
+from partial_fc.batch.refusals import check_gathered, tell_others
 from partial_fc.batch.status import LabelSet
 from partial_fc.distributed.forwards import USUAL, surroundings
-from partial_fc.distributed.meeting import GATHERED
 from partial_fc.nonfinite.bad_step import count_skip
 from partial_fc.nonfinite.wiring import follow_in_eval
 from partial_fc.sharded_module import ShardedModule
@@ -57,12 +56,8 @@ class ShardedLoss(ShardedModule):
             raise
         agreed = None if ranks.group is None else Agreed.of(self)
         batch = embeddings if isinstance(embeddings, GlobalBatch) else self._gather(embeddings, labels, agreed)
-        if batch.cut_off and torch.is_grad_enabled():
-            raise errors.not_a_step("")
-        if not batch.ranks.same_as(ranks):
-            raise RuntimeError("the batch was gathered over another group than the head's")
-        if gathered and agreed is not None:
-            agree(agreed, ranks, self.class_rows.device, GATHERED)
+        if gathered:
+            check_gathered(batch, ranks, agreed, self.class_rows.device)
         if self.training:
             self._begin_forward()
         record = self.class_rows.record

@@ -48,11 +48,8 @@ class StepRecord:
         self.half_unscaled = ""  # which gradients a GradScaler has not unscaled (nonfinite/scalers.py)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "backwards": [],
-            "statistics": [],
-        }  # a copy has gradients of its own, and groups cannot be copied
+        # a copy has gradients of its own, and groups cannot be copied
+        return {**vars(self), "backwards": [], "statistics": []}
 
     @property
     def skipped(self) -> bool:
@@ -114,7 +111,3 @@ class StepRecord:
     def remember(self, statistics: Iterable[Tensor]) -> None:
         """A forward of the step is to move running statistics."""
         self.statistics = self.statistics or [(each, each.clone()) for each in statistics]
-
-    def undo_statistics(self) -> None:
-        for each, before in self.statistics:
-            each.copy_(before)

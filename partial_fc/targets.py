@@ -15,13 +15,8 @@ from torch import Tensor
 
 from partial_fc.batch import refusals
 from partial_fc.batch.exchange import GlobalBatch
+from partial_fc.batch.loss_weights import weigh_batch, weigh_labels, without_bad_labels
 from partial_fc.batch.status import as_matrix
-from partial_fc.batch.weights import mean_class_weights, merge_repeated
-
-
-def stats_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the dtype of losses and weights: float32, or float64 if either tensor is."""
-    return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else torch.float32
 
 
 class Targets(NamedTuple):
@@ -36,21 +31,13 @@ class Targets(NamedTuple):
 
 def targets_of(batch: GlobalBatch, classes: int, ignore_index: int, dtype: torch.dtype) -> Targets:
     labels = as_matrix(batch.labels)
-    named, fine = _named(labels, classes, ignore_index, batch.looked)
+    named, fine = labels != ignore_index, None
+    if not batch.looked:
+        named, fine = without_bad_labels(labels, named, classes)
     exists, weights = named, named.to(dtype)
     if batch.label_weights is not None:
-        weights = merge_repeated(labels, weights * batch.label_weights.to(dtype), named)
-        exists = named & (weights > 0)
-        weights = weights * exists
+        exists, weights = weigh_labels(labels, named, batch.label_weights.to(dtype))
     return Targets(torch.where(exists, labels, -1), exists, weights, named, fine)
-
-
-def _named(labels: Tensor, classes: int, ignore_index: int, looked: bool) -> tuple[Tensor, Tensor | None]:
-    named = labels != ignore_index
-    if looked:
-        return named, None
-    inside = labels == labels.clamp(0, classes - 1)
-    return named & inside, (named <= inside).all()
 
 
 def sample_weights_of(
@@ -67,38 +54,16 @@ def sample_weights_of(
 
     A bad label in a batch that nobody has looked at makes all of them infinite or NaN: the check of the step finds it.
     """
-    counted, dtype = None if within else class_weights, targets.weights.dtype
     one = targets.weights[:, 0] if batch.label_weights is None and targets.ids.shape[1] == 1 else None
-    weights = _weigh(one, targets.named, batch.labels, batch.label_weights, batch.sample_weights, dtype, counted)
+    plain = batch.sample_weights is None and class_weights is None and batch.ranks.replica_group is None
+    if one is not None and plain:
+        weights = everywhere = one
+    else:
+        of_labels = targets.named, one, targets.weights.dtype, classes, ignored
+        weights, everywhere = weigh_batch(batch, *of_labels, class_weights, within, reduction == "mean")
     if reduction == "mean":
-        everywhere = weights
-        if batch.ranks.replica_group is not None or counted is not class_weights:
-            named, _ = _named(as_matrix(batch.mesh_labels), classes, ignored, batch.looked)
-            of_mesh = batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights
-            everywhere = _weigh(None, named, *of_mesh, dtype, class_weights)
         weights = weights / torch.nn.functional.threshold(everywhere.sum(), 0.0, math.inf)
     return weights if targets.fine is None else weights / targets.fine
-
-
-def _weigh(
-    weights: Tensor | None,
-    named: Tensor,
-    labels: Tensor,
-    label_weights: Tensor | None,
-    sample_weights: Tensor | None,
-    dtype: torch.dtype,
-    class_weights: Tensor | None,
-) -> Tensor:
-    """Return `[n]`: 0 for ignored samples, else sample weight times the weighted mean of its classes' weights.
-
-    weights: 1 for samples that are not ignored, where it is known.
-    """
-    weights = named.any(1).to(dtype) if weights is None else weights
-    if sample_weights is not None:
-        weights = weights * sample_weights.to(dtype)
-    if class_weights is None:
-        return weights
-    return weights * mean_class_weights(as_matrix(labels), label_weights, named, class_weights.to(dtype))
 
 
 def check_batch(batch: GlobalBatch, embedding_size: int, valid: range, ignore_index: int, on_nonfinite: str) -> str:

@@ -19,15 +19,13 @@ from torch import Tensor
 
 from partial_fc.batch import refusals
 from partial_fc.batch.facts import Agreed
-from partial_fc.batch.problems import problem_of
+from partial_fc.batch.problems import examine
 from partial_fc.batch.row_sums import of_all_samples
 from partial_fc.batch.status import LabelSet, Status, inspect, is_usual
 from partial_fc.distributed.meeting import BATCH
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
 
-# names of the collectives in a `RankMissing`
-STATUS = BATCH
-PAYLOAD = "the exchange of embeddings and labels"
+PAYLOAD = "the exchange of embeddings and labels"  # in a `RankMissing`; BATCH is the exchange of statuses
 
 
 @dataclass
@@ -79,14 +77,10 @@ def exchange(
     look: inspect values (`status.inspect`). device: where the caller's weights are; embeddings must be there too.
     problem: something that is wrong already, which all ranks are to raise. agreed: what all ranks must have alike.
     """
-    if not isinstance(embeddings, Tensor):  # the other ranks are waiting for the status
-        problem = problem or refusals.describe_no_tensor(embeddings)
-        somewhere = next((s.labels.device for s in sets if isinstance(s.labels, Tensor)), None)
-        embeddings = torch.empty(0, 0, device=device or somewhere)
+    if not (isinstance(embeddings, Tensor) and all(is_usual(embeddings, each, device) for each in sets)):
+        embeddings, problem = examine(embeddings, sets, device, problem)
     wants_grad = embeddings.requires_grad and torch.is_grad_enabled()
     embeddings = embeddings.detach()
-    unusual = [each for each in sets if not is_usual(embeddings, each, device)]
-    problem = problem or next(filter(None, (problem_of(embeddings, each, device) for each in unusual)), "")
     mine = inspect(embeddings, sets, problem, wants_grad, look, agreed)
     mine = mine if ranks.group is None else mine.to(ranks.place_of_counts(device or embeddings.device))
     status = _exchange_status(mine, sets, problem, ranks, agreed)
@@ -114,12 +108,12 @@ def _exchange_status(
 
     Raises the same ValueError on every rank if any of them has a batch that cannot be gathered, or invalid weights.
     """
-    first = tuple(Status(*row) for row in all_gather_mesh(mine[0], ranks, STATUS).tolist())
+    first = tuple(Status(*row) for row in all_gather_mesh(mine[0], ranks, BATCH).tolist())
     if any(row.problem or row.together != first[0].together for row in first):
         refusals.raise_problem(first, problem, [each.name for each in sets], agreed, ranks, mine.device)
     status = [first]
     if len(sets) > 1:
-        others = all_gather_mesh(mine[1:], ranks, STATUS).transpose(0, 1).tolist()
+        others = all_gather_mesh(mine[1:], ranks, BATCH).transpose(0, 1).tolist()
         status += [tuple(Status(*row) for row in table) for table in others]
     for each, rows in zip(sets, status, strict=True):
         if any(row.bad_weight or row.agreed != rows[0].agreed for row in rows):

@@ -77,5 +77,5 @@ def settings_of(values: Mapping[str, Any], owner: str) -> dict[str, Any]:
     return {f"{owner}.{k}": comparable(v) for k, v in public.items() if isinstance(v, kinds)}
 
 
-def digest_of(facts: dict[str, Any]) -> int:
+def digest_of(facts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=7).digest(), "big")

@@ -7,9 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partial_fc.batch.refusals import of_set
-from partial_fc.batch.status import DTYPES, LabelSet
+from partial_fc.batch.refusals import describe_no_tensor, of_set
+from partial_fc.batch.status import DTYPES, LabelSet, is_usual
 from partial_fc.batch.weights import weights_problem
+
+
+def examine(embeddings: Any, sets: list[LabelSet], device: torch.device | None, problem: str) -> tuple[Tensor, str]:
+    """Return (embeddings, or some to send a status with, because the other ranks are waiting for it; what is wrong).
+
+    problem: what is wrong already, or "".
+    """
+    if not isinstance(embeddings, Tensor):
+        problem = problem or describe_no_tensor(embeddings)
+        somewhere = next((s.labels.device for s in sets if isinstance(s.labels, Tensor)), None)
+        embeddings = torch.empty(0, 0, device=device or somewhere)
+    unusual = [each for each in sets if not is_usual(embeddings, each, device)]
+    problem = problem or next(filter(None, (problem_of(embeddings, each, device) for each in unusual)), "")
+    return embeddings, problem
 
 
 def problem_of(embeddings: Tensor, given: LabelSet, device: torch.device | None) -> str:

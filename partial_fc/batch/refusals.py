@@ -17,7 +17,7 @@ from partial_fc.distributed.inquiry import names_of
 from partial_fc.distributed.meeting import BATCH, GATHERED, meet, refuse_apart
 from partial_fc.distributed.ranks import Ranks, all_gather_mesh
 from partial_fc.distributed.texts import gather_texts
-from partial_fc.errors import NonFiniteError, log
+from partial_fc.errors import NonFiniteError, log, not_a_step
 
 AGREED = {
     "width": "embedding width",
@@ -128,6 +128,16 @@ def refuse_statistics(bits: Sequence[int], ranks: Ranks) -> None:
                 f"ranks disagree: the running statistics of the margin sum to {first:.9g} on {ranks.name(0)} and to "
                 f"{value:.9g} on {ranks.name(flat)}. {ALIKE}"
             )
+
+
+def check_gathered(batch: Any, ranks: Ranks, agreed: Agreed | None, device: torch.device) -> None:
+    """Raise if a `GlobalBatch` is not for a loss of these ranks and facts, now. A collective where there are facts."""
+    if batch.cut_off and torch.is_grad_enabled():
+        raise not_a_step("")
+    if not batch.ranks.same_as(ranks):
+        raise RuntimeError("the batch was gathered over another group than the head's")
+    if agreed is not None:
+        agree(agreed, ranks, device, GATHERED)
 
 
 def agree(mine: Agreed, ranks: Ranks, device: torch.device, what: str) -> None:

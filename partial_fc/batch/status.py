@@ -8,7 +8,6 @@ on one rank raises the same error on every rank, without another wait for the de
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partial_fc.batch.facts import Agreed
+from partial_fc.batch.facts import Agreed, digest_of
 from partial_fc.batch.weights import first_bad_weight
 from partial_fc.distributed.meeting import BATCH, operation_number
 
@@ -128,7 +127,7 @@ def inspect(
     samples, width = embeddings.shape
     facts, moving = (0, None) if agreed is None else (agreed.digest, agreed.statistics)
     names = [each.name for each in sets if each.name is not None]
-    digest = 1 + int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=7).digest(), "big") if names else 0
+    digest = 1 + digest_of(names) if names else 0
     counts = []
     for each in sets:
         labels_each = each.labels.shape[1] if each.labels.ndim == 2 else 0

@@ -1,4 +1,4 @@
-"""`HeadState`: the public state of a `PartialFC`, its checkpoints and changes of classes. Steps need none of it."""
+"""`HeadState`: how a `PartialFC` is built, its public state, checkpoints, changes of classes. Steps need none of it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from partial_fc.classes.tables import (
 )
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import real, whole
+from partial_fc.distributed.ranks import Group
 from partial_fc.errors import log
 from partial_fc.margins.base import Margin
+from partial_fc.margins.fixed import ArcFace
 from partial_fc.margins.state import load_state, misfit, state_of
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sampling import window_size
-from partial_fc.sharded_module import SharedArguments
-from partial_fc.softmax.draws import Draws
+from partial_fc.sharded_module import Reduction, SharedArguments
+from partial_fc.softmax.draws import Draws, Slots
+from partial_fc.softmax.inputs import LossOptions
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.tiles import Workspace
+from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
 
 DEFAULT_LOGITS_BUDGET = 1 << 30
 
@@ -66,13 +70,35 @@ class HeadState(ChangeableLoss):
 
     def __init__(
         self,
-        shared: SharedArguments,
-        margin: Margin,
-        numbers: HeadNumbers,
-        class_weights: Tensor | None,
-        metrics: bool,
-        dtype: torch.dtype,
+        embedding_size: int,
+        num_classes: int,
+        margin: Margin | None = None,
+        sample_rate: float = 1.0,
+        *,
+        group: Group = None,
+        seed: int = 0,
+        init_std: float = 0.01,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        scale_embedding_grad: bool = True,
+        logits_budget: int | None = None,
+        label_smoothing: float = 0.0,
+        interclass_filter: float | None = None,
+        class_weights: Tensor | None = None,
+        metrics: bool = False,
+        validate: Validate = "always",
+        on_nonfinite: OnNonfinite = "raise",
+        max_skips: int | None = DEFAULT_MAX_SKIPS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """For the arguments see `PartialFC`."""
+        margin = ArcFace() if margin is None else margin
+        numbers = check_head_arguments(margin, sample_rate, label_smoothing, interclass_filter, logits_budget)
+        shared = SharedArguments(
+            embedding_size, num_classes, group, seed, init_std, ignore_index, reduction, scale_embedding_grad,
+            validate, on_nonfinite, max_skips, device,
+        )  # fmt: skip
         super().__init__(shared, sampled=numbers.sample_rate < 1)
         self.margin = margin
         self._sample_rate = numbers.sample_rate
@@ -88,6 +114,7 @@ class HeadState(ChangeableLoss):
         self._measured = None
         checked = checked_class_weights(class_weights, self.num_classes, self._device)
         self.register_buffer("class_weights", checked, persistent=False)
+        dtype = dtype or torch.get_default_dtype()
         self._prepare_margin(dtype)
         local = (self.shards.local,) if margin.centers == 1 else (self.shards.local, margin.centers)
         self._register("weight", torch.empty(*local, self.embedding_size, device=self._device, dtype=dtype))
@@ -168,11 +195,14 @@ class HeadState(ChangeableLoss):
             raise RuntimeError("metrics are known after a forward of a head that was built with metrics=True")
         return self._measured.summary(self.margin)
 
-    def _draws_for(self, device: torch.device) -> Draws:
-        draws = Draws(self.num_classes, self._sample_rate, self.seed, self.shards, device)
+    def _select_at_once(self, positives: Tensor, options: LossOptions) -> tuple[Tensor, Slots | None]:
+        """Return this rank's rows of the forward, and the slots behind its window, without a wait for the device."""
+        draws = Draws(self.num_classes, self._sample_rate, self.seed, self.shards, positives.device)
         if self._draws is None or self._draws.key != draws.key:
             self._draws = draws
-        return self._draws
+        # with slots nothing but the exponential may depend on the logits of single rows
+        slots = not (options.ruled or options.binary or options.label_smoothing or options.margin.binary)
+        return self._draws.select(self.forward_count, positives, slots)
 
     def _report_mode(self, keep: bool, size: int) -> None:
         self.logits_mode = "kept" if keep else "tiled"

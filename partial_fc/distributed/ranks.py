@@ -4,7 +4,6 @@ all_gather            [...] of each rank  ──>  [world, ...]
 all_gather_mesh       the same over all ranks of a 2-D mesh, two collectives there
 start_reduce_scatter  gradient [N, D]     ──>  [N_r, D], summed over the ranks
 sum_over_replicas     in place, between the replicas of a 2-D mesh
-gather_texts          words of every rank, on the way to an error
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
 from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.named_ranks import NamedRanks
 
 Group = dist.ProcessGroup | DeviceMesh | None
 
@@ -30,7 +30,7 @@ IN_BACKWARD = "the sum of the embeddings' gradients in backward"
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Ranks(NamedRanks):
     """The ranks that share a loss: `world` shards, repeated in `replicas` replicas of a 2-D mesh."""
 
     rank: int = 0
@@ -49,25 +49,9 @@ class Ranks:
         """The number of all ranks, over which an engine averages the backbone's gradients."""
         return self.world * self.replicas
 
-    def global_rank(self, flat: int) -> int:
-        """Return the global rank of the `flat`-th rank of the mesh."""
-        if self.mesh is not None:
-            return int(self.mesh.mesh.flatten()[flat])
-        return flat if self.group is None else dist.get_global_rank(self.group, flat)
-
-    def name(self, flat: int) -> str:
-        """Return how an error names the `flat`-th rank of the mesh."""
-        return f"rank {self.global_rank(flat)}"
-
     def place_of_counts(self, device: torch.device) -> torch.device:
         """Return where the ranks exchange what their hosts must know; device: that of the rows."""
         return device if self.host_group is None else torch.device("cpu")
-
-    def same_as(self, other: Ranks) -> bool:
-        return (self.group, self.replica_group) == (other.group, other.replica_group)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Ranks:
-        return self  # immutable, and process groups cannot be copied
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup | None, what: str = "an exchange") -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from partial_fc.margins.angles import by_arccosine
 from partial_fc.margins.base import Margin, angle, at_least, require
 from partial_fc.margins.positives import Positives
 
@@ -18,16 +19,7 @@ def angular(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
     """Return cos(factor · θ + added) `[P]`, continued monotonically past π; 1 below 0. added: radians."""
     if factor == 1 and isinstance(added, float) and 0 <= added < math.pi:
         return AddedAngle.apply(cosine, added)  # type: ignore[no-any-return]
-    # acos has infinite slope at ±1: a step inside, the slope stays finite. The step is the dtype's resolution of an
-    # angle near 0, so the value is unharmed: cos changes by at most its own rounding.
-    edge = 1 - torch.finfo(cosine.dtype).eps
-    theta = torch.acos(cosine.clamp(-edge, edge))
-    beyond = (cosine < -edge) | (cosine > edge)
-    argument = (factor * theta + added).clamp(min=0)
-    turns = torch.floor(argument.detach() / math.pi)
-    extended = torch.where(turns % 2 == 0, 1.0, -1.0) * torch.cos(argument) - 2 * turns
-    # a clamped cosine passes no gradient; it gets that of cos θ itself, which is 1
-    return extended + torch.where(beyond, 1.0, 0.0) * (cosine - cosine.detach())
+    return by_arccosine(cosine, factor, added)
 
 
 class AddedAngle(torch.autograd.Function):

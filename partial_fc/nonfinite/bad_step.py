@@ -33,7 +33,8 @@ def refuse_step(
         reason = describe(heads, parameters)
     for record in records:
         if not overflow:
-            record.undo_statistics()
+            for each, before in record.statistics:
+                each.copy_(before)
         record.mark_checked()
         record.bad_step = True
         record.reason = reason

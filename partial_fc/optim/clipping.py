@@ -17,16 +17,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from partial_fc import errors
-from partial_fc.batch.status import HALF
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import sum_over_replicas
-from partial_fc.nonfinite.check_gradients import sum_of_flags
 from partial_fc.nonfinite.scalers import look_at_wiring
 from partial_fc.nonfinite.step_check import alike, decide, local_flags, norms_of, others
+from partial_fc.optim.shard_norms import NORM, largest_norm, norm_of_shards
 from partial_fc.rows import ClassRows, HasClassRows
-
-NORM = "the norm of gradients over ranks"  # in a `RankMissing`
 
 
 @torch.no_grad()
@@ -84,13 +81,12 @@ def gradient_norms(
     parameters: Iterable[Tensor] | Tensor, heads: Sequence[ClassRows], norm_type: float, check: bool
 ) -> tuple[list[Tensor], Tensor | None]:
     """Return (float64 norms of gradients, those of each loss over its ranks; agreed flags for `decide`, if `check`)."""
-    for rows in heads:
-        if rows.live_optimizer is not None and rows.live_optimizer.update_in_backward:
-            raise errors.clipped_in_backward()
+    if any(optimizer is not None and optimizer.update_in_backward for optimizer in (h.live_optimizer for h in heads)):
+        raise errors.clipped_in_backward()
     plain = [*others(parameters, heads), *(p for rows in heads for p in rows.shared.values())]
     grads = [p.grad for p in plain if p.grad is not None]
     norms = [norm.double() for norm in norms_of([g for g in grads if not isinstance(g, DTensor)], norm_type)]
-    norms += [_norm_of_shards(grad, norm_type) for grad in grads if isinstance(grad, DTensor)]
+    norms += [norm_of_shards(grad, norm_type) for grad in grads if isinstance(grad, DTensor)]
     own = [_own_norm(rows, norm_type) for rows in heads]
     flags = local_flags(heads, [*norms, *own]) if check else None
     for rows, norm in zip(heads, own, strict=True):
@@ -99,17 +95,9 @@ def gradient_norms(
     return norms, flags
 
 
-def _norm_of_shards(grad: DTensor, norm_type: float) -> Tensor:
-    """Return the norm of one gradient over all its shards; half precision is summed in float32."""
-    norm = torch.linalg.vector_norm(grad, norm_type, dtype=torch.float32 if grad.dtype in HALF else None)
-    with naming_the_missing(NORM):
-        return norm.full_tensor().double()  # type: ignore[attr-defined, no-any-return]
-
-
 def _own_norm(rows: ClassRows, norm_type: float) -> Tensor:
     """Return the norm of this rank's rows."""
-    grads = [local_part(carrier.grad) for carrier in rows.carriers if carrier.grad is not None]
-    parts = [part.double() for part in norms_of([grad for grad in grads if grad.numel()], norm_type)]
+    parts = [part.double() for part in norms_of([grad for grad in rows.gradients() if grad.numel()], norm_type)]
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=rows.device)
     return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), norm_type)
@@ -122,9 +110,7 @@ def _over_ranks(rows: ClassRows, norm: Tensor, norm_type: float, flags: Tensor |
     if ranks.group is None:
         return norm, flags
     if math.isinf(norm_type):
-        with naming_the_missing(NORM, ranks.group):
-            dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=ranks.group)
-        return norm, None if flags is None else sum_of_flags(flags.to(rows.device), ranks, NORM)
+        return largest_norm(norm, flags, ranks)
     own = norm.pow(norm_type)[None]
     numbers = own if flags is None else torch.cat((own, flags.to(rows.device)))
     with naming_the_missing(NORM, ranks.group):

@@ -11,7 +11,6 @@ such as Adam's step, counts optimizer steps.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,10 +22,11 @@ from partial_fc.batch.status import HALF
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.nonfinite.check_gradients import check_own_step
 from partial_fc.optim.in_backward import begin_update, end_update
-from partial_fc.optim.optimizer_class import LowPrecision, check_arguments, construct, fused_moves, initial_state
-from partial_fc.optim.rounding import round_rows
+from partial_fc.optim.low_precision import WideRows
+from partial_fc.optim.optimizer_class import fused_moves
+from partial_fc.optim.pads import blocks_with_pads
 from partial_fc.optim.row_state import COUNT, MASTER, RowState
-from partial_fc.rows import HasClassRows, Pads, UpdateRows
+from partial_fc.rows import UpdateRows
 
 BLOCK_BYTES = 8 << 20  # bounds temporaries, which stay in the cache of a CPU
 BLOCK_BYTES_ELSEWHERE = 256 << 20
@@ -49,27 +49,6 @@ class RowOptimizer(RowState):
     Raises ValueError for a class whose update of a row depends on other rows (LAMB, LARS, Shampoo, Muon, Adafactor,
     L-BFGS): those rows are on other ranks, or not selected.
     """
-
-    def __init__(
-        self,
-        optimizer_class: type[torch.optim.Optimizer],
-        head: HasClassRows,
-        *,
-        update_in_backward: bool = False,
-        low_precision: LowPrecision | None = None,
-        **options: Any,
-    ) -> None:
-        rows = check_arguments(optimizer_class, head, update_in_backward, low_precision, options)
-        self.class_rows = rows
-        self.initial_state = initial_state(optimizer_class, options)  # row state of a row that never had a gradient
-        self.inner = construct(optimizer_class, rows.everything, options)  # the class itself, stepped on blocks of rows
-        self.built = [dict(self.inner.state[p]) for p in self.inner.param_groups[0]["params"]]  # by its constructor
-        self.update_in_backward = update_in_backward
-        self.low_precision = low_precision
-        self.moved_in_backward = False  # a backward has moved the rows since the last step()
-        super().__init__(list(rows.trainable), self.inner.defaults)
-        self.param_groups[0]["params"] = rows.trainable  # this very list, which backward changes in place
-        rows.optimizer = weakref.ref(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and which rows had one; with False, gradients of all rows become zeros instead."""
@@ -116,7 +95,8 @@ class RowOptimizer(RowState):
         for parameter, grad in zip(rows.parameters.values(), grads, strict=True):
             update = RowUpdate(self, parameter)
             if grad is not None:
-                for a, b in blocks_with_pads(grad, rows.pads):
+                of_grad = row_blocks(len(grad), grad)
+                for a, b in of_grad if rows.pads is None else blocks_with_pads(grad, rows.pads, row_blocks):
                     update.apply(None if selected is None else selected[a:b], a, b, grad[a:b])
 
     def begin_update_in_backward(self) -> UpdateRows:
@@ -131,23 +111,19 @@ class RowUpdate:
         self.parameter = parameter
         self.weight = local_part(parameter.detach())
         self.state = optimizer.state[parameter]
-        self.wide = optimizer.low_precision if self.weight.dtype in HALF else None
-        if self.wide == "master" and MASTER not in self.state:
-            self.state[MASTER] = optimizer.allocate(parameter, torch.float32, MASTER)
+        wide = optimizer.low_precision and self.weight.dtype in HALF
+        self.wide = WideRows(optimizer, parameter, self.weight) if wide else None
         self.before = {k: v for k, v in self.state.items() if k not in (MASTER, COUNT)} or optimizer.begin(parameter)
         group = optimizer.inner.param_groups[0]
         group.update({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
-        if group.get("fused") and not self.wide and self.weight.dtype in HALF and self.weight.device.type == "cpu":
+        if group.get("fused") and not wide and self.weight.dtype in HALF and self.weight.device.type == "cpu":
             group["fused"] = fused_moves(type(optimizer.inner), self.weight.dtype)  # type: ignore[arg-type]
-        if self.wide == "stochastic":
-            self.state[COUNT] = self.state.get(COUNT, 0) + 1
 
     def apply(self, index: Tensor | None, a: int, b: int, grad: Tensor) -> None:
         """Step the local rows `index`, or a to b, by `grad`; views are stepped in place."""
         inner = self.optimizer.inner
-        source = local_part(self.state[MASTER]) if self.wide == "master" else self.weight
-        rows = _take(source, index, a, b)
-        block = nn.Parameter(rows.float() if self.wide else rows)
+        rows = _take(self.weight if self.wide is None else self.wide.source, index, a, b)
+        block = nn.Parameter(rows if self.wide is None else rows.float())
         block.grad = grad.to(block.dtype)
         inner.param_groups[0]["params"] = [block]
         inner.state.clear()
@@ -166,11 +142,11 @@ class RowUpdate:
         inner.param_groups[0]["params"] = []
 
     def _put_back(self, block: Tensor, index: Tensor | None, a: int, b: int) -> None:
-        if self.wide == "master":
-            _put(local_part(self.state[MASTER]), block, index, a, b)
-        if self.wide == "stochastic":
-            block = round_rows(block, self.optimizer.class_rows, self.state[COUNT], index, a, b)
-        _put(self.weight, block.to(self.weight.dtype), index, a, b)
+        if self.wide is not None:
+            if self.wide.source is not self.weight:
+                _put(self.wide.source, block, index, a, b)
+            block = self.wide.narrow(block, index, a, b)
+        _put(self.weight, block, index, a, b)
 
 
 def row_blocks(count: int, weight: Tensor) -> Iterator[tuple[int, int]]:
@@ -179,20 +155,6 @@ def row_blocks(count: int, weight: Tensor) -> Iterator[tuple[int, int]]:
     size = max(1, most // max(1, weight[:1].nbytes if len(weight) else 1))
     for a in range(0, max(count, 1), size):
         yield a, min(a + size, count)
-
-
-def blocks_with_pads(grad: Tensor, pads: Pads) -> Iterator[tuple[int, int]]:
-    """Yield blocks of rows with gradients `[S, ...]`. A pad gets the gradient of the row that it is, in its block."""
-    first = len(grad)
-    if pads is not None:
-        window, are = pads
-        grad[window:] = torch.where(are.view(-1, *[1] * (grad.ndim - 1)), grad[window - 1], grad[window:])
-        if len(list(row_blocks(len(grad), grad))) > 1:
-            first = window - 1
-    if first or not len(grad):
-        yield from row_blocks(first, grad)
-    if first < len(grad):
-        yield first, len(grad)
 
 
 def _take(tensor: Tensor, index: Tensor | None, a: int, b: int) -> Tensor:

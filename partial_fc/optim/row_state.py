@@ -1,4 +1,4 @@
-"""The state of a `RowOptimizer`: how it is allocated, saved and loaded.
+"""The state of a `RowOptimizer`: how it is built, allocated, saved and loaded.
 
 Row state (momentum, moments) has the shape of its parameter, so it is a DTensor `[C, ...]` where there is a group, and
 a checkpoint loads at any world size. Everything else is scalar state.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,18 @@ from torch import Tensor, nn
 
 from partial_fc.batch.status import HALF
 from partial_fc.distributed.dtensors import local_part
-from partial_fc.optim.optimizer_class import check_kernels, is_row_state, trial
+from partial_fc.optim.optimizer_class import (
+    LowPrecision,
+    check_arguments,
+    check_kernels,
+    construct,
+    initial_state,
+    is_row_state,
+    trial,
+)
 from partial_fc.optim.protocol import OneGroup, check_options, checked_groups, with_loading_hooks, with_saving_hooks
 from partial_fc.optim.stored_rows import agree_to_load, marked, row_problem, stated_rows, taken
-from partial_fc.rows import ClassRows, UpdateRows
+from partial_fc.rows import HasClassRows, UpdateRows
 
 MASTER = "master_weight"  # state of this package's own, beside that of the wrapped class
 COUNT = "rounding_step"
@@ -32,12 +41,27 @@ class RowState(OneGroup):
     a gradient, by key. built: what the constructor of the class puts into the state of each parameter, for no rows.
     """
 
-    class_rows: ClassRows
-    inner: torch.optim.Optimizer
-    initial_state: dict[str, float]
-    built: list[dict[str, Any]]
-    low_precision: str | None
-    update_in_backward: bool
+    def __init__(
+        self,
+        optimizer_class: type[torch.optim.Optimizer],
+        head: HasClassRows,
+        *,
+        update_in_backward: bool = False,
+        low_precision: LowPrecision | None = None,
+        **options: Any,
+    ) -> None:
+        """For the arguments see `RowOptimizer`."""
+        rows = check_arguments(optimizer_class, head, update_in_backward, low_precision, options)
+        self.class_rows = rows
+        self.initial_state = initial_state(optimizer_class, options)  # row state of a row that never had a gradient
+        self.inner = construct(optimizer_class, rows.everything, options)  # the class itself, stepped on blocks of rows
+        self.built = [dict(self.inner.state[p]) for p in self.inner.param_groups[0]["params"]]  # by its constructor
+        self.update_in_backward = update_in_backward
+        self.low_precision = low_precision
+        self.moved_in_backward = False  # a backward has moved the rows since the last step()
+        super().__init__(list(rows.trainable), self.inner.defaults)
+        self.param_groups[0]["params"] = rows.trainable  # this very list, which backward changes in place
+        rows.optimizer = weakref.ref(self)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

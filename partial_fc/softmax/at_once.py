@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from partial_fc.softmax.row_tiles import RowTiles, inverse_length, project
+from partial_fc.batch.row_sums import add_to_rows
+from partial_fc.softmax.by_vectors import project, tangent_at
+from partial_fc.softmax.row_tiles import RowTiles, inverse_length
 
 
 class RowsAtOnce(RowTiles):
@@ -22,7 +24,7 @@ class RowsAtOnce(RowTiles):
             self.measured = True
         elif self.inverse is not None and self.index is None:
             self.inverse, self.measured = inverse_length(self.weight, self.dtype), True
-            if self.needs_grad and whole_gradient and self.weight.dtype == self.dtype:
+            if whole_gradient and self.weight.dtype == self.dtype:
                 self.memory = self.gradient_memory(self.count)
                 self.held = self.memory.view(product)[:, : self.memory.shape[1]]  # the beginning of each row
                 torch.mul(self.weight, self.inverse, out=self.held)
@@ -37,19 +39,29 @@ class RowsAtOnce(RowTiles):
         return self.held is not None and self.index is not None
 
     @property
-    def projects_at_end(self) -> bool:
+    def _projects_at_end(self) -> bool:
         """Whether the gradient of all rows goes through the normalisation at once, not tile by tile."""
         return self.held is not None and self.index is None
 
-    def project_all(self, grad: Tensor, scaled: bool) -> None:
-        """Take the gradient of all rows, perhaps divided by their lengths already, through the normalisation."""
-        assert self.inverse is not None
-        project(grad if scaled else grad.mul_(self.inverse), self.weight, self.inverse)
+    def through_lengths(self, grad: Tensor, directions: Tensor, a: int, b: int, out: Tensor) -> None:
+        if self.inverse is None or self.index is not None:
+            super().through_lengths(grad, directions, a, b, out)
+        elif not self._projects_at_end:
+            final = out if out.dtype == self.dtype else torch.empty_like(grad, dtype=self.dtype)
+            tangent_at(grad, self.weight[a:b].to(self.dtype), self.inverse[a:b], out=final)
+            if final is not out:
+                out.copy_(final)
+        elif grad is not out:
+            torch.mul(grad, self.inverse[a:b], out=out)
 
-    def vectors(self, a: int, b: int, directions: Tensor) -> tuple[Tensor, bool]:
-        if self.index is None:
-            return self.weight[a:b].to(self.dtype), False
-        return super().vectors(a, b, directions)
+    def release(self, grad: Tensor) -> None:
+        if self._projects_at_end and self.held is not None and self.inverse is not None:
+            scaled = self.held.dtype != self.dtype  # products of another dtype were divided by the lengths tile by tile
+            project(grad if scaled else grad.mul_(self.inverse), self.weight, self.inverse)
+        super().release(grad)
+
+    def add_at(self, out: Tensor, positions: Tensor, values: Tensor) -> None:
+        add_to_rows(out, positions, values)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self.inverse is None or not self.measured:

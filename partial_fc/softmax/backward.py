@@ -16,26 +16,17 @@ factor_i with factor_i = d_lse_i exp(m_i − lse_i), one number a sample and til
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from partial_fc.batch.exchange import gradient_of_losses
-from partial_fc.batch.row_sums import add_to_rows
-from partial_fc.distributed.derivatives import executes
-from partial_fc.distributed.ranks import start_reduce_scatter, sum_over_replicas
-from partial_fc.softmax import float16
-from partial_fc.softmax.at_once import RowsAtOnce
-from partial_fc.softmax.decisions import decision_derivatives
+from partial_fc.distributed.ranks import sum_over_replicas
 from partial_fc.softmax.forward import ForwardState, SavedTensors
-from partial_fc.softmax.recompute import recomputed
-from partial_fc.softmax.row_tiles import tangent, tangent_at
+from partial_fc.softmax.other_derivatives import length_derivatives, other_derivatives
+from partial_fc.softmax.row_tiles import tangent
 from partial_fc.softmax.tiles import tile_of
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]
 
 
 class Derivatives(NamedTuple):
@@ -51,222 +42,116 @@ class Derivatives(NamedTuple):
 
 def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Derivatives:
     """Return them from ∂L/∂(reduced loss)."""
-    selection, options, targets = state.selection, state.options, state.targets
-    scale, smoothing = options.scale, state.smoothing
+    selection, options, smoothing = state.selection, state.options, state.smoothing
     z, lse = saved.target_logits, saved.lse[:, None]
     d_loss = gradient_of_losses(grad.to(saved.x.dtype), selection.batch, selection.sample_weights, options.reduction)
-    d_offset = d_every = d_norm = None
-    if options.binary:
-        d_lse, d_z, d_offset = decision_derivatives(selection, options.binary, d_loss, z, saved.lse)
-        from_zero = d_lse
+    d_every = d_norm = d_offset = None
+    if selection.counts_once and smoothing is None and not options.binary:
+        d_lse = d_loss[:, None]
+        d_z = (z - lse).expm1_().mul_(d_lse)
     else:
-        weights, d_lse = selection.target_weights, d_loss
-        if smoothing is not None:
-            weights, of_all = smoothing.counted(weights, saved.smoothed)
-            d_lse = d_loss * (weights.sum(1) + of_all)
-        elif not selection.counts_once:
-            d_lse = d_loss * weights.sum(1)
-        d_lse = d_lse[:, None]
-        # bounded logits of others are at least -scale; where lse is less there are none: nothing may become infinite
-        from_zero = d_lse / lse.clamp(min=-scale - 1).exp_() if state.bounded else d_lse
-        if smoothing is None and selection.counts_once:
-            d_z = (z - lse).expm1_().mul_(d_lse)
-        else:
-            d_z = d_lse * (z - lse).exp_() - d_loss[:, None] * weights
-    if smoothing is not None:
-        d_every = smoothing.of_every(d_loss, saved.smoothed)
-        d_z = d_z + d_every[:, None] * smoothing.of_targets
-    if z.shape[1] > 1 or options.binary:  # with one target a sample, d_loss is 0 where there is none
-        d_z = torch.where(targets.exists, d_z, 0.0)
+        d_lse, d_z, d_every, d_offset = other_derivatives(d_loss, saved, state)
     d_z = d_z.reshape(-1)
     d_cosine = d_z * saved.slope_cosine
     if smoothing is not None and d_every is not None:
-        d_cosine = d_cosine - smoothing.of_cosines(d_every, targets, scale)
-    if saved.slope_norm.numel():
-        d_norm = targets.sum_of_samples(d_z * saved.slope_norm)
-    if saved.slope_penalty.numel() and selection.ranks.rank == 0:  # every sample's own; gradients are summed over ranks
-        of_penalty = d_loss * saved.slope_penalty
-        d_norm = of_penalty if d_norm is None else d_norm + of_penalty
+        d_cosine = d_cosine - smoothing.of_cosines(d_every, state.targets, options.scale)
+    if saved.slope_norm.numel() or saved.slope_penalty.numel():
+        d_norm = length_derivatives(d_loss, d_z, saved, state)
+    from_zero = d_lse
+    if state.bounded and not options.binary:
+        # logits of others are at least -scale; where lse is less there are none: nothing may become infinite
+        from_zero = d_lse / lse.clamp(min=-options.scale - 1).exp_()
     return Derivatives(d_lse, from_zero, d_every, d_cosine, d_norm, d_offset)
 
 
-def backward(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved: SavedTensors) -> Gradients:
-    """Return the gradients of (embeddings, weight, bias, offset); under an anchor, rows' go to the sink."""
-    state: ForwardState = ctx.state
-    selection, sink = state.selection, state.sink
-    want_x, want_w, want_b, want_offset, anchored, _ = ctx.needs_input_grad
-    anchored = anchored and executes()(ctx.next_functions[-1][0])  # not for autograd.grad(loss, embeddings)
-    want_rows = want_w or want_b or anchored
-    tiles = BackwardTiles(derivatives(grad, saved, state), weight, bias, saved, state)
-    # with kept logits the sum of embedding gradients over ranks travels while the class gradients are computed
-    overlap = want_x and want_rows and selection.scatter and saved.kept.numel() > 0
-    overlap = overlap and selection.ranks.group is not None and sink.begin_update is None
-    # two communicators at work at once must be so in the same order on all ranks
-    overlap = overlap and selection.ranks.replica_group is None
-    with record_function("partial_fc::backward_tiles"):
-        dx, grads = tiles.run(want_x, want_rows and not overlap)
-    finish = _send(dx, state, ctx.embeddings.dtype) if want_x else None
-    if overlap:
-        with record_function("partial_fc::backward_tiles"):
-            _, grads = tiles.run(False, True)
-    d_weight = d_bias = d_offset = None
-    if grads and anchored:
-        assert selection.rows is not None
-        slots = selection.slots
-        sink.accumulate(selection.rows, grads, None if slots is None else (slots.window, slots.pads))
-    elif grads:
-        d_weight, d_bias = grads[0] if want_w else None, grads[1] if want_b else None
-    if want_offset and tiles.d.d_offset is not None:
-        # every rank knows all it is made of, but for the samples of other replicas
-        d_offset = sum_over_replicas(tiles.d.d_offset, selection.ranks, "the gradient of the offset")
-        d_offset = d_offset.to(ctx.offset_dtype)
-    return None if finish is None else finish(), d_weight, d_bias, d_offset, None, None
-
-
-def _send(dx: Tensor, state: ForwardState, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Begin to sum the embeddings' gradient over ranks if `scatter`; call the result to get what autograd takes."""
-    selection = state.selection
-    if state.options.scale_embedding_grad:
-        dx.mul_(selection.ranks.total)
-    if not selection.scatter:
-        return lambda: dx.to(dtype)
-    with record_function("partial_fc::scatter"):
-        wait = start_reduce_scatter(dx, selection.ranks, selection.batch.counts)
-    return lambda: wait().to(dtype)
+def is_usual(bias: Tensor | None, saved: SavedTensors, state: ForwardState) -> bool:
+    """Return whether `BackwardTiles` will do; else see other_tiles.py."""
+    plain = bias is None and state.smoothing is None and state.product is not torch.float16
+    return plain and state.sink.begin_update is None and saved.kept.numel() > 0
 
 
 class BackwardTiles:
-    """Gradients of embeddings `[N, D]` and of this rank's rows, tile by tile."""
+    """Gradients of embeddings `[N, D]` and of this rank's rows, tile by tile, from exponentials that were kept."""
 
-    def __init__(
-        self, d: Derivatives, weight: Tensor, bias: Tensor | None, saved: SavedTensors, state: ForwardState
-    ) -> None:
+    def __init__(self, d: Derivatives, weight: Tensor, saved: SavedTensors, state: ForwardState) -> None:
         self.d = d
         self.weight = weight
-        self.bias = bias
         self.saved = saved
         self.state = state
-        self.stats = saved.x.dtype
-        self.scale = state.options.scale
-        self.weighted_dtype = self.stats if state.product is torch.float16 else state.product
+        self.stats, self.weighted_dtype = saved.x.dtype, state.product
         if state.rows.count:
             self.target_rows, self.target_inverse = state.targets.directions
-        self.shares = None
-        if state.smoothing is not None and d.d_every is not None:
-            self.shares = state.smoothing.shares(d.d_every, saved.x, saved.row_sum, self.scale)
 
     def run(self, want_x: bool, want_rows: bool) -> tuple[Tensor, list[Tensor]]:
         """Return (gradient of all embeddings from this rank's rows `[N, D]`, of rows `[S, ...]` and biases)."""
-        state, rows, x = self.state, self.state.rows, self.saved.x
-        centers, ruled = state.options.margin.centers, state.options.ruled
+        state, rows, x, scale = self.state, self.state.rows, self.saved.x, self.state.options.scale
         dx = x.new_empty(len(x), x.shape[1] if want_x else 0) if rows.count else torch.zeros_like(x)
-        update = state.sink.begin_update() if want_rows and state.sink.begin_update is not None else None
-        self.at_end = update is None and isinstance(rows, RowsAtOnce) and rows.projects_at_end
-        length = rows.count if update is None else min(state.tile, rows.count)
-        dw = rows.gradient_memory(length) if want_rows else None
-        db = x.new_empty(length, dtype=self.stats) if want_rows and self.bias is not None else None
-        if not self.saved.kept.numel():
-            work = state.product if state.bounded and not ruled else self.stats
-            self.scratch = x.new_empty(len(x) * state.tile + 1, dtype=work)
-            self.scaled = (x if ruled else x * self.scale).to(state.product)
+        if want_rows:
+            self.begin_rows()
         previous, scaled_factor, weighted = None, x, x
         for t, (a, b) in enumerate(rows.tiles(state.tile)):
             w = rows.tile(a, b, state.product)
-            e, factor = self._exponentials(t, a, b, w)
+            e, factor = self.exponentials(t, a, b, w)
             if factor is not previous:
-                previous, scaled_factor = factor, factor * self.scale
-                weighted = (x * scaled_factor).to(self.weighted_dtype) if dw is not None else x
+                previous, scaled_factor = factor, factor * scale
+                weighted = (x * scaled_factor).to(self.weighted_dtype) if want_rows else x
             if want_x and t == 0:
                 torch.mul(torch.mm(e, w), scaled_factor, out=dx)
             elif want_x:
                 dx.addcmul_(torch.mm(e, w).to(self.stats), scaled_factor)
-            if dw is None:
-                continue
-            at = slice(a, b) if update is None else slice(0, b - a)
-            self._row_gradient(dw[at], e, weighted, w, a, b)
-            if db is not None:
-                smoothed = 0.0 if self.shares is None else self.shares.of_biases(a, b)
-                db[at] = torch.mv(e.t().to(self.stats), factor[:, 0]) + smoothed
-            if update is not None:
-                grads = self._with_targets(dw[at], None if db is None else db[at], a)
-                update(a // centers, b // centers, grads)
+            if want_rows:
+                self.add_rows(e, factor, weighted, w, a, b)
         if want_x:
-            self._finish_embeddings(dx)
-        if dw is None:
-            return dx, []
-        if self.at_end and isinstance(rows, RowsAtOnce):
-            rows.project_all(dw, scaled=state.product != self.stats)
-        rows.release()
-        if update is None:
-            return dx, self._with_targets(dw, db, 0)
-        if not rows.count:  # the optimizer's scalar state counts this step as on other ranks
-            update(0, 0, self._with_targets(dw, db, 0))
-        return dx, []
+            self.add_targets(dx)
+            if rows.inverse is not None:
+                tangent(dx, x, self.saved.x_inverse, out=dx)
+            if rows.inverse is not None and self.d.d_norm is not None:
+                dx.addcmul_(x, self.d.d_norm[:, None])
+        return dx, self.finish_rows() if want_rows else []
 
-    def _exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
+    def exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return (e `[N, T]`, factor `[N, 1]`) of tile t: ∂L/∂logit = e · factor where the logit is no target."""
         saved, state, d = self.saved, self.state, self.d
-        if saved.kept.numel():
-            e = tile_of(saved.kept, t, len(saved.x), state.tile)[:, : b - a]
-            return e, d.from_zero if state.bounded else d.d_lse * (saved.maxima[t] - saved.lse[:, None]).exp_()
-        return recomputed(state, saved, d, self.scaled, self.scratch, t, a, b, w)
+        e = tile_of(saved.kept, t, len(saved.x), state.tile)[:, : b - a]
+        return e, d.from_zero if state.bounded else d.d_lse * (saved.maxima[t] - saved.lse[:, None]).exp_()
 
-    def _row_gradient(self, out: Tensor, e: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
-        """Write the gradient of rows a to b, but for the targets' share, to `out [T, D]`, perhaps the memory of w."""
-        product, rows = self.state.product, self.state.rows
-        if product is torch.float16:
-            grad = float16.scaled_product(e, weighted)
-        elif product == self.stats == out.dtype and not rows.overlaps:
-            grad = torch.mm(e.t(), weighted, out=out)
-        else:
-            grad = torch.mm(e.t(), weighted)
-        if self.shares is not None:
-            grad = grad.to(self.stats)
-            self.shares.add_to_rows(grad, a, b)
-        if rows.inverse is not None and not self.at_end:
-            vector, is_unit = rows.vectors(a, b, w)
-            final = out if out.dtype == self.stats else torch.empty_like(grad, dtype=self.stats)
-            inverse = rows.inverse[a:b]
-            if is_unit:
-                grad = tangent(grad.to(self.stats), vector, inverse, out=final)
-            else:
-                grad = tangent_at(grad, vector, inverse, out=final)
-        elif rows.inverse is not None and grad is not out:
-            grad = torch.mul(grad, rows.inverse[a:b], out=out)
-        if grad is not out:
-            out.copy_(grad)
+    def add_targets(self, dx: Tensor) -> None:
+        """Add the targets' share to the gradient of the embeddings' directions."""
+        targets, d_cosine = self.state.targets, self.d.d_cosine[:, None]
+        if self.state.rows.count and targets.labels_each == 1:
+            dx.addcmul_(self.target_rows, d_cosine)
+        elif self.state.rows.count:
+            dx += targets.sum_of_samples(self.target_rows * d_cosine)
 
-    def _finish_embeddings(self, dx: Tensor) -> None:
-        """Add the targets' share and go through the normalisation, in place."""
-        state, d = self.state, self.d
-        if state.rows.count:
-            if state.targets.labels_each == 1:
-                dx.addcmul_(self.target_rows, d.d_cosine[:, None])
-            else:
-                dx += state.targets.sum_of_samples(self.target_rows * d.d_cosine[:, None])
-        if self.shares is not None:
-            dx += self.shares.of_x
-        if state.rows.inverse is not None:
-            tangent(dx, self.saved.x, self.saved.x_inverse, out=dx)
-            if d.d_norm is not None:
-                dx.addcmul_(self.saved.x, d.d_norm[:, None])
+    def begin_rows(self) -> None:
+        """Begin the gradients of rows: `add_rows` for every tile, then `finish_rows`, which returns them."""
+        self.dw = self.state.rows.gradient_memory(self.state.rows.count)
 
-    def _with_targets(self, dw: Tensor, db: Tensor | None, a: int) -> list[Tensor]:
-        """Return the gradients of rows a, a + 1, ... with the targets' share in them, summed over replicas."""
-        targets, ranks = self.state.targets, self.state.selection.ranks
-        if len(dw):
-            position, d_cosine = targets.row, self.d.d_cosine
-            if len(dw) < self.state.rows.count:
-                position = position - a
-                here = targets.own & (position >= 0) & (position < len(dw))
-                position, d_cosine = position.remainder(len(dw)), d_cosine * here
-            grad = targets.of_samples(self.saved.x) * d_cosine[:, None]
-            if self.state.rows.inverse is not None:
-                tangent(grad, self.target_rows, self.target_inverse, out=grad)
-            add_to_rows(dw, position, grad)
-            if db is not None:
-                add_to_rows(db, position, d_cosine)
-        grads = [dw.view(len(dw) // self.state.options.margin.centers, *self.weight.shape[1:])]
-        if db is not None and self.bias is not None:
-            grads.append(db.to(self.bias.dtype))
-        return [sum_over_replicas(each, ranks, "the sum of class gradients") for each in grads]
+    def add_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
+        """Add rows a to b, but for the targets' share. weighted `[N, D]`: x times the factor and the scale."""
+        out = self.dw[a:b]
+        self.state.rows.through_lengths(self.product(e, weighted, a, b, out), w, a, b, out)
+
+    def product(self, e: Tensor, weighted: Tensor, a: int, b: int, out: Tensor) -> Tensor:
+        """Return the gradient `[T, D]` of the directions of rows a to b; out: perhaps the memory of the directions."""
+        if self.state.product == self.stats == out.dtype and not self.state.rows.overlaps:
+            return torch.mm(e.t(), weighted, out=out)
+        return torch.mm(e.t(), weighted)
+
+    def finish_rows(self) -> list[Tensor]:
+        self.state.rows.release(self.dw)
+        if len(self.dw):
+            self.add_targets_to_rows(self.dw, self.state.targets.row, self.d.d_cosine)
+        return [self.over_replicas(self.dw)]
+
+    def add_targets_to_rows(self, dw: Tensor, position: Tensor, d_cosine: Tensor) -> None:
+        """Add the targets' share: to the row at each position, by ∂L/∂(target cosine) `[P]`."""
+        grad = self.state.targets.of_samples(self.saved.x) * d_cosine[:, None]
+        if self.state.rows.inverse is not None:
+            tangent(grad, self.target_rows, self.target_inverse, out=grad)
+        self.state.rows.add_at(dw, position, grad)
+
+    def over_replicas(self, dw: Tensor) -> Tensor:
+        """Return a gradient of rows in the shape of the weight's, summed over replicas."""
+        grad = dw.view(len(dw) // self.state.options.margin.centers, *self.weight.shape[1:])
+        return sum_over_replicas(grad, self.state.selection.ranks, "the sum of class gradients")

@@ -16,16 +16,21 @@ backward: three matrix products a step. *Tiled* mode computes a tile again: four
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from partial_fc.distributed.derivatives import first_derivative
-from partial_fc.softmax.backward import backward
-from partial_fc.softmax.forward import Forwarded, SavedTensors, forward
+from partial_fc.distributed.derivatives import executes, first_derivative
+from partial_fc.distributed.ranks import start_reduce_scatter
+from partial_fc.softmax.backward import BackwardTiles, derivatives, is_usual
+from partial_fc.softmax.decisions import offset_gradient
+from partial_fc.softmax.forward import Forwarded, ForwardState, SavedTensors, forward
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.measured import Measured
+from partial_fc.softmax.other_tiles import OtherTiles
 from partial_fc.softmax.tiles import compute_dtypes
 
 
@@ -81,4 +86,48 @@ class ShardedCrossEntropy(torch.autograd.Function):
             return first_derivative("PartialFC", ShardedCrossEntropy.backward, ctx, grad, *sources)
         weight, bias, *saved = ctx.saved_tensors
         with torch.autocast(weight.device.type, enabled=False):
-            return backward(ctx, grad, weight, bias, SavedTensors(*saved))
+            return gradients(ctx, grad, weight, bias, SavedTensors(*saved))
+
+
+def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved: SavedTensors) -> tuple[Any, ...]:
+    """Return the gradients of (embeddings, weight, bias, offset); under an anchor, rows' go to the sink."""
+    state: ForwardState = ctx.state
+    selection, sink = state.selection, state.sink
+    want_x, want_w, want_b, want_offset, anchored, _ = ctx.needs_input_grad
+    anchored = anchored and executes()(ctx.next_functions[-1][0])  # not for autograd.grad(loss, embeddings)
+    want_rows = want_w or want_b or anchored
+    d, usual = derivatives(grad, saved, state), is_usual(bias, saved, state)
+    tiles = BackwardTiles(d, weight, saved, state) if usual else OtherTiles(d, weight, bias, saved, state)
+    # with kept logits the sum of embedding gradients over ranks travels while the class gradients are computed
+    overlap = want_x and want_rows and selection.scatter and saved.kept.numel() > 0
+    overlap = overlap and selection.ranks.group is not None and sink.begin_update is None
+    # two communicators at work at once must be so in the same order on all ranks
+    overlap = overlap and selection.ranks.replica_group is None
+    with record_function("partial_fc::backward_tiles"):
+        dx, grads = tiles.run(want_x, want_rows and not overlap)
+    finish = _send(dx, state, ctx.embeddings.dtype) if want_x else None
+    if overlap:
+        with record_function("partial_fc::backward_tiles"):
+            _, grads = tiles.run(False, True)
+    d_weight = d_bias = d_offset = None
+    if grads and anchored:
+        assert selection.rows is not None
+        slots = selection.slots
+        sink.accumulate(selection.rows, grads, None if slots is None else (slots.window, slots.pads))
+    elif grads:
+        d_weight, d_bias = grads[0] if want_w else None, grads[1] if want_b else None
+    if want_offset and d.d_offset is not None:
+        d_offset = offset_gradient(d.d_offset, selection.ranks).to(ctx.offset_dtype)
+    return None if finish is None else finish(), d_weight, d_bias, d_offset, None, None
+
+
+def _send(dx: Tensor, state: ForwardState, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Begin to sum the embeddings' gradient over ranks if `scatter`; call the result to get what autograd takes."""
+    selection = state.selection
+    if state.options.scale_embedding_grad:
+        dx.mul_(selection.ranks.total)
+    if not selection.scatter:
+        return lambda: dx.to(dtype)
+    with record_function("partial_fc::scatter"):
+        wait = start_reduce_scatter(dx, selection.ranks, selection.batch.counts)
+    return lambda: wait().to(dtype)

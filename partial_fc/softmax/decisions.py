@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from partial_fc.distributed.ranks import Ranks, sum_over_replicas
 from partial_fc.softmax.inputs import Selection
 
 
@@ -37,3 +38,8 @@ def decision_derivatives(
     d_target = -d_loss[:, None] * a * selection.target_weights * torch.sigmoid(-target_logits)
     d_offset = torch.where(selection.targets >= 0, d_target, 0.0).sum() + (d_others * active).sum()
     return d_others[:, None], d_target, d_offset[None]
+
+
+def offset_gradient(d_offset: Tensor, ranks: Ranks) -> Tensor:
+    """Return it over all samples: a rank knows all it is made of, but for the samples of other replicas."""
+    return sum_over_replicas(d_offset, ranks, "the gradient of the offset")

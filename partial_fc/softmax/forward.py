@@ -13,14 +13,14 @@ from torch.profiler import record_function
 from partial_fc.distributed.ranks import all_gather
 from partial_fc.margins.positives import Positives
 from partial_fc.softmax.at_once import RowsAtOnce
-from partial_fc.softmax.decisions import decision_losses, softplus
+from partial_fc.softmax.further_sums import FurtherSums
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.measured import Measured
-from partial_fc.softmax.penalty import penalty_of
-from partial_fc.softmax.row_tiles import RowTiles, TargetRows, inverse_of, row_dots
-from partial_fc.softmax.ruled import Rule, nearest_centers, rows_of_classes, ruled_logits
-from partial_fc.softmax.smoothing import Smoothing, SmoothingSums
-from partial_fc.softmax.tiles import tile_logits, tile_of, tile_rows, tile_size
+from partial_fc.softmax.other_losses import other_losses
+from partial_fc.softmax.row_tiles import RowTiles, TargetRows, inverse_of
+from partial_fc.softmax.ruled import Rule, nearest_centers, rows_of_classes
+from partial_fc.softmax.smoothing import Smoothing
+from partial_fc.softmax.tiles import row_dots, tile_logits, tile_of, tile_rows, tile_size
 
 
 class SavedTensors(NamedTuple):
@@ -77,14 +77,12 @@ def forward(
     norms = torch.linalg.vector_norm(X, dim=1, dtype=stats)
     x_inverse = inverse_of(norms)[:, None] if margin.normalize else X.new_empty(0)
     x = X * x_inverse if margin.normalize else X.to(stats)
-    index = selection.rows
-    if index is not None and centers > 1:
-        index = rows_of_classes(index, centers)
+    index = selection.rows if centers == 1 else rows_of_classes(selection.rows, centers)
     kind = X.device.type
     row_tiles = RowTiles if kind == "cpu" else RowsAtOnce
     rows = row_tiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad)
     if isinstance(rows, RowsAtOnce):
-        rows.measure(product, sink.begin_update is None)
+        rows.measure(product, whole_gradient=needs_grad and sink.begin_update is None)
     most = tile_rows(selection.batch.most_samples, x.shape[1], kind)
     tile = tile_size(rows.count, most, centers, kind)
     with record_function("partial_fc::targets"):
@@ -107,24 +105,21 @@ def forward(
     with record_function("partial_fc::combine"):
         found = combine(sums, z, cosines, selection)
     target_logits = found["z"].view_as(selection.targets)
-    hardest = found.get("hardest")
     of_targets = found["cosines"].view_as(selection.targets)
-    measured = Measured(of_targets, target_logits, targets.exists, norms, hardest, margin.scale)
-    none = x.new_empty(0)
-    smoothed = none if smoothing is None else smoothing.combined(found)
-    if margin.binary:
-        losses, lse = decision_losses(selection, margin.binary, target_logits, found["total"]), found["active"]
+    measured = Measured(of_targets, target_logits, targets.exists, norms, found.get("hardest"), margin.scale)
+    none = smoothed = slope_penalty = x.new_empty(0)
+    if bounded and selection.counts_once and smoothing is None and not (margin.binary or margin.has_penalty):
+        # in logarithms: where there is no class but the target, the exponential of its logit may be too small for
+        # float32; an ignored sample's 0 harms nothing: its loss is multiplied by 0
+        lse = torch.logaddexp(found["total"].log(), target_logits[:, 0])
+        losses = lse - target_logits[:, 0]
     else:
-        losses, lse = softmax_losses(found, target_logits, selection, smoothing, smoothed)
-    slope_penalty = none
-    if margin.has_penalty:
-        penalty, slope_penalty = penalty_of(margin, norms, needs_grad, smoothing)
-        losses = losses + penalty
+        given = target_logits, selection, margin, smoothing, norms, needs_grad
+        losses, lse, smoothed, slope_penalty = other_losses(found, *given)
     losses = torch.where(selection.sample_weights != 0, losses * selection.sample_weights, selection.sample_weights)
-    row_sum = none if sums.smoothing is None else sums.smoothing.row_sum
-    from_margin = slope_cosine, slope_norm, slope_penalty
-    kept = none if sums.kept is None else sums.kept
-    saved = SavedTensors(x, x_inverse, lse, target_logits, *from_margin, kept, sums.maxima, row_sum, smoothed)
+    slopes = slope_cosine, slope_norm, slope_penalty
+    maxima, row_sum = (none, none) if sums.further is None else sums.further.for_backward()
+    saved = SavedTensors(x, x_inverse, lse, target_logits, *slopes, sums.kept, maxima, row_sum, smoothed)
     return _reduce(losses, selection, options.reduction), losses, measured, saved, state
 
 
@@ -144,7 +139,8 @@ def target_cosines(x: Tensor, rows: RowTiles, targets: TargetRows, centers: int)
     if centers == 1:
         targets = replace(targets, directions=rows.at(targets.row))
         cosines = row_dots(targets.of_samples(x), targets.directions[0])[:, 0]
-        cosines = cosines if rows.bias is None else cosines + rows.bias_at(targets.row)
+        biases = rows.biases(targets.row)
+        cosines = cosines if biases is None else cosines + biases
     else:
         cosines, targets = nearest_centers(x, rows, targets, centers)
         targets = replace(targets, directions=rows.at(targets.row))
@@ -186,9 +182,8 @@ def apply_margin(
 class TileSums:
     """Sums over the logits of this rank: call `add` for each tile of rows.
 
-    maximum `[N, 1]`: largest logit so far, where logits are not bounded. total `[N, 1]`: Σ exp(logit − maximum). kept:
-    exponentials for backward, tile after tile; maxima `[tiles, N, 1]`: subtracted from them. For binary decisions total
-    is the sum of their losses, kept their derivatives, active `[N]` the sum of these.
+    total `[N, 1]`: Σ exp(logit), targets left out. kept: exponentials for backward, tile after tile, or empty.
+    further: whatever else is to be found, or None.
     """
 
     def __init__(self, x: Tensor, state: ForwardState, keep: bool, in_place: bool) -> None:
@@ -196,118 +191,58 @@ class TileSums:
         self.state = state
         self.stats = x.dtype
         self.samples = len(x)
-        self.maximum = None if state.bounded else x.new_full((len(x), 1), torch.finfo(x.dtype).min)
         self.total = x.new_zeros(len(x), 1) if options.binary or not rows.count else x.new_empty(len(x), 1)
-        self.kept: Tensor | None = None
+        self.keep, self.kept = keep, x.new_empty(0)
         tiles, size = -(-rows.count // state.tile), len(x) * state.tile
         if keep:
             name = "logits" if rows.index is None else "selected logits"
             self.memory = rows.workspace.take(name, (size * tiles + 1,), product, x.device)
             self.kept = self.memory[:-1]
-        self.maxima = x.new_empty(0 if state.bounded or not keep else tiles, len(x), 1)
         # bounded exponentials may be computed in the products' dtype at once; their sum is in that of the statistics
         work = product if state.bounded and not options.ruled else x.dtype
         self.scratch = None if in_place else x.new_empty(size + 1, dtype=work)
         self.memory = self.memory if self.scratch is None else self.scratch  # and a number more, behind the tiles
         self.scaled = (x if options.ruled else x * options.scale).to(product)
-        self.smoothing = None if state.smoothing is None else SmoothingSums(x, state.smoothing)
-        self.active = x.new_zeros(len(x)) if options.binary else None
-        self.hardest = x.new_full((len(x),), torch.finfo(x.dtype).min) if options.metrics else None
+        self.further: FurtherSums | None = None
+        if options.ruled or options.binary or options.metrics or state.smoothing is not None or not state.bounded:
+            of_others = state.rule, state.smoothing, state.bounded
+            self.further = FurtherSums(x, options, state.targets, *of_others, kept=tiles if keep else 0)
 
     def add(self, t: int, a: int, b: int) -> None:
         """Add tile t: rows a to b."""
-        state, options = self.state, self.state.options
-        w = state.rows.tile(a, b, state.product if self.smoothing is None else self.stats)
-        bias = state.rows.tile_bias(a, b)
-        kept = None if self.kept is None else tile_of(self.kept, t, self.samples, state.tile)[:, : b - a]
+        state = self.state
+        w = state.rows.tile(a, b, state.product if state.smoothing is None else self.stats)
+        bias = state.rows.biases(slice(a, b))
+        kept = tile_of(self.kept, t, self.samples, state.tile)[:, : b - a] if self.keep else None
         where = kept if self.scratch is None else tile_of(self.scratch, 0, self.samples, state.tile)[:, : b - a]
         assert where is not None
-        logits = tile_logits(self.scaled, w.to(state.product), bias, where)
-        slope = None
-        if options.ruled:
-            cosines = logits
-            logits, slope = ruled_logits(options, state.rule, cosines, state.targets, a)
-            if self.smoothing is not None:
-                self.smoothing.add_logits(logits, a, b)
-            if self.hardest is not None:
-                self._find_hardest(torch.where(logits > -torch.inf, cosines, -torch.inf), 1.0)
-        else:
+        values = tile_logits(self.scaled, w.to(state.product), bias, where)
+        if not state.options.ruled:
             self.memory.index_fill_(0, state.places[t], -torch.inf)  # targets count with their margin elsewhere
             if state.selection.slots is not None:
-                state.selection.slots.mask(logits, a, b)
-            self._find_hardest(logits, options.scale)
-            if self.smoothing is not None:
-                self.smoothing.add_rows(w, bias, a, b)
-        if self.active is not None:
-            self.total.add_(softplus(logits).sum(1, keepdim=True))
-            self.active.add_(logits.sigmoid_().sum(1))
+                state.selection.slots.mask(values, a, b)
+        if self.further is None:
+            total = values.exp_().sum(1, keepdim=True, dtype=self.stats)
+            self.total = total if t == 0 else self.total.add_(total)
         else:
-            self._exponentiate(t, logits)
-        if kept is not None:
-            if slope is not None:
-                logits.mul_(slope)  # backward then needs no rule
-            if self.scratch is not None or options.ruled:
-                kept.copy_(logits)
-
-    def _exponentiate(self, t: int, logits: Tensor) -> None:
-        """Replace a tile of logits by exponentials and add them up."""
-        if self.maximum is not None and self.samples:
-            before = self.maximum
-            self.maximum = torch.maximum(before, logits.amax(1, keepdim=True))
-            logits.sub_(self.maximum)
-            if t:
-                self.total.mul_((before - self.maximum).exp_())
-            if len(self.maxima):
-                self.maxima[t] = self.maximum
-        total = logits.exp_().sum(1, keepdim=True, dtype=self.stats)
-        self.total = total if t == 0 else self.total.add_(total)
-
-    def _find_hardest(self, logits: Tensor, scale: float) -> None:
-        if self.hardest is not None and logits.numel():
-            self.hardest = torch.maximum(self.hardest, logits.amax(1).to(self.stats) / scale)
+            values, self.total = self.further.add(t, values, self.total, w, bias, a, b)
+        if kept is not None and values is not kept:
+            kept.copy_(values)
 
 
 def combine(sums: TileSums, z: Tensor, cosines: Tensor, selection: Selection) -> dict[str, Tensor]:
     """Return by name what the ranks found together: one all-gather. total: of the largest maximum."""
     parts = {"total": sums.total[:, 0], "z": z, "cosines": cosines}
-    if sums.smoothing is not None:
-        scale, rows = sums.state.options.scale, sums.state.rows
-        parts |= sums.smoothing.finish(sums.state.targets, z, cosines, scale, rows.count)
-    if sums.active is not None:
-        parts["active"] = sums.active
-    if sums.maximum is not None:
-        parts["maximum"] = sums.maximum[:, 0]
-    if sums.hardest is not None:
-        parts["hardest"] = sums.hardest
+    if sums.further is not None:
+        parts |= sums.further.parts(z, cosines, sums.state.rows.count)
     if selection.ranks.group is None:
         return parts
     everyone = all_gather(torch.cat(list(parts.values())), selection.ranks.group, "the combination of the softmax")
     found = dict(zip(parts, everyone.split([len(p) for p in parts.values()], dim=1), strict=True))
-    if sums.maximum is not None:
+    if "maximum" in found:
         largest = found["maximum"].amax(0)
         found["total"] = found["total"] * (found["maximum"] - largest).exp()
     return {name: each.amax(0) if name in ("maximum", "hardest") else each.sum(0) for name, each in found.items()}
-
-
-def softmax_losses(
-    found: dict[str, Tensor], target_logits: Tensor, selection: Selection, smoothing: Smoothing | None, smoothed: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return (losses `[N]`, lse `[N]` = log Σ exp over all selected classes)."""
-    # in logarithms: where there is no class but the target, the exponential of its logit may be too small for float32
-    lse = found["total"].log()
-    if "maximum" in found:
-        lse = lse + found["maximum"]
-    if target_logits.shape[1] == 1:  # an ignored sample's 0 harms nothing: its loss is multiplied by 0
-        lse = torch.logaddexp(lse, target_logits[:, 0])
-    else:
-        of_targets = torch.where(selection.exists, target_logits, -torch.inf)
-        lse = torch.cat((lse[:, None], of_targets), 1).logsumexp(1)
-        lse = torch.where(lse == -torch.inf, 0.0, lse)  # an ignored sample behind a filter may have no class; NaN stays
-    if selection.counts_once:
-        losses = lse - target_logits[:, 0]
-    else:
-        losses = (selection.target_weights * (lse[:, None] - target_logits)).sum(1)
-    return losses if smoothing is None else smoothing.losses(losses, lse, found["logits"], smoothed), lse
 
 
 def _reduce(losses: Tensor, selection: Selection, reduction: str) -> Tensor:

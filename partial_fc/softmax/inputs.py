@@ -35,11 +35,6 @@ class LossOptions:
         """Whether logits of other classes are more than scaled cosines."""
         return self.margin.has_rule or self.margin.centers > 1 or self.interclass_filter is not None
 
-    @property
-    def takes_slots(self) -> bool:
-        """Whether nothing but the exponential depends on the logits of single rows."""
-        return not (self.ruled or self.binary or self.label_smoothing or self.margin.binary)
-
 
 @dataclass(frozen=True)
 class Selection:

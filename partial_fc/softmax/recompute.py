@@ -22,7 +22,7 @@ def recomputed(
     """
     lse = saved.lse[:, None]
     logits = tile_logits(
-        scaled, w, state.rows.tile_bias(a, b), tile_of(scratch, 0, len(saved.x), state.tile)[:, : b - a]
+        scaled, w, state.rows.biases(slice(a, b)), tile_of(scratch, 0, len(saved.x), state.tile)[:, : b - a]
     )
     if state.options.ruled:
         return ruled_gradient(

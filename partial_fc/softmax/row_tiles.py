@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from partial_fc.softmax.by_vectors import tangent_at
 from partial_fc.softmax.inputs import Selection
-from partial_fc.softmax.tiles import Workspace
+from partial_fc.softmax.tiles import Workspace, row_dots
 
 TINY = 1e-12  # a vector shorter than this has no direction: its cosines are 0 and it gets no gradient
 
@@ -31,26 +32,9 @@ def inverse_length(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     return inverse_of(torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype))
 
 
-def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Return the dot product of each row of `[n, D]`, `[n, 1]`; elsewhere than on a CPU without a product `[n, D]`."""
-    if a.device.type == "cpu":
-        return torch.linalg.vecdot(a, b).unsqueeze(1)
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)
-
-
 def tangent(grad: Tensor, direction: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
     """Return ∂/∂v from g = ∂/∂u, u = v/‖v‖: `(g − (g·u) u) / ‖v‖`, rows `[n, D]`. out may be either input's memory."""
     return torch.addcmul(grad, direction, row_dots(grad, direction), value=-1, out=out).mul_(inverse)
-
-
-def tangent_at(grad: Tensor, vector: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
-    """As `tangent`, from v itself; grad: of any dtype, may be the memory of out."""
-    return project(torch.mul(grad, inverse, out=out), vector, inverse)
-
-
-def project(scaled: Tensor, vector: Tensor, inverse: Tensor) -> Tensor:
-    """Return `h − (h·u) u`, u = v/‖v‖, in the memory of h = g/‖v‖."""
-    return scaled.addcmul_(vector, row_dots(scaled, vector).mul_(inverse.square()), value=-1)
 
 
 class RowTiles:
@@ -79,7 +63,6 @@ class RowTiles:
         self.count = len(self.weight) if index is None else len(index)
         self.inverse = weight.new_empty(self.count, 1, dtype=dtype) if normalize else None
         self.measured = False  # the lengths of all tiles are known
-        self.needs_grad = needs_grad
         self.held: Tensor | None = None  # directions of gathered rows
         self.memory: Tensor | None = None  # of their gradient, if they are held there
         if index is not None and needs_grad and weight.dtype == dtype:
@@ -92,8 +75,8 @@ class RowTiles:
         name = "rows" if self.index is None else "selected rows"
         return self.workspace.take(name, (length, self.weight.shape[1]), self.weight.dtype, self.weight.device)
 
-    def release(self) -> None:
-        """The memory holds the gradient now: a second backward makes the directions again."""
+    def release(self, grad: Tensor) -> None:
+        """All tiles have written to the gradient: a second backward makes the directions again."""
         self.held = self.memory = None
 
     @property
@@ -116,16 +99,28 @@ class RowTiles:
         out = torch.empty_like(part, dtype=dtype) if held is None else held
         return torch.mul(part, self.inverse[a:b], out=out).to(dtype)
 
-    def vectors(self, a: int, b: int, directions: Tensor) -> tuple[Tensor, bool]:
-        """Return (vectors `[b − a, D]` of rows a to b in the dtype of the statistics, whether of unit length)."""
-        if self.held is not None or directions.dtype == self.dtype:
-            return (directions if self.held is None else self.held[a:b]), True
-        return (self.weight[a:b] if self.index is None else self.weight[self.index[a:b]]).to(self.dtype), False
+    def through_lengths(self, grad: Tensor, directions: Tensor, a: int, b: int, out: Tensor) -> None:
+        """Write to `out [T, D]` the gradient of rows a to b, given that of their directions; both may be one memory."""
+        if self.inverse is not None:
+            final = out if out.dtype == self.dtype else torch.empty_like(grad, dtype=self.dtype)
+            unit = directions if self.held is None else self.held[a:b]
+            if unit.dtype == self.dtype:
+                grad = tangent(grad.to(self.dtype), unit, self.inverse[a:b], out=final)
+            else:
+                vectors = self.weight[a:b] if self.index is None else self.weight[self.index[a:b]]
+                grad = tangent_at(grad, vectors.to(self.dtype), self.inverse[a:b], out=final)
+        if grad is not out:
+            out.copy_(grad)
 
-    def tile_bias(self, a: int, b: int) -> Tensor | None:
+    def add_at(self, out: Tensor, positions: Tensor, values: Tensor) -> None:
+        """Add `values [P, ...]` to single rows of `out`; the same order of sums in every run."""
+        out.index_add_(0, positions, values.to(out.dtype))
+
+    def biases(self, at: slice | Tensor) -> Tensor | None:
+        """Return the biases of a tile, or of single rows; None if there are none."""
         if self.bias is None:
             return None
-        return (self.bias[a:b] if self.index is None else self.bias[self.index[a:b]]).to(self.dtype)
+        return self.bias[at if self.index is None else self.index[at]].to(self.dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return (directions `[P, D]`, 1/length `[P, 1]`; 1 where nothing is normalised) of single rows."""
@@ -134,11 +129,6 @@ class RowTiles:
             return part.to(self.dtype), part.new_ones(len(part), 1, dtype=self.dtype)
         inverse = inverse_length(part, self.dtype)
         return part * inverse, inverse
-
-    def bias_at(self, positions: Tensor) -> Tensor | float:
-        if self.bias is None:
-            return 0.0
-        return self.bias[positions if self.index is None else self.index[positions]].to(self.dtype)
 
     def tiles(self, size: int) -> Iterator[tuple[int, int]]:
         for a in range(0, self.count, size):

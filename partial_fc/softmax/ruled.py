@@ -40,8 +40,10 @@ class Rule:
         return cls(margin.frozen(), mean / margin.scale)
 
 
-def rows_of_classes(classes: Tensor, centers: int) -> Tensor:
-    """Return the rows `[n · K]` of the K sub-centers of each class `[n]`."""
+def rows_of_classes(classes: Tensor | None, centers: int) -> Tensor | None:
+    """Return the rows `[n · K]` of the K sub-centers of each class `[n]`; None for all."""
+    if classes is None:
+        return None
     return (classes[:, None] * centers + torch.arange(centers, device=classes.device)).reshape(-1)
 
 

@@ -54,6 +54,13 @@ def tile_logits(scaled: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> 
     return out if bias is None else out.add_(bias)
 
 
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return the dot product of each row of `[n, D]`, `[n, 1]`; elsewhere than on a CPU without a product `[n, D]`."""
+    if a.device.type == "cpu":
+        return torch.linalg.vecdot(a, b).unsqueeze(1)
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)
+
+
 def tile_of(memory: Tensor, t: int, samples: int, size: int) -> Tensor:
     """Return the memory `[N, size]` of tile t."""
     return memory[t * samples * size : (t + 1) * samples * size].view(samples, size)

@@ -1,0 +1,36 @@
+"""Half-precision weights that move by float32 rows: `RowOptimizer(..., low_precision=...)`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from partial_fc.distributed.dtensors import local_part
+from partial_fc.optim.rounding import round_rows
+from partial_fc.optim.row_state import COUNT, MASTER, RowState
+
+
+class WideRows:
+    """One update of a half-precision parameter.
+
+    source: local rows that the update starts from: float32 weights in the state ("master"), or the weight itself.
+    """
+
+    def __init__(self, optimizer: RowState, parameter: nn.Parameter, weight: Tensor) -> None:
+        self.class_rows = optimizer.class_rows
+        self.state = optimizer.state[parameter]
+        self.dtype = weight.dtype
+        self.source = weight
+        self.stochastic = optimizer.low_precision == "stochastic"
+        if self.stochastic:
+            self.state[COUNT] = self.state.get(COUNT, 0) + 1
+            return
+        if MASTER not in self.state:
+            self.state[MASTER] = optimizer.allocate(parameter, torch.float32, MASTER)
+        self.source = local_part(self.state[MASTER])
+
+    def narrow(self, block: Tensor, index: Tensor | None, a: int, b: int) -> Tensor:
+        """Return float32 rows `[n, ...]`, the local rows `index`, or a to b, in the dtype of the weight."""
+        if self.stochastic:
+            block = round_rows(block, self.class_rows, self.state[COUNT], index, a, b)
+        return block.to(self.dtype)

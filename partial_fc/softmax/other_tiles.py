@@ -1,0 +1,102 @@
+"""Gradients tile by tile where a step is not the usual one.
+
+biases               their gradient beside that of the rows
+label smoothing      what every row and every embedding gets (smoothing.py)
+float16              products of numbers that are scaled (float16.py)
+tiled mode           exponentials are computed again (recompute.py)
+update_in_backward   the rows of a tile move as soon as their gradient is known: it has the memory of one tile
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from partial_fc.distributed.ranks import sum_over_replicas
+from partial_fc.softmax import float16
+from partial_fc.softmax.backward import BackwardTiles, Derivatives
+from partial_fc.softmax.forward import ForwardState, SavedTensors
+from partial_fc.softmax.recompute import recomputed
+
+
+class OtherTiles(BackwardTiles):
+    """As `BackwardTiles`. bias `[C_local]`, or None."""
+
+    def __init__(
+        self, d: Derivatives, weight: Tensor, bias: Tensor | None, saved: SavedTensors, state: ForwardState
+    ) -> None:
+        super().__init__(d, weight, saved, state)
+        self.bias = bias
+        if state.product is torch.float16:
+            self.weighted_dtype = self.stats
+        self.shares = None
+        if state.smoothing is not None and d.d_every is not None:
+            self.shares = state.smoothing.shares(d.d_every, saved.x, saved.row_sum, state.options.scale)
+        if not saved.kept.numel():
+            x, ruled = saved.x, state.options.ruled
+            work = state.product if state.bounded and not ruled else self.stats
+            self.scratch = x.new_empty(len(x) * state.tile + 1, dtype=work)
+            self.scaled = (x if ruled else x * state.options.scale).to(state.product)
+
+    def exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        if self.saved.kept.numel():
+            return super().exponentials(t, a, b, w)
+        return recomputed(self.state, self.saved, self.d, self.scaled, self.scratch, t, a, b, w)
+
+    def add_targets(self, dx: Tensor) -> None:
+        super().add_targets(dx)
+        if self.shares is not None:
+            dx += self.shares.of_x
+
+    def begin_rows(self) -> None:
+        begin_update, count = self.state.sink.begin_update, self.state.rows.count
+        self.update = None if begin_update is None else begin_update()
+        length = count if self.update is None else min(self.state.tile, count)
+        self.dw = self.state.rows.gradient_memory(length)
+        self.db = None if self.bias is None else self.saved.x.new_empty(length)
+
+    def add_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
+        at = slice(a, b) if self.update is None else slice(0, b - a)
+        dw, db = self.dw[at], None if self.db is None else self.db[at]
+        self.state.rows.through_lengths(self.product(e, weighted, a, b, dw), w, a, b, dw)
+        if db is not None:
+            smoothed = 0.0 if self.shares is None else self.shares.of_biases(a, b)
+            db.copy_(torch.mv(e.t().to(self.stats), factor[:, 0]) + smoothed)
+        if self.update is not None:
+            centers = self.state.options.margin.centers
+            self.update(a // centers, b // centers, self._with_targets(dw, db, a))
+
+    def product(self, e: Tensor, weighted: Tensor, a: int, b: int, out: Tensor) -> Tensor:
+        if self.state.product is torch.float16:
+            grad = float16.scaled_product(e, weighted)
+        else:
+            grad = super().product(e, weighted, a, b, out)
+        if self.shares is not None:
+            grad = grad.to(self.stats)
+            self.shares.add_to_rows(grad, a, b)
+        return grad
+
+    def finish_rows(self) -> list[Tensor]:
+        self.state.rows.release(self.dw)
+        if self.update is None:
+            return self._with_targets(self.dw, self.db, 0)
+        if not self.state.rows.count:  # the optimizer's scalar state counts this step as on other ranks
+            self.update(0, 0, self._with_targets(self.dw, self.db, 0))
+        return []
+
+    def _with_targets(self, dw: Tensor, db: Tensor | None, a: int) -> list[Tensor]:
+        """Return the gradients of rows a, a + 1, ... with the targets' share in them, summed over replicas."""
+        targets, ranks = self.state.targets, self.state.selection.ranks
+        if len(dw):
+            position, d_cosine = targets.row, self.d.d_cosine
+            if len(dw) < self.state.rows.count:
+                position = position - a
+                here = targets.own & (position >= 0) & (position < len(dw))
+                position, d_cosine = position.remainder(len(dw)), d_cosine * here
+            self.add_targets_to_rows(dw, position, d_cosine)
+            if db is not None:
+                self.state.rows.add_at(db, position, d_cosine)
+        grads = [self.over_replicas(dw)]
+        if db is not None and self.bias is not None:
+            grads.append(sum_over_replicas(db.to(self.bias.dtype), ranks, "the sum of class gradients"))
+        return grads
