@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.batch.exchange import GlobalBatch
+from partial_fc.batch.later import counted_if_alike
 from partial_fc.classes.head_state import HeadState
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
@@ -104,6 +105,9 @@ class PartialFC(HeadState):
         dtype, _ = compute_dtypes(batch.embeddings, self.weight)
         targets = targets_of(batch, self.num_classes, self.ignore_index, dtype)
         counts = self.num_classes, self.ignore_index, self.reduction, self.class_weights, self.label_smoothing > 0
+        sample_weights = sample_weights_of(batch, targets, *counts)
+        if self.training and sample_weights.device.type != "cpu":
+            sample_weights = counted_if_alike(sample_weights, self.margin.buffers(), ranks)
         rows = slots = None
         if self.training and self._sample_rate < 1:
             positives = targets.ids  # of this replica; a label without weight is drawn nevertheless
@@ -123,7 +127,7 @@ class PartialFC(HeadState):
             targets=targets.ids,
             exists=targets.exists,
             target_weights=targets.weights,
-            sample_weights=sample_weights_of(batch, targets, *counts),
+            sample_weights=sample_weights,
             keep_logits=self._keeps_logits(batch, shards.local if rows is None else len(rows), options),
             scatter=scatter,
             first_sample=sum(row.samples for row in batch.status[: ranks.replica * ranks.world]),

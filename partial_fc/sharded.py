@@ -12,6 +12,7 @@ from torch import Tensor
 from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.facts import Agreed
+from partial_fc.batch.later import looked_at
 from partial_fc.batch.misuse import check_use
 from partial_fc.batch.refusals import check_gathered, tell_others
 from partial_fc.batch.status import LabelSet
@@ -40,8 +41,6 @@ class ShardedLoss(ShardedModule):
             loss.register_hook(record.hook(losses, batch, self.ignore_index))
         return loss
 
-    # ------------------------------------------------------------------------------------------------ a batch
-
     def _take(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None) -> tuple[GlobalBatch, Tensor]:
         """Return the global batch, checked, and what autograd follows: this rank's embeddings, or the gathered ones."""
         ranks, gathered = self.shards.ranks, isinstance(embeddings, GlobalBatch)
@@ -58,6 +57,7 @@ class ShardedLoss(ShardedModule):
         batch = embeddings if isinstance(embeddings, GlobalBatch) else self._gather(embeddings, labels, agreed)
         if gathered:
             check_gathered(batch, ranks, agreed, self.class_rows.device)
+            batch = looked_at(batch) if batch.later and not self._looks_later else batch
         if self.training:
             self._begin_forward()
         record = self.class_rows.record
@@ -69,6 +69,12 @@ class ShardedLoss(ShardedModule):
         if isinstance(embeddings, GlobalBatch):
             return batch, batch.embeddings
         return batch, require_grad_like_others(embeddings, batch.status)
+
+    @property
+    def _looks_later(self) -> bool:
+        """Whether the check of the step finds what is bad, so that forward need not wait for a device."""
+        step = self.training and torch.is_grad_enabled() and self.class_rows.record.on_nonfinite != "log"
+        return step and self.class_rows.device.type != "cpu"
 
     def _begin_forward(self) -> None:
         rows = self.class_rows
@@ -83,9 +89,8 @@ class ShardedLoss(ShardedModule):
             raise errors.missing_labels(self.class_rows.owner)
         validate = self.class_rows.record.validate
         sets, device = [LabelSet(None, labels)], self.class_rows.device
-        # elsewhere than on a CPU the check of the step finds what is bad, without a wait for the device in forward
         look = validate == "always" or (validate == "first" and not self._seen_batch)
-        look = look and (device.type == "cpu" or self.class_rows.record.on_nonfinite == "log")
+        look = look and not self._looks_later
         (batch,) = exchange(embeddings, sets, self.shards.ranks, look=look, device=device, agreed=agreed)
         self._seen_batch = True
         return batch
@@ -94,8 +99,6 @@ class ShardedLoss(ShardedModule):
         """Return a scalar that requires grad, so that autograd calls the backward although the weights are detached."""
         requires_grad = any(p.requires_grad for p in self.class_rows.parameters.values())
         return torch.zeros((), device=self.class_rows.device, requires_grad=requires_grad)
-
-    # ------------------------------------------------------------------------------------------------ what can be wrong
 
     def _check_wiring(self) -> None:
         """Raise if it was built before its group, or no optimizer takes row gradients."""

@@ -11,6 +11,7 @@ so that ranks that disagree about the names do not hang; one more collective bri
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +48,7 @@ class GlobalBatch:
     ranks: Ranks = field(repr=False)
     looked: bool  # for bad labels, before anything was computed; else they make the loss NaN
     name: str | None = None  # of the label set, where `gather` was given several
+    later: bool = False  # the check of a step is to look; who makes no step looks before
     cut_off: bool = False  # gathered inside a checkpoint that does not record, and so of no backbone outside it
 
     @property
@@ -82,7 +84,8 @@ def exchange(
     wants_grad = embeddings.requires_grad and torch.is_grad_enabled()
     embeddings = embeddings.detach()
     mine = inspect(embeddings, sets, problem, wants_grad, look, agreed)
-    mine = mine if ranks.group is None else mine.to(ranks.place_of_counts(device or embeddings.device))
+    if ranks.group is not None:
+        mine = mine.to(device or embeddings.device) if ranks.host_group is None else mine.cpu()
     status = _exchange_status(mine, sets, problem, ranks, agreed)
     counts = [row.samples for row in status[0]]
     start = ranks.replica * ranks.world
@@ -131,9 +134,10 @@ def exchange_payload(
     if group is None:
         return parts
     offsets, total = [], 0
-    for part in parts:
+    sizes = [part.itemsize * math.prod(part.shape[1:]) for part in parts]  # bytes of a row
+    for size in sizes:
         offsets.append(total)
-        total += -(-longest * _row_bytes(part) // 8) * 8  # every section starts where any dtype may be viewed
+        total += -(-longest * size // 8) * 8  # every section starts where any dtype may be viewed
     buffer = torch.empty(total, dtype=torch.uint8, device=parts[0].device)
     for part, offset in zip(parts, offsets, strict=True):
         if part.numel():
@@ -141,14 +145,10 @@ def exchange_payload(
             section.copy_(part.reshape(-1))
     everyone = all_gather(buffer, group, PAYLOAD)
     out = []
-    for part, offset in zip(parts, offsets, strict=True):
-        rows = [everyone[r, offset : offset + n * _row_bytes(part)] for r, n in enumerate(counts)]
+    for part, offset, size in zip(parts, offsets, sizes, strict=True):
+        rows = [everyone[r, offset : offset + n * size] for r, n in enumerate(counts)]
         out.append(torch.cat(rows).view(part.dtype).view(sum(counts), *part.shape[1:]))
     return out
-
-
-def _row_bytes(part: Tensor) -> int:
-    return part[:0].new_empty(1, *part.shape[1:]).nbytes
 
 
 def require_grad_like_others(embeddings: Tensor, status: tuple[Status, ...]) -> Tensor:

@@ -98,7 +98,7 @@ def gather(
         batch.embeddings = everyone
     cut_off = embeddings.requires_grad and not torch.is_grad_enabled() and in_checkpoint()
     for batch in batches:
-        batch.cut_off = cut_off
+        batch.cut_off, batch.later = cut_off, validate == "always" and not look
     if not isinstance(labels, Mapping):
         return first
     by_name = {batch.name: batch for batch in batches}

@@ -7,16 +7,20 @@ then looks at the labels, which all of them hold.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from partial_fc.batch.backward_pass import BackwardPass
 from partial_fc.batch.exchange import GlobalBatch
-from partial_fc.batch.refusals import bad_label_in
+from partial_fc.batch.refusals import TOLERANCE, bad_label_in, refuse_statistics
 from partial_fc.batch.status import LabelSet, Status, inspect
+from partial_fc.distributed.meeting import meet
+from partial_fc.distributed.ranks import Ranks, all_gather_mesh
 
 
 def later_bad_label(backwards: Iterable[BackwardPass], classes: int) -> str:
@@ -27,6 +31,24 @@ def later_bad_label(backwards: Iterable[BackwardPass], classes: int) -> str:
             if text:
                 return text
     return ""
+
+
+def counted_if_alike(sample_weights: Tensor, buffers: Iterable[Tensor], ranks: Ranks) -> Tensor:
+    """Return the weights of samples `[N]`; infinite or NaN if the running statistics of the ranks differ. One small
+    collective where there are statistics, and no wait."""
+    moving = [each.double() for each in buffers if not each.ndim]
+    if not moving or ranks.group is None:
+        return sample_weights
+    everyone = all_gather_mesh(torch.stack(moving).sum(), ranks, "the comparison of running statistics")
+    return sample_weights / (everyone.amax() - everyone.amin() <= TOLERANCE * everyone.abs().amax())
+
+
+def refuse_apart(statistics: Iterable[Tensor], ranks: Ranks, device: torch.device) -> None:
+    """Raise ValueError on every rank if running statistics of the ranks differ. A collective where there are some."""
+    moving = [float(each) for each in statistics]
+    if moving and ranks.group is not None:
+        (bits,) = struct.unpack("q", struct.pack("d", sum(moving)))
+        refuse_statistics([each for (each,) in meet("check_same", ranks, device, (bits,))], ranks)
 
 
 def looked_at(batch: GlobalBatch) -> GlobalBatch:

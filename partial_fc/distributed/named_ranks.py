@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -12,6 +13,7 @@ class NamedRanks:
     group: dist.ProcessGroup | None
     replica_group: dist.ProcessGroup | None
     mesh: DeviceMesh | None
+    host_group: dist.ProcessGroup | None
 
     def global_rank(self, flat: int) -> int:
         """Return the global rank of the `flat`-th rank of the mesh."""
@@ -22,6 +24,10 @@ class NamedRanks:
     def name(self, flat: int) -> str:
         """Return how an error names the `flat`-th rank of the mesh."""
         return f"rank {self.global_rank(flat)}"
+
+    def place_of_counts(self, device: torch.device) -> torch.device:
+        """Return where the ranks exchange what their hosts must know; device: that of the rows."""
+        return device if self.host_group is None else torch.device("cpu")
 
     def same_as(self, other: NamedRanks) -> bool:
         return (self.group, self.replica_group) == (other.group, other.replica_group)

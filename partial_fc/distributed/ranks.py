@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -48,10 +47,6 @@ class Ranks(NamedRanks):
     def total(self) -> int:
         """The number of all ranks, over which an engine averages the backbone's gradients."""
         return self.world * self.replicas
-
-    def place_of_counts(self, device: torch.device) -> torch.device:
-        """Return where the ranks exchange what their hosts must know; device: that of the rows."""
-        return device if self.host_group is None else torch.device("cpu")
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup | None, what: str = "an exchange") -> Tensor:

@@ -20,6 +20,7 @@ from torch.profiler import record_function
 
 from partial_fc.batch.status import HALF
 from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.nonfinite.check_gradients import check_own_step
 from partial_fc.optim.in_backward import begin_update, end_update
 from partial_fc.optim.low_precision import WideRows
@@ -77,7 +78,7 @@ class RowOptimizer(RowState):
         rows.updates += 1
         if record.skipped:
             return loss
-        with record_function("partial_fc::update"):
+        with record_function("partial_fc::update"), naming_the_missing("the update of rows", rows.shards.ranks.group):
             for parameter in rows.shared.values():
                 if parameter.grad is not None:
                     RowUpdate(self, parameter).apply(None, 0, len(parameter), local_part(parameter.grad))

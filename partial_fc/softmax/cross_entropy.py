@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.distributed.derivatives import executes, first_derivative
+from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import start_reduce_scatter
 from partial_fc.softmax.backward import BackwardTiles, derivatives, is_usual
 from partial_fc.softmax.decisions import offset_gradient
@@ -85,7 +86,8 @@ class ShardedCrossEntropy(torch.autograd.Function):
             sources = ctx.embeddings, *ctx.saved_tensors[:2]
             return first_derivative("PartialFC", ShardedCrossEntropy.backward, ctx, grad, *sources)
         weight, bias, *saved = ctx.saved_tensors
-        with torch.autocast(weight.device.type, enabled=False):
+        group = ctx.state.selection.ranks.group
+        with torch.autocast(weight.device.type, enabled=False), naming_the_missing("the backward of a head", group):
             return gradients(ctx, grad, weight, bias, SavedTensors(*saved))
 
 

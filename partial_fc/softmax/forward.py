@@ -13,6 +13,7 @@ from torch.profiler import record_function
 from partial_fc.distributed.ranks import all_gather
 from partial_fc.margins.positives import Positives
 from partial_fc.softmax.at_once import RowsAtOnce
+from partial_fc.softmax.biases import biases_of
 from partial_fc.softmax.further_sums import FurtherSums
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.measured import Measured
@@ -139,8 +140,7 @@ def target_cosines(x: Tensor, rows: RowTiles, targets: TargetRows, centers: int)
     if centers == 1:
         targets = replace(targets, directions=rows.at(targets.row))
         cosines = row_dots(targets.of_samples(x), targets.directions[0])[:, 0]
-        biases = rows.biases(targets.row)
-        cosines = cosines if biases is None else cosines + biases
+        cosines = cosines if rows.bias is None else cosines + biases_of(rows, targets.row)
     else:
         cosines, targets = nearest_centers(x, rows, targets, centers)
         targets = replace(targets, directions=rows.at(targets.row))
@@ -212,7 +212,7 @@ class TileSums:
         """Add tile t: rows a to b."""
         state = self.state
         w = state.rows.tile(a, b, state.product if state.smoothing is None else self.stats)
-        bias = state.rows.biases(slice(a, b))
+        bias = None if state.rows.bias is None else biases_of(state.rows, slice(a, b))
         kept = tile_of(self.kept, t, self.samples, state.tile)[:, : b - a] if self.keep else None
         where = kept if self.scratch is None else tile_of(self.scratch, 0, self.samples, state.tile)[:, : b - a]
         assert where is not None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.softmax import float16
+from partial_fc.softmax.biases import biases_of
 from partial_fc.softmax.forward import ForwardState, SavedTensors
 from partial_fc.softmax.ruled import ruled_gradient
 from partial_fc.softmax.tiles import tile_logits, tile_of
@@ -22,7 +23,10 @@ def recomputed(
     """
     lse = saved.lse[:, None]
     logits = tile_logits(
-        scaled, w, state.rows.biases(slice(a, b)), tile_of(scratch, 0, len(saved.x), state.tile)[:, : b - a]
+        scaled,
+        w,
+        None if state.rows.bias is None else biases_of(state.rows, slice(a, b)),
+        tile_of(scratch, 0, len(saved.x), state.tile)[:, : b - a],
     )
     if state.options.ruled:
         return ruled_gradient(

@@ -116,12 +116,6 @@ class RowTiles:
         """Add `values [P, ...]` to single rows of `out`; the same order of sums in every run."""
         out.index_add_(0, positions, values.to(out.dtype))
 
-    def biases(self, at: slice | Tensor) -> Tensor | None:
-        """Return the biases of a tile, or of single rows; None if there are none."""
-        if self.bias is None:
-            return None
-        return self.bias[at if self.index is None else self.index[at]].to(self.dtype)
-
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return (directions `[P, D]`, 1/length `[P, 1]`; 1 where nothing is normalised) of single rows."""
         part = self.weight.index_select(0, positions if self.index is None else self.index[positions])

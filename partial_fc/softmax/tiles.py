@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.distributed.inside_torch import tells_holders
+from partial_fc.softmax.dots import dots_at_once
 
 TILE_BYTES = {"cpu": 4 << 20}  # a tile of logits stays in a core's cache; elsewhere large products matter more
 TILE_BYTES_ELSEWHERE = 256 << 20
@@ -58,7 +59,7 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """Return the dot product of each row of `[n, D]`, `[n, 1]`; elsewhere than on a CPU without a product `[n, D]`."""
     if a.device.type == "cpu":
         return torch.linalg.vecdot(a, b).unsqueeze(1)
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)
+    return dots_at_once(a, b)
 
 
 def tile_of(memory: Tensor, t: int, samples: int, size: int) -> Tensor:
