@@ -9,6 +9,7 @@ from shards import local
 from torch.distributed.device_mesh import init_device_mesh
 
 import partial_fc.softmax.backward as backward
+import partial_fc.softmax.cross_entropy as cross_entropy
 from partial_fc import ArcFace, PartialFC, RowOptimizer
 from partial_fc.softmax import tiles
 
@@ -52,7 +53,7 @@ def overlapped(rank: int, world: int, replicas: int) -> list[str]:
         group = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
     head = PartialFC(D, CLASSES, group=group)
     events: list[str] = []
-    start, summed = backward.start_reduce_scatter, backward.sum_over_replicas
+    start, summed = cross_entropy.start_reduce_scatter, backward.sum_over_replicas
 
     def send(*given: object) -> object:
         events.append("sent")
@@ -68,11 +69,11 @@ def overlapped(rank: int, world: int, replicas: int) -> list[str]:
         events.append("replicas")
         return summed(tensor, ranks, what)  # type: ignore[arg-type]
 
-    backward.start_reduce_scatter, backward.sum_over_replicas = send, add  # type: ignore[assignment]
+    cross_entropy.start_reduce_scatter, backward.sum_over_replicas = send, add  # type: ignore[assignment]
     try:
         head(torch.randn(4, D, requires_grad=True), torch.arange(4)).backward()
     finally:
-        backward.start_reduce_scatter, backward.sum_over_replicas = start, summed
+        cross_entropy.start_reduce_scatter, backward.sum_over_replicas = start, summed
     return events
 
 
