@@ -71,7 +71,7 @@ def check_own_step(rows: ClassRows) -> None:
     refuse_alone([rows])
     flags = torch.cat((flags_of([rows], []), largest_factor(rows).to(rows.device)))
     *found, largest = agree_on_flags(flags, [rows]).tolist()
-    if largest < SUSPICIOUS:
+    if largest / rows.shards.ranks.total < SUSPICIOUS:
         decide([rows], found, [])
         return
     rows.record.half_unscaled = scaled_and_stepped(rows)  # on all ranks, which agree once more

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from partial_fc.optim.row_optimizer import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE
 from partial_fc.planning.costs import Sizes, payload_bytes
 from partial_fc.sharded_module import INIT_BLOCK
+from partial_fc.softmax.draws import MOST_DRAWN
 
 PHASES = ("build", "gather", "select", "forward", "combine", "backward", "update")
 WINDOW_TEMPORARIES = 41  # most bytes per class of the window that `draw_window` holds: five numbers and a mask
@@ -50,7 +51,7 @@ def items(z: Sizes) -> tuple[Item, ...]:
     heap = block + max(logits[phase] + rows for phase, rows in tiles.items()) if z.cpu else 0
     return (
         Item("weights", "C_local·D", dict.fromkeys(PHASES, shard * z.w)),
-        Item("initial rows", "C_local·D, float32", {"build": (shard + 2 * INIT_BLOCK * z.D) * 4 if z.cpu else 0}),
+        Item("initial rows", "a block of them, float32", {"build": INIT_BLOCK * z.D * 4 if z.cpu else 0}),
         Item(
             "optimizer state",
             f"{z.states + bool(master)}·C_local·D",
@@ -166,7 +167,9 @@ def _embeddings(z: Sizes) -> dict[str, int]:
 def _selection(z: Sizes) -> dict[str, int]:
     """Row numbers, which are kept until the next selection, and 1/length of the rows."""
     numbers = 8 * z.S * (z.window > 0)
-    drawing = max(WINDOW_TEMPORARIES * z.window, 8 * (2 * (z.window + z.N) + 4 * z.S)) if z.window else 0
+    # elsewhere than on a CPU windows are drawn for several steps at a time
+    drawn = z.window if z.cpu else max(z.window, min(z.C_local * z.world, MOST_DRAWN))
+    drawing = max(WINDOW_TEMPORARIES * drawn, 8 * (2 * (z.window + z.N) + 4 * z.S)) if z.window else 0
     after = dict.fromkeys(("forward", "combine", "backward", "update"), numbers + z.S * z.s)
     return {"gather": numbers, "select": numbers + drawing, **after}
 
