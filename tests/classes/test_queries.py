@@ -101,7 +101,10 @@ def _compare(rank: int, world: int, kind: str, samples: list[int]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("world", "samples"), [(1, [13]), (2, [5, 0]), (3, [0, 9, 2]), (4, [1, 4, 2, 20])])
+@pytest.mark.parametrize(
+    ("world", "samples"),
+    [(1, [13]), (2, [5, 0]), (3, [0, 9, 2]), pytest.param(4, [1, 4, 2, 20], marks=pytest.mark.slow)],
+)
 def test_equal_to_a_dense_matrix(ranks, world, samples, kind):
     ranks(world).run(_compare, kind, samples, timeout=150)
 

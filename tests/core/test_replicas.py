@@ -36,7 +36,7 @@ def trained(rank: int, world: int, update_in_backward: bool, budget: int | None)
 
 
 @pytest.mark.parametrize("budget", [0, None])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_replicas_of_uneven_batches_update_in_backward(ranks, world, budget):
     late = ranks(world).run(trained, False, budget)
     early = ranks(world).run(trained, True, budget)
