@@ -107,8 +107,8 @@ class RowTiles:
             if unit.dtype == self.dtype:
                 grad = tangent(grad.to(self.dtype), unit, self.inverse[a:b], out=final)
             else:
-                vectors = self.weight[a:b] if self.index is None else self.weight[self.index[a:b]]
-                grad = tangent_at(grad, vectors.to(self.dtype), self.inverse[a:b], out=final)
+                vectors = (self.weight[a:b] if self.index is None else self.weight[self.index[a:b]]).to(self.dtype)
+                grad = tangent_at(grad, vectors, self.inverse[a:b], out=final)
         if grad is not out:
             out.copy_(grad)
 
