@@ -7,8 +7,7 @@ then looks at the labels, which all of them hold.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,19 +35,22 @@ def later_bad_label(backwards: Iterable[BackwardPass], classes: int) -> str:
 def counted_if_alike(sample_weights: Tensor, buffers: Iterable[Tensor], ranks: Ranks) -> Tensor:
     """Return the weights of samples `[N]`; infinite or NaN if the running statistics of the ranks differ. One small
     collective where there are statistics, and no wait."""
-    moving = [each.double() for each in buffers if not each.ndim]
+    moving = [each for each in buffers if not each.ndim]
     if not moving or ranks.group is None:
         return sample_weights
-    everyone = all_gather_mesh(torch.stack(moving).sum(), ranks, "the comparison of running statistics")
+    everyone = all_gather_mesh(_sum_of(moving), ranks, "the comparison of running statistics")
     return sample_weights / (everyone.amax() - everyone.amin() <= TOLERANCE * everyone.abs().amax())
 
 
-def refuse_apart(statistics: Iterable[Tensor], ranks: Ranks, device: torch.device) -> None:
+def compare_statistics(statistics: Sequence[Tensor], ranks: Ranks, device: torch.device) -> None:
     """Raise ValueError on every rank if running statistics of the ranks differ. A collective where there are some."""
-    moving = [float(each) for each in statistics]
-    if moving and ranks.group is not None:
-        (bits,) = struct.unpack("q", struct.pack("d", sum(moving)))
+    if statistics and ranks.group is not None:
+        bits = int(_sum_of(statistics).view(torch.int64))
         refuse_statistics([each for (each,) in meet("check_same", ranks, device, (bits,))], ranks)
+
+
+def _sum_of(statistics: Sequence[Tensor]) -> Tensor:
+    return torch.stack([each.double() for each in statistics]).sum()
 
 
 def looked_at(batch: GlobalBatch) -> GlobalBatch:

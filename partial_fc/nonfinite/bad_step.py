@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from partial_fc.batch.later import later_bad_label, refuse_apart
+from partial_fc.batch.later import compare_statistics, later_bad_label
 from partial_fc.errors import NonFiniteError, log
 from partial_fc.nonfinite.describe import describe
 from partial_fc.nonfinite.scalers import active_scalers, report_overflow
@@ -30,7 +30,7 @@ def refuse_step(
     overflow = not bad_loss and (not reason if already_skipped else bool(scalers))
     bad_label = bad_label_of(heads) if bad_loss else ""
     for rows in heads if bad_loss else ():
-        refuse_apart([each for each, _ in rows.record.statistics], rows.shards.ranks, rows.device)
+        compare_statistics([each for each, _ in rows.record.statistics], rows.shards.ranks, rows.device)
     if not (overflow or reason or bad_label):
         reason = describe(heads, parameters)
     for record in records:

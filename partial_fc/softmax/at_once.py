@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.batch.row_sums import add_to_rows
-from partial_fc.softmax.by_vectors import project, tangent_at
+from partial_fc.softmax.by_vectors import project
 from partial_fc.softmax.row_tiles import RowTiles, inverse_length
 
 
@@ -44,13 +44,8 @@ class RowsAtOnce(RowTiles):
         return self.held is not None and self.index is None
 
     def through_lengths(self, grad: Tensor, directions: Tensor, a: int, b: int, out: Tensor) -> None:
-        if self.inverse is None or self.index is not None:
+        if self.inverse is None or not self._projects_at_end:
             super().through_lengths(grad, directions, a, b, out)
-        elif not self._projects_at_end:
-            final = out if out.dtype == self.dtype else torch.empty_like(grad, dtype=self.dtype)
-            tangent_at(grad, self.weight[a:b].to(self.dtype), self.inverse[a:b], out=final)
-            if final is not out:
-                out.copy_(final)
         elif grad is not out:
             torch.mul(grad, self.inverse[a:b], out=out)
 
