@@ -203,7 +203,7 @@ class CenterLoss(ChangeableLoss):
             reduction=self.reduction,
             scale_embedding_grad=self.scale_embedding_grad,
             scatter=scatter,
-            accumulate=self.class_rows.accumulate,
+            accumulate=self.class_rows.accumulator(),
             row_dtype=self.centers.dtype,
         )
 
@@ -234,6 +234,7 @@ class CenterLoss(ChangeableLoss):
     @torch.no_grad()
     def _differences(self, own: _OwnTargets) -> Tensor:
         """x − c `[P, D]` of own targets, in the dtype of the statistics."""
+        self.class_rows.catch_up(own.row)
         centers, dtype = local_part(self.centers.detach()), own.label_weights.dtype
         return own.batch.embeddings.index_select(0, own.sample).to(dtype).sub_(centers.index_select(0, own.row))
 
@@ -262,6 +263,7 @@ class CenterLoss(ChangeableLoss):
     def reset_parameters(self) -> None:
         """Draw the centers again as `seed` says; also after `to_empty` on a loss that was built on the meta device."""
         self._pending = None
+        self.class_rows.catch_up()
         self._draw(self.centers)
 
     @torch.no_grad()
@@ -276,6 +278,8 @@ class CenterLoss(ChangeableLoss):
             )
         if not head.shards.ranks.same_as(self.shards.ranks):
             raise ValueError("the head is split over another group than the centers")
+        self.class_rows.catch_up()
+        head.class_rows.catch_up()
         local_part(self.centers.detach()).copy_(local_part(head.weight.detach()))
         self._pending = None
 
@@ -327,7 +331,7 @@ class _OwnTargets:
     reduction: Reduction
     scale_embedding_grad: bool
     scatter: bool  # backward itself returns the gradient of this rank's embeddings
-    accumulate: Callable[[Tensor, list[Tensor]], None]  # takes row gradients
+    accumulate: Callable[[Tensor, list[Tensor], Any], None]  # takes row gradients
     row_dtype: torch.dtype
 
     def by_row(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -405,4 +409,4 @@ def _hand_over(grad: Tensor, own: _OwnTargets) -> None:
     """Give the rows' gradients, summed over samples and replicas, to whoever keeps them for the optimizer."""
     rows, grads = own.by_row(-grad)
     sum_over_replicas(grads, own.batch.ranks, "the sum of class gradients")
-    own.accumulate(rows, [grads.to(own.row_dtype)])
+    own.accumulate(rows, [grads.to(own.row_dtype)], None)

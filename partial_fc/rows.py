@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -64,11 +65,13 @@ class ClassRows:
         self.storages: dict[str, torch.UntypedStorage] = {}  # of DTensors
         self.updates = 0  # how often an optimizer was to update the rows
         self.used = False  # an optimizer has used these gradients
+        self.behind: Any = None  # steps that rows have missed (optim/skipped_rows.py), or None
+        self.late = False  # a gradient is of a forward before the last step
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy gets an optimizer, gradients and storages of its own
-        return {**vars(self), "optimizer": None, "grad_rows": None, "pads": None, "storages": {}}
+        return {**vars(self), "optimizer": None, "grad_rows": None, "pads": None, "storages": {}, "behind": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -105,7 +108,7 @@ class ClassRows:
         """Forget all gradients."""
         self.lost += self.grad_rows is not None and self.live_optimizer is None
         self.grad_rows = self.pads = None
-        self.used = False
+        self.used = self.late = False
         for parameter in self.everything:
             parameter.grad = None
         if self.sampled:
@@ -114,8 +117,22 @@ class ClassRows:
         else:
             self.trainable[:] = self.everything
 
-    def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads = None) -> None:
-        """Add the gradients `values[k] [S, ...]` of the local rows `[S]`, sorted but for pads."""
+    def catch_up(self, index: Tensor | None = None) -> None:
+        """Bring the local rows `index`, or all, up to date: those that missed steps of a dense optimizer.
+
+        Whoever reads or writes rows outside a step calls it first, for all.
+        """
+        if self.behind is not None:
+            self.behind.catch_up(index)
+
+    def accumulator(self) -> Callable[[Tensor, list[Tensor], Pads], None]:
+        """Return `accumulate` for the backward of a forward that begins now."""
+        return partial(self.accumulate, updates=self.updates)
+
+    def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads = None, *, updates: int | None = None) -> None:
+        """Add the gradients `values[k] [S, ...]` of the local rows `[S]`, sorted but for pads. updates: as they were
+        counted in forward."""
+        self.late |= updates not in (None, self.updates)
         before = self.gradients()
         if self.grad_rows is not None and len(before) == len(values):
             rows, values = add_rows(self.grad_rows, before, rows, values, stale=self.used)

@@ -145,6 +145,10 @@ class ShardedModule(nn.Module):
             if self._device.type == "cpu" and "cpu" not in backends_of(ranks.group):
                 raise errors.rows_that_cannot_travel(type(self).__name__, ", ".join(backends_of(ranks.group)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.class_rows.catch_up()  # a copy has no steps to make up for
+        return vars(self).copy()
+
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._parameters.items() if p is not None}
 
@@ -165,6 +169,7 @@ class ShardedModule(nn.Module):
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast the local rows, keeping the identity of the parameters, as torch's own modules do."""
+        self.class_rows.catch_up()
         own = self._own_parameters()
         before = {name: local_part(p.detach()) for name, p in own.items()}
         after = {name: fn(local) for name, local in before.items()}

@@ -62,6 +62,7 @@ def expand(
     """See `ChangeableLoss.expand`."""
     before = loss.num_classes
     check_reachable(loss)
+    loss.class_rows.catch_up()
     given, new_classes = new_classes, as_whole(new_classes) or 0
 
     def prepare() -> tuple[_PreparedChange, dict[str, Any]]:
@@ -91,6 +92,7 @@ def remap(
 ) -> None:
     """See `ChangeableLoss.remap`."""
     check_reachable(loss)
+    loss.class_rows.catch_up()
 
     def prepare() -> tuple[_PreparedChange, dict[str, Any]]:
         ids = validate_mapping(mapping, loss.num_classes)

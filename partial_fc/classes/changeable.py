@@ -86,6 +86,7 @@ class ChangeableLoss(ShardedLoss):
         error_msgs: list[str],
     ) -> None:
         """Load the rows of this rank; a collective in a group, where all ranks load or all raise ValueError."""
+        self.class_rows.catch_up()
         rows, assign = self.class_rows, bool(local_metadata.get("assign_to_params_buffers"))
         extra = state_dict.get(f"{prefix}_extra_state")
         given = {name: state_dict[prefix + name] for name in rows.parameters if prefix + name in state_dict}
@@ -107,6 +108,7 @@ class ChangeableLoss(ShardedLoss):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.class_rows.check_group()
+        self.class_rows.catch_up()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.class_rows.parameters:
             marked(self.class_rows, destination[prefix + name])

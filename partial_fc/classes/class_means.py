@@ -44,6 +44,7 @@ def init_from_embeddings(loss: Changeable, batches: Batches) -> None:
     means, counts = _class_means(loss, batches, lo, hi, range(loss.num_classes))
     parameter = loss.class_rows.main
     optimizer = loss.class_rows.live_optimizer
+    loss.class_rows.catch_up()
     weight = local_part(parameter.detach())
     state = {} if optimizer is None or parameter not in optimizer.state else optimizer.state[parameter]
     for a, b in row_blocks(lo, hi):

@@ -220,6 +220,7 @@ class HeadState(ChangeableLoss):
 
         Also after `to_empty` on a head that was built on the meta device.
         """
+        self.class_rows.catch_up()
         self._draw(self.weight)
         if self.bias is not None:
             local_part(self.bias.detach()).zero_()

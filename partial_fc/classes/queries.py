@@ -165,6 +165,7 @@ class _RowTiles:
 
     def __init__(self, class_rows: ClassRows, embeddings_dtype: torch.dtype | None) -> None:
         class_rows.check_group()
+        class_rows.catch_up()
         shards = class_rows.shards
         local = local_part(class_rows.main.detach())
         self.ranks = shards.ranks

@@ -43,6 +43,8 @@ class Undo:
 
     def __enter__(self) -> Undo:
         self.random = take_random_state()
+        for head in self.heads:
+            head.class_rows.catch_up()
         self.training = [(m, m.training) for m in self.modules]
         tensors = {
             id(t): t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
@@ -78,6 +80,9 @@ class Undo:
                 module._buffers.update(buffers)
             for tensor, value in self.tensors:
                 _set(tensor, value)
+            for head in self.heads:
+                if head.class_rows.behind is not None:
+                    head.class_rows.behind.forget()
             for leaf, grad, of_grad in self.grads:
                 _set(grad, of_grad)
                 leaf.grad = grad

@@ -92,7 +92,7 @@ def trial(
 
     It is on the CPU, wherever the rows are, and without the options that choose kernels: they change no number.
     """
-    options = {name: _on_cpu(value) for name, value in options.items() if name not in KERNELS}
+    options = {name: on_cpu(value) for name, value in options.items() if name not in KERNELS}
     generator = torch.Generator("cpu").manual_seed(1)
     parameters = [nn.Parameter(r.clone()) for r in (start.split(1) if split else [start])]
     optimizer = step_quietly(cls(parameters, **options))
@@ -106,10 +106,10 @@ def trial(
     return torch.cat([p.detach() for p in parameters]), optimizer.state[parameters[0]]
 
 
-def _on_cpu(value: Any) -> Any:
+def on_cpu(value: Any) -> Any:
     """Return an option with its tensors, such as a learning rate, on the CPU."""
     if isinstance(value, tuple | list):
-        return type(value)(map(_on_cpu, value))
+        return type(value)(map(on_cpu, value))
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 

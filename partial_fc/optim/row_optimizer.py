@@ -5,8 +5,8 @@ A block of rows is stepped as a small dense parameter:
     sampled      rows [S] of the step: weight[rows], state[rows]  ──  class.step()  ──>  weight[rows], state[rows]
     all rows     row blocks of the shard, as views: no temporary of the shard's size
 
-Rows without a gradient keep weight and state bit for bit: no decay, no momentum (as SparseAdam does). Scalar state,
-such as Adam's step, counts optimizer steps.
+Rows without a gradient stand still, and make the steps that they missed when they are next used (skipped_rows.py).
+Scalar state, such as Adam's step, counts optimizer steps.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class RowOptimizer(RowState):
         update_in_backward: move rows inside backward, tile by tile, so that no gradient of the whole weight exists; for
             sample_rate=1.0. step() is called as usual and does nothing more. Whatever needs the whole gradient first
             (clipping, accumulation over micro-batches, a GradScaler) raises RuntimeError.
+        skipped_rows: what becomes of rows that a step does not select (sample_rate below 1). "dense", the default where
+            the class allows it: before a row is used again it makes the steps that it has missed, by its momentum and
+            decay, as if the class had stepped all rows (skipped_rows.py). "still": it keeps weight and state bit for
+            bit, as with SparseAdam.
         low_precision: for weights in bfloat16 or float16, whose updates are often below their resolution: "master"
             keeps float32 weights in the state; "stochastic" rounds at random in proportion, keyed by seed, step and
             class id (bfloat16 only).
@@ -93,12 +97,19 @@ class RowOptimizer(RowState):
             return
         rows.used = True
         selected = rows.grad_rows if rows.sampled else None
-        for parameter, grad in zip(rows.parameters.values(), grads, strict=True):
-            update = RowUpdate(self, parameter)
+        behind, updates = rows.behind, {}
+        if behind is not None:
+            behind.check(self.param_groups[0])
+            if rows.late:
+                behind.catch_up(selected)
+        for (name, parameter), grad in zip(rows.parameters.items(), grads, strict=True):
             if grad is not None:
+                updates[name] = update = RowUpdate(self, parameter)
                 of_grad = row_blocks(len(grad), grad)
                 for a, b in of_grad if rows.pads is None else blocks_with_pads(grad, rows.pads, row_blocks):
                     update.apply(None if selected is None else selected[a:b], a, b, grad[a:b])
+        if behind is not None:
+            behind.count(self.param_groups[0], updates, selected)
 
     def begin_update_in_backward(self) -> UpdateRows:
         return begin_update(self, lambda: [RowUpdate(self, p) for p in self.class_rows.parameters.values()])

@@ -10,13 +10,14 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from partial_fc.batch.status import HALF
 from partial_fc.distributed.dtensors import local_part
+from partial_fc.errors import log
 from partial_fc.optim.optimizer_class import (
     LowPrecision,
     check_arguments,
@@ -27,11 +28,13 @@ from partial_fc.optim.optimizer_class import (
     trial,
 )
 from partial_fc.optim.protocol import OneGroup, check_options, checked_groups, with_loading_hooks, with_saving_hooks
+from partial_fc.optim.skipped_rows import SkippedRows, checked_form
+from partial_fc.optim.stored_rows import COUNT as COUNT
+from partial_fc.optim.stored_rows import MASTER as MASTER
 from partial_fc.optim.stored_rows import agree_to_load, marked, row_problem, stated_rows, taken
-from partial_fc.rows import HasClassRows, UpdateRows
+from partial_fc.rows import ClassRows, HasClassRows, UpdateRows
 
-MASTER = "master_weight"  # state of this package's own, beside that of the wrapped class
-COUNT = "rounding_step"
+SkippedRowsChoice = Literal["dense", "still"]
 
 
 class RowState(OneGroup):
@@ -48,6 +51,7 @@ class RowState(OneGroup):
         *,
         update_in_backward: bool = False,
         low_precision: LowPrecision | None = None,
+        skipped_rows: SkippedRowsChoice | None = None,
         **options: Any,
     ) -> None:
         """For the arguments see `RowOptimizer`."""
@@ -61,7 +65,24 @@ class RowState(OneGroup):
         self.moved_in_backward = False  # a backward has moved the rows since the last step()
         super().__init__(list(rows.trainable), self.inner.defaults)
         self.param_groups[0]["params"] = rows.trainable  # this very list, which backward changes in place
+        rows.catch_up()  # with an optimizer before this one
         rows.optimizer = weakref.ref(self)
+        self.skipped_rows = skipped_rows_of(optimizer_class, rows, skipped_rows, self.param_groups[0])
+        self.follow_skipped_rows()
+
+    def follow_skipped_rows(self) -> None:
+        """Begin to note what rows miss from here on."""
+        dense = self.skipped_rows == "dense" and self.class_rows.sampled
+        self.class_rows.behind = SkippedRows(self.class_rows, type(self.inner), self.param_groups[0]) if dense else None
+
+    def catch_up(self) -> None:
+        """Bring all rows, and their state, to where the dense optimizer would have them now (skipped_rows="dense").
+
+        Whatever this package reads or writes does it by itself: state dicts, checkpoints, exports, queries, evaluation,
+        changes of classes. Call it before other code reads or writes rows: `head.weight.full_tensor()`, averages of
+        weights, your own initial rows. It costs a pass over the rows, and nothing if no step was missed.
+        """
+        self.class_rows.catch_up()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -113,8 +134,8 @@ class RowState(OneGroup):
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; row state as DTensors `[C, ...]` where there is a group. "rows" says whose they
         are."""
-        parameters = self.class_rows.everything
-        rows = self.class_rows
+        rows, parameters = self.class_rows, self.class_rows.everything
+        rows.catch_up()
         state = {
             i: {key: marked(rows, value) for key, value in self.state[p].items()}
             for i, p in enumerate(parameters)
@@ -167,11 +188,13 @@ class RowState(OneGroup):
         parameters = self.class_rows.everything
         agree_to_load(self.class_rows, "this state of a RowOptimizer", self._problem_of_state(state_dict))
         state_dict = checked_groups(state_dict, len(parameters))
+        self.class_rows.catch_up()
         self.param_groups[0].update({k: v for k, v in state_dict["param_groups"][0].items() if k != "params"})
         self.state.clear()
         for i, state in state_dict["state"].items():
             parameter = parameters[int(i)]
             self.state[parameter] = {key: self._fitted(value, parameter) for key, value in state.items()}
+        self.follow_skipped_rows()
 
     def _problem_of_state(self, state_dict: dict[str, Any]) -> str:
         """Return why a state dict cannot be loaded; "" if it can."""
@@ -228,3 +251,20 @@ class RowState(OneGroup):
     def _options(self) -> dict[str, Any]:
         accepted = inspect.signature(type(self.inner)).parameters
         return {k: v for k, v in self.inner.defaults.items() if k in accepted}
+
+
+def skipped_rows_of(
+    cls: type[torch.optim.Optimizer], rows: ClassRows, choice: SkippedRowsChoice | None, options: dict[str, Any]
+) -> SkippedRowsChoice:
+    """Return what is to happen to rows that a step does not select; "dense" if nothing was chosen and it can be."""
+    if choice not in (None, "dense", "still"):
+        raise ValueError(f'skipped_rows must be "dense" or "still", not {choice!r}')
+    if choice == "dense" or (choice is None and rows.sampled):
+        try:
+            checked_form(cls, options)
+        except ValueError as error:
+            if choice == "dense":
+                raise
+            log.warning("rows that a step does not select stand still: %s", error)
+            return "still"
+    return choice or "dense"

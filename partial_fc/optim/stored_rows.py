@@ -26,6 +26,8 @@ from partial_fc.shards import is_own_mesh
 
 Value = TypeVar("Value")
 
+MASTER = "master_weight"  # state of this package's own, beside that of the wrapped class
+COUNT = "rounding_step"
 MARK = "partial_fc_rows"  # attribute of a DTensor in a state dict
 WAY = (
     "state_dict() on one rank has the rows of that rank alone. Save by save_checkpoint on every rank, which loads at "

@@ -70,6 +70,7 @@ def export_weights(path: str | os.PathLike[str], rows_of: HeadOrCenters, *, over
     folder); ValueError if ranks pass different paths.
     """
     rows_of.class_rows.check_group()
+    rows_of.class_rows.catch_up()
     path, ranks = Path(path), rows_of.class_rows.shards.ranks
     token = _agree_on_path(path, overwrite, rows_of)
     temporary = temporary_name(path, token)
@@ -140,6 +141,7 @@ def import_weights(
     is imported.
     """
     rows_of.class_rows.check_group()
+    rows_of.class_rows.catch_up()
     ranks, parameters = rows_of.class_rows.shards.ranks, rows_of.class_rows.parameters
     main = next(iter(parameters))
     if optimizer is not None and rows_of.class_rows.live_optimizer is not optimizer:

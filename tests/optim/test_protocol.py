@@ -184,6 +184,7 @@ def test_hooks_of_state_dicts_are_called(tmp_path, kind):
 def test_the_state_of_another_optimizer_is_refused_and_nothing_changes(change, words):
     head, optimizer = build()
     train(head, optimizer, 0, 2)
+    optimizer.catch_up()
     before = optimizer.state[head.weight]["momentum_buffer"].clone()
     assert words in any_message_of(optimizer.load_state_dict, change(optimizer.state_dict()))
     assert torch.equal(optimizer.state[head.weight]["momentum_buffer"], before)
