@@ -110,9 +110,9 @@ class SkippedRows:
             return
         assert self.done is not None
         self.tables = self.tables or [each.table(self.rows.device) for each in self.parameters.values()]
-        width = max(local_part(p.detach())[:1].numel() for p in self.rows.parameters.values())
         most = BLOCK_BYTES if self.done.device.type == "cpu" else BLOCK_BYTES_ELSEWHERE
-        for start in range(0, len(self.done) if index is None else len(index), size := max(1, most // (4 * width))):
+        size = max(1, most // (4 * math.prod(self.rows.main.shape[1:])))
+        for start in range(0, len(self.done) if index is None else len(index), size):
             if index is None:
                 part = torch.arange(start, min(start + size, len(self.done)), device=self.done.device)
             else:

@@ -51,7 +51,7 @@ def dense_training(
     rules = [DenseSGD(**{"momentum": 0.0, "weight_decay": 0.0, **sgd}) for _ in (*parameters, w)]
     found = Trained({}, w)
     for step in range(steps):
-        grad, touched = torch.zeros_like(w), torch.zeros(len(w), dtype=torch.bool)
+        grad = torch.zeros_like(w)
         module.zero_grad()
         for index in range(step * accumulation, (step + 1) * accumulation):
             inputs, labels = batch(index)
@@ -61,7 +61,6 @@ def dense_training(
             (value / accumulation).backward()
             assert leaf.grad is not None
             grad[classes] += leaf.grad
-            touched[classes] = True
             found.losses.append(value.item())
         grads = [p.grad for p in parameters if p.grad is not None] + [grad]
         assert len(grads) == len(rules), "a parameter has no gradient"
@@ -70,7 +69,7 @@ def dense_training(
         if step == skip:
             continue
         factor = 1.0 if max_norm is None else min(1.0, max_norm / (float(norm) + 1e-6))
-        everything = [torch.arange(len(p)) for p in parameters] + [touched.nonzero()[:, 0]]
+        everything = [torch.arange(len(p)) for p in (*parameters, w)]
         with torch.no_grad():
             for rule, value, g, at in zip(rules, [*parameters, w], grads, everything, strict=True):
                 rule.lr = sgd["lr"] * (1.0 if rates is None else rates[step])

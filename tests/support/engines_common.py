@@ -95,6 +95,7 @@ def optimizers(parameters: Any, head: PartialFC) -> tuple[torch.optim.Optimizer,
 
 def finish(module: nn.Module, head: PartialFC, norms: list[Any], selected: list[Tensor]) -> Result:
     state = {name: whole(value.detach()).clone() for name, value in module.state_dict().items()}
+    head.class_rows.catch_up()
     return Result(state, local(head.weight).detach().clone(), [float(n) for n in norms], [s.clone() for s in selected])
 
 

@@ -199,6 +199,7 @@ class Trainer:
                 weight_decay=case.decay,
                 update_in_backward=case.early,
                 low_precision=low,
+                skipped_rows="still",
                 **more,
             )
         self.center = None
