@@ -203,7 +203,7 @@ class CenterLoss(ChangeableLoss):
             reduction=self.reduction,
             scale_embedding_grad=self.scale_embedding_grad,
             scatter=scatter,
-            accumulate=self.class_rows.accumulator(),
+            accumulate=self.class_rows.accumulate,
             row_dtype=self.centers.dtype,
         )
 

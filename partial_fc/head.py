@@ -85,17 +85,18 @@ class PartialFC(HeadState):
                 begin_update = optimizer.update_for_forward()
         self.forward_count += self.training
         self.selected_rows = chosen.rows
-        self.class_rows.catch_up(chosen.rows)
         all_rows = chosen.rows is None and begin_update is None  # autograd takes the gradient of all rows
         if self.training and self.class_rows.record.bad_forward:
             return self._zero_loss(x, batch, gradient_of_all_rows=all_rows)
         if self.training:
             self.class_rows.record.remember(each for each in self.margin.buffers() if not each.ndim)
         weight, bias, anchor = local_part(self.weight), None if self.bias is None else local_part(self.bias), None
+        if chosen.current is not None:
+            weight, bias = chosen.current["weight"], chosen.current.get("bias")
         if not all_rows:  # row gradients go to the sink, so autograd must not see the weights
             weight, bias, anchor = weight.detach(), None if bias is None else bias.detach(), self._anchor()
         offset = local_part(self.margin.get_parameter("offset")) if self.margin.binary else None
-        sink = RowGradientSink(self._workspace, self.class_rows.accumulator(), begin_update)
+        sink = RowGradientSink(self._workspace, self.class_rows.accumulate, begin_update)
         with naming_the_missing("the forward of a head", self.shards.ranks.group):
             loss, losses, self._measured = sharded_cross_entropy(x, weight, bias, offset, anchor, chosen, options, sink)
         return self._follow(loss, losses, batch)
@@ -124,7 +125,9 @@ class PartialFC(HeadState):
             batch=batch,
             rows=rows,
             slots=slots,
+            current=self.class_rows.take(rows),
             lo=shards.lo,
+            hi=shards.hi,
             targets=targets.ids,
             exists=targets.exists,
             target_weights=targets.weights,

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -66,7 +65,6 @@ class ClassRows:
         self.updates = 0  # how often an optimizer was to update the rows
         self.used = False  # an optimizer has used these gradients
         self.behind: Any = None  # steps that rows have missed (optim/skipped_rows.py), or None
-        self.late = False  # a gradient is of a forward before the last step
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,7 +106,7 @@ class ClassRows:
         """Forget all gradients."""
         self.lost += self.grad_rows is not None and self.live_optimizer is None
         self.grad_rows = self.pads = None
-        self.used = self.late = False
+        self.used = False
         for parameter in self.everything:
             parameter.grad = None
         if self.sampled:
@@ -125,14 +123,15 @@ class ClassRows:
         if self.behind is not None:
             self.behind.catch_up(index)
 
-    def accumulator(self) -> Callable[[Tensor, list[Tensor], Pads], None]:
-        """Return `accumulate` for the backward of a forward that begins now."""
-        return partial(self.accumulate, updates=self.updates)
+    def take(self, index: Tensor | None) -> dict[str, Tensor] | None:
+        """Return by parameter the rows `index [S]` of a forward, up to date; None if the memory of the shard has them
+        so."""
+        if index is None:
+            self.catch_up()
+        return None if self.behind is None or index is None else self.behind.take(index)
 
-    def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads = None, *, updates: int | None = None) -> None:
-        """Add the gradients `values[k] [S, ...]` of the local rows `[S]`, sorted but for pads. updates: as they were
-        counted in forward."""
-        self.late |= updates not in (None, self.updates)
+    def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads = None) -> None:
+        """Add the gradients `values[k] [S, ...]` of the local rows `[S]`, sorted but for pads."""
         before = self.gradients()
         if self.grad_rows is not None and len(before) == len(values):
             rows, values = add_rows(self.grad_rows, before, rows, values, stale=self.used)

@@ -138,9 +138,9 @@ class AdamMoves:
     """Moments decay, and a weight moves by −m Σ_j b_j / (√v + e_j), a term for each step.
 
     The sum over the steps is a function of √v. Three terms B / (√v + E) have its first three derivatives at √v = 0 and
-    at infinity: Gauss's quadrature for weights b_j / e_j³ at the places e_j, which takes their moments,
-    Σ_j b_j e_j^k for k = -3 to 2. They differ from the sum where √v is near ε: there by a relative 1e-4 in the first steps of a run, and
-    far less later.
+    at infinity: Gauss's quadrature for weights b_j / e_j³ at the places e_j, which takes their moments, Σ_j b_j e_j^k
+    for k = -3 to 2. They differ from the sum where √v is near ε: there by a relative 1e-4 in the first steps of a run,
+    and far less later.
     """
 
     MOST = 1 << 12

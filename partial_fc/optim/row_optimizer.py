@@ -11,7 +11,7 @@ Scalar state, such as Adam's step, counts optimizer steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -97,14 +97,13 @@ class RowOptimizer(RowState):
             return
         rows.used = True
         selected = rows.grad_rows if rows.sampled else None
-        behind, updates = rows.behind, {}
+        behind, updates, taken = rows.behind, {}, {}
         if behind is not None:
             behind.check(self.param_groups[0])
-            if rows.late:
-                behind.catch_up(selected)
+            taken = behind.of_update(selected)
         for (name, parameter), grad in zip(rows.parameters.items(), grads, strict=True):
             if grad is not None:
-                updates[name] = update = RowUpdate(self, parameter)
+                updates[name] = update = RowUpdate(self, parameter, taken.get(name, {}))
                 of_grad = row_blocks(len(grad), grad)
                 for a, b in of_grad if rows.pads is None else blocks_with_pads(grad, rows.pads, row_blocks):
                     update.apply(None if selected is None else selected[a:b], a, b, grad[a:b])
@@ -116,9 +115,15 @@ class RowOptimizer(RowState):
 
 
 class RowUpdate:
-    """One step of one parameter; call `apply` for each block of rows. All blocks start from the same scalar state."""
+    """One step of one parameter; call `apply` for each block of rows. All blocks start from the same scalar state.
 
-    def __init__(self, optimizer: RowOptimizer, parameter: nn.Parameter) -> None:
+    taken: the rows that are to be stepped, under "", and their state, if not as in memory (skipped_rows.py).
+    """
+
+    def __init__(
+        self, optimizer: RowOptimizer, parameter: nn.Parameter, taken: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.taken = taken or {}
         self.optimizer = optimizer
         self.parameter = parameter
         self.weight = local_part(parameter.detach())
@@ -134,13 +139,18 @@ class RowUpdate:
     def apply(self, index: Tensor | None, a: int, b: int, grad: Tensor) -> None:
         """Step the local rows `index`, or a to b, by `grad`; views are stepped in place."""
         inner = self.optimizer.inner
-        rows = _take(self.weight if self.wide is None else self.wide.source, index, a, b)
+        if self.taken:
+            rows = self.taken[""][a:b].to(torch.float32 if self.wide is not None else self.weight.dtype)
+        else:
+            rows = _take(self.weight if self.wide is None else self.wide.source, index, a, b)
         block = nn.Parameter(rows if self.wide is None else rows.float())
         block.grad = grad.to(block.dtype)
         inner.param_groups[0]["params"] = [block]
         inner.state.clear()
         if self.before:
-            inner.state[block] = {key: _of_rows(value, index, a, b) for key, value in self.before.items()}
+            kept = {key: value[a:b].to(self.before[key].dtype) for key, value in self.taken.items() if key}
+            others = {key: value for key, value in self.before.items() if key not in kept}
+            inner.state[block] = kept | {key: _of_rows(value, index, a, b) for key, value in others.items()}
         inner.step()
         self._put_back(block.detach(), index, a, b)
         for key, value in inner.state[block].items():

@@ -13,7 +13,7 @@ selected rows. It is the same to rounding wherever rows are brought up to date i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1 << 20  # of one temporary: several stay in the cache of a CPU
 BLOCK_BYTES_ELSEWHERE = 256 << 20
+TAKEN_BYTES = 1 << 30  # of rows and their state between forward and update
 
 
 class Update(Protocol):
@@ -62,6 +63,7 @@ class SkippedRows:
         self.done: Tensor | None = None
         self.parameters: dict[str, _Behind] = {}
         self.tables: list[Tensor] = []  # of the parameters, on the device of the rows
+        self.taken: tuple[Tensor, dict[str, dict[str, Tensor]]] | None = None
         self.seen: list[tuple[int, int]] = []  # the parameters' memory, after the last step
 
     def check(self, options: Mapping[str, Any]) -> None:
@@ -98,38 +100,87 @@ class SkippedRows:
     @torch.no_grad()
     def catch_up(self, index: Tensor | None = None) -> None:
         """Bring the local rows `index`, or all, to where the dense optimizer would have them now."""
-        if self.steps == self.floor:
+        if not self.behind:
             return
-        if self.seen != self._memory():
+        assert self.done is not None
+        for a, b in self._blocks(len(self.done) if index is None else len(index)):
+            part = torch.arange(a, b, device=self.done.device) if index is None else index[a:b]
+            if self.done.device.type == "cpu":  # elsewhere the host would wait for how many are left
+                part = part[self.done.index_select(0, part) < self.steps]
+            for behind, moved in zip(self.parameters.values(), self._moved(part), strict=True):
+                behind.put(part, moved)
+            self.done.index_fill_(0, part, self.steps)
+        if index is None:
+            self.forget()
+
+    @torch.no_grad()
+    def take(self, index: Tensor) -> dict[str, Tensor] | None:
+        """Return by parameter the local rows `index [S]` as they are now; None where the memory has them so.
+
+        They stay at hand for the update, so that nothing is written before it. Where they are large they are written.
+        """
+        self.taken = None
+        if not self.behind:
+            return None
+        values = [each.memory(len(index)) for each in self.parameters.values()]
+        if sum(tensor.nbytes for each in values for tensor in each) > TAKEN_BYTES:
+            self.catch_up(index)
+            self.taken = index, {}
+            return None
+        for a, b in self._blocks(len(index)):
+            for tensors, moved in zip(values, self._moved(index[a:b]), strict=True):
+                for tensor, value in zip(tensors, moved, strict=True):
+                    tensor[a:b] = value
+        named = {
+            n: dict(zip(("", *b.moves.keys), v, strict=True))
+            for (n, b), v in zip(self.parameters.items(), values, strict=True)
+        }
+        self.taken = index, named
+        rows = {}
+        for name, parameter in self.rows.parameters.items():
+            current = named[name][""] if name in named else local_part(parameter.detach()).index_select(0, index)
+            rows[name] = current.to(parameter.dtype)
+        return rows
+
+    def of_update(self, selected: Tensor | None) -> dict[str, dict[str, Tensor]]:
+        """Return by parameter what the forward of these rows took: rows, under "", and their state. Nothing, if that
+        was another forward; then the memory has them."""
+        taken, self.taken = self.taken, None
+        if taken is not None and taken[0] is selected and self.behind:
+            return taken[1]
+        self.catch_up(selected)
+        return {}
+
+    @property
+    def behind(self) -> bool:
+        """Whether rows may have missed steps. If somebody else wrote rows they are taken as they are, with a
+        warning."""
+        if self.steps > self.floor and self.seen != self._memory():
             log.warning(
                 "rows of a %s were written between steps, without RowOptimizer.catch_up() before: they are taken as "
                 "they are, and steps that rows had missed until then are lost",
                 self.rows.owner,
             )
             self.forget()
-            return
+        return self.steps > self.floor
+
+    def _moved(self, index: Tensor) -> list[list[Tensor]]:
+        """Return for each parameter its rows `index [S]` and their state after the steps that they have missed."""
         assert self.done is not None
         self.tables = self.tables or [each.table(self.rows.device) for each in self.parameters.values()]
-        most = BLOCK_BYTES if self.done.device.type == "cpu" else BLOCK_BYTES_ELSEWHERE
+        place = self.done.index_select(0, index).sub_(self.floor).clamp_(min=0)
+        pairs = zip(self.parameters.values(), self.tables, strict=True)
+        return [behind.moved(index, table.index_select(0, place)) for behind, table in pairs]
+
+    def _blocks(self, count: int) -> Iterator[tuple[int, int]]:
+        most = BLOCK_BYTES if self.rows.device.type == "cpu" else BLOCK_BYTES_ELSEWHERE
         size = max(1, most // (4 * math.prod(self.rows.main.shape[1:])))
-        for start in range(0, len(self.done) if index is None else len(index), size):
-            if index is None:
-                part = torch.arange(start, min(start + size, len(self.done)), device=self.done.device)
-            else:
-                part = index[start : start + size]
-            done = self.done.index_select(0, part)
-            if done.device.type == "cpu":  # elsewhere the host would wait for how many are left
-                part, done = part[done < self.steps], done[done < self.steps]
-            place = done.sub_(self.floor).clamp_(min=0)
-            for behind, table in zip(self.parameters.values(), self.tables, strict=True):
-                behind.apply(part, table.index_select(0, place))
-            self.done.index_fill_(0, part, self.steps)
-        if index is None:
-            self.forget()
+        for a in range(0, count, size):
+            yield a, min(a + size, count)
 
     def forget(self) -> None:
         """Take all rows as they are."""
-        self.floor, self.tables, self.parameters = self.steps, [], {}
+        self.floor, self.tables, self.parameters, self.taken = self.steps, [], {}, None
 
     def _memory(self) -> list[tuple[int, int]]:
         """Return what changes when somebody else writes rows."""
@@ -154,24 +205,34 @@ class _Behind:
         dtype = torch.promote_types(self.parameter.dtype, torch.float32)
         return self.moves.coefficients().to(dtype).to(device, non_blocking=True)
 
-    def apply(self, index: Tensor, coefficients: Tensor) -> None:
-        """Move the local rows `index [S]` and their state. coefficients: `[S, n]` of their entries in the table."""
+    def memory(self, count: int) -> list[Tensor]:
+        """Return memory for so many rows, and for each piece of their state."""
+        weight = local_part(self.parameter.detach())
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return [weight.new_empty(count, *weight.shape[1:], dtype=dtype) for _ in range(1 + len(self.moves.keys))]
+
+    def moved(self, index: Tensor, coefficients: Tensor) -> list[Tensor]:
+        """Return the local rows `index [S]` and their state after the steps of their entries in the table `[S, n]`."""
+        tensors = self._tensors()
+        size = len(index), math.prod(self.parameter.shape[1:])
+        values = [t.index_select(0, index).view(size).to(coefficients.dtype) for t in tensors]
+        return [each.view(-1, *self.parameter.shape[1:]) for each in self.moves.move(values, coefficients)]
+
+    def put(self, index: Tensor, values: list[Tensor]) -> None:
+        """Write rows and their state."""
         # not a version of the parameter: a forward whose backward is to come has its own rows up to date already
         weight = local_part(self.parameter.detach()).data
-        stored = [local_part(self.state[key]) for key in self.moves.keys]
-        source = local_part(self.state[MASTER]) if MASTER in self.state else weight
-        size = len(index), math.prod(weight.shape[1:])
-        values = [t.index_select(0, index).view(size).to(coefficients.dtype) for t in (source, *stored)]
-        moved, *states = self.moves.move(values, coefficients)
-        moved = moved.view(-1, *weight.shape[1:])
-        if source is not weight:
-            source.index_copy_(0, index, moved)
-        elif COUNT in self.state:
-            key = mix(self.rows.seed, self.state[COUNT], 1)
-            moved = round_at_random(moved, self.rows.shards.lo + index, key)
-        weight.index_copy_(0, index, moved.to(weight.dtype))
-        for tensor, value in zip(stored, states, strict=True):
-            tensor.index_copy_(0, index, value.view(-1, *tensor.shape[1:]).to(tensor.dtype))
+        rows = values[0]
+        if MASTER not in self.state and COUNT in self.state:
+            rows = round_at_random(rows, self.rows.shards.lo + index, mix(self.rows.seed, self.state[COUNT], 1))
+        for tensor, value in zip(self._tensors(), values, strict=True):
+            tensor.data.index_copy_(0, index, value.to(tensor.dtype))
+        weight.index_copy_(0, index, rows.to(weight.dtype))
+
+    def _tensors(self) -> list[Tensor]:
+        """Return the rows that move, float32 ones where there are, and their state."""
+        rows = self.state.get(MASTER, self.parameter)
+        return [local_part(t.detach()) for t in (rows, *(self.state[key] for key in self.moves.keys))]
 
 
 def row_keys(update: Update) -> tuple[str, ...]:

@@ -78,16 +78,18 @@ def forward(
     norms = torch.linalg.vector_norm(X, dim=1, dtype=stats)
     x_inverse = inverse_of(norms)[:, None] if margin.normalize else X.new_empty(0)
     x = X * x_inverse if margin.normalize else X.to(stats)
-    index = selection.rows if centers == 1 else rows_of_classes(selection.rows, centers)
+    picked = None if selection.current is not None else selection.rows  # else weight and bias have these rows alone
+    index = picked if centers == 1 else rows_of_classes(picked, centers)
     kind = X.device.type
     row_tiles = RowTiles if kind == "cpu" else RowsAtOnce
-    rows = row_tiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad)
+    prefix = "" if selection.rows is None else "selected "
+    rows = row_tiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad, prefix)
     if isinstance(rows, RowsAtOnce):
         rows.measure(product, whole_gradient=needs_grad and sink.begin_update is None)
     most = tile_rows(selection.batch.most_samples, x.shape[1], kind)
     tile = tile_size(rows.count, most, centers, kind)
     with record_function("partial_fc::targets"):
-        targets = TargetRows.locate(selection, len(weight), centers)
+        targets = TargetRows.locate(selection, centers)
         cosines, targets = target_cosines(x, rows, targets, centers)
         z, slope_cosine, slope_norm, rule = apply_margin(cosines, norms, targets, selection, options, needs_grad)
     options = replace(options, scale=margin.scale, binary=margin.binary)  # backward uses these, whatever changes
@@ -95,7 +97,9 @@ def forward(
     keep = selection.keep_logits and needs_grad and not (margin.binary and product is torch.float16)
     with record_function("partial_fc::forward_tiles"):
         bounded = is_bounded(options, stats, product)
-        smoothing = Smoothing.of(options, selection, len(weight), stats) if options.label_smoothing else None
+        smoothing = (
+            Smoothing.of(options, selection, selection.hi - selection.lo, stats) if options.label_smoothing else None
+        )
         in_place = keep and (product == stats or (bounded and not options.ruled))
         places = x.new_empty(0) if options.ruled else targets.places(rows.count, tile, apart=in_place)
         state = ForwardState(selection, options, sink, rows, targets, rule, tile, places, product, bounded, smoothing)
@@ -195,8 +199,7 @@ class TileSums:
         self.keep, self.kept = keep, x.new_empty(0)
         tiles, size = -(-rows.count // state.tile), len(x) * state.tile
         if keep:
-            name = "logits" if rows.index is None else "selected logits"
-            self.memory = rows.workspace.take(name, (size * tiles + 1,), product, x.device)
+            self.memory = rows.workspace.take(f"{rows.prefix}logits", (size * tiles + 1,), product, x.device)
             self.kept = self.memory[:-1]
         # bounded exponentials may be computed in the products' dtype at once; their sum is in that of the statistics
         work = product if state.bounded and not options.ruled else x.dtype

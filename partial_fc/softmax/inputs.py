@@ -43,7 +43,9 @@ class Selection:
     batch: GlobalBatch
     rows: Tensor | None  # [S] local rows (classes), sorted but for slots; None for the whole shard
     slots: Slots | None  # behind the window of a sampled forward, elsewhere than on a CPU
+    current: dict[str, Tensor] | None  # those rows of each parameter, if not in the memory of the shard
     lo: int  # first class id of the shard
+    hi: int  # behind its last
     targets: Tensor  # [N, L] class ids, -1 where there is no target
     exists: Tensor  # [N, L] whether there is one
     target_weights: Tensor  # [N, L], 0 where there is no target

@@ -54,7 +54,9 @@ class RowTiles:
         dtype: torch.dtype,
         workspace: Workspace,
         needs_grad: bool,
+        prefix: str,
     ) -> None:
+        self.prefix = prefix  # of what it takes from the workspace
         self.weight = weight.reshape(-1, weight.shape[-1])
         self.bias = bias
         self.index = index
@@ -72,8 +74,9 @@ class RowTiles:
         """Return memory `[length, D]` for the gradient of the rows: that of the held directions if there are any."""
         if self.memory is not None:
             return self.memory
-        name = "rows" if self.index is None else "selected rows"
-        return self.workspace.take(name, (length, self.weight.shape[1]), self.weight.dtype, self.weight.device)
+        return self.workspace.take(
+            f"{self.prefix}rows", (length, self.weight.shape[1]), self.weight.dtype, self.weight.device
+        )
 
     def release(self, grad: Tensor) -> None:
         """All tiles have written to the gradient: a second backward makes the directions again."""
@@ -142,12 +145,12 @@ class TargetRows:
     exists: Tensor  # [N, L] whether there is a target
 
     @classmethod
-    def locate(cls, selection: Selection, local_classes: int, centers: int) -> TargetRows:
+    def locate(cls, selection: Selection, centers: int) -> TargetRows:
         n, each = selection.targets.shape
         local = selection.targets.reshape(-1)
         local = local - selection.lo if selection.lo else local
         # classes of other ranks are spread over the rows, so that no row gets the zeros of all of them
-        first = local.remainder(max(local_classes, 1))
+        first = local.remainder(max(selection.hi - selection.lo, 1))
         own = first == local
         if selection.rows is not None and selection.slots is not None:
             first = selection.slots.find(selection.rows, first)
