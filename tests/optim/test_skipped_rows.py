@@ -3,18 +3,34 @@ optimizer over all rows, in one float64 process, whose gradient is zero where a 
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
+import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from common import message_of
 from dense_losses import Loss
 from near import near
+from safetensors.torch import load_file, save_file
 from shards import part_of, positions, selected_by_all, whole
 from torch import Tensor, nn
 
-from partial_fc import ArcFace, PartialFC, RowOptimizer, load_checkpoint, save_checkpoint
+from partial_fc import (
+    ArcFace,
+    PartialFC,
+    RowOptimizer,
+    Softmax,
+    SubCenterArcFace,
+    clip_grad_norm_,
+    export_weights,
+    import_weights,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 D, C, N, STEPS = 5, 203, 12, 50
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
@@ -117,3 +133,346 @@ ADAMS = [
 @pytest.mark.parametrize("rate", [0.1, 0.02])
 def test_adam_is_nearly_that_of_all_rows(cls, options, rate):
     check_run(0, 1, rate, cls, options, (1e-5, 1e-4))
+
+
+# ------------------------------------------------------------------------------------------------ whatever may come
+
+
+def test_warm_up_of_momentum_and_decay_that_change():
+    """Options that change from step to step, from zero too, are those of each step."""
+    head, options = head_of(0.1), {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
+    dense, optimizer = Dense(whole(head.weight), SGD, options), RowOptimizer(SGD, head, skipped_rows="dense", **options)
+    for step in range(STEPS):
+        for each in (dense.optimizer, optimizer):
+            group = each.param_groups[0]
+            group["momentum"] = 0.0 if step < 5 else min(0.95, 0.5 + step / 50)
+            group["weight_decay"] = 0.0 if step < 12 else 0.01 * (step % 3)
+        near(take(head, optimizer, 0.1, step, 0, 1), dense_step(dense, step, head), 1e-9)
+    optimizer.catch_up()
+    near(whole(head.weight), dense.parameter.detach(), 1e-9)
+
+
+def dense_step(dense: Dense, step: int, head: PartialFC) -> float:
+    dense.step(step, selected_by_all(head))
+    return dense.losses[-1]
+
+
+def test_a_rate_that_is_a_tensor_changed_in_place():
+    head, rate = head_of(0.1), torch.tensor(0.1, dtype=torch.float64)
+    dense = Dense(whole(head.weight), SGD, {"lr": 0.1, "momentum": 0.9})
+    optimizer = RowOptimizer(SGD, head, skipped_rows="dense", lr=rate, momentum=0.9)
+    for step in range(20):
+        x, labels = batch(step)
+        head(x, labels).backward()
+        rate.fill_(0.1 * rate_of(step))
+        optimizer.step()
+        optimizer.zero_grad()
+        dense_step(dense, step, head)
+    optimizer.catch_up()
+    near(whole(head.weight), dense.parameter.detach(), 1e-9)
+
+
+def resumed(rank: int, world: int, folder: str, first: int, last: int) -> tuple[list[float], Tensor]:
+    """Steps from `first` to `last`, from the checkpoint of another world size if there is one, and to a checkpoint."""
+    head = head_of(0.05)
+    optimizer = RowOptimizer(SGD, head, skipped_rows="dense", **KINDS["nesterov"])
+    if first:
+        load_checkpoint(f"{folder}/{first}", head=head, head_optimizer=optimizer)
+    losses = [take(head, optimizer, 0.1, step, rank, world) for step in range(first, last)]
+    save_checkpoint(f"{folder}/{last}", head=head, head_optimizer=optimizer)
+    return losses, whole(head.weight)
+
+
+def test_a_run_goes_on_at_another_world_size(ranks, tmp_path):
+    """Saving brings all rows up to date; so the run differs by rounding from one that never saved."""
+    start, _ = resumed(0, 1, str(tmp_path), 0, 17)
+    middle, _ = ranks(3).run(resumed, str(tmp_path), 17, 34)[0]
+    last, weight = ranks(2).run(resumed, str(tmp_path), 34, STEPS)[0]
+    head = head_of(0.05)
+    dense = Dense(whole(head.weight), SGD, KINDS["nesterov"])
+    optimizer = RowOptimizer(SGD, head, skipped_rows="dense", **KINDS["nesterov"])
+    for step in range(STEPS):
+        take(head, optimizer, 0.1, step, 0, 1)
+        dense_step(dense, step, head)
+    near(start + middle + last, dense.losses, 1e-9)
+    near(weight, dense.parameter.detach(), 1e-9)
+
+
+@pytest.mark.parametrize("what", ["skipped", "overflow", "lost forward", "no_grad", "evaluation", "read"])
+def test_what_is_no_step_is_none_for_any_row(what):
+    """A skipped step, an overflow of a scaler, forwards that no backward follows, evaluation, and reading in between."""
+    head = head_of(0.1, on_nonfinite="skip")
+    options = KINDS["nesterov"]
+    dense = Dense(whole(head.weight), SGD, options)
+    optimizer = RowOptimizer(SGD, head, skipped_rows="dense", **options)
+    for step in range(30):
+        near(take(head, optimizer, 0.1, step, 0, 1), dense_step(dense, step, head), 1e-9)
+        if step % 7 != 3:
+            continue
+        x, labels = batch(500 + step)
+        optimizer.zero_grad()
+        if what == "skipped":
+            head(torch.full_like(x, math.nan), labels).backward()
+            optimizer.step()
+            assert head.skipped
+        elif what == "overflow":
+            scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            (scaler.scale(head(x, labels)) * math.inf).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        elif what == "lost forward":
+            head(x, labels)
+        elif what == "no_grad":
+            with torch.no_grad():
+                head(x, labels)
+        elif what == "evaluation":
+            head.eval()
+            with torch.no_grad():
+                head(x, labels)
+            head.train()
+        else:
+            near(head.state_dict()["weight"], dense.parameter.detach(), 1e-9)
+        optimizer.zero_grad()
+    optimizer.catch_up()
+    near(whole(head.weight), dense.parameter.detach(), 1e-9)
+
+
+def test_micro_batches_clipping_and_a_late_backward():
+    """Rows of several forwards, and of one whose backward comes a step later, are up to date when they are stepped."""
+    head, options = head_of(0.1), KINDS["dampening"]
+    dense = Dense(whole(head.weight), SGD, options)
+    optimizer = RowOptimizer(SGD, head, skipped_rows="dense", **options)
+    late, late_dense = None, None
+    for step in range(24):
+        rows = torch.zeros_like(dense.parameter)
+        for micro in range(2):
+            x, labels = batch(2 * step + micro)
+            loss = head(x, labels)
+            classes = head.selected
+            leaf = dense.parameter.detach()[classes].requires_grad_()
+            expected = Loss()(x, leaf, positions(labels, classes, C), classes)
+            near(loss.item(), expected.item(), 1e-9)
+            if micro and step % 3 == 1:  # its backward comes in the next step
+                late, late_dense = loss, (classes, torch.autograd.grad(expected, leaf)[0])
+                continue
+            loss.backward()
+            rows[classes] += torch.autograd.grad(expected, leaf)[0]
+        if late is not None and step % 3 == 2:
+            late.backward()
+            rows[late_dense[0]] += late_dense[1]  # type: ignore[index]
+            late = None
+        norm = clip_grad_norm_([], head, max_norm=1.0)
+        near(float(norm), float(rows.norm()), 1e-8)
+        dense.parameter.grad = rows * min(1.0, 1.0 / (float(rows.norm()) + 1e-6))
+        dense.optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.catch_up()
+    near(whole(head.weight), dense.parameter.detach(), 1e-8)
+
+
+def test_every_sharded_parameter_moves_and_no_row_is_left():
+    """Biases and sub-centers; and many blocks, and a table that is full."""
+    for margin in (Softmax(), SubCenterArcFace(scale=8.0, centers=3)):
+        head = PartialFC(D, C, margin, 0.05, dtype=torch.float64, init_std=0.3)
+        copies = {name: nn.Parameter(p.detach().clone()) for name, p in head.named_parameters()}
+        theirs = SGD(copies.values(), **KINDS["nesterov"])
+        optimizer = RowOptimizer(SGD, head, skipped_rows="dense", **KINDS["nesterov"])
+        for step in range(30):
+            x, labels = batch(step)
+            head(x, labels).backward()
+            for name, carrier in zip(copies, head.class_rows.carriers, strict=True):
+                copies[name].grad = torch.zeros_like(copies[name])
+                copies[name].grad[head.selected] = carrier.grad  # type: ignore[index]
+            theirs.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.catch_up()
+        for name, parameter in head.named_parameters():
+            near(parameter.detach(), copies[name].detach(), 1e-9)
+
+
+def test_small_tables_blocks_and_memory_change_nothing(monkeypatch):
+    monkeypatch.setattr("partial_fc.optim.skipped_rows.BLOCK_BYTES", 4 * D * 7)
+    monkeypatch.setattr("partial_fc.optim.no_gradient.LinearMoves.MOST", 9)
+    check_run(0, 1, 0.1, SGD, KINDS["nesterov"], (1e-9, 1e-9))
+    monkeypatch.setattr("partial_fc.optim.skipped_rows.TAKEN_BYTES", 100)
+    check_run(0, 1, 0.1, SGD, KINDS["nesterov"], (1e-9, 1e-9))
+
+
+@pytest.mark.parametrize("low", ["master", "stochastic"])
+def test_half_precision_rows(low):
+    """With float32 rows in the state exactly as a float32 run, but for what bfloat16 rows do to gradients; with
+    stochastic rounding in the mean."""
+    drift = []
+    for seed in range(40 if low == "stochastic" else 1):
+        head = PartialFC(D, C, ArcFace(scale=8.0), 0.05, seed=seed, init_std=0.5, dtype=torch.bfloat16)
+        before = head.weight.detach().float().clone()
+        optimizer = RowOptimizer(SGD, head, skipped_rows="dense", low_precision=low, lr=0.01, weight_decay=0.01)
+        for _ in range(STEPS):  # no sample counts: all rows move by decay alone
+            head(torch.randn(2, D, dtype=torch.bfloat16), torch.full((2,), -100)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.catch_up()
+        after = optimizer.state[head.weight]["master_weight"] if low == "master" else head.weight.detach().float()
+        drift.append((after * before).sum() / (before * before).sum())
+    expected = (1 - 1e-4) ** STEPS
+    mean = torch.stack(drift).mean().item()
+    assert mean == pytest.approx(expected, abs=1e-6 if low == "master" else 2e-4)
+    assert abs(expected - 1) > 4e-3, "nearest rounding of every step would leave rows where they are"
+
+
+# ------------------------------------------------------------------------------------------------ readers, writers
+
+
+def trained(steps: int = 12, **options: Any) -> tuple[PartialFC, RowOptimizer, Tensor]:
+    """A head whose rows are behind, its optimizer, and the rows as a dense optimizer has them."""
+    head = head_of(0.1)
+    options = options or KINDS["nesterov"]
+    dense = Dense(whole(head.weight), SGD, options)
+    optimizer = RowOptimizer(SGD, head, skipped_rows="dense", **options)
+    for step in range(steps):
+        take(head, optimizer, options["lr"], step, 0, 1)
+        dense_step(dense, step, head)
+    optimizer.zero_grad()
+    assert float((head.weight - dense.parameter).detach().abs().max()) > 1e-4
+    return head, optimizer, dense.parameter.detach()
+
+
+def nearest(head: PartialFC) -> Tensor:
+    head.nearest_classes(1)
+    return head.weight.detach()
+
+
+def exported(head: PartialFC, folder: Any) -> Tensor:
+    export_weights(folder / "rows.safetensors", head)
+    return load_file(folder / "rows.safetensors")["weight"]
+
+
+READERS: dict[str, Any] = {
+    "state_dict": lambda head, folder: head.state_dict()["weight"],
+    "state of the optimizer": lambda head, folder: (head.class_rows.live_optimizer.state_dict(), head.weight)[1],
+    "copy": lambda head, folder: copy.deepcopy(head).weight,
+    "pickle": lambda head, folder: pickle.loads(pickle.dumps(head)).weight,
+    "move": lambda head, folder: head.double().weight if head.float() else None,
+    "queries": lambda head, folder: nearest(head),
+    "topk": lambda head, folder: (head.topk(torch.randn(2, D, dtype=torch.float64), 2), head.weight)[1],
+    "export": exported,
+    "remap": lambda head, folder: (head.remap(torch.arange(C)), head.weight)[1],
+    "expand": lambda head, folder: (head.expand(1), head.weight[:-1])[1],
+    "another optimizer": lambda head, folder: (RowOptimizer(SGD, head, lr=0.1), head.weight)[1],
+    "average": lambda head, folder: torch.optim.swa_utils.AveragedModel(head).module.weight,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_whoever_reads_rows_sees_them_up_to_date(tmp_path, reader):
+    head, optimizer, expected = trained()
+    near(READERS[reader](head, tmp_path).detach().double(), expected, 1e-6 if reader == "move" else 1e-9)
+    assert optimizer is not None
+
+
+def test_rows_do_not_lose_their_steps_with_the_optimizer():
+    head, optimizer, expected = trained()
+    del optimizer
+    gc.collect()
+    near(head.state_dict()["weight"], expected, 1e-9)
+
+
+def test_state_is_up_to_date_too():
+    head, optimizer, _ = trained()
+    before = optimizer.state_dict()["state"][0]["momentum_buffer"].clone()
+    other = head_of(0.1)
+    other.load_state_dict(head.state_dict())
+    again = RowOptimizer(SGD, other, skipped_rows="dense", **KINDS["nesterov"])
+    again.load_state_dict(optimizer.state_dict())
+    near(again.state[other.weight]["momentum_buffer"], before, 0)
+    losses = [take(h, o, 0.1, 12, 0, 1) for h, o in ((head, optimizer), (other, again))]
+    assert losses[0] == losses[1]
+
+
+def written(head: PartialFC, rows: Tensor, how: str, folder: Any) -> None:
+    if how == "load":
+        head.load_state_dict({**head.state_dict(), "weight": rows})
+    elif how == "import":
+        save_file({"weight": rows}, folder / "rows.safetensors")
+        import_weights(folder / "rows.safetensors", head)
+    elif how == "reset":
+        head.reset_parameters()
+    elif how == "assigned":
+        head.weight.data = rows.clone()
+    else:
+        with torch.no_grad():
+            head.weight.copy_(rows)
+
+
+@pytest.mark.parametrize("how", ["load", "import", "reset", "assigned", "in place"])
+def test_rows_that_are_written_are_current(tmp_path, how, caplog):
+    """No step from before moves them; in a loop that writes without a word it is said."""
+    head, optimizer, _ = trained(momentum=0.9, lr=0.1)
+    rows = head_of(0.1, seed=3).weight.detach() if how == "reset" else torch.randn(C, D, dtype=torch.float64)
+    written(head, rows, how, tmp_path)
+    near(head.state_dict()["weight"], rows, 0)
+    head.zero_grad()
+    head(*batch(0))
+    optimizer.catch_up()
+    near(head.weight.detach(), rows, 0)
+    assert ("taken as they are" in caplog.text) == (how in ("assigned", "in place"))
+
+
+def test_a_mean_of_embeddings_is_current():
+    head, optimizer, expected = trained()
+    x, labels = torch.randn(6, D, dtype=torch.float64), torch.arange(6)
+    head.init_from_embeddings([(x, labels)])
+    near(head.weight.detach()[6:], expected[6:], 1e-9)
+    now = head.weight.detach().clone()
+    optimizer.catch_up()
+    near(head.weight.detach(), now, 0)
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (torch.optim.Adam, {"weight_decay": 0.1}),
+        (torch.optim.RMSprop, {"weight_decay": 0.1}),
+        (torch.optim.Adagrad, {"weight_decay": 0.1}),
+        (torch.optim.Adamax, {}),
+        (torch.optim.RAdam, {}),
+    ],
+)
+def test_a_class_without_a_form_is_refused_or_stands_still(cls, options, caplog):
+    head = head_of(0.1)
+    words = message_of(RowOptimizer, cls, head, skipped_rows="dense", lr=0.1, **options)
+    assert 'skipped_rows="still"' in words and cls.__name__ in words
+    assert RowOptimizer(cls, head, lr=0.1, **options).skipped_rows == "still"
+    assert "stand still" in caplog.text
+
+
+def test_the_choice_is_one_of_two():
+    assert "still" in message_of(RowOptimizer, SGD, head_of(0.1), lr=0.1, skipped_rows="lazy")
+    assert RowOptimizer(SGD, head_of(0.1), lr=0.1).skipped_rows == "dense"
+
+
+def test_decay_that_is_switched_on_in_a_run_is_refused_before_anything_moves():
+    head = head_of(0.1)
+    optimizer = RowOptimizer(torch.optim.Adam, head, skipped_rows="dense", lr=0.1)
+    take(head, optimizer, 0.1, 0, 0, 1)
+    optimizer.zero_grad()
+    head(*batch(1)).backward()
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    before = head.weight.detach().clone()
+    assert "decay" in message_of(optimizer.step)
+    assert torch.equal(head.weight.detach(), before)
+
+
+def test_rows_that_stand_still_under_the_dense_class_cost_nothing():
+    """Adagrad and plain SGD leave a row without a gradient alone: nothing is noted."""
+    for cls in (torch.optim.Adagrad, SGD):
+        head = head_of(0.1)
+        optimizer = RowOptimizer(cls, head, lr=0.1, skipped_rows="dense")
+        for step in range(3):
+            take(head, optimizer, 0.1, step, 0, 1)
+        assert head.class_rows.behind.done is None
