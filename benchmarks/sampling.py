@@ -174,7 +174,7 @@ class Run:
         (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
 
     def _train(self) -> None:
-        if self.folder.checkpoints():
+        if self.folder.newest_checkpoint():
             command = ["train", "--resume", str(self.folder.path)]
         else:  # nothing there, or a run that did not reach its first checkpoint
             shutil.rmtree(self.folder.path, ignore_errors=True)
