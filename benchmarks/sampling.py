@@ -209,9 +209,10 @@ class Run:
 
 
 def results(out: Path) -> list[dict[str, Any]]:
-    """What is finished in `out`, a row a case, with the figures by seed."""
+    """What is finished in `out`, a row a case, with the figures by seed; the largest sample rate first."""
     rows = []
-    for case in (*CASES, *LARGE_CASES):
+    methods = list(METHODS)
+    for case in sorted((*CASES, *LARGE_CASES), key=lambda case: (-case.rate, methods.index(case.method))):
         found = {
             int(path.parent.name.rpartition("-seed")[2]): json.loads(path.read_text())
             for path in out.glob(f"{case.name}-seed*/{FIGURES}")

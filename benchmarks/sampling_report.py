@@ -106,7 +106,7 @@ def _panel(axes: Axes, rows: Sequence[Row], split: str, figure: str) -> None:
     for row in rows:
         found = values(row, split, figure)
         if row["method"] == "all classes" and found:
-            axes.axhspan(min(found), max(found), color="0.85", label="r = 1: range of the seeds", zorder=0)
+            axes.axhspan(min(found), max(found), color="0.85", label="r = 1: mean and range", zorder=0)
             axes.axhline(statistics.fmean(found), color="0.45", linewidth=1, zorder=1)
     for method, (color, compared) in LINES.items():
         of_method = sorted((row for row in rows if row["method"] == method), key=lambda row: float(row["rate"]))
