@@ -178,7 +178,7 @@ class HeadState(ChangeableLoss):
             labels = self._last_labels
             in_batch = torch.isin(ids, labels.where(labels != self.ignore_index, -1))
         counted = {"window": drawn, "batch": in_batch & ~drawn, "hard": ~(in_batch | drawn)}
-        return {"rows": ids.new_tensor(len(ids)), **{name: each.sum() for name, each in counted.items()}}
+        return {"rows": torch.ones_like(ids).sum(), **{name: each.sum() for name, each in counted.items()}}
 
     @property
     def row_grad(self) -> tuple[Tensor, Tensor] | None:
