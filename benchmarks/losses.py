@@ -104,7 +104,7 @@ class Run:
 
     def start(self) -> None:
         """Train and evaluate; the bars of the run are on standard error."""
-        if self.folder.checkpoints():
+        if self.folder.newest_checkpoint():
             command = ["train", "--resume", str(self.folder.path)]
         else:  # nothing there, or a run that did not reach its first checkpoint
             shutil.rmtree(self.folder.path, ignore_errors=True)

@@ -84,7 +84,7 @@ class PartialFC(HeadState):
             if self.training and torch.is_grad_enabled() and optimizer is not None and optimizer.update_in_backward:
                 begin_update = optimizer.update_for_forward()
         self.forward_count += self.training
-        self.selected_rows = chosen.rows
+        self.selected_rows, self._last_labels = chosen.rows, batch.mesh_labels
         all_rows = chosen.rows is None and begin_update is None  # autograd takes the gradient of all rows
         if self.training and self.class_rows.record.bad_forward:
             return self._zero_loss(x, batch, gradient_of_all_rows=all_rows)

@@ -25,7 +25,7 @@ from partial_fc.margins.base import Margin
 from partial_fc.margins.fixed import ArcFace
 from partial_fc.margins.state import load_state, misfit, state_of
 from partial_fc.optim.stored_rows import stated_rows
-from partial_fc.sampling import window_size
+from partial_fc.sampling import draw_window, window_size
 from partial_fc.sharded_module import Reduction, SharedArguments
 from partial_fc.softmax.draws import Draws, Slots
 from partial_fc.softmax.inputs import LossOptions
@@ -59,6 +59,7 @@ class HeadState(ChangeableLoss):
     logits_budget: int
     logits_mode: str
     selected_rows: Tensor | None
+    _last_labels: Tensor | None
     _measured: Measured | None
 
     FACTS: ClassVar[dict[str, str]] = {
@@ -109,6 +110,7 @@ class HeadState(ChangeableLoss):
         self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
         self.forward_count = 0  # training forwards: keys what is drawn
         self.selected_rows = None  # local rows of the last forward
+        self._last_labels = None  # of its batch, on all ranks
         self._workspace = Workspace()
         self._draws: Draws | None = None
         self._measured = None
@@ -160,6 +162,23 @@ class HeadState(ChangeableLoss):
         if self.selected_rows is None:
             return torch.arange(lo, hi, device=self.class_rows.device)
         return self.selected_rows.unique() + lo
+
+    @property
+    def selected_counts(self) -> dict[str, Tensor]:
+        """How many classes this rank used in the last forward, by what put them there (0-d, counted when asked for).
+
+        rows: all of them. window: those that were drawn, all at r = 1. batch: labels of the batch that the window has
+        not. hard: neither.
+        """
+        ids = self.selected
+        drawn = in_batch = torch.ones_like(ids, dtype=torch.bool)
+        if self.selected_rows is not None and self._last_labels is not None:
+            of_step = {"seed": self.seed, "step": self.forward_count - 1}
+            drawn = torch.isin(ids, draw_window(self.num_classes, self._sample_rate, **of_step, device=ids.device))
+            labels = self._last_labels
+            in_batch = torch.isin(ids, labels.where(labels != self.ignore_index, -1))
+        counted = {"window": drawn, "batch": in_batch & ~drawn, "hard": ~(in_batch | drawn)}
+        return {"rows": torch.ones_like(ids).sum(), **{name: each.sum() for name, each in counted.items()}}
 
     @property
     def row_grad(self) -> tuple[Tensor, Tensor] | None:
@@ -265,7 +284,7 @@ class HeadState(ChangeableLoss):
         def take() -> None:
             self.class_weights = class_weights
             self.add_module("margin", margin)  # prepared already
-            self.selected_rows = None
+            self.selected_rows = self._last_labels = None
             if margin is not change.margin:
                 prepare_anew(margin, change.num_classes, drawn)
 

@@ -20,7 +20,7 @@ from partial_fc.training.data.augment import AugmentConfig
 from partial_fc.training.errors import UserError, check_at_least
 from partial_fc.training.evaluation import EvaluationConfig
 from partial_fc.training.heads import CenterConfig, HeadConfig, MarginSettings
-from partial_fc.training.optimizers import Optimizers, OptimizerSettings, default_optimizer
+from partial_fc.training.optimizers import Optimizers, OptimizerSettings, SkippedRows, default_optimizer
 from partial_fc.training.run import OutputConfig
 from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig
 from partial_fc.training.settings_file import use_safe_loader
@@ -52,6 +52,7 @@ __all__ = [
     "add_config",
     "check_resumes",
     "flat",
+    "keep_still_rows",
     "save_config",
     "to_config",
 ]
@@ -106,6 +107,9 @@ class RunConfig:
     learning rate times head_lr_factor, or for what that is without norms of whole parameters and without Lookahead."""
     head_lr_factor: float = 1.0
     """The head's learning rate over the backbone's, while head_optimizer is null."""
+    head_skipped_rows: SkippedRows | None = None
+    """What the head's optimizer does to the rows that a sampled step did not select: dense for what it would do at a
+    gradient of zero (momentum, decay), done when the row is selected next; still for nothing; null for its choice."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     head_schedule: HeadScheduleConfig = field(default_factory=HeadScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -120,7 +124,7 @@ class RunConfig:
     @property
     def optimizers(self) -> Optimizers:
         """The optimizers of backbone and head."""
-        return Optimizers(self.optimizer, self.head_optimizer, self.head_lr_factor)
+        return Optimizers(self.optimizer, self.head_optimizer, self.head_lr_factor, self.head_skipped_rows)
 
     def check(self) -> None:
         """UserError for values that no run can have, alone or together."""
@@ -181,6 +185,14 @@ def save_config(config: RunConfig, path: Path) -> None:
 def flat(config: RunConfig) -> dict[str, Any]:
     """Return the settings by their names on the command line; those of a class are its name, then its arguments."""
     return as_on_command_line(plain_settings(config))
+
+
+def keep_still_rows(saved: Path, *resumed: RunConfig) -> None:
+    """Let a run go on as it began if its settings were saved before head_skipped_rows: skipped rows stood still."""
+    if "head_skipped_rows" not in yaml.safe_load(saved.read_text()):
+        for config in resumed:
+            if config.head.sample_rate < 1 and config.head_skipped_rows is None:
+                config.head_skipped_rows = "still"
 
 
 def check_resumes(now: RunConfig, before: RunConfig, folder: str) -> None:

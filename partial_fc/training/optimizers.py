@@ -1,7 +1,8 @@
 """The optimizers of a run: any torch.optim.Optimizer for the backbone, one that treats rows apart for the head.
 
-    optimizer        the backbone's: a class of torch.optim or of more_optimizers.py by name, your own by import path
-    head_optimizer   the head's; null for the backbone's, with lr * head_lr_factor, in a RowOptimizer
+    optimizer           the backbone's: a class of torch.optim or of more_optimizers.py by name, your own by import path
+    head_optimizer      the head's; null for the backbone's, with lr * head_lr_factor, in a RowOptimizer
+    head_skipped_rows   what that does to rows that a step did not select; null for what RowOptimizer does by itself
 
 Where the backbone's cannot update rows one block at a time (LARS, LAMB) or looks ahead, its class says what the head
 gets instead: `for_head(arguments) -> (class, arguments)`.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import register_type
@@ -23,6 +24,7 @@ from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.training.class_settings import ClassSettings
 from partial_fc.training.errors import UserError, check_at_least
 
+SkippedRows = Literal["dense", "still"]
 MORE = "partial_fc.training.more_optimizers"
 OF_TORCH = (
     "SGD", "Adam", "AdamW", "RAdam", "NAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD", "Adafactor",
@@ -64,6 +66,7 @@ class Optimizers:
     optimizer: OptimizerSettings
     head_optimizer: OptimizerSettings | None
     head_lr_factor: float
+    head_skipped_rows: SkippedRows | None = None
 
     def check(self) -> None:
         """UserError for values that no run can have, or a package that is not installed."""
@@ -80,7 +83,7 @@ class Optimizers:
             raise UserError(
                 f"--optimizer {self.optimizer.name} needs a closure in each step, which training does not give"
             )
-        self.build_head(PartialFC(2, 2, device=torch.device("meta")))
+        self.build_head(PartialFC(2, 2, sample_rate=0.5, device=torch.device("meta")))
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the backbone's optimizer over its parameters; UserError for values out of range."""
@@ -106,6 +109,8 @@ class Optimizers:
     def build_head(self, head: PartialFC) -> RowOptimizer:
         """Return the head's optimizer; UserError for a class that cannot update rows one block at a time."""
         cls, options = self.head_class()
+        if self.head_skipped_rows is not None:
+            options = {**options, "skipped_rows": self.head_skipped_rows}
         try:
             return RowOptimizer(cls, head, **options)
         except (TypeError, ValueError) as error:

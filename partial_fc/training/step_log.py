@@ -1,6 +1,7 @@
 """The log of a run's steps: rows of history.jsonl, which also go to the trackers.
 
-every so many steps    step, epoch, learning rate, losses, the head's metrics, gradient norm, share of time waiting
+every so many steps    step, epoch, learning rate, losses, the head's metrics, gradient norm, share of time waiting;
+                       under sampling, the rows of a rank and what put them there
 each evaluation        step, epoch, "set/figure"
 """
 
@@ -56,6 +57,7 @@ class StepLog:
             **losses,
             **head.metrics,
             **self._margin_state(head),
+            **self._selected(head),
             **({} if norm is None else {"grad_norm": norm}),
         }
         values = torch.stack(
@@ -96,6 +98,16 @@ class StepLog:
         if schedule.start is None:
             return {}
         return {f"head_{schedule.argument}": float(getattr(head.margin, schedule.argument))}
+
+    def _selected(self, head: PartialFC) -> dict[str, Tensor]:
+        """Return the rows of the last forward of a sampled head, a mean over the ranks, and how many of them were
+        drawn, were labels of the batch, or were hard negatives, as shares. A collective."""
+        if head.sample_rate == 1:
+            return {}
+        counts = head.selected_counts
+        rows, *parts = self.accelerator.reduce(torch.stack(list(counts.values())).float(), "mean")
+        shares = {f"{name}_share": part / rows for name, part in zip(list(counts)[1:], parts, strict=True)}
+        return {"selected_rows": rows, **shares}
 
     def _margin_state(self, head: PartialFC) -> dict[str, Tensor]:
         """Return the scalars of the margin's state: curricular_t, adaface_mean, adaface_std, sphereface2_offset."""

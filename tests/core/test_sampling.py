@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from partial_fc import PartialFC
 from partial_fc.sampling import Permutation, draw_window, mix, select_rows, window_size
 
 CPU = torch.device("cpu")
@@ -71,3 +74,39 @@ def test_rows_are_positives_and_window_within_the_shard():
     rows = select_rows(torch.tensor([40, 12, 3, 19]), torch.tensor([[12, 10], [-1, 25]]), lo=10, hi=20)
     assert rows.tolist() == [0, 2, 9]
     assert select_rows(torch.tensor([40]), torch.tensor([3]), lo=10, hi=10).tolist() == []
+
+
+def _labels(rank: int, step: int) -> list[int]:
+    return [*((11 * step + 3 * i + rank) % 100 for i in range(5)), 7]
+
+
+def _counts(rank: int, world: int) -> list[tuple[list[int], dict[str, int]]]:
+    """The classes of each step here and their counts; after the last, those with two classes more."""
+    head = PartialFC(4, 100, sample_rate=0.1, ignore_index=7)
+    found = []
+    for step in range(5):
+        if step < 4:
+            embeddings = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+            head(embeddings, torch.tensor(_labels(rank, step)))
+        else:
+            new = [i for i in range(head.shards.lo, head.shards.hi) if i not in head.selected][:2]
+            head.selected_rows = torch.tensor([i - head.shards.lo for i in (*new, *head.selected.tolist())])
+        found.append((head.selected.tolist(), {name: int(value) for name, value in head.selected_counts.items()}))
+    head.eval()(embeddings, torch.tensor(_labels(rank, 0)))
+    found.append((head.selected.tolist(), {name: int(value) for name, value in head.selected_counts.items()}))
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_rows_of_a_step_are_counted_by_what_put_them_there(ranks: Any, world):
+    for found in ranks(world).run(_counts):
+        for step, (ids, counts) in enumerate(found[:5]):
+            window = {*draw_window(100, 0.1, seed=0, step=min(step, 3), device=CPU).tolist()} & {*ids}
+            batch = {label for rank in range(world) for label in _labels(rank, min(step, 3))} & {*ids}
+            batch -= {7, *window}
+            assert counts["rows"] == len(ids) == counts["window"] + counts["batch"] + counts["hard"]
+            assert (counts["window"], counts["batch"]) == (len(window), len(batch))
+            assert counts["hard"] == (2 if step == 4 else 0)
+        ids, counts = found[5]
+        assert counts == {"rows": len(ids), "window": len(ids), "batch": 0, "hard": 0}
+        assert ids == list(range(ids[0], ids[-1] + 1)), "all rows of the shard"

@@ -284,6 +284,122 @@ def test_a_loss_is_trained_and_an_interrupted_run_goes_on(losses: Any, tmp_path:
         assert "1 of 1: NormFace" in run.stderr
 
 
+# ---------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.fixture
+def sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sampling
+
+    return sampling
+
+
+def sampled(sampling: Any, name: str, seed: int, out: Path, tar: float) -> None:
+    """A finished run with figures of our own."""
+    case = next(case for case in (*sampling.CASES, *sampling.LARGE_CASES) if case.name == name)
+    rank = {"rank-1": 0.5}
+    of_places = {"other places": {"TAR @ FAR 1e-3": tar, "TAR @ FAR 1e-4": None, **rank}, "unseen names": rank}
+    of_glyphs = {split: {"TAR @ FAR 1e-3": tar, "TAR @ FAR 1e-4": tar / 2, **rank} for split in ("seen", "new")}
+    figures = {
+        "identities": 20_000,
+        "samples": 183_167,
+        "steps": 1428,
+        "batch_size": 512,
+        "seconds_per_step": 0.2,
+        "rows": 10_000 * case.rate + 250,
+        "shares": [0.75, 0.25, 0.0],
+        "sets": of_places if case.data == "places" else of_glyphs,
+    }
+    folder = out / f"{name}-seed{seed}"
+    folder.mkdir(parents=True)
+    (folder / sampling.FIGURES).write_text(json.dumps(figures))
+
+
+def test_the_settings_of_every_sampled_case_are_valid(sampling: Any, tmp_path: Path) -> None:
+    _, asked = sampling._asked(["--out", str(tmp_path)])
+    cases = (*sampling.CASES, *(case for case in sampling.LARGE_CASES if case.data == "large"))
+    runs = [sampling.Run(case, 2, asked) for case in cases]
+    assert len({run.folder.path for run in runs}) == len(cases)
+    assert [case.name for case in cases[:3]] == ["all-r1", "dense-r0.1", "dense-r0.02"], "what decides comes first"
+    for run in runs:
+        config = to_config(train_parser(), ["--config", sampling.QUICKSTART, *run.arguments])
+        assert (config.head.sample_rate, config.seed) == (run.case.rate, 2)
+        assert config.data.identities == (20_000 if run.case.data == "glyphs" else 72_000)
+
+
+def test_finished_runs_of_sampling_are_tabled_and_not_run_again(
+    sampling: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, tar in ((0, 0.8), (1, 0.9)):
+        sampled(sampling, "all-r1", seed, tmp_path, tar)
+        for kind in ("dense", "still"):
+            for rate in (0.1, 0.02):
+                sampled(sampling, f"{kind}-r{rate:g}", seed, tmp_path, tar - (0.1 if kind == "still" else 0.01))
+    sampled(sampling, "places-all-r1", 0, tmp_path, 0.4)
+    sampled(sampling, "places-still-r0.1", 0, tmp_path, 0.3)
+    sampling.main(["--out", str(tmp_path), "--only", "all-*", "--seeds", "0", "1"])
+    out = capsys.readouterr().out
+    assert out == (tmp_path / "table.md").read_text()
+    lines = out.splitlines()
+    assert lines[0] == "Characters: 20,000 classes, 183,167 samples, 1,428 steps of 512, 2 ranks."
+    ours, half = "0.850 (0.800–0.900)", "0.425 (0.400–0.450)"
+    rank = "0.500 (0.500–0.500)"
+    figures = f"{ours} | {half} | {rank} | {ours} | {half} | {rank}"
+    assert f"| 1 | all classes | {figures} | 0.200 | 10,250 | 75 % / 25 % / 0 % | 2 |" in lines
+    assert [line.count("|") for line in lines if "|" in line] == [13] * 7 + [11] * 4
+    assert "| 0.1 | still | 0.300 (0.300–0.300) | — |" in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results[0]["seeds"]["1"]["sets"]["new"]["TAR @ FAR 1e-3"] == 0.9
+    for name in ("sampling.png", "sampling_places.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit):
+        sampling.main(["--out", str(tmp_path), "--only", "nothing-*"])
+    assert "--only nothing-*: no case has such a name" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sampled_case_is_trained(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "sampling.py"),
+        *args(
+            "--data quickstart --identities 100 --epochs 1 --batch_size 128 --seeds 0 --only all-r1 dense-r0.1 --out"
+        ),
+        str(tmp_path),
+    ]
+    for count in (0, 2):
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=400, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert run.returncode == 0, run.stderr
+        assert f"{count} of 2 runs are finished" in run.stderr
+    assert "| 1 | all classes | 0." in run.stdout and "| 50 | 100 % / 0 % / 0 % | 1 |" in run.stdout
+    sampled = json.loads((tmp_path / "dense-r0.1-seed0" / "figures.json").read_text())
+    assert 5 < sampled["rows"] < 50 and sum(sampled["shares"]) == pytest.approx(1) and sampled["shares"][1] > 0.3
+    assert not (tmp_path / "all-r1-seed0" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_names_of_places_are_trained_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "sampling.py"),
+        *args("--large --places 1500 --place_epochs 1 --seeds 0 --only places-all-r1 places-still-r0.1 --out"),
+        str(tmp_path),
+    ]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Names of places: 1,500 classes" in run.stdout and "| 0.1 | still | 0." in run.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- large glyphs
+
+
 def test_the_table_of_the_large_glyph_set_says_what_was_measured(tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import glyphs_large

@@ -460,7 +460,7 @@ def old_form(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run of ArcFace with SGD as an earlier version saved them."""
     margin = config["head"].pop("margin")["init_args"]
     optimizer = config.pop("optimizer")["init_args"]
-    del config["head_optimizer"]
+    del config["head_optimizer"], config["head_skipped_rows"]
     unset = {**yaml.safe_load(f"{{{UNSET}}}"), "margin": "arcface", "scale": margin["scale"]}
     given = {name: optimizer[name] for name in ("lr", "momentum", "weight_decay")}
     more = {"name": "sgd", "head_lr_factor": config.pop("head_lr_factor"), "head_name": None, "trust_coefficient": None}

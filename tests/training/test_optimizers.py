@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from partial_fc import ArcFace, PartialFC, load_checkpoint, save_checkpoint
 from partial_fc.training.cli.main import main, train_parser
-from partial_fc.training.config import RunConfig, to_config
+from partial_fc.training.config import RunConfig, keep_still_rows, to_config
 from partial_fc.training.errors import UserError
 from partial_fc.training.optimizers import Optimizers, OptimizerSettings
 from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig, build_schedules, learning_rate_factor
@@ -235,6 +235,7 @@ def test_a_learning_rate_reaches_what_looks_ahead_after_loading():
             "--head_optimizer SGD --head_lr_factor 3",
             "--head_lr_factor is 3.0, which has no effect with --head_optimizer",
         ),
+        ("--head_skipped_rows frozen", "frozen"),
         ("--head_lr_factor -1", "--head_lr_factor is -1.0; give at least 0"),
         ("--schedule.shape multistep", "needs --schedule.milestones"),
         ("--schedule.shape step", "needs --schedule.every"),
@@ -347,10 +348,31 @@ def test_a_run_with_ranger_and_two_schedules_goes_on_exactly(tmp_path):
     assert logged(folder) == rows
 
 
+def test_what_skipped_rows_do_reaches_the_heads_optimizer(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "partial_fc.training.optimizers.RowOptimizer", lambda cls, head, **options: given.append(options)
+    )
+    for asked in ([], ["--head_skipped_rows", "dense"], ["--head_skipped_rows", "still"]):
+        given.clear()
+        to_config(train_parser(), [*asked, "--head_optimizer", "SGD", "--head_optimizer.lr", "0.3"])
+        assert given == [{"lr": 0.3, **({"skipped_rows": asked[1]} if asked else {})}]
+
+
+def test_rows_of_a_run_that_was_saved_before_stand_still(tmp_path):
+    configs = RunConfig(), RunConfig()
+    configs[0].head.sample_rate = 0.1
+    saved = tmp_path / "config.yaml"
+    for text, expected in (("head_skipped_rows: null", None), ("head_lr_factor: 1.0", "still")):
+        saved.write_text(f"{text}\n")
+        keep_still_rows(saved, *configs)
+        assert [config.head_skipped_rows for config in configs] == [expected, None]
+
+
 def test_settings_that_were_saved_before_load(tmp_path):
     """A config.yaml without the fields that came later."""
     old = plain_settings(RunConfig())
-    for name in ("head_schedule", "head_optimizer", "head_lr_factor"):
+    for name in ("head_schedule", "head_optimizer", "head_lr_factor", "head_skipped_rows"):
         del old[name]
     old["optimizer"] = {"name": "sgd", "lr": 0.1, "head_lr_factor": 1.0, "momentum": 0.9, "weight_decay": 0.0005}
     old["schedule"] = {"shape": "polynomial", "power": 2.0, "warmup_epochs": 0.3}

@@ -318,6 +318,7 @@ def test_what_is_measured_is_logged_now_and_then(tmp_path):
     assert measured == [True, False, False, True, False, False, False, True, False]
     rows = history(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 4, 8]
+    assert "selected_rows" not in rows[0], "which is every row"
     assert set(rows[0]) == {
         "step",
         "epoch",
@@ -329,6 +330,24 @@ def test_what_is_measured_is_logged_now_and_then(tmp_path):
         "embedding_norm",
         "grad_norm",
     }
+
+
+def test_the_rows_of_a_sampled_step_are_logged(tmp_path):
+    settings = args("--head.sample_rate 0.1 --output.log_every 4 --train.epochs 1 --train.cpu true")
+    config = to_config(train_parser(), [*SMALL[:4], *settings, "--output.folder", str(tmp_path / "run")])
+    trainer = Trainer(config)
+    counts = []
+    trainer.head.register_forward_hook(lambda head, *_: counts.append(head.selected_counts))
+    trainer.train()
+    trainer.close()
+    rows = history(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 4, 8]
+    for row in rows:
+        counted = {name: float(value) for name, value in counts[row["step"] - 1].items()}
+        assert row["selected_rows"] == counted["rows"] > counted["window"] == 6
+        shares = [row[f"{name}_share"] for name in ("window", "batch", "hard")]
+        assert shares[0] == pytest.approx(6 / counted["rows"]) and shares[2] == 0
+        assert sum(shares) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ try:
     from partial_fc.training.cli.protocols import protocol_command
     from partial_fc.training.cli.report import report_command
     from partial_fc.training.cli.weights import export_weights_command, import_weights_command
-    from partial_fc.training.config import RunConfig, add_config, check_resumes, to_config
+    from partial_fc.training.config import RunConfig, add_config, check_resumes, keep_still_rows, to_config
     from partial_fc.training.data import IdentityDataset, open_data
     from partial_fc.training.data.formats.packed import is_packed, packed_splits
     from partial_fc.training.errors import Preempted, UserError
@@ -242,6 +242,7 @@ def _resolve(parser: SettingsParser, arguments: list[str]) -> tuple[RunConfig, b
     before = to_config(parser, saved)
     now = to_config(parser, arguments if asked.config else [*saved, *arguments])
     now.output.folder = str(folder.path)
+    keep_still_rows(folder.path / CONFIG, now, before)
     check_resumes(now, before, str(folder.path))
     return now, True, asked.check
 
