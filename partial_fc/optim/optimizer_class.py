@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc.distributed.dtensors import local_part
+from partial_fc.optim.adam_moves import FIRST, LARGEST, SECOND, AdamMoves
+from partial_fc.optim.moves import KERNELS, LinearMoves, Moves, Probe, is_row_state, on_cpu
 from partial_fc.optim.protocol import check_options, step_quietly
 from partial_fc.rows import ClassRows, HasClassRows
 
 LowPrecision = Literal["master", "stochastic"]
-
-KERNELS = ("capturable", "fused")  # options that some devices have and others have not
 
 
 def check_arguments(
@@ -106,13 +107,6 @@ def trial(
     return torch.cat([p.detach() for p in parameters]), optimizer.state[parameters[0]]
 
 
-def on_cpu(value: Any) -> Any:
-    """Return an option with its tensors, such as a learning rate, on the CPU."""
-    if isinstance(value, tuple | list):
-        return type(value)(map(on_cpu, value))
-    return value.detach().cpu() if isinstance(value, Tensor) else value
-
-
 def initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> dict[str, float]:
     """Return what row state holds for a row that never had a gradient.
 
@@ -153,5 +147,66 @@ def check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) 
             )
 
 
-def is_row_state(value: Any, block: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape == block.shape
+def form_of(cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> type[Moves] | None:
+    """Return the form of what steps of the class with these options do to a row without a gradient; None if it has
+    neither."""
+    options = {**options, "lr": 1e-3} if "lr" in options else dict(options)
+    forms: list[type[Moves]] = [LinearMoves, AdamMoves]
+    return next((form for form in forms if _fits(form, cls, options)), None)
+
+
+def _state_keys(cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the row state of the class with these options."""
+    accepted = {k: v for k, v in options.items() if k in inspect.signature(cls).parameters and k != "params"}
+    _, state = trial(cls, accepted, torch.zeros(1, 1, dtype=torch.float64, device="cpu"), steps=1)
+    return tuple(sorted(k for k, v in state.items() if isinstance(v, Tensor) and v.shape == (1, 1)))
+
+
+def _fits(form: type[Moves], cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> bool:
+    """Return whether some steps do to random rows what a table of this form says."""
+    generator = torch.Generator("cpu").manual_seed(3)
+    keys = _state_keys(cls, options)
+    if form is AdamMoves and not {FIRST, SECOND} <= set(keys):
+        return False
+    n = 8
+    probe, alone = Probe(cls, options, {}), Probe(cls, options, {})
+    for _ in range(6):
+        table = form(keys)
+        # rows of many sizes; what is under a root is not negative
+        size = 10.0 ** -torch.arange(0, 2 * n, 2, device="cpu", dtype=torch.float64)
+        values = {"": torch.randn(n, generator=generator, dtype=torch.float64, device="cpu")}
+        for key in keys:
+            values[key] = (torch.rand(n, generator=generator, dtype=torch.float64, device="cpu") + 0.5) * size
+        if LARGEST in keys:
+            values[LARGEST] = values[SECOND] * 2
+        state = {k: v for k, v in values.items() if k} if probe.known else {}
+        after = probe.step(options, values[""], state)
+        step = table.find(alone, options)
+        if not step.isfinite().all():
+            return False
+        table.extend(step)
+        before = [values[""], *(values[key] if state else torch.zeros_like(values[""]) for key in keys)]
+        moved = table.move([v[:, None] for v in before], table.coefficients()[:1].expand(n, -1))
+        for key, found in zip(("", *keys), moved, strict=True):
+            expected = after.get(key, torch.zeros_like(after[""]))
+            if not torch.allclose(found[:, 0], expected, rtol=1e-9, atol=1e-12):
+                return False
+    return True
+
+
+def checked_form(cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> type[Moves]:
+    """Return the form of what a step does to a row without a gradient; ValueError if it has none."""
+    form = form_of(cls, {k: v for k, v in options.items() if k != "params"})
+    if form is None:
+        raise ValueError(
+            f'skipped_rows="dense" needs an optimizer that does the same to all rows without a gradient, or moves them '
+            f"as Adam does: SGD, AdamW, Adam, NAdam, or RMSprop, Adagrad and Adadelta without weight_decay. "
+            f"{cls.__name__} with these options does neither"
+            + (": decay through the gradient enters its state. Use decoupled decay (AdamW)" if decays(options) else "")
+            + ', or skipped_rows="still", which leaves rows where they are until they are selected again'
+        )
+    return form
+
+
+def decays(options: Mapping[str, Any]) -> bool:
+    return bool(options.get("weight_decay")) and not options.get("decoupled_weight_decay")

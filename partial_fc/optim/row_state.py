@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from partial_fc.batch.status import HALF
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.errors import log
+from partial_fc.optim.moves import is_row_state
 from partial_fc.optim.optimizer_class import (
     LowPrecision,
     check_arguments,
     check_kernels,
+    checked_form,
     construct,
     initial_state,
-    is_row_state,
     trial,
 )
 from partial_fc.optim.protocol import OneGroup, check_options, checked_groups, with_loading_hooks, with_saving_hooks
-from partial_fc.optim.skipped_rows import SkippedRows, checked_form
+from partial_fc.optim.skipped_rows import SkippedRows
 from partial_fc.optim.stored_rows import COUNT as COUNT
 from partial_fc.optim.stored_rows import MASTER as MASTER
 from partial_fc.optim.stored_rows import agree_to_load, marked, row_problem, stated_rows, taken
@@ -65,15 +66,17 @@ class RowState(OneGroup):
         self.moved_in_backward = False  # a backward has moved the rows since the last step()
         super().__init__(list(rows.trainable), self.inner.defaults)
         self.param_groups[0]["params"] = rows.trainable  # this very list, which backward changes in place
-        rows.catch_up()  # with an optimizer before this one
-        rows.optimizer = weakref.ref(self)
         self.skipped_rows = skipped_rows_of(optimizer_class, rows, skipped_rows, self.param_groups[0])
+        rows.catch_up()  # by the optimizer before this one
+        rows.optimizer = weakref.ref(self)
         self.follow_skipped_rows()
 
     def follow_skipped_rows(self) -> None:
         """Begin to note what rows miss from here on."""
-        dense = self.skipped_rows == "dense" and self.class_rows.sampled
-        self.class_rows.behind = SkippedRows(self.class_rows, type(self.inner), self.param_groups[0]) if dense else None
+        rows, behind = self.class_rows, None
+        if self.skipped_rows == "dense" and rows.sampled:
+            behind = SkippedRows(rows, type(self.inner), self.param_groups[0], checked_form)
+        rows.behind = behind
 
     def catch_up(self) -> None:
         """Bring all rows, and their state, to where the dense optimizer would have them now (skipped_rows="dense").

@@ -2,7 +2,7 @@
 it is next looked at.
 
     step      count           what it does to a row without a gradient, found once for all rows, on the host
-                              (no_gradient.py); `done` of the rows that had one is the number of steps
+                              (moves.py); `done` of the rows that had one is the number of steps
     forward   catch_up(rows)  the rows that it selects first get the steps that they missed: an entry of a table each
     readers   catch_up()      whoever reads or writes rows outside a step brings all of them up to date, once
 
@@ -13,7 +13,7 @@ selected rows. It is the same to rounding wherever rows are brought up to date i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.errors import log
-from partial_fc.optim.no_gradient import Moves, Probe, form_of
+from partial_fc.optim.moves import Moves, Probe
 from partial_fc.optim.rounding import round_at_random
 from partial_fc.optim.stored_rows import COUNT, MASTER
 from partial_fc.sampling import mix
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 20  # of one temporary: several stay in the cache of a CPU
 BLOCK_BYTES_ELSEWHERE = 256 << 20
 TAKEN_BYTES = 1 << 30  # of rows and their state between forward and update
+
+
+FormOf = Callable[[type[torch.optim.Optimizer], Mapping[str, Any]], type[Moves]]  # ValueError if there is none
 
 
 class Update(Protocol):
@@ -54,10 +57,13 @@ class SkippedRows:
     that is more.
     """
 
-    def __init__(self, rows: ClassRows, cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, rows: ClassRows, cls: type[torch.optim.Optimizer], options: Mapping[str, Any], form_of: FormOf
+    ) -> None:
         self.rows = rows
         self.cls = cls
-        self.form = checked_form(cls, options)
+        self.form_of = form_of
+        self.form = form_of(cls, options)
         self.kinds = _kinds(options)
         self.steps = self.floor = 0
         self.done: Tensor | None = None
@@ -69,7 +75,7 @@ class SkippedRows:
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise ValueError if options were set with which nobody knows what a step does to a row without gradient."""
         kinds = _kinds(options)
-        if kinds != self.kinds and checked_form(self.cls, options) is not self.form:
+        if kinds != self.kinds and self.form_of(self.cls, options) is not self.form:
             raise ValueError(f"options of {self.cls.__name__} were changed to another kind of update: {dict(options)}")
         self.kinds = kinds
 
@@ -90,8 +96,9 @@ class SkippedRows:
             behind.moves.extend(steps.get(name))
         self.steps += 1
         self.tables = []
-        if self.done is None or self.done.shape != (self.rows.shards.local,) or self.done.device != self.rows.device:
-            self.done = torch.full((self.rows.shards.local,), self.floor, dtype=torch.int32, device=self.rows.device)
+        local = len(local_part(self.rows.main.detach()))
+        if self.done is None or len(self.done) != local or self.done.device != self.rows.device:
+            self.done = torch.full((local,), self.floor, dtype=torch.int32, device=self.rows.device)
         if selected is not None:
             self.done.index_fill_(0, selected, self.steps)
         if self.steps - self.floor >= self.form.MOST:
@@ -240,24 +247,6 @@ def row_keys(update: Update) -> tuple[str, ...]:
     shape = update.parameter.shape
     found = (k for k, v in update.state.items() if isinstance(v, Tensor) and v.ndim and v.shape == shape)
     return tuple(sorted(key for key in found if key != MASTER))
-
-
-def checked_form(cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> type[Moves]:
-    """Return the form of what a step does to a row without a gradient; ValueError if it has none."""
-    form = form_of(cls, {k: v for k, v in options.items() if k != "params"})
-    if form is None:
-        raise ValueError(
-            f'skipped_rows="dense" needs an optimizer that does the same to all rows without a gradient, or moves them '
-            f"as Adam does: SGD, AdamW, Adam, NAdam, or RMSprop, Adagrad and Adadelta without weight_decay. "
-            f"{cls.__name__} with these options does neither"
-            + (": decay through the gradient enters its state. Use decoupled decay (AdamW)" if decays(options) else "")
-            + ', or skipped_rows="still", which leaves rows where they are until they are selected again'
-        )
-    return form
-
-
-def decays(options: Mapping[str, Any]) -> bool:
-    return bool(options.get("weight_decay")) and not options.get("decoupled_weight_decay")
 
 
 def _kinds(options: Mapping[str, Any]) -> dict[str, Any]:

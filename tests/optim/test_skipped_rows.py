@@ -294,7 +294,7 @@ def test_every_sharded_parameter_moves_and_no_row_is_left():
 
 def test_small_tables_blocks_and_memory_change_nothing(monkeypatch):
     monkeypatch.setattr("partial_fc.optim.skipped_rows.BLOCK_BYTES", 4 * D * 7)
-    monkeypatch.setattr("partial_fc.optim.no_gradient.LinearMoves.MOST", 9)
+    monkeypatch.setattr("partial_fc.optim.moves.LinearMoves.MOST", 9)
     check_run(0, 1, 0.1, SGD, KINDS["nesterov"], (1e-9, 1e-9))
     monkeypatch.setattr("partial_fc.optim.skipped_rows.TAKEN_BYTES", 100)
     check_run(0, 1, 0.1, SGD, KINDS["nesterov"], (1e-9, 1e-9))

@@ -1,0 +1,128 @@
+"""What steps without a gradient do to a row under Adam without L2 decay, AdamW and NAdam."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partial_fc.optim.moves import Probe
+
+FIRST, SECOND, LARGEST = "exp_avg", "exp_avg_sq", "max_exp_avg_sq"  # what torch calls the moments
+TINY = 1e-30  # stands for an ε of 0
+
+
+class AdamMoves:
+    """Moments decay, and a weight moves by −m Σ_j b_j / (√v + e_j), a term for each step.
+
+    The sum over the steps is a function of √v. Three terms B / (√v + E) have its first three derivatives at √v = 0 and
+    at infinity: Gauss's quadrature for weights b_j / e_j³ at the places e_j, which takes their moments, Σ_j b_j e_j^k
+    for k = -3 to 2. They differ from the sum where √v is near ε: there by a relative 1e-4 in the first steps of a run,
+    and far less later.
+    """
+
+    MOST = 1 << 12
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self.keys = keys
+        self.scale = keys.index(LARGEST if LARGEST in keys else SECOND)  # which state is under the root
+        # columns: factor of the weight, of each key, then the six moments
+        self.start = torch.tensor([[1.0] * (1 + len(keys)) + [0.0] * 6], dtype=torch.float64, device="cpu")
+        self.table = self.start
+
+    def __len__(self) -> int:
+        return len(self.table) - 1
+
+    def find(self, probe: Probe, options: Mapping[str, Any]) -> Tensor:
+        """Return [D, factor of each key, a, q, ε]."""
+        one, zero = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+        eps = max(float(options.get("eps", 0.0)), TINY)
+        known = probe.known
+        state = {key: torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64) for key in self.keys}
+        # a second moment near enough to 0 that ε alone divides
+        for key in {SECOND, self.keys[self.scale]}:
+            state[key] = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+        weights = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+        after = probe.step(options, weights, state if known else {})
+        if not known:  # no row has moments yet
+            decay = after[""][:1]
+            return torch.cat((decay, one[: len(self.keys)], zero[:1], one[:1], one[:1] * eps))
+        factors = torch.stack([after[""][0], *(after[key][1] for key in self.keys)])
+        by_one, by_eps = -after[""][1], -after[""][2]
+        a = by_eps * eps if float(options.get("eps", 0.0)) > 0 else by_one
+        q = a / by_one - eps if float(options.get("eps", 0.0)) > 0 else torch.ones((), dtype=torch.float64)
+        q = torch.where(by_one == 0, torch.ones((), dtype=torch.float64), q)
+        return torch.cat((factors, torch.stack((a, q, torch.tensor(eps, dtype=torch.float64)))))
+
+    def extend(self, step: Tensor | None) -> None:
+        if step is not None:
+            n = 1 + len(self.keys)
+            factors, (a, q, eps) = step[:n], step[n:]
+            # what the moments are in this step, in those of the start
+            first = self.table[:, 1 + self.keys.index(FIRST)]
+            q = q * self.table[:, 1 + self.scale].clamp(min=1e-120).sqrt()
+            b = torch.where(first > TINY, a * first / q, 0.0)
+            e = eps / q
+            powers = torch.stack([b * e**k for k in range(-3, 3)], 1)
+            self.table = torch.cat((self.table[:, :n] * factors, self.table[:, n:] * factors[0] + powers), 1)
+        self.table = torch.cat((self.table, self.start))
+
+    def moves(self, step: Tensor) -> bool:
+        n = 1 + len(self.keys)
+        return not bool((step[:n] == 1).all() and step[n] == 0)
+
+    def coefficients(self) -> Tensor:
+        """Columns: factor of the weight and of each key, then three B and three E."""
+        n = 1 + len(self.keys)
+        return torch.cat((self.table[:, :n], _terms(self.table[:, n:])), 1)
+
+    def move(self, values: list[Tensor], coefficients: Tensor) -> list[Tensor]:
+        c = [column[:, None] for column in coefficients.unbind(1)]
+        first = values[1 + self.keys.index(FIRST)]
+        root = values[1 + self.scale].sqrt()
+        b1, b2, b3, e1, e2, e3 = c[1 + len(self.keys) :]
+        slope = (b1 / (root + e1)).add_(b2 / (root + e2)).add_(b3 / root.add_(e3))
+        weight = (values[0] * c[0]).addcmul_(first, slope, value=-1)
+        return [weight, *(value * factor for value, factor in zip(values[1:], c[1:], strict=False))]
+
+
+def _terms(moments: Tensor) -> Tensor:
+    """Return `[n, 6]`: B_1, B_2, B_3, E_1, E_2, E_3 with Σ B E^(k-3) = m_k for the moments m_0 to m_5, `[n, 6]`.
+
+    The E are the zeros of the polynomial of degree 3 that is orthogonal to all lower ones, in t = (e - mean) /
+    deviation. Where the e_j are alike, or two of them, fewer terms are exact.
+    """
+    some = moments[:, :1] > 0
+    total, first, *others = torch.where(some, moments, 1.0).unbind(1)
+    mean = first / total
+    r2, r3, r4, r5 = (moment / total / mean ** (k + 2) for k, moment in enumerate(others))
+    variance = (r2 - 1).clamp(min=0)
+    deviation = variance.clamp(min=1e-16).sqrt()
+    g3 = (r3 - 3 * r2 + 2) / deviation**3
+    g4 = (r4 - 4 * r3 + 6 * r2 - 3) / deviation**4
+    g5 = (r5 - 5 * r4 + 10 * r3 - 10 * r2 + 4) / deviation**5
+    rest = g4 - g3**2 - 1  # 0 for one or two values
+    three = ((variance > 1e-7) & (rest > 1e-3))[:, None]
+    # t³ + a t² + b t + c, orthogonal to 1, t and t²; its zeros by the cosine of a third of an angle
+    a = torch.where(three[:, 0], (g3 * g4 + g3 - g5) / rest, 0.0)
+    b, c = -g4 - a * g3, -g3 - a
+    p, q = b - a**2 / 3, 2 * a**3 / 27 - a * b / 3 + c
+    reach = (-p / 3).clamp(min=1e-12).sqrt()
+    angle = torch.acos((-q / (2 * reach**3)).clamp(-1, 1)) / 3
+    turns = torch.arange(3, device="cpu") * (2 * math.pi / 3)
+    t = 2 * reach[:, None] * torch.cos(angle[:, None] - turns) - a[:, None] / 3
+    after, before = t.roll(1, 1), t.roll(2, 1)
+    shares = (1 + after * before) / ((t - after) * (t - before))
+    # two terms: t² - g3 t - 1
+    root = (g3**2 / 4 + 1).sqrt()
+    low, high = g3 / 2 - root, g3 / 2 + root
+    two = torch.stack((low, high, high), 1)
+    of_two = torch.stack((high, -low, torch.zeros_like(low)), 1) / (high - low)[:, None]
+    alike = variance[:, None] <= 1e-13
+    t = torch.where(alike, 0.0, torch.where(three, t, two))
+    shares = torch.where(alike, torch.tensor([1.0, 0.0, 0.0], dtype=t.dtype), torch.where(three, shares, of_two))
+    e = mean[:, None] * (1 + deviation[:, None] * t).clamp(min=1e-9)
+    return torch.cat((torch.where(some, shares * total[:, None] * e**3, 0.0), torch.where(some, e, 1.0)), 1)
