@@ -91,9 +91,9 @@ class HardNegatives(ChangeableLoss):
         if self.forward_count and self.forward_count % self._hard_negatives_every == 0:  # type: ignore[operator]
             self._search_in_forward()
         ids = positives.reshape(-1)
-        is_class = (ids >= 0) & (ids < self.num_classes)  # on accelerators a wrong label is found by the step's check
-        found = self.neighbours.index_select(0, torch.where(is_class, ids, 0))
-        return torch.cat((ids, torch.where(is_class[:, None], found, UNKNOWN).to(ids.dtype).flatten()))
+        classes = ids.clamp(0, self.num_classes - 1)  # on accelerators a wrong label is found by the step's check
+        found = torch.where((classes == ids)[:, None], self.neighbours.index_select(0, classes), UNKNOWN)
+        return torch.cat((ids, found.to(ids.dtype).flatten()))
 
     def _search_in_forward(self) -> None:
         """Search; with on_nonfinite="log" rows that are not finite leave the table as it is."""

@@ -81,6 +81,11 @@ class HeadConfig:
     interclass_filter: float | None = None
     """Cosine beyond which another class is taken for the sample's own under a second label, and is skipped; null to
     skip none."""
+    hard_negatives: int = 0
+    """How many nearest classes of each class of a batch take part in its step beside those drawn, with a sample_rate
+    below 1; 0 for none."""
+    hard_negatives_every: int = 1000
+    """Forwards (micro-batches) of training between two searches for the nearest classes of all classes."""
     init_std: float = 0.01
     """Standard deviation of the initial class weights."""
     weights: str | None = None
@@ -102,7 +107,14 @@ class HeadConfig:
         self.margin_schedule.check()
         self.margin_schedule.build(self.margin.build_margin(torch.ones(2)), steps_per_epoch=1000)
         try:
-            PartialFC(2, 2, margin, self.sample_rate, device=torch.device("meta"), **self._options)
+            PartialFC(
+                2,
+                max(2, self.hard_negatives + 1),
+                margin,
+                self.sample_rate,
+                device=torch.device("meta"),
+                **self._options,
+            )
         except ValueError as error:
             raise UserError(f"--head: {error}") from error
 
@@ -168,7 +180,8 @@ class HeadConfig:
 
     @property
     def _options(self) -> dict[str, Any]:
-        names = ("init_std", "label_smoothing", "interclass_filter", "logits_budget")
+        hard = "hard_negatives", "hard_negatives_every"
+        names = ("init_std", "label_smoothing", "interclass_filter", *hard, "logits_budget")
         return {name: getattr(self, name) for name in names}
 
 

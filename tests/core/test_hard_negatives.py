@@ -436,4 +436,3 @@ def test_the_rows_of_every_forward_are_those_of_the_last_search():
         with torch.no_grad():
             head(*batch(step, 0, 1))
     assert searches == [3, 6]
-
