@@ -107,14 +107,8 @@ class HeadConfig:
         self.margin_schedule.check()
         self.margin_schedule.build(self.margin.build_margin(torch.ones(2)), steps_per_epoch=1000)
         try:
-            PartialFC(
-                2,
-                max(2, self.hard_negatives + 1),
-                margin,
-                self.sample_rate,
-                device=torch.device("meta"),
-                **self._options,
-            )
+            classes, device = max(2, self.hard_negatives + 1), torch.device("meta")
+            PartialFC(2, classes, margin, self.sample_rate, device=device, **self._options)
         except ValueError as error:
             raise UserError(f"--head: {error}") from error
 
@@ -165,7 +159,12 @@ class HeadConfig:
         self, embedding_size: int, class_counts: Tensor, seed: int, device: torch.device, **policy: Any
     ) -> PartialFC:
         """Return the head of len(class_counts) classes. policy: `TrainConfig.policy`. ValueError for values out of
-        range."""
+        range, UserError for more hard negatives than there are other classes."""
+        if self.hard_negatives and self.hard_negatives >= len(class_counts):
+            raise UserError(
+                f"--head.hard_negatives is {self.hard_negatives}; with {len(class_counts)} identities it can be at "
+                f"most {len(class_counts) - 1}"
+            )
         return PartialFC(
             embedding_size,
             len(class_counts),
