@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from common import any_message_of, local, message_of
+from missing_ranks import told
 from shards import everyones, part_of, selected_by_all, two_by_two
 from torch import Tensor
 
@@ -95,13 +96,13 @@ def tables(rank: int, world: int, mesh: bool) -> list[tuple[Tensor, Tensor, Tens
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_table_is_that_of_a_dense_search(ranks, world):
-    for found in ranks(world).run(tables, False):
+    for found in ranks(world).run(tables, False, timeout=150):
         for table, by_hand, _ in found:
             assert torch.equal(table, by_hand)
 
 
 def test_replicas_have_the_same_table(ranks):
-    for found in ranks(4).run(tables, True):
+    for found in ranks(4).run(tables, True, timeout=150):
         for table, by_hand, _ in found:
             assert torch.equal(table, by_hand)
 
@@ -145,11 +146,11 @@ def selected(rank: int, world: int, mesh: bool) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_forward_takes_the_window_the_classes_of_the_batch_and_their_neighbours(ranks, world):
-    ranks(world).run(selected, False)
+    ranks(world).run(selected, False, timeout=150)
 
 
 def test_replicas_take_the_neighbours_of_all_classes_of_the_mesh(ranks):
-    ranks(4).run(selected, True)
+    ranks(4).run(selected, True, timeout=150)
 
 
 def losses(rank: int, world: int) -> tuple[list[float], Tensor, Tensor]:
@@ -160,7 +161,7 @@ def losses(rank: int, world: int) -> tuple[list[float], Tensor, Tensor]:
 
 
 def test_a_run_is_the_same_at_every_world_size(ranks):
-    runs = [ranks(world).run(losses) for world in (1, 2, 3)]
+    runs = [ranks(world).run(losses, timeout=150) for world in (1, 2, 3)]
     for found, table, rows in (each for run in runs for each in run):
         torch.testing.assert_close(found, runs[0][0][0], rtol=1e-10, atol=1e-10)
         assert torch.equal(table, runs[0][0][1])
@@ -412,6 +413,17 @@ def diverged(rank: int, world: int) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_rows_that_are_not_finite(ranks, world):
     ranks(world).run(diverged)
+
+
+def apart(rank: int, world: int) -> tuple[str, tuple[int, ...], str]:
+    head = build()
+    return told(lambda: head.refresh_hard_negatives() if rank == 0 else head(*batch(0, rank, world)))
+
+
+def test_a_search_of_one_rank_alone(ranks):
+    for message, _, _ in ranks(2).run(apart):
+        where = "rank 0 is in refresh_hard_negatives, rank 1 is in the exchange of a batch. "
+        assert message.startswith(f"ranks have come to different collectives: {where}"), message
 
 
 def test_a_search_is_told(caplog):
