@@ -1,7 +1,7 @@
 """Hard negatives: the K nearest classes of each class of a batch join the sample of every training forward at r < 1.
 
     table [C, K]      ids of the nearest classes of each class, the same on every rank; −1: not known yet
-    every E forwards  class rows ── nearest_classes (queries.py) ──> lists [C_local, K] of this rank's classes
+    every E forwards  class rows ── nearest_classes (queries.py), or about so by faiss (approximate.py) ──> lists [C_local, K] of this rank's classes
                                  ── all-gather, a piece of classes at a time ──> table
     every forward     class ids of the batch [P] ── rows of the table ──> ids [P·(1 + K)], drawn as labels are
 
@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from partial_fc.classes.approximate import approximate_classes, faiss_module
 from partial_fc.classes.change import check_reachable
 from partial_fc.classes.changeable import ChangeableLoss
 from partial_fc.classes.interface import Change
@@ -32,6 +33,7 @@ from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.operation import operation
 from partial_fc.distributed.ranks import all_gather
 from partial_fc.errors import NonFiniteError, log
+from partial_fc.sharded_module import check_choice
 from partial_fc.shards import ClassShards, shard_bounds
 
 SEARCH = "the search for hard negatives"
@@ -40,6 +42,8 @@ BLOCK = 1 << 16  # classes whose lists are renumbered at a time
 TABLE = "neighbours"
 UNKNOWN = -1
 
+Search = Literal["exact", "faiss"]
+
 
 class HardNegatives(ChangeableLoss):
     """Base of `HeadState`. neighbours: the table `[C, K]` int32, a buffer that is saved; None where K is 0."""
@@ -47,14 +51,16 @@ class HardNegatives(ChangeableLoss):
     neighbours: Tensor | None
     _hard_negatives: int = 0
     _hard_negatives_every: int = 1000
+    _hard_negatives_search: Search = "exact"
 
     # tensors of the state that load in any shape: a table of more or fewer neighbours, also where there is none here
     any_shape = frozenset({TABLE})
 
-    def _make_table(self, hard_negatives: int, every: int) -> None:
+    def _make_table(self, hard_negatives: int, every: int, search: Search, centers: int) -> None:
         """Register the table, of which nothing is known yet. ValueError where there are not so many other classes."""
         check_neighbours(hard_negatives, self.num_classes)
         self._hard_negatives, self._hard_negatives_every = hard_negatives, every
+        self._hard_negatives_search = checked_search(search, hard_negatives, centers)
         shape = self.num_classes, hard_negatives
         table = torch.full(shape, UNKNOWN, dtype=torch.int32, device=self._device) if hard_negatives else None
         self.register_buffer(TABLE, table)
@@ -79,6 +85,16 @@ class HardNegatives(ChangeableLoss):
     @hard_negatives_every.setter
     def hard_negatives_every(self, value: int) -> None:
         self._hard_negatives_every = whole("hard_negatives_every", value, least=1)
+
+    @property
+    def hard_negatives_search(self) -> Search:
+        """How neighbours are searched; may be set, on every rank alike."""
+        return self._hard_negatives_search
+
+    @hard_negatives_search.setter
+    def hard_negatives_search(self, value: Search) -> None:
+        centers = self.class_rows.main.shape[1] if self.class_rows.main.ndim == 3 else 1
+        self._hard_negatives_search = checked_search(value, self._hard_negatives, centers)
 
     # ------------------------------------------------------------------------------------------------ a forward
 
@@ -111,7 +127,7 @@ class HardNegatives(ChangeableLoss):
         """Search the K nearest classes of all classes now, as a training forward does every `hard_negatives_every`.
 
         For rows that did not come from training: after `init_from_embeddings` or `import_weights`. Every rank must call
-        it. The work is that of `nearest_classes(K)`, then C · K ids to every rank. Raises RuntimeError for a head
+        it. The work is that of `nearest_classes(K)`, or of an index, then C · K ids to every rank. Raises RuntimeError for a head
         without hard negatives, NonFiniteError if a row is not finite; the same on every rank, with nothing changed.
         """
         if self.neighbours is None:
@@ -124,12 +140,17 @@ class HardNegatives(ChangeableLoss):
         table, k, shards = self.neighbours, self._hard_negatives, self.class_rows.shards
         assert table is not None
         started = time.perf_counter()
-        found = nearest_classes(self.class_rows, k)
+        recall = ""
+        if self._hard_negatives_search == "faiss":
+            found, share = approximate_classes(self.class_rows, k)
+            recall = f", recall {share:.3f}"
+        else:
+            found = nearest_classes(self.class_rows, k)
         gather_lists(found.ids, shards, table)
         total = all_gather(found.cosines.sum(dtype=torch.float64), shards.ranks.group, SEARCH).sum()
         mean = float(total) / table.numel()
-        message = "hard negatives: the %d nearest of %d classes in %.3g s, mean cosine %.4f, %d bytes on every rank"
-        log.info(message, k, self.num_classes, time.perf_counter() - started, mean, table.nbytes)
+        message = "hard negatives: the %d nearest of %d classes in %.3g s, mean cosine %.4f%s, %d bytes on every rank"
+        log.info(message, k, self.num_classes, time.perf_counter() - started, mean, recall, table.nbytes)
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -185,6 +206,16 @@ def check_hard_negatives(hard_negatives: int, every: int, sample_rate: float) ->
             "leave it at 0, or give a sample_rate below 1"
         )
     return hard_negatives, every
+
+
+def checked_search(search: Search, hard_negatives: int, centers: int) -> Search:
+    """Return how to search. ValueError for what cannot be, ModuleNotFoundError without faiss where it is needed."""
+    check_choice("hard_negatives_search", search, ("exact", "faiss"))
+    if search == "faiss" and hard_negatives:
+        if centers > 1:
+            raise ValueError(f'hard_negatives_search="faiss" takes one row a class, not {centers} centers: use "exact"')
+        faiss_module()
+    return search
 
 
 def check_neighbours(hard_negatives: int, num_classes: int) -> None:

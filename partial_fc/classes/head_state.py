@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from partial_fc.classes.hard_negatives import UNKNOWN, HardNegatives, check_hard_negatives
+from partial_fc.classes.hard_negatives import UNKNOWN, HardNegatives, Search, check_hard_negatives
 from partial_fc.classes.interface import Change
 from partial_fc.classes.tables import (
     changed_class_weights,
@@ -64,7 +64,8 @@ class HeadState(HardNegatives):
     FACTS: ClassVar[dict[str, str]] = {
         **HardNegatives.FACTS,
         **{name: name for name in ("label_smoothing", "interclass_filter", "forward_count")},
-        **{name: f"_{name}" for name in ("sample_rate", "hard_negatives", "hard_negatives_every")},
+        "sample_rate": "_sample_rate",
+        **{name: f"_{name}" for name in ("hard_negatives", "hard_negatives_every", "hard_negatives_search")},
         "metrics": "collect_metrics",
     }
 
@@ -86,6 +87,7 @@ class HeadState(HardNegatives):
         interclass_filter: float | None = None,
         hard_negatives: int = 0,
         hard_negatives_every: int = 1000,
+        hard_negatives_search: Search = "exact",
         class_weights: Tensor | None = None,
         metrics: bool = False,
         validate: Validate = "always",
@@ -117,7 +119,7 @@ class HeadState(HardNegatives):
         self._measured = None
         checked = checked_class_weights(class_weights, self.num_classes, self._device)
         self.register_buffer("class_weights", checked, persistent=False)
-        self._make_table(*hard)
+        self._make_table(*hard, hard_negatives_search, margin.centers)
         dtype = dtype or torch.get_default_dtype()
         self._prepare_margin(dtype)
         local = (self.shards.local,) if margin.centers == 1 else (self.shards.local, margin.centers)

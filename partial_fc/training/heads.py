@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from partial_fc import margins
 from partial_fc.centers import CenterLoss
+from partial_fc.classes.hard_negatives import Search
 from partial_fc.head import PartialFC
 from partial_fc.margins.base import Margin
 from partial_fc.training.class_settings import ClassSettings
@@ -86,6 +87,9 @@ class HeadConfig:
     below 1; 0 for none."""
     hard_negatives_every: int = 1000
     """Forwards (micro-batches) of training between two searches for the nearest classes of all classes."""
+    hard_negatives_search: Search = "exact"
+    """How they are searched: exact, or by faiss on the CPU, which needs far less work with millions of classes and finds
+    most of them."""
     init_std: float = 0.01
     """Standard deviation of the initial class weights."""
     weights: str | None = None
@@ -109,7 +113,7 @@ class HeadConfig:
         try:
             classes, device = max(2, self.hard_negatives + 1), torch.device("meta")
             PartialFC(2, classes, margin, self.sample_rate, device=device, **self._options)
-        except ValueError as error:
+        except (ValueError, ModuleNotFoundError) as error:
             raise UserError(f"--head: {error}") from error
 
     def check_weights(self) -> None:
@@ -179,7 +183,7 @@ class HeadConfig:
 
     @property
     def _options(self) -> dict[str, Any]:
-        hard = "hard_negatives", "hard_negatives_every"
+        hard = "hard_negatives", "hard_negatives_every", "hard_negatives_search"
         names = ("init_std", "label_smoothing", "interclass_filter", *hard, "logits_budget")
         return {name: getattr(self, name) for name in names}
 
