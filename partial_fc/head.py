@@ -51,8 +51,8 @@ class PartialFC(HeadState):
         label_smoothing: ε in [0, 1), as in `F.cross_entropy`, over the selected classes: all at r = 1.
         interclass_filter: cosine in (-1, 1] beyond which another class is taken for the sample's own under a second
             label and left out of the denominator (arXiv 2203.15565, section 3.4); None for no filter.
-        hard_negatives: K, nearest classes of each class of the batch that take part as well, at r < 1: as found every
-            `hard_negatives_every` training forwards, or by `refresh_hard_negatives` (docs/losses.md).
+        hard_negatives: K, nearest classes of each class of the batch that take part as well, at r < 1: searched every
+            `hard_negatives_every` training forwards, "exact" or by "faiss" (`hard_negatives_search`; docs/losses.md).
         class_weights: `[C]`, as in `F.cross_entropy(weight=...)`, on every rank; a sample of several classes has the
             mean of their weights, by its label weights. A mean is divided by the sum of the samples' weights.
         metrics: measure `metrics` in every forward; nothing is computed for them otherwise.

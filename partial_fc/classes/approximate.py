@@ -59,15 +59,13 @@ def approximate_classes(class_rows: ClassRows, k: int) -> Approximate:
     buffer = torch.empty(step * rows.width, dtype=rows.dtype, device=device)
 
     def unit(given: Tensor, first: int) -> Any:
-        return (
-            rows.unit(given, buffer, first)[:, 0].to("cpu", torch.float32, copy=True).numpy()
-        )  # the buffer is used again
+        # a copy, because the buffer is used again
+        return rows.unit(given, buffer, first)[:, 0].to("cpu", torch.float32, copy=True).numpy()
 
     spans = [(a, min(a + step, rows.hi)) for a in range(rows.lo, rows.hi, step)]
     blocks = [unit(rows.weight[a - rows.lo : b - rows.lo], a) for a, b in spans]
     rows.raise_nonfinite()  # an index of a NaN would find anything
     index = _index(faiss, blocks, rows.width, k + 1)
-    del blocks
     ids, values = torch.full((len(rows.weight), k), -1), torch.zeros(len(rows.weight), k)
     ids, values = ids.to(device), values.to(device)
     for owner in range(ranks.world):
@@ -91,7 +89,7 @@ def approximate_classes(class_rows: ClassRows, k: int) -> Approximate:
 
 
 def _index(faiss: Any, blocks: list[Any], width: int, k: int) -> Any:
-    """Return an index of unit rows, which looks into as many cells as `TARGET` needs."""
+    """Return an index of unit rows, which looks into as many cells as `TARGET` needs. Blocks are freed when added."""
     count = sum(map(len, blocks))
     flat = faiss.IndexFlatIP(width)
     cells = min(int(4 * count**0.5), count // ROWS_OF_A_CELL)
@@ -99,21 +97,24 @@ def _index(faiss: Any, blocks: list[Any], width: int, k: int) -> Any:
         flat if count < FLAT_BELOW or cells < 2 else faiss.IndexIVFFlat(flat, width, cells, faiss.METRIC_INNER_PRODUCT)
     )
     if index is flat:
-        for block in blocks:
-            flat.add(block)
-        return flat
+        return _filled(flat, blocks)
     wanted = ROWS_OF_A_CELL * cells  # of rows that the means of cells are computed from, evenly over the shard
     chosen = [torch.from_numpy(block[:: max(1, count // wanted)]) for block in blocks]
     index.train(torch.cat(chosen).numpy())
-    for block in blocks:
-        index.add(block)
     exact = _exact(blocks, k)
+    _filled(index, blocks)
     index.nprobe = 1
     while index.nprobe < cells:
         _, places = index.search(exact[0], k)
         if _share(torch.from_numpy(places), exact[1][:, 1:]) >= TARGET:  # all but the first, the row itself
             break
         index.nprobe = min(cells, 2 * index.nprobe)
+    return index
+
+
+def _filled(index: Any, blocks: list[Any]) -> Any:
+    while blocks:
+        index.add(blocks.pop(0))
     return index
 
 

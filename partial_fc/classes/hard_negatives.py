@@ -1,16 +1,17 @@
 """Hard negatives: the K nearest classes of each class of a batch join the sample of every training forward at r < 1.
 
     table [C, K]      ids of the nearest classes of each class, the same on every rank; −1: not known yet
-    every E forwards  class rows ── nearest_classes (queries.py), or about so by faiss (approximate.py) ──> lists [C_local, K] of this rank's classes
+    every E forwards  class rows ── nearest_classes (queries.py) ──> lists [C_local, K] of this rank's classes
                                  ── all-gather, a piece of classes at a time ──> table
+                      (or nearly so, by an index: approximate.py)
     every forward     class ids of the batch [P] ── rows of the table ──> ids [P·(1 + K)], drawn as labels are
 
 Training forward t searches where t > 0 and E divides t, from the rows as they are then, and draws by what it found: so
 the forward count alone decides, and a run is the same at every world size and after every resumption. (Ties within the
-rounding of a cosine may be broken otherwise.) Between two searches a forward looks K ids up for each label: no
-collective, nothing for which the host waits.
+rounding of a cosine may be broken otherwise, and an index depends on the shards.) Between two searches a forward looks
+K ids up for each label: no collective, nothing for which the host waits.
 
-Mining the nearest classes by their rows: Suh et al., Stochastic Class-based Hard Example Mining, CVPR 2019.
+Hard classes by the nearest rows: Suh et al., Stochastic Class-Based Hard Example Mining for Deep Metric Learning, 2019.
 """
 
 from __future__ import annotations
@@ -127,8 +128,9 @@ class HardNegatives(ChangeableLoss):
         """Search the K nearest classes of all classes now, as a training forward does every `hard_negatives_every`.
 
         For rows that did not come from training: after `init_from_embeddings` or `import_weights`. Every rank must call
-        it. The work is that of `nearest_classes(K)`, or of an index, then C · K ids to every rank. Raises RuntimeError for a head
-        without hard negatives, NonFiniteError if a row is not finite; the same on every rank, with nothing changed.
+        it. The work is that of `nearest_classes(K)`, or of an index, then C · K ids to every rank. Raises RuntimeError
+        for a head without hard negatives, NonFiniteError if a row is not finite; the same on every rank, with nothing
+        changed.
         """
         if self.neighbours is None:
             raise RuntimeError("this head has no hard negatives: build it with hard_negatives=K and a sample_rate < 1")

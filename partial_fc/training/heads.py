@@ -88,8 +88,8 @@ class HeadConfig:
     hard_negatives_every: int = 1000
     """Forwards (micro-batches) of training between two searches for the nearest classes of all classes."""
     hard_negatives_search: Search = "exact"
-    """How they are searched: exact, or by faiss on the CPU, which needs far less work with millions of classes and finds
-    most of them."""
+    """How they are searched: exact, or by faiss on the CPU, which takes far less work with millions of classes and
+    finds most of them."""
     init_std: float = 0.01
     """Standard deviation of the initial class weights."""
     weights: str | None = None

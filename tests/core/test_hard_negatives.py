@@ -4,12 +4,14 @@ resumption, and the table of them follows the classes."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from common import any_message_of, local, message_of
+from common import any_message_of, local, message_of, needs
 from missing_ranks import told
 from shards import everyones, part_of, selected_by_all, two_by_two
 from torch import Tensor
@@ -25,7 +27,7 @@ from partial_fc import (
     load_checkpoint,
     save_checkpoint,
 )
-from partial_fc.classes import hard_negatives
+from partial_fc.classes import approximate, hard_negatives
 from partial_fc.sampling import draw_window
 
 D, C, K = 5, 23, 3
@@ -57,6 +59,22 @@ def train(head: PartialFC, optimizer: Any, steps: range, rank: int, world: int) 
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+@contextmanager
+def told_by_the_log() -> Iterator[list[str]]:
+    """What partial_fc logs inside."""
+    found: list[str] = []
+    handler, log = logging.Handler(), logging.getLogger("partial_fc")
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def all_rows(head: PartialFC) -> Tensor:
@@ -426,15 +444,77 @@ def test_a_search_of_one_rank_alone(ranks):
         assert message.startswith(f"ranks have come to different collectives: {where}"), message
 
 
-def test_a_search_is_told(caplog):
+def test_a_search_is_told():
     head = build(k=2)
-    with caplog.at_level(logging.INFO, "partial_fc"):
+    with told_by_the_log() as messages:
         head.refresh_hard_negatives()
-    (message,) = (each.getMessage() for each in caplog.records)
+    (message,) = messages
     unit = torch.nn.functional.normalize(head.weight.detach(), dim=1)
     mean = (unit @ unit.T).fill_diagonal_(-2.0).topk(2).values.mean()
     assert message.startswith("hard negatives: the 2 nearest of 23 classes in ")
     assert message.endswith(f" s, mean cosine {mean:.4f}, {4 * C * 2} bytes on every rank")
+
+
+# --------------------------------------------------------------------------------------------------- an index
+
+
+def indexed(rank: int, world: int, ivf: bool) -> list[float]:
+    """Recall as it is told, and as it is over all classes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(approximate, "ROWS_AT_ONCE", 70)
+        patch.setattr(approximate, "ROWS_OF_A_CELL", 40)  # faiss warns of fewer than 39
+        patch.setattr(approximate, "FLAT_BELOW", 0 if ivf else 20_000)
+        classes = 1501 if ivf else C
+        head = build(classes=classes, k=5, dtype=torch.float32, hard_negatives_search="faiss")
+        if ivf:
+            drawn = torch.Generator().manual_seed(0)
+            groups, noise = torch.randn(20, D, generator=drawn), torch.randn(classes, D, generator=drawn)
+            rows = groups.repeat(80, 1)[:classes] + 0.2 * noise
+            local(head.weight.detach()).copy_(rows[head.shards.lo : head.shards.hi])
+        with told_by_the_log() as messages:
+            head.refresh_hard_negatives()
+        (message,) = messages
+        table, by_hand = head.neighbours.long(), nearest_by_hand(all_rows(head).double(), 5)  # type: ignore[union-attr]
+        assert table.shape == by_hand.shape and not bool((table == torch.arange(classes)[:, None]).any())
+        hits = (table[:, None, :] == by_hand[:, :, None]).any(2).double().mean()
+        assert ivf or torch.equal(table, by_hand)
+        return [float(message.split("recall ")[1].split(",")[0]), float(hits)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@needs("faiss")
+def test_an_index_finds_most(ranks, world):
+    assert ranks(world).run(indexed, False, timeout=150) == [[1.0, 1.0]] * world
+    found = ranks(world).run(indexed, True, timeout=150)
+    assert all(each == found[0] for each in found), "the same table and recall on every rank"
+    said, recall = found[0]
+    assert 0.9 < recall <= 1.0 and abs(said - recall) < 0.03
+
+
+def index_of_no_rows(rank: int, world: int) -> list[list[int]]:
+    head = build(classes=2, k=1, sample_rate=0.5, hard_negatives_search="faiss")
+    head.refresh_hard_negatives()
+    return head.neighbours.tolist()  # type: ignore[union-attr]
+
+
+@needs("faiss")
+def test_an_index_on_ranks_without_classes(ranks):
+    assert ranks(3).run(index_of_no_rows) == [[[1], [0]]] * 3
+
+
+def test_what_an_index_cannot_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs faiss: pip install faiss-cpu \(or partial_fc\[faiss\]\)"):
+        build(hard_negatives_search="faiss")
+    head = build()
+    with pytest.raises(ModuleNotFoundError, match="needs faiss"):
+        head.hard_negatives_search = "faiss"
+    assert build(k=0, hard_negatives_search="faiss").neighbours is None
+    centers = message_of(build, margin=SubCenterArcFace(centers=2), hard_negatives_search="faiss")
+    assert "takes one row a class, not 2 centers" in centers
+    head = build(margin=SubCenterArcFace(centers=2))
+    assert message_of(setattr, head, "hard_negatives_search", "faiss") == centers
+    assert "must be one of exact, faiss, not 'near'" in message_of(build, hard_negatives_search="near")
 
 
 def test_the_rows_of_every_forward_are_those_of_the_last_search():
