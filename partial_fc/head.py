@@ -51,6 +51,8 @@ class PartialFC(HeadState):
         label_smoothing: ε in [0, 1), as in `F.cross_entropy`, over the selected classes: all at r = 1.
         interclass_filter: cosine in (-1, 1] beyond which another class is taken for the sample's own under a second
             label and left out of the denominator (arXiv 2203.15565, section 3.4); None for no filter.
+        hard_negatives: K, nearest classes of each class of the batch that take part as well, at r < 1: searched every
+            `hard_negatives_every` training forwards, "exact" or by "faiss" (`hard_negatives_search`; docs/losses.md).
         class_weights: `[C]`, as in `F.cross_entropy(weight=...)`, on every rank; a sample of several classes has the
             mean of their weights, by its label weights. A mean is divided by the sum of the samples' weights.
         metrics: measure `metrics` in every forward; nothing is computed for them otherwise.
@@ -115,6 +117,7 @@ class PartialFC(HeadState):
             positives = targets.ids  # of this replica; a label without weight is drawn nevertheless
             if ranks.replica_group is not None or batch.label_weights is not None:
                 positives = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
+            positives = self.with_hard_negatives(positives) if self._hard_negatives else positives
             seed, step, device = self.seed, self.forward_count, batch.embeddings.device
             if device.type == "cpu":
                 window = draw_window(self.num_classes, self._sample_rate, seed=seed, step=step, device=device)

@@ -59,7 +59,7 @@ class Stateful(Protocol):
     Two more methods are optional. `check_state(state)` is called before anything is loaded, with the skeleton of the
     stored state (placeholders instead of tensors); it raises ValueError if the state does not fit this object.
     `state_template()` returns a state dict with all tensors allocated, for objects that have none before their first
-    step.
+    step. So is an attribute, `any_shape`: names of tensors that `load_state_dict` takes in any shape.
     """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -257,9 +257,11 @@ def _destinations(stateful: Stateful, name: str, metadata: dict[str, Any], folde
     if template is not None and not here.keys() >= set(stored):
         here.clear()
         flatten(template(), name, here)
-    destinations = {}
+    destinations, any_shape = {}, getattr(stateful, "any_shape", ())
     for key in stored:
         own = here.get(key)
+        if own is not None and own.shape != metadata[key].size and key.removeprefix(f"{name}/") in any_shape:
+            own = None
         if own is None and isinstance(stateful, torch.optim.Optimizer):
             own = _empty_like_parameter(stateful, key.removeprefix(f"{name}/"), metadata[key])
         destinations[key] = _destination(key, metadata[key], own, folder, hasattr(stateful, "class_rows"))

@@ -5,7 +5,7 @@
                every rank validates the arguments, and all raise the first error before anything has changed
                rows (moves.py)  weight, then bias, then each optimizer state: one tensor at a time, to the shards of C'
                parameters       stay the same objects, so optimizers keep working
-               tables           class weights, and margins with a value per class
+               tables           class weights, hard negatives, and margins with a value per class
     init_from_embeddings       rows become class means over a whole data set, streamed; each rank sums its own classes
 
 The optimizer state of a row moves with it. New rows start with the state of a row that never had a gradient. No rank
@@ -102,7 +102,7 @@ def remap(
                 f'merge="mean" needs one center per class, but this {type(loss).__name__} has {row_shape(loss)[0]}: '
                 'centers of different classes have no common order; use merge="first"'
             )
-        prepared, facts = _prepare(loss, Change(moves, int(ids.max()) + 1, margin=margin), optimizers)
+        prepared, facts = _prepare(loss, Change(moves, int(ids.max()) + 1, margin=margin, mapping=ids), optimizers)
         weights_digest = None if weights is None else _digest(torch.as_tensor(weights))
         arguments = {"the call": "remap", "mapping": _digest(ids), "merge": merge, "weights": weights_digest}
         return prepared, {**arguments, **facts}

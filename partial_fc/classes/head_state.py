@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from partial_fc.classes.changeable import ChangeableLoss
+from partial_fc.classes.hard_negatives import UNKNOWN, HardNegatives, Search, check_hard_negatives
 from partial_fc.classes.interface import Change
 from partial_fc.classes.tables import (
     changed_class_weights,
@@ -45,7 +45,7 @@ class HeadNumbers(NamedTuple):
     logits_budget: int | None
 
 
-class HeadState(ChangeableLoss):
+class HeadState(HardNegatives):
     """Base of `PartialFC`."""
 
     weight: nn.Parameter
@@ -63,9 +63,10 @@ class HeadState(ChangeableLoss):
     _measured: Measured | None
 
     FACTS: ClassVar[dict[str, str]] = {
-        **ChangeableLoss.FACTS,
+        **HardNegatives.FACTS,
         **{name: name for name in ("label_smoothing", "interclass_filter", "forward_count")},
         "sample_rate": "_sample_rate",
+        **{name: f"_{name}" for name in ("hard_negatives", "hard_negatives_every", "hard_negatives_search")},
         "metrics": "collect_metrics",
     }
 
@@ -85,6 +86,9 @@ class HeadState(ChangeableLoss):
         logits_budget: int | None = None,
         label_smoothing: float = 0.0,
         interclass_filter: float | None = None,
+        hard_negatives: int = 0,
+        hard_negatives_every: int = 1000,
+        hard_negatives_search: Search = "exact",
         class_weights: Tensor | None = None,
         metrics: bool = False,
         validate: Validate = "always",
@@ -96,6 +100,7 @@ class HeadState(ChangeableLoss):
         """For the arguments see `PartialFC`."""
         margin = ArcFace() if margin is None else margin
         numbers = check_head_arguments(margin, sample_rate, label_smoothing, interclass_filter, logits_budget)
+        hard = check_hard_negatives(hard_negatives, hard_negatives_every, numbers.sample_rate)
         shared = SharedArguments(
             embedding_size, num_classes, group, seed, init_std, ignore_index, reduction, scale_embedding_grad,
             validate, on_nonfinite, max_skips, device,
@@ -116,6 +121,7 @@ class HeadState(ChangeableLoss):
         self._measured = None
         checked = checked_class_weights(class_weights, self.num_classes, self._device)
         self.register_buffer("class_weights", checked, persistent=False)
+        self._make_table(*hard, hard_negatives_search, margin.centers)
         dtype = dtype or torch.get_default_dtype()
         self._prepare_margin(dtype)
         local = (self.shards.local,) if margin.centers == 1 else (self.shards.local, margin.centers)
@@ -235,7 +241,7 @@ class HeadState(ChangeableLoss):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights again as `seed` says; set biases to 0 and the margin's state to its start.
+        """Draw the weights again as `seed` says; set biases to 0, the margin's state to its start, neighbours to −1.
 
         Also after `to_empty` on a head that was built on the meta device.
         """
@@ -243,6 +249,8 @@ class HeadState(ChangeableLoss):
         self._draw(self.weight)
         if self.bias is not None:
             local_part(self.bias.detach()).zero_()
+        if self.neighbours is not None:
+            self.neighbours.fill_(UNKNOWN)
         self.margin.reset()
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -280,9 +288,11 @@ class HeadState(ChangeableLoss):
         drawn = self._drawn_of(change.num_classes)
         class_weights = changed_class_weights(self.class_weights, change)
         margin = changed_margin(self.margin, change, drawn, self.class_rows.device)
+        take_table = self.changed_table(change)
 
         def take() -> None:
             self.class_weights = class_weights
+            take_table()
             self.add_module("margin", margin)  # prepared already
             self.selected_rows = self._last_labels = None
             if margin is not change.margin:

@@ -16,13 +16,17 @@ from partial_fc.shards import ClassShards
 
 @dataclass(frozen=True)
 class Change:
-    """The classes after a change: `num_classes`, of which the last `added` are new and the others follow `moves`."""
+    """The classes after a change: `num_classes`, of which the last `added` are new and the others follow `moves`.
+
+    mapping: `[C]` int64 on the CPU, the new id of each old class, −1 where it is gone; None where all keep theirs.
+    """
 
     moves: ClassMoves
     num_classes: int
     added: int = 0
     margin: Margin | None = None
     class_weights: Tensor | None = None
+    mapping: Tensor | None = None
 
 
 class Changeable(Protocol):

@@ -87,7 +87,8 @@ class _Search:
 
     def largest_rate(self) -> Change | None:
         """Return the largest sampling rate that fits, to `RATE_DIGITS` digits. Below 1, update_in_backward is off."""
-        everything = self.change("a sampling rate of 1", sample_rate=1.0)
+        no_more = {"hard_negatives": 0} if self.requested["hard_negatives"] else {}  # all classes are there
+        everything = self.change("a sampling rate of 1", sample_rate=1.0, **no_more)
         if everything is not None:
             return everything
         C = self.requested["num_classes"]

@@ -25,6 +25,7 @@ import torch
 
 from partial_fc.batch.status import HALF, Status
 from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
+from partial_fc.classes.queries import DEFAULT_TILE_BYTES
 from partial_fc.optim.optimizer_class import LowPrecision, check_rows_apart, initial_state
 from partial_fc.sampling import window_size
 from partial_fc.shards import shard_bounds
@@ -70,6 +71,8 @@ class Sizes:
     kept: bool
     bounded: bool  # exponentials need no maximum and are computed in the dtype of the products
     cpu: bool
+    C: int
+    hard: int  # hard negatives of a class
 
     @property
     def tiles(self) -> int:
@@ -104,6 +107,7 @@ def sizes(
     update_in_backward: bool,
     low_precision: LowPrecision | None,
     device: str,
+    hard_negatives: int = 0,
 ) -> Sizes:
     """Return the sizes for the arguments of `plan.plan`. Raises ValueError if `RowOptimizer` rejects the optimizer."""
     C, D, N = num_classes, embedding_size, batch_size
@@ -111,8 +115,10 @@ def sizes(
     local = hi - lo
     window = window_size(C, sample_rate) if sample_rate < 1 else 0
     rows = local
-    if window:  # this rank's share of the window, and of the batch's classes outside the window
-        rows = min(local, math.ceil((window + (1 - window / C) * min(N, C)) * local / C))
+    if window:  # this rank's share of the window, and of the batch's classes and their neighbours outside the window
+        rows = min(local, math.ceil((window + (1 - window / C) * min(N * (1 + hard_negatives), C)) * local / C))
+        if hard_negatives and torch.device(device).type != "cpu":  # a slot for each, whosever class it is
+            rows = math.ceil(window * local / C) + N * (1 + hard_negatives)
     none = torch.empty(0, dtype=dtype, device="cpu")
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         stats, product = compute_dtypes(none, none)
@@ -142,6 +148,8 @@ def sizes(
         kept=logits <= (DEFAULT_LOGITS_BUDGET if logits_budget is None else logits_budget),
         bounded=product is not torch.float16,
         cpu=device == "cpu",
+        C=C,
+        hard=hard_negatives,
     )
 
 
@@ -234,6 +242,41 @@ def collectives(z: Sizes) -> tuple[Collective, ...]:
         "embedding gradient (reduce-scatter)", gradient * z.world, gradient * others, gradient * others
     )
     return (*found, scatter)
+
+
+# ---------------------------------------------------------------------------------------------------- hard negatives
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search for hard negatives on a rank, every `hard_negatives_every` training forwards.
+
+    table: bytes of the ids of all classes, which every rank holds. memory: bytes besides, while it searches.
+    operations: of the matrix products. collectives: of all tiles, or pieces, together.
+    """
+
+    table: int
+    memory: int
+    operations: int
+    collectives: tuple[Collective, ...]
+
+
+def search(z: Sizes) -> Search | None:
+    """Return what a search takes (classes/queries.py says how); None without hard negatives."""
+    if not z.hard:
+        return None
+    table, lists, rows = 4 * z.C * z.hard, z.C_local * z.hard, z.C_local * z.D * z.w
+    elements = DEFAULT_TILE_BYTES // z.s
+    T = max(1, min(math.isqrt(elements), elements // z.D, z.C_local))  # rows of a tile, on either side
+    selecting = min(DEFAULT_TILE_BYTES, 4 * T * T * z.s)
+    memory = lists * (z.s + 8) + T * T * z.s + 2 * T * z.D * (z.s + z.w * (z.world > 1)) + selecting
+    operations = 2 * z.C_local * z.C * z.D
+    if z.world == 1:  # each tile is used by row and by column
+        return Search(table, memory, operations // 2, ())
+    others = z.world - 1
+    broadcast = Collective("class rows (broadcasts)", rows, rows * others, rows * others)
+    gather = Collective("neighbours (all-gather)", 4 * lists, 4 * lists * others, 4 * lists * others)
+    return Search(table, memory, operations, (broadcast, gather))
 
 
 def payload_bytes(z: Sizes) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from partial_fc.optim.row_optimizer import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE
-from partial_fc.planning.costs import Sizes, payload_bytes
+from partial_fc.planning.costs import Sizes, payload_bytes, search
 from partial_fc.sharded_module import INIT_BLOCK
 from partial_fc.softmax.draws import MOST_DRAWN
 
@@ -67,6 +67,7 @@ def items(z: Sizes) -> tuple[Item, ...]:
         Item("rows of a tile", "T·D, several", tiles),
         Item("embeddings and their gradient", "N·D, several", _embeddings(z)),
         Item("selection", "row numbers and lengths", _selection(z)),
+        *_hard_negatives(z),
         Item("collectives' buffers", "", _collective_buffers(z)),
         Item("blocks of the optimizer", "", {"update": block}),
         Item("heap", "freed tiles and blocks, on the CPU", dict.fromkeys(step, heap)),
@@ -169,9 +170,18 @@ def _selection(z: Sizes) -> dict[str, int]:
     numbers = 8 * z.S * (z.window > 0)
     # elsewhere than on a CPU windows are drawn for several steps at a time
     drawn = z.window if z.cpu else max(z.window, min(z.C_local * z.world, MOST_DRAWN))
-    drawing = max(WINDOW_TEMPORARIES * drawn, 8 * (2 * (z.window + z.N) + 4 * z.S)) if z.window else 0
+    drawing = max(WINDOW_TEMPORARIES * drawn, 8 * (2 * (z.window + z.N * (1 + z.hard)) + 4 * z.S)) if z.window else 0
     after = dict.fromkeys(("forward", "combine", "backward", "update"), numbers + z.S * z.s)
     return {"gather": numbers, "select": numbers + drawing, **after}
+
+
+def _hard_negatives(z: Sizes) -> tuple[Item, ...]:
+    """The neighbours of all classes; in the forwards that search them, what the search takes."""
+    found = search(z)
+    if found is None:
+        return ()
+    table = Item("hard negatives", "4·C·K", dict.fromkeys(PHASES, found.table))
+    return table, Item("search for hard negatives", "tiles of rows and cosines, lists", {"select": found.memory})
 
 
 def _collective_buffers(z: Sizes) -> dict[str, int]:

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from partial_fc.batch.status import DTYPES
+from partial_fc.classes.hard_negatives import check_hard_negatives, check_neighbours
 from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
 from partial_fc.distributed.given import as_whole, plain
 from partial_fc.optim.optimizer_class import LowPrecision
 from partial_fc.optim.row_state import HALF
 from partial_fc.planning.advice import SAVERS, Change, Fit, advise
-from partial_fc.planning.costs import OPTIMIZERS, Collective, collectives, operations, sizes, traffic
+from partial_fc.planning.costs import OPTIMIZERS, Collective, Search, collectives, operations, search, sizes, traffic
 from partial_fc.planning.memory import PHASES, Item, items
 
 
@@ -41,6 +42,7 @@ class Plan:
     traffic: dict[str, int]
     collectives: tuple[Collective, ...]
     fit: Fit | None = None
+    search: Search | None = None  # for hard negatives
 
     @property
     def phases(self) -> dict[str, int]:
@@ -82,11 +84,12 @@ def plan(
     update_in_backward: bool = False,
     low_precision: LowPrecision | None = None,
     device: str = "cuda",
+    hard_negatives: int = 0,
 ) -> Plan:
     """Return what a head of these sizes needs on each rank. Nothing is allocated.
 
     Args:
-        num_classes, embedding_size, sample_rate, logits_budget, dtype: as of `PartialFC`.
+        num_classes, embedding_size, sample_rate, logits_budget, dtype, hard_negatives: as of `PartialFC`.
         world_size: number of ranks that the classes are split over.
         batch_size: N, samples of the global batch.
         optimizer: "sgd", "sgd-momentum", "adam", "adamw", "rmsprop", "adagrad", or a class with its
@@ -110,7 +113,8 @@ def plan(
 def _plan(arguments: dict[str, Any]) -> Plan:
     z = sizes(**arguments)
     mode = "kept" if z.kept else "tiled"
-    return Plan(arguments, z.C_local, z.S, z.T, mode, z.logits, items(z), operations(z), traffic(z), collectives(z))
+    fixed = arguments, z.C_local, z.S, z.T, mode, z.logits, items(z), operations(z), traffic(z), collectives(z)
+    return Plan(*fixed, search=search(z))
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -136,6 +140,9 @@ def _check(arguments: dict[str, Any], memory: int | None) -> int | None:
         raise ValueError(f"sample_rate must be in (0, 1], not {rate!r}")
     arguments["sample_rate"] = float(rate)
     _check_choices(arguments)
+    hard, _ = check_hard_negatives(arguments["hard_negatives"], 1, rate)
+    check_neighbours(hard, arguments["num_classes"])
+    arguments["hard_negatives"] = hard
     if arguments["update_in_backward"] and rate < 1:
         raise ValueError(f"update_in_backward requires sample_rate=1.0, not {rate!r}")
     if arguments["update_in_backward"] and arguments["autocast"] is torch.float16:
@@ -194,6 +201,8 @@ def _head_lines(made: Plan) -> list[str]:
         words.append("updated in backward")
     if a["low_precision"]:
         words.append(f"low precision: {a['low_precision']}")
+    if a["hard_negatives"]:
+        words.append(f"{a['hard_negatives']} hard negatives a class")
     return [
         f"C = {a['num_classes']:,} classes, D = {a['embedding_size']:,}, N = {a['batch_size']:,} samples, {ranks}, "
         f"r = {a['sample_rate']:g}",
@@ -217,7 +226,16 @@ def _step_lines(made: Plan) -> list[str]:
     lines = ["one step, per rank"]
     lines += [f"  {name:32}{count / 1e12:>12.3f}  10^12 operations" for name, count in made.operations.items()]
     lines += [f"  {name + ', read and written':32}{size(count):>12}" for name, count in made.traffic.items()]
-    return lines + [f"  {c.name:36}sent {size(c.sent):>12}, received {size(c.received):>12}" for c in made.collectives]
+    lines += _collective_lines(made.collectives)
+    if made.search is None:
+        return lines
+    lines += ["", "one search for hard negatives, per rank"]
+    lines.append(f"  {'matrix products':32}{made.search.operations / 1e12:>12.3f}  10^12 operations")
+    return lines + _collective_lines(made.search.collectives)
+
+
+def _collective_lines(found: tuple[Collective, ...]) -> list[str]:
+    return [f"  {c.name:36}sent {size(c.sent):>12}, received {size(c.received):>12}" for c in found]
 
 
 def _fit_lines(made: Plan) -> list[str]:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from partial_fc import margins
 from partial_fc.centers import CenterLoss
+from partial_fc.classes.hard_negatives import Search
 from partial_fc.head import PartialFC
 from partial_fc.margins.base import Margin
 from partial_fc.training.class_settings import ClassSettings
@@ -81,6 +82,14 @@ class HeadConfig:
     interclass_filter: float | None = None
     """Cosine beyond which another class is taken for the sample's own under a second label, and is skipped; null to
     skip none."""
+    hard_negatives: int = 0
+    """How many nearest classes of each class of a batch take part in its step beside those drawn, with a sample_rate
+    below 1; 0 for none."""
+    hard_negatives_every: int = 1000
+    """Forwards (micro-batches) of training between two searches for the nearest classes of all classes."""
+    hard_negatives_search: Search = "exact"
+    """How they are searched: exact, or by faiss on the CPU, which takes far less work with millions of classes and
+    finds most of them."""
     init_std: float = 0.01
     """Standard deviation of the initial class weights."""
     weights: str | None = None
@@ -102,8 +111,9 @@ class HeadConfig:
         self.margin_schedule.check()
         self.margin_schedule.build(self.margin.build_margin(torch.ones(2)), steps_per_epoch=1000)
         try:
-            PartialFC(2, 2, margin, self.sample_rate, device=torch.device("meta"), **self._options)
-        except ValueError as error:
+            classes, device = max(2, self.hard_negatives + 1), torch.device("meta")
+            PartialFC(2, classes, margin, self.sample_rate, device=device, **self._options)
+        except (ValueError, ModuleNotFoundError) as error:
             raise UserError(f"--head: {error}") from error
 
     def check_weights(self) -> None:
@@ -153,7 +163,12 @@ class HeadConfig:
         self, embedding_size: int, class_counts: Tensor, seed: int, device: torch.device, **policy: Any
     ) -> PartialFC:
         """Return the head of len(class_counts) classes. policy: `TrainConfig.policy`. ValueError for values out of
-        range."""
+        range, UserError for more hard negatives than there are other classes."""
+        if self.hard_negatives and self.hard_negatives >= len(class_counts):
+            raise UserError(
+                f"--head.hard_negatives is {self.hard_negatives}; with {len(class_counts)} identities it can be at "
+                f"most {len(class_counts) - 1}"
+            )
         return PartialFC(
             embedding_size,
             len(class_counts),
@@ -168,7 +183,8 @@ class HeadConfig:
 
     @property
     def _options(self) -> dict[str, Any]:
-        names = ("init_std", "label_smoothing", "interclass_filter", "logits_budget")
+        hard = "hard_negatives", "hard_negatives_every", "hard_negatives_search"
+        names = ("init_std", "label_smoothing", "interclass_filter", *hard, "logits_budget")
         return {name: getattr(self, name) for name in names}
 
 

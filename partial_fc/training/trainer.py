@@ -126,6 +126,8 @@ class Trainer:
         source = run_on_main_for_all(lambda: str(self.config.head.weights_source(named)), self.accelerator)
         try:
             import_weights(source, self.head)
+            if self.head.hard_negatives:
+                self.head.refresh_hard_negatives()  # the rows are worth a search before training moves them
         except (OSError, ValueError) as error:
             raise UserError(f"--head.weights: {error}") from error
 

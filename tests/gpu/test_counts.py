@@ -46,6 +46,7 @@ MOST: dict[str, dict[str, float]] = {
     "r=1, bf16": {"launches": 114, "waits": 1},
     "r=1, tiled": {"launches": 116, "waits": 1},
     "r=1, no clipping": {"launches": 107, "waits": 1},
+    "r=0.25, hard negatives": {"launches": 150, "waits": 1},
     "r=1, AdamW": {"launches": 114, "waits": 1},
     "r=0.25, AdamW": {"launches": 147, "waits": 1},
     "r=1, metrics": {"launches": 218, "waits": 1},
@@ -56,6 +57,7 @@ MOST: dict[str, dict[str, float]] = {
     "r=0.25, two micro-batches": {"launches": 271, "waits": 2},
     "r=1, two ranks": {"launches": 124, "waits": 1},
     "r=0.25, two ranks": {"launches": 155, "waits": 1},
+    "r=0.25, two ranks, hard negatives": {"launches": 162, "waits": 1},
     "r=1, two ranks, JoinedBatches": {"launches": 126, "waits": 1},
     "r=1, two ranks, 10 parameters": {"launches": 126, "waits": 1},
     "r=1, two ranks, 10 parameters, DivergenceWatch": {"launches": 166, "waits": 1},
@@ -105,6 +107,7 @@ ADAMW = {"optimizer": torch.optim.AdamW, "options": {"lr": 0.1}}
 CASES: dict[str, Case] = {
     "r=1": Case(),
     "r=0.25": Case(rate=0.25),
+    "r=0.25, hard negatives": Case(rate=0.25, more={"hard_negatives": 3}),  # between two searches
     "r=1, bf16": Case(autocast=torch.bfloat16),
     "r=1, tiled": Case(kept=False),
     "r=1, no clipping": Case(clip=False),
@@ -118,6 +121,7 @@ CASES: dict[str, Case] = {
     "r=0.25, two micro-batches": Case(rate=0.25, micro_batches=2),
     "r=1, two ranks": Case(world=2),
     "r=0.25, two ranks": Case(world=2, rate=0.25),
+    "r=0.25, two ranks, hard negatives": Case(world=2, rate=0.25, more={"hard_negatives": 3}),
     "r=1, two ranks, JoinedBatches": Case(world=2, joined=True),
     "r=1, two ranks, 10 parameters": Case(world=2, parameters=10, elements=4096),
     "r=1, two ranks, 10 parameters, DivergenceWatch": Case(world=2, parameters=10, elements=4096, watched=True),

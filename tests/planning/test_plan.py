@@ -109,6 +109,43 @@ def test_sampling_counts_the_window_and_the_positives():
     assert plan(10, 8, 4, 64, 0.9).rows == 3  # never more than the shard
 
 
+def test_hard_negatives_by_hand():
+    made = plan(4000, 8, 4, 40, 0.1, hard_negatives=5, device="cpu")
+    assert made.rows == 100 + 54  # of 240 ids 0.9 are not in the window; a quarter is this rank's
+    assert item(made, "hard negatives") == 4 * 4000 * 5
+    assert {i.name: len(i.bytes) for i in made.items if "hard" in i.name} == {
+        "hard negatives": len(PHASES),
+        "search for hard negatives": 1,
+    }
+    lists, tile, rows, received = 1000 * 5 * (4 + 8), 1000 * 1000 * 4, 2 * 1000 * 8 * 4, 2 * 1000 * 8 * 4
+    assert item(made, "search for hard negatives") == lists + tile + rows + received + 4 * tile
+    assert made.search is not None and made.search.operations == 2 * 1000 * 4000 * 8
+    rows_sent, ids_sent = made.search.collectives
+    assert (rows_sent.own, rows_sent.received) == (1000 * 8 * 4, 3 * 1000 * 8 * 4)
+    assert (ids_sent.own, ids_sent.received) == (1000 * 5 * 4, 3 * 1000 * 5 * 4)
+    assert made.collectives == plan(4000, 8, 4, 40, 0.1, device="cpu").collectives, "none in a step"
+    assert plan(4000, 8, 4, 40, 0.1, hard_negatives=5).rows == 100 + 240  # elsewhere a slot for each id
+    alone = plan(4000, 8, 1, 40, 0.1, hard_negatives=5)
+    assert alone.search is not None and alone.search.collectives == ()
+    assert alone.search.operations == 4000 * 4000 * 8
+    text = str(made)
+    assert "5 hard negatives a class" in text and "one search for hard negatives, per rank" in text
+    assert plan(4000, 8, 4, 40, 0.1).search is None and "hard" not in str(plan(4000, 8, 4, 40, 0.1))
+    fit = plan(4000, 8, 4, 40, 0.1, hard_negatives=5, memory=10**9).fit
+    assert fit is not None and fit.largest_rate is not None
+    assert fit.largest_rate.arguments == {"sample_rate": 1.0, "hard_negatives": 0}
+
+
+def test_planned_rows_are_those_of_a_head_with_hard_negatives():
+    head = PartialFC(8, 5000, sample_rate=0.1, hard_negatives=4)
+    RowOptimizer(torch.optim.SGD, head, lr=0.1)
+    head.refresh_hard_negatives()
+    head(torch.randn(64, 8), torch.randperm(5000)[:64])
+    made = plan(5000, 8, 1, 64, 0.1, hard_negatives=4)
+    assert abs(len(head.selected) - plan(5000, 8, 1, 64, 0.1, hard_negatives=4, device="cpu").rows) < 40
+    assert made.rows == 500 + 64 * 5
+
+
 def test_bytes_scale():
     def sizes(**changes: Any) -> Plan:
         return plan(**{**GPUS, "sample_rate": 0.1, **changes})
@@ -204,6 +241,9 @@ def test_the_budget_counts_all_centers(over):
         ({"batch_size": -1}, "batch_size must be an integer of at least 1, not -1"),
         ({"sample_rate": 1.5}, r"sample_rate must be in \(0, 1\], not 1.5"),
         ({"sample_rate": float("nan")}, r"sample_rate must be in \(0, 1\], not nan"),
+        ({"hard_negatives": -1, "sample_rate": 0.5}, "hard_negatives must be at least 0, not -1"),
+        ({"hard_negatives": 5}, "hard_negatives is 5, but with sample_rate=1.0 all classes take part"),
+        ({"hard_negatives": 5, "sample_rate": 0.5, "num_classes": 5}, "with 5 classes it can be at most 4"),
         ({"optimizer": "lion"}, "optimizer must be one of sgd, sgd-momentum, adam, .*, not 'lion'"),
         ({"optimizer": torch.nn.Linear}, "optimizer must be one of"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS cannot update rows one block at a time"),

@@ -23,6 +23,7 @@ from partial_fc.margins.fixed import ArcFace, CombinedMargin
 from partial_fc.margins.variants import CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import CLASS_OPTIONS, MarginSettings, RunConfig, flat, to_config
+from partial_fc.training.errors import UserError
 from partial_fc.training.run import RunFolder
 from partial_fc.training.trainer import Trainer
 
@@ -123,6 +124,16 @@ def test_the_head_has_the_filter_and_a_margin_of_each_classs_count():
     assert RunConfig().center.build(8, 4, 0, torch.device("cpu")) is None
 
 
+def test_the_head_has_hard_negatives_where_it_has_so_many_classes():
+    settings = args("--head.sample_rate 0.5 --head.hard_negatives 3 --head.hard_negatives_every 50")
+    config = to_config(train_parser(), settings)
+    config.head.check()
+    head = config.head.build(8, torch.ones(4), 0, torch.device("cpu"))
+    assert (head.hard_negatives, head.hard_negatives_every) == (3, 50)
+    with pytest.raises(UserError, match=r"--head\.hard_negatives is 3; with 3 identities it can be at most 2"):
+        config.head.build(8, torch.ones(3), 0, torch.device("cpu"))
+
+
 # -------------------------------------------------------------------------------------------------- bad input, one line
 
 
@@ -166,6 +177,9 @@ WRONG = {
     ),
     "centers": ("--head.margin SubCenterArcFace --head.margin.centers 0", "centers, the rows a class has"),
     "interclass_filter": ("--head.interclass_filter 2", "interclass_filter"),
+    "hard negatives of all classes": ("--head.hard_negatives 5", "with sample_rate=1.0 all classes take part"),
+    "hard negatives below 0": ("--head.sample_rate 0.5 --head.hard_negatives -5", "hard_negatives must be at least 0"),
+    "searches": ("--head.hard_negatives_every 0", "hard_negatives_every must be at least 1"),
     "weight of center loss": ("--center.weight -1", "center.weight"),
     "alpha without effect": ("--center.alpha 0.1", "--center.alpha is 0.1, which has no effect"),
     "alpha": ("--center.weight 0.1 --center.alpha 2", "alpha must be in (0, 1]"),

@@ -65,6 +65,13 @@ def plan_parser() -> argparse.ArgumentParser:
         "--world_size", type=int, default=1, metavar="RANKS", help="ranks that the classes are split over (default 1)"
     )
     parser.add_argument(
+        "--hard_negatives",
+        type=int,
+        default=0,
+        metavar="K",
+        help="nearest classes of each class of the batch that take part in each step (default 0)",
+    )
+    parser.add_argument(
         "--optimizer",
         choices=tuple(OPTIMIZERS),
         default="sgd-momentum",
@@ -132,6 +139,7 @@ def plan_command(arguments: list[str]) -> None:
             update_in_backward=options.update_in_backward,
             low_precision=options.low_precision,
             device=options.device,
+            hard_negatives=options.hard_negatives,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
