@@ -142,6 +142,7 @@ class HardNegatives(ChangeableLoss):
         table, k, shards = self.neighbours, self._hard_negatives, self.class_rows.shards
         assert table is not None
         started = time.perf_counter()
+        self.class_rows.catch_up()
         recall = ""
         if self._hard_negatives_search == "faiss":
             found, share = approximate_classes(self.class_rows, k)
