@@ -270,7 +270,7 @@ class ShardedModule(nn.Module):
 
     def _agreed_at_start(self) -> Agreed:
         """Return what the building compares: also what has a value for each class."""
-        values = {name: comparable(float(b.double().sum())) for name, b in self.named_buffers()}
+        values = {name: comparable(float(b.sum(dtype=torch.float64))) for name, b in self.named_buffers()}
         return Agreed.of(self, device=self.class_rows.device.type, **values)
 
 

@@ -50,6 +50,7 @@ class HardNegatives(ChangeableLoss):
     """Base of `HeadState`. neighbours: the table `[C, K]` int32, a buffer that is saved; None where K is 0."""
 
     neighbours: Tensor | None
+    forward_count: int
     _hard_negatives: int = 0
     _hard_negatives_every: int = 1000
     _hard_negatives_search: Search = "exact"
@@ -105,7 +106,7 @@ class HardNegatives(ChangeableLoss):
         −1, and what is no class, has none. A collective where it is time for a search.
         """
         assert self.neighbours is not None
-        if self.forward_count and self.forward_count % self._hard_negatives_every == 0:  # type: ignore[operator]
+        if self.forward_count and self.forward_count % self._hard_negatives_every == 0:
             self._search_in_forward()
         ids = positives.reshape(-1)
         classes = ids.clamp(0, self.num_classes - 1)  # on accelerators a wrong label is found by the step's check
