@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from partial_fc import margins
 from partial_fc.centers import CenterLoss
+from partial_fc.classes.head_state import SamplingCorrection
 from partial_fc.head import PartialFC
 from partial_fc.margins.base import Margin
 from partial_fc.training.class_settings import ClassSettings
@@ -81,6 +82,9 @@ class HeadConfig:
     interclass_filter: float | None = None
     """Cosine beyond which another class is taken for the sample's own under a second label, and is skipped; null to
     skip none."""
+    sampling_correction: SamplingCorrection = "none"
+    """What makes up for classes that are not drawn, if sample_rate is below 1: importance lets a drawn class count for
+    C/w classes, so that the softmax's denominator has the mean of that over all; none as in the Partial FC papers."""
     init_std: float = 0.01
     """Standard deviation of the initial class weights."""
     weights: str | None = None
@@ -168,7 +172,7 @@ class HeadConfig:
 
     @property
     def _options(self) -> dict[str, Any]:
-        names = ("init_std", "label_smoothing", "interclass_filter", "logits_budget")
+        names = ("init_std", "label_smoothing", "interclass_filter", "sampling_correction", "logits_budget")
         return {name: getattr(self, name) for name in names}
 
 
