@@ -7,8 +7,8 @@ window; the rows of classes that are always taken (those of the batch) have π =
     binary decisions   Σ_j softplus(z_j) / π_j     each class's term is multiplied by 1/π_j
 
 The mean of either sum over the windows is the sum over all classes: exactly so over one cycle, where w divides C. A
-target has π = 1, so its logit is not changed. Nothing leaves its range: 1/π is at most C/w, so that the sum is below (C +
-classes of the batch) times the largest exponential, and `is_bounded` has room for twice C.
+target has π = 1, so its logit is not changed. Nothing leaves its range: 1/π is at most C/w, so that the sum is below
+(C + classes of the batch) times the largest exponential, and `is_bounded` has room for twice C.
 """
 
 from __future__ import annotations

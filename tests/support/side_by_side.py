@@ -157,7 +157,8 @@ def check_case(rank: int, world: int, case: Case) -> None:
 
 def taken_of(chosen: Tensor, labels: Tensor, classes: int, rate: float) -> Tensor:
     """The probability with which each of the chosen classes takes part: 1 for those of the batch, else w/C."""
-    return torch.where(torch.isin(chosen, labels), 1.0, max(1, round(rate * classes)) / classes).double()
+    share = max(1, round(rate * classes)) / classes
+    return torch.full((len(chosen),), share, dtype=torch.float64).masked_fill_(torch.isin(chosen, labels), 1.0)
 
 
 def check_gradients(head: PartialFC, case: Case, grads: dict[str, Tensor], mine: slice) -> None:
