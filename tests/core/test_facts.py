@@ -51,6 +51,10 @@ HEAD: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "step": (_set("forward_count", 7), "forward_count is 0 on {others} and 7 on {last}"),
     "label smoothing": (_set("label_smoothing", 0.1), "label_smoothing is 0 on {others} and 0.1 on {last}"),
     "filter": (_set("interclass_filter", 0.5), "interclass_filter is None on {others} and 0.5 on {last}"),
+    "correction": (
+        _set("sampling_correction", "importance"),
+        "sampling_correction is none on {others} and importance on {last}",
+    ),
     "reduction": (_set("reduction", "sum"), "reduction is mean on {others} and sum on {last}"),
     "ignore_index": (_set("ignore_index", 3), "ignore_index is -100 on {others} and 3 on {last}"),
     "scaling": (_set("scale_embedding_grad", False), "scale_embedding_grad is True on {others} and False on {last}"),

@@ -154,7 +154,7 @@ GROUPS = {
         Case(*LOSSES[name], counts=counts, classes=classes, ignored=0, steps=2, **IMPORTANCE, **more)
         for name, (classes, counts), more in itertools.product(
             ("softmax", "arcface", "subcenter", "sphereface2"),
-            ((23, (3, 0, 0)), (23, (0, 2, 9)), (2, (1, 1, 1)), (150, (4, 4, 4))),
+            ((23, (3, 0, 0)), (23, (1, 0, 9)), (2, (1, 1, 1)), (150, (4, 4, 4))),
             ({"reduction": "none"}, {"joint": True, "optimizer": "adamw", "budget": 0}),
         )
     ],
