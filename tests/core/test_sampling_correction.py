@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from common import message_of
-from dense_losses import Loss, share_of
+from dense_losses import Loss, share_of, taken_of
 from near import assert_near
 from shards import everyones, local, row_gradient, samples_of, selected_by_all, two_by_two, whole
-from side_by_side import Case, D, check_cases, small_tiles, taken_of
+from side_by_side import Case, D, check_cases, small_tiles
 from torch import Tensor
 
 import partial_fc

@@ -75,6 +75,12 @@ def share_of(
     return share, (labels != ignore).any(1)
 
 
+def taken_of(chosen: Tensor, labels: Tensor, classes: int, rate: float) -> Tensor:
+    """The probability with which each of the chosen classes takes part: 1 for those of the batch, else w/C."""
+    share = max(1, round(rate * classes)) / classes
+    return torch.full((len(chosen),), share, dtype=torch.float64).masked_fill_(torch.isin(chosen, labels), 1.0)
+
+
 def reduced(
     losses: Tensor, worth: Tensor, reduction: str = "mean", of_class: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:

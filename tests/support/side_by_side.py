@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from dense_losses import Loss, unit
+from dense_losses import Loss, taken_of, unit
 from dense_optimizers import DenseAdamW, DenseSGD
 from near import assert_near
 from shards import classes_of, local, positions, samples_of, selected_by_all
@@ -153,12 +153,6 @@ def check_case(rank: int, world: int, case: Case) -> None:
         untouched = torch.tensor([c for c in range(mine.start, mine.stop) if c not in selected], dtype=torch.int64)
         at = untouched - mine.start
         assert torch.equal(local(head.weight)[at], before[at]), "a row that was not selected moved"
-
-
-def taken_of(chosen: Tensor, labels: Tensor, classes: int, rate: float) -> Tensor:
-    """The probability with which each of the chosen classes takes part: 1 for those of the batch, else w/C."""
-    share = max(1, round(rate * classes)) / classes
-    return torch.full((len(chosen),), share, dtype=torch.float64).masked_fill_(torch.isin(chosen, labels), 1.0)
 
 
 def check_gradients(head: PartialFC, case: Case, grads: dict[str, Tensor], mine: slice) -> None:
