@@ -28,7 +28,7 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests" / "support")]
 
 from dense_centers import DenseCenters, center_losses  # noqa: E402
-from dense_losses import Loss, reduced, share_of  # noqa: E402
+from dense_losses import Loss, reduced, share_of, taken_of  # noqa: E402
 from dense_optimizers import DenseAdamW, DenseSGD  # noqa: E402
 from gpu_run import FAIL, PASS, Outcome, Run  # noqa: E402
 from shards import classes_of, everyones, local, positions, samples_of  # noqa: E402
@@ -76,6 +76,7 @@ class Case:
     in_backward: bool = False
     smoothing: float = 0.0
     beyond: float | None = None  # interclass_filter
+    corrected: bool = False  # sampling_correction
     class_weights: bool = False
     center: str = ""  # the update of a CenterLoss, instead of a head
     counts: tuple[int, ...] = (48,)
@@ -94,6 +95,7 @@ class Case:
             words += [f"r={self.rate:g}", "tiled" if self.tiled else "kept"]
         words += [self.optimizer] * (self.center != "paper") + ["update in backward"] * self.in_backward
         words += [f"smoothing {self.smoothing}"] * bool(self.smoothing) + ["class weights"] * self.class_weights
+        words += ["corrected"] * self.corrected
         return ", ".join(words + ["filter"] * (self.beyond is not None) + [f"{self.counts}"] * (len(self.counts) > 1))
 
 
@@ -125,6 +127,12 @@ def cases(quick: bool) -> list[Case]:
         found += [Case(dtype=dtype, center=update, optimizer=o) for update, o in CENTERS]
     found += [Case(margin, "bf16", rate, tiled) for margin in MARGINS for rate, tiled in ((1.0, False), (0.3, True))]
     found += [Case("ArcFace", "bf16", in_backward=True), Case("ArcFace", "bf16", smoothing=0.1, class_weights=True)]
+    found += [
+        Case(margin, dtype, 0.3, tiled, corrected=True)
+        for dtype in ("float64", "float32", "bf16")
+        for margin in ("ArcFace", "Softmax", "SubCenterArcFace", "CurricularFace", "SphereFace2")
+        for tiled in (False, True)
+    ]
     found = list(dict.fromkeys(found))
     if quick:
         return [small(case) for i, case in enumerate(found) if case.dtype == "float64" or i % 2]
@@ -190,6 +198,7 @@ def _head_errors(case: Case, device: torch.device, rank: int, world: int) -> dic
         case.width, case.classes, margin, case.rate, device=device, dtype=case.torch_dtype,
         logits_budget=0 if case.tiled else None, label_smoothing=case.smoothing, interclass_filter=case.beyond,
         class_weights=None if weights is None else weights.to(device),
+        sampling_correction="importance" if case.corrected else "none",
     )  # fmt: skip
     oracle = Loss(
         case.margin, settings, case.smoothing, "mean", case.beyond, None if weights is None else weights.double()
@@ -222,6 +231,7 @@ def _head_errors(case: Case, device: torch.device, rank: int, world: int) -> dic
         expected = oracle(
             exact, leaves["weight"], positions(labels, chosen, case.classes), chosen, drawn=drawn,
             bias=leaves.get("bias"), offset=leaves.get("offset"),
+            taken=taken_of(chosen, labels, case.classes, case.rate) if case.corrected else None,
         )  # fmt: skip
         expected.backward()
         errors.add("loss", loss, expected)

@@ -53,6 +53,8 @@ class PartialFC(HeadState):
             label and left out of the denominator (arXiv 2203.15565, section 3.4); None for no filter.
         hard_negatives: K, nearest classes of each class of the batch that take part as well, at r < 1: searched every
             `hard_negatives_every` training forwards, "exact" or by "faiss" (`hard_negatives_search`; docs/losses.md).
+        sampling_correction: "importance" takes a class that only the window drew for C/w classes (w = r·C), so that
+            the denominator has the mean of that over all; "none" as in the papers. For r < 1 (docs/losses.md).
         class_weights: `[C]`, as in `F.cross_entropy(weight=...)`, on every rank; a sample of several classes has the
             mean of their weights, by its label weights. A mean is divided by the sum of the samples' weights.
         metrics: measure `metrics` in every forward; nothing is computed for them otherwise.
@@ -106,13 +108,13 @@ class PartialFC(HeadState):
     def _select(self, batch: GlobalBatch, options: LossOptions, scatter: bool) -> Selection:
         """Return the targets, and this rank's rows that take part."""
         shards, ranks = self.shards, batch.ranks
-        dtype, _ = compute_dtypes(batch.embeddings, self.weight)
-        targets = targets_of(batch, self.num_classes, self.ignore_index, dtype)
+        dtypes = compute_dtypes(batch.embeddings, self.weight)
+        targets = targets_of(batch, self.num_classes, self.ignore_index, dtypes[0])
         counts = self.num_classes, self.ignore_index, self.reduction, self.class_weights, self.label_smoothing > 0
         sample_weights = sample_weights_of(batch, targets, *counts)
         if self.training and sample_weights.device.type != "cpu":
             sample_weights = counted_if_alike(sample_weights, self.margin.buffers(), ranks)
-        rows = slots = None
+        rows = slots = correction = None
         if self.training and self._sample_rate < 1:
             positives = targets.ids  # of this replica; a label without weight is drawn nevertheless
             if ranks.replica_group is not None or batch.label_weights is not None:
@@ -124,6 +126,8 @@ class PartialFC(HeadState):
                 rows = select_rows(window, positives, shards.lo, shards.hi)
             else:
                 rows, slots = self._select_at_once(positives, options)
+            if self._sampling_correction != "none":
+                correction = self._correct(rows, slots, positives, options, dtypes)
         return Selection(
             batch=batch,
             rows=rows,
@@ -139,6 +143,7 @@ class PartialFC(HeadState):
             scatter=scatter,
             first_sample=sum(row.samples for row in batch.status[: ranks.replica * ranks.world]),
             draw_key=mix(self.seed, self.forward_count),
+            correction=correction,
         )
 
     def _keeps_logits(self, batch: GlobalBatch, classes: int, options: LossOptions) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,17 @@ from partial_fc.margins.fixed import ArcFace
 from partial_fc.margins.state import load_state, misfit, state_of
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sampling import draw_window, window_size
-from partial_fc.sharded_module import Reduction, SharedArguments
+from partial_fc.sharded_module import Reduction, SharedArguments, check_choice
+from partial_fc.softmax.corrections import Correction, log_weights
 from partial_fc.softmax.draws import Draws, Slots
+from partial_fc.softmax.forward import is_bounded
 from partial_fc.softmax.inputs import LossOptions
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.tiles import Workspace
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
 
 DEFAULT_LOGITS_BUDGET = 1 << 30
+SamplingCorrection = Literal["none", "importance"]
 
 
 class HeadNumbers(NamedTuple):
@@ -55,6 +58,7 @@ class HeadState(HardNegatives):
     _sample_rate: float
     label_smoothing: float
     interclass_filter: float | None
+    _sampling_correction: SamplingCorrection
     forward_count: int
     logits_budget: int
     logits_mode: str
@@ -67,6 +71,7 @@ class HeadState(HardNegatives):
         **{name: name for name in ("label_smoothing", "interclass_filter", "forward_count")},
         "sample_rate": "_sample_rate",
         **{name: f"_{name}" for name in ("hard_negatives", "hard_negatives_every", "hard_negatives_search")},
+        "sampling_correction": "_sampling_correction",
         "metrics": "collect_metrics",
     }
 
@@ -89,6 +94,7 @@ class HeadState(HardNegatives):
         hard_negatives: int = 0,
         hard_negatives_every: int = 1000,
         hard_negatives_search: Search = "exact",
+        sampling_correction: SamplingCorrection = "none",
         class_weights: Tensor | None = None,
         metrics: bool = False,
         validate: Validate = "always",
@@ -110,6 +116,7 @@ class HeadState(HardNegatives):
         self._sample_rate = numbers.sample_rate
         self.label_smoothing = numbers.label_smoothing
         self.interclass_filter = numbers.interclass_filter
+        self.sampling_correction = sampling_correction
         self.collect_metrics = metrics
         self.logits_budget = DEFAULT_LOGITS_BUDGET if numbers.logits_budget is None else numbers.logits_budget
         self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
@@ -160,6 +167,21 @@ class HeadState(HardNegatives):
     def sample_rate(self) -> float:
         """r: share of all classes that a step draws."""
         return self._sample_rate
+
+    @property
+    def sampling_correction(self) -> SamplingCorrection:
+        """What makes up for classes that a step does not draw."""
+        return self._sampling_correction
+
+    @sampling_correction.setter
+    def sampling_correction(self, value: SamplingCorrection) -> None:
+        check_choice("sampling_correction", value, ("none", "importance"))
+        if value == "importance" and self._sample_rate == 1:
+            raise ValueError(
+                "sampling_correction='importance' is for sample_rate below 1: at 1.0 every class takes part in every "
+                "step, and nothing is to be corrected"
+            )
+        self._sampling_correction = value
 
     @property
     def selected(self) -> Tensor:
@@ -229,13 +251,31 @@ class HeadState(HardNegatives):
         slots = not (options.ruled or options.binary or options.label_smoothing or options.margin.binary)
         return self._draws.select(self.forward_count, positives, slots)
 
+    def _correct(
+        self,
+        rows: Tensor,
+        slots: Slots | None,
+        always: Tensor,
+        options: LossOptions,
+        dtypes: tuple[torch.dtype, torch.dtype],
+    ) -> Correction:
+        """Return the correction of a forward with these local rows. always: ids of the classes that are always taken.
+        dtypes: of the statistics, of the matrix products."""
+        share = window_size(self.num_classes, self._sample_rate) / self.num_classes
+        found = log_weights(rows, slots, always, self.shards.lo, share, dtypes[0])
+        late = options.ruled or options.metrics or options.margin.binary is not None
+        if not late and is_bounded(options, *dtypes):
+            found = found.to(dtypes[1])  # of the logits then
+        return Correction.of(found, self.margin.centers, late)
+
     def _report_mode(self, keep: bool, size: int) -> None:
         self.logits_mode = "kept" if keep else "tiled"
         message = "logits are %s: %d bytes of them on this rank, a budget of %d"
         log.info(message, self.logits_mode, size, self.logits_budget)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sample_rate={self.sample_rate}"
+        corrected = "" if self.sampling_correction == "none" else f", sampling_correction={self.sampling_correction}"
+        return f"{super().extra_repr()}, sample_rate={self.sample_rate}{corrected}"
 
     # ------------------------------------------------------------------------------------------------ saved state
 
@@ -301,7 +341,9 @@ class HeadState(HardNegatives):
         return take
 
     def _drawn_of(self, num_classes: int) -> int:
-        return num_classes if self.sample_rate == 1 else window_size(num_classes, self.sample_rate)
+        """Return for how many classes those of a step count."""
+        every = self.sample_rate == 1 or self.sampling_correction == "importance"
+        return num_classes if every else window_size(num_classes, self.sample_rate)
 
 
 def check_head_arguments(

@@ -96,7 +96,8 @@ class Margin(nn.Module):
 
     @remembering_classes
     def prepare(self, num_classes: int, selected: int) -> None:
-        """Called by the head that takes this margin, with its number of classes and how many of them a step selects.
+        """Called by the head that takes this margin, with its number of classes and how many of them a step selects,
+        or stands for (`sampling_correction`).
 
         Raise ValueError if this margin is not for so many.
         """

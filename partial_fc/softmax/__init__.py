@@ -16,6 +16,7 @@ other_tiles        gradients with biases, smoothing, float16, tiles computed aga
 ruled              rules for other classes, the filter, sub-centers
 smoothing          label smoothing
 decisions          margins that take every class for a binary decision
+corrections        what sampled rows count for, so that they stand for all classes
 penalty            MagFace's
 float16, by_vectors, recompute, measured (metrics)
 

@@ -31,6 +31,8 @@ class Slots:
     window: int  # rows before them
     ids: Tensor  # [M] sorted local rows of the labels; −1 or C_local for those of other ranks or none
     pads: Tensor  # [M] which take no part
+    place: Tensor  # [M] where the window has them
+    drawn: Tensor  # [M] whether it has
 
     def find(self, rows: Tensor, local: Tensor) -> Tensor:
         """Return where each of `local [P]`, rows of the shard, stands in the forward's `rows`; any place if nowhere."""
@@ -72,9 +74,9 @@ class Draws:
         ids = local.sort().values
         repeated = torch.nn.functional.pad(ids[1:] == ids[:-1], (1, 0))
         place = torch.searchsorted(window, ids).clamp_(max=len(window) - 1)
-        pads = (window.index_select(0, place) == ids).logical_or_(repeated)
-        pads = pads.logical_or_(ids == hi - lo).logical_or_(ids < 0)
-        return torch.cat((window, torch.where(pads, window[-1], ids))), Slots(len(window), ids, pads)
+        drawn = window.index_select(0, place) == ids
+        pads = (drawn | repeated).logical_or_(ids == hi - lo).logical_or_(ids < 0)
+        return torch.cat((window, torch.where(pads, window[-1], ids))), Slots(len(window), ids, pads, place, drawn)
 
     def _window(self, step: int) -> Tensor:
         """Return the sorted local rows of the step's window."""

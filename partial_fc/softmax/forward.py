@@ -208,7 +208,7 @@ class TileSums:
         self.scaled = (x if options.ruled else x * options.scale).to(product)
         self.further: FurtherSums | None = None
         if options.ruled or options.binary or options.metrics or state.smoothing is not None or not state.bounded:
-            of_others = state.rule, state.smoothing, state.bounded
+            of_others = state.rule, state.smoothing, state.selection.correction, state.bounded
             self.further = FurtherSums(x, options, state.targets, *of_others, kept=tiles if keep else 0)
 
     def add(self, t: int, a: int, b: int) -> None:
@@ -219,7 +219,8 @@ class TileSums:
         kept = tile_of(self.kept, t, self.samples, state.tile)[:, : b - a] if self.keep else None
         where = kept if self.scratch is None else tile_of(self.scratch, 0, self.samples, state.tile)[:, : b - a]
         assert where is not None
-        values = tile_logits(self.scaled, w.to(state.product), bias, where)
+        added = bias if state.selection.correction is None else state.selection.correction.in_product(bias, a, b)
+        values = tile_logits(self.scaled, w.to(state.product), added, where)
         if not state.options.ruled:
             self.memory.index_fill_(0, state.places[t], -torch.inf)  # targets count with their margin elsewhere
             if state.selection.slots is not None:

@@ -5,6 +5,8 @@ ruled      logits of other classes are more than scaled cosines (ruled.py)
 smoothing  the sum of all logits, or of all directions (smoothing.py)
 active     binary decisions: the sum of their losses stands for Σ exp, and that of their derivatives is new
 hardest    the largest cosine of another class, for metrics
+
+All but maximum and active are of logits before a correction (corrections.py).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from partial_fc.softmax.corrections import Correction
 from partial_fc.softmax.decisions import softplus
 from partial_fc.softmax.inputs import LossOptions
 from partial_fc.softmax.row_tiles import TargetRows
@@ -33,6 +36,7 @@ class FurtherSums:
         targets: TargetRows,
         rule: Rule | None,
         smoothing: Smoothing | None,
+        correction: Correction | None,
         bounded: bool,
         kept: int,
     ) -> None:
@@ -45,6 +49,7 @@ class FurtherSums:
         lowest = torch.finfo(x.dtype).min
         self.maximum = None if bounded else x.new_full((len(x), 1), lowest)
         self.maxima = x.new_empty(0 if bounded else kept, len(x), 1)
+        self.correction = correction if correction is not None and correction.late else None
         self.smoothing = None if smoothing is None else SmoothingSums(x, smoothing)
         self.active = x.new_zeros(len(x)) if options.binary else None
         self.hardest = x.new_full((len(x),), lowest) if options.metrics else None
@@ -70,16 +75,24 @@ class FurtherSums:
             if self.smoothing is not None:
                 self.smoothing.add_rows(w, bias, a, b)
         if self.active is not None:
-            total = total.add_(softplus(logits).sum(1, keepdim=True))
-            self.active.add_(logits.sigmoid_().sum(1))
+            losses = softplus(logits)
+            logits.sigmoid_()
+            if self.correction is not None:
+                weights = self.correction.weights(a, b)
+                losses.mul_(weights)
+                logits.mul_(weights)
+            total = total.add_(losses.sum(1, keepdim=True))
+            self.active.add_(logits.sum(1))
         else:
-            total = self._exponentiate(t, logits, total)
+            total = self._exponentiate(t, logits, total, a, b)
         if slope is not None and self.kept:
             logits.mul_(slope)  # backward then needs no rule
         return logits, total
 
-    def _exponentiate(self, t: int, logits: Tensor, total: Tensor) -> Tensor:
+    def _exponentiate(self, t: int, logits: Tensor, total: Tensor, a: int, b: int) -> Tensor:
         """Replace a tile of logits by exponentials; return the total with them."""
+        if self.maximum is not None and self.correction is not None:
+            logits.add_(self.correction.of_rows[a:b])
         if self.maximum is not None and len(logits):
             before = self.maximum
             self.maximum = torch.maximum(before, logits.amax(1, keepdim=True))
@@ -88,7 +101,10 @@ class FurtherSums:
                 total.mul_((before - self.maximum).exp_())
             if len(self.maxima):
                 self.maxima[t] = self.maximum
-        of_tile = logits.exp_().sum(1, keepdim=True, dtype=self.stats)
+        logits.exp_()
+        if self.maximum is None and self.correction is not None:  # logits in half precision would lose what is added
+            logits.mul_(self.correction.weights(a, b))
+        of_tile = logits.sum(1, keepdim=True, dtype=self.stats)
         return of_tile if t == 0 else total.add_(of_tile)
 
     def _find_hardest(self, logits: Tensor, scale: float) -> None:

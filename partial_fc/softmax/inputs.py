@@ -11,6 +11,7 @@ from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.distributed.ranks import Ranks
 from partial_fc.margins.base import Margin
 from partial_fc.rows import Pads, UpdateRows
+from partial_fc.softmax.corrections import Correction
 from partial_fc.softmax.draws import Slots
 from partial_fc.softmax.tiles import Workspace
 
@@ -54,6 +55,7 @@ class Selection:
     scatter: bool  # backward returns the gradient of this rank's embeddings, not of the gathered ones
     first_sample: int  # place of this replica's first sample among those of all replicas
     draw_key: int  # for what a margin draws: differs from forward to forward, the same on every rank
+    correction: Correction | None = None  # of a sampled forward
 
     @property
     def counts_once(self) -> bool:

@@ -22,16 +22,15 @@ def recomputed(
     d: `Derivatives`. scaled: `[N, D]`, what the rows' directions w `[T, D]` are multiplied by. scratch: of a tile.
     """
     lse = saved.lse[:, None]
-    logits = tile_logits(
-        scaled,
-        w,
-        None if state.rows.bias is None else biases_of(state.rows, slice(a, b)),
-        tile_of(scratch, 0, len(saved.x), state.tile)[:, : b - a],
-    )
-    if state.options.ruled:
+    ruled, correction = state.options.ruled, state.selection.correction
+    bias = None if state.rows.bias is None else biases_of(state.rows, slice(a, b))
+    if correction is not None and not ruled:
+        bias = correction.with_bias(bias, a, b)
+    logits = tile_logits(scaled, w, bias, tile_of(scratch, 0, len(saved.x), state.tile)[:, : b - a])
+    if ruled:
         return ruled_gradient(
             logits, a, state.options, state.rule, state.targets, lse, d.d_lse, d.d_every, state.smoothing,
-            state.product,
+            correction, state.product,
         )  # fmt: skip
     scratch.index_fill_(0, state.places[t], -torch.inf)
     if state.selection.slots is not None:

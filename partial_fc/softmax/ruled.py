@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.margins.base import Margin
+from partial_fc.softmax.corrections import Correction
 from partial_fc.softmax.float16 import scaled_values
 from partial_fc.softmax.inputs import LossOptions
 from partial_fc.softmax.row_tiles import RowTiles, TargetRows
@@ -114,6 +115,7 @@ def ruled_gradient(
     d_lse: Tensor,
     d_every: Tensor | None,
     smoothing: Smoothing | None,
+    correction: Correction | None,
     product: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Return (e `[N, T]`, factor `[N, 1]`) with ∂L/∂(scaled cosine) = e · factor, where the class is no target.
@@ -122,6 +124,8 @@ def ruled_gradient(
     """
     logits, slope = ruled_logits(options, rule, cosines, targets, a)
     e = logits.sigmoid() if options.binary else (logits - lse).exp_()
+    if correction is not None:
+        e *= correction.weights(a, a + e.shape[1])
     if smoothing is not None and d_every is not None:
         share = torch.where(d_lse != 0, d_every[:, None] / d_lse, 0.0)
         e += share * (logits > -torch.inf) * smoothing.row_weights(a, a + e.shape[1])

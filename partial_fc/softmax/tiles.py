@@ -48,11 +48,10 @@ def logits_bytes(samples: int, rows: int, product: torch.dtype) -> int:
 
 def tile_logits(scaled: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """Return `scaled wᵀ + bias` `[N, T]`, written into `out`; w: in the dtype of `scaled`."""
-    if scaled.dtype == out.dtype:
-        torch.mm(scaled, w.t(), out=out)
-    else:
-        out.copy_(torch.mm(scaled, w.t()))
-    return out if bias is None else out.add_(bias)
+    if scaled.dtype != out.dtype:
+        product = torch.mm(scaled, w.t())
+        return out.copy_(product) if bias is None else torch.add(product, bias, out=out)
+    return torch.mm(scaled, w.t(), out=out) if bias is None else torch.addmm(bias.to(out.dtype), scaled, w.t(), out=out)
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:

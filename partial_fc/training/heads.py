@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from partial_fc import margins
 from partial_fc.centers import CenterLoss
 from partial_fc.classes.hard_negatives import Search
+from partial_fc.classes.head_state import SamplingCorrection
 from partial_fc.head import PartialFC
 from partial_fc.margins.base import Margin
 from partial_fc.training.class_settings import ClassSettings
@@ -90,6 +91,9 @@ class HeadConfig:
     hard_negatives_search: Search = "exact"
     """How they are searched: exact, or by faiss on the CPU, which takes far less work with millions of classes and
     finds most of them."""
+    sampling_correction: SamplingCorrection = "none"
+    """What makes up for classes that are not drawn, if sample_rate is below 1: importance lets a drawn class count for
+    C/w classes, so that the softmax's denominator has the mean of that over all; none as in the Partial FC papers."""
     init_std: float = 0.01
     """Standard deviation of the initial class weights."""
     weights: str | None = None
@@ -184,7 +188,7 @@ class HeadConfig:
     @property
     def _options(self) -> dict[str, Any]:
         hard = "hard_negatives", "hard_negatives_every", "hard_negatives_search"
-        names = ("init_std", "label_smoothing", "interclass_filter", *hard, "logits_budget")
+        names = ("init_std", "label_smoothing", "interclass_filter", "sampling_correction", *hard, "logits_budget")
         return {name: getattr(self, name) for name in names}
 
 

@@ -56,6 +56,10 @@ HEAD: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         _set("_hard_negatives_search", "faiss"),
         "hard_negatives_search is exact on {others} and faiss on {last}",
     ),
+    "correction": (
+        _set("sampling_correction", "importance"),
+        "sampling_correction is none on {others} and importance on {last}",
+    ),
     "reduction": (_set("reduction", "sum"), "reduction is mean on {others} and sum on {last}"),
     "ignore_index": (_set("ignore_index", 3), "ignore_index is -100 on {others} and 3 on {last}"),
     "scaling": (_set("scale_embedding_grad", False), "scale_embedding_grad is True on {others} and False on {last}"),

@@ -43,6 +43,8 @@ FEW = 8  # samples, where bytes of the weight are told from those of a batch
 MOST: dict[str, dict[str, float]] = {
     "r=1": {"launches": 112, "waits": 1},
     "r=0.25": {"launches": 143, "waits": 1},
+    "r=0.25, corrected": {"launches": 148, "waits": 1},
+    "r=0.25, corrected, bf16": {"launches": 154, "waits": 1},
     "r=1, bf16": {"launches": 114, "waits": 1},
     "r=1, tiled": {"launches": 116, "waits": 1},
     "r=1, no clipping": {"launches": 107, "waits": 1},
@@ -65,6 +67,7 @@ MOST: dict[str, dict[str, float]] = {
     "a further tile, tiled": {"launches": 11, "waits": 0},
     "a further tile, kept, bf16": {"launches": 10, "waits": 0},
     "a further tile, r=0.25": {"launches": 11, "waits": 0},
+    "a further tile, r=0.25, corrected": {"launches": 11, "waits": 0},
     "a further block of the optimizer": {"launches": 1, "waits": 0},
     "a further block of the optimizer, r=0.25, AdamW": {"launches": 9, "waits": 0},
     "a further micro-batch": {"launches": 97, "waits": 0},
@@ -102,12 +105,15 @@ class Case:
     more: dict[str, Any] = field(default_factory=dict)
 
 
+CORRECTED = {"sampling_correction": "importance"}
 ADAMW = {"optimizer": torch.optim.AdamW, "options": {"lr": 0.1}}
 
 CASES: dict[str, Case] = {
     "r=1": Case(),
     "r=0.25": Case(rate=0.25),
     "r=0.25, hard negatives": Case(rate=0.25, more={"hard_negatives": 3}),  # between two searches
+    "r=0.25, corrected": Case(rate=0.25, more=CORRECTED),
+    "r=0.25, corrected, bf16": Case(rate=0.25, more=CORRECTED, autocast=torch.bfloat16),
     "r=1, bf16": Case(autocast=torch.bfloat16),
     "r=1, tiled": Case(kept=False),
     "r=1, no clipping": Case(clip=False),
@@ -133,6 +139,11 @@ FURTHER: dict[str, tuple[Case, Case, int]] = {
     "a further tile, tiled": (Case(tiles=4, kept=False), Case(tiles=8, kept=False), 4),
     "a further tile, kept, bf16": (Case(tiles=4, autocast=torch.bfloat16), Case(tiles=8, autocast=torch.bfloat16), 4),
     "a further tile, r=0.25": (Case(tiles=2, rate=0.25), Case(tiles=4, rate=0.25), 2),
+    "a further tile, r=0.25, corrected": (
+        Case(tiles=2, rate=0.25, more=CORRECTED),
+        Case(tiles=4, rate=0.25, more=CORRECTED),
+        2,
+    ),
     "a further block of the optimizer": (Case(blocks=4), Case(blocks=8), 4),
     "a further block of the optimizer, r=0.25, AdamW": (
         Case(blocks=8, rate=0.25, **ADAMW),  # three blocks of the selected rows, then five

@@ -65,9 +65,9 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def modes(place: Place, *names: str) -> dict[str, dict[str, Any]]:
+def modes(place: Place, *names: str, of: dict[str, dict[str, Any]] = MODES) -> dict[str, dict[str, Any]]:
     """Modes of logits; of a group the first and the last alone, whose tiles are computed as those of one process."""
-    return {name: MODES[name] for name in names if place.world == 1 or name not in ("tiled", "sampled")}
+    return {name: of[name] for name in names if place.world == 1 or name not in ("tiled", "sampled")}
 
 
 def steps(place: Place, head: PartialFC, batches: int) -> list[Any]:
@@ -140,9 +140,40 @@ def test_options(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
     on_both(gpu_ranks, ranks, layout, options_in_modes, name, **(HALF if name == "half precision" else {}))
 
 
+CORRECTED: dict[str, dict[str, Any]] = {
+    "kept": {},
+    "tiled": {"logits_budget": 0},
+    "metrics": {"metrics": True},
+    "smoothed": {"label_smoothing": 0.1},
+}
+
+
+def corrected(place: Place, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for mode, options in modes(place, *CORRECTED, of=CORRECTED).items():
+        if name == "SphereFace2" and mode == "smoothed":
+            continue
+        with mock.patch.multiple(tiles, **SMALL_TILES):
+            head = PartialFC(
+                WIDTH, CLASSES, MARGINS[name](), 0.3, device=place.device, group=place.group, init_std=1.0,
+                sampling_correction="importance", **options,
+            )  # fmt: skip
+            found[mode] = steps(place, head, batches=2 if mode == "kept" else 1)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    on_layouts(("Softmax", "ArcFace", "SubCenterArcFace", "CurricularFace", "SphereFace2"), {"ArcFace"}),
+)
+def test_sampling_correction(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
+    on_both(gpu_ranks, ranks, layout, corrected, name)
+
+
 def under_autocast(place: Place, dtype: torch.dtype) -> list[Any]:
     found: list[Any] = []
-    for mode in modes(place, *MODES).values():
+    corrected = {"sample_rate": 0.3, "sampling_correction": "importance"}
+    for mode in (*modes(place, *MODES).values(), corrected):
         head = PartialFC(WIDTH, CLASSES, device=place.device, group=place.group, init_std=1.0, **mode)
         optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
         x, y = place.batch(0)

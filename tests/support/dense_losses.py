@@ -7,6 +7,7 @@
     cosines [N, S]      of x and w, the largest over sub-centers
     own     [N, S]      cosines of the samples' own classes, 0 elsewhere
     losses  [N]         before they are weighted by sample and reduced; class weights are in them
+    taken   [S]         the probability with which each class takes part, where sums over other classes are corrected by it
 
 `Loss(...)` is called once per training step, as a head is, and updates the margin's state.
 """
@@ -74,6 +75,12 @@ def share_of(
     return share, (labels != ignore).any(1)
 
 
+def taken_of(chosen: Tensor, labels: Tensor, classes: int, rate: float) -> Tensor:
+    """The probability with which each of the chosen classes takes part: 1 for those of the batch, else w/C."""
+    share = max(1, round(rate * classes)) / classes
+    return torch.full((len(chosen),), share, dtype=torch.float64).masked_fill_(torch.isin(chosen, labels), 1.0)
+
+
 def reduced(
     losses: Tensor, worth: Tensor, reduction: str = "mean", of_class: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -101,6 +108,7 @@ class Loss:
     beyond: float | None = None  # cosine beyond which another class is skipped
     class_weights: Tensor | None = None  # of all classes
     state: dict[str, float] = field(default_factory=lambda: {"t": 0.0, "mean": 20.0, "std": 100.0})
+    taken: Tensor | None = None  # of the last call
 
     def __post_init__(self) -> None:
         self.settings = {**DEFAULTS[self.name], **self.settings}
@@ -117,6 +125,7 @@ class Loss:
         offset: Tensor | None = None,
         drawn: Tensor | None = None,
         sample_weights: Tensor | None = None,
+        taken: Tensor | None = None,
     ) -> Tensor:
         """The reduced loss.
 
@@ -128,6 +137,7 @@ class Loss:
         if not labels.is_floating_point():
             share, _ = share_of(labels.clamp(min=-1), len(w), ignore=-1)
         classes = torch.arange(len(w)) if classes is None else classes
+        self.taken = taken
         losses = self.losses(x, w, share, classes, bias, offset, None if drawn is None else drawn[:, None])
         worth = (share > 0).any(1).double()
         if sample_weights is not None:
@@ -176,7 +186,8 @@ class Loss:
     def softmax(self, logits: Tensor, share: Tensor, skipped: Tensor, classes: Tensor) -> Tensor:
         """Cross-entropy over the classes that are not skipped, with label smoothing over the same:
         (1 − ε) w_y nll + ε/C Σ_c w_c (−log p_c), as torch.nn.functional.cross_entropy(weight=, label_smoothing=)."""
-        log_p = torch.where(skipped, 0.0, logits) - logits.masked_fill(skipped, -math.inf).logsumexp(1, keepdim=True)
+        each = logits if self.taken is None else torch.where(share > 0, logits, logits - self.taken.log())
+        log_p = torch.where(skipped, 0.0, logits) - each.masked_fill(skipped, -math.inf).logsumexp(1, keepdim=True)
         log_p = torch.where(skipped.all(1, keepdim=True), 0.0, log_p)
         of_classes = torch.ones(len(classes)) if self.class_weights is None else self.class_weights[classes]
         even = torch.where(skipped, 0.0, of_classes * log_p).sum(1) / (~skipped).sum(1).clamp(min=1)
@@ -188,7 +199,8 @@ class Loss:
         balance, r = self.settings["balance"], self.scale
         zero = torch.zeros((), dtype=own.dtype)
         of_own = torch.where(share > 0, share * torch.logaddexp(-own, zero), 0.0).sum(1)
-        of_others = torch.where((share > 0) | skipped, 0.0, torch.logaddexp(others, zero)).sum(1)
+        each = torch.logaddexp(others, zero) / (1.0 if self.taken is None else self.taken)
+        of_others = torch.where((share > 0) | skipped, 0.0, each).sum(1)
         return balance / r * of_own + (1 - balance) / r * of_others
 
     def rule(self, cosines: Tensor, margined: Tensor, share: Tensor) -> Tensor:

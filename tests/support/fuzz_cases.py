@@ -45,6 +45,7 @@ class Case:
     small_tiles: bool = False
     smoothing: float = 0.0
     beyond: float | None = None  # interclass_filter
+    corrected: bool = False  # sampling_correction
     class_weights: bool = False
     reduction: str = "mean"
     scale_embedding_grad: bool = True
@@ -181,7 +182,8 @@ class Trainer:
         options |= {"scale_embedding_grad": case.scale_embedding_grad, "group": mesh, "dtype": dtype, "init_std": 1.0}
         self.head = PartialFC(
             case.width, case.classes, self.margin, case.sample_rate, logits_budget=case.budget, label_smoothing=case.smoothing,
-            interclass_filter=case.beyond, class_weights=class_weights_of(case), metrics=case.metrics, **options,
+            interclass_filter=case.beyond, class_weights=class_weights_of(case), metrics=case.metrics,
+            sampling_correction="importance" if case.corrected else "none", **options,
         )  # fmt: skip
         self.optimizer: torch.optim.Optimizer
         if case.optimizer == "plain":

@@ -27,7 +27,7 @@ from typing import Any
 import numpy
 import torch
 from dense_centers import DenseCenters, center_losses
-from dense_losses import Loss, reduced, share_of, unit
+from dense_losses import Loss, reduced, share_of, taken_of, unit
 from dense_optimizers import DenseAdamW, DenseSGD
 from fuzz_cases import (
     CENTER_ALPHA,
@@ -110,7 +110,7 @@ class Losses:
         if self.case.margin == "Softmax":
             some = self.dense.logits.numel() > 0
             size = self.x.detach().norm(dim=1).amax() * self.w.detach().norm(dim=1).amax() if some else 0.0
-            self.delta = float(size * (self.k + 3 * self.bounds.u_p))
+            self.delta = float(size * (self.k + 3 * self.bounds.u_p)) + self._of_correction()
             return losses
         self.error = self.k + 3 * self.bounds.u_p  # of a cosine
         self._jumps(share)
@@ -120,13 +120,20 @@ class Losses:
         angle = angles.amax() if angles.numel() else 0.0
         scale = self.dense.scale
         self.delta = float(scale * (self.slope * self.error + self.factor * (angle + self.k)) + turn)
+        self.delta += self._of_correction()
         if self.case.margin == "SphereFace2":
             balance = self.dense.settings["balance"]
-            left = (share == 0) & ~self._skipped(share)
+            left = ((share == 0) & ~self._skipped(share)) / (1.0 if self.dense.taken is None else self.dense.taken)
             self.total_slope = self.heaviest * (balance * share.sum(1) + (1 - balance) * left.sum(1)) / scale
         if self.case.margin == "MagFace":
             self.extra = self.heaviest * self.dense.penalty().detach()
         return losses
+
+    def _of_correction(self) -> float:
+        """What rounding does to −ln π, which is added to the logits."""
+        if self.dense.taken is None or not len(self.dense.taken):
+            return 0.0
+        return float(-self.dense.taken.log().amin()) * 3 * (self.bounds.u + self.bounds.u_p)
 
     def _skipped(self, share: Tensor) -> Tensor:
         beyond = math.inf if self.case.beyond is None else self.case.beyond
@@ -263,7 +270,7 @@ class Check:
     def check_start(self) -> None:
         """SphereFace2's offset balances one own and all other classes at right angles."""
         s, b = self.case.settings, float(self.offset)
-        others = max(1, (self.case.classes if self.case.sample_rate == 1 else self.window) - 1)
+        others = max(1, (self.case.classes if self.case.sample_rate == 1 or self.case.corrected else self.window) - 1)
         own, other = (s["scale"] * (2 * 0.5 ** s["t"] - 1 + sign * s["margin"]) + b for sign in (-1, 1))
         pull, push = s["balance"] / (1 + math.exp(own)), (1 - s["balance"]) * others / (1 + math.exp(-other))
         assert math.isclose(pull, push, rel_tol=1e-4), f"the offset {b} does not balance"
@@ -314,6 +321,9 @@ class Check:
             for t in (self.weight[chosen], self._chosen(chosen), self.offset)
         )
         dense = Losses(case, bounds, x, w, self.state)  # type: ignore[arg-type]
+        if case.corrected:
+            of_batch = batch.labels[batch.labels != case.ignore]
+            dense.dense.taken = taken_of(chosen, of_batch, case.classes, case.sample_rate)
         drawn = self.drawn(found, batch, chosen, x, w)  # type: ignore[arg-type]
         losses = dense.of(share[:, chosen], chosen, drawn, bias, offset)
         of_center = part.double() if batch.sample_weights is None else part * batch.sample_weights

@@ -121,6 +121,7 @@ def cases(draw: Any, worlds: tuple[int, ...] = WORLDS) -> Case:
         small_tiles=draw(st.booleans()),
         smoothing=0.0 if margin == "SphereFace2" else draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
         beyond=None if margin == "Softmax" or small else draw(st.sampled_from([None, None, 0.3, -0.2])),
+        corrected=not rate_one and draw(st.booleans()),
         class_weights=draw(st.integers(0, 3)) == 0,
         reduction=draw(st.sampled_from(["mean", "mean", "sum", "none"])),
         scale_embedding_grad=draw(st.booleans()),

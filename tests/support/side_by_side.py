@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from dense_losses import Loss, unit
+from dense_losses import Loss, taken_of, unit
 from dense_optimizers import DenseAdamW, DenseSGD
 from near import assert_near
 from shards import classes_of, local, positions, samples_of, selected_by_all
@@ -43,6 +43,7 @@ class Case:
     smoothing: float = 0.0
     reduction: str = "mean"
     beyond: float | None = None  # interclass_filter
+    correction: str = "none"  # sampling_correction
     class_weights: bool = False
     ignored: int = 1
     joint: bool = False
@@ -88,6 +89,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
     head = PartialFC(
         D, case.classes, margin, case.sample_rate, dtype=torch.float64, logits_budget=case.budget, reduction=case.reduction,  # type: ignore[arg-type]
         label_smoothing=case.smoothing, interclass_filter=case.beyond, class_weights=weights,
+        sampling_correction=case.correction,  # type: ignore[arg-type]
     )  # fmt: skip
     loss_of = Loss(case.margin, case.settings, case.smoothing, case.reduction, case.beyond, weights)
     cls, options, dense_optimizer = KINDS[case.optimizer]
@@ -124,6 +126,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
         expected = loss_of(
             x_all, leaves["weight"], positions(labels, chosen, case.classes), chosen, drawn=drawn,
             bias=leaves.get("bias"), offset=leaves.get("offset"),
+            taken=taken_of(chosen, labels, case.classes, case.sample_rate) if case.correction == "importance" else None,
         )  # fmt: skip
         if case.reduction == "none":  # each rank's scalar counts as averaged over the ranks
             factor = torch.repeat_interleave(torch.arange(1, world + 1), torch.tensor(case.counts[:world]))

@@ -117,9 +117,10 @@ def test_every_margin_has_the_papers_settings_or_those_given(settings, expected)
 
 
 def test_the_head_has_the_filter_and_a_margin_of_each_classs_count():
-    config = to_config(train_parser(), ["--head.margin", "AdaptiveMargin", "--head.interclass_filter", "0.4"])
+    settings = "--head.margin AdaptiveMargin --head.interclass_filter 0.4 --head.sample_rate 0.5"
+    config = to_config(train_parser(), [*settings.split(), "--head.sampling_correction", "importance"])
     head = config.head.build(8, torch.tensor([1, 16, 81, 0]), 0, torch.device("cpu"))
-    assert (head.num_classes, head.interclass_filter) == (4, 0.4)
+    assert (head.num_classes, head.interclass_filter, head.sampling_correction) == (4, 0.4, "importance")
     assert head.margin.margins.tolist() == pytest.approx([0.5, 0.05 + 0.45 * (1 / 2 - 1 / 3) / (1 - 1 / 3), 0.05, 0.5])
     assert RunConfig().center.build(8, 4, 0, torch.device("cpu")) is None
 
@@ -180,6 +181,11 @@ WRONG = {
     "hard negatives of all classes": ("--head.hard_negatives 5", "with sample_rate=1.0 all classes take part"),
     "hard negatives below 0": ("--head.sample_rate 0.5 --head.hard_negatives -5", "hard_negatives must be at least 0"),
     "searches": ("--head.hard_negatives_every 0", "hard_negatives_every must be at least 1"),
+    "correction without sampling": (
+        "--head.sample_rate 1 --head.sampling_correction importance",
+        "--head: sampling_correction='importance' is for sample_rate below 1",
+    ),
+    "sampling_correction": ("--head.sampling_correction some", "sampling_correction"),
     "weight of center loss": ("--center.weight -1", "center.weight"),
     "alpha without effect": ("--center.alpha 0.1", "--center.alpha is 0.1, which has no effect"),
     "alpha": ("--center.weight 0.1 --center.alpha 2", "alpha must be in (0, 1]"),
