@@ -4,7 +4,7 @@ It finds identities stored twice, classes that were never updated, and classes f
 
     images ── backbone ──> unit embeddings ── summed on the rank of their class ──>  mean directions [C_local, D]
     class rows, mean directions    ── nearest_classes ──>      the nearest other classes  ──>  pairs above a threshold
-    class rows, initial values     ── equal bit for bit? ──>   classes that no step has updated
+    class rows, initial values     ── the same direction? ─>   classes that no step has updated
     class rows, mean directions    ── cosine ──>               classes whose row is far from their images
     six numbers per class [C, 6]   ── gather ──>               an Audit on every rank
 
@@ -44,6 +44,7 @@ from partial_fc.training.results import evaluation_loader
 # Nearest classes searched per class. An identity stored under more names than that appears as several pairs.
 NEIGHBOURS = 10
 BLOCK = 1024  # rows compared at a time
+TURNED = 1e-5  # radians: more than the rounding of decay
 MIN_PAIRS = 20  # pairs to keep for the page even if fewer are above a threshold
 LIMIT = 1 - 1e-12  # largest cosine whose artanh is taken
 
@@ -269,10 +270,13 @@ def _cosines(rows: Tensor, means: Tensor) -> Tensor:
 
 
 def _updated(rows: Tensor, lo: int, *, std: float, seed: int) -> Tensor:
-    """Return bool `[C_local]`: whether the row of class `lo + i` differs in any bit from its initial value."""
+    """Return bool `[C_local]`: whether the row of class `lo + i` was turned from its initial direction. Decay, which
+    reaches rows that no step has selected as well, only makes it shorter."""
     parts = [torch.empty(0, dtype=torch.bool, device=rows.device)]
     for first in range(0, len(rows), BLOCK):
         block = rows[first : first + BLOCK]
         initial = initial_rows(lo + first, lo + first + len(block), tuple(block.shape[1:]), std=std, seed=seed)
-        parts.append((block != initial.to(block)).flatten(1).any(1))
+        start, now = initial.to(block).double().flatten(1), block.double().flatten(1)
+        share = (now * start).sum(1, keepdim=True) / start.square().sum(1, keepdim=True)
+        parts.append((now - share * start).norm(dim=1) > TURNED * now.norm(dim=1))
     return torch.cat(parts)
