@@ -26,7 +26,8 @@ def log_weights(rows: Tensor, slots: Slots | None, always: Tensor, lo: int, shar
     """Return −ln π `[S]` of the local rows `[S]` of a forward. Nothing waits for the device.
 
     rows: sorted but for slots. always: ids of the classes that are always taken, in any shape and number, those that
-    `rows` were selected with; ids of other ranks, or of nobody, are passed over. share: π of the rows of the window.
+    `rows` were selected with; ids of other ranks, or of nobody, are passed over. Slots, which were made from the same
+    ids, know where the window has them. share: π of the rows of the window.
     """
     drawn = len(rows) if slots is None else slots.window
     if not drawn:  # without a window there are no slots
