@@ -53,8 +53,7 @@ class Update(Protocol):
 class SkippedRows:
     """The steps that the rows of one loss have missed.
 
-    steps: how many were counted. floor: all rows have had so many. done: `[C_local]` int32, how many each has had where
-    that is more.
+    steps: how many were counted since all rows were up to date. done: `[C_local]` int32, how many of them each has had.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class SkippedRows:
         self.form_of = form_of
         self.form = form_of(cls, options)
         self.kinds = _kinds(options)
-        self.steps = self.floor = 0
+        self.steps = 0
         self.done: Tensor | None = None
         self.parameters: dict[str, _Behind] = {}
         self.tables: list[Tensor] = []  # of the parameters, on the device of the rows
@@ -96,12 +95,12 @@ class SkippedRows:
             behind.moves.extend(steps.get(name))
         self.steps += 1
         self.tables = []
-        local = len(local_part(self.rows.main.detach()))
-        if self.done is None or len(self.done) != local or self.done.device != self.rows.device:
-            self.done = torch.full((local,), self.floor, dtype=torch.int32, device=self.rows.device)
+        if self.done is None:
+            local = local_part(self.rows.main.detach())
+            self.done = torch.zeros(len(local), dtype=torch.int32, device=local.device)
         if selected is not None:
             self.done.index_fill_(0, selected, self.steps)
-        if self.steps - self.floor >= self.form.MOST:
+        if self.steps >= self.form.MOST:
             self.catch_up()
 
     @torch.no_grad()
@@ -134,7 +133,10 @@ class SkippedRows:
             self.catch_up(index)
             self.taken = index, {}
             return None
-        for a, b in self._blocks(len(index)):
+        blocks = list(self._blocks(len(index)))
+        if len(blocks) == 1:
+            values = self._moved(index)
+        for a, b in blocks if len(blocks) > 1 else ():
             for tensors, moved in zip(values, self._moved(index[a:b]), strict=True):
                 for tensor, value in zip(tensors, moved, strict=True):
                     tensor[a:b] = value
@@ -162,20 +164,20 @@ class SkippedRows:
     def behind(self) -> bool:
         """Whether rows may have missed steps. If somebody else wrote rows they are taken as they are, with a
         warning."""
-        if self.steps > self.floor and self.seen != self._memory():
+        if self.steps and self.seen != self._memory():
             log.warning(
                 "rows of a %s were written between steps, without RowOptimizer.catch_up() before: they are taken as "
                 "they are, and steps that rows had missed until then are lost",
                 self.rows.owner,
             )
             self.forget()
-        return self.steps > self.floor
+        return self.steps > 0
 
     def _moved(self, index: Tensor) -> list[list[Tensor]]:
         """Return for each parameter its rows `index [S]` and their state after the steps that they have missed."""
         assert self.done is not None
         self.tables = self.tables or [each.table(self.rows.device) for each in self.parameters.values()]
-        place = self.done.index_select(0, index).sub_(self.floor).clamp_(min=0)
+        place = self.done.index_select(0, index)
         pairs = zip(self.parameters.values(), self.tables, strict=True)
         return [behind.moved(index, table.index_select(0, place)) for behind, table in pairs]
 
@@ -187,7 +189,7 @@ class SkippedRows:
 
     def forget(self) -> None:
         """Take all rows as they are."""
-        self.floor, self.tables, self.parameters, self.taken = self.steps, [], {}, None
+        self.steps, self.done, self.tables, self.parameters, self.taken = 0, None, [], {}, None
 
     def _memory(self) -> list[tuple[int, int]]:
         """Return what changes when somebody else writes rows."""
@@ -196,7 +198,7 @@ class SkippedRows:
 
 
 class _Behind:
-    """One parameter of the loss, its state, and what the steps since the floor do to a row of it."""
+    """One parameter of the loss, its state, and what the steps that were counted do to a row of it."""
 
     def __init__(self, rows: ClassRows, form: type[Moves], update: Update, probe: Probe) -> None:
         self.rows = rows
