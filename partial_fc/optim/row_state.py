@@ -66,9 +66,20 @@ class RowState(OneGroup):
         self.moved_in_backward = False  # a backward has moved the rows since the last step()
         super().__init__(list(rows.trainable), self.inner.defaults)
         self.param_groups[0]["params"] = rows.trainable  # this very list, which backward changes in place
-        self.skipped_rows = skipped_rows_of(optimizer_class, rows, skipped_rows, self.param_groups[0])
+        self._skipped_rows = skipped_rows_of(optimizer_class, rows, skipped_rows, self.param_groups[0])
         rows.catch_up()  # by the optimizer before this one
         rows.optimizer = weakref.ref(self)
+        self.follow_skipped_rows()
+
+    @property
+    def skipped_rows(self) -> SkippedRowsChoice:
+        """What becomes of rows that a step does not select; may be set between steps, on every rank alike."""
+        return self._skipped_rows
+
+    @skipped_rows.setter
+    def skipped_rows(self, choice: SkippedRowsChoice | None) -> None:
+        self._skipped_rows = skipped_rows_of(type(self.inner), self.class_rows, choice, self.param_groups[0])
+        self.class_rows.catch_up()
         self.follow_skipped_rows()
 
     def follow_skipped_rows(self) -> None:

@@ -79,6 +79,10 @@ HEAD: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         lambda _, optimizer: optimizer.param_groups[0].update(lr=0.2),
         "RowOptimizer.lr is 0.1 on {others} and 0.2 on {last}",
     ),
+    "skipped rows": (
+        lambda _, optimizer: setattr(optimizer, "skipped_rows", "still"),
+        "RowOptimizer.skipped_rows is dense on {others} and still on {last}",
+    ),
     "skips": (_set("class_rows.record.skips", 2), "skips is 0 on {others} and 2 on {last}"),
     "max_skips": (_set("class_rows.record.max_skips", 2), "max_skips is 20 on {others} and 2 on {last}"),
     "class changes": (_set("class_changes", 1), "class_changes is 0 on {others} and 1 on {last}"),

@@ -456,6 +456,22 @@ def test_the_choice_is_one_of_two():
     assert RowOptimizer(SGD, head_of(0.1), lr=0.1).skipped_rows == "dense"
 
 
+def test_the_choice_may_change_between_steps():
+    head, optimizer, expected = trained()
+    optimizer.skipped_rows = "still"
+    near(head.weight.detach(), expected, 1e-9)
+    before = head.weight.detach().clone()
+    take(head, optimizer, 0.1, 12, 0, 1)
+    rest = torch.ones(C, dtype=torch.bool)
+    rest[head.selected] = False
+    optimizer.catch_up()
+    assert torch.equal(head.weight.detach()[rest], before[rest]) and rest.any()
+    optimizer.skipped_rows = "dense"
+    take(head, optimizer, 0.1, 13, 0, 1)
+    optimizer.catch_up()
+    assert not torch.equal(head.weight.detach()[rest], before[rest])
+
+
 def test_decay_that_is_switched_on_in_a_run_is_refused_before_anything_moves():
     head = head_of(0.1)
     optimizer = RowOptimizer(torch.optim.Adam, head, skipped_rows="dense", lr=0.1)
