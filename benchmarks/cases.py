@@ -47,7 +47,8 @@ IN_BACKWARD = "update_in_backward" in inspect.signature(RowOptimizer.__init__).p
 
 @dataclass(frozen=True)
 class Work:
-    """One size of work: N samples over all ranks, C classes, embedding size D, sample rate r."""
+    """One size of work: N samples over all ranks, C classes, embedding size D, sample rate r. skipped: what becomes of
+    rows that a step does not select, None for the optimizer's default."""
 
     N: int
     C: int
@@ -56,11 +57,18 @@ class Work:
     bf16: bool = False
     tiled: bool = False
     in_backward: bool = False
+    skipped: str | None = None
     repetitions: int = 15
 
     def __str__(self) -> str:
         text = f"C={self.C:,}, D={self.D}, r={self.r}"
-        return text + ", bf16" * self.bf16 + ", tiled" * self.tiled + ", update in backward" * self.in_backward
+        return (
+            text
+            + ", bf16" * self.bf16
+            + ", tiled" * self.tiled
+            + ", update in backward" * self.in_backward
+            + (f", skipped rows {self.skipped}" if self.skipped else "")
+        )
 
 
 @dataclass
@@ -117,6 +125,7 @@ def trained(
 def ours(work: Work, group: dist.ProcessGroup | None = None) -> tuple[Trained, PartialFC]:
     head = PartialFC(work.D, work.C, sample_rate=work.r, group=group, logits_budget=0 if work.tiled else None)
     options: dict[str, Any] = {"update_in_backward": True} if work.in_backward else {}
+    options |= {"skipped_rows": work.skipped} if work.skipped else {}
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=LEARNING_RATE, momentum=MOMENTUM, **options)
 
     def loss(x: Tensor, labels: Tensor) -> Tensor:

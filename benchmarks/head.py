@@ -12,6 +12,9 @@ The sampled cases (`sampled`, `many`) have two floors of three matrix products. 
 selected: r·C / ranks of the window, and besides them the batch's classes outside it, about (1 − r)·N / ranks. `bare
 floor` has exactly r·C / ranks rows, what sampling is asked for; it is the smaller one, and the ratio over it the larger.
 
+`skipped` compares the two things that may become of rows that a step does not select (docs/optimizers.md): dense, the
+default, with still.
+
 Other work on the machine disturbs two ranks that wait for each other more than a floor in which neither waits: the
 ratio of processor time, given beside that of wall time, does not count waiting. `--quick` shows that all of it runs;
 its figures say nothing.
@@ -61,6 +64,10 @@ class Bench:
         few = Work(512, 200_000, 128, 0.1, repetitions=61)
         many = replace(few, C=2_000_000, r=0.01)
         return self._against_floor(1.8, limit_of_bare=1.6, limit_of_others=1.3, ours=many, few=few)
+
+    def skipped(self) -> list[Row]:
+        still = Work(512, 2_000_000, 128, 0.01, skipped="still", repetitions=61)
+        return self._against_floor(1.8, limit_of_others=1.1, ours=replace(still, skipped="dense"), still=still)
 
     def bf16(self) -> list[Row]:
         return self._against_floor(1.8, ours=Work(512, 100_000, 512, 1.0, bf16=True))
@@ -163,7 +170,7 @@ class Bench:
         return rows
 
 
-CASES = ("exact", "sampled", "many", "bf16", "memory", "memory_in_backward", "peers", "growth")
+CASES = ("exact", "sampled", "many", "skipped", "bf16", "memory", "memory_in_backward", "peers", "growth")
 
 
 def _row(title: str, unit: str, value: float | None, limit: float | None, note: str, **more: Any) -> Row:

@@ -22,7 +22,7 @@ from partial_fc.training.cli.main import train_parser
 from partial_fc.training.config import MarginSettings, save_config, to_config
 
 ROOT = Path(__file__).parents[2]
-CASES = {"exact", "sampled", "many", "bf16", "memory", "memory_in_backward", "peers", "growth"}
+CASES = {"exact", "sampled", "many", "skipped", "bf16", "memory", "memory_in_backward", "peers", "growth"}
 GPU_PARTS = ("proof", "waits", "two", "speed", "peers", "profile")
 
 
