@@ -322,6 +322,7 @@ def test_the_commands_give_what_the_run_gave(files, evaluated, tmp_path, capsys,
     assert not list(evaluated.glob("verify-*")), "a mistake leaves no folder behind"
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_gives_and_refuse_alike(files, evaluated, tmp_path):
     """Each command on two ranks; a hostile file is refused by both, in one line, and its payload does not run."""
     alone = {each["name"]: each for each in json.loads((evaluated / "metrics.json").read_text())["protocols"]}

@@ -287,6 +287,7 @@ def mpirun(*command: str, **more: str) -> subprocess.Popen[str]:
     return start(["mpirun", *MPIRUN_OPTIONS.split(), "-n", "2", sys.executable, *command], **more)
 
 
+@pytest.mark.slow
 def test_ones_own_loop_finds_its_ranks_by_mpi():
     code, out, err = finish(mpirun("-c", SHOW))
     assert code == 0, err
@@ -319,6 +320,7 @@ def test_a_world_of_one_under_mpirun_is_another_mpi(tmp_path):
     assert "mpirun started 2 processes, but MPI sees a world of 1: mpi4py uses another MPI (Open MPI" in alone(tmp_path)
 
 
+@pytest.mark.slow
 def test_mpi4py_is_missing(tmp_path):
     (tmp_path / "mpi4py").mkdir()
     (tmp_path / "mpi4py/__init__.py").write_text(

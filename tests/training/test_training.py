@@ -519,6 +519,7 @@ def test_evaluate_a_run_and_a_folder(run, tmp_path, capsys, mistake):
     assert "0.png" in mistake("evaluate", run, *new)
 
 
+@pytest.mark.slow
 def test_folder_training_skips_or_refuses_unreadable_images(tmp_path):
     data = image_folder(tmp_path / "data", 8, 8, damaged=2)
     arguments = ["train", *FOLDER_RUN, "--data.folder", str(data), "--data.holdout_identities", "3"]
