@@ -55,6 +55,6 @@ class Positives:
         return torch.cat([row[:n] for row, n in zip(rows, counts, strict=True)]), slice(start, start + len(values))
 
     def uniform(self, stream: int) -> Tensor:
-        """`[P]` float64 in (0, 1): keyed by step and sample, so the same at every world size; another for every
+        """`[P]` in (0, 1], float32: keyed by step and sample, so the same at every world size; another for every
         `stream`."""
         return (keyed_below(self.sample, self.draw + 0x9E3779B1 * stream, 1 << 31) + 0.5) / (1 << 31)
