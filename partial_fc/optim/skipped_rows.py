@@ -129,11 +129,11 @@ class SkippedRows:
         self.taken = None
         if not self.behind:
             return None
-        values = [each.memory(len(index)) for each in self.parameters.values()]
-        if sum(tensor.nbytes for each in values for tensor in each) > TAKEN_BYTES:
+        if sum(each.nbytes(len(index)) for each in self.parameters.values()) > TAKEN_BYTES:
             self.catch_up(index)
             self.taken = index, {}
             return None
+        values = [each.memory(len(index)) for each in self.parameters.values()]
         for a, b in self._blocks(len(index)):
             for tensors, moved in zip(values, self._moved(index[a:b]), strict=True):
                 for tensor, value in zip(tensors, moved, strict=True):
@@ -208,15 +208,21 @@ class _Behind:
     def is_of(self, update: Update) -> bool:
         return self.state is update.state and self.moves.keys == row_keys(update)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.parameter.dtype, torch.float32)
+
     def table(self, device: torch.device) -> Tensor:
-        dtype = torch.promote_types(self.parameter.dtype, torch.float32)
-        return self.moves.coefficients().to(dtype).to(device, non_blocking=True)
+        return self.moves.coefficients().to(self.dtype).to(device, non_blocking=True)
+
+    def nbytes(self, count: int) -> int:
+        """Return the size of `memory(count)`."""
+        return (1 + len(self.moves.keys)) * count * math.prod(self.parameter.shape[1:]) * self.dtype.itemsize
 
     def memory(self, count: int) -> list[Tensor]:
         """Return memory for so many rows, and for each piece of their state."""
-        weight = local_part(self.parameter.detach())
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return [weight.new_empty(count, *weight.shape[1:], dtype=dtype) for _ in range(1 + len(self.moves.keys))]
+        weight, kinds = local_part(self.parameter.detach()), 1 + len(self.moves.keys)
+        return [weight.new_empty(count, *weight.shape[1:], dtype=self.dtype) for _ in range(kinds)]
 
     def moved(self, index: Tensor, coefficients: Tensor) -> list[Tensor]:
         """Return the local rows `index [S]` and their state after the steps of their entries in the table `[S, n]`."""
