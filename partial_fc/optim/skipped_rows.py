@@ -116,6 +116,7 @@ class SkippedRows:
                 part = part[self.done.index_select(0, part) < self.steps]
             for behind, moved in zip(self.parameters.values(), self._moved(part), strict=True):
                 behind.put(part, moved)
+            del moved  # before the next block has its own
             self.done.index_fill_(0, part, self.steps)
         if index is None:
             self.forget()
@@ -138,6 +139,7 @@ class SkippedRows:
             for tensors, moved in zip(values, self._moved(index[a:b]), strict=True):
                 for tensor, value in zip(tensors, moved, strict=True):
                     tensor[a:b] = value
+            del moved, value
         named = {
             n: dict(zip(("", *b.moves.keys), v, strict=True))
             for (n, b), v in zip(self.parameters.items(), values, strict=True)
