@@ -14,7 +14,7 @@ kept logits and gradient, are held from step to step, and the heap does not reus
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partial_fc.optim import skipped_rows
 from partial_fc.optim.adam_moves import AdamMoves
@@ -49,8 +49,10 @@ def items(z: Sizes) -> tuple[Item, ...]:
     logits = _tile_logits(z)
     tiles = {"forward": _tile_forward(z), "backward": _tile_backward(z)}
     block = 0 if z.in_backward else block_bytes(z, _block_elements(z))
-    # glibc does not reuse all freed memory: up to as much again as tiles and blocks take (docs/cost-model.md)
-    heap = block + max(logits[phase] + rows for phase, rows in tiles.items()) if z.cpu else 0
+    # glibc does not reuse all freed memory: up to as much again as tiles and blocks take (docs/cost-model.md), those of
+    # the first step, too, in which no row has missed a step and rows and state are gathered
+    first = 0 if z.in_backward else block_bytes(replace(z, moves=None), _block_elements(z))
+    heap = max(block, first) + max(logits[phase] + rows for phase, rows in tiles.items()) if z.cpu else 0
     return (
         Item("weights", "C_local·D", dict.fromkeys(PHASES, shard * z.w)),
         Item("initial rows", "a block of them, float32", {"build": INIT_BLOCK * z.D * 4 if z.cpu else 0}),

@@ -592,18 +592,19 @@ MEASURED: dict[str, dict[str, Any]] = {
     "kept": {"sample_rate": 1.0, "logits_budget": None},
     "tiled": {"sample_rate": 1.0, "logits_budget": 0},
     "sampled": {"sample_rate": 0.1, "logits_budget": None},
+    "sampled_still": {"sample_rate": 0.1, "logits_budget": None, "skipped_rows": "still"},
 }
-CLASSES, WIDTH, SAMPLES = 150_000, 256, 128
+CLASSES, WIDTH, SAMPLES, STEPS = 150_000, 256, 128, 2
 
 
-def measure(sample_rate: float, logits_budget: int | None) -> int:
+def measure(sample_rate: float, logits_budget: int | None, skipped_rows: Any = None) -> int:
     """Growth of this process's resident memory at its peak, from before the head is built to after its second step."""
     x, labels = torch.randn(SAMPLES, WIDTH), torch.randperm(CLASSES)[:SAMPLES]
 
     def train(classes: int, samples: int) -> None:
         head = PartialFC(WIDTH, classes, sample_rate=sample_rate, logits_budget=logits_budget)
-        optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)
-        for _ in range(2):
+        optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, skipped_rows=skipped_rows)
+        for _ in range(STEPS):
             head(x[:samples].clone().requires_grad_(), labels[:samples] % classes).backward()
             optimizer.step()
             optimizer.zero_grad()
