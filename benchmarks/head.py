@@ -11,6 +11,8 @@ OUT/results.json and a plot to OUT/head.png.
 The sampled cases (`sampled`, `many`) have two floors of three matrix products. `floor` has the rows that the step
 selected: r·C / ranks of the window, and besides them the batch's classes outside it, about (1 − r)·N / ranks. `bare
 floor` has exactly r·C / ranks rows, what sampling is asked for; it is the smaller one, and the ratio over it the larger.
+In a step the selected rows first make the steps of momentum that they missed (`skipped_rows="dense"`, what RowOptimizer
+does by itself); neither floor has that.
 
 Other work on the machine disturbs two ranks that wait for each other more than a floor in which neither waits: the
 ratio of processor time, given beside that of wall time, does not count waiting. `--quick` shows that all of it runs;
