@@ -1,12 +1,15 @@
 """What is measured of the head itself: whole steps against the floor of their matrix products, and memory.
 
-A *step* is forward, backward, step of RowOptimizer(SGD, momentum 0.9), zero_grad, on embeddings that are leaves. The
-*floor* is the three matrix products of a step, `L = X Wᵀ`, `L W`, `Lᵀ X`, for X [N, D], W [S, D] and L [N, S] in memory
-that is allocated beforehand, and nothing else: no exponentials, no gathering of rows, no optimizer. S is the number of
-rows that the rank selects in its first step: under sampling its share of the window, r·C / ranks, and the batch's
-classes outside the window, about (1 − r)·N / ranks more. The *bare floor* of sampled cases leaves those out: the same
-products over exactly r·C / ranks rows. All are timed in the same processes, in turn; a repetition takes as long as its
-slowest rank.
+A *step* is forward, backward, step of RowOptimizer(SGD, momentum 0.9), zero_grad, on embeddings that are leaves. At r
+below 1 its selected rows first make the steps of momentum that they missed since they were last selected
+(`skipped_rows="dense"`, what RowOptimizer does by itself), as SGD over a dense gradient makes them.
+
+The *floor* is the three matrix products of a step, `L = X Wᵀ`, `L W`, `Lᵀ X`, for X [N, D], W [S, D] and L [N, S] in
+memory that is allocated beforehand, and nothing else: no exponentials, no gathering of rows, no missed steps, no
+optimizer. S is the number of rows that the rank selects in its first step: under sampling its share of the window, r·C
+/ ranks, and the batch's classes outside the window, about (1 − r)·N / ranks more. The *bare floor* of sampled cases
+leaves those out: the same products over exactly r·C / ranks rows. All are timed in the same processes, in turn; a
+repetition takes as long as its slowest rank.
 
 Memory is measured in new processes, in the unit in which it is paid: resident pages of a rank's process.
 

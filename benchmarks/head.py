@@ -11,6 +11,8 @@ OUT/results.json and a plot to OUT/head.png.
 The sampled cases (`sampled`, `many`) have two floors of three matrix products. `floor` has the rows that the step
 selected: r·C / ranks of the window, and besides them the batch's classes outside it, about (1 − r)·N / ranks. `bare
 floor` has exactly r·C / ranks rows, what sampling is asked for; it is the smaller one, and the ratio over it the larger.
+In a step the selected rows first make the steps of momentum that they missed (`skipped_rows="dense"`, what RowOptimizer
+does by itself); neither floor has that.
 
 `skipped` compares the two things that may become of rows that a step does not select (docs/optimizers.md): dense, the
 default, with still.

@@ -11,6 +11,10 @@
                       more samples a rank than D (torch's own advice) and took eight times as long here, so it is left
                       out
 
+Where classes are sampled, SGD over a dense gradient moves every row by its momentum in every step. Ours moves rows
+alike, those that a step does not select later (`skipped_rows="dense"`, what RowOptimizer does by itself): nobody takes
+fewer steps than the others.
+
 Those without a margin do not normalise either: they have less to do. All have the same number of logits a rank, N · C /
 world. Those that cannot sample classes take part at r = 1 alone.
 """

@@ -115,6 +115,7 @@ class SkippedRows:
                 part = part[self.done.index_select(0, part) < self.steps]
             for behind, moved in zip(self.parameters.values(), self._moved(part), strict=True):
                 behind.put(part, moved)
+            del moved  # before the next block has its own
             self.done.index_fill_(0, part, self.steps)
         if index is None:
             self.forget()
@@ -128,18 +129,20 @@ class SkippedRows:
         self.taken = None
         if not self.behind:
             return None
-        values = [each.memory(len(index)) for each in self.parameters.values()]
-        if sum(tensor.nbytes for each in values for tensor in each) > TAKEN_BYTES:
+        if sum(each.nbytes(len(index)) for each in self.parameters.values()) > TAKEN_BYTES:
             self.catch_up(index)
             self.taken = index, {}
             return None
         blocks = list(self._blocks(len(index)))
         if len(blocks) == 1:
             values = self._moved(index)
-        for a, b in blocks if len(blocks) > 1 else ():
-            for tensors, moved in zip(values, self._moved(index[a:b]), strict=True):
-                for tensor, value in zip(tensors, moved, strict=True):
-                    tensor[a:b] = value
+        else:
+            values = [each.memory(len(index)) for each in self.parameters.values()]
+            for a, b in blocks:
+                for tensors, moved in zip(values, self._moved(index[a:b]), strict=True):
+                    for tensor, value in zip(tensors, moved, strict=True):
+                        tensor[a:b] = value
+                del moved, value  # before the next block has its own
         named = {
             n: dict(zip(("", *b.moves.keys), v, strict=True))
             for (n, b), v in zip(self.parameters.items(), values, strict=True)
@@ -210,15 +213,21 @@ class _Behind:
     def is_of(self, update: Update) -> bool:
         return self.state is update.state and self.moves.keys == row_keys(update)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.parameter.dtype, torch.float32)
+
     def table(self, device: torch.device) -> Tensor:
-        dtype = torch.promote_types(self.parameter.dtype, torch.float32)
-        return self.moves.coefficients().to(dtype).to(device, non_blocking=True)
+        return self.moves.coefficients().to(self.dtype).to(device, non_blocking=True)
+
+    def nbytes(self, count: int) -> int:
+        """Return the size of `memory(count)`."""
+        return (1 + len(self.moves.keys)) * count * math.prod(self.parameter.shape[1:]) * self.dtype.itemsize
 
     def memory(self, count: int) -> list[Tensor]:
         """Return memory for so many rows, and for each piece of their state."""
-        weight = local_part(self.parameter.detach())
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return [weight.new_empty(count, *weight.shape[1:], dtype=dtype) for _ in range(1 + len(self.moves.keys))]
+        weight, kinds = local_part(self.parameter.detach()), 1 + len(self.moves.keys)
+        return [weight.new_empty(count, *weight.shape[1:], dtype=self.dtype) for _ in range(kinds)]
 
     def moved(self, index: Tensor, coefficients: Tensor) -> list[Tensor]:
         """Return the local rows `index [S]` and their state after the steps of their entries in the table `[S, n]`."""

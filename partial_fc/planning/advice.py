@@ -2,7 +2,8 @@
 
     1. logits tiled instead of kept
     2. the largest sampling rate that fits
-    3. savers: an update in backward, bfloat16 weights, plain SGD; as few together as are enough
+    3. savers: an update in backward, bfloat16 weights, plain SGD, skipped rows that stand still; as few together as
+       are enough
     4. a smaller global batch
     5. more ranks
 
@@ -27,6 +28,7 @@ SAVERS: dict[str, dict[str, Any]] = {
     "update in backward (no clipping, no accumulation)": {"update_in_backward": True},
     "stochastically rounded bfloat16 weights": {"dtype": torch.bfloat16, "low_precision": "stochastic"},
     "plain SGD": {"optimizer": "sgd"},
+    "skipped rows that stand still": {"skipped_rows": "still"},
 }
 
 
@@ -123,6 +125,8 @@ class _Search:
             )
         if "optimizer" in changes:
             return requested["optimizer"] != "sgd"
+        if "skipped_rows" in changes:
+            return requested["sample_rate"] < 1 and requested["skipped_rows"] != "still"
         return requested["dtype"] not in HALF
 
     def fewer_samples(self) -> Change | None:

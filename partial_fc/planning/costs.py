@@ -22,11 +22,16 @@ from inspect import signature
 from typing import Any
 
 import torch
+from torch import nn
 
 from partial_fc.batch.status import HALF, Status
 from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES
-from partial_fc.optim.optimizer_class import LowPrecision, check_rows_apart, initial_state
+from partial_fc.optim import skipped_rows as moved_later
+from partial_fc.optim.adam_moves import AdamMoves
+from partial_fc.optim.moves import Moves, Probe
+from partial_fc.optim.optimizer_class import LowPrecision, check_rows_apart, checked_form, construct, initial_state
+from partial_fc.optim.row_state import SkippedRowsChoice
 from partial_fc.sampling import window_size
 from partial_fc.shards import shard_bounds
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes, tile_rows, tile_size
@@ -73,6 +78,26 @@ class Sizes:
     cpu: bool
     C: int
     hard: int  # hard negatives of a class
+    skipped: SkippedRowsChoice | None  # what becomes of rows that a step does not select; None without sampling
+    moves: type[Moves] | None  # how those rows make steps later; None if they miss none
+
+    @property
+    def current(self) -> int:
+        """Bytes of the selected rows and their state, brought up to date; 0 if that is done in their own place."""
+        if self.moves is None:
+            return 0
+        taken = (1 + self.states) * self.S * self.D * self.wider
+        return taken if taken <= moved_later.TAKEN_BYTES else 0
+
+    @property
+    def wider(self) -> int:
+        """Bytes per number of rows that are brought up to date."""
+        return max(self.w, 4)
+
+    @property
+    def gathered(self) -> bool:
+        """Whether selected rows are gathered out of the shard in forward, backward and update."""
+        return self.window > 0 and not self.current
 
     @property
     def tiles(self) -> int:
@@ -86,7 +111,7 @@ class Sizes:
     @property
     def held(self) -> bool:
         """Whether selected rows are gathered once, into the memory that their gradient takes over."""
-        return self.window > 0 and self.w == self.s
+        return self.gathered and self.w == self.s
 
     @property
     def overlap(self) -> bool:
@@ -108,6 +133,7 @@ def sizes(
     low_precision: LowPrecision | None,
     device: str,
     hard_negatives: int = 0,
+    skipped_rows: SkippedRowsChoice | None = None,
 ) -> Sizes:
     """Return the sizes for the arguments of `plan.plan`. Raises ValueError if `RowOptimizer` rejects the optimizer."""
     C, D, N = num_classes, embedding_size, batch_size
@@ -127,6 +153,7 @@ def sizes(
     named: tuple[Any, dict[str, Any]] = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else (optimizer, {})
     cls, options = named
     wide = low_precision if dtype in HALF else None
+    skipped, moves = _skipped(cls, tuple(options.items()), skipped_rows, sampled=bool(window))
     return Sizes(
         N=N,
         N_local=-(-N // world_size),
@@ -150,6 +177,8 @@ def sizes(
         cpu=device == "cpu",
         C=C,
         hard=hard_negatives,
+        skipped=skipped if window else None,
+        moves=moves if window else None,
     )
 
 
@@ -161,6 +190,26 @@ def _row_states(cls: Any, options: tuple[tuple[str, Any], ...]) -> int:
     """
     check_rows_apart(cls, dict(options))
     return len(initial_state(cls, dict(options)))
+
+
+@lru_cache(maxsize=64)
+def _skipped(
+    cls: Any, options: tuple[tuple[str, Any], ...], choice: SkippedRowsChoice | None, sampled: bool
+) -> tuple[SkippedRowsChoice, type[Moves] | None]:
+    """Return what `RowOptimizer` does with rows that a step does not select, and how they make the steps that they
+    missed; None if no step moves them. ValueError for "dense" with a class that cannot do it."""
+    if choice == "still" or (choice is None and not sampled):
+        return choice or "dense", None
+    group = construct(cls, [nn.Parameter(torch.zeros(1, device="cpu"))], dict(options)).defaults
+    try:
+        form = checked_form(cls, group)
+    except ValueError:
+        if choice == "dense":
+            raise
+        return "still", None
+    probe, table = Probe(cls, group, {}), form(tuple(sorted(initial_state(cls, dict(options)))))
+    moves = [table.moves(table.find(probe, group)) for _ in range(2)]  # Adam's first step moves none
+    return "dense", form if any(moves) else None
 
 
 # ----------------------------------------------------------------------------------------------- operations and traffic
@@ -176,6 +225,7 @@ def operations(z: Sizes) -> dict[str, int]:
     elementwise = logits * (2 if z.kept else 3)  # exponential and sum; tiled: the exponential again
     elementwise += rows * (3 + direction_passes(z) + 5)  # lengths and directions; directions in backward; the tangent
     elementwise += rows * (2 + 4 * z.states)  # the optimizer
+    elementwise += rows * _move(z)[0]  # the steps that rows missed
     elementwise += 2 * z.tiles * z.N * z.D  # sums of the tiles' shares of the embeddings' gradient
     return {"matrix products": 2 * logits * z.D * (3 if z.kept else 4), "elementwise (estimate)": elementwise}
 
@@ -197,7 +247,7 @@ def traffic(z: Sizes) -> dict[str, int]:
     if not z.bounded:  # widened, the maximum subtracted, lowered again
         logits += z.N * z.S * (3 * z.s + 2 * z.p) * (1 if z.kept else 2)
 
-    directions = 2 * z.w * (z.window > 0)  # gathered
+    directions = 2 * z.w * z.gathered
     directions += z.w + (z.s if z.held else z.p)  # divided by the length
     used = z.p + (z.s + z.p) * (z.low and z.held)  # read by a product; lowered for it
     lengths = z.w
@@ -209,8 +259,28 @@ def traffic(z: Sizes) -> dict[str, int]:
 
     update = rows * (3 * z.w + 2 * z.states * z.q)
     if z.window:  # gathered and written back
-        update += rows * 4 * (z.w + z.states * z.q)
-    return {"logits": logits, "class rows": class_rows, "row gradients": gradient, "update": update}
+        update += rows * (2 + 2 * z.gathered) * (z.w + z.states * z.q)
+    found = {"logits": logits, "class rows": class_rows, "row gradients": gradient, "update": update}
+    return found if z.moves is None else found | {"steps that rows missed": rows * _missed_steps(z)}
+
+
+def _move(z: Sizes) -> tuple[int, int]:
+    """Return (operations, numbers read and written) for each number of a row that makes the steps that it missed."""
+    n = 1 + z.states
+    if z.moves is None:
+        return 0, 0
+    if z.moves is AdamMoves:
+        return 13 + z.states, 26 + 2 * z.states
+    return n * (2 * n - 1), n * (3 * n - 1)
+
+
+def _missed_steps(z: Sizes) -> int:
+    """Return the bytes that this reads and writes: gathered, widened, moved, written."""
+    n, own = 1 + z.states, (4 if z.wide == "master" else z.w) + z.states * z.q
+    wide = n * z.wider
+    widened, lowered = (own + wide) * (own != wide), (wide + z.w) * (z.w != z.wider)
+    written = 2 * wide if z.current else wide + own
+    return 2 * own + widened + _move(z)[1] * z.wider + written + lowered
 
 
 # ---------------------------------------------------------------------------------------------------- network

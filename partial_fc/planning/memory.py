@@ -2,7 +2,7 @@
 
     build       the head is constructed: initial rows (not part of a step)
     gather      the global batch is collected
-    select      classes are drawn, their rows selected
+    select      classes are drawn, their rows selected and brought up to date
     forward     logits, tile by tile
     combine     statistics of all ranks become the loss
     backward    gradients, tile by tile
@@ -14,8 +14,10 @@ kept logits and gradient, are held from step to step, and the heap does not reus
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from partial_fc.optim import skipped_rows
+from partial_fc.optim.adam_moves import AdamMoves
 from partial_fc.optim.row_optimizer import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE
 from partial_fc.planning.costs import Sizes, payload_bytes, search
 from partial_fc.sharded_module import INIT_BLOCK
@@ -47,8 +49,10 @@ def items(z: Sizes) -> tuple[Item, ...]:
     logits = _tile_logits(z)
     tiles = {"forward": _tile_forward(z), "backward": _tile_backward(z)}
     block = 0 if z.in_backward else block_bytes(z, _block_elements(z))
-    # glibc does not reuse all freed memory: up to as much again as tiles and blocks take (docs/cost-model.md)
-    heap = block + max(logits[phase] + rows for phase, rows in tiles.items()) if z.cpu else 0
+    # glibc does not reuse all freed memory: up to as much again as tiles and blocks take (docs/cost-model.md), those of
+    # the first step, too, in which no row has missed a step and rows and state are gathered
+    first = 0 if z.in_backward else block_bytes(replace(z, moves=None), _block_elements(z))
+    heap = max(block, first) + max(logits[phase] + rows for phase, rows in tiles.items()) if z.cpu else 0
     return (
         Item("weights", "C_local·D", dict.fromkeys(PHASES, shard * z.w)),
         Item("initial rows", "a block of them, float32", {"build": INIT_BLOCK * z.D * 4 if z.cpu else 0}),
@@ -67,9 +71,10 @@ def items(z: Sizes) -> tuple[Item, ...]:
         Item("rows of a tile", "T·D, several", tiles),
         Item("embeddings and their gradient", "N·D, several", _embeddings(z)),
         Item("selection", "row numbers and lengths", _selection(z)),
+        *_skipped_rows(z),
         *_hard_negatives(z),
         Item("collectives' buffers", "", _collective_buffers(z)),
-        Item("blocks of the optimizer", "", {"update": block}),
+        Item("blocks of the optimizer", "", _blocks(z, block)),
         Item("heap", "freed tiles and blocks, on the CPU", dict.fromkeys(step, heap)),
     )
 
@@ -112,7 +117,7 @@ def _directions(z: Sizes) -> tuple[int, int]:
     elements = z.T * z.D
     if z.held:
         return elements * z.p * z.low, elements * z.p * z.low
-    return elements * z.p, elements * (z.w * (z.window > 0) + z.s * z.low + z.s * (z.w != z.s) + z.p)
+    return elements * z.p, elements * (z.w * z.gathered + z.s * z.low + z.s * (z.w != z.s) + z.p)
 
 
 def _tile_forward(z: Sizes) -> int:
@@ -134,7 +139,7 @@ def _tile_backward(z: Sizes) -> int:
     low = rows * (z.p if z.bounded else z.s) * z.low  # float16 is unscaled after it is widened
     product = low + (own if z.bounded else rows * z.s)
     # the rows themselves in the dtype of the statistics, where their directions are not in it
-    vectors = rows * z.s * (z.low and not z.held and (z.w != z.s or z.window > 0))
+    vectors = rows * z.s * (z.low and not z.held and (z.w != z.s or z.gathered))
     transposed = z.N * z.T * z.p * (z.cpu and z.low and z.bounded)  # the CPU transposes half precision
     return max(
         computing + directions * (z.tiles > 1),  # beside the directions of the previous tile
@@ -168,11 +173,33 @@ def _embeddings(z: Sizes) -> dict[str, int]:
 def _selection(z: Sizes) -> dict[str, int]:
     """Row numbers, which are kept until the next selection, and 1/length of the rows."""
     numbers = 8 * z.S * (z.window > 0)
+    after = dict.fromkeys(("forward", "combine", "backward", "update"), numbers + z.S * z.s)
+    return {"gather": numbers, "select": numbers + _drawing(z), **after}
+
+
+def _drawing(z: Sizes) -> int:
     # elsewhere than on a CPU windows are drawn for several steps at a time
     drawn = z.window if z.cpu else max(z.window, min(z.C_local * z.world, MOST_DRAWN))
-    drawing = max(WINDOW_TEMPORARIES * drawn, 8 * (2 * (z.window + z.N * (1 + z.hard)) + 4 * z.S)) if z.window else 0
-    after = dict.fromkeys(("forward", "combine", "backward", "update"), numbers + z.S * z.s)
-    return {"gather": numbers, "select": numbers + drawing, **after}
+    return max(WINDOW_TEMPORARIES * drawn, 8 * (2 * (z.window + z.N * (1 + z.hard)) + 4 * z.S)) if z.window else 0
+
+
+def _skipped_rows(z: Sizes) -> tuple[Item, ...]:
+    """How many steps each row has had; the selected rows as they are after the steps that they missed."""
+    if z.moves is None:
+        return ()
+    done = Item("steps of each row", "C_local, int32", dict.fromkeys(PHASES[1:], 4 * z.C_local))
+    step = dict.fromkeys(("forward", "combine", "backward"), z.current + _lowered(z))
+    rows = Item(
+        "rows and state, up to date",
+        f"{1 + z.states}·S·D, wide",
+        {"select": z.current, **step, "update": z.current},
+    )
+    return (done, rows) if z.current else (done,)
+
+
+def _lowered(z: Sizes) -> int:
+    """Bytes of rows that are up to date, in the dtype of the weights where that is another."""
+    return z.S * z.D * z.w * (z.current > 0 and z.w != z.wider)
 
 
 def _hard_negatives(z: Sizes) -> tuple[Item, ...]:
@@ -197,6 +224,27 @@ def _collective_buffers(z: Sizes) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------------- optimizer
 
 
+def _blocks(z: Sizes, block: int) -> dict[str, int]:
+    """Bytes while rows make the steps that they missed, beyond those of drawing; and in the update.
+
+    Then all rows do after every so many steps, for which the table of steps has room (`Moves.MOST`).
+    """
+    if z.moves is None:
+        return {"update": block}
+    selecting = max(moving_bytes(z, z.S, in_place=not z.current), _lowered(z), _drawing(z))
+    return {"select": selecting - _drawing(z), "update": max(block, moving_bytes(z, z.C_local, in_place=True))}
+
+
+def moving_bytes(z: Sizes, rows: int, *, in_place: bool) -> int:
+    """Bytes that are allocated while so many rows make the steps that they missed, block by block."""
+    most = skipped_rows.BLOCK_BYTES if z.cpu else skipped_rows.BLOCK_BYTES_ELSEWHERE
+    size = min(rows, max(1, most // (4 * z.D)))
+    kinds = 1 + z.states
+    numbers = 2 * kinds + 2 * (z.moves is AdamMoves)  # before and after; √v and what divides the moment
+    storing = {None: z.w * (z.w != z.wider), "master": z.w, "stochastic": ROUNDING_TEMPORARIES}[z.wide]
+    return size * z.D * max(numbers * z.wider, (kinds * z.wider + storing) * in_place)
+
+
 def _block_elements(z: Sizes) -> int:
     most = BLOCK_BYTES if z.cpu else BLOCK_BYTES_ELSEWHERE
     return min(z.S, max(1, most // (z.D * z.w))) * z.D
@@ -207,9 +255,13 @@ def block_bytes(z: Sizes, elements: int) -> int:
 
     Without sampling a block has state of its own in the first step only, which is counted.
     """
-    state = z.states * z.q
-    rows = (4 if z.wide == "master" else z.w) * (z.window > 0)
-    rows += 4 * (z.wide == "stochastic") + 4 * bool(z.wide)  # widened, and their gradient
+    if z.current:  # there are rows and state already, in float32 or wider
+        narrow = z.w != z.wider and not z.wide
+        rows, state = z.w if narrow else 4 * bool(z.wide), z.states * z.q * narrow
+    else:
+        state = z.states * z.q
+        rows = (4 if z.wide == "master" else z.w) * (z.window > 0)
+        rows += 4 * (z.wide == "stochastic") + 4 * bool(z.wide)  # widened, and their gradient
     working = 0 if z.fused else z.q
     storing = {None: 0, "master": z.w, "stochastic": ROUNDING_TEMPORARIES}[z.wide]
     return elements * (rows + state + max(working, storing))

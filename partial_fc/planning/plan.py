@@ -21,7 +21,7 @@ from partial_fc.classes.hard_negatives import check_hard_negatives, check_neighb
 from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
 from partial_fc.distributed.given import as_whole, plain
 from partial_fc.optim.optimizer_class import LowPrecision
-from partial_fc.optim.row_state import HALF
+from partial_fc.optim.row_state import HALF, SkippedRowsChoice
 from partial_fc.planning.advice import SAVERS, Change, Fit, advise
 from partial_fc.planning.costs import OPTIMIZERS, Collective, Search, collectives, operations, search, sizes, traffic
 from partial_fc.planning.memory import PHASES, Item, items
@@ -43,6 +43,7 @@ class Plan:
     collectives: tuple[Collective, ...]
     fit: Fit | None = None
     search: Search | None = None  # for hard negatives
+    skipped_rows: SkippedRowsChoice | None = None  # what rows do that a step does not select; None without sampling
 
     @property
     def phases(self) -> dict[str, int]:
@@ -85,6 +86,7 @@ def plan(
     low_precision: LowPrecision | None = None,
     device: str = "cuda",
     hard_negatives: int = 0,
+    skipped_rows: SkippedRowsChoice | None = None,
 ) -> Plan:
     """Return what a head of these sizes needs on each rank. Nothing is allocated.
 
@@ -94,7 +96,7 @@ def plan(
         batch_size: N, samples of the global batch.
         optimizer: "sgd", "sgd-momentum", "adam", "adamw", "rmsprop", "adagrad", or a class with its
             default options.
-        update_in_backward, low_precision: as of `RowOptimizer`.
+        update_in_backward, low_precision, skipped_rows: as of `RowOptimizer`.
         autocast: dtype of the matrix products under torch.autocast, None without it.
         memory: bytes that a rank may use for the head; `fit` of the result then says whether that is enough and what to
             change if not.
@@ -114,7 +116,7 @@ def _plan(arguments: dict[str, Any]) -> Plan:
     z = sizes(**arguments)
     mode = "kept" if z.kept else "tiled"
     fixed = arguments, z.C_local, z.S, z.T, mode, z.logits, items(z), operations(z), traffic(z), collectives(z)
-    return Plan(*fixed, search=search(z))
+    return Plan(*fixed, search=search(z), skipped_rows=z.skipped)
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -169,6 +171,8 @@ def _check_choices(arguments: dict[str, Any]) -> None:
         raise ValueError(f"autocast must be None, {' or '.join(map(_name, HALF))}, not {_name(autocast)}")
     if arguments["low_precision"] not in (None, "master", "stochastic"):
         raise ValueError(f'low_precision must be None, "master" or "stochastic", not {arguments["low_precision"]!r}')
+    if arguments["skipped_rows"] not in (None, "dense", "still"):
+        raise ValueError(f'skipped_rows must be "dense" or "still", not {arguments["skipped_rows"]!r}')
     device = arguments["device"]
     try:
         torch.device(device)
@@ -203,6 +207,8 @@ def _head_lines(made: Plan) -> list[str]:
         words.append(f"low precision: {a['low_precision']}")
     if a["hard_negatives"]:
         words.append(f"{a['hard_negatives']} hard negatives a class")
+    if made.skipped_rows is not None:
+        words.append(f"skipped rows: {made.skipped_rows}")
     return [
         f"C = {a['num_classes']:,} classes, D = {a['embedding_size']:,}, N = {a['batch_size']:,} samples, {ranks}, "
         f"r = {a['sample_rate']:g}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -17,7 +18,9 @@ from watching import collectives
 
 from partial_fc import PartialFC, Plan, RowOptimizer, SubCenterArcFace, plan
 from partial_fc.batch.status import Status
+from partial_fc.optim import adam_moves, moves
 from partial_fc.optim import row_optimizer as optim
+from partial_fc.optim import skipped_rows as later
 from partial_fc.planning import memory
 from partial_fc.planning.costs import OPTIMIZERS
 from partial_fc.planning.memory import PHASES
@@ -58,7 +61,7 @@ def test_a_small_head_by_hand():
 
 def test_sampled_rows_by_hand():
     """They are gathered once, into the memory that their gradient takes over."""
-    made = plan(10_000, 8, 1, 4, 0.1)
+    made = plan(10_000, 8, 1, 4, 0.1, skipped_rows="still")
     assert made.rows == 1004
     gradient = next(i for i in made.items if i.name == "row gradients")
     assert gradient.bytes == dict.fromkeys(("forward", "combine", "backward", "update"), 1004 * 8 * 4)
@@ -68,11 +71,58 @@ def test_sampled_rows_by_hand():
         "backward": 2 * 1004 * 8 * 4,
     }  # the product, and what is summed along the directions
     assert made.traffic["class rows"] == 1004 * 8 * 4 * (2 + 1 + 2 + 1 + 1)  # gathered, measured, divided; used twice
-    half = plan(10_000, 8, 1, 4, 0.1, dtype=torch.bfloat16)
+    half = plan(10_000, 8, 1, 4, 0.1, dtype=torch.bfloat16, skipped_rows="still")
     gradient = next(i for i in half.items if i.name == "row gradients")
     assert gradient.bytes == dict.fromkeys(("backward", "update"), 1004 * 8 * 2)
     gathered, divided, used = 2 * 2 + 2, 2, 2  # divided in float32, but read and written in half precision
     assert half.traffic["class rows"] == 1004 * 8 * (2 + 2 * (gathered + divided) + 2 * used)
+
+
+def test_rows_that_make_the_steps_that_they_missed_by_hand():
+    """They are taken with their momentum, and their gradient has memory of its own."""
+    made, still = plan(10_000, 8, 1, 4, 0.1), plan(10_000, 8, 1, 4, 0.1, skipped_rows="still")
+    items = {i.name: i.bytes for i in made.items}
+    rows = 1004 * 8 * 4
+    assert items["row gradients"] == dict.fromkeys(("backward", "update"), rows)
+    phases = ("select", "forward", "combine", "backward", "update")
+    assert items["rows and state, up to date"] == dict.fromkeys(phases, 2 * rows)
+    assert items["steps of each row"] == dict.fromkeys(PHASES[1:], 4 * 10_000)
+    assert items["rows of a tile"] == {"forward": rows, "backward": 2 * rows}  # directions; and the product with them
+    # rows and momentum, before and after; once in many steps of all rows, else no copies of rows and state
+    assert items["blocks of the optimizer"]["update"] == 2 * 2 * 10_000 * 8 * 4
+    assert item(still, "blocks of the optimizer") == 2 * rows
+    assert made.traffic["class rows"] == rows * (1 + 2 + 1 + 2 + 1)
+    assert made.traffic["update"] == still.traffic["update"] - 2 * 2 * rows
+    gathered, moved, taken = 2 * 2, 2 * (2 + 3), 2 * 2  # by a product, and one that is added to it
+    assert made.traffic["steps that rows missed"] == rows * (gathered + moved + taken)
+    extra = made.operations["elementwise (estimate)"] - still.operations["elementwise (estimate)"]
+    assert extra == 1004 * 8 * (1 + 2 * 3)  # directions again in backward, three operations for rows and for momentum
+    assert (made.skipped_rows, still.skipped_rows, plan(1000, 8, 1, 4).skipped_rows) == ("dense", "still", None)
+    assert "skipped rows: dense" in str(made) and "skipped rows: still" in str(still)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+def test_an_optimizer_that_moves_no_row_without_gradient_notes_nothing(optimizer):
+    made = plan(10_000, 8, 1, 4, 0.1, optimizer)
+    assert (
+        made.skipped_rows == "dense" and made.peak == plan(10_000, 8, 1, 4, 0.1, optimizer, skipped_rows="still").peak
+    )
+
+
+def test_skipped_rows_are_those_of_the_optimizer():
+    """Adamax has no form of its steps."""
+    for name in (*OPTIMIZERS, torch.optim.NAdam, torch.optim.Adamax):
+        cls, options = OPTIMIZERS[name] if isinstance(name, str) else (name, {})
+        head = PartialFC(8, 1000, sample_rate=0.1)
+        optimizer = RowOptimizer(cls, head, **options)
+        for _ in range(3):
+            head(torch.randn(4, 8), torch.arange(4)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        made = plan(1000, 8, 1, 4, 0.1, name)
+        assert made.skipped_rows == optimizer.skipped_rows, name
+        notes = head.class_rows.behind is not None and head.class_rows.behind.done is not None
+        assert notes == any(i.name == "steps of each row" for i in made.items), name
 
 
 def test_the_network_by_hand():
@@ -250,6 +300,8 @@ def test_the_budget_counts_all_centers(over):
         ({"dtype": torch.int8}, "dtype must be one of float32, float64, bfloat16, float16, not int8"),
         ({"autocast": torch.float32}, "autocast must be None, bfloat16 or float16, not float32"),
         ({"low_precision": "none"}, "low_precision must be None"),
+        ({"skipped_rows": "lazy"}, 'skipped_rows must be "dense" or "still", not \'lazy\''),
+        ({"skipped_rows": "dense", "optimizer": torch.optim.Adamax}, 'Adamax .*, or skipped_rows="still"'),
         ({"memory": 0}, "memory must be a number of bytes of at least 1, or None, not 0"),
         ({"logits_budget": -1}, "logits_budget must be a number of bytes of at least 0, or None, not -1"),
         ({"update_in_backward": True, "sample_rate": 0.5}, "update_in_backward requires sample_rate=1.0, not 0.5"),
@@ -265,7 +317,7 @@ def test_bad_arguments(change, message):
         plan(**{**GPUS, **change})
 
 
-@pytest.mark.parametrize("gigabytes", [60, 24, 20, 16])
+@pytest.mark.parametrize("gigabytes", [60, 24, 20, 18])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_the_advised_rate_fits_and_a_larger_one_does_not(gigabytes, autocast):
     asked = {**GPUS, "autocast": autocast, "memory": gigabytes * 10**9}
@@ -367,6 +419,8 @@ def test_the_command(capsys):
     assert capsys.readouterr().out == f"{made}\n"
     plan_command([*(a.replace("_", "-") for a in arguments), "--json"])
     assert json.loads(capsys.readouterr().out) == made.to_dict()
+    plan_command([*sizes, "--skipped_rows", "still"])
+    assert capsys.readouterr().out == f"{plan(**GPUS, sample_rate=0.1, skipped_rows='still')}\n"
     assert main(["plan", *sizes]) == 0
     assert capsys.readouterr().out.startswith("C = 29,000,000 classes")
     assert main(["plan", "--num_classes", "10"]) == 2
@@ -408,11 +462,24 @@ def small(monkeypatch):
     for module in (optim, memory):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 18)
         monkeypatch.setattr(module, "BLOCK_BYTES_ELSEWHERE", 1 << 18)
+    for name in ("BLOCK_BYTES", "BLOCK_BYTES_ELSEWHERE"):
+        monkeypatch.setattr(later, name, 1 << 18)
+    for form in (moves.LinearMoves, adam_moves.AdamMoves):
+        monkeypatch.setattr(form, "MOST", 2)  # all rows are brought up to date in one of the steps
+    catch_up = later.SkippedRows.catch_up
+
+    def all_of_them(self: Any, index: Any = None) -> None:
+        """Leave out none of the rows, as on a GPU."""
+        if index is None and self.done is not None:
+            self.done.fill_(self.floor)
+        catch_up(self, index)
+
+    monkeypatch.setattr(later.SkippedRows, "catch_up", all_of_them)
     monkeypatch.setattr(Workspace, "take", lambda self, name, shape, dtype, device: torch.empty(shape, dtype=dtype))
 
 
 def allocated(made: Plan) -> dict[str, int]:
-    """Bytes of tensors of a head as planned, at most, in each phase of its first three steps, as torch's profiler sees
+    """Bytes of tensors of a head as planned, at most, in each phase of its first four steps, as torch's profiler sees
     them."""
     a = made.arguments
     cls, options = OPTIMIZERS[a["optimizer"]]
@@ -423,15 +490,15 @@ def allocated(made: Plan) -> dict[str, int]:
         logits_budget=a["logits_budget"],
         dtype=a["dtype"],
     )
-    optimizer = RowOptimizer(
-        cls, head, update_in_backward=a["update_in_backward"], low_precision=a["low_precision"], **options
-    )
+    kinds = {name: a[name] for name in ("update_in_backward", "low_precision", "skipped_rows")}
+    optimizer = RowOptimizer(cls, head, **kinds, **options)
     x = torch.randn(
         a["batch_size"], a["embedding_size"], dtype=torch.promote_types(a["dtype"], torch.float32), requires_grad=True
     )
     labels = torch.randperm(a["num_classes"])[: a["batch_size"]]
+    gc.collect()  # what others leave would be subtracted when it goes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        for _ in range(3):
+        for _ in range(4):
             x.grad = None
             with torch.autocast("cpu", a["autocast"] or BF16, enabled=a["autocast"] is not None):
                 loss = head(x, labels)
@@ -455,39 +522,66 @@ def allocated(made: Plan) -> dict[str, int]:
     return peaks
 
 
+def _id(changes: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in changes.items()) or "as it is"
+
+
+SAMPLED: list[dict[str, Any]] = [
+    {"sample_rate": 0.1},
+    {"sample_rate": 0.5},
+    {"sample_rate": 0.5, "logits_budget": 0},
+    {"sample_rate": 0.5, "autocast": BF16},
+    {"sample_rate": 0.5, "autocast": BF16, "logits_budget": 0},
+    {"sample_rate": 0.5, "dtype": BF16, "low_precision": "stochastic"},
+    {"sample_rate": 0.5, "dtype": BF16, "low_precision": "master"},
+    {"sample_rate": 0.5, "dtype": torch.float64},
+    {"sample_rate": 0.5, "dtype": F16},
+    {"sample_rate": 0.5, "optimizer": "adamw"},
+    {"sample_rate": 0.5, "optimizer": "rmsprop"},
+]
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"logits_budget": 0},
-        {"sample_rate": 0.1},
-        {"sample_rate": 0.5},
-        {"sample_rate": 0.5, "logits_budget": 0},
-        {"sample_rate": 0.5, "autocast": BF16},
-        {"sample_rate": 0.5, "autocast": BF16, "logits_budget": 0},
-        {"sample_rate": 0.5, "dtype": BF16, "low_precision": "stochastic"},
-        {"sample_rate": 0.5, "dtype": torch.float64},
+        *({**changes, "skipped_rows": choice} for changes in SAMPLED for choice in ("dense", "still")),
+        {"sample_rate": 0.5, "optimizer": "sgd"},
         {"autocast": BF16},
         {"autocast": F16},
         {"autocast": F16, "logits_budget": 0},
         {"dtype": BF16, "low_precision": "master"},
         {"dtype": BF16, "low_precision": "stochastic", "logits_budget": 0},
-        {"dtype": F16, "sample_rate": 0.5},
         {"update_in_backward": True},
         {"update_in_backward": True, "logits_budget": 0},
         {"update_in_backward": True, "dtype": BF16, "low_precision": "stochastic"},
-        {"optimizer": "adamw", "sample_rate": 0.5},
         {"optimizer": "rmsprop"},
     ],
-    ids=lambda changes: ", ".join(f"{k}={v}" for k, v in changes.items()) or "as it is",
+    ids=_id,
 )
 def test_tensors_are_those_that_were_planned(changes):
     """Every allocation counts here; the plan is one for GPUs."""
+    check_tensors(changes)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("changes", [c for c in SAMPLED if "logits_budget" not in c], ids=_id)
+def test_tensors_of_rows_that_are_brought_up_to_date_in_place(changes, monkeypatch):
+    monkeypatch.setattr(later, "TAKEN_BYTES", 0)
+    check_tensors(changes)
+    made, still = plan(10_000, 8, 1, 4, 0.1), plan(10_000, 8, 1, 4, 0.1, skipped_rows="still")
+    assert [i for i in made.items if i.name == "row gradients"] == [i for i in still.items if i.name == "row gradients"]
+    assert not [i for i in made.items if i.name == "rows and state, up to date"]
+    assert item(made, "steps of each row") == 4 * 10_000
+
+
+def check_tensors(changes: dict[str, Any]) -> None:
     made = plan(**{"num_classes": 6000, "embedding_size": 64, "world_size": 1, "batch_size": 64, **changes})
     found = allocated(made)
-    for phase in ("forward", "backward", "update"):
-        if phase in found:
+    for phase in ("select", "forward", "backward", "update"):
+        if phase in found and (phase != "select" or any(i.name == "steps of each row" for i in made.items)):
             # in half precision the CPU has temporaries of its own, which differ from one processor to another
             rel = 0.05 if changes.get("dtype") not in (BF16, F16) else 0.1
             assert made.phases[phase] == pytest.approx(found[phase], rel=rel), phase
@@ -498,18 +592,19 @@ MEASURED: dict[str, dict[str, Any]] = {
     "kept": {"sample_rate": 1.0, "logits_budget": None},
     "tiled": {"sample_rate": 1.0, "logits_budget": 0},
     "sampled": {"sample_rate": 0.1, "logits_budget": None},
+    "sampled_still": {"sample_rate": 0.1, "logits_budget": None, "skipped_rows": "still"},
 }
-CLASSES, WIDTH, SAMPLES = 150_000, 256, 128
+CLASSES, WIDTH, SAMPLES, STEPS = 150_000, 256, 128, 2
 
 
-def measure(sample_rate: float, logits_budget: int | None) -> int:
+def measure(sample_rate: float, logits_budget: int | None, skipped_rows: Any = None) -> int:
     """Growth of this process's resident memory at its peak, from before the head is built to after its second step."""
     x, labels = torch.randn(SAMPLES, WIDTH), torch.randperm(CLASSES)[:SAMPLES]
 
     def train(classes: int, samples: int) -> None:
         head = PartialFC(WIDTH, classes, sample_rate=sample_rate, logits_budget=logits_budget)
-        optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)
-        for _ in range(2):
+        optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, skipped_rows=skipped_rows)
+        for _ in range(STEPS):
             head(x[:samples].clone().requires_grad_(), labels[:samples] % classes).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -98,6 +98,13 @@ def plan_parser() -> argparse.ArgumentParser:
         help="update rows inside backward; the whole weight has no gradient then",
     )
     parser.add_argument(
+        "--skipped_rows",
+        choices=("dense", "still"),
+        default=None,
+        help="rows that a sampled step does not select make the optimizer's steps later, or stand still (default: "
+        "dense where the optimizer allows it)",
+    )
+    parser.add_argument(
         "--logits_budget",
         type=byte_count,
         default=None,
@@ -140,6 +147,7 @@ def plan_command(arguments: list[str]) -> None:
             low_precision=options.low_precision,
             device=options.device,
             hard_negatives=options.hard_negatives,
+            skipped_rows=options.skipped_rows,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
