@@ -231,18 +231,25 @@ def _blocks(z: Sizes, block: int) -> dict[str, int]:
     """
     if z.moves is None:
         return {"update": block}
-    selecting = max(moving_bytes(z, z.S, in_place=not z.current), _lowered(z), _drawing(z))
+    moving = moving_bytes(z, z.S, in_place=not z.current)
+    moving -= z.current * (moved_at_once(z) >= z.S)  # what they become is what is kept
+    selecting = max(moving, _lowered(z), _drawing(z))
     return {"select": selecting - _drawing(z), "update": max(block, moving_bytes(z, z.C_local, in_place=True))}
 
 
 def moving_bytes(z: Sizes, rows: int, *, in_place: bool) -> int:
     """Bytes that are allocated while so many rows make the steps that they missed, block by block."""
-    most = skipped_rows.BLOCK_BYTES if z.cpu else skipped_rows.BLOCK_BYTES_ELSEWHERE
-    size = min(rows, max(1, most // (4 * z.D)))
+    size = min(rows, moved_at_once(z))
     kinds = 1 + z.states
     numbers = 2 * kinds + 2 * (z.moves is AdamMoves)  # before and after; √v and what divides the moment
     storing = {None: z.w * (z.w != z.wider), "master": z.w, "stochastic": ROUNDING_TEMPORARIES}[z.wide]
     return size * z.D * max(numbers * z.wider, (kinds * z.wider + storing) * in_place)
+
+
+def moved_at_once(z: Sizes) -> int:
+    """Rows of a block that makes the steps that it missed."""
+    most = skipped_rows.BLOCK_BYTES if z.cpu else skipped_rows.BLOCK_BYTES_ELSEWHERE
+    return max(1, most // (4 * z.D))
 
 
 def _block_elements(z: Sizes) -> int:

@@ -471,7 +471,7 @@ def small(monkeypatch):
     def all_of_them(self: Any, index: Any = None) -> None:
         """Leave out none of the rows, as on a GPU."""
         if index is None and self.done is not None:
-            self.done.fill_(self.floor)
+            self.done.zero_()
         catch_up(self, index)
 
     monkeypatch.setattr(later.SkippedRows, "catch_up", all_of_them)
