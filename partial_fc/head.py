@@ -83,7 +83,7 @@ class PartialFC(HeadState):
                 self.margin, self.num_classes, self.label_smoothing, self.interclass_filter, self.reduction,
                 self.scale_embedding_grad, self.collect_metrics, self.class_weights,
             )  # fmt: skip
-            chosen = self._select(batch, options, scatter=x is not batch.embeddings)
+            chosen, current = self._select(batch, options, scatter=x is not batch.embeddings)
             optimizer, begin_update = self.class_rows.live_optimizer, None
             if self.training and torch.is_grad_enabled() and optimizer is not None and optimizer.update_in_backward:
                 begin_update = optimizer.update_for_forward()
@@ -95,8 +95,8 @@ class PartialFC(HeadState):
         if self.training:
             self.class_rows.record.remember(each for each in self.margin.buffers() if not each.ndim)
         weight, bias, anchor = local_part(self.weight), None if self.bias is None else local_part(self.bias), None
-        if chosen.current is not None:
-            weight, bias = chosen.current["weight"], chosen.current.get("bias")
+        if current is not None:
+            weight, bias = current["weight"], current.get("bias")
         if not all_rows:  # row gradients go to the sink, so autograd must not see the weights
             weight, bias, anchor = weight.detach(), None if bias is None else bias.detach(), self._anchor()
         offset = local_part(self.margin.get_parameter("offset")) if self.margin.binary else None
@@ -105,8 +105,10 @@ class PartialFC(HeadState):
             loss, losses, self._measured = sharded_cross_entropy(x, weight, bias, offset, anchor, chosen, options, sink)
         return self._follow(loss, losses, batch)
 
-    def _select(self, batch: GlobalBatch, options: LossOptions, scatter: bool) -> Selection:
-        """Return the targets, and this rank's rows that take part."""
+    def _select(
+        self, batch: GlobalBatch, options: LossOptions, scatter: bool
+    ) -> tuple[Selection, dict[str, Tensor] | None]:
+        """Return the targets and this rank's rows that take part; those of each parameter, if not as in the shard."""
         shards, ranks = self.shards, batch.ranks
         dtypes = compute_dtypes(batch.embeddings, self.weight)
         targets = targets_of(batch, self.num_classes, self.ignore_index, dtypes[0])
@@ -128,11 +130,12 @@ class PartialFC(HeadState):
                 rows, slots = self._select_at_once(positives, options)
             if self._sampling_correction != "none":
                 correction = self._correct(rows, slots, positives, options, dtypes)
-        return Selection(
+        current = self.class_rows.take(rows)
+        chosen = Selection(
             batch=batch,
             rows=rows,
             slots=slots,
-            current=self.class_rows.take(rows),
+            picked=current is not None,
             lo=shards.lo,
             hi=shards.hi,
             targets=targets.ids,
@@ -145,6 +148,7 @@ class PartialFC(HeadState):
             draw_key=mix(self.seed, self.forward_count),
             correction=correction,
         )
+        return chosen, current
 
     def _keeps_logits(self, batch: GlobalBatch, classes: int, options: LossOptions) -> bool:
         """Return whether logits are kept for backward; label smoothing of ruled logits needs them anew."""

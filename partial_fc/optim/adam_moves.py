@@ -33,9 +33,6 @@ class AdamMoves:
         self.start = torch.tensor([[1.0] * (1 + len(keys)) + [0.0] * 6], dtype=torch.float64, device="cpu")
         self.table = self.start
 
-    def __len__(self) -> int:
-        return len(self.table) - 1
-
     def find(self, probe: Probe, options: Mapping[str, Any]) -> Tensor:
         """Return [D, factor of each key, a, q, ε]."""
         one, zero = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)

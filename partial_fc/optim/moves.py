@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from partial_fc.optim.protocol import step_quietly
+
 KERNELS = ("capturable", "fused")  # options that some devices have and others have not
 
 
@@ -32,8 +34,7 @@ class Probe:
     ) -> None:
         self.accepted = inspect.signature(cls).parameters.keys() - {*KERNELS, "foreach", "params"}
         given = {k: on_cpu(v) for k, v in options.items() if k in self.accepted}
-        self.optimizer = cls([_column([0.0])], **given)
-        self.take_step = getattr(cls.step, "__wrapped__", cls.step)  # without the hooks of all optimizers
+        self.optimizer = step_quietly(cls([_column([0.0])], **given))
         built = self.optimizer.state[self.optimizer.param_groups[0]["params"][0]]  # by the constructor
         self.scalars = {k: on_cpu(v) for k, v in (scalars or built).items() if not isinstance(v, Tensor) or not v.ndim}
         self.known = bool(scalars or built)
@@ -49,7 +50,7 @@ class Probe:
         if self.known or state:
             scalars = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.scalars.items()}
             self.optimizer.state[parameter] = {**scalars, **{k: _column(v).detach() for k, v in state.items()}}
-        self.take_step(self.optimizer)
+        self.optimizer.step()
         after = self.optimizer.state[parameter]
         self.scalars = {k: v for k, v in after.items() if not is_row_state(v, parameter)}
         self.known = True
@@ -73,9 +74,6 @@ class Moves(Protocol):
 
     def __init__(self, keys: tuple[str, ...]) -> None: ...
 
-    def __len__(self) -> int:
-        """Return how many steps the table has."""
-
     def find(self, probe: Probe, options: Mapping[str, Any]) -> Tensor:
         """Return what one more step does: numbers for `extend`."""
 
@@ -86,7 +84,7 @@ class Moves(Protocol):
         """Return whether a step does anything."""
 
     def coefficients(self) -> Tensor:
-        """Return the table for `move`, `[len + 1, n]` in float64; the last entry changes nothing."""
+        """Return the table for `move`, `[1 + steps, n]` in float64; the last entry changes nothing."""
 
     def move(self, values: list[Tensor], coefficients: Tensor) -> list[Tensor]:
         """Return weights and state `[S, D]` after the steps; coefficients: `[S, n]`, the row of each."""
@@ -101,9 +99,6 @@ class LinearMoves:
         self.keys = keys
         self.identity = torch.eye(1 + len(keys), dtype=torch.float64, device="cpu")
         self.table = self.identity[:, None]  # [to, start, from]
-
-    def __len__(self) -> int:
-        return self.table.shape[1] - 1
 
     def find(self, probe: Probe, options: Mapping[str, Any]) -> Tensor:
         state = {key: self.identity[i + 1] for i, key in enumerate(self.keys)} if probe.known else {}

@@ -3,7 +3,8 @@ it is next looked at.
 
     step      count           what it does to a row without a gradient, found once for all rows, on the host
                               (moves.py); `done` of the rows that had one is the number of steps
-    forward   catch_up(rows)  the rows that it selects first get the steps that they missed: an entry of a table each
+    forward   take(rows)      the rows that it selects are copied and get the steps that they missed: an entry of a
+                              table each; the update takes the same copies
     readers   catch_up()      whoever reads or writes rows outside a step brings all of them up to date, once
 
 So a sampled run is that of a dense optimizer whose gradient is zero where a row was not selected, at the cost of the
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 20  # of one temporary: several stay in the cache of a CPU
 BLOCK_BYTES_ELSEWHERE = 256 << 20
 TAKEN_BYTES = 1 << 30  # of rows and their state between forward and update
-
 
 FormOf = Callable[[type[torch.optim.Optimizer], Mapping[str, Any]], type[Moves]]  # ValueError if there is none
 

@@ -78,8 +78,8 @@ def forward(
     norms = torch.linalg.vector_norm(X, dim=1, dtype=stats)
     x_inverse = inverse_of(norms)[:, None] if margin.normalize else X.new_empty(0)
     x = X * x_inverse if margin.normalize else X.to(stats)
-    picked = None if selection.current is not None else selection.rows  # else weight and bias have these rows alone
-    index = picked if centers == 1 else rows_of_classes(picked, centers)
+    index = None if selection.picked else selection.rows
+    index = index if centers == 1 else rows_of_classes(index, centers)
     kind = X.device.type
     row_tiles = RowTiles if kind == "cpu" else RowsAtOnce
     prefix = "" if selection.rows is None else "selected "

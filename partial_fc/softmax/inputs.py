@@ -44,7 +44,7 @@ class Selection:
     batch: GlobalBatch
     rows: Tensor | None  # [S] local rows (classes), sorted but for slots; None for the whole shard
     slots: Slots | None  # behind the window of a sampled forward, elsewhere than on a CPU
-    current: dict[str, Tensor] | None  # those rows of each parameter, if not in the memory of the shard
+    picked: bool  # the loss gets these rows of weight and bias, not those of the shard
     lo: int  # first class id of the shard
     hi: int  # behind its last
     targets: Tensor  # [N, L] class ids, -1 where there is no target
