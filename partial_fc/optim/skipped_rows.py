@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from partial_fc.rows import ClassRows
 
 BLOCK_BYTES = 1 << 20  # of one temporary: several stay in the cache of a CPU
-BLOCK_BYTES_ELSEWHERE = 256 << 20
+BLOCK_BYTES_ELSEWHERE = 64 << 20  # so many of them are the peak of many a step at a low rate
 TAKEN_BYTES = 1 << 30  # of rows and their state between forward and update
 
 FormOf = Callable[[type[torch.optim.Optimizer], Mapping[str, Any]], type[Moves]]  # ValueError if there is none
