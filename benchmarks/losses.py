@@ -36,6 +36,7 @@ TWO_RANKS = str(ROOT / "configs/accelerate/cpu2.yaml")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", TWO_RANKS, "-m", "partial_fc"]
 SPLITS = {"seen": "#0072B2", "new": "#D55E00"}  # and their colours
 FARS = ("1e-3", "1e-4")
+STILL = "--head_skipped_rows still"  # sampling.py compares what may become of skipped rows
 Figures = dict[str, dict[str, float]]  # split -> figure -> value
 
 
@@ -58,9 +59,9 @@ LOSSES = {
     "sphereface": Loss("SphereFace", "--head.margin SphereFace"),
     "cosface": Loss("CosFace", "--head.margin CosFace"),
     "arcface": Loss("ArcFace", "--head.margin ArcFace"),
-    "arcface-r0.5": Loss("ArcFace, r = 0.5", "--head.margin ArcFace --head.sample_rate 0.5"),
-    "arcface-r0.3": Loss("ArcFace, r = 0.3", "--head.margin ArcFace --head.sample_rate 0.3"),
-    "arcface-r0.1": Loss("ArcFace, r = 0.1", "--head.margin ArcFace --head.sample_rate 0.1"),
+    "arcface-r0.5": Loss("ArcFace, r = 0.5, still", f"--head.margin ArcFace --head.sample_rate 0.5 {STILL}"),
+    "arcface-r0.3": Loss("ArcFace, r = 0.3, still", f"--head.margin ArcFace --head.sample_rate 0.3 {STILL}"),
+    "arcface-r0.1": Loss("ArcFace, r = 0.1, still", f"--head.margin ArcFace --head.sample_rate 0.1 {STILL}"),
     "arcface-center": Loss("ArcFace + center loss", "--head.margin ArcFace --center.weight 0.1"),
     "subcenter": Loss("sub-center ArcFace, K = 3", "--head.margin SubCenterArcFace"),
     "curricular": Loss("CurricularFace", "--head.margin CurricularFace"),
