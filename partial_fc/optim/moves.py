@@ -113,14 +113,18 @@ class LinearMoves:
         return not torch.equal(step, self.identity)
 
     def coefficients(self) -> Tensor:
+        self.ones = (self.table == 1).all(1).tolist()  # [to][from]; without decay half of the work is none
+        self.zeros = (self.table == 0).all(1).tolist()
         return self.table.transpose(0, 1).flatten(1)
 
     def move(self, values: list[Tensor], coefficients: Tensor) -> list[Tensor]:
         moved, size = [], len(values)
         for to in range(size):
-            total = values[0] * coefficients[:, to * size, None]
-            for source in range(1, size):
-                total.addcmul_(values[source], coefficients[:, to * size + source, None])
+            factors = [coefficients[:, to * size + source, None] for source in range(size)]
+            total = values[to] if self.ones[to][to] else values[to] * factors[to]
+            for source in range(size):
+                if source != to and not self.zeros[to][source]:
+                    total = torch.addcmul(total, values[source], factors[source])
             moved.append(total)
         return moved
 

@@ -583,7 +583,8 @@ def check_tensors(changes: dict[str, Any]) -> None:
     for phase in ("select", "forward", "backward", "update"):
         if phase in found and (phase != "select" or any(i.name == "steps of each row" for i in made.items)):
             # in half precision the CPU has temporaries of its own, which differ from one processor to another
-            rel = 0.05 if changes.get("dtype") not in (BF16, F16) else 0.1
+            # and weights that stand still without a gradient (RMSprop) are not copied when their row is moved
+            rel = 0.06 if changes.get("dtype") not in (BF16, F16) else 0.1
             assert made.phases[phase] == pytest.approx(found[phase], rel=rel), phase
     assert made.peak == pytest.approx(max(found.values()), rel=0.02)
 
