@@ -51,7 +51,8 @@ class Agreed:
             moving += [buffer for buffer in margin.buffers() if not buffer.ndim]
         if optimizer is not None:
             facts["RowOptimizer"] = type(optimizer.inner).__name__
-            own = {n: getattr(optimizer, n) for n in ("update_in_backward", "low_precision", "skipped_rows")}
+            own = {"update_in_backward": optimizer.update_in_backward, "low_precision": optimizer.low_precision}
+            own["skipped_rows"] = "still" if rows.behind is None else "dense"
             facts |= settings_of({**own, **optimizer.param_groups[0]}, "RowOptimizer")
         moving = moving if kind == "cpu" else []  # the host would wait for them
         facts |= more
