@@ -86,8 +86,9 @@ class Moves(Protocol):
     def coefficients(self) -> Tensor:
         """Return the table for `move`, `[1 + steps, n]` in float64; the last entry changes nothing."""
 
-    def move(self, values: list[Tensor], coefficients: Tensor) -> list[Tensor]:
-        """Return weights and state `[S, D]` after the steps; coefficients: `[S, n]`, the row of each."""
+    def move(self, values: list[Tensor], coefficients: Tensor, outs: list[Tensor] | list[None]) -> list[Tensor]:
+        """Return weights and state `[S, D]` after the steps, in the memory `outs` if there is any. coefficients:
+        `[S, n]`, the row of each."""
 
 
 class LinearMoves:
@@ -117,15 +118,16 @@ class LinearMoves:
         self.zeros = (self.table == 0).all(1).tolist()
         return self.table.transpose(0, 1).flatten(1)
 
-    def move(self, values: list[Tensor], coefficients: Tensor) -> list[Tensor]:
+    def move(self, values: list[Tensor], coefficients: Tensor, outs: list[Tensor] | list[None]) -> list[Tensor]:
         moved, size = [], len(values)
         for to in range(size):
             factors = [coefficients[:, to * size + source, None] for source in range(size)]
-            total = values[to] if self.ones[to][to] else values[to] * factors[to]
+            out = outs[to]
+            total = values[to] if self.ones[to][to] else torch.mul(values[to], factors[to], out=out)
             for source in range(size):
                 if source != to and not self.zeros[to][source]:
-                    total = torch.addcmul(total, values[source], factors[source])
-            moved.append(total)
+                    total = torch.addcmul(total, values[source], factors[source], out=out)
+            moved.append(total if out is None or total is out else out.copy_(total))
         return moved
 
 

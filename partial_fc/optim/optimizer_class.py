@@ -186,7 +186,8 @@ def _fits(form: type[Moves], cls: type[torch.optim.Optimizer], options: Mapping[
             return False
         table.extend(step)
         before = [values[""], *(values[key] if state else torch.zeros_like(values[""]) for key in keys)]
-        moved = table.move([v[:, None] for v in before], table.coefficients()[:1].expand(n, -1))
+        of_rows = table.coefficients()[:1].expand(n, -1)
+        moved = table.move([v[:, None] for v in before], of_rows, [None] * len(before))
         for key, found in zip(("", *keys), moved, strict=True):
             expected = after.get(key, torch.zeros_like(after[""]))
             if not torch.allclose(found[:, 0], expected, rtol=1e-9, atol=1e-12):

@@ -14,7 +14,7 @@ selected rows. It is the same to rounding wherever rows are brought up to date i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -139,10 +139,7 @@ class SkippedRows:
         else:
             values = [each.memory(len(index)) for each in self.parameters.values()]
             for a, b in blocks:
-                for tensors, moved in zip(values, self._moved(index[a:b]), strict=True):
-                    for tensor, value in zip(tensors, moved, strict=True):
-                        tensor[a:b] = value
-                del moved, value  # before the next block has its own
+                self._moved(index[a:b], [[tensor[a:b] for tensor in tensors] for tensors in values])
         named = {
             n: dict(zip(("", *b.moves.keys), v, strict=True))
             for (n, b), v in zip(self.parameters.items(), values, strict=True)
@@ -176,13 +173,15 @@ class SkippedRows:
             self.forget()
         return self.steps > 0
 
-    def _moved(self, index: Tensor) -> list[list[Tensor]]:
-        """Return for each parameter its rows `index [S]` and their state after the steps that they have missed."""
+    def _moved(self, index: Tensor, outs: list[list[Tensor]] | None = None) -> list[list[Tensor]]:
+        """Return for each parameter its rows `index [S]` and their state after the steps that they have missed, in the
+        memory `outs` if there is any."""
         assert self.done is not None
         self.tables = self.tables or [each.table(self.rows.device) for each in self.parameters.values()]
         place = self.done.index_select(0, index)
-        pairs = zip(self.parameters.values(), self.tables, strict=True)
-        return [behind.moved(index, table.index_select(0, place)) for behind, table in pairs]
+        memory: Sequence[list[Tensor] | None] = outs or [None] * len(self.tables)
+        each = zip(self.parameters.values(), self.tables, memory, strict=True)
+        return [behind.moved(index, table.index_select(0, place), out) for behind, table, out in each]
 
     def _blocks(self, count: int) -> Iterator[tuple[int, int]]:
         most = BLOCK_BYTES if self.rows.device.type == "cpu" else BLOCK_BYTES_ELSEWHERE
@@ -229,12 +228,13 @@ class _Behind:
         weight, kinds = local_part(self.parameter.detach()), 1 + len(self.moves.keys)
         return [weight.new_empty(count, *weight.shape[1:], dtype=self.dtype) for _ in range(kinds)]
 
-    def moved(self, index: Tensor, coefficients: Tensor) -> list[Tensor]:
+    def moved(self, index: Tensor, coefficients: Tensor, outs: list[Tensor] | None) -> list[Tensor]:
         """Return the local rows `index [S]` and their state after the steps of their entries in the table `[S, n]`."""
         tensors = self._tensors()
         size = len(index), math.prod(self.parameter.shape[1:])
         values = [t.index_select(0, index).view(size).to(coefficients.dtype) for t in tensors]
-        return [each.view(-1, *self.parameter.shape[1:]) for each in self.moves.move(values, coefficients)]
+        memory = [None] * len(values) if outs is None else [out.view(size) for out in outs]
+        return [each.view(-1, *self.parameter.shape[1:]) for each in self.moves.move(values, coefficients, memory)]
 
     def put(self, index: Tensor, values: list[Tensor]) -> None:
         """Write rows and their state."""

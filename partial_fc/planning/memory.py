@@ -232,7 +232,9 @@ def _blocks(z: Sizes, block: int) -> dict[str, int]:
     if z.moves is None:
         return {"update": block}
     moving = moving_bytes(z, z.S, in_place=not z.current)
-    moving -= z.current * (moved_at_once(z) >= z.S)  # what they become is what is kept
+    if z.current:  # what they become is what is kept; Adam's weight has two temporaries more
+        kept = 1 + z.states - 2 * (z.moves is AdamMoves)
+        moving -= min(z.S, moved_at_once(z)) * z.D * kept * z.wider
     selecting = max(moving, _lowered(z), _drawing(z))
     return {"select": selecting - _drawing(z), "update": max(block, moving_bytes(z, z.C_local, in_place=True))}
 
