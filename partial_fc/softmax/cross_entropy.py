@@ -100,7 +100,7 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
     want_rows = want_w or want_b or anchored
     d, usual = derivatives(grad, saved, state), is_usual(bias, saved, state)
     tiles = BackwardTiles(d, weight, saved, state) if usual else OtherTiles(d, weight, bias, saved, state)
-    state.rows.weight = weight.reshape(-1, weight.shape[-1])
+    state.rows.weight = weight.detach().reshape(-1, weight.shape[-1])
     # with kept logits the sum of embedding gradients over ranks travels while the class gradients are computed
     overlap = want_x and want_rows and selection.scatter and saved.kept.numel() > 0
     overlap = overlap and selection.ranks.group is not None and sink.begin_update is None
@@ -119,7 +119,7 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
         sink.accumulate(selection.rows, grads, None if slots is None else (slots.window, slots.pads))
     elif grads:
         d_weight, d_bias = grads[0] if want_w else None, grads[1] if want_b else None
-    state.rows.weight = weight[:0]  # autograd has it as long as there may be another backward
+    state.rows.weight = weight.new_empty(0)  # autograd has it as long as there may be another backward
     if want_offset and d.d_offset is not None:
         d_offset = offset_gradient(d.d_offset, selection.ranks).to(ctx.offset_dtype)
     return None if finish is None else finish(), d_weight, d_bias, d_offset, None, None
