@@ -331,7 +331,7 @@ class _OwnTargets:
     reduction: Reduction
     scale_embedding_grad: bool
     scatter: bool  # backward itself returns the gradient of this rank's embeddings
-    accumulate: Callable[[Tensor, list[Tensor], Any], None]  # takes row gradients
+    accumulate: Callable[[Tensor, list[Tensor]], None]  # takes row gradients
     row_dtype: torch.dtype
 
     def by_row(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -409,4 +409,4 @@ def _hand_over(grad: Tensor, own: _OwnTargets) -> None:
     """Give the rows' gradients, summed over samples and replicas, to whoever keeps them for the optimizer."""
     rows, grads = own.by_row(-grad)
     sum_over_replicas(grads, own.batch.ranks, "the sum of class gradients")
-    own.accumulate(rows, [grads.to(own.row_dtype)], None)
+    own.accumulate(rows, [grads.to(own.row_dtype)])

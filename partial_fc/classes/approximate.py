@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.classes.best_classes import largest
-from partial_fc.classes.queries import DEFAULT_TILE_BYTES, Neighbours, RowTiles, topk
+from partial_fc.classes.queries import DEFAULT_TILE_BYTES, Neighbours, UnitRows, topk
 from partial_fc.classes.query_arguments import QUERY, check_query
 from partial_fc.distributed.ranks import all_gather
 from partial_fc.rows import ClassRows
@@ -52,7 +52,7 @@ def faiss_module() -> Any:
 def approximate_classes(class_rows: ClassRows, k: int) -> Approximate:
     """Return about the k nearest other classes of each class of this rank's shard, as `nearest_classes` does; a
     collective. ids are −1 where an index has found fewer. Of one row a class."""
-    faiss, rows = faiss_module(), RowTiles(class_rows, None)
+    faiss, rows = faiss_module(), UnitRows(class_rows, None)
     check_query(class_rows, k, class_rows.shards.num_classes - 1, DEFAULT_TILE_BYTES, None)
     ranks, device = rows.ranks, rows.weight.device
     step = min(ROWS_AT_ONCE, max(1, DEFAULT_TILE_BYTES // (12 * ranks.world * (k + 1))))
@@ -139,7 +139,7 @@ def _share(found: Tensor, exact: Tensor) -> float:
     return float((found[:, None, :] == exact[:, :, None]).any(2).double().mean())
 
 
-def _recall(class_rows: ClassRows, rows: RowTiles, ids: Tensor, k: int) -> float:
+def _recall(class_rows: ClassRows, rows: UnitRows, ids: Tensor, k: int) -> float:
     """Return which share of the exact neighbours of `SAMPLE` classes was found; a collective."""
     count = class_rows.shards.num_classes
     sample = torch.linspace(0, count - 1, min(SAMPLE, count)).round().long().unique()

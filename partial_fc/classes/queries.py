@@ -55,7 +55,7 @@ def topk(
 ) -> Neighbours:
     """Return the k classes nearest to each embedding; see `ChangeableLoss.topk` for the arguments."""
     k, tile_bytes = whole_if_any(k), whole_if_any(tile_bytes)
-    rows = RowTiles(class_rows, embeddings.dtype if isinstance(embeddings, Tensor) else None)
+    rows = UnitRows(class_rows, embeddings.dtype if isinstance(embeddings, Tensor) else None)
     ranks = rows.ranks
     world = ranks.world
     all_counts = check_query(class_rows, k, class_rows.shards.num_classes, tile_bytes, embeddings)
@@ -92,7 +92,7 @@ def nearest_classes(
 ) -> Neighbours:
     """Return the k classes nearest to each class of this rank's shard; see `ChangeableLoss.nearest_classes`."""
     k, tile_bytes = whole_if_any(k), whole_if_any(tile_bytes)
-    rows = RowTiles(class_rows, None)
+    rows = UnitRows(class_rows, None)
     check_query(class_rows, k, class_rows.shards.num_classes - 1, tile_bytes, None)
     elements = tile_bytes // rows.dtype.itemsize
     step = rows.fitting(math.isqrt(elements) // rows.centers, elements)
@@ -112,7 +112,7 @@ def nearest_classes(
     return Neighbours(best.ids, best.values.clamp_(-1, 1))
 
 
-def _search_one_rank(rows: RowTiles, best: BestClasses, step: int, advance: Callable[[], object]) -> None:
+def _search_one_rank(rows: UnitRows, best: BestClasses, step: int, advance: Callable[[], object]) -> None:
     """Compute each pair of blocks (i, j >= i) once, and use the tile for both.
 
     Block j sees blocks 0, 1, ... in this order: those before j by column, then itself and the later ones by row.
@@ -135,7 +135,7 @@ def _search_one_rank(rows: RowTiles, best: BestClasses, step: int, advance: Call
 
 
 def _search_all_ranks(
-    rows: RowTiles, best: BestClasses, step: int, schedule: list[tuple[int, int, int]], advance: Callable[[], object]
+    rows: UnitRows, best: BestClasses, step: int, schedule: list[tuple[int, int, int]], advance: Callable[[], object]
 ) -> None:
     """Compare local classes with those of every rank, in the order of ids, while the next rows are being received.
 
@@ -160,7 +160,7 @@ def _search_all_ranks(
             advance()
 
 
-class RowTiles:
+class UnitRows:
     """This rank's class rows `[C_local, K, D]` (K = 1 without sub-centers): tiles of unit rows, and their broadcast."""
 
     def __init__(self, class_rows: ClassRows, embeddings_dtype: torch.dtype | None) -> None:

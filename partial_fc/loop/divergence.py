@@ -261,7 +261,6 @@ def _of_head(head: ShardedLoss, prefix: str) -> Iterator[tuple[int, str, Tensor 
     if head.class_rows.shards.ranks.replica_group is None:
         return
     selected = getattr(head, "selected_rows", None)
-    head.class_rows.catch_up(selected)
     for name, parameter in head.class_rows.parameters.items():
         rows = local_part(parameter.detach())
         yield SHARD, f"{prefix}{name}", rows if selected is None else rows.index_select(0, selected)

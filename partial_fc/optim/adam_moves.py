@@ -12,7 +12,7 @@ from torch import Tensor
 from partial_fc.optim.moves import Probe
 
 FIRST, SECOND, LARGEST = "exp_avg", "exp_avg_sq", "max_exp_avg_sq"  # what torch calls the moments
-TINY = 1e-30  # stands for an ε of 0
+GONE = 1e-30  # a first moment that has decayed so far moves nothing
 
 
 class AdamMoves:
@@ -35,24 +35,20 @@ class AdamMoves:
 
     def find(self, probe: Probe, options: Mapping[str, Any]) -> Tensor:
         """Return [D, factor of each key, a, q, ε]."""
-        one, zero = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-        eps = max(float(options.get("eps", 0.0)), TINY)
-        known = probe.known
+        eps, known = float(options.get("eps", 0.0)), probe.known
         state = {key: torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64) for key in self.keys}
-        # a second moment near enough to 0 that ε alone divides
+        # of the last row ε alone divides
         for key in {SECOND, self.keys[self.scale]}:
             state[key] = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
-        weights = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-        after = probe.step(options, weights, state if known else {})
+        after = probe.step(options, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), state if known else {})
         if not known:  # no row has moments yet
-            decay = after[""][:1]
-            return torch.cat((decay, one[: len(self.keys)], zero[:1], one[:1], one[:1] * eps))
+            alone = after[""].new_ones(len(self.keys)), after[""].new_tensor([0.0, 1.0, eps])
+            return torch.cat((after[""][:1], *alone))
         factors = torch.stack([after[""][0], *(after[key][1] for key in self.keys)])
         by_one, by_eps = -after[""][1], -after[""][2]
-        a = by_eps * eps if float(options.get("eps", 0.0)) > 0 else by_one
-        q = a / by_one - eps if float(options.get("eps", 0.0)) > 0 else torch.ones((), dtype=torch.float64)
-        q = torch.where(by_one == 0, torch.ones((), dtype=torch.float64), q)
-        return torch.cat((factors, torch.stack((a, q, torch.tensor(eps, dtype=torch.float64)))))
+        a = by_eps * eps
+        q = torch.where(by_one == 0, 1.0, a / by_one - eps)  # nothing moves at a rate of 0
+        return torch.cat((factors, torch.stack((a, q, torch.full_like(a, eps)))))
 
     def extend(self, step: Tensor | None) -> None:
         if step is not None:
@@ -61,7 +57,7 @@ class AdamMoves:
             # what the moments are in this step, in those of the start
             first = self.table[:, 1 + self.keys.index(FIRST)]
             q = q * self.table[:, 1 + self.scale].clamp(min=1e-120).sqrt()
-            b = torch.where(first > TINY, a * first / q, 0.0)
+            b = torch.where(first > GONE, a * first / q, 0.0)
             e = eps / q
             powers = torch.stack([b * e**k for k in range(-3, 3)], 1)
             self.table = torch.cat((self.table[:, :n] * factors, self.table[:, n:] * factors[0] + powers), 1)

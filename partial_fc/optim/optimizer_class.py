@@ -147,25 +147,29 @@ def check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) 
             )
 
 
-def form_of(cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> type[Moves] | None:
-    """Return the form of what steps of the class with these options do to a row without a gradient; None if it has
-    neither."""
-    options = {**options, "lr": 1e-3} if "lr" in options else dict(options)
+def checked_form(cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> type[Moves]:
+    """Return the form of what a step does to a row without a gradient; ValueError if it has none."""
+    accepted = inspect.signature(cls).parameters.keys() - {"params"}
+    options = {k: v for k, v in options.items() if k in accepted}
+    tried = {**options, "lr": 1e-3} if "lr" in options else options  # a rate of 0 would hide everything
     forms: list[type[Moves]] = [LinearMoves, AdamMoves]
-    return next((form for form in forms if _fits(form, cls, options)), None)
+    form = next((form for form in forms if _fits(form, cls, tried)), None)
+    if form is None:
+        decays = options.get("weight_decay") and not options.get("decoupled_weight_decay")
+        raise ValueError(
+            f'skipped_rows="dense" needs an optimizer that does the same to all rows without a gradient, or moves them '
+            f"as Adam does: SGD, AdamW, Adam, NAdam, or RMSprop, Adagrad and Adadelta without weight_decay. "
+            f"{cls.__name__} with these options does neither"
+            + (": decay through the gradient enters its state. Use decoupled decay (AdamW)" if decays else "")
+            + ', or skipped_rows="still", which leaves rows where they are until they are selected again'
+        )
+    return form
 
 
-def _state_keys(cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the row state of the class with these options."""
-    accepted = {k: v for k, v in options.items() if k in inspect.signature(cls).parameters and k != "params"}
-    _, state = trial(cls, accepted, torch.zeros(1, 1, dtype=torch.float64, device="cpu"), steps=1)
-    return tuple(sorted(k for k, v in state.items() if isinstance(v, Tensor) and v.shape == (1, 1)))
-
-
-def _fits(form: type[Moves], cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> bool:
+def _fits(form: type[Moves], cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> bool:
     """Return whether some steps do to random rows what a table of this form says."""
     generator = torch.Generator("cpu").manual_seed(3)
-    keys = _state_keys(cls, options)
+    keys = tuple(sorted(initial_state(cls, options)))
     if form is AdamMoves and not {FIRST, SECOND} <= set(keys):
         return False
     n = 8
@@ -193,21 +197,3 @@ def _fits(form: type[Moves], cls: type[torch.optim.Optimizer], options: Mapping[
             if not torch.allclose(found[:, 0], expected, rtol=1e-9, atol=1e-12):
                 return False
     return True
-
-
-def checked_form(cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> type[Moves]:
-    """Return the form of what a step does to a row without a gradient; ValueError if it has none."""
-    form = form_of(cls, {k: v for k, v in options.items() if k != "params"})
-    if form is None:
-        raise ValueError(
-            f'skipped_rows="dense" needs an optimizer that does the same to all rows without a gradient, or moves them '
-            f"as Adam does: SGD, AdamW, Adam, NAdam, or RMSprop, Adagrad and Adadelta without weight_decay. "
-            f"{cls.__name__} with these options does neither"
-            + (": decay through the gradient enters its state. Use decoupled decay (AdamW)" if decays(options) else "")
-            + ', or skipped_rows="still", which leaves rows where they are until they are selected again'
-        )
-    return form
-
-
-def decays(options: Mapping[str, Any]) -> bool:
-    return bool(options.get("weight_decay")) and not options.get("decoupled_weight_decay")

@@ -138,15 +138,11 @@ class OneGroup(torch.optim.Optimizer):
 
     class_rows: ClassRows
 
-    def follow_skipped_rows(self) -> None:
-        """Begin to note what rows miss from here on."""
-        raise NotImplementedError
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state" and not isinstance(value, GuardedState):
             value = GuardedState(dict, value)
         if name == "state" and hasattr(self, "state"):
-            self.class_rows.catch_up()
+            self.class_rows.catch_up()  # by the state that is replaced
         if name == "param_groups" and value and hasattr(self, "param_groups"):
             value = [self._own_group(value)]
         super().__setattr__(name, value)
@@ -187,10 +183,8 @@ class OneGroup(torch.optim.Optimizer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return an optimizer of the copied loss, which `memo` has if both are copied together."""
-        self.class_rows.catch_up()
         copied = copied_optimizer(self, memo)
         copied.class_rows.optimizer = weakref.ref(copied)
-        copied.follow_skipped_rows()
         return copied
 
 

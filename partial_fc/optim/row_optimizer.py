@@ -140,10 +140,10 @@ class RowUpdate:
         """Step the local rows `index`, or a to b, by `grad`; views are stepped in place."""
         inner = self.optimizer.inner
         if self.taken:
-            rows = self.taken[""][a:b].to(torch.float32 if self.wide is not None else self.weight.dtype)
+            rows = self.taken[""][a:b]
         else:
             rows = _take(self.weight if self.wide is None else self.wide.source, index, a, b)
-        block = nn.Parameter(rows if self.wide is None else rows.float())
+        block = nn.Parameter(rows.to(self.weight.dtype) if self.wide is None else rows.float())
         block.grad = grad.to(block.dtype)
         inner.param_groups[0]["params"] = [block]
         inner.state.clear()

@@ -89,6 +89,12 @@ class RowState(OneGroup):
             behind = SkippedRows(rows, type(self.inner), self.param_groups[0], checked_form)
         rows.behind = behind
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        self.catch_up()
+        copied = super().__deepcopy__(memo)
+        copied.follow_skipped_rows()
+        return copied
+
     def catch_up(self) -> None:
         """Bring all rows, and their state, to where the dense optimizer would have them now (skipped_rows="dense").
 
@@ -183,6 +189,8 @@ class RowState(OneGroup):
         # a stored tensor, such as a learning rate, is a placeholder in a skeleton
         options = {**own, **{k: v for k, v in stored.items() if not isinstance(v, dict)}}
         accepted = {k: v for k, v in options.items() if k in own and k != "foreach"}
+        if self.class_rows.behind is not None:
+            checked_form(type(self.inner), accepted)
         known = {MASTER, COUNT, *trial(type(self.inner), accepted, torch.zeros(1, 1, device="cpu"), steps=1)[1]}
         for of_parameter in state["state"].values():
             unknown = sorted(set(of_parameter) - known)

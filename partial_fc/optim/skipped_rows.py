@@ -22,7 +22,7 @@ from torch import Tensor
 
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.errors import log
-from partial_fc.optim.moves import Moves, Probe
+from partial_fc.optim.moves import Moves, Probe, is_row_state
 from partial_fc.optim.rounding import round_at_random
 from partial_fc.optim.stored_rows import COUNT, MASTER
 from partial_fc.sampling import mix
@@ -75,7 +75,8 @@ class SkippedRows:
         """Raise ValueError if options were set with which nobody knows what a step does to a row without gradient."""
         kinds = _kinds(options)
         if kinds != self.kinds and self.form_of(self.cls, options) is not self.form:
-            raise ValueError(f"options of {self.cls.__name__} were changed to another kind of update: {dict(options)}")
+            changed = {name: options[name] for name, kind in kinds.items() if kind != self.kinds.get(name)}
+            raise ValueError(f"options of {self.cls.__name__} were changed to another kind of update: {changed}")
         self.kinds = kinds
 
     def count(self, options: Mapping[str, Any], updates: Mapping[str, Update], selected: Tensor | None) -> None:
@@ -106,7 +107,7 @@ class SkippedRows:
     @torch.no_grad()
     def catch_up(self, index: Tensor | None = None) -> None:
         """Bring the local rows `index`, or all, to where the dense optimizer would have them now."""
-        if not self.behind:
+        if not self._some_are_behind():
             return
         assert self.done is not None
         for a, b in self._blocks(len(self.done) if index is None else len(index)):
@@ -127,7 +128,7 @@ class SkippedRows:
         They stay at hand for the update, so that nothing is written before it. Where they are large they are written.
         """
         self.taken = None
-        if not self.behind:
+        if not self._some_are_behind():
             return None
         if sum(each.nbytes(len(index)) for each in self.parameters.values()) > TAKEN_BYTES:
             self.catch_up(index)
@@ -155,14 +156,13 @@ class SkippedRows:
         """Return by parameter what the forward of these rows took: rows, under "", and their state. Nothing, if that
         was another forward; then the memory has them."""
         taken, self.taken = self.taken, None
-        if taken is not None and taken[0] is selected and self.behind:
+        if taken is not None and taken[0] is selected and self._some_are_behind():
             return taken[1]
         self.catch_up(selected)
         return {}
 
-    @property
-    def behind(self) -> bool:
-        """Whether rows may have missed steps. If somebody else wrote rows they are taken as they are, with a
+    def _some_are_behind(self) -> bool:
+        """Return whether rows may have missed steps. If somebody else wrote rows they are taken as they are, with a
         warning."""
         if self.steps and self.seen != self._memory():
             log.warning(
@@ -238,14 +238,15 @@ class _Behind:
 
     def put(self, index: Tensor, values: list[Tensor]) -> None:
         """Write rows and their state."""
-        # not a version of the parameter: a forward whose backward is to come has its own rows up to date already
-        weight = local_part(self.parameter.detach()).data
-        rows = values[0]
-        if MASTER not in self.state and COUNT in self.state:
+        tensors, rows = self._tensors(), values[0]
+        if MASTER in self.state:
+            tensors, values = [*tensors, local_part(self.parameter.detach())], [*values, rows]
+        elif COUNT in self.state:
             rows = round_at_random(rows, self.rows.shards.lo + index, mix(self.rows.seed, self.state[COUNT], 1))
-        for tensor, value in zip(self._tensors(), values, strict=True):
+            values = [rows, *values[1:]]
+        for tensor, value in zip(tensors, values, strict=True):
+            # not a version of the parameter: a forward whose backward is to come has its own rows up to date already
             tensor.data.index_copy_(0, index, value.to(tensor.dtype))
-        weight.index_copy_(0, index, rows.to(weight.dtype))
 
     def _tensors(self) -> list[Tensor]:
         """Return the rows that move, float32 ones where there are, and their state."""
@@ -255,8 +256,7 @@ class _Behind:
 
 def row_keys(update: Update) -> tuple[str, ...]:
     """Return the row state of a parameter but for its float32 weights."""
-    shape = update.parameter.shape
-    found = (k for k, v in update.state.items() if isinstance(v, Tensor) and v.ndim and v.shape == shape)
+    found = (key for key, value in update.state.items() if is_row_state(value, update.parameter))
     return tuple(sorted(key for key in found if key != MASTER))
 
 
