@@ -72,6 +72,24 @@ LOSSES = {
 }
 
 
+def check_settings(folder: RunFolder, arguments: Sequence[str]) -> None:
+    """UserError if the folder holds a run with other settings than the quick start with these arguments."""
+    saved = folder.path / CONFIG
+    if saved.exists():
+        now, before = (to_config(train_parser(), ["--config", *c]) for c in ([QUICKSTART, *arguments], [str(saved)]))
+        check_resumes(now, before, str(folder.path))
+
+
+def train(folder: RunFolder, arguments: Sequence[str]) -> None:
+    """Run the quick start with these arguments, or go on with it; its bars are on standard error."""
+    if folder.newest_checkpoint():
+        command = ["train", "--resume", str(folder.path)]
+    else:  # nothing there, or a run that did not reach its first checkpoint
+        shutil.rmtree(folder.path, ignore_errors=True)
+        command = ["train", QUICKSTART, *arguments]
+    subprocess.run([*LAUNCH, *command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+
+
 @dataclass
 class Run:
     """One loss and seed, in a folder of its own."""
@@ -96,21 +114,11 @@ class Run:
 
     def check(self) -> None:
         """UserError if the folder holds a run with other settings."""
-        saved = self.folder.path / CONFIG
-        if saved.exists():
-            now, before = (
-                to_config(train_parser(), ["--config", *c]) for c in ([QUICKSTART, *self.arguments], [str(saved)])
-            )
-            check_resumes(now, before, str(self.folder.path))
+        check_settings(self.folder, self.arguments)
 
     def start(self) -> None:
         """Train and evaluate; the bars of the run are on standard error."""
-        if self.folder.newest_checkpoint():
-            command = ["train", "--resume", str(self.folder.path)]
-        else:  # nothing there, or a run that did not reach its first checkpoint
-            shutil.rmtree(self.folder.path, ignore_errors=True)
-            command = ["train", QUICKSTART, *self.arguments]
-        subprocess.run([*LAUNCH, *command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        train(self.folder, self.arguments)
 
     def figures(self) -> Figures:
         """TAR at both FARs and rank-1 by split."""

@@ -20,7 +20,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -31,12 +30,10 @@ from typing import Any
 
 import sampling_places
 import sampling_report
-from losses import LAUNCH, QUICKSTART, ROOT
+from losses import check_settings, train
 
-from partial_fc.training.cli.main import train_parser
-from partial_fc.training.config import check_resumes, to_config
 from partial_fc.training.errors import UserError
-from partial_fc.training.run import CONFIG, METRICS, RunFolder
+from partial_fc.training.run import METRICS, RunFolder
 
 FARS = ("1e-3", "1e-4")
 RANKS = 2  # of configs/accelerate/cpu2.yaml
@@ -153,12 +150,8 @@ class Run:
         if self.case.data == "places":
             if self.finished and json.loads((folder / FIGURES).read_text())["settings"] != vars(self.of_places):
                 raise UserError(f"{folder} was run with other settings; remove it or give another --out")
-        elif (folder / CONFIG).exists():
-            now, before = (
-                to_config(train_parser(), ["--config", *c])
-                for c in ([QUICKSTART, *self.arguments], [str(folder / CONFIG)])
-            )
-            check_resumes(now, before, str(folder))
+        else:
+            check_settings(self.folder, self.arguments)
 
     def start(self) -> None:
         """Train and evaluate; the bars of the run are on standard error."""
@@ -168,18 +161,10 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         else:
             if not (folder / METRICS).exists():
-                self._train()
+                train(self.folder, self.arguments)
             figures = self._figures()
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
-
-    def _train(self) -> None:
-        if self.folder.newest_checkpoint():
-            command = ["train", "--resume", str(self.folder.path)]
-        else:  # nothing there, or a run that did not reach its first checkpoint
-            shutil.rmtree(self.folder.path, ignore_errors=True)
-            command = ["train", QUICKSTART, *self.arguments]
-        subprocess.run([*LAUNCH, *command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
 
     def _figures(self) -> dict[str, Any]:
         """What the run left, in the form of `sampling_report`."""

@@ -14,13 +14,14 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from partial_fc.optim.row_state import SkippedRowsChoice
 from partial_fc.training.backbones.settings import BackboneConfig
 from partial_fc.training.data import DataConfig
 from partial_fc.training.data.augment import AugmentConfig
 from partial_fc.training.errors import UserError, check_at_least
 from partial_fc.training.evaluation import EvaluationConfig
 from partial_fc.training.heads import CenterConfig, HeadConfig, MarginSettings
-from partial_fc.training.optimizers import Optimizers, OptimizerSettings, SkippedRows, default_optimizer
+from partial_fc.training.optimizers import Optimizers, OptimizerSettings, default_optimizer
 from partial_fc.training.run import OutputConfig
 from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig
 from partial_fc.training.settings_file import use_safe_loader
@@ -107,7 +108,7 @@ class RunConfig:
     learning rate times head_lr_factor, or for what that is without norms of whole parameters and without Lookahead."""
     head_lr_factor: float = 1.0
     """The head's learning rate over the backbone's, while head_optimizer is null."""
-    head_skipped_rows: SkippedRows | None = None
+    head_skipped_rows: SkippedRowsChoice | None = None
     """What the head's optimizer does to the rows that a sampled step did not select: dense for what it would do at a
     gradient of zero (momentum, decay), done when the row is selected next; still for nothing; null for its choice."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

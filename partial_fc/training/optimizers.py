@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse.typing import register_type
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from partial_fc.head import PartialFC
 from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.optim.row_state import SkippedRowsChoice
 from partial_fc.training.class_settings import ClassSettings
 from partial_fc.training.errors import UserError, check_at_least
 
-SkippedRows = Literal["dense", "still"]
 MORE = "partial_fc.training.more_optimizers"
 OF_TORCH = (
     "SGD", "Adam", "AdamW", "RAdam", "NAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD", "Adafactor",
@@ -66,7 +66,7 @@ class Optimizers:
     optimizer: OptimizerSettings
     head_optimizer: OptimizerSettings | None
     head_lr_factor: float
-    head_skipped_rows: SkippedRows | None = None
+    head_skipped_rows: SkippedRowsChoice | None = None
 
     def check(self) -> None:
         """UserError for values that no run can have, or a package that is not installed."""

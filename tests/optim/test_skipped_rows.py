@@ -488,6 +488,18 @@ def test_decay_that_is_switched_on_in_a_run_is_refused_before_anything_moves():
     assert torch.equal(head.weight.detach(), before)
 
 
+def test_a_state_whose_options_have_no_form_is_refused_and_nothing_changes():
+    head = head_of(0.1)
+    optimizer = RowOptimizer(torch.optim.Adam, head, skipped_rows="dense", lr=0.1)
+    take(head, optimizer, 0.1, 0, 0, 1)
+    state = optimizer.state_dict()
+    before = optimizer.state[head.weight]["exp_avg"].clone()
+    state["param_groups"] = [{**state["param_groups"][0], "weight_decay": 0.1}]
+    assert "decay" in message_of(optimizer.load_state_dict, state)
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+    assert torch.equal(optimizer.state[head.weight]["exp_avg"], before)
+
+
 def test_rows_that_stand_still_under_the_dense_class_cost_nothing():
     """Adagrad and plain SGD leave a row without a gradient alone: nothing is noted."""
     for cls in (torch.optim.Adagrad, SGD):

@@ -316,14 +316,14 @@ def sampled(sampling: Any, name: str, seed: int, out: Path, tar: float) -> None:
     (folder / sampling.FIGURES).write_text(json.dumps(figures))
 
 
-def test_the_settings_of_every_sampled_case_are_valid(sampling: Any, tmp_path: Path) -> None:
+def test_the_settings_of_every_sampled_case_are_valid(sampling: Any, losses: Any, tmp_path: Path) -> None:
     _, asked = sampling._asked(["--out", str(tmp_path)])
     cases = (*sampling.CASES, *(case for case in sampling.LARGE_CASES if case.data == "large"))
     runs = [sampling.Run(case, 2, asked) for case in cases]
     assert len({run.folder.path for run in runs}) == len(cases)
     assert [case.name for case in cases[:3]] == ["all-r1", "dense-r0.1", "dense-r0.02"], "what decides comes first"
     for run in runs:
-        config = to_config(train_parser(), ["--config", sampling.QUICKSTART, *run.arguments])
+        config = to_config(train_parser(), ["--config", losses.QUICKSTART, *run.arguments])
         assert (config.head.sample_rate, config.seed) == (run.case.rate, 2)
         assert config.data.identities == (20_000 if run.case.data == "glyphs" else 72_000)
 
