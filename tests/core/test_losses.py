@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from dense_losses import Loss, share_of
-from near import assert_near
-from shards import everyones, local, row_gradient, samples_of, selected_by_all, two_by_two, whole
-from side_by_side import Case, D, check_cases, small_tiles
+from dense_losses import Loss
+from shards import everyones, local, samples_of, two_by_two, whole
+from side_by_side import Case, D, check_cases, check_soft_labels
 
-import partial_fc
 from partial_fc import PartialFC, RowOptimizer, margins
 
 C = 23
@@ -114,23 +112,8 @@ def soft_labels(rank: int, world: int) -> None:
         share = torch.rand(n, 1, generator=generator, dtype=torch.float64)
         weights = torch.cat((share, 1 - share), 1)
         here = samples_of(counts, rank)
-        x = x_all[here].clone().requires_grad_()
-        with small_tiles():
-            loss = head(partial_fc.gather(x, labels[here], label_weights=weights[here]))
-            loss.backward()
-
-        chosen = selected_by_all(head)
-        x_all.requires_grad_()
-        w = whole(head.weight).clone().requires_grad_()
-        share = share_of(labels, C, weights)[0]
-        offset = whole(margin.offset) if margin.binary else None
-        expected = reference(x_all, w[chosen], share[:, chosen], chosen, offset=offset)
-        expected.backward()
         case = f"{name}, r={rate}, budget {budget}, world {world}"
-        assert_near(f"{case}: loss", loss, expected)
-        assert x_all.grad is not None and w.grad is not None
-        assert_near(f"{case}: embedding gradient", x.grad, x_all.grad[here] * world)
-        assert_near(f"{case}: class gradient", row_gradient(head), w.grad[head.selected])
+        check_soft_labels(case, head, reference, x_all, labels, weights, here)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from common import message_of
-from dense_losses import Loss, share_of, taken_of
+from dense_losses import Loss
 from near import assert_near
-from shards import everyones, local, row_gradient, samples_of, selected_by_all, two_by_two, whole
-from side_by_side import Case, D, check_cases, small_tiles
+from shards import everyones, local, row_gradient, samples_of, two_by_two, whole
+from side_by_side import Case, D, check_cases, check_soft_labels, small_tiles
 from torch import Tensor
 
-import partial_fc
 from partial_fc import ArcFace, PartialFC, RowOptimizer, Softmax, SphereFace2, margins
 from partial_fc.distributed.ranks import Ranks
 from partial_fc.sampling import draw_window, window_size
@@ -183,23 +182,8 @@ def several_labels(rank: int, world: int) -> None:
         weights[2] = 1.0
         weights = torch.cat((weights, 1 - weights), 1)
         here = samples_of(counts, rank)
-        x = x_all[here].clone().requires_grad_()
-        with small_tiles():
-            loss = head(partial_fc.gather(x, labels[here], label_weights=weights[here]))
-            loss.backward()
-        chosen = selected_by_all(head)
-        x_all.requires_grad_()
-        w = whole(head.weight).clone().requires_grad_()
-        expected = Loss(name, {"scale": 10.0})(
-            x_all, w[chosen], share_of(labels, C, weights)[0][:, chosen], chosen,
-            offset=whole(margin.offset) if margin.binary else None, taken=taken_of(chosen, labels, C, 0.3),
-        )  # fmt: skip
-        expected.backward()
-        case = f"{name}, budget {budget}, world {world}"
-        assert_near(f"{case}: loss", loss, expected)
-        assert x_all.grad is not None and w.grad is not None
-        assert_near(f"{case}: embedding gradient", x.grad, x_all.grad[here] * world)
-        assert_near(f"{case}: class gradient", row_gradient(head), w.grad[head.selected])
+        case, reference = f"{name}, budget {budget}, world {world}", Loss(name, {"scale": 10.0})
+        check_soft_labels(case, head, reference, x_all, labels, weights, here, corrected_at=0.3)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

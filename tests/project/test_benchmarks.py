@@ -358,24 +358,23 @@ def test_finished_runs_of_sampling_are_tabled_and_not_run_again(
     assert "--only nothing-*: no case has such a name" in capsys.readouterr().err
 
 
+def run_sampling(arguments: str, out: Path) -> str:
+    """What the benchmark prints, its table and then its progress."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "sampling.py"), *args(f"{arguments} --out"), str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout + run.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_sampled_case_is_trained(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "sampling.py"),
-        *args(
-            "--data quickstart --identities 100 --epochs 1 --batch_size 128 --seeds 0 --only all-r1 dense-r0.1 --out"
-        ),
-        str(tmp_path),
-    ]
+    cases = "--data quickstart --identities 100 --epochs 1 --batch_size 128 --seeds 0 --only all-r1 dense-r0.1"
     for count in (0, 2):
-        run = subprocess.run(
-            command, capture_output=True, text=True, timeout=400, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        assert run.returncode == 0, run.stderr
-        assert f"{count} of 2 runs are finished" in run.stderr
-    assert "| 1 | all classes | 0." in run.stdout and "| 50 | 100 % / 0 % / 0 % | 1 |" in run.stdout
+        printed = run_sampling(cases, tmp_path)
+        assert f"{count} of 2 runs are finished" in printed
+    assert "| 1 | all classes | 0." in printed and "| 50 | 100 % / 0 % / 0 % | 1 |" in printed
     sampled = json.loads((tmp_path / "dense-r0.1-seed0" / "figures.json").read_text())
     assert 5 < sampled["rows"] < 50 and sum(sampled["shares"]) == pytest.approx(1) and sampled["shares"][1] > 0.3
     assert not (tmp_path / "all-r1-seed0" / "checkpoints").exists()
@@ -384,17 +383,9 @@ def test_a_sampled_case_is_trained(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_names_of_places_are_trained_on(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "sampling.py"),
-        *args("--large --places 1500 --place_epochs 1 --seeds 0 --only places-all-r1 places-still-r0.1 --out"),
-        str(tmp_path),
-    ]
-    run = subprocess.run(
-        command, capture_output=True, text=True, timeout=400, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert run.returncode == 0, run.stderr
-    assert "Names of places: 1,500 classes" in run.stdout and "| 0.1 | still | 0." in run.stdout
+    cases = "--large --places 1500 --place_epochs 1 --seeds 0 --only places-all-r1 places-still-r0.1"
+    printed = run_sampling(cases, tmp_path)
+    assert "Names of places: 1,500 classes" in printed and "| 0.1 | still | 0." in printed
 
 
 # ---------------------------------------------------------------------------------------------------- large glyphs

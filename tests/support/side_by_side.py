@@ -2,8 +2,9 @@
 
     Case ── on every rank: check_case(rank, world, case) ── AssertionError where a number is off by more than 1e-9
 
-Compared in each step: the loss, the gradients of embeddings, class rows, bias and offset, the rows after the
-optimizer's step, the margin's state; and rows that were not selected, which must keep their bits.
+Compared in each step: the loss, the gradients of embeddings, class rows, bias and offset, the selected rows after the
+optimizer's step, the margin's state. Rows that were not selected move on as under the dense optimizer and are compared
+at the end; under AdamW they stand still, and must keep their bits.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from dense_losses import Loss, taken_of, unit
+from dense_losses import Loss, share_of, taken_of, unit
 from dense_optimizers import DenseAdamW, DenseSGD
 from near import assert_near
-from shards import classes_of, local, positions, samples_of, selected_by_all
+from shards import classes_of, local, positions, row_gradient, samples_of, selected_by_all, whole
 from torch import Tensor
 
 import partial_fc
@@ -160,6 +161,38 @@ def check_case(rank: int, world: int, case: Case) -> None:
         untouched = torch.tensor([c for c in range(mine.start, mine.stop) if c not in selected], dtype=torch.int64)
         at = untouched - mine.start
         assert not still or torch.equal(local(head.weight)[at], before[at]), "a row that was not selected moved"
+
+
+def check_soft_labels(
+    what: str,
+    head: PartialFC,
+    reference: Loss,
+    x_all: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    here: slice,
+    corrected_at: float | None = None,
+) -> None:
+    """The loss and the gradients of one forward with several labels a sample, in small tiles. corrected_at: the rate of
+    a head with a corrected denominator."""
+    world, classes = head.shards.ranks.world, head.num_classes
+    x = x_all[here].clone().requires_grad_()
+    with small_tiles():
+        loss = head(gather(x, labels[here], label_weights=weights[here]))
+        loss.backward()
+    chosen = selected_by_all(head)
+    x_all.requires_grad_()
+    w = whole(head.weight).clone().requires_grad_()
+    expected = reference(
+        x_all, w[chosen], share_of(labels, classes, weights)[0][:, chosen], chosen,
+        offset=whole(head.margin.offset) if head.margin.binary else None,
+        taken=None if corrected_at is None else taken_of(chosen, labels, classes, corrected_at),
+    )  # fmt: skip
+    expected.backward()
+    assert_near(f"{what}: loss", loss, expected)
+    assert x_all.grad is not None and w.grad is not None
+    assert_near(f"{what}: embedding gradient", x.grad, x_all.grad[here] * world)
+    assert_near(f"{what}: class gradient", row_gradient(head), w.grad[head.selected])
 
 
 def check_gradients(head: PartialFC, case: Case, grads: dict[str, Tensor], mine: slice) -> None:
