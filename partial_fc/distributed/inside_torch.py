@@ -1,10 +1,10 @@
 """What numbers depend on and torch does not promise: each is tried here when it is first used, and not used where it
 does not do what it should. docs/versions.md lists all private names of other packages.
 
-holders of a storage        memory is used again once nothing holds it       else it is never used again
-use count of a parameter    classes change while no graph holds the weight   else they do not change
-norms of many tensors        one launch for the gradients of a backbone    else one each
-id of a backward pass       statistics stand still while blocks are computed again   else blocks are not
+holders of a storage        memory is used again once nothing holds it                else it is never used again
+use count of a parameter    classes change while no graph holds the weight            else they do not change
+norms of many tensors       one launch for the gradients of a backbone                else one each
+id of a backward pass       statistics stand still while blocks are computed again    else blocks are not
 """
 
 from __future__ import annotations
