@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from partial_fc.batch.building import together
 from partial_fc.classes.hard_negatives import UNKNOWN, HardNegatives, Search, check_hard_negatives
 from partial_fc.classes.interface import Change
 from partial_fc.classes.tables import (
@@ -75,6 +76,7 @@ class HeadState(HardNegatives):
         "metrics": "collect_metrics",
     }
 
+    @together
     def __init__(
         self,
         embedding_size: int,
