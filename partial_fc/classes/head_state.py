@@ -218,7 +218,7 @@ class HeadState(HardNegatives):
             return None
         ids, grad = rows.grad_rows + self.shards.lo, rows.gradients()[0]
         if rows.pads is not None:
-            real = ~torch.nn.functional.pad(rows.pads[1], (rows.pads[0], 0))
+            real = rows.pads.real()
             ids, order = ids[real].sort()
             grad = grad[real][order]
         return ids, grad
