@@ -41,6 +41,7 @@ try:
     from partial_fc.training.cli.plan import plan_command
     from partial_fc.training.cli.protocols import protocol_command
     from partial_fc.training.cli.report import report_command
+    from partial_fc.training.cli.serve import serve_command
     from partial_fc.training.cli.weights import export_weights_command, import_weights_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, keep_still_rows, to_config
     from partial_fc.training.data import IdentityDataset, open_data
@@ -65,7 +66,8 @@ commands:
   templates RUN --images D --templates F --pairs F   TAR at FAR on templates of images and video frames: IJB-B, IJB-C
   identify RUN --gallery D --probes D                1:N identification with distractors: rank-k, DIR at FPIR
   retrieve RUN --query D [--gallery D]               CMC, mAP, Recall@k: products, persons across cameras
-  export-backbone RUN [--output DIR]                 write the trained backbone as safetensors and ONNX
+  export-backbone RUN [--output DIR]                 write the trained backbone as safetensors and ONNX, with a card
+  serve RUN --gallery DIR                            a web page and HTTP interface: search by an image, compare two
   report RUN RUN ...                                 compare runs on one page: different settings, figures, curves
   audit RUN                                          find identities stored twice, classes never updated, and classes
                                                      far from their own images
@@ -106,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         "doctor": doctor_command,
         "comms": comms_command,
         "report": report_command,
+        "serve": serve_command,
         "backbones": backbones_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
