@@ -64,6 +64,7 @@ class PartialFC(HeadState):
             NonFiniteError, "skip" the step (`skipped` is True), or "log" bad embeddings and look at nothing else. See
             `check_gradients` and docs/nonfinite.md.
         max_skips: how many steps in a row may be skipped before NonFiniteError is raised; None for any number.
+        kernels: "auto" for kernels in Triton where they serve, "off", or "interpret" (docs/kernels.md).
         device, dtype: of the weights; float32 unless the default dtype is another.
 
     Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64; N_local may be 0. The loss is 0-d, or `[N_local]`
@@ -116,7 +117,9 @@ class PartialFC(HeadState):
         sample_weights = sample_weights_of(batch, targets, *counts)
         if self.training and sample_weights.device.type != "cpu":
             sample_weights = counted_if_alike(sample_weights, self.margin.buffers(), ranks)
-        rows = slots = correction = None
+        rows = slots = correction = kernels = None
+        if self._kernels != "off" and (self._kernels == "interpret" or self.weight.device.type != "cpu"):
+            kernels = self.kernels_for(options, batch.embeddings)
         if self.training and self._sample_rate < 1:
             positives = targets.ids  # of this replica; a label without weight is drawn nevertheless
             if ranks.replica_group is not None or batch.label_weights is not None:
@@ -147,6 +150,7 @@ class PartialFC(HeadState):
             first_sample=sum(row.samples for row in batch.status[: ranks.replica * ranks.world]),
             draw_key=mix(self.seed, self.forward_count),
             correction=correction,
+            kernels=kernels,
         )
         return chosen, current
 

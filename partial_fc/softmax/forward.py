@@ -16,6 +16,7 @@ from partial_fc.softmax.at_once import RowsAtOnce
 from partial_fc.softmax.biases import biases_of
 from partial_fc.softmax.further_sums import FurtherSums
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
+from partial_fc.softmax.kernel_rows import KernelRows
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.other_losses import other_losses
 from partial_fc.softmax.row_tiles import RowTiles, TargetRows, inverse_of
@@ -81,7 +82,8 @@ def forward(
     index = None if selection.picked else selection.rows
     index = index if centers == 1 else rows_of_classes(index, centers)
     kind = X.device.type
-    row_tiles = RowTiles if kind == "cpu" else RowsAtOnce
+    kernels = selection.kernels is not None and selection.kernels.rows
+    row_tiles = KernelRows if kernels else RowTiles if kind == "cpu" else RowsAtOnce
     prefix = "" if selection.rows is None else "selected "
     rows = row_tiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad, prefix)
     if isinstance(rows, RowsAtOnce):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.distributed.ranks import Ranks
+from partial_fc.kernels.choice import Kernels
 from partial_fc.margins.base import Margin
 from partial_fc.rows import Pads, UpdateRows
 from partial_fc.softmax.corrections import Correction
@@ -56,6 +57,7 @@ class Selection:
     first_sample: int  # place of this replica's first sample among those of all replicas
     draw_key: int  # for what a margin draws: differs from forward to forward, the same on every rank
     correction: Correction | None = None  # of a sampled forward
+    kernels: Kernels | None = None  # that serve it
 
     @property
     def counts_once(self) -> bool:
