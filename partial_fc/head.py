@@ -24,6 +24,7 @@ from partial_fc.batch.later import counted_if_alike
 from partial_fc.classes.head_state import HeadState
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.kernels.choice import Kernels
 from partial_fc.sampling import draw_window, mix, select_rows
 from partial_fc.softmax.cross_entropy import sharded_cross_entropy
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
@@ -145,7 +146,7 @@ class PartialFC(HeadState):
             exists=targets.exists,
             target_weights=targets.weights,
             sample_weights=sample_weights,
-            keep_logits=self._keeps_logits(batch, shards.local if rows is None else len(rows), options),
+            keep_logits=self._keeps_logits(batch, shards.local if rows is None else len(rows), options, kernels),
             scatter=scatter,
             first_sample=sum(row.samples for row in batch.status[: ranks.replica * ranks.world]),
             draw_key=mix(self.seed, self.forward_count),
@@ -154,11 +155,13 @@ class PartialFC(HeadState):
         )
         return chosen, current
 
-    def _keeps_logits(self, batch: GlobalBatch, classes: int, options: LossOptions) -> bool:
+    def _keeps_logits(self, batch: GlobalBatch, classes: int, options: LossOptions, kernels: Kernels | None) -> bool:
         """Return whether logits are kept for backward; label smoothing of ruled logits needs them anew."""
         product = compute_dtypes(batch.embeddings, self.weight)[1]
         size = logits_bytes(batch.most_samples, classes * self.margin.centers, product)
         keep = size <= self.logits_budget and not (options.ruled and self.label_smoothing)
-        if self.training and self.logits_mode != ("kept" if keep else "tiled"):
-            self._report_mode(keep, size)
+        keep = keep and not (kernels is not None and kernels.instead)
+        mode = "kept" if keep else "streamed" if kernels is not None and kernels.stream else "tiled"
+        if self.training and self.logits_mode != mode:
+            self._report_mode(mode, size)
         return keep

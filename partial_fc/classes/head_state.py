@@ -125,7 +125,7 @@ class HeadState(HardNegatives):
         self.sampling_correction = sampling_correction
         self.collect_metrics = metrics
         self.logits_budget = DEFAULT_LOGITS_BUDGET if numbers.logits_budget is None else numbers.logits_budget
-        self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
+        self.logits_mode = ""  # "kept", "tiled" or "streamed": as the last training forward chose
         self.kernels = kernels
         self.kernels_in_use = ""  # which served the last forward, as `Kernels` says it; "" before the first on a card
         self.forward_count = 0  # training forwards: keys what is drawn
@@ -313,8 +313,8 @@ class HeadState(HardNegatives):
             log.info("kernels in use: %s%s", found, f" ({found.reason})" if found.reason else "")
         return found
 
-    def _report_mode(self, keep: bool, size: int) -> None:
-        self.logits_mode = "kept" if keep else "tiled"
+    def _report_mode(self, mode: str, size: int) -> None:
+        self.logits_mode = mode
         message = "logits are %s: %d bytes of them on this rank, a budget of %d"
         log.info(message, self.logits_mode, size, self.logits_budget)
 

@@ -24,6 +24,9 @@ VARIABLE = "PARTIAL_FC_KERNELS"
 OLDEST_TRITON = (3, 6)
 OLDEST_CARD = (8, 0)  # of the row kernels, which need nothing but bandwidth
 WIDEST = 16384  # a program holds whole rows
+LOGITS_CARD = (9, 0)  # of the kernels of logits: TMA and wgmma, for which their blocks are made
+STREAM_WIDEST = 256  # D; at 512 blocks compile, but are so small that shared memory bounds them
+STREAM_INSTEAD = 128  # D up to which a product more costs less than to write and read exponentials
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,6 +58,7 @@ class Kernels:
     tiles: bool
     stream: bool
     reason: str = ""
+    instead: bool = False  # stream even logits that might be kept
 
     def __str__(self) -> str:
         served = [name for name in ("rows", "tiles", "stream") if getattr(self, name)]
@@ -81,7 +85,8 @@ def choose(mode: KernelsMode, case: Case) -> Kernels:
     capability = (9, 0) if mode == "interpret" else torch.cuda.get_device_capability(case.device)
     of_tiles, of_stream = tiles_problem(case, capability), stream_problem(case, capability)
     why = [f"no {name}: {text}" for name, text in (("tiles", of_tiles), ("stream", of_stream)) if text]
-    return Kernels(True, not of_tiles, not of_stream, "; ".join(why))
+    instead = not of_stream and case.width <= STREAM_INSTEAD
+    return Kernels(True, not of_tiles, not of_stream, "; ".join(why), instead)
 
 
 def machine_problem(mode: KernelsMode, device: torch.device) -> str:
@@ -116,12 +121,25 @@ def rows_problem(case: Case) -> str:
 
 def tiles_problem(case: Case, capability: tuple[int, int]) -> str:
     """Return why the tile kernel does not serve a case that row kernels serve."""
-    return "there is no such kernel"
+    if capability != LOGITS_CARD:
+        return f"they are for cards of capability {_dotted(LOGITS_CARD)}, and this one has {_dotted(capability)}"
+    if case.product == torch.float16:
+        return "exponentials may leave the range of float16"
+    if case.product != torch.bfloat16 and case.device.type == "cuda":
+        return f"products are {str(case.product)[6:]}, and a card has matrix units for bfloat16"
+    if case.ruled or case.binary or case.centers > 1:
+        return "a rule, a filter, sub-centers or decisions look at each logit"
+    if case.metrics and case.correction:
+        return "metrics look at logits before they are corrected for the sampling"
+    return ""
 
 
 def stream_problem(case: Case, capability: tuple[int, int]) -> str:
     """Return why the stream kernels do not serve a case that row kernels serve."""
-    return "there are no such kernels"
+    problem = tiles_problem(case, capability)
+    if not problem and case.width > STREAM_WIDEST:
+        return f"two blocks as wide as D = {case.width} leave no room; they are for D up to {STREAM_WIDEST}"
+    return problem
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:

@@ -32,15 +32,16 @@ class OtherTiles(BackwardTiles):
         self.shares = None
         if state.smoothing is not None and d.d_every is not None:
             self.shares = state.smoothing.shares(d.d_every, saved.x, saved.row_sum, state.options.scale)
-        if not saved.kept.numel():
-            x, ruled = saved.x, state.options.ruled
-            work = state.product if state.bounded and not ruled else self.stats
-            self.scratch = x.new_empty(len(x) * state.tile + 1, dtype=work)
-            self.scaled = (x if ruled else x * state.options.scale).to(state.product)
+        self.scratch: Tensor | None = None
 
     def exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
         if self.saved.kept.numel():
             return super().exponentials(t, a, b, w)
+        if self.scratch is None:
+            x, state, ruled = self.saved.x, self.state, self.state.options.ruled
+            work = state.product if state.bounded and not ruled else self.stats
+            self.scratch = x.new_empty(len(x) * state.tile + 1, dtype=work)
+            self.scaled = (x if ruled else x * state.options.scale).to(state.product)
         return recomputed(self.state, self.saved, self.d, self.scaled, self.scratch, t, a, b, w)
 
     def add_targets(self, dx: Tensor) -> None:
@@ -56,12 +57,20 @@ class OtherTiles(BackwardTiles):
         self.db = None if self.bias is None else self.saved.x.new_empty(length)
 
     def add_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
-        at = slice(a, b) if self.update is None else slice(0, b - a)
-        dw, db = self.dw[at], None if self.db is None else self.db[at]
+        dw, db = self.places_of(a, b)
         self.state.rows.through_lengths(self.product(e, weighted, a, b, dw), w, a, b, dw)
         if db is not None:
             smoothed = 0.0 if self.shares is None else self.shares.of_biases(a, b)
             db.copy_(torch.mv(e.t().to(self.stats), factor[:, 0]) + smoothed)
+        self.update_rows(dw, db, a, b)
+
+    def places_of(self, a: int, b: int) -> tuple[Tensor, Tensor | None]:
+        """Return the memory of the gradients of rows a to b, and of their biases."""
+        at = slice(a, b) if self.update is None else slice(0, b - a)
+        return self.dw[at], None if self.db is None else self.db[at]
+
+    def update_rows(self, dw: Tensor, db: Tensor | None, a: int, b: int) -> None:
+        """Move rows a to b, if they are moved in backward."""
         if self.update is not None:
             centers = self.state.options.margin.centers
             self.update(a // centers, b // centers, self._with_targets(dw, db, a))
