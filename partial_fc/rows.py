@@ -65,6 +65,7 @@ class ClassRows:
         self.updates = 0  # how often an optimizer was to update the rows
         self.used = False  # an optimizer has used these gradients
         self.behind: Any = None  # steps that rows have missed (optim/skipped_rows.py), or None
+        self.kernels: Any = None  # that served the last forward (kernels/choice.py), or None
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
     def __getstate__(self) -> dict[str, Any]:

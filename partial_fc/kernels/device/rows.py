@@ -59,3 +59,77 @@ def project_rows(
     g = tl.load(grad + at[:, None] * grad_stride + d, mask=inside, other=0.0).to(tl.float32)
     g = tangent(g, v, tl.load(inverse + at, mask=here, other=0.0))
     tl.store(out + at[:, None] * out_stride + d, narrow(g, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def stochastic(v, place, key):
+    """Return float32 numbers on bfloat16's grid, rounded up or down as `optim.rounding.round_at_random` does. place:
+    64 bits, class id · width + column."""
+    # every operand has 64 bits, so that no constant of 32 makes the arithmetic narrower
+    h = (place + key) * tl.full((), 0x2545F4914F6CDD1D, tl.int64)
+    h ^= h >> 29
+    h *= tl.full((), 0x27D4EB2F165667C5, tl.int64)
+    h = (h >> 33) & 0x7FFFFFFF
+    noise = (h * 65536 >> 31).to(tl.int32)
+    rounded = ((v.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(v) < float("inf"), rounded, v)
+
+
+@triton.jit(do_not_specialize=["count", "start", "first_id", "key"])
+def step_rows(
+    grad, source, rows, low, first_from, first, second_from, second, index, factors,
+    count, start, width, grad_stride, lr, a, b, decay, eps, by_rate, by_root, first_id, key,
+    BR: tl.constexpr, BD: tl.constexpr, GATHER: tl.constexpr, TAKEN: tl.constexpr, ADAM: tl.constexpr,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr,
+    DECOUPLED: tl.constexpr, FACTORS: tl.constexpr, LOW: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Step rows in place. TAKEN: rows and state start from copies `[n, D]`. LOW: rows go to `low` as well, narrowed.
+
+    SGD: a = momentum, b = 1 − dampening. Adam: a = 1 − β1, b = β2, by_rate = lr / (1 − β1^t), by_root = 1 / √(1 − β2^t),
+    these two from `factors [2]` if FACTORS.
+    """
+    at, here, row = places(index, count, BR, GATHER)
+    if GATHER:
+        here = here & (row >= 0)
+    else:
+        row += start
+    d = tl.arange(0, BD)[None, :]
+    inside = here[:, None] & (d < width)
+    to = row[:, None] * width + d
+    if TAKEN:
+        come = at[:, None] * width + d
+    else:
+        come = to
+    v = tl.load(source + come, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + at[:, None] * grad_stride + d, mask=inside, other=0.0).to(tl.float32)
+    if MAXIMIZE:
+        g = -g
+    if DECAY and not DECOUPLED:
+        g += decay * v
+    if ADAM:
+        if FACTORS:
+            by_rate = tl.load(factors)
+            by_root = tl.load(factors + 1)
+        if DECAY and DECOUPLED:
+            v *= 1.0 - lr * decay
+        m = tl.load(first_from + come, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(second_from + come, mask=inside, other=0.0).to(tl.float32)
+        m += a * (g - m)
+        s = b * s + (1.0 - b) * g * g
+        v -= by_rate * m / (tl.sqrt(s) * by_root + eps)
+        tl.store(first + to, narrow(m, first.dtype.element_ty), mask=inside)
+        tl.store(second + to, narrow(s, second.dtype.element_ty), mask=inside)
+    else:
+        if MOMENTUM:
+            m = a * tl.load(first_from + come, mask=inside, other=0.0).to(tl.float32) + b * g
+            tl.store(first + to, narrow(m, first.dtype.element_ty), mask=inside)
+            if NESTEROV:
+                g += a * m
+            else:
+                g = m
+        v -= lr * g
+    if STOCHASTIC:
+        v = stochastic(v, (first_id + row)[:, None] * width + d, key)
+    tl.store(rows + to, narrow(v, rows.dtype.element_ty), mask=inside)
+    if LOW:
+        tl.store(low + to, narrow(v, low.dtype.element_ty), mask=inside)
