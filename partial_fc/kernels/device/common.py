@@ -16,11 +16,17 @@ def wide(i):
 
 @triton.jit
 def dot(a, b, acc):
-    """Return a @ b + acc. The interpreter multiplies the bits of bfloat16; float32 of the same values is what a card
-    does."""
+    """Return a @ b + acc in float32.
+
+    The interpreter multiplies the bits of bfloat16, and a library for CPUs adds in an order that depends on which
+    operand is the first. So there it is float64, rounded once: a card's bits do not depend on that either.
+    """
     if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+        wide_acc = acc.to(tl.float64)
+        acc = tl.dot(a.to(tl.float64), b.to(tl.float64), wide_acc, out_dtype=tl.float64).to(tl.float32)
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
