@@ -49,12 +49,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What serves a forward. reason: why not everything does, in words; "" if it does."""
+    """What serves a forward. reason: why not everything does, in words; "" if it does. directions: the dtype in which
+    the products take the directions of rows; None where rows enter them as they are."""
 
     rows: bool
     tiles: bool
     stream: bool
     reason: str = ""
+    directions: torch.dtype | None = None
 
     def __str__(self) -> str:
         served = [name for name in ("rows", "tiles", "stream") if getattr(self, name)]
@@ -81,7 +83,8 @@ def choose(mode: KernelsMode, case: Case) -> Kernels:
     capability = (9, 0) if mode == "interpret" else torch.cuda.get_device_capability(case.device)
     of_tiles, of_stream = tiles_problem(case, capability), stream_problem(case, capability)
     why = [f"no {name}: {text}" for name, text in (("tiles", of_tiles), ("stream", of_stream)) if text]
-    return Kernels(True, not of_tiles, not of_stream, "; ".join(why))
+    directions = case.product if case.normalize else None
+    return Kernels(True, not of_tiles, not of_stream, "; ".join(why), directions)
 
 
 def machine_problem(mode: KernelsMode, device: torch.device) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.kernels.choice import HALF_OR_SINGLE, WIDEST
 from partial_fc.kernels.update import Memory, Numbers, step_rows
-from partial_fc.optim.row_state import COUNT, MASTER
+from partial_fc.optim.row_state import COUNT
 from partial_fc.sampling import mix
 
 if TYPE_CHECKING:
