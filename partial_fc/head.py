@@ -25,6 +25,7 @@ from partial_fc.classes.head_state import HeadState
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.kernels.choice import Kernels
+from partial_fc.optim.kernel_moves import taken_directions
 from partial_fc.sampling import draw_window, mix, select_rows
 from partial_fc.softmax.cross_entropy import sharded_cross_entropy
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
@@ -152,6 +153,7 @@ class PartialFC(HeadState):
             draw_key=mix(self.seed, self.forward_count),
             correction=correction,
             kernels=kernels,
+            directions=None if kernels is None or current is None else taken_directions(current),
         )
         return chosen, current
 

@@ -52,13 +52,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What serves a forward. reason: why not everything does, in words; "" if it does."""
+    """What serves a forward. reason: why not everything does, in words; "" if it does. directions: the dtype in which
+    the products take the directions of rows; None where rows enter them as they are. instead: logits are streamed even if they might be kept."""
 
     rows: bool
     tiles: bool
     stream: bool
     reason: str = ""
-    instead: bool = False  # stream even logits that might be kept
+    directions: torch.dtype | None = None
+    instead: bool = False
 
     def __str__(self) -> str:
         served = [name for name in ("rows", "tiles", "stream") if getattr(self, name)]
@@ -85,8 +87,9 @@ def choose(mode: KernelsMode, case: Case) -> Kernels:
     capability = (9, 0) if mode == "interpret" else torch.cuda.get_device_capability(case.device)
     of_tiles, of_stream = tiles_problem(case, capability), stream_problem(case, capability)
     why = [f"no {name}: {text}" for name, text in (("tiles", of_tiles), ("stream", of_stream)) if text]
+    directions = case.product if case.normalize else None
     instead = not of_stream and case.width <= STREAM_INSTEAD
-    return Kernels(True, not of_tiles, not of_stream, "; ".join(why), instead)
+    return Kernels(True, not of_tiles, not of_stream, "; ".join(why), directions, instead)
 
 
 def machine_problem(mode: KernelsMode, device: torch.device) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from partial_fc.kernels.launch import device_code, ran
@@ -61,3 +62,29 @@ def project_rows(grad: Tensor, rows: Tensor, index: Tensor | None, inverse: Tens
         )  # fmt: skip
 
     return count == 0 or ran("project_rows", launch, out)
+
+
+def catch_up_rows(
+    tensors: list[Tensor],
+    index: Tensor,
+    coefficients: Tensor,
+    outs: list[Tensor],
+    directions: tuple[Tensor, Tensor] | None,
+    dtype: torch.dtype,
+) -> bool:
+    """Write to `outs` (float32 `[n, D]` each) the rows `index [n]` of `tensors`, rows `[C, D]` and at most one piece of
+    their state, multiplied by their matrix in `coefficients [n, 1 or 4]` (to · from). directions: memory `[n, D]` and
+    `[n, 1]` for directions and 1/length of the moved rows, as they are in `dtype`; or None."""
+    count, width = outs[0].shape
+    how, out = Blocks.of(width), outs[0]
+    of_directions, inverse = directions or (out, out)
+
+    def launch() -> None:
+        kernel = device_code("rows").catch_up_rows[(-(-count // how.BR),)]
+        kernel(
+            tensors[0], tensors[-1], index, coefficients, out, outs[-1], of_directions, inverse, count, width,
+            STATE=len(tensors) > 1, NORMALISE=directions is not None,
+            BFLOAT16=dtype == torch.bfloat16, FLOAT16=dtype == torch.float16, **how._asdict(),
+        )  # fmt: skip
+
+    return count == 0 or ran("catch_up_rows", launch, out)

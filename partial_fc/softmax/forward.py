@@ -92,6 +92,8 @@ def forward(
     rows = row_tiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad, prefix)
     if isinstance(rows, RowsAtOnce):
         rows.measure(product, whole_gradient=needs_grad and sink.begin_update is None)
+    if isinstance(rows, KernelRows) and selection.directions is not None:
+        rows.know(*selection.directions)
     most = tile_rows(selection.batch.most_samples, x.shape[1], kind)
     tile = tile_size(rows.count, most, centers, kind)
     with record_function("partial_fc::targets"):

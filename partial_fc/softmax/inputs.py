@@ -58,6 +58,7 @@ class Selection:
     draw_key: int  # for what a margin draws: differs from forward to forward, the same on every rank
     correction: Correction | None = None  # of a sampled forward
     kernels: Kernels | None = None  # that serve it
+    directions: tuple[Tensor, Tensor] | None = None  # of picked rows [S, D], and their 1/length [S, 1], if known
 
     @property
     def counts_once(self) -> bool:

@@ -20,12 +20,18 @@ class KernelRows(RowsAtOnce):
     """As `RowTiles`. `held` has the dtype of the products, and is written from the first row on, up to `filled`."""
 
     filled = 0
+    apart = False  # the directions have memory of their own, not that of the gradient
 
     def measure(self, product: torch.dtype, whole_gradient: bool) -> None:
         self.memory = self.held = None
         if whole_gradient and self.inverse is not None and product.itemsize <= self.weight.dtype.itemsize:
             self.memory = self.gradient_memory(self.count)
             self.held = self.memory.view(product)[:, : self.memory.shape[1]]  # the beginning of each row
+
+    def know(self, directions: Tensor, inverse: Tensor) -> None:
+        """Take directions `[S, D]` and 1/length `[S, 1]` that were made when the rows were taken."""
+        self.held, self.inverse, self.filled = directions, inverse, self.count
+        self.measured = self.apart = True
 
     def tile(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
         held = self.held if self.held is not None and self.held.dtype == dtype else None
@@ -56,7 +62,7 @@ class KernelRows(RowsAtOnce):
 
     @property
     def overlaps(self) -> bool:
-        return self.held is not None
+        return self.held is not None and not self.apart
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self.inverse is None or not self.measured:

@@ -22,6 +22,14 @@ def places(index, count, BR: tl.constexpr, GATHER: tl.constexpr):
     return at, here, row
 
 
+@triton.jit
+def inverse_length(v):
+    """Return 1/length of rows; 0 for a row without a direction."""
+    length = tl.sqrt_rn(tl.sum(v * v, 1))
+    short = length <= TINY
+    return tl.where(short, 0.0, tl.div_rn(1.0, tl.where(short, 1.0, length)))
+
+
 @triton.jit(do_not_specialize=["count"])
 def gather_rows(
     rows, index, out, inverse, count, width, row_stride, out_stride,
@@ -32,12 +40,41 @@ def gather_rows(
     inside = here[:, None] & (d < width)
     v = tl.load(rows + row[:, None] * row_stride + d, mask=inside, other=0.0).to(tl.float32)
     if NORMALISE:
-        length = tl.sqrt_rn(tl.sum(v * v, 1))
-        short = length <= TINY
-        one_over = tl.where(short, 0.0, tl.div_rn(1.0, tl.where(short, 1.0, length)))
+        one_over = inverse_length(v)
         v = v * one_over[:, None]
         tl.store(inverse + at, one_over, mask=here)
     tl.store(out + at[:, None] * out_stride + d, narrow(v, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def catch_up_rows(
+    rows, state, index, factors, out_rows, out_state, directions, inverse, count, width,
+    BR: tl.constexpr, BD: tl.constexpr, STATE: tl.constexpr, NORMALISE: tl.constexpr,
+    BFLOAT16: tl.constexpr, FLOAT16: tl.constexpr,
+):  # fmt: skip
+    """factors: `[count, 4]`, or `[count, 1]` without STATE. Directions are those of rows in BFLOAT16 or FLOAT16."""
+    at, here, row = places(index, count, BR, True)
+    d = tl.arange(0, BD)[None, :]
+    inside = here[:, None] & (d < width)
+    come, to = row[:, None] * width + d, at[:, None] * width + d
+    v = tl.load(rows + come, mask=inside, other=0.0).to(tl.float32)
+    if STATE:
+        m = tl.load(state + come, mask=inside, other=0.0).to(tl.float32)
+        of = factors + at * 4
+        next_m = tl.load(of + 2, mask=here, other=0.0)[:, None] * v + tl.load(of + 3, mask=here, other=0.0)[:, None] * m
+        v = tl.load(of, mask=here, other=0.0)[:, None] * v + tl.load(of + 1, mask=here, other=0.0)[:, None] * m
+        tl.store(out_state + to, next_m, mask=inside)
+    else:
+        v = tl.load(factors + at, mask=here, other=0.0)[:, None] * v
+    tl.store(out_rows + to, v, mask=inside)
+    if NORMALISE:
+        if BFLOAT16:
+            v = narrow(v, tl.bfloat16).to(tl.float32)
+        if FLOAT16:
+            v = v.to(tl.float16).to(tl.float32)
+        one_over = inverse_length(v)
+        tl.store(inverse + at, one_over, mask=here)
+        tl.store(directions + to, narrow(v * one_over[:, None], directions.dtype.element_ty), mask=inside)
 
 
 @triton.jit
