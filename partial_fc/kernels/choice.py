@@ -53,7 +53,8 @@ class Case:
 @dataclass(frozen=True)
 class Kernels:
     """What serves a forward. reason: why not everything does, in words; "" if it does. directions: the dtype in which
-    the products take the directions of rows; None where rows enter them as they are. instead: logits are streamed even if they might be kept."""
+    the products take the directions of rows; None where rows enter them as they are. instead: logits are streamed even
+    if they might be kept."""
 
     rows: bool
     tiles: bool
