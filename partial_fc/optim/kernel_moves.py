@@ -1,4 +1,4 @@
-"""Rows that a forward takes make the steps that they have missed by one kernel, which makes their directions as well."""
+"""Rows that a forward takes make the steps that they have missed by one kernel, which makes their directions too."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from partial_fc.kernels.update import Memory, Numbers, step_rows
 from partial_fc.optim.row_state import COUNT
 from partial_fc.sampling import mix
 
-if TYPE_CHECKING:
-    from partial_fc.optim.row_optimizer import RowUpdate
-
 STATE: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.SGD: ("momentum_buffer",),
     torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
@@ -29,10 +26,23 @@ STATE: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
 }
 
 
+class Update(Protocol):
+    """One step of one parameter, a `RowUpdate`."""
+
+    optimizer: Any
+    weight: Tensor
+    state: dict[str, Any]
+    before: dict[str, Any]
+    wide: Any
+
+    @property
+    def taken(self) -> Mapping[str, Tensor]: ...
+
+
 class KernelStep:
     """One step of one parameter; call it for each block of rows. It returns False where the class itself must step."""
 
-    def __init__(self, update: RowUpdate) -> None:
+    def __init__(self, update: Update) -> None:
         rows, options = update.optimizer.class_rows, update.optimizer.inner.param_groups[0]
         self.update = update
         self.keys = STATE.get(type(update.optimizer.inner), ())
@@ -70,7 +80,7 @@ class KernelStep:
         return True
 
 
-def serves(update: RowUpdate, keys: tuple[str, ...], options: Mapping[str, Any]) -> bool:
+def serves(update: Update, keys: tuple[str, ...], options: Mapping[str, Any]) -> bool:
     """Return whether the kernel does what the class would do, for every block of this step."""
     optimizer, weight = update.optimizer, update.weight
     kernels, lr = optimizer.class_rows.kernels, options.get("lr")
@@ -96,8 +106,8 @@ def numbers_of(options: Mapping[str, Any], step: Any, cls: type[torch.optim.Opti
     decoupled = bool(options.get("decoupled_weight_decay", cls is torch.optim.AdamW))
     own: dict[str, Any] = {"adam": True, "eps": float(options["eps"]), "decoupled": decoupled, "maximize": maximize}
     if isinstance(step, Tensor) and step.device.type != "cpu":
-        count = step.double() + 1
-        by_rate, by_root = lr / (1 - b1**count), (1 - b2**count).rsqrt()
+        on_card = step.double() + 1
+        by_rate, by_root = lr / (1 - b1**on_card), (1 - b2**on_card).rsqrt()
         return Numbers(lr, 1 - b1, b2, decay, factors=torch.stack((by_rate, by_root)).float(), **own)
     count = float(step) + 1
     return Numbers(lr, 1 - b1, b2, decay, by_rate=lr / (1 - b1**count), by_root=(1 - b2**count) ** -0.5, **own)

@@ -122,8 +122,8 @@ def step_rows(
 ):  # fmt: skip
     """Step rows in place. TAKEN: rows and state start from copies `[n, D]`. LOW: rows go to `low` as well, narrowed.
 
-    SGD: a = momentum, b = 1 − dampening. Adam: a = 1 − β1, b = β2, by_rate = lr / (1 − β1^t), by_root = 1 / √(1 − β2^t),
-    these two from `factors [2]` if FACTORS.
+    SGD: a = momentum, b = 1 − dampening. Adam: a = 1 − β1, b = β2, by_rate = lr / (1 − β1^t), by_root =
+    1 / √(1 − β2^t), these two from `factors [2]` if FACTORS.
     """
     at, here, row = places(index, count, BR, GATHER)
     if GATHER:
