@@ -17,6 +17,7 @@ import torch
 from partial_fc.kernels import logits
 from partial_fc.kernels.choice import STREAM_INSTEAD, Case, Kernels, rows_problem, stream_problem, tiles_problem
 from partial_fc.planning.costs import Sizes, traffic
+from partial_fc.softmax.kernel_tiles import stream_tile
 
 INSTRUCTIONS = 6  # a logit, beside its exponential: multiply, compare, select, add, half of two conversions
 
@@ -103,8 +104,8 @@ def _traffic(z: Sizes, kernels: Kernels, mode: str) -> dict[str, int]:
     numbers, rows, m = z.N * z.S, z.S * z.D, z.states
     plain = traffic(z)
     if mode == "streamed":  # sums and weighted directions of each split
-        splits = logits.splits_of(z.N, z.S, _blocks(logits.STREAM, z.D))[0]
-        of_logits = splits * z.N * (z.D + 1) * 2 * z.s
+        launches, splits, _ = _launches(z, _blocks(logits.STREAM, z.D))
+        of_logits = launches * splits * z.N * (z.D + 1) * 2 * z.s
     elif kernels.tiles:
         of_logits = numbers * z.p * 3
     else:
@@ -136,6 +137,12 @@ def _blocks(table: dict[int, logits.Blocks], width: int) -> logits.Blocks:
     return table[max(min(table), 1 << (width - 1).bit_length())]
 
 
+def _launches(z: Sizes, how: logits.Blocks) -> tuple[int, int, int]:
+    """Return how often the stream kernel of the forward is launched, its splits, and the rows of each."""
+    rows = min(z.S, stream_tile(z.D))
+    return -(-z.S // rows), *logits.splits_of(z.N, rows, how)
+
+
 def _tile(z: Sizes, card: Card, *, stored: bool) -> tuple[float, float]:
     """Return the seconds of the tile kernel over all rows."""
     how = logits.TILE
@@ -156,14 +163,13 @@ def _stream(z: Sizes, card: Card, table: dict[int, logits.Blocks], *, of_rows: b
     """Return the seconds of a stream kernel over all rows: two products. of_rows: it owns rows and reads samples."""
     how = _blocks(table, z.D)
     wide = max(min(table), 1 << (z.D - 1).bit_length())
-    (own, keep), (other, read) = (z.N, how.samples), (z.S, how.rows)
+    launches, splits, each = _launches(z, how)
+    rows = min(z.S, stream_tile(z.D))
     if of_rows:
-        (own, keep), (other, read) = (other, read), (own, keep)
-    programs, splits = -(-own // keep), 1
-    if not of_rows:
-        splits, each = logits.splits_of(z.N, z.S, how)
-        other = min(each, z.S)
-    steps = -(-programs * splits // card.processors) * -(-other // read)
+        keep, read, programs, others = how.rows, how.samples, -(-rows // how.rows), z.N
+    else:
+        keep, read, programs, others = how.samples, how.rows, -(-z.N // how.samples) * splits, min(each, rows)
+    steps = launches * -(-programs // card.processors) * -(-others // read)
     # two groups of warps: side by side, or where there are 64 rows alone, each with half of the other side
     split = keep < 128
     first, second = (read // 2, wide // 2) if split else (read, wide)
@@ -172,9 +178,9 @@ def _stream(z: Sizes, card: Card, table: dict[int, logits.Blocks], *, of_rows: b
     products = max(tensor, shared)
     cached = read * wide * z.p * card.processors * card.clock / card.cache
     block = keep * read
-    others = block / card.exponentials + block * (INSTRUCTIONS + of_rows) / card.instructions
+    rest = block / card.exponentials + block * (INSTRUCTIONS + of_rows) / card.instructions
     moved = z.S * z.D * (z.p + z.s * of_rows) / card.memory
-    seconds = [steps * max(each, cached) / card.clock for each in (max(products, others), products + others)]
+    seconds = [steps * max(clocks, cached) / card.clock for clocks in (max(products, rest), products + rest)]
     return max(moved, seconds[0]), max(moved, seconds[1])
 
 
