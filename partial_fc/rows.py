@@ -100,6 +100,7 @@ class ClassRows:
         self.parameters = parameters
         self.shared = shared
         self.shards = shards
+        self.kernels = None
         self.storages = {name: p.untyped_storage() for name, p in parameters.items() if isinstance(p, DTensor)}
         self.clear()
 
