@@ -29,7 +29,7 @@ from partial_fc.shards import ClassShards
 from partial_fc.step_record import StepRecord
 
 Pads = tuple[int, Tensor] | None  # how many rows stand before [M] that are pads or not (softmax/draws.py)
-UpdateRows = Callable[[int, int, list[Tensor]], None]  # local rows a to b, their gradients: one tensor a parameter
+UpdateRows = Callable[..., bool]  # moves local rows a to b by their gradients, one tensor a parameter (in_backward.py)
 
 
 class HasClassRows(Protocol):
