@@ -121,7 +121,8 @@ class PartialFC(HeadState):
             sample_weights = counted_if_alike(sample_weights, self.margin.buffers(), ranks)
         rows = slots = correction = kernels = None
         if self._kernels != "off" and (self._kernels == "interpret" or self.weight.device.type != "cpu"):
-            kernels = self.class_rows.kernels = self.kernels_for(options, batch.embeddings)
+            kernels = self.kernels_for(options, batch.embeddings)
+        self.class_rows.kernels = kernels
         if self.training and self._sample_rate < 1:
             positives = targets.ids  # of this replica; a label without weight is drawn nevertheless
             if ranks.replica_group is not None or batch.label_weights is not None:

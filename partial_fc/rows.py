@@ -29,7 +29,7 @@ from partial_fc.shards import ClassShards
 from partial_fc.step_record import StepRecord
 
 Pads = tuple[int, Tensor] | None  # how many rows stand before [M] that are pads or not (softmax/draws.py)
-UpdateRows = Callable[[int, int, list[Tensor]], None]  # local rows a to b, their gradients: one tensor a parameter
+UpdateRows = Callable[..., bool]  # moves local rows a to b by their gradients, one tensor a parameter (in_backward.py)
 
 
 class HasClassRows(Protocol):
@@ -100,6 +100,7 @@ class ClassRows:
         self.parameters = parameters
         self.shared = shared
         self.shards = shards
+        self.kernels = None
         self.storages = {name: p.untyped_storage() for name, p in parameters.items() if isinstance(p, DTensor)}
         self.clear()
 

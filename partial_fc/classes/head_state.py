@@ -285,7 +285,7 @@ class HeadState(HardNegatives):
     def kernels(self, mode: KernelsMode) -> None:
         mode = mode_of(mode)
         prepare(mode)
-        self._kernels = mode
+        self._kernels, self.class_rows.kernels = mode, None
 
     def kernels_for(self, options: LossOptions, embeddings: Tensor) -> Kernels:
         """Return which kernels serve a forward of embeddings `[N, D]`, and report it if that has changed."""

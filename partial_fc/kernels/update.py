@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from partial_fc.batch.row_sums import add_to_rows
 from partial_fc.kernels.launch import device_code, ran
 from partial_fc.kernels.rows import Blocks
 
@@ -41,6 +43,24 @@ class Memory:
     low: Tensor | None = None
 
 
+class Through(NamedTuple):
+    """What takes gradients `[n, D]` by directions through the lengths of rows: 1/length `[n, 1]`, and the gradients
+    `extra [P, D]` of some rows on top, slot `[n]` says which: the first of them for a row, or P."""
+
+    inverse: Tensor
+    slot: Tensor
+    extra: Tensor
+
+    @classmethod
+    def of(cls, inverse: Tensor, positions: Tensor, values: Tensor) -> Through:
+        """values: `[P, D]`, added to the rows at positions `[P]`, always in the same order."""
+        places = torch.arange(len(positions), device=positions.device)
+        slot = torch.full((len(inverse),), len(positions), dtype=torch.int64, device=positions.device)
+        slot.scatter_reduce_(0, positions, places, "amin")
+        extra = torch.zeros_like(values)
+        return cls(inverse, slot, add_to_rows(extra, slot[positions], values))
+
+
 def step_rows(
     grad: Tensor,
     memory: Memory,
@@ -48,8 +68,10 @@ def step_rows(
     index: Tensor | None,
     start: int,
     rounding: tuple[int, int] | None,
+    through: Through | None = None,
 ) -> bool:
     """Step the rows index `[n]`, or start, start + 1, ..., by their gradients `[n, D]`; return whether the kernel ran.
+    through: the gradients are those by the rows' directions.
 
     index: each row once; a negative one is passed over. rounding: (class id of row 0, key), to round at random.
     """
@@ -60,18 +82,19 @@ def step_rows(
     first_from, second_from = [*states, rows, rows][:2]
     first, second = [*memory.state, rows, rows][:2]
     first_id, key = rounding or (0, 0)
+    inverse, slot, extra = through or (rows, rows, rows)
 
     def launch() -> None:
         kernel = device_code("rows").step_rows[(-(-count // how.BR),)]
         kernel(
             grad, source, rows, rows if low is None else low, first_from, first, second_from, second,
             rows if index is None else index, rows if numbers.factors is None else numbers.factors,
-            count, start, width, grad.stride(0), numbers.lr, numbers.a, numbers.b, numbers.decay, numbers.eps,
-            numbers.by_rate, numbers.by_root, first_id, key & 0x7FFFFFFF,
+            inverse, slot, extra, len(extra), count, start, width, grad.stride(0), numbers.lr, numbers.a, numbers.b,
+            numbers.decay, numbers.eps, numbers.by_rate, numbers.by_root, first_id, key & 0x7FFFFFFF,
             GATHER=index is not None, TAKEN=bool(taken), ADAM=numbers.adam, MOMENTUM=bool(memory.state),
             NESTEROV=numbers.nesterov, MAXIMIZE=numbers.maximize, DECAY=numbers.decay != 0,
             DECOUPLED=numbers.decoupled, FACTORS=numbers.factors is not None, LOW=low is not None,
-            STOCHASTIC=rounding is not None, **how._asdict(),
+            STOCHASTIC=rounding is not None, THROUGH=through is not None, **how._asdict(),
         )  # fmt: skip
 
     if count and not ran("step_rows", launch, rows):

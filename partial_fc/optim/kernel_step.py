@@ -7,7 +7,7 @@ The first step is the class's own: it makes the state.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.kernels.choice import HALF_OR_SINGLE, WIDEST
-from partial_fc.kernels.update import Memory, Numbers, step_rows
+from partial_fc.kernels.update import Memory, Numbers, Through, step_rows
 from partial_fc.optim.row_state import COUNT
 from partial_fc.sampling import mix
 
@@ -55,16 +55,19 @@ class KernelStep:
         if update.wide is not None and update.wide.stochastic:
             self.rounding = rows.shards.lo, mix(rows.seed, update.state[COUNT])
 
-    def __call__(self, index: Tensor | None, a: int, b: int, grad: Tensor) -> bool:
+    def __call__(
+        self, index: Tensor | None, a: int, b: int, grad: Tensor, through: Callable[[], Through] | None = None
+    ) -> bool:
+        """As `RowUpdate.apply`. through: makes what takes gradients by directions to those by rows."""
         update, numbers = self.update, self.numbers
-        if numbers is None:
-            return False
         weight, wide = update.weight, update.wide
+        master = wide is not None and wide.source is not weight
+        if numbers is None or (through is not None and master):  # directions are those of the rows in half precision
+            return False
         width = math.prod(weight.shape[1:])
         taken: tuple[Tensor, ...] = ()
         if update.taken:
             taken = tuple(update.taken[key][a:b].view(-1, width) for key in ("", *self.keys))
-        master = wide is not None and wide.source is not weight
         memory = Memory(
             rows=(wide.source if wide is not None else weight).view(-1, width),
             state=tuple(local_part(update.state[key]).view(-1, width) for key in self.keys),
@@ -73,7 +76,7 @@ class KernelStep:
         )
         if index is not None:
             index = without_pads(index, update.optimizer.class_rows.pads, a, b)
-        if not step_rows(grad.reshape(-1, width), memory, numbers, index, a, self.rounding):
+        if not step_rows(grad.reshape(-1, width), memory, numbers, index, a, self.rounding, through and through()):
             return False
         if numbers.adam:
             update.state["step"] = update.before["step"] + 1

@@ -16,6 +16,7 @@ import torch
 
 from partial_fc.kernels import logits
 from partial_fc.kernels.choice import STREAM_INSTEAD, Case, Kernels, rows_problem, stream_problem, tiles_problem
+from partial_fc.optim.adam_moves import AdamMoves
 from partial_fc.planning.costs import Sizes, traffic
 from partial_fc.softmax.kernel_tiles import stream_tile
 
@@ -116,10 +117,13 @@ def _traffic(z: Sizes, kernels: Kernels, mode: str) -> dict[str, int]:
     read = z.p * (2 if mode != "tiled" else 3)
     by_directions = 2 * (z.s if mode == "streamed" else z.p)
     found = {"logits": of_logits, "class rows": rows * (gathered + read)}
-    found["row gradients"] = rows * (by_directions + z.w + z.s)
-    found["update"] = rows * (z.s + 2 * z.w + 2 * m * z.q)
-    if z.moves is not None:
-        found["steps that rows missed"] = 2 * rows * (z.w + m * z.q)
+    through_lengths = (z.w + z.s) * (not z.in_backward)  # one kernel does that and the update
+    found["row gradients"] = rows * (by_directions + through_lengths)
+    found["update"] = rows * (z.s * (not z.in_backward) + 2 * z.w + 2 * m * z.q)
+    if z.moves is AdamMoves:
+        found["steps that rows missed"] = plain["steps that rows missed"]
+    elif z.moves is not None:  # beside what is gathered anyway
+        found["steps that rows missed"] = rows * (z.w + 2 * m * z.q)
     return found
 
 

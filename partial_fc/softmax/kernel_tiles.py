@@ -201,6 +201,8 @@ class KernelTiles(OtherTiles):
             self.shares.add_to_rows(grad, a, b)
             if db is not None:
                 db += self.shares.of_biases(a, b)
+        if db is None and self.moved_at_once(grad, a, b):
+            return
         rows.through_lengths(grad, w, a, b, dw)
         self.update_rows(dw, db, a, b)
 

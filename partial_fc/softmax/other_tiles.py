@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.distributed.ranks import sum_over_replicas
+from partial_fc.kernels.update import Through
 from partial_fc.softmax import float16
 from partial_fc.softmax.backward import BackwardTiles, Derivatives
 from partial_fc.softmax.forward import ForwardState, SavedTensors
@@ -58,7 +59,10 @@ class OtherTiles(BackwardTiles):
 
     def add_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
         dw, db = self.places_of(a, b)
-        self.state.rows.through_lengths(self.product(e, weighted, a, b, dw), w, a, b, dw)
+        grad = self.product(e, weighted, a, b, dw)
+        if db is None and self.moved_at_once(grad, a, b):
+            return
+        self.state.rows.through_lengths(grad, w, a, b, dw)
         if db is not None:
             smoothed = 0.0 if self.shares is None else self.shares.of_biases(a, b)
             db.copy_(torch.mv(e.t().to(self.stats), factor[:, 0]) + smoothed)
@@ -93,15 +97,36 @@ class OtherTiles(BackwardTiles):
             self.update(0, 0, self._with_targets(self.dw, self.db, 0))
         return []
 
+    def _targets_in(self, a: int, length: int) -> tuple[Tensor, Tensor]:
+        """Return the places `[P]` of the targets among rows a, a + 1, ..., and ∂L/∂(target cosine), 0 where they are
+        not among them."""
+        targets, d_cosine = self.state.targets, self.d.d_cosine
+        if length == self.state.rows.count:
+            return targets.row, d_cosine
+        position = targets.row - a
+        here = targets.own & (position >= 0) & (position < length)
+        return position.remainder(length), d_cosine * here
+
+    def moved_at_once(self, grad: Tensor, a: int, b: int) -> bool:
+        """Return whether one kernel took the gradient by the directions of rows a to b through their lengths, with the
+        targets' share, and moved the rows."""
+        state, inverse = self.state, self.state.rows.inverse
+        kernels, centers = state.selection.kernels, state.options.margin.centers
+        alone = state.selection.ranks.replica_group is None and centers == 1
+        if self.update is None or inverse is None or kernels is None or not kernels.rows or not alone:
+            return False
+
+        def through() -> Through:
+            position, d_cosine = self._targets_in(a, len(grad))
+            return Through.of(inverse[a:b], position, state.targets.of_samples(self.saved.x) * d_cosine[:, None])
+
+        return self.update(a, b, [grad], through)
+
     def _with_targets(self, dw: Tensor, db: Tensor | None, a: int) -> list[Tensor]:
         """Return the gradients of rows a, a + 1, ... with the targets' share in them, summed over replicas."""
-        targets, ranks = self.state.targets, self.state.selection.ranks
+        ranks = self.state.selection.ranks
         if len(dw):
-            position, d_cosine = targets.row, self.d.d_cosine
-            if len(dw) < self.state.rows.count:
-                position = position - a
-                here = targets.own & (position >= 0) & (position < len(dw))
-                position, d_cosine = position.remainder(len(dw)), d_cosine * here
+            position, d_cosine = self._targets_in(a, len(dw))
             self.add_targets_to_rows(dw, position, d_cosine)
             if db is not None:
                 self.state.rows.add_at(db, position, d_cosine)

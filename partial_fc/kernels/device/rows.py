@@ -112,15 +112,17 @@ def stochastic(v, place, key):
     return tl.where(tl.abs(v) < float("inf"), rounded, v)
 
 
-@triton.jit(do_not_specialize=["count", "start", "first_id", "key"])
+@triton.jit(do_not_specialize=["count", "start", "first_id", "key", "extras"])
 def step_rows(
-    grad, source, rows, low, first_from, first, second_from, second, index, factors,
+    grad, source, rows, low, first_from, first, second_from, second, index, factors, inverse, slot, extra, extras,
     count, start, width, grad_stride, lr, a, b, decay, eps, by_rate, by_root, first_id, key,
     BR: tl.constexpr, BD: tl.constexpr, GATHER: tl.constexpr, TAKEN: tl.constexpr, ADAM: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr,
     DECOUPLED: tl.constexpr, FACTORS: tl.constexpr, LOW: tl.constexpr, STOCHASTIC: tl.constexpr,
+    THROUGH: tl.constexpr,
 ):  # fmt: skip
     """Step rows in place. TAKEN: rows and state start from copies `[n, D]`. LOW: rows go to `low` as well, narrowed.
+    THROUGH: gradients are those by the rows' directions, and get more at `slot`, if that is below `extras`.
 
     SGD: a = momentum, b = 1 − dampening. Adam: a = 1 − β1, b = β2, by_rate = lr / (1 − β1^t), by_root =
     1 / √(1 − β2^t), these two from `factors [2]` if FACTORS.
@@ -139,6 +141,11 @@ def step_rows(
         come = to
     v = tl.load(source + come, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + at[:, None] * grad_stride + d, mask=inside, other=0.0).to(tl.float32)
+    if THROUGH:
+        some = tl.load(slot + at, mask=here, other=0)
+        more = inside & (some < extras)[:, None]
+        g += tl.load(extra + some[:, None] * width + d, mask=more, other=0.0)
+        g = tangent(g, v, tl.load(inverse + at, mask=here, other=0.0))
     if MAXIMIZE:
         g = -g
     if DECAY and not DECOUPLED:
