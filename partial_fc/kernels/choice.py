@@ -63,6 +63,10 @@ class Kernels:
     directions: torch.dtype | None = None
     instead: bool = False
 
+    @property
+    def of_logits(self) -> bool:
+        return self.tiles or self.stream
+
     def __str__(self) -> str:
         served = [name for name in ("rows", "tiles", "stream") if getattr(self, name)]
         return " and ".join([", ".join(served[:-1]), served[-1]] if len(served) > 1 else served) or "none"

@@ -64,7 +64,7 @@ def sharded_cross_entropy(
     with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False), hooks:
         # detached: the state outlives backward and must not hold the parameters themselves
         of_bias = None if bias is None else bias.detach()
-        sums_of = TileSums if selection.kernels is None else partial(KernelSums, streams=needs_grad)
+        sums_of = partial(KernelSums, streams=needs_grad) if selection.by_kernels else TileSums
         forwarded = forward(selection, options, sink, weight.detach(), of_bias, dtypes, needs_grad, sums_of)
     loss, losses, measured, *_ = forwarded
     return ShardedCrossEntropy.apply(*inputs, forwarded) if needs_grad else loss, losses, measured
@@ -102,7 +102,7 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
     anchored = anchored and executes()(ctx.next_functions[-1][0])  # not for autograd.grad(loss, embeddings)
     want_rows = want_w or want_b or anchored
     d, usual = derivatives(grad, saved, state), is_usual(bias, saved, state)
-    others = OtherTiles if selection.kernels is None else KernelTiles
+    others = KernelTiles if selection.by_kernels else OtherTiles
     tiles = BackwardTiles(d, weight, saved, state) if usual else others(d, weight, bias, saved, state)
     state.rows.weight = weight.detach().reshape(-1, weight.shape[-1])
     # unless logits are tiled, the embedding gradients' sum over ranks travels while class gradients are computed

@@ -69,6 +69,11 @@ class Selection:
     def ranks(self) -> Ranks:
         return self.batch.ranks
 
+    @property
+    def by_kernels(self) -> bool:
+        """Whether kernels may serve its logits."""
+        return self.kernels is not None and self.kernels.of_logits
+
 
 @dataclass(frozen=True)
 class RowGradientSink:

@@ -186,7 +186,7 @@ def test_what_is_in_use_is_said_once(caplog):
             optimizer.zero_grad()
     said = [each.getMessage() for each in caplog.records if "kernels" in each.getMessage()]
     assert len(said) == 1 and said[0].startswith(f"kernels in use: {head.kernels_in_use}")
-    assert head.kernels_in_use.startswith("rows") and head.logits_mode == "kept"
+    assert head.kernels_in_use == "rows, tiles and stream" and head.logits_mode == "streamed"
     # float64 is not served: plain PyTorch, and that is said as well
     head.double()
     with caplog.at_level(logging.INFO, "partial_fc"):
