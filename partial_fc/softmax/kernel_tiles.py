@@ -38,7 +38,9 @@ class KernelSums(TileSums):
     def __init__(self, x: Tensor, state: ForwardState, keep: bool, in_place: bool, streams: bool) -> None:
         self.given, self.finished = (x, state, keep, in_place), False
         kernels = state.selection.kernels
-        self.stream = streams and not keep and kernels is not None and kernels.stream
+        # replicas sum the gradients of rows that move in backward tile by tile: all must have the same tiles
+        shared = state.sink.begin_update is not None and state.selection.ranks.replica_group is not None
+        self.stream = streams and not keep and kernels is not None and kernels.stream and not shared
         self.served = serves(kernels, x, state) and kernels is not None and (self.stream or kernels.tiles)
         if not self.served:
             self._be_plain()
