@@ -430,7 +430,7 @@ def numbers_of_a_run(rank: int, world: int, mode: str) -> tuple[Tensor, Tensor, 
 def test_any_number_of_ranks_gives_the_same_run(ranks: Callable[[int], Ranks]):
     loss, norm, weight, used = numbers_of_a_run(0, 1, "interpret")
     found = ranks(2).run(numbers_of_a_run, "interpret")
-    assert used == found[0][3] == "rows"
+    assert used == found[0][3] and used.startswith("rows")
     assert off(found[0][0], loss.double()) < 1e-6 and off(found[0][1], norm.double()) < 1e-6
     assert off(torch.cat([each[2] for each in found]), weight.double()) < 1e-6
 
