@@ -287,8 +287,8 @@ class HeadState(HardNegatives):
         prepare(mode)
         self._kernels, self.class_rows.kernels = mode, None
 
-    def kernels_for(self, options: LossOptions, embeddings: Tensor) -> Kernels:
-        """Return which kernels serve a forward of embeddings `[N, D]`, and report it if that has changed."""
+    def kernels_for(self, options: LossOptions, embeddings: Tensor) -> Kernels | None:
+        """Return the kernels that serve a forward of embeddings `[N, D]`, None if none does; report what changed."""
         margin, weight = self.margin, local_part(self.weight)
         stats, product = compute_dtypes(embeddings, weight)
         case = Case(
@@ -310,8 +310,8 @@ class HeadState(HardNegatives):
         found = choose(self._kernels, case)
         if str(found) != self.kernels_in_use:
             self.kernels_in_use = str(found)
-            log.info("kernels in use: %s%s", found, f" ({found.reason})" if found.reason else "")
-        return found
+            log.info("kernels in use: %s%s", found, f" ({found.reason})" if found.rows and found.reason else "")
+        return found if found.rows else None  # the others need the rows
 
     def _report_mode(self, mode: str, size: int) -> None:
         self.logits_mode = mode

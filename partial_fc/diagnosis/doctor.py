@@ -166,7 +166,7 @@ def _kernels(head: PartialFC) -> Check:
     if found is None:
         on_cpu = head.weight.device.type == "cpu"
         why = 'kernels="off"' if head.kernels == "off" else "the rows are on a CPU" if on_cpu else "no forward was run"
-        return Check(name, True, f"none: {why}")
+        return Check(name, True, head.kernels_in_use or f"none ({why})")
     return Check(name, True, f"{found}{f' ({found.reason})' if found.reason else ''}")
 
 

@@ -69,7 +69,8 @@ class Kernels:
 
     def __str__(self) -> str:
         served = [name for name in ("rows", "tiles", "stream") if getattr(self, name)]
-        return " and ".join([", ".join(served[:-1]), served[-1]] if len(served) > 1 else served) or "none"
+        named = " and ".join([", ".join(served[:-1]), served[-1]] if len(served) > 1 else served)
+        return named or f"none ({self.reason})"
 
 
 def mode_of(given: str) -> KernelsMode:
