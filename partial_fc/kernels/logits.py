@@ -165,8 +165,8 @@ class Operands:
 
     def _blocks(self, table: dict[int, Blocks]) -> tuple[Blocks, int]:
         """Return the blocks for D, and the width of theirs: a power of two from D on."""
-        wide = max(16, 1 << (self.width - 1).bit_length())
-        return (SMALL if self.small else table[max(wide, min(table))]), wide
+        wide = max(16 if self.small else min(table), 1 << (self.width - 1).bit_length())
+        return (SMALL if self.small else table[wide]), wide
 
     def _together(self, partial: Tensor, largest: Tensor, weighted: Tensor | None) -> Sums:
         """Return what the splits have found."""

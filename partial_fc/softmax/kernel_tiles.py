@@ -86,14 +86,14 @@ class KernelSums(TileSums):
         kept = tile_of(self.kept, t, self.samples, self.state.tile)[:, : b - a]
         # rows of a CPU's tile may begin anywhere
         e = kept if is_aligned(kept) else exponentials_like(kept, self.samples, b - a, kept.dtype)
-        count, width = self.operands.blocks_of(b - a)
-        maxima = w.new_empty((count, self.samples) if self.operands.online else (0,), dtype=torch.float32)
+        blocks, width = self.operands.blocks_of(b - a)
+        maxima = w.new_empty((blocks, self.samples) if self.operands.online else (0,), dtype=torch.float32)
         found = self.operands.tile(w, a, column, e, maxima=maxima)
         if found is not None and found.largest is not None and self.operands.online:
             most = found.largest if t == 0 else torch.maximum(found.largest, self.largest)
-            smaller = (maxima - most).exp2_().t()
-            for i, part in enumerate(e.split(width, 1)):
-                part.mul_(smaller[:, i : i + 1])
+            smaller, whole = (maxima - most).exp2_().t(), (b - a) // width
+            e[:, : whole * width].unflatten(1, (whole, width)).mul_(smaller[:, :whole, None])
+            e[:, whole * width :].mul_(smaller[:, whole : whole + 1])
         if found is not None and e is not kept:
             kept.copy_(e)
         return found
@@ -176,7 +176,7 @@ class KernelTiles(OtherTiles):
 
     def exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
         if not self.served:
-            if not self.state.places.numel():
+            if not (self.saved.kept.numel() or self.state.places.numel()):
                 self.state = with_places(self.state, self.state.tile, apart=False)
             return super().exponentials(t, a, b, w)
         if self.e is None:
