@@ -251,7 +251,7 @@ def test_pads_are_stepped_once(called):
 
 @pytest.mark.parametrize("low", [None, "stochastic", "master"])
 @pytest.mark.parametrize("budget", [None, 0])
-def test_rows_that_move_in_the_backward(low, budget, called):
+def test_rows_that_move_in_the_backward(low, budget, called, rows_alone):
     """One kernel from the product to the moved rows, but in the first step; float32 master rows have a gradient."""
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     more: dict[str, Any] = {"low_precision": low, "dtype": None if low is None else HALF, "early": True}
