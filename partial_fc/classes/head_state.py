@@ -127,7 +127,6 @@ class HeadState(HardNegatives):
         self.logits_budget = DEFAULT_LOGITS_BUDGET if numbers.logits_budget is None else numbers.logits_budget
         self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
         self.kernels = kernels
-        self.kernels_in_use = ""  # which served the last forward, as `Kernels` says it; "" before the first on a card
         self.forward_count = 0  # training forwards: keys what is drawn
         self.selected_rows = None  # local rows of the last forward
         self._last_labels = None  # of its batch, on all ranks
@@ -278,14 +277,17 @@ class HeadState(HardNegatives):
 
     @property
     def kernels(self) -> KernelsMode:
-        """Which kernels may serve a forward; may be set between steps, on every rank alike (docs/kernels.md)."""
+        """Which kernels may serve a forward; may be set between steps, on every rank alike (docs/kernels.md).
+
+        `kernels_in_use` says which served the last one: "rows", "none (why)", or "" where nobody asked.
+        """
         return self._kernels
 
     @kernels.setter
     def kernels(self, mode: KernelsMode) -> None:
         mode = mode_of(mode)
         prepare(mode)
-        self._kernels, self.class_rows.kernels = mode, None
+        self._kernels, self.class_rows.kernels, self.kernels_in_use = mode, None, ""
 
     def kernels_for(self, options: LossOptions, embeddings: Tensor) -> Kernels | None:
         """Return the kernels that serve a forward of embeddings `[N, D]`, None if none does; report what changed."""
