@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from partial_fc.batch.building import together
 from partial_fc.classes.hard_negatives import UNKNOWN, HardNegatives, Search, check_hard_negatives
 from partial_fc.classes.interface import Change
 from partial_fc.classes.tables import (
@@ -80,6 +81,7 @@ class HeadState(HardNegatives):
         "kernels": "_kernels",
     }
 
+    @together
     def __init__(
         self,
         embedding_size: int,
@@ -223,7 +225,7 @@ class HeadState(HardNegatives):
             return None
         ids, grad = rows.grad_rows + self.shards.lo, rows.gradients()[0]
         if rows.pads is not None:
-            real = ~torch.nn.functional.pad(rows.pads[1], (rows.pads[0], 0))
+            real = rows.pads.real()
             ids, order = ids[real].sort()
             grad = grad[real][order]
         return ids, grad

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_proof
 
 from partial_fc import ArcFace, CenterLoss, PartialFC, RowOptimizer, Softmax, SubCenterArcFace, clip_grad_norm_
+from partial_fc.batch.row_sums import Pads
 from partial_fc.kernels import launch, rows
 from partial_fc.kernels.choice import VARIABLE
 from partial_fc.kernels.update import Memory, Numbers, step_rows
@@ -242,10 +243,12 @@ def test_steps_are_those_of_the_class(cls, options, rate, low, called):
 
 def test_pads_are_stepped_once(called):
     """A row may stand in a step twice, as pads of a forward on a card."""
-    index, pads = torch.tensor([0, 4, 2, 4, 4]), (2, torch.tensor([False, True, True]))
+    index, pads = torch.tensor([0, 4, 2, 4, 4]), Pads(2, torch.tensor([False, True, True]))
     v, m, g = torch.ones(6, 3), torch.zeros(6, 3), torch.ones(5, 3)
     kept = without_pads(index, pads, 0, 5)
     assert kept.tolist() == [0, 4, 2, -1, -1] and without_pads(index[1:], pads, 1, 5).tolist() == [4, 2, -1, -1]
+    of_two = Pads(0, torch.tensor([False, False, True]), torch.tensor([0, 1, 0]))  # of two micro-batches
+    assert without_pads(torch.tensor([4, 2, 4]), of_two, 0, 3).tolist() == [4, 2, -1]
     assert step_rows(g, Memory(v, (m,)), Numbers(0.5, 0.9, 1.0, 0.0), kept, 0, None)
     assert v[:, 0].tolist() == [0.5, 1.0, 0.5, 1.0, 0.5, 1.0] and m[:, 0].tolist() == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 
