@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from partial_fc.batch.building import together
 from partial_fc.batch.exchange import GlobalBatch, gradient_of_losses
 from partial_fc.batch.row_sums import add_to_rows
 from partial_fc.batch.status import as_matrix
@@ -81,6 +82,7 @@ class CenterLoss(ChangeableLoss):
 
     FACTS: ClassVar[dict[str, str]] = {**ChangeableLoss.FACTS, "alpha": "alpha", "update": "update"}
 
+    @together
     def __init__(
         self,
         embedding_size: int,

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from partial_fc import errors
-from partial_fc.batch.row_sums import add_rows
+from partial_fc.batch.row_sums import Pads, add_rows
 from partial_fc.distributed.dtensors import local_part, same_storage, wrap_rows
 from partial_fc.shards import ClassShards
 from partial_fc.step_record import StepRecord
 
-Pads = tuple[int, Tensor] | None  # how many rows stand before [M] that are pads or not (softmax/draws.py)
 UpdateRows = Callable[..., bool]  # moves local rows a to b by their gradients, one tensor a parameter (in_backward.py)
 
 
@@ -59,7 +58,7 @@ class ClassRows:
         self.shared: dict[str, nn.Parameter] = {}
         self.trainable: list[nn.Parameter] = []
         self.grad_rows: Tensor | None = None
-        self.pads: Pads = None  # of grad_rows, which are sorted without
+        self.pads: Pads | None = None  # of grad_rows, which are sorted without
         self.optimizer: weakref.ref[Any] | None = None  # the RowOptimizer
         self.storages: dict[str, torch.UntypedStorage] = {}  # of DTensors
         self.updates = 0  # how often an optimizer was to update the rows
@@ -132,12 +131,21 @@ class ClassRows:
             self.catch_up()
         return None if self.behind is None or index is None else self.behind.take(index)
 
-    def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads = None) -> None:
+    def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads | None = None) -> None:
         """Add the gradients `values[k] [S, ...]` of the local rows `[S]`, sorted but for pads."""
         before = self.gradients()
         if self.grad_rows is not None and len(before) == len(values):
-            rows, values = add_rows(self.grad_rows, before, rows, values, stale=self.used)
-            self.used, pads = False, None  # rows that stood there twice are one now
+            rows, values, pads = add_rows(self.grad_rows, before, rows, values, stale=self.used, pads=self.pads)
+            self.used = False
+        self._keep(rows, values, pads)
+
+    def drop_pads(self) -> None:
+        """Keep every row once. The host waits for how many there are."""
+        if self.grad_rows is not None and self.pads is not None:
+            real = self.pads.real().nonzero()[:, 0]
+            self._keep(self.grad_rows[real], [grad[real] for grad in self.gradients()], None)
+
+    def _keep(self, rows: Tensor, values: list[Tensor], pads: Pads | None) -> None:
         self.grad_rows, self.pads = rows, pads
         self.trainable[:] = [*(self._carrier(v, v) for v in values), *self.shared.values()]
 

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc import errors
+from partial_fc.batch.building import agree_to_build
 from partial_fc.batch.facts import Agreed, comparable
-from partial_fc.batch.refusals import agree
 from partial_fc.distributed.anomaly import allow_anomaly_detection
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import as_whole, real, whole
-from partial_fc.distributed.groups import backends_of, device_of, ranks_of
-from partial_fc.distributed.own_gpu import check_own_gpus
-from partial_fc.distributed.ranks import Group, Ranks
+from partial_fc.distributed.groups import backends_of, device_of_rows, ranks_of
+from partial_fc.distributed.ranks import Group
 from partial_fc.distributed.tools import drawing_rows, meet_tool
 from partial_fc.distributed.wrapping import DDP, FSDP2, refuse
 from partial_fc.rows import ClassRows
@@ -89,7 +88,8 @@ def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
 class ShardedModule(nn.Module):
     """Base of `ShardedLoss`: parameters and settings.
 
-    A subclass registers its sharded parameters with `_register` and then calls `_complete`. `class_rows` is what
+    A subclass has a constructor that is built `together`, registers its sharded parameters with `_register` and then
+    calls `_complete`. `class_rows` is what
     optimizers and everything else outside take.
     """
 
@@ -116,7 +116,7 @@ class ShardedModule(nn.Module):
         self._seen_batch = False
         self.class_changes = 0  # how often classes were added or removed, so that new rows are never drawn twice
         ranks = ranks_of(arguments.group)
-        self._device = _default_device(ranks) if arguments.device is None else torch.device(arguments.device)
+        self._device = device_of_rows(arguments.device, ranks)
         shards = ClassShards.split(self.num_classes, ranks, self._device)
         record = StepRecord(arguments.validate, arguments.on_nonfinite, arguments.max_skips)
         self.class_rows = ClassRows(type(self).__name__, shards, sampled=sampled, seed=self.seed, record=record)
@@ -133,15 +133,16 @@ class ShardedModule(nn.Module):
             fill_initial_rows(local, self.class_rows.shards.lo, std=self.init_std, seed=self.seed)
 
     def _complete(self) -> None:
-        """Call it when all parameters are registered: checks that all ranks built the same."""
+        """Call it when all parameters are registered."""
         self.class_rows.hold(self._own_parameters(), self._shared_parameters(), self.class_rows.shards)
         if self.class_rows.shards.mesh is not None:
             allow_anomaly_detection()
+
+    def agree_on_building(self) -> None:
+        """Raise the same error on every rank unless all ranks have built the same."""
         ranks = self.class_rows.shards.ranks
         if ranks.group is not None and self._device.type != "meta":
-            what = "the building of a head"
-            check_own_gpus(ranks, self._device, what)
-            agree(self._agreed_at_start(), ranks, device_of(ranks), what)
+            agree_to_build(self._agreed_at_start(), ranks, self._device)
             if self._device.type == "cpu" and "cpu" not in backends_of(ranks.group):
                 raise errors.rows_that_cannot_travel(type(self).__name__, ", ".join(backends_of(ranks.group)))
 
@@ -272,12 +273,6 @@ class ShardedModule(nn.Module):
         """Return what the building compares: also what has a value for each class."""
         values = {name: comparable(float(b.sum(dtype=torch.float64))) for name, b in self.named_buffers()}
         return Agreed.of(self, device=self.class_rows.device.type, **values)
-
-
-def _default_device(ranks: Ranks) -> torch.device:
-    """Return torch's default device, or the current GPU where the group cannot exchange tensors of the CPU (NCCL)."""
-    default = torch.empty(0).device  # torch.get_default_device() of torch 2.6 overlooks `with torch.device(...)`
-    return device_of(ranks) if default.type == "cpu" else default
 
 
 def initial_rows(lo: int, hi: int, row_shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:

@@ -100,7 +100,7 @@ def refuse_difference(mine: Agreed | None, ranks: Ranks, device: torch.device) -
     facts = {"loss": "gather"} if mine is None else mine.facts
     everyone = [json.loads(text) for text in gather_texts(json.dumps(facts), ranks, device)]
     if any("problem" in each for each in everyone):
-        raise _of_wiring([each.get("problem", "") for each in everyone], ranks)
+        raise _of_wiring([each.get("problem", "") for each in everyone], ranks, [each.get("kind") for each in everyone])
     different = []
     same_loss = len({each["loss"] for each in everyone}) == 1
     for name in {name: None for each in everyone for name in each} if same_loss else ("loss",):
@@ -112,11 +112,15 @@ def refuse_difference(mine: Agreed | None, ranks: Ranks, device: torch.device) -
     raise ValueError(f"ranks disagree: {'; '.join(different)}. {ALIKE}")
 
 
-def _of_wiring(texts: Sequence[str], ranks: Ranks) -> RuntimeError:
-    """Return the error of the first rank that has one; without its name where all have the same."""
+def _of_wiring(texts: Sequence[str], ranks: Ranks, kinds: Sequence[str | None] = ()) -> Exception:
+    """Return the error of the first rank that has one; without its name where all have the same.
+
+    kinds: the names of the errors' classes, where they may be others than RuntimeError.
+    """
     flat = next(flat for flat, text in enumerate(texts) if text)
     text = texts[flat].removeprefix(WIRING)
-    return RuntimeError(text.removeprefix(": ") if len(set(texts)) == 1 else ranks.name(flat) + text)
+    kind = {"ValueError": ValueError, "TypeError": TypeError}.get(kinds[flat] or "" if kinds else "", RuntimeError)
+    return kind(text.removeprefix(": ") if len(set(texts)) == 1 else ranks.name(flat) + text)
 
 
 def refuse_statistics(bits: Sequence[int], ranks: Ranks) -> None:

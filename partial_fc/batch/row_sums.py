@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,23 +11,55 @@ from torch import Tensor
 from partial_fc.distributed.ranks import Ranks, all_gather
 
 
+@dataclass(frozen=True)
+class Pads:
+    """Rows that stand among the S rows of a gradient once more, with a gradient of 0, where the host does not wait for
+    how many rows there are."""
+
+    first: int  # none stands before
+    are: Tensor  # [S − first] whether each of the others is one
+    of: Tensor | None = None  # [S] where the row stands that each is; None: all are the row before `first`
+
+    def real(self) -> Tensor:
+        """Return `[S]`, whether a row is none."""
+        return ~torch.nn.functional.pad(self.are, (self.first, 0))
+
+    def set(self, grad: Tensor, *, as_rows: bool) -> None:
+        """Give each the gradient of the row that it is, or 0 again."""
+        are, rest = self.are.view(-1, *[1] * (grad.ndim - 1)), grad[self.first :]
+        if not as_rows:
+            rest.masked_fill_(are, 0)
+        elif self.of is None:
+            grad[self.first :] = torch.where(are, grad[self.first - 1], rest)
+        else:
+            grad.copy_(grad.index_select(0, self.of))
+
+
 def add_rows(
-    old_rows: Tensor, old: list[Tensor], rows: Tensor, values: list[Tensor], *, stale: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Return (sorted rows of both, sums of the values of both `[S, ...]`). The host waits for how many there are.
+    old_rows: Tensor, old: list[Tensor], rows: Tensor, values: list[Tensor], *, stale: bool, pads: Pads | None
+) -> tuple[Tensor, list[Tensor], Pads | None]:
+    """Return (rows of both, sums of the values of both `[S, ...]`, pads among them): sorted and without pads on a CPU.
 
     A row may stand in one of them more than once. stale: an optimizer has used the old ones, so that they were to be
-    cleared; warns.
+    cleared; warns. pads: of the old ones.
     """
     if stale:
         warnings.warn(
             "row gradients of the last step are still there and add up; call zero_grad() of the RowOptimizer",
             stacklevel=3,
         )
-    union = torch.unique(torch.cat((old_rows, rows)))
-    before, now = torch.searchsorted(union, old_rows), torch.searchsorted(union, rows)
-    sums = [add_to_rows(v.new_zeros(len(union), *v.shape[1:]), before, b) for v, b in zip(values, old, strict=True)]
-    return union, [add_to_rows(total, now, value) for total, value in zip(sums, values, strict=True)]
+        for value in old if pads is not None else ():
+            pads.set(value, as_rows=False)  # type: ignore[union-attr]
+    both = torch.cat((old_rows, rows))
+    joined = [torch.cat((b, v)) for b, v in zip(old, values, strict=True)]
+    if both.device.type == "cpu":
+        union, place = torch.unique(both, return_inverse=True)
+        return union, [add_to_rows(v.new_zeros(len(union), *v.shape[1:]), place, v) for v in joined], None
+    ordered, order = both.sort(stable=True)
+    at = torch.arange(len(both), device=both.device)
+    begins = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
+    of = torch.empty_like(order).scatter_(0, order, order.index_select(0, at.where(begins, 0).cummax(0).values))
+    return both, [add_to_rows(torch.zeros_like(v), of, v) for v in joined], Pads(0, of != at, of)
 
 
 def add_to_rows(out: Tensor, rows: Tensor, values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from partial_fc.batch.building import together
 from partial_fc.classes.hard_negatives import UNKNOWN, HardNegatives, Search, check_hard_negatives
 from partial_fc.classes.interface import Change
 from partial_fc.classes.tables import (
@@ -80,6 +81,7 @@ class HeadState(HardNegatives):
         "kernels": "_kernels",
     }
 
+    @together
     def __init__(
         self,
         embedding_size: int,
@@ -127,7 +129,6 @@ class HeadState(HardNegatives):
         self.logits_budget = DEFAULT_LOGITS_BUDGET if numbers.logits_budget is None else numbers.logits_budget
         self.logits_mode = ""  # "kept", "tiled" or "streamed": as the last training forward chose
         self.kernels = kernels
-        self.kernels_in_use = ""  # which served the last forward, as `Kernels` says it; "" before the first on a card
         self.forward_count = 0  # training forwards: keys what is drawn
         self.selected_rows = None  # local rows of the last forward
         self._last_labels = None  # of its batch, on all ranks
@@ -224,7 +225,7 @@ class HeadState(HardNegatives):
             return None
         ids, grad = rows.grad_rows + self.shards.lo, rows.gradients()[0]
         if rows.pads is not None:
-            real = ~torch.nn.functional.pad(rows.pads[1], (rows.pads[0], 0))
+            real = rows.pads.real()
             ids, order = ids[real].sort()
             grad = grad[real][order]
         return ids, grad
@@ -278,14 +279,17 @@ class HeadState(HardNegatives):
 
     @property
     def kernels(self) -> KernelsMode:
-        """Which kernels may serve a forward; may be set between steps, on every rank alike (docs/kernels.md)."""
+        """Which kernels may serve a forward; may be set between steps, on every rank alike (docs/kernels.md).
+
+        `kernels_in_use` says which served the last one: "rows", "none (why)", or "" where nobody asked.
+        """
         return self._kernels
 
     @kernels.setter
     def kernels(self, mode: KernelsMode) -> None:
         mode = mode_of(mode)
         prepare(mode)
-        self._kernels, self.class_rows.kernels = mode, None
+        self._kernels, self.class_rows.kernels, self.kernels_in_use = mode, None, ""
 
     def kernels_for(self, options: LossOptions, embeddings: Tensor) -> Kernels | None:
         """Return the kernels that serve a forward of embeddings `[N, D]`, None if none does; report what changed."""

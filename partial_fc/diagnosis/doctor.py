@@ -158,7 +158,7 @@ def _labels(wiring: Wiring, batch: tuple[Any, Tensor] | None) -> Check:
 
 def _kernels(head: PartialFC) -> Check:
     """Say which kernels served the forwards. One that failed is a failure, though its numbers are right."""
-    name, found = "kernels", head.class_rows.kernels
+    name, found, said = "kernels", head.class_rows.kernels, head.kernels_in_use
     if failed_kernels:
         broken = "; ".join(f"{kernel} ({error})" for kernel, error in failed_kernels.items())
         mend = f'install another triton than this, or pass kernels="off" ({VARIABLE}=off)'
@@ -166,7 +166,7 @@ def _kernels(head: PartialFC) -> Check:
     if found is None:
         on_cpu = head.weight.device.type == "cpu"
         why = 'kernels="off"' if head.kernels == "off" else "the rows are on a CPU" if on_cpu else "no forward was run"
-        return Check(name, True, head.kernels_in_use or f"none ({why})")
+        return Check(name, True, said if said.startswith("none") else f"none ({why})")
     return Check(name, True, f"{found}{f' ({found.reason})' if found.reason else ''}")
 
 

@@ -54,6 +54,15 @@ def device_of(ranks: Ranks) -> torch.device:
     return torch.device("cpu") if "cpu" in kinds else current_device(next(iter(kinds)))
 
 
+def device_of_rows(asked: torch.device | str | None, ranks: Ranks) -> torch.device:
+    """Return the device that is asked for, else torch's default device, or the current GPU where the group cannot
+    exchange tensors of the CPU (NCCL)."""
+    if asked is not None:
+        return torch.device(asked)
+    default = torch.empty(0).device  # torch.get_default_device() of torch 2.6 overlooks `with torch.device(...)`
+    return device_of(ranks) if default.type == "cpu" else default
+
+
 def current_device(kind: str) -> torch.device:
     """Return the device of this type that this process uses where none is named."""
     return torch.device(kind, torch.get_device_module(kind).current_device())

@@ -38,7 +38,7 @@ from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.rows import HasClassRows
 from partial_fc.shards import local_part
 
-OLDEST = (0, 19)  # older engines update weights although the norm is not finite
+OLDEST = (0, 19, 8)  # with older engines weights are others, or move although the norm is not finite
 AUTOCAST_SCALERS = ("torch_autocast_gradscaler", "torch_autocast_z0_gradscaler")
 HEADS = "partial_fc"  # the heads' folder within an engine's checkpoint
 INSTALL = "pip install 'partial_fc[deepspeed]'"
@@ -72,7 +72,7 @@ def import_deepspeed() -> Any:
 
 def check_version(version: str) -> None:
     """Raise RuntimeError if the version of DeepSpeed is too old."""
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise RuntimeError(
             f"DeepSpeed {version} is too old: heads beside an engine require {oldest} or newer; {INSTALL} --upgrade"

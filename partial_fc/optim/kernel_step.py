@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from partial_fc.batch.row_sums import Pads
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.kernels.choice import HALF_OR_SINGLE, WIDEST
 from partial_fc.kernels.update import Memory, Numbers, Through, step_rows
@@ -116,9 +117,6 @@ def numbers_of(options: Mapping[str, Any], step: Any, cls: type[torch.optim.Opti
     return Numbers(lr, 1 - b1, b2, decay, by_rate=lr / (1 - b1**count), by_root=(1 - b2**count) ** -0.5, **own)
 
 
-def without_pads(index: Tensor, pads: tuple[int, Tensor] | None, a: int, b: int) -> Tensor:
+def without_pads(index: Tensor, pads: Pads | None, a: int, b: int) -> Tensor:
     """Return the index `[b − a]` of rows a to b of a step with −1 for the pads among them: rows that it has twice."""
-    if pads is None:
-        return index
-    window, are = pads
-    return torch.where(torch.nn.functional.pad(are, (window, 0))[a:b], -1, index)
+    return index if pads is None else torch.where(pads.real()[a:b], index, -1)

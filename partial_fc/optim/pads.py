@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor
 
+from partial_fc.batch.row_sums import Pads
+from partial_fc.rows import ClassRows
 
-def blocks_with_pads(
-    grad: Tensor, pads: tuple[int, Tensor], blocks: Callable[[int, Tensor], Iterable[tuple[int, int]]]
-) -> list[tuple[int, int]]:
-    """Return blocks of rows with gradients `[S, ...]`. A pad gets the gradient of the row that it is, in its block.
+Blocks = Callable[[int, Tensor], Iterable[tuple[int, int]]]  # of so many rows like these
 
-    pads: as of `ClassRows`. blocks: yields those of a number of rows.
-    """
-    window, are = pads
-    grad[window:] = torch.where(are.view(-1, *[1] * (grad.ndim - 1)), grad[window - 1], grad[window:])
+
+def join_far_pads(rows: ClassRows, blocks: Blocks) -> None:
+    """Drop pads of the gradient that would be stepped in another block than the rows that they are, and so twice."""
+    assert rows.pads is not None
+    if rows.pads.of is not None and any(len(list(blocks(len(grad), grad))) > 1 for grad in rows.gradients()):
+        rows.drop_pads()
+
+
+def blocks_with_pads(grad: Tensor, pads: Pads, blocks: Blocks) -> list[tuple[int, int]]:
+    """Return blocks of rows with gradients `[S, ...]`. A pad gets the gradient of the row that it is, in its block."""
+    pads.set(grad, as_rows=True)
     found = list(blocks(len(grad), grad))
     if len(found) == 1:
         return found
-    last = window - 1  # the row that all pads are
+    last = pads.first - 1  # the row that all pads are
     return [*(blocks(last, grad) if last else ()), (last, len(grad))]

@@ -26,7 +26,7 @@ from partial_fc.optim.in_backward import begin_update, end_update
 from partial_fc.optim.kernel_step import KernelStep
 from partial_fc.optim.low_precision import WideRows
 from partial_fc.optim.optimizer_class import fused_moves
-from partial_fc.optim.pads import blocks_with_pads
+from partial_fc.optim.pads import blocks_with_pads, join_far_pads
 from partial_fc.optim.row_state import COUNT, MASTER, RowState
 from partial_fc.rows import UpdateRows
 
@@ -93,6 +93,8 @@ class RowOptimizer(RowState):
 
     def _update_rows(self) -> None:
         rows = self.class_rows
+        if rows.pads is not None:
+            join_far_pads(rows, row_blocks)
         grads = [None if c.grad is None else local_part(c.grad) for c in rows.carriers]
         if all(grad is None for grad in grads):
             return

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from partial_fc.batch.row_sums import Pads
 from partial_fc.distributed.derivatives import executes, first_derivative
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import start_reduce_scatter
@@ -120,7 +121,7 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
     if grads and anchored:
         assert selection.rows is not None
         slots = selection.slots
-        sink.accumulate(selection.rows, grads, None if slots is None else (slots.window, slots.pads))
+        sink.accumulate(selection.rows, grads, None if slots is None else Pads(slots.window, slots.pads))
     elif grads:
         d_weight, d_bias = grads[0] if want_w else None, grads[1] if want_b else None
     state.rows.weight = weight.new_empty(0)  # autograd has it as long as there may be another backward

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from partial_fc.batch.exchange import GlobalBatch
+from partial_fc.batch.row_sums import Pads
 from partial_fc.distributed.ranks import Ranks
 from partial_fc.kernels.choice import Kernels
 from partial_fc.margins.base import Margin
-from partial_fc.rows import Pads, UpdateRows
+from partial_fc.rows import UpdateRows
 from partial_fc.softmax.corrections import Correction
 from partial_fc.softmax.draws import Slots
 from partial_fc.softmax.tiles import Workspace
@@ -80,5 +81,5 @@ class RowGradientSink:
     """Where gradients of class rows go: into memory of `workspace`, then to one of the other two or to autograd."""
 
     workspace: Workspace
-    accumulate: Callable[[Tensor, list[Tensor], Pads], None]  # under sampling: local rows, gradients
+    accumulate: Callable[[Tensor, list[Tensor], Pads | None], None]  # under sampling: local rows, gradients
     begin_update: Callable[[], UpdateRows] | None  # rows are updated inside backward, tile by tile

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from partial_fc import PartialFC
-from partial_fc.distributed.groups import ranks_of
+from partial_fc.distributed.groups import device_of_rows, ranks_of
 from partial_fc.distributed.own_gpu import check_own_gpus, take_own_gpu
 from partial_fc.engines import mpi
 
@@ -116,7 +116,7 @@ def test_numbers_count_among_the_visible_ones(ranks):
 
 
 def built(rank: int, world: int) -> list[Any]:
-    with mock.patch("partial_fc.sharded_module.check_own_gpus") as check:
+    with mock.patch("partial_fc.batch.building.check_own_gpus") as check:
         PartialFC(4, 6)
     return [call.args[1:] for call in check.call_args_list]
 
@@ -142,10 +142,8 @@ def test_rows_that_the_group_cannot_exchange_are_refused(ranks):
 
 
 def default_device(rank: int, world: int) -> str:
-    from partial_fc.sharded_module import _default_device
-
     with gpus(4, current=2):
-        return str(_default_device(ranks_of(None)))
+        return str(device_of_rows(None, ranks_of(None)))
 
 
 def test_a_head_is_on_the_current_gpu_by_default(ranks):

@@ -294,8 +294,10 @@ def test_what_cannot_be_right_is_refused_in_words(ranks):
 
 
 def test_an_old_deepspeed_and_none_are_said(monkeypatch):
-    with pytest.raises(RuntimeError, match=r"DeepSpeed 0\.16\.9 is too old: .* 0\.19 or newer"):
+    with pytest.raises(RuntimeError, match=r"DeepSpeed 0\.16\.9 is too old: .* 0\.19\.8 or newer"):
         check_version("0.16.9")
+    with pytest.raises(RuntimeError, match=r"DeepSpeed 0\.19\.4 is too old"):
+        check_version("0.19.4")
     check_version("0.19.8+cuda")
     check_version("1.0")
     monkeypatch.setitem(sys.modules, "deepspeed", None)

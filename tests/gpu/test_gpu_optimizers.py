@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -32,6 +34,7 @@ def trained(
     batches: int = 2,
     clip: bool = True,
     blocks: bool = False,
+    micro_batches: int = 1,
 ) -> list[Any]:
     """Losses, norms, weight and state after some steps. blocks: rows are stepped in more than one block."""
     head = PartialFC(WIDTH, CLASSES, ArcFace(), device=place.device, group=place.group, init_std=1.0, **head_options)
@@ -41,10 +44,11 @@ def trained(
     with mock.patch.multiple(row_optimizer, BLOCK_BYTES=size, BLOCK_BYTES_ELSEWHERE=size):
         stepped = RowOptimizer(kind, head, **options, **optimizer_options)
         for step in range(batches):
-            x, y = place.batch(step)
-            loss = head(x, y)
-            loss.backward()
-            found += [loss.detach(), x.grad]
+            for micro in range(micro_batches):
+                x, y = place.batch(step + 100 * micro)
+                loss = head(x, y)
+                loss.backward()
+                found += [loss.detach(), x.grad, *copy.deepcopy(head.row_grad or ())]
             if clip:
                 found.append(clip_grad_norm_([], head, max_norm=1.0))
             stepped.step()
@@ -63,6 +67,40 @@ def all_and_sampled(place: Place, optimizer: str) -> list[Any]:
 @pytest.mark.parametrize(("layout", "optimizer"), on_layouts(OPTIMIZERS, {"AdamW"}))
 def test_classes_of_optimizers(gpu_ranks: Pools, ranks: Pools, layout: str, optimizer: str):
     on_both(gpu_ranks, ranks, layout, all_and_sampled, optimizer)
+
+
+def accumulated(place: Place, optimizer: str) -> list[Any]:
+    """Rows of several windows, some of them in more than one, with labels that are in several batches."""
+    half = {"dtype": torch.bfloat16, "sample_rate": 0.3}
+    return [
+        trained(place, optimizer, {"sample_rate": 0.3}, {"skipped_rows": skipped}, 3, blocks=blocks, micro_batches=3)
+        for skipped, blocks in (("still", False), ("still", True), ("dense", False))
+    ] + [
+        trained(place, optimizer, half, {"low_precision": how}, 3, micro_batches=2) for how in ("master", "stochastic")
+    ]
+
+
+@pytest.mark.parametrize(("layout", "optimizer"), on_layouts({"SGD", "AdamW"}, {"SGD"}))
+def test_rows_of_several_windows(gpu_ranks: Pools, ranks: Pools, layout: str, optimizer: str):
+    on_both(gpu_ranks, ranks, layout, accumulated, optimizer, **HALF)
+
+
+def stale(place: Place) -> list[Any]:
+    """Gradients that a step has used, and nobody has cleared, add up to what is next."""
+    head = PartialFC(WIDTH, CLASSES, sample_rate=0.3, device=place.device, group=place.group, init_std=1.0)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
+    found: list[Any] = []
+    for step in range(3):
+        x, y = place.batch(step)
+        with pytest.warns(UserWarning, match="row gradients of the last step") if step else nullcontext():
+            head(x, y).backward()
+        optimizer.step()
+        found.append(copy.deepcopy(head.row_grad))
+    return [*found, head.weight]
+
+
+def test_gradients_that_were_not_cleared(gpu_ranks: Pools, ranks: Pools):
+    on_both(gpu_ranks, ranks, ALONE, stale)
 
 
 def low_precision(place: Place, how: str) -> list[Any]:

@@ -17,6 +17,7 @@ from fuzz_dense import NearJump, check
 from fuzz_draw import cases
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from runner import Ranks
+from side_by_side import small_tiles
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -24,8 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_proof
 
 from partial_fc import ArcFace, CenterLoss, PartialFC, RowOptimizer, Softmax, SubCenterArcFace, clip_grad_norm_
+from partial_fc.batch.row_sums import Pads
 from partial_fc.kernels import choice, launch, rows
 from partial_fc.kernels.choice import VARIABLE
+from partial_fc.kernels.update import Memory, Numbers, step_rows
+from partial_fc.optim.kernel_step import without_pads
 from partial_fc.optim.rounding import round_at_random
 
 pytestmark = needs("triton")
@@ -162,8 +166,6 @@ def test_rows_beyond_two_to_the_31(tmp_path, called):
     out, inverse = torch.empty(3, width), torch.empty(3, 1)
     assert rows.gather_rows(big, index, out, inverse)
     assert off(out, directions(big[index])[0]) < 3e-7
-    from partial_fc.kernels.update import Memory, Numbers, step_rows
-
     before = big[index].double()
     assert step_rows(g, Memory(big, (momentum,)), Numbers(0.5, 0.9, 1.0, 0.0), index, 0, None)
     assert off(momentum[index], g.double()) < 2**-8 and off(big[index], before - 0.5 * g.double()) < 2**-7
@@ -171,8 +173,6 @@ def test_rows_beyond_two_to_the_31(tmp_path, called):
 
 
 def test_random_rounding_has_the_bits_of_the_plain_path(called):
-    from partial_fc.kernels.update import Memory, Numbers, step_rows
-
     lo, key, width = (1 << 40) + 7, 0x1234567890ABCDEF, 37
     v = torch.randn(6, width).to(HALF)
     v[0, 0], v[1, 1] = torch.inf, torch.nan
@@ -182,6 +182,20 @@ def test_random_rounding_has_the_bits_of_the_plain_path(called):
     want = round_at_random(moved, lo + index, key).to(HALF)
     assert torch.equal(mine[index].nan_to_num(7.0), want.nan_to_num(7.0))
     assert torch.equal(mine[2:5], v[2:5])
+
+
+def test_corrections_of_adam_that_are_on_the_card(called):
+    """The step count of a fused Adam is on the card, where the host does not read it."""
+    found = []
+    for on_card in (False, True):
+        torch.manual_seed(0)
+        v, m, s, g = torch.randn(4, 9), torch.randn(4, 9), torch.rand(4, 9), torch.randn(4, 9)
+        known: dict[str, Any] = {"by_rate": 0.3, "by_root": 1.7}
+        how: dict[str, Any] = {"factors": torch.tensor([0.3, 1.7])} if on_card else known
+        assert step_rows(g, Memory(v, (m, s)), Numbers(0.1, 0.1, 0.99, 0.0, adam=True, eps=1e-3, **how), None, 0, None)
+        found.append((v, m, s))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert called == ["step_rows"] * 2
 
 
 def run(
@@ -238,13 +252,12 @@ def test_steps_are_those_of_the_class(cls, options, rate, low, called, rows_alon
 
 def test_pads_are_stepped_once(called):
     """A row may stand in a step twice, as pads of a forward on a card."""
-    from partial_fc.kernels.update import Memory, Numbers, step_rows
-    from partial_fc.optim.kernel_step import without_pads
-
-    index, pads = torch.tensor([0, 4, 2, 4, 4]), (2, torch.tensor([False, True, True]))
+    index, pads = torch.tensor([0, 4, 2, 4, 4]), Pads(2, torch.tensor([False, True, True]))
     v, m, g = torch.ones(6, 3), torch.zeros(6, 3), torch.ones(5, 3)
     kept = without_pads(index, pads, 0, 5)
     assert kept.tolist() == [0, 4, 2, -1, -1] and without_pads(index[1:], pads, 1, 5).tolist() == [4, 2, -1, -1]
+    of_two = Pads(0, torch.tensor([False, False, True]), torch.tensor([0, 1, 0]))  # of two micro-batches
+    assert without_pads(torch.tensor([4, 2, 4]), of_two, 0, 3).tolist() == [4, 2, -1]
     assert step_rows(g, Memory(v, (m,)), Numbers(0.5, 0.9, 1.0, 0.0), kept, 0, None)
     assert v[:, 0].tolist() == [0.5, 1.0, 0.5, 1.0, 0.5, 1.0] and m[:, 0].tolist() == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 
@@ -255,7 +268,7 @@ def test_rows_that_move_in_the_backward(low, budget, called, rows_alone):
     """One kernel from the product to the moved rows, but in the first step; float32 master rows have a gradient."""
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     more: dict[str, Any] = {"low_precision": low, "dtype": None if low is None else HALF, "early": True}
-    with _small_tiles():
+    with small_tiles():
         plain = run("off", SGD, options, logits_budget=budget, classes=150, **more)
         mine = run("interpret", SGD, options, logits_budget=budget, classes=150, **more)
     tiles = 3
@@ -323,18 +336,28 @@ def by_interpreter(case: Case) -> None:
         assume(False)
 
 
-@settings(max_examples=30, **QUICK)
-@given(case=cases(worlds=(0,)))
-def test_cases_equal_the_dense_reference(case):
+def served(case: Case, *, early: bool) -> Case:
+    """A case that is drawn, in dtypes that kernels serve. early: rows move in the backward, if its optimizer can."""
+    if "float64" in (case.weight_dtype, case.embedding_dtype):
+        case = dataclasses.replace(case, weight_dtype="float32", embedding_dtype="float32", low=None)
+    if early:
+        case = dataclasses.replace(
+            case, sample_rate=1.0, corrected=False, optimizer="sgd", early=True, micro=1, clip=None
+        )
+    return case
+
+
+@pytest.mark.parametrize(("early", "examples"), [(False, 30), (True, 12)])
+def test_cases_equal_the_dense_reference(early, examples, monkeypatch):
     """Margins, sampling with correction, filters, smoothing, weights, accumulation, clipping, as they are drawn."""
-    wide = {"weight_dtype": "float32", "low": None} if case.embedding_dtype == "float64" else {}
-    if case.weight_dtype == "float64" or wide:
-        case = dataclasses.replace(case, weight_dtype="float32", low=None)
-    if case.embedding_dtype == "float64":
-        case = dataclasses.replace(case, embedding_dtype="float32")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, "interpret")
-        by_interpreter(case)
+    monkeypatch.setenv(VARIABLE, "interpret")
+
+    @settings(max_examples=examples, **QUICK)
+    @given(case=cases(worlds=(0,)))
+    def compare(case: Case) -> None:
+        by_interpreter(served(case, early=early))
+
+    compare()
 
 
 PROOF = [
@@ -408,18 +431,12 @@ def test_a_kernel_that_fails_is_replaced(broken, after, monkeypatch, caplog):
     for module in ("rows", "update"):
         monkeypatch.setattr(f"partial_fc.kernels.{module}.device_code", lambda name: Broken(whole_code(name)))
     monkeypatch.setattr(launch, "failed", {})
-    with caplog.at_level(logging.WARNING, "partial_fc"), _small_tiles():
+    with caplog.at_level(logging.WARNING, "partial_fc"), small_tiles():
         mine = run("interpret", SGD, options, rate, **more)
     said = [each.getMessage() for each in caplog.records if "failed" in each.getMessage()]
     expected = f"the kernel {broken} failed, plain PyTorch takes its place from here on: RuntimeError: out of registers"
     assert said == [expected] and count[0] == after + 1
     assert all(off(mine[name], each.double()) < 2e-5 for name, each in want.items())
-
-
-def _small_tiles() -> Any:
-    from side_by_side import small_tiles
-
-    return small_tiles()
 
 
 def numbers_of_a_run(rank: int, world: int, mode: str) -> tuple[Tensor, Tensor, Tensor, str]:
