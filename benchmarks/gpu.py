@@ -9,7 +9,9 @@ take.
     speed     a step over the three matrix products that it needs; memory over the plan        gpu_speed.py
     peers     the same work by others, where they are installed                                gpu_peers.py
     profile   kernels and launches of the step that was slowest over its floor                 gpu_profile.py
+    kernels   partial_fc's own kernels: right? how fast, beside plain PyTorch and others?      gpu_kernels.py
 
+`kernels` takes the five minutes for itself: it runs where `--parts` names it, alone best.
 It needs torch and one GPU, and neither the network nor an installed package of this project. Parts run in this order,
 in the given minutes together; what these did not allow is named at the end. Every outcome is printed at once and
 written to OUT/results.json, every part to OUT/table.md and OUT/plot.svg. The exit status is 1 if anything FAILs.
@@ -34,6 +36,7 @@ BEGAN = time.monotonic()  # torch and the device take their time before the firs
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+import gpu_kernels  # noqa: E402
 import gpu_peers  # noqa: E402
 import gpu_profile  # noqa: E402
 import gpu_proof  # noqa: E402
@@ -52,7 +55,9 @@ PARTS = {
     "speed": (gpu_speed.speed, 0.8),
     "peers": (gpu_peers.compare, 0.93),
     "profile": (gpu_profile.profile, 0.98),
+    "kernels": (gpu_kernels.kernels, 0.98),
 }
+USUAL = [name for name in PARTS if name != "kernels"]
 
 
 def about(device: torch.device, tf32: bool) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def about(device: torch.device, tf32: bool) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=USUAL)
     parser.add_argument("--minutes", type=float, default=5.0, help="for all parts together")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu for small sizes")
     parser.add_argument("--quick", action="store_true", help="sizes at which figures say nothing")

@@ -29,7 +29,7 @@ def table(rows: Sequence[Row], about: dict[str, Any], quick: bool) -> str:
         these = [row for row in rows if row["part"] == part]
         if these:
             lines += ["", f"## {part}: {verdicts(rows)[part]}", "", *_judged(part, these)]
-    for part in ("speed", "peers"):
+    for part in ("speed", "peers", "kernels"):
         these = [row for row in rows if row["part"] == part]
         if these:
             lines += ["", f"## {part}", "", "| case | |", "|---|---|"]

@@ -115,10 +115,10 @@ def inputs(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
     return x, torch.randint(size.C, (size.N,), generator=generator).to(device)
 
 
-def step_of(size: Size, x: Tensor, labels: Tensor) -> tuple[Callable[[], None], PartialFC]:
-    """A step, and its head."""
+def step_of(size: Size, x: Tensor, labels: Tensor, **options: Any) -> tuple[Callable[[], None], PartialFC]:
+    """A step, and its head. options: of the head."""
     device = x.device
-    head = PartialFC(size.D, size.C, sample_rate=size.r, device="meta").to_empty(device=device)
+    head = PartialFC(size.D, size.C, sample_rate=size.r, device="meta", **options).to_empty(device=device)
     with torch.no_grad():
         head.weight.normal_(std=0.01)
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)

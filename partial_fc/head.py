@@ -24,6 +24,8 @@ from partial_fc.batch.later import counted_if_alike
 from partial_fc.classes.head_state import HeadState
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.kernels.choice import Kernels
+from partial_fc.optim.kernel_moves import taken_directions
 from partial_fc.sampling import draw_window, mix, select_rows
 from partial_fc.softmax.cross_entropy import sharded_cross_entropy
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
@@ -64,6 +66,7 @@ class PartialFC(HeadState):
             NonFiniteError, "skip" the step (`skipped` is True), or "log" bad embeddings and look at nothing else. See
             `check_gradients` and docs/nonfinite.md.
         max_skips: how many steps in a row may be skipped before NonFiniteError is raised; None for any number.
+        kernels: "auto" for kernels in Triton where they serve, "off", or "interpret" (docs/kernels.md).
         device, dtype: of the weights; float32 unless the default dtype is another.
 
     Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64; N_local may be 0. The loss is 0-d, or `[N_local]`
@@ -116,7 +119,10 @@ class PartialFC(HeadState):
         sample_weights = sample_weights_of(batch, targets, *counts)
         if self.training and sample_weights.device.type != "cpu":
             sample_weights = counted_if_alike(sample_weights, self.margin.buffers(), ranks)
-        rows = slots = correction = None
+        rows = slots = correction = kernels = None
+        if self._kernels != "off" and (self._kernels == "interpret" or self.weight.device.type != "cpu"):
+            kernels = self.kernels_for(options, batch.embeddings)
+        self.class_rows.kernels = kernels
         if self.training and self._sample_rate < 1:
             positives = targets.ids  # of this replica; a label without weight is drawn nevertheless
             if ranks.replica_group is not None or batch.label_weights is not None:
@@ -142,19 +148,23 @@ class PartialFC(HeadState):
             exists=targets.exists,
             target_weights=targets.weights,
             sample_weights=sample_weights,
-            keep_logits=self._keeps_logits(batch, shards.local if rows is None else len(rows), options),
+            keep_logits=self._keeps_logits(batch, shards.local if rows is None else len(rows), options, kernels),
             scatter=scatter,
             first_sample=sum(row.samples for row in batch.status[: ranks.replica * ranks.world]),
             draw_key=mix(self.seed, self.forward_count),
             correction=correction,
+            kernels=kernels,
+            directions=None if kernels is None or current is None else taken_directions(current),
         )
         return chosen, current
 
-    def _keeps_logits(self, batch: GlobalBatch, classes: int, options: LossOptions) -> bool:
+    def _keeps_logits(self, batch: GlobalBatch, classes: int, options: LossOptions, kernels: Kernels | None) -> bool:
         """Return whether logits are kept for backward; label smoothing of ruled logits needs them anew."""
         product = compute_dtypes(batch.embeddings, self.weight)[1]
         size = logits_bytes(batch.most_samples, classes * self.margin.centers, product)
         keep = size <= self.logits_budget and not (options.ruled and self.label_smoothing)
-        if self.training and self.logits_mode != ("kept" if keep else "tiled"):
-            self._report_mode(keep, size)
+        keep = keep and not (kernels is not None and kernels.instead)
+        mode = "kept" if keep else "streamed" if kernels is not None and kernels.stream else "tiled"
+        if self.training and self.logits_mode != mode:
+            self._report_mode(mode, size)
         return keep

@@ -28,7 +28,7 @@ from partial_fc.distributed.dtensors import local_part, same_storage, wrap_rows
 from partial_fc.shards import ClassShards
 from partial_fc.step_record import StepRecord
 
-UpdateRows = Callable[[int, int, list[Tensor]], None]  # local rows a to b, their gradients: one tensor a parameter
+UpdateRows = Callable[..., bool]  # moves local rows a to b by their gradients, one tensor a parameter (in_backward.py)
 
 
 class HasClassRows(Protocol):
@@ -64,6 +64,7 @@ class ClassRows:
         self.updates = 0  # how often an optimizer was to update the rows
         self.used = False  # an optimizer has used these gradients
         self.behind: Any = None  # steps that rows have missed (optim/skipped_rows.py), or None
+        self.kernels: Any = None  # that served the last forward (kernels/choice.py), or None
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,6 +99,7 @@ class ClassRows:
         self.parameters = parameters
         self.shared = shared
         self.shards = shards
+        self.kernels = None
         self.storages = {name: p.untyped_storage() for name, p in parameters.items() if isinstance(p, DTensor)}
         self.clear()
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from runner import Ranks, seed
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    os.environ["TRITON_INTERPRET"] = "1"  # torch may import triton, which decides then whether it interprets kernels
 
 
 @pytest.hookimpl(tryfirst=True)

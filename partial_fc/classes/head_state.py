@@ -22,6 +22,8 @@ from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import real, whole
 from partial_fc.distributed.ranks import Group
 from partial_fc.errors import log
+from partial_fc.kernels.choice import Case, Kernels, KernelsMode, choose, mode_of
+from partial_fc.kernels.launch import prepare
 from partial_fc.margins.base import Margin
 from partial_fc.margins.fixed import ArcFace
 from partial_fc.margins.state import load_state, misfit, state_of
@@ -33,7 +35,7 @@ from partial_fc.softmax.draws import Draws, Slots
 from partial_fc.softmax.forward import is_bounded
 from partial_fc.softmax.inputs import LossOptions
 from partial_fc.softmax.measured import Measured
-from partial_fc.softmax.tiles import Workspace
+from partial_fc.softmax.tiles import Workspace, compute_dtypes
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
 
 DEFAULT_LOGITS_BUDGET = 1 << 30
@@ -63,6 +65,8 @@ class HeadState(HardNegatives):
     forward_count: int
     logits_budget: int
     logits_mode: str
+    kernels_in_use: str
+    _kernels: KernelsMode
     selected_rows: Tensor | None
     _last_labels: Tensor | None
     _measured: Measured | None
@@ -74,6 +78,7 @@ class HeadState(HardNegatives):
         **{name: f"_{name}" for name in ("hard_negatives", "hard_negatives_every", "hard_negatives_search")},
         "sampling_correction": "_sampling_correction",
         "metrics": "collect_metrics",
+        "kernels": "_kernels",
     }
 
     @together
@@ -102,6 +107,7 @@ class HeadState(HardNegatives):
         validate: Validate = "always",
         on_nonfinite: OnNonfinite = "raise",
         max_skips: int | None = DEFAULT_MAX_SKIPS,
+        kernels: KernelsMode = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -121,7 +127,8 @@ class HeadState(HardNegatives):
         self.sampling_correction = sampling_correction
         self.collect_metrics = metrics
         self.logits_budget = DEFAULT_LOGITS_BUDGET if numbers.logits_budget is None else numbers.logits_budget
-        self.logits_mode = ""  # "kept" or "tiled", as the last training forward chose by logits_budget
+        self.logits_mode = ""  # "kept", "tiled" or "streamed": as the last training forward chose
+        self.kernels = kernels
         self.forward_count = 0  # training forwards: keys what is drawn
         self.selected_rows = None  # local rows of the last forward
         self._last_labels = None  # of its batch, on all ranks
@@ -270,8 +277,48 @@ class HeadState(HardNegatives):
             found = found.to(dtypes[1])  # of the logits then
         return Correction.of(found, self.margin.centers, late)
 
-    def _report_mode(self, keep: bool, size: int) -> None:
-        self.logits_mode = "kept" if keep else "tiled"
+    @property
+    def kernels(self) -> KernelsMode:
+        """Which kernels may serve a forward; may be set between steps, on every rank alike (docs/kernels.md).
+
+        `kernels_in_use` says which served the last one: "rows", "none (why)", or "" where nobody asked.
+        """
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, mode: KernelsMode) -> None:
+        mode = mode_of(mode)
+        prepare(mode)
+        self._kernels, self.class_rows.kernels, self.kernels_in_use = mode, None, ""
+
+    def kernels_for(self, options: LossOptions, embeddings: Tensor) -> Kernels | None:
+        """Return the kernels that serve a forward of embeddings `[N, D]`, None if none does; report what changed."""
+        margin, weight = self.margin, local_part(self.weight)
+        stats, product = compute_dtypes(embeddings, weight)
+        case = Case(
+            device=weight.device,
+            rows=weight.dtype,
+            stats=stats,
+            product=product,
+            width=self.embedding_size,
+            centers=margin.centers,
+            normalize=margin.normalize,
+            bounded=is_bounded(options, stats, product),
+            ruled=options.ruled,
+            binary=margin.binary is not None,
+            bias=margin.bias,
+            smoothing=options.label_smoothing > 0,
+            metrics=options.metrics,
+            correction=self._sampling_correction != "none" and self._sample_rate < 1,
+        )
+        found = choose(self._kernels, case)
+        if str(found) != self.kernels_in_use:
+            self.kernels_in_use = str(found)
+            log.info("kernels in use: %s%s", found, f" ({found.reason})" if found.rows and found.reason else "")
+        return found if found.rows else None  # the others need the rows
+
+    def _report_mode(self, mode: str, size: int) -> None:
+        self.logits_mode = mode
         message = "logits are %s: %d bytes of them on this rank, a budget of %d"
         log.info(message, self.logits_mode, size, self.logits_budget)
 

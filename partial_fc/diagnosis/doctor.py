@@ -29,6 +29,9 @@ from partial_fc.diagnosis.trial import DYNAMIC, Embed, Trial
 from partial_fc.diagnosis.undo import Undo
 from partial_fc.diagnosis.wiring import Wiring
 from partial_fc.distributed.given import whole
+from partial_fc.head import PartialFC
+from partial_fc.kernels.choice import VARIABLE
+from partial_fc.kernels.launch import failed as failed_kernels
 
 NEEDED = ("group", "wrapping", "device", "settings")  # if one of them fails, a step would hang or be meaningless
 
@@ -120,7 +123,7 @@ def doctor(
     if by_name["head optimizer"].ok is False and wiring.refuses_to_step:
         failed.append("head optimizer")
     if failed:
-        checks += [Check(name, None, f"not checked: fix {', '.join(failed)} first") for name in DYNAMIC]
+        checks += [Check(name, None, f"not checked: fix {', '.join(failed)} first") for name in (*DYNAMIC, "kernels")]
         return Report(tuple(checks), ranks)
     scaler = scaler or getattr(accelerator, "scaler", None)
     wrappers = wiring.layers[:-1]
@@ -129,7 +132,8 @@ def doctor(
     with Undo([model, head], given, wrappers) as undo:
         trial = Trial(wiring, undo, batch, input_shape, embed, scaler, checks)
         trial.run()
-    return Report(tuple(trial.checks), ranks)
+        of_kernels = agreed([_kernels(wiring.head)])  # of the trial's forwards
+    return Report((*trial.checks, *of_kernels), ranks)
 
 
 # ---------------------------------------------------------------------------------------------------- before the steps
@@ -150,6 +154,20 @@ def _labels(wiring: Wiring, batch: tuple[Any, Tensor] | None) -> Check:
         mend = "count labels from 0; num_classes is the largest label of all data plus 1" if too_large else ""
         return Check(name, False, f"label {int(bad[0])} is out of range: valid are 0 to {head.num_classes - 1}", mend)
     return Check(name, True, f"all labels are in the range 0 to {head.num_classes - 1}")
+
+
+def _kernels(head: PartialFC) -> Check:
+    """Say which kernels served the forwards. One that failed is a failure, though its numbers are right."""
+    name, found, said = "kernels", head.class_rows.kernels, head.kernels_in_use
+    if failed_kernels:
+        broken = "; ".join(f"{kernel} ({error})" for kernel, error in failed_kernels.items())
+        mend = f'install another triton than this, or pass kernels="off" ({VARIABLE}=off)'
+        return Check(name, False, f"plain PyTorch took the place of kernels that failed: {broken}", mend)
+    if found is None:
+        on_cpu = head.weight.device.type == "cpu"
+        why = 'kernels="off"' if head.kernels == "off" else "the rows are on a CPU" if on_cpu else "no forward was run"
+        return Check(name, True, said if said.startswith("none") else f"none ({why})")
+    return Check(name, True, f"{found}{f' ({found.reason})' if found.reason else ''}")
 
 
 def _settings(wiring: Wiring) -> Check:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from partial_fc.kernels.update import Through
 from partial_fc.nonfinite.check_gradients import agree_on_flags
 from partial_fc.nonfinite.scalers import scaled_and_stepped
 from partial_fc.nonfinite.step_check import decide, local_flags
@@ -16,11 +17,17 @@ from partial_fc.rows import ClassRows, UpdateRows
 
 
 class _Update(Protocol):
+    kernel: Any
+
     def apply(self, index: Tensor | None, a: int, b: int, grad: Tensor) -> None: ...
 
 
 def begin_update(optimizer: Any, start: Callable[[], Sequence[_Update]]) -> UpdateRows:
-    """Begin a step of a `RowOptimizer` inside backward. start: returns the update of each parameter."""
+    """Begin a step of a `RowOptimizer` inside backward. start: returns the update of each parameter.
+
+    The result moves rows a to b and returns True. Given `through`, the gradients are those by the rows' directions, and
+    a kernel takes them through the lengths; it returns False, and has done nothing, where none does.
+    """
     if optimizer.moved_in_backward:
         raise RuntimeError(
             "update_in_backward cannot be joined with accumulation over micro-batches: call step() after every "
@@ -31,13 +38,17 @@ def begin_update(optimizer: Any, start: Callable[[], Sequence[_Update]]) -> Upda
     # the hook of the loss has run: its losses and their gradient are in the record
     optimizer.scaled_in_backward = bool(scaled_and_stepped(rows))
     if rows.record.watches and not _loss_is_finite(rows):
-        return lambda a, b, grads: None
+        return lambda a, b, grads, through=None: True
     updates = start()
 
-    def update_rows(a: int, b: int, grads: list[Tensor]) -> None:
+    def update_rows(a: int, b: int, grads: list[Tensor], through: Callable[[], Through] | None = None) -> bool:
         with record_function("partial_fc::update"), torch.no_grad():
+            if through is not None:
+                by_kernel = updates[0].kernel if len(updates) == 1 else None
+                return by_kernel is not None and by_kernel(None, a, b, grads[0], through)
             for update, grad in zip(updates, grads, strict=True):
                 update.apply(None, a, b, grad)
+        return True
 
     return update_rows
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,35 +60,6 @@ class Probe:
 
 def _column(numbers: Any) -> nn.Parameter:
     return nn.Parameter(torch.as_tensor(numbers, dtype=torch.float64, device="cpu").reshape(-1, 1).clone())
-
-
-class Moves(Protocol):
-    """What the steps since a start do, for every start that a row may have.
-
-    keys: row state that takes part. Entry i is for rows that stopped i steps after the first start. MOST: so many
-    steps are kept; the table is worked on at every step.
-    """
-
-    MOST: int
-    keys: tuple[str, ...]
-
-    def __init__(self, keys: tuple[str, ...]) -> None: ...
-
-    def find(self, probe: Probe, options: Mapping[str, Any]) -> Tensor:
-        """Return what one more step does: numbers for `extend`."""
-
-    def extend(self, step: Tensor | None) -> None:
-        """Add a step to the table; None for one that leaves the parameter alone."""
-
-    def moves(self, step: Tensor) -> bool:
-        """Return whether a step does anything."""
-
-    def coefficients(self) -> Tensor:
-        """Return the table for `move`, `[1 + steps, n]` in float64; the last entry changes nothing."""
-
-    def move(self, values: list[Tensor], coefficients: Tensor, outs: list[Tensor] | list[None]) -> list[Tensor]:
-        """Return weights and state `[S, D]` after the steps, in the memory `outs` if there is any. coefficients:
-        `[S, n]`, the row of each."""
 
 
 class LinearMoves:

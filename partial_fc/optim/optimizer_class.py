@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.optim.adam_moves import FIRST, LARGEST, SECOND, AdamMoves
-from partial_fc.optim.moves import KERNELS, LinearMoves, Moves, Probe, is_row_state, on_cpu
+from partial_fc.optim.forms import Moves
+from partial_fc.optim.moves import KERNELS, LinearMoves, Probe, is_row_state, on_cpu
 from partial_fc.optim.protocol import check_options, step_quietly
 from partial_fc.rows import ClassRows, HasClassRows
 

@@ -23,6 +23,7 @@ from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.nonfinite.check_gradients import check_own_step
 from partial_fc.optim.in_backward import begin_update, end_update
+from partial_fc.optim.kernel_step import KernelStep
 from partial_fc.optim.low_precision import WideRows
 from partial_fc.optim.optimizer_class import fused_moves
 from partial_fc.optim.pads import blocks_with_pads, join_far_pads
@@ -137,9 +138,12 @@ class RowUpdate:
         group.update({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
         if group.get("fused") and not wide and self.weight.dtype in HALF and self.weight.device.type == "cpu":
             group["fused"] = fused_moves(type(optimizer.inner), self.weight.dtype)  # type: ignore[arg-type]
+        self.kernel = None if optimizer.class_rows.kernels is None else KernelStep(self)
 
     def apply(self, index: Tensor | None, a: int, b: int, grad: Tensor) -> None:
         """Step the local rows `index`, or a to b, by `grad`; views are stepped in place."""
+        if self.kernel is not None and self.kernel(index, a, b, grad):
+            return
         inner = self.optimizer.inner
         if self.taken:
             rows = self.taken[""][a:b]

@@ -14,15 +14,17 @@ selected rows. It is the same to rounding wherever rows are brought up to date i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.errors import log
-from partial_fc.optim.moves import Moves, Probe, is_row_state
+from partial_fc.optim.forms import FormOf, Moves, Update
+from partial_fc.optim.kernel_moves import TAKEN_DIRECTIONS, directions_memory, moved_by_kernel
+from partial_fc.optim.moves import Probe, is_row_state
 from partial_fc.optim.rounding import round_at_random
 from partial_fc.optim.stored_rows import COUNT, MASTER
 from partial_fc.sampling import mix
@@ -33,21 +35,6 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 20  # of one temporary: several stay in the cache of a CPU
 BLOCK_BYTES_ELSEWHERE = 64 << 20  # so many of them are the peak of many a step at a low rate
 TAKEN_BYTES = 1 << 30  # of rows and their state between forward and update
-
-FormOf = Callable[[type[torch.optim.Optimizer], Mapping[str, Any]], type[Moves]]  # ValueError if there is none
-
-
-class Update(Protocol):
-    """What a step did to a parameter. before: the state before it, with this scalar state."""
-
-    @property
-    def parameter(self) -> Tensor: ...
-
-    @property
-    def state(self) -> dict[str, Any]: ...
-
-    @property
-    def before(self) -> dict[str, Any]: ...
 
 
 class SkippedRows:
@@ -135,22 +122,24 @@ class SkippedRows:
             self.taken = index, {}
             return None
         blocks = list(self._blocks(len(index)))
-        if len(blocks) == 1:
+        if len(blocks) == 1 and self.rows.kernels is None:
             values = self._moved(index)
         else:
-            values = [each.memory(len(index)) for each in self.parameters.values()]
+            values = memory = [each.memory(len(index)) for each in self.parameters.values()]
             for a, b in blocks:
-                self._moved(index[a:b], [[tensor[a:b] for tensor in tensors] for tensors in values])
+                values = self._moved(index[a:b], [[tensor[a:b] for tensor in tensors] for tensors in memory])
+            values = [whole[: len(part)] for whole, part in zip(memory, values, strict=True)]
         named = {
-            n: dict(zip(("", *b.moves.keys), v, strict=True))
+            n: dict(zip(("", *b.moves.keys, *TAKEN_DIRECTIONS), v, strict=False))
             for (n, b), v in zip(self.parameters.items(), values, strict=True)
         }
+        directions = {key: each.pop(key) for each in named.values() for key in TAKEN_DIRECTIONS if key in each}
         self.taken = index, named
         rows = {}
         for name, parameter in self.rows.parameters.items():
             current = named[name][""] if name in named else local_part(parameter.detach()).index_select(0, index)
             rows[name] = current.to(parameter.dtype)
-        return rows
+        return rows | directions
 
     def of_update(self, selected: Tensor | None) -> dict[str, dict[str, Tensor]]:
         """Return by parameter what the forward of these rows took: rows, under "", and their state. Nothing, if that
@@ -226,14 +215,19 @@ class _Behind:
     def memory(self, count: int) -> list[Tensor]:
         """Return memory for so many rows, and for each piece of their state."""
         weight, kinds = local_part(self.parameter.detach()), 1 + len(self.moves.keys)
-        return [weight.new_empty(count, *weight.shape[1:], dtype=self.dtype) for _ in range(kinds)]
+        rows = [weight.new_empty(count, *weight.shape[1:], dtype=self.dtype) for _ in range(kinds)]
+        return rows if self.rows.kernels is None else rows + directions_memory(self.rows, self.parameter, count)
 
     def moved(self, index: Tensor, coefficients: Tensor, outs: list[Tensor] | None) -> list[Tensor]:
         """Return the local rows `index [S]` and their state after the steps of their entries in the table `[S, n]`."""
         tensors = self._tensors()
         size = len(index), math.prod(self.parameter.shape[1:])
+        if self.rows.kernels is not None:
+            taken = moved_by_kernel(self.rows, self.moves, tensors, index, coefficients, outs)
+            if taken is not None:
+                return taken
         values = [t.index_select(0, index).view(size).to(coefficients.dtype) for t in tensors]
-        memory = [None] * len(values) if outs is None else [out.view(size) for out in outs]
+        memory = [None] * len(values) if outs is None else [out.view(size) for out in outs[: len(values)]]
         return [each.view(-1, *self.parameter.shape[1:]) for each in self.moves.move(values, coefficients, memory)]
 
     def put(self, index: Tensor, values: list[Tensor]) -> None:

@@ -29,7 +29,8 @@ from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES
 from partial_fc.optim import skipped_rows as moved_later
 from partial_fc.optim.adam_moves import AdamMoves
-from partial_fc.optim.moves import Moves, Probe
+from partial_fc.optim.forms import Moves
+from partial_fc.optim.moves import Probe
 from partial_fc.optim.optimizer_class import LowPrecision, check_rows_apart, checked_form, construct, initial_state
 from partial_fc.optim.row_state import SkippedRowsChoice
 from partial_fc.sampling import window_size

@@ -25,6 +25,7 @@ from partial_fc.optim.row_state import HALF, SkippedRowsChoice
 from partial_fc.planning.advice import SAVERS, Change, Fit, advise
 from partial_fc.planning.costs import OPTIMIZERS, Collective, Search, collectives, operations, search, sizes, traffic
 from partial_fc.planning.memory import PHASES, Item, items
+from partial_fc.planning.predicted import Prediction, lines, predict
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Plan:
     fit: Fit | None = None
     search: Search | None = None  # for hard negatives
     skipped_rows: SkippedRowsChoice | None = None  # what rows do that a step does not select; None without sampling
+    with_kernels: tuple[Prediction, ...] = ()  # on some cards; none where kernels of logits serve no card
 
     @property
     def phases(self) -> dict[str, int]:
@@ -67,7 +69,17 @@ class Plan:
         return plain
 
     def __str__(self) -> str:
-        return "\n".join([*_head_lines(self), "", *_memory_lines(self), "", *_step_lines(self), *_fit_lines(self)])
+        return "\n".join(
+            [
+                *_head_lines(self),
+                "",
+                *_memory_lines(self),
+                "",
+                *_step_lines(self),
+                *lines(self.with_kernels),
+                *_fit_lines(self),
+            ]
+        )
 
 
 def plan(
@@ -116,7 +128,7 @@ def _plan(arguments: dict[str, Any]) -> Plan:
     z = sizes(**arguments)
     mode = "kept" if z.kept else "tiled"
     fixed = arguments, z.C_local, z.S, z.T, mode, z.logits, items(z), operations(z), traffic(z), collectives(z)
-    return Plan(*fixed, search=search(z), skipped_rows=z.skipped)
+    return Plan(*fixed, search=search(z), skipped_rows=z.skipped, with_kernels=predict(z))
 
 
 # ---------------------------------------------------------------------------------------------------- arguments

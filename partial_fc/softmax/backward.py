@@ -102,12 +102,16 @@ class BackwardTiles:
             if want_rows:
                 self.add_rows(e, factor, weighted, w, a, b)
         if want_x:
-            self.add_targets(dx)
-            if rows.inverse is not None:
-                tangent(dx, x, self.saved.x_inverse, out=dx)
-            if rows.inverse is not None and self.d.d_norm is not None:
-                dx.addcmul_(x, self.d.d_norm[:, None])
+            self.finish_embeddings(dx)
         return dx, self.finish_rows() if want_rows else []
+
+    def finish_embeddings(self, dx: Tensor) -> None:
+        """Add the targets' share, and go through the normalisation."""
+        self.add_targets(dx)
+        if self.state.rows.inverse is not None:
+            tangent(dx, self.saved.x, self.saved.x_inverse, out=dx)
+            if self.d.d_norm is not None:
+                dx.addcmul_(self.saved.x, self.d.d_norm[:, None])
 
     def exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return (e `[N, T]`, factor `[N, 1]`) of tile t: ∂L/∂logit = e · factor where the logit is no target."""

@@ -17,6 +17,7 @@ backward: three matrix products a step. *Tiled* mode computes a tile again: four
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import start_reduce_scatter
 from partial_fc.softmax.backward import BackwardTiles, derivatives, is_usual
 from partial_fc.softmax.decisions import offset_gradient
-from partial_fc.softmax.forward import Forwarded, ForwardState, SavedTensors, forward
+from partial_fc.softmax.forward import Forwarded, ForwardState, SavedTensors, TileSums, forward
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
+from partial_fc.softmax.kernel_tiles import KernelSums, KernelTiles
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.other_tiles import OtherTiles
 from partial_fc.softmax.tiles import compute_dtypes
@@ -63,7 +65,8 @@ def sharded_cross_entropy(
     with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False), hooks:
         # detached: the state outlives backward and must not hold the parameters themselves
         of_bias = None if bias is None else bias.detach()
-        forwarded = forward(selection, options, sink, weight.detach(), of_bias, dtypes, needs_grad)
+        sums_of = partial(KernelSums, streams=needs_grad) if selection.by_kernels else TileSums
+        forwarded = forward(selection, options, sink, weight.detach(), of_bias, dtypes, needs_grad, sums_of)
     loss, losses, measured, *_ = forwarded
     return ShardedCrossEntropy.apply(*inputs, forwarded) if needs_grad else loss, losses, measured
 
@@ -100,10 +103,11 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
     anchored = anchored and executes()(ctx.next_functions[-1][0])  # not for autograd.grad(loss, embeddings)
     want_rows = want_w or want_b or anchored
     d, usual = derivatives(grad, saved, state), is_usual(bias, saved, state)
-    tiles = BackwardTiles(d, weight, saved, state) if usual else OtherTiles(d, weight, bias, saved, state)
+    others = KernelTiles if selection.by_kernels else OtherTiles
+    tiles = BackwardTiles(d, weight, saved, state) if usual else others(d, weight, bias, saved, state)
     state.rows.weight = weight.detach().reshape(-1, weight.shape[-1])
-    # with kept logits the sum of embedding gradients over ranks travels while the class gradients are computed
-    overlap = want_x and want_rows and selection.scatter and saved.kept.numel() > 0
+    # unless logits are tiled, the embedding gradients' sum over ranks travels while class gradients are computed
+    overlap = want_x and want_rows and selection.scatter and saved.kept.numel() + saved.streamed.numel() > 0
     overlap = overlap and selection.ranks.group is not None and sink.begin_update is None
     # two communicators at work at once must be so in the same order on all ranks
     overlap = overlap and selection.ranks.replica_group is None

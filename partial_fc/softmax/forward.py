@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from partial_fc.softmax.at_once import RowsAtOnce
 from partial_fc.softmax.biases import biases_of
 from partial_fc.softmax.further_sums import FurtherSums
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
+from partial_fc.softmax.kernel_rows import KernelRows
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.other_losses import other_losses
 from partial_fc.softmax.row_tiles import RowTiles, TargetRows, inverse_of
@@ -38,6 +40,7 @@ class SavedTensors(NamedTuple):
     maxima: Tensor  # [tiles, N, 1] or empty
     row_sum: Tensor  # [D + 1] or empty: sum of directions and biases, for label smoothing
     smoothed: Tensor  # [2, 1] or [2, N] or empty: how many classes label smoothing spreads over, their mean weight
+    streamed: Tensor  # [N, D] or empty: Σ exp(logit) w of this rank's rows, targets left out
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,12 @@ def forward(
     bias: Tensor | None,
     dtypes: tuple[torch.dtype, torch.dtype],
     needs_grad: bool,
+    sums_of: Callable[..., TileSums],
 ) -> Forwarded:
     """Return (the reduced loss, the losses `[N]` that it is the sum of, figures for metrics, two parts for backward).
 
     weight: `[C_local, D]` or `[C_local, K, D]`. bias: `[C_local]`. dtypes: of the statistics, of the matrix products.
+    sums_of: `TileSums`, or what makes its twin, which finds the places of targets by itself.
     """
     margin, X, (stats, product) = options.margin, selection.batch.embeddings, dtypes
     centers = margin.centers
@@ -81,11 +86,14 @@ def forward(
     index = None if selection.picked else selection.rows
     index = index if centers == 1 else rows_of_classes(index, centers)
     kind = X.device.type
-    row_tiles = RowTiles if kind == "cpu" else RowsAtOnce
+    kernels = selection.kernels is not None and selection.kernels.rows
+    row_tiles = KernelRows if kernels else RowTiles if kind == "cpu" else RowsAtOnce
     prefix = "" if selection.rows is None else "selected "
     rows = row_tiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad, prefix)
     if isinstance(rows, RowsAtOnce):
         rows.measure(product, whole_gradient=needs_grad and sink.begin_update is None)
+    if isinstance(rows, KernelRows) and selection.directions is not None:
+        rows.know(*selection.directions)
     most = tile_rows(selection.batch.most_samples, x.shape[1], kind)
     tile = tile_size(rows.count, most, centers, kind)
     with record_function("partial_fc::targets"):
@@ -101,10 +109,11 @@ def forward(
             Smoothing.of(options, selection, selection.hi - selection.lo, stats) if options.label_smoothing else None
         )
         in_place = keep and (product == stats or (bounded and not options.ruled))
-        places = x.new_empty(0) if options.ruled else targets.places(rows.count, tile, apart=in_place)
+        no_places = options.ruled or sums_of is not TileSums
+        places = x.new_empty(0) if no_places else targets.places(rows.count, tile, apart=in_place)
         state = ForwardState(selection, options, sink, rows, targets, rule, tile, places, product, bounded, smoothing)
-        sums = TileSums(x, state, keep, in_place)
-        for t, (a, b) in enumerate(rows.tiles(tile)):
+        sums = sums_of(x, state, keep, in_place)
+        for t, (a, b) in enumerate(rows.tiles(sums.state.tile)):
             sums.add(t, a, b)
         rows.measured = True
     with record_function("partial_fc::combine"):
@@ -124,8 +133,8 @@ def forward(
     losses = torch.where(selection.sample_weights != 0, losses * selection.sample_weights, selection.sample_weights)
     slopes = slope_cosine, slope_norm, slope_penalty
     maxima, row_sum = (none, none) if sums.further is None else sums.further.for_backward()
-    saved = SavedTensors(x, x_inverse, lse, target_logits, *slopes, sums.kept, maxima, row_sum, smoothed)
-    return _reduce(losses, selection, options.reduction), losses, measured, saved, state
+    saved = SavedTensors(x, x_inverse, lse, target_logits, *slopes, sums.kept, maxima, row_sum, smoothed, sums.streamed)
+    return _reduce(losses, selection, options.reduction), losses, measured, saved, sums.state
 
 
 def is_bounded(options: LossOptions, stats: torch.dtype, product: torch.dtype) -> bool:
@@ -196,7 +205,7 @@ class TileSums:
         self.stats = x.dtype
         self.samples = len(x)
         self.total = x.new_zeros(len(x), 1) if options.binary or not rows.count else x.new_empty(len(x), 1)
-        self.keep, self.kept = keep, x.new_empty(0)
+        self.keep, self.kept, self.streamed = keep, x.new_empty(0), x.new_empty(0)
         tiles, size = -(-rows.count // state.tile), len(x) * state.tile
         if keep:
             self.memory = rows.workspace.take(f"{rows.prefix}logits", (size * tiles + 1,), product, x.device)

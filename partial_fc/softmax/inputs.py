@@ -10,6 +10,7 @@ from torch import Tensor
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.row_sums import Pads
 from partial_fc.distributed.ranks import Ranks
+from partial_fc.kernels.choice import Kernels
 from partial_fc.margins.base import Margin
 from partial_fc.rows import UpdateRows
 from partial_fc.softmax.corrections import Correction
@@ -57,6 +58,8 @@ class Selection:
     first_sample: int  # place of this replica's first sample among those of all replicas
     draw_key: int  # for what a margin draws: differs from forward to forward, the same on every rank
     correction: Correction | None = None  # of a sampled forward
+    kernels: Kernels | None = None  # that serve it
+    directions: tuple[Tensor, Tensor] | None = None  # of picked rows [S, D], and their 1/length [S, 1], if known
 
     @property
     def counts_once(self) -> bool:
@@ -66,6 +69,11 @@ class Selection:
     @property
     def ranks(self) -> Ranks:
         return self.batch.ranks
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether kernels may serve its logits."""
+        return self.kernels is not None and self.kernels.of_logits
 
 
 @dataclass(frozen=True)

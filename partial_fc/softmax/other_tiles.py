@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.distributed.ranks import sum_over_replicas
+from partial_fc.kernels.update import Through
 from partial_fc.softmax import float16
 from partial_fc.softmax.backward import BackwardTiles, Derivatives
 from partial_fc.softmax.forward import ForwardState, SavedTensors
@@ -32,15 +33,16 @@ class OtherTiles(BackwardTiles):
         self.shares = None
         if state.smoothing is not None and d.d_every is not None:
             self.shares = state.smoothing.shares(d.d_every, saved.x, saved.row_sum, state.options.scale)
-        if not saved.kept.numel():
-            x, ruled = saved.x, state.options.ruled
-            work = state.product if state.bounded and not ruled else self.stats
-            self.scratch = x.new_empty(len(x) * state.tile + 1, dtype=work)
-            self.scaled = (x if ruled else x * state.options.scale).to(state.product)
+        self.scratch: Tensor | None = None
 
     def exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
         if self.saved.kept.numel():
             return super().exponentials(t, a, b, w)
+        if self.scratch is None:
+            x, state, ruled = self.saved.x, self.state, self.state.options.ruled
+            work = state.product if state.bounded and not ruled else self.stats
+            self.scratch = x.new_empty(len(x) * state.tile + 1, dtype=work)
+            self.scaled = (x if ruled else x * state.options.scale).to(state.product)
         return recomputed(self.state, self.saved, self.d, self.scaled, self.scratch, t, a, b, w)
 
     def add_targets(self, dx: Tensor) -> None:
@@ -56,12 +58,23 @@ class OtherTiles(BackwardTiles):
         self.db = None if self.bias is None else self.saved.x.new_empty(length)
 
     def add_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
-        at = slice(a, b) if self.update is None else slice(0, b - a)
-        dw, db = self.dw[at], None if self.db is None else self.db[at]
-        self.state.rows.through_lengths(self.product(e, weighted, a, b, dw), w, a, b, dw)
+        dw, db = self.places_of(a, b)
+        grad = self.product(e, weighted, a, b, dw)
+        if db is None and self.moved_at_once(grad, a, b):
+            return
+        self.state.rows.through_lengths(grad, w, a, b, dw)
         if db is not None:
             smoothed = 0.0 if self.shares is None else self.shares.of_biases(a, b)
             db.copy_(torch.mv(e.t().to(self.stats), factor[:, 0]) + smoothed)
+        self.update_rows(dw, db, a, b)
+
+    def places_of(self, a: int, b: int) -> tuple[Tensor, Tensor | None]:
+        """Return the memory of the gradients of rows a to b, and of their biases."""
+        at = slice(a, b) if self.update is None else slice(0, b - a)
+        return self.dw[at], None if self.db is None else self.db[at]
+
+    def update_rows(self, dw: Tensor, db: Tensor | None, a: int, b: int) -> None:
+        """Move rows a to b, if they are moved in backward."""
         if self.update is not None:
             centers = self.state.options.margin.centers
             self.update(a // centers, b // centers, self._with_targets(dw, db, a))
@@ -84,15 +97,36 @@ class OtherTiles(BackwardTiles):
             self.update(0, 0, self._with_targets(self.dw, self.db, 0))
         return []
 
+    def _targets_in(self, a: int, length: int) -> tuple[Tensor, Tensor]:
+        """Return the places `[P]` of the targets among rows a, a + 1, ..., and ∂L/∂(target cosine), 0 where they are
+        not among them."""
+        targets, d_cosine = self.state.targets, self.d.d_cosine
+        if length == self.state.rows.count:
+            return targets.row, d_cosine
+        position = targets.row - a
+        here = targets.own & (position >= 0) & (position < length)
+        return position.remainder(length), d_cosine * here
+
+    def moved_at_once(self, grad: Tensor, a: int, b: int) -> bool:
+        """Return whether one kernel took the gradient by the directions of rows a to b through their lengths, with the
+        targets' share, and moved the rows."""
+        state, inverse = self.state, self.state.rows.inverse
+        kernels, centers = state.selection.kernels, state.options.margin.centers
+        alone = state.selection.ranks.replica_group is None and centers == 1
+        if self.update is None or inverse is None or kernels is None or not kernels.rows or not alone:
+            return False
+
+        def through() -> Through:
+            position, d_cosine = self._targets_in(a, len(grad))
+            return Through.of(inverse[a:b], position, state.targets.of_samples(self.saved.x) * d_cosine[:, None])
+
+        return self.update(a, b, [grad], through)
+
     def _with_targets(self, dw: Tensor, db: Tensor | None, a: int) -> list[Tensor]:
         """Return the gradients of rows a, a + 1, ... with the targets' share in them, summed over replicas."""
-        targets, ranks = self.state.targets, self.state.selection.ranks
+        ranks = self.state.selection.ranks
         if len(dw):
-            position, d_cosine = targets.row, self.d.d_cosine
-            if len(dw) < self.state.rows.count:
-                position = position - a
-                here = targets.own & (position >= 0) & (position < len(dw))
-                position, d_cosine = position.remainder(len(dw)), d_cosine * here
+            position, d_cosine = self._targets_in(a, len(dw))
             self.add_targets_to_rows(dw, position, d_cosine)
             if db is not None:
                 self.state.rows.add_at(db, position, d_cosine)

@@ -92,7 +92,16 @@ HEAD: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         "RowOptimizer is SGD on {others} and Adam on {last}",
     ),
 }
-DO_NOT_MATTER = {"logits_budget", "logits_mode", "selected_rows", "class_rows", "training", "collect_metrics", "margin"}
+DO_NOT_MATTER = {
+    "logits_budget",
+    "logits_mode",
+    "kernels_in_use",
+    "selected_rows",
+    "class_rows",
+    "training",
+    "collect_metrics",
+    "margin",
+}
 
 
 def changed_on_one_rank(rank: int, world: int, gathered: bool) -> dict[str, tuple[str, bool]]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from common import args
 
+from partial_fc.kernels.choice import triton_problem
 from partial_fc.training.cli.main import train_parser
 from partial_fc.training.config import MarginSettings, save_config, to_config
 
@@ -70,6 +71,26 @@ def test_the_run_for_a_gpu_on_a_cpu(tmp_path: Path) -> None:
     assert (tmp_path / "table.md").read_text() in run.stdout and "proof: PASS, waits: not run, two: PASS" in run.stdout
     bars = ElementTree.parse(tmp_path / "plot.svg").getroot().findall("{http://www.w3.org/2000/svg}rect")
     assert len(bars) == 1 + len(of["speed"])
+
+
+def test_the_kernels_for_a_gpu_on_a_cpu(tmp_path: Path) -> None:
+    """Heads in the interpreter are right, at small sizes; without triton everything is skipped."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+    command += [*args("--device cpu --minutes 10 --parts kernels --out"), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    if triton_problem():
+        assert [row["verdict"] for row in rows] == ["skipped"]
+        return
+    right = [row for row in rows if row["case"].startswith("right: ")]
+    assert len(right) == 9
+    assert all(row["verdict"] == "PASS" for row in right)
+    kinds = {row["case"].split(":")[0] for row in rows}
+    assert kinds == {"right", "the rate of a product", "step", "alone", "others"}
+    assert all(row["verdict"] in ("", "PASS", "skipped") for row in rows), rows
+    assert "## kernels" in (tmp_path / "table.md").read_text()
 
 
 def test_a_run_for_a_gpu_that_fails_or_has_no_time_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

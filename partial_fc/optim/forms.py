@@ -1,0 +1,56 @@
+"""What the steps that rows have missed are described by: the form of a step without a gradient, and a step taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from partial_fc.optim.moves import Probe
+
+
+class Moves(Protocol):
+    """What the steps since a start do, for every start that a row may have.
+
+    keys: row state that takes part. Entry i is for rows that stopped i steps after the first start. MOST: so many
+    steps are kept; the table is worked on at every step.
+    """
+
+    MOST: int
+    keys: tuple[str, ...]
+
+    def __init__(self, keys: tuple[str, ...]) -> None: ...
+
+    def find(self, probe: Probe, options: Mapping[str, Any]) -> Tensor:
+        """Return what one more step does: numbers for `extend`."""
+
+    def extend(self, step: Tensor | None) -> None:
+        """Add a step to the table; None for one that leaves the parameter alone."""
+
+    def moves(self, step: Tensor) -> bool:
+        """Return whether a step does anything."""
+
+    def coefficients(self) -> Tensor:
+        """Return the table for `move`, `[1 + steps, n]` in float64; the last entry changes nothing."""
+
+    def move(self, values: list[Tensor], coefficients: Tensor, outs: list[Tensor] | list[None]) -> list[Tensor]:
+        """Return weights and state `[S, D]` after the steps, in the memory `outs` if there is any. coefficients:
+        `[S, n]`, the row of each."""
+
+
+FormOf = Callable[[type[torch.optim.Optimizer], Mapping[str, Any]], type[Moves]]  # ValueError if there is none
+
+
+class Update(Protocol):
+    """What a step did to a parameter. before: the state before it, with this scalar state."""
+
+    @property
+    def parameter(self) -> Tensor: ...
+
+    @property
+    def state(self) -> dict[str, Any]: ...
+
+    @property
+    def before(self) -> dict[str, Any]: ...
