@@ -103,9 +103,9 @@ class BackwardTiles:
                 self.add_rows(e, factor, weighted, w, a, b)
         if want_x:
             self.add_targets(dx)
-            if rows.inverse is not None:
+            if rows.inverse is not None and state.options.margin.normalize_embeddings:
                 tangent(dx, x, self.saved.x_inverse, out=dx)
-            if rows.inverse is not None and self.d.d_norm is not None:
+            if self.d.d_norm is not None:
                 dx.addcmul_(x, self.d.d_norm[:, None])
         return dx, self.finish_rows() if want_rows else []
 
