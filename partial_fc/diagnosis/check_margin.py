@@ -76,7 +76,7 @@ def check_margin(
     if not isinstance(margin, Margin):
         raise TypeError(f"margin must be an instance of a Margin such as ArcFace(), not {margin!r}")
     x, labels, weight = _inputs(margin)
-    penalty = {"inter_topk": inter_topk, "inter_topk_penalty": inter_topk_penalty}
+    penalty: dict[str, Any] = {"inter_topk": inter_topk, "inter_topk_penalty": inter_topk_penalty}
     PartialFC(WIDTH, NUM_CLASSES, copy.deepcopy(margin), device="meta", **penalty)  # refuses what no head can have
     dense = _dense_steps(copy.deepcopy(margin), x, labels, weight, penalty)
     differences = []

@@ -118,7 +118,7 @@ class HeadConfig:
         if not self.inter_topk and self.inter_topk_penalty != HeadConfig.inter_topk_penalty:
             raise UserError(
                 f"--head.inter_topk_penalty is {self.inter_topk_penalty}, which has no effect while --head.inter_topk "
-                "is 0; leave it out"
+                f"is 0; leave it out, or give {HeadConfig.inter_topk_penalty} if a file sets it"
             )
         margin = self.margin.build_margin(torch.ones(2))
         self.margin_schedule.check()
