@@ -392,12 +392,11 @@ def check_head_arguments(
         raise ValueError(f"{name} has parameters; a margin may have buffers, but nothing would train parameters")
     if margin.binary and label_smoothing:
         raise ValueError(f"label_smoothing must be 0 with {name}, whose classes are not one distribution")
-    cosines = margin.normalize and margin.normalize_embeddings
-    if interclass_filter is not None and not (cosines and -1 < interclass_filter <= 1):
+    if interclass_filter is not None and not (margin.takes_cosines and -1 < interclass_filter <= 1):
         raise ValueError(
             f"interclass_filter is a cosine in (-1, 1], for margins that normalise, not {interclass_filter}"
         )
-    if inter_topk and not cosines:
+    if inter_topk and not margin.takes_cosines:
         raise ValueError(
             f"inter_topk moves angles to other classes and is for margins that normalise; it must be 0 with {name}, "
             f"not {inter_topk}"

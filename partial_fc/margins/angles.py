@@ -10,6 +10,7 @@ from torch import Tensor
 
 from partial_fc.margins.base import flag, require
 
+Gradient = Literal["exact", "straight_through"]
 PastPi = Literal["monotonic", "plain", "sine", "joined"]
 PAST_PI = ("monotonic", "plain", "sine", "joined")
 
@@ -22,14 +23,18 @@ def by_arccosine(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor
     return torch.where(turns % 2 == 0, 1.0, -1.0) * torch.cos(argument) - 2 * turns + beyond
 
 
-def check_form(factor: float, past_pi: PastPi, easy_margin: bool) -> tuple[PastPi, bool]:
-    """Return the arguments of `other_form`. ValueError for those that it does not take, or not with this factor."""
+def checked_form(
+    factor: float, gradient: Gradient, past_pi: PastPi, easy_margin: bool
+) -> tuple[Gradient, PastPi, bool]:
+    """Return the last three. ValueError for those that a `CombinedMargin` does not take, or not with this factor."""
+    known = gradient in ("exact", "straight_through")
+    require('gradient must be "exact" or "straight_through"', repr(gradient), known)
     require(f"past_pi must be one of {', '.join(map(repr, PAST_PI))}", repr(past_pi), past_pi in PAST_PI)
     easy = flag("easy_margin", easy_margin)
     one_angle = 'past_pi must be "monotonic" or "plain" where m1, the factor of the angle, is not 1'
     require(one_angle, repr(past_pi), factor == 1 or past_pi in ("monotonic", "plain"))
     require("easy_margin must be False where m1, the factor of the angle, is not 1", easy, factor == 1 or not easy)
-    return past_pi, easy
+    return gradient, past_pi, easy
 
 
 def other_form(cosine: Tensor, factor: float, added: float, taken: float, past_pi: PastPi, easy: bool) -> Tensor:

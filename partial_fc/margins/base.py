@@ -93,6 +93,11 @@ class Margin(nn.Module):
         """
         return cosine
 
+    @property
+    def takes_cosines(self) -> bool:
+        """Whether embeddings and class weights are both normalised."""
+        return self.normalize and self.normalize_embeddings
+
     def inference(self, cosine: Tensor) -> Tensor:
         """Logits before scaling `[n, k]` of cosines where no class is the target, for `PartialFC.predict`; elementwise,
         and never falling with the cosine."""

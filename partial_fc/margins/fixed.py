@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from partial_fc.margins.angles import PastPi, by_arccosine, check_form, other_form
-from partial_fc.margins.base import Margin, angle, at_least, require
+from partial_fc.margins.angles import Gradient, PastPi, by_arccosine, checked_form, other_form
+from partial_fc.margins.base import Margin, angle, at_least
 from partial_fc.margins.positives import Positives
-
-Gradient = Literal["exact", "straight_through"]
 
 
 def angular(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
@@ -71,10 +69,7 @@ class CombinedMargin(Margin):
         super().__init__(scale)
         self.m1, self.m2 = at_least(1, "m1 multiplies the target angle and", m1), angle("m2", m2)
         self.m3 = at_least(0, "m3 is taken from the target cosine and", m3)
-        known = gradient in ("exact", "straight_through")
-        require('gradient must be "exact" or "straight_through"', repr(gradient), known)
-        self.gradient = gradient
-        self.past_pi, self.easy_margin = check_form(self.m1, past_pi, easy_margin)
+        self.gradient, self.past_pi, self.easy_margin = checked_form(self.m1, gradient, past_pi, easy_margin)
 
     def target(self, cosine: Tensor, positives: Positives | None = None) -> Tensor:
         if self.gradient == "straight_through":

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from partial_fc.distributed.given import as_whole
-from partial_fc.margins.angles import PastPi
+from partial_fc.margins.angles import Gradient, PastPi
 from partial_fc.margins.base import Margin, at_least, flag, require
-from partial_fc.margins.fixed import ArcFace, CombinedMargin, Gradient
+from partial_fc.margins.fixed import ArcFace, CombinedMargin
 from partial_fc.margins.positives import Positives
 
 
@@ -61,8 +61,8 @@ class CosFace(CombinedMargin):
 class NormFace(CombinedMargin):
     """cos θ: normalised features and weights without a margin (arXiv 1704.06369).
 
-    Without normalised embeddings logits are s ‖x‖ cos θ: the NormalizedSoftmaxLoss of pytorch-metric-learning, whose
-    temperature is 1/s (arXiv 1811.12649).
+    Without normalised embeddings logits are s ‖x‖ cos θ, as of pytorch-metric-learning's NormalizedSoftmaxLoss with a
+    distance that does not normalise; its temperature is 1/s (arXiv 1811.12649).
 
     Args:
         scale: s > 0, the factor of all logits.

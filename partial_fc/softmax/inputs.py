@@ -37,8 +37,9 @@ class LossOptions:
     @property
     def ruled(self) -> bool:
         """Whether logits of other classes are more than scaled cosines."""
-        more = self.interclass_filter is not None or self.inter_topk > 0
-        return self.margin.has_rule or self.margin.centers > 1 or more
+        return (
+            self.margin.has_rule or self.margin.centers > 1 or self.interclass_filter is not None or self.inter_topk > 0
+        )
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,6 @@ def length_derivatives(d_loss: Tensor, d_z: Tensor, saved: SavedTensors, state: 
     if saved.slope_penalty.numel() and state.selection.ranks.rank == 0:  # every sample's own; summed over ranks later
         of_penalty = d_loss * saved.slope_penalty
         d_norm = of_penalty if d_norm is None else d_norm + of_penalty
-    if d_norm is None or (state.options.margin.normalize and state.options.margin.normalize_embeddings):
+    if d_norm is None or state.options.margin.takes_cosines:
         return d_norm
     return d_norm * saved.x_inverse[:, 0]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from common import outcome_of
 from dense_losses import Loss, in_form
 from near import assert_near
 from shards import samples_of
@@ -288,17 +287,6 @@ def test_states_of_earlier_versions_load():
         PartialFC(4, 3, SphereFace(annealing=5.0)).check_state(
             {"_extra_state": {"step": 3, "margin": "SphereFace(scale=64.0, m1=1.35, m2=0.0, m3=0.0, gradient='exact')"}}
         )
-
-
-def another_number(rank: int, world: int) -> str:
-    head = PartialFC(4, 9, ArcFace(8.0), inter_topk=2)
-    head.inter_topk += rank
-    return outcome_of(lambda: head(torch.randn(2, 4), torch.arange(2)), fine="nothing")
-
-
-def test_ranks_with_other_numbers_hear_of_it(ranks):
-    for message in ranks(2).run(another_number):
-        assert "inter_topk is 2 on rank 0 and 3 on rank 1" in message
 
 
 def test_the_penalty_follows_an_attribute():

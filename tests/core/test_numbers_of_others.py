@@ -28,6 +28,7 @@ from partial_fc import (
     Margin,
     NormFace,
     PartialFC,
+    RankFiles,
     Softmax,
     SphereFace,
     SubCenterArcFace,
@@ -69,7 +70,7 @@ def as_paddle(rank: int, world: int, folder: str, dtype: torch.dtype) -> None:
                 dist.barrier()
                 margin = CombinedMargin(SCALE, m1, m2, m3, past_pi="plain")
                 head = PartialFC(FEATURES, sum(cards), margin, dtype=dtype)
-                import_weights(paths, head)
+                import_weights(RankFiles(paths), head)
                 here = part_of(BATCH, rank, world)
                 own = x[here].clone().requires_grad_()
                 loss = head(own, labels[here])
@@ -156,7 +157,8 @@ def test_label_smoothing_as_megatron(ranks):
 
 
 def as_loss_parallel(rank: int, world: int) -> None:
-    """8 samples, 16 classes, random class weights, every reduction; besides, samples that are ignored."""
+    """8 samples, 16 classes, random class weights, every reduction; besides, an ignored sample, which loss_parallel
+    does not take together with class weights."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import loss_parallel
@@ -164,10 +166,10 @@ def as_loss_parallel(rank: int, world: int) -> None:
     generator = torch.Generator().manual_seed(7)
     mesh = init_device_mesh("cpu", (world,))
     x, w = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (8, 16))
-    weights, labels = torch.rand(16, generator=generator).double(), torch.randint(16, (8,), generator=generator)
+    of_classes, labels = torch.rand(16, generator=generator).double(), torch.randint(16, (8,), generator=generator)
     for reduction, ignored in (("mean", False), ("sum", False), ("none", False), ("mean", True), ("sum", True)):
-        if ignored:
-            labels[5] = -100
+        weights = None if ignored else of_classes
+        labels[5] = -100 if ignored else 11
         rows = distribute_tensor(w, mesh, [Shard(0)]).requires_grad_()
         embeddings = distribute_tensor(x, mesh, [Replicate()]).requires_grad_()
         with loss_parallel():
@@ -207,16 +209,23 @@ LOSSES: dict[str, tuple[Callable[[], Margin], str, dict[str, Any]]] = {
         "SubCenterArcFaceLoss",
         {"margin": math.degrees(1.2), "scale": 16, "sub_centers": 3},
     ),
-    "NormalizedSoftmaxLoss": (lambda: NormFace(1 / 0.05, False), "NormalizedSoftmaxLoss", {"temperature": 0.05}),
+    "NormalizedSoftmaxLoss": (lambda: NormFace(1 / 0.05), "NormalizedSoftmaxLoss", {"temperature": 0.05}),
+    "NormalizedSoftmaxLoss, lengths": (
+        lambda: NormFace(1 / 0.05, False),
+        "NormalizedSoftmaxLoss",
+        {"temperature": 0.05},
+    ),
 }
 
 
 def with_metric_learning(rank: int, world: int) -> None:
     """Theirs: weight [D, C·K], margins of ArcFace in degrees; of lengths as they come, some samples beyond π − m."""
-    from pytorch_metric_learning import losses
+    from pytorch_metric_learning import distances, losses
 
     for name, (build, cls, options) in LOSSES.items():
         margin = build()
+        if name.endswith("lengths"):
+            options = {**options, "distance": distances.DotProductSimilarity(normalize_embeddings=False)}
         theirs = getattr(losses, cls)(num_classes=7, embedding_size=5, **options)
         head = PartialFC(5, 7, margin, dtype=torch.float64)
         generator = torch.Generator().manual_seed(1)
