@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from common import any_message_of, outcome_of
-from shards import local
+from shards import local, two_by_two
 from torch import Tensor
 
 from partial_fc import (
@@ -207,6 +207,28 @@ def found_outliers(rank: int, world: int, samples: list[int]) -> None:
 )
 def test_outliers_are_those_of_a_loop_over_classes(ranks, world, samples):
     ranks(world).run(found_outliers, samples)
+
+
+def on_mesh(rank: int, world: int, mesh: bool) -> list[Any]:
+    """Shards over 4 ranks, or 2 replicas of 2 shards: each rank gets what is true of its own samples."""
+    group = two_by_two() if mesh else None
+    found: list[Any] = []
+    x = random(10 + rank, 3 + rank, D)
+    for margin in (Softmax(), SubCenterArcFace(20.0, centers=K)):
+        head = PartialFC(D, 11, margin, group=group, dtype=torch.float64, init_std=1.0)
+        ids, logits = head.predict(x, 4)
+        found += [ids.tolist(), logits.tolist()]
+    labels = torch.arange(len(x)) % 3
+    nearer, angles, *places, _ = outliers(head, x, labels)
+    return [*found, nearer.tolist(), angles.tolist(), *(each.tolist() for each in places)]
+
+
+@pytest.mark.slow
+def test_answers_are_the_same_on_replicas_of_shards(ranks):
+    plain, replicated = (ranks(4).run(on_mesh, mesh) for mesh in (False, True))
+    for one, other in zip(plain, replicated, strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=0, atol=1e-6)
 
 
 def test_outliers_without_a_group(monkeypatch):
