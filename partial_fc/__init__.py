@@ -13,6 +13,8 @@ from partial_fc.checkpoint.progress import Progress
 from partial_fc.checkpoint.random_state import RandomState
 from partial_fc.checkpoint.save_load import load_checkpoint, save_checkpoint
 from partial_fc.classes.mapping import class_mapping
+from partial_fc.classes.outliers import Outliers, outliers
+from partial_fc.classes.predictions import Predictions
 from partial_fc.classes.queries import Neighbours
 from partial_fc.diagnosis.check_margin import check_margin
 from partial_fc.diagnosis.doctor import Report, doctor
@@ -23,9 +25,10 @@ from partial_fc.loop.divergence import DivergenceError, DivergenceWatch
 from partial_fc.loop.joining import JoinedBatches
 from partial_fc.loop.margin_schedule import MarginSchedule
 from partial_fc.loop.preemption import PreemptionGuard
-from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
+from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace
 from partial_fc.margins.base import Margin
 from partial_fc.margins.fixed import ArcFace, CombinedMargin
+from partial_fc.margins.sphereface2 import SphereFace2
 from partial_fc.margins.variants import CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
 from partial_fc.nonfinite.check_gradients import check_gradients
 from partial_fc.optim.clipping import clip_grad_norm_
@@ -58,8 +61,10 @@ __all__ = [
     "Neighbours",
     "NonFiniteError",
     "NormFace",
+    "Outliers",
     "PartialFC",
     "Plan",
+    "Predictions",
     "PreemptionGuard",
     "Progress",
     "RandomState",
@@ -81,6 +86,7 @@ __all__ = [
     "import_weights",
     "load_checkpoint",
     "naming_the_missing",
+    "outliers",
     "plan",
     "save_checkpoint",
 ]

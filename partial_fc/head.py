@@ -53,6 +53,8 @@ class PartialFC(HeadState):
         label_smoothing: ε in [0, 1), as in `F.cross_entropy`, over the selected classes: all at r = 1.
         interclass_filter: cosine in (-1, 1] beyond which another class is taken for the sample's own under a second
             label and left out of the denominator (arXiv 2203.15565, section 3.4); None for no filter.
+        inter_topk: k, how many of the other classes that are nearest to a sample, of those selected, count as nearer by
+            `inter_topk_penalty`, an angle in radians in [0, π) (arXiv 2110.05042); 0 for none.
         hard_negatives: K, nearest classes of each class of the batch that take part as well, at r < 1: searched every
             `hard_negatives_every` training forwards, "exact" or by "faiss" (`hard_negatives_search`; docs/losses.md).
         sampling_correction: "importance" takes a class that only the window drew for C/w classes (w = r·C), so that
@@ -84,7 +86,8 @@ class PartialFC(HeadState):
         with record_function("partial_fc::select"):
             options = LossOptions(
                 self.margin, self.num_classes, self.label_smoothing, self.interclass_filter, self.reduction,
-                self.scale_embedding_grad, self.collect_metrics, self.class_weights,
+                self.scale_embedding_grad, self.collect_metrics, self.class_weights, self.inter_topk,
+                self.inter_topk_penalty,
             )  # fmt: skip
             chosen, current = self._select(batch, options, scatter=x is not batch.embeddings)
             optimizer, begin_update = self.class_rows.live_optimizer, None

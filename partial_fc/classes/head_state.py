@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from partial_fc.batch.building import together
 from partial_fc.classes.hard_negatives import UNKNOWN, HardNegatives, Search, check_hard_negatives
 from partial_fc.classes.interface import Change
+from partial_fc.classes.predictions import HeadPredictions
 from partial_fc.classes.tables import (
     changed_class_weights,
     changed_margin,
@@ -48,10 +50,12 @@ class HeadNumbers(NamedTuple):
     sample_rate: float
     label_smoothing: float
     interclass_filter: float | None
+    inter_topk: int
+    inter_topk_penalty: float
     logits_budget: int | None
 
 
-class HeadState(HardNegatives):
+class HeadState(HeadPredictions):
     """Base of `PartialFC`."""
 
     weight: nn.Parameter
@@ -61,6 +65,8 @@ class HeadState(HardNegatives):
     _sample_rate: float
     label_smoothing: float
     interclass_filter: float | None
+    inter_topk: int
+    inter_topk_penalty: float
     _sampling_correction: SamplingCorrection
     forward_count: int
     logits_budget: int
@@ -74,6 +80,7 @@ class HeadState(HardNegatives):
     FACTS: ClassVar[dict[str, str]] = {
         **HardNegatives.FACTS,
         **{name: name for name in ("label_smoothing", "interclass_filter", "forward_count")},
+        **{name: name for name in ("inter_topk", "inter_topk_penalty")},
         "sample_rate": "_sample_rate",
         **{name: f"_{name}" for name in ("hard_negatives", "hard_negatives_every", "hard_negatives_search")},
         "sampling_correction": "_sampling_correction",
@@ -98,6 +105,8 @@ class HeadState(HardNegatives):
         logits_budget: int | None = None,
         label_smoothing: float = 0.0,
         interclass_filter: float | None = None,
+        inter_topk: int = 0,
+        inter_topk_penalty: float = 0.06,
         hard_negatives: int = 0,
         hard_negatives_every: int = 1000,
         hard_negatives_search: Search = "exact",
@@ -113,7 +122,9 @@ class HeadState(HardNegatives):
     ) -> None:
         """For the arguments see `PartialFC`."""
         margin = ArcFace() if margin is None else margin
-        numbers = check_head_arguments(margin, sample_rate, label_smoothing, interclass_filter, logits_budget)
+        numbers = check_head_arguments(
+            margin, sample_rate, label_smoothing, interclass_filter, inter_topk, inter_topk_penalty, logits_budget
+        )
         hard = check_hard_negatives(hard_negatives, hard_negatives_every, numbers.sample_rate)
         shared = SharedArguments(
             embedding_size, num_classes, group, seed, init_std, ignore_index, reduction, scale_embedding_grad,
@@ -124,6 +135,7 @@ class HeadState(HardNegatives):
         self._sample_rate = numbers.sample_rate
         self.label_smoothing = numbers.label_smoothing
         self.interclass_filter = numbers.interclass_filter
+        self.inter_topk, self.inter_topk_penalty = numbers.inter_topk, numbers.inter_topk_penalty
         self.sampling_correction = sampling_correction
         self.collect_metrics = metrics
         self.logits_budget = DEFAULT_LOGITS_BUDGET if numbers.logits_budget is None else numbers.logits_budget
@@ -163,7 +175,10 @@ class HeadState(HardNegatives):
         """
         if margin is self.margin:
             return margin
-        check_head_arguments(margin, self.sample_rate, self.label_smoothing, self.interclass_filter, self.logits_budget)
+        check_head_arguments(
+            margin, self.sample_rate, self.label_smoothing, self.interclass_filter, self.inter_topk,
+            self.inter_topk_penalty, self.logits_budget,
+        )  # fmt: skip
         check_same_structure(self.margin, margin)
         margin.prepare(self.num_classes, self._drawn_of(self.num_classes))
         for name, parameter in self.margin.named_parameters():
@@ -400,11 +415,17 @@ def check_head_arguments(
     sample_rate: float,
     label_smoothing: float,
     interclass_filter: float | None,
+    inter_topk: int,
+    inter_topk_penalty: float,
     logits_budget: int | None,
 ) -> HeadNumbers:
     """Return all but the margin as plain numbers; TypeError or ValueError for what no head can have."""
     sample_rate, label_smoothing = real("sample_rate", sample_rate), real("label_smoothing", label_smoothing)
     interclass_filter = None if interclass_filter is None else real("interclass_filter", interclass_filter)
+    inter_topk = whole("inter_topk, a number of classes,", inter_topk, least=0)
+    inter_topk_penalty = real("inter_topk_penalty", inter_topk_penalty)
+    if not 0 <= inter_topk_penalty < math.pi:
+        raise ValueError(f"inter_topk_penalty is an angle in radians in [0, pi), not {inter_topk_penalty}")
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate is a share of the classes in (0, 1], not {sample_rate}")
     if not 0 <= label_smoothing < 1:
@@ -418,8 +439,13 @@ def check_head_arguments(
         raise ValueError(f"{name} has parameters; a margin may have buffers, but nothing would train parameters")
     if margin.binary and label_smoothing:
         raise ValueError(f"label_smoothing must be 0 with {name}, whose classes are not one distribution")
-    if interclass_filter is not None and not (margin.normalize and -1 < interclass_filter <= 1):
+    if interclass_filter is not None and not (margin.takes_cosines and -1 < interclass_filter <= 1):
         raise ValueError(
             f"interclass_filter is a cosine in (-1, 1], for margins that normalise, not {interclass_filter}"
         )
-    return HeadNumbers(sample_rate, label_smoothing, interclass_filter, logits_budget)
+    if inter_topk and not margin.takes_cosines:
+        raise ValueError(
+            f"inter_topk moves angles to other classes and is for margins that normalise; it must be 0 with {name}, "
+            f"not {inter_topk}"
+        )
+    return HeadNumbers(sample_rate, label_smoothing, interclass_filter, inter_topk, inter_topk_penalty, logits_budget)

@@ -51,11 +51,21 @@ class Neighbours(NamedTuple):
 
 
 def topk(
-    class_rows: ClassRows, embeddings: Tensor, k: int, *, tile_bytes: int = DEFAULT_TILE_BYTES, progress: bool = False
+    class_rows: ClassRows,
+    embeddings: Tensor,
+    k: int,
+    *,
+    tile_bytes: int = DEFAULT_TILE_BYTES,
+    progress: bool = False,
+    scale: float | None = None,
 ) -> Neighbours:
-    """Return the k classes nearest to each embedding; see `ChangeableLoss.topk` for the arguments."""
+    """Return the k classes nearest to each embedding; see `ChangeableLoss.topk` for the arguments.
+
+    With a scale, the k classes of the largest `scale · x·w + b`, of embeddings and rows as they are, and these numbers
+    in the place of cosines.
+    """
     k, tile_bytes = whole_if_any(k), whole_if_any(tile_bytes)
-    rows = UnitRows(class_rows, embeddings.dtype if isinstance(embeddings, Tensor) else None)
+    rows = UnitRows(class_rows, embeddings.dtype if isinstance(embeddings, Tensor) else None, plain=scale is not None)
     ranks = rows.ranks
     world = ranks.world
     all_counts = check_query(class_rows, k, class_rows.shards.num_classes, tile_bytes, embeddings)
@@ -75,16 +85,19 @@ def topk(
         for start in range(0, max(counts), per_rank):
             now = tuple(max(0, min(count - start, per_rank)) for count in counts)
             mine = embeddings.detach()[start : start + per_rank].to(rows.dtype)
-            mine = mine * unit_factors(mine)
+            mine = mine * (unit_factors(mine) if scale is None else scale)
             (queries,) = exchange_payload([mine], now, max(now), ranks.group)
             best = BestClasses(len(queries), kept, queries, elements)
             for first in range(0, len(rows.weight), step):
                 unit = rows.unit(rows.weight[first : first + step], unit_buffer, rows.lo + first)
-                best.update(slice(None), _cosines(queries[:, None], unit, buffer), rows.lo + first)
+                values = _cosines(queries[:, None], unit, buffer)
+                values = values if rows.bias is None else values.add_(rows.bias[first : first + step])
+                best.update(slice(None), values, rows.lo + first)
                 advance()
             results.append(_merge_ranks(best, now, k, ranks))
     rows.raise_nonfinite()
-    return Neighbours(torch.cat([r.ids for r in results]), torch.cat([r.cosines for r in results]).clamp_(-1, 1))
+    values = torch.cat([r.cosines for r in results])
+    return Neighbours(torch.cat([r.ids for r in results]), values.clamp_(-1, 1) if scale is None else values)
 
 
 def nearest_classes(
@@ -161,9 +174,12 @@ def _search_all_ranks(
 
 
 class UnitRows:
-    """This rank's class rows `[C_local, K, D]` (K = 1 without sub-centers): tiles of unit rows, and their broadcast."""
+    """This rank's class rows `[C_local, K, D]` (K = 1 without sub-centers): tiles of unit rows, and their broadcast.
 
-    def __init__(self, class_rows: ClassRows, embeddings_dtype: torch.dtype | None) -> None:
+    plain: rows as they are in the place of unit rows, and bias `[C_local]` where there is one.
+    """
+
+    def __init__(self, class_rows: ClassRows, embeddings_dtype: torch.dtype | None, *, plain: bool = False) -> None:
         class_rows.check_group()
         class_rows.catch_up()
         shards = class_rows.shards
@@ -175,6 +191,8 @@ class UnitRows:
         self.weight = local if local.ndim == 3 else local[:, None]
         self.centers, self.width = self.weight.shape[1:]
         self.dtype = torch.float64 if torch.float64 in (local.dtype, embeddings_dtype) else torch.float32
+        bias = class_rows.parameters.get("bias") if plain else None
+        self.plain, self.bias = plain, None if bias is None else local_part(bias.detach()).to(self.dtype)
         self._nonfinite = torch.full((), NO_CLASS, dtype=torch.int64, device=local.device)
 
     def fitting(self, classes: int, elements: int) -> int:
@@ -193,12 +211,24 @@ class UnitRows:
         return torch.empty(elements, dtype=self.dtype, device=self.weight.device)
 
     def unit(self, rows: Tensor, buffer: Tensor, first: int) -> Tensor:
-        """Return `rows [m, K, D]` of the classes from id `first` on, at unit length, in `buffer`."""
+        """Return `rows [m, K, D]` of the classes from id `first` on, at unit length unless plain, in `buffer`."""
         factors = unit_factors(rows.to(self.dtype) if rows.dtype != self.dtype else rows)
         bad = ~factors.isfinite().flatten(1).all(1)
+        if self.bias is not None:
+            bad |= ~self.bias[first - self.lo :][: len(rows)].isfinite()
         ids = torch.arange(first, first + len(rows), device=rows.device)
         self._nonfinite = torch.minimum(self._nonfinite, torch.where(bad, ids, NO_CLASS).amin())
-        return torch.mul(rows, factors, out=buffer[: rows.numel()].view(rows.shape))
+        out = buffer[: rows.numel()].view(rows.shape)
+        return out.copy_(rows) if self.plain else torch.mul(rows, factors, out=out)
+
+    def unit_of(self, ids: Tensor) -> Tensor:
+        """Return the rows `[q, K, D]` of single classes of this rank at unit length."""
+        rows = self.weight[ids - self.lo].to(self.dtype)
+        factors = unit_factors(rows)
+        bad = ~factors.isfinite().flatten(1).all(1)
+        none = self._nonfinite.reshape(1)
+        self._nonfinite = torch.cat((none, torch.where(bad, ids, NO_CLASS))).amin()
+        return rows * factors
 
     def start_broadcast(self, owner: int, first: int, last: int) -> Callable[[], Tensor]:
         """Start to broadcast the rows of classes [first, last) from their owner; call the result to wait for them."""
@@ -223,8 +253,9 @@ class UnitRows:
         """Raise the same NonFiniteError on every rank if any rank has seen a row without a finite length."""
         worst = int(all_gather_mesh(self._nonfinite, self.ranks).min())
         if worst != NO_CLASS:
+            or_bias = "" if self.bias is None else ", or its bias,"
             raise NonFiniteError(
-                f"the length of the row of class {worst} is not finite (a NaN, infinity or overflow): "
+                f"the length of the row of class {worst}{or_bias} is not finite (a NaN, infinity or overflow): "
                 "the head has diverged"
             )
 

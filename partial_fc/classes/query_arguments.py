@@ -31,14 +31,18 @@ class _QueryArguments:
     samples: int
 
 
-def check_query(class_rows: ClassRows, k: Any, limit: int, tile_bytes: Any, embeddings: Any) -> list[int]:
+def check_query(
+    class_rows: ClassRows, k: Any, limit: int, tile_bytes: Any, embeddings: Any, other_problem: str = ""
+) -> list[int]:
     """Return the number of embeddings of every rank.
+
+    other_problem: what is wrong with further arguments of this rank.
 
     Raises the same ValueError or NonFiniteError on every rank if the arguments of one are wrong or differ.
     """
     ranks = class_rows.shards.ranks
     device = class_rows.device
-    problem, kind = _number_problem(k, limit, tile_bytes), 1
+    problem, kind = _number_problem(k, limit, tile_bytes) or other_problem, 1
     if not problem and embeddings is not None:
         problem, kind = _query_problem(embeddings, class_rows.main.shape[-1], device)
     if problem:

@@ -52,7 +52,13 @@ class _StepResult:
 
 
 def check_margin(
-    margin: Margin, *, worlds: Sequence[int] = (1, 2, 3), tolerance: float = 1e-8, timeout: float = 120.0
+    margin: Margin,
+    *,
+    worlds: Sequence[int] = (1, 2, 3),
+    tolerance: float = 1e-8,
+    timeout: float = 120.0,
+    inter_topk: int = 0,
+    inter_topk_penalty: float = 0.06,
 ) -> None:
     """Compare `margin` in a sharded head with a dense reference, and print what was compared.
 
@@ -61,6 +67,7 @@ def check_margin(
         worlds: the world sizes to check.
         tolerance: the largest difference allowed in loss, gradients and buffers, all in float64.
         timeout: seconds to wait for a rank.
+        inter_topk, inter_topk_penalty: of the head, as for `PartialFC`.
 
     Raises AssertionError that names the world size, the step and the differing value, or RuntimeError with the
     traceback of a rank that failed.
@@ -69,10 +76,12 @@ def check_margin(
     if not isinstance(margin, Margin):
         raise TypeError(f"margin must be an instance of a Margin such as ArcFace(), not {margin!r}")
     x, labels, weight = _inputs(margin)
-    dense = _dense_steps(copy.deepcopy(margin), x, labels, weight)
+    penalty: dict[str, Any] = {"inter_topk": inter_topk, "inter_topk_penalty": inter_topk_penalty}
+    PartialFC(WIDTH, NUM_CLASSES, copy.deepcopy(margin), device="meta", **penalty)  # refuses what no head can have
+    dense = _dense_steps(copy.deepcopy(margin), x, labels, weight, penalty)
     differences = []
     for world in worlds:
-        sharded = _run(margin, world, timeout)
+        sharded = _run(margin, world, timeout, penalty)
         for step, (mine, expected) in enumerate(zip(sharded, dense, strict=False)):
             differences += [f"{world} ranks, step {step}: {text}" for text in _differences(mine, expected, tolerance)]
     if differences:
@@ -94,29 +103,38 @@ def _inputs(margin: Margin) -> tuple[Tensor, Tensor, Tensor]:
     return x, labels, torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def _dense_steps(margin: Margin, all_x: Tensor, all_labels: Tensor, weight: Tensor) -> list[_StepResult]:
+def _dense_steps(
+    margin: Margin, all_x: Tensor, all_labels: Tensor, weight: Tensor, penalty: dict[str, Any]
+) -> list[_StepResult]:
     found = []
     for step, (x, labels) in enumerate(zip(all_x, all_labels, strict=True)):
         x, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = _dense_loss(margin, x, labels, w, step)
+        loss = _dense_loss(margin, x, labels, w, step, **penalty)
         on_x, on_w = torch.autograd.grad(loss, (x, w))
         found.append(_StepResult(loss.detach(), on_x, on_w, _state(margin)))
     return found
 
 
-def _dense_loss(margin: Margin, x: Tensor, labels: Tensor, w: Tensor, step: int) -> Tensor:
+def _dense_loss(
+    margin: Margin, x: Tensor, labels: Tensor, w: Tensor, step: int, inter_topk: int, inter_topk_penalty: float
+) -> Tensor:
     """Return the mean loss by its definition, with autograd through all of it."""
     exists = labels != IGNORED
     norm = x.norm(dim=1)
     if margin.normalize:
         directions = torch.nn.functional.normalize(w, dim=-1).view(NUM_CLASSES, -1, WIDTH)
-        cosines = torch.einsum("nd,ckd->nck", torch.nn.functional.normalize(x, dim=1), directions).amax(2)
+        embeddings = torch.nn.functional.normalize(x, dim=1) if margin.normalize_embeddings else x
+        cosines = torch.einsum("nd,ckd->nck", embeddings, directions).amax(2)
     else:
         cosines = x @ w.T
     column = labels.clamp(min=0)[:, None]
     cosine = cosines.gather(1, column)[:, 0]
     positives = Positives(torch.where(exists, labels, -1), torch.arange(len(x)), norm, exists, mix(0, step))
     target = margin.target(cosine, positives)
+    if inter_topk:
+        near = cosines.detach().scatter(1, column, -torch.inf).topk(min(inter_topk, NUM_CLASSES - 1), dim=1).indices
+        angles = torch.acos(cosines.gather(1, near)) - inter_topk_penalty
+        cosines = cosines.scatter(1, near, torch.where(angles < 0, 2 - angles.cos(), angles.cos()))
     others = margin.negative(cosines, target.detach()[:, None])
     logits = others.scatter(1, column, target[:, None]) * margin.scale
     if margin.binary:
@@ -136,7 +154,7 @@ def _state(margin: Margin) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------- ranks
 
 
-def _run(margin: Margin, world: int, timeout: float) -> list[_StepResult]:
+def _run(margin: Margin, world: int, timeout: float, penalty: dict[str, Any]) -> list[_StepResult]:
     """Run the steps on `world` ranks, each in its own process, and return the combined results."""
     context = multiprocessing.get_context("spawn")
     pickled = pickle.dumps(margin)  # bytes, because tensors would be sent as memory that all ranks share
@@ -144,7 +162,7 @@ def _run(margin: Margin, world: int, timeout: float) -> list[_StepResult]:
         pipes, processes = [], []
         for rank in range(world):
             here, there = context.Pipe(duplex=False)
-            arguments = (pickled, rank, world, os.path.join(folder, "store"), there, timeout)
+            arguments = (pickled, rank, world, os.path.join(folder, "store"), there, timeout, penalty)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             there.close()
@@ -191,7 +209,9 @@ def _collect(pipes: list[Connection], timeout: float) -> list[list[_StepResult]]
     return [answers[rank] for rank in range(len(pipes))]
 
 
-def _serve(pickled: bytes, rank: int, world: int, store: str, pipe: Connection, timeout: float) -> None:
+def _serve(
+    pickled: bytes, rank: int, world: int, store: str, pipe: Connection, timeout: float, penalty: dict[str, Any]
+) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     try:
@@ -199,7 +219,7 @@ def _serve(pickled: bytes, rank: int, world: int, store: str, pipe: Connection, 
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
         # bytes here as well, because handles of shared memory would end with this process
         buffer = io.BytesIO()
-        torch.save([vars(step) for step in _sharded_steps(pickle.loads(pickled), rank, world)], buffer)
+        torch.save([vars(step) for step in _sharded_steps(pickle.loads(pickled), rank, world, penalty)], buffer)
         pipe.send((True, buffer.getvalue()))
         dist.barrier()
         dist.destroy_process_group()
@@ -207,12 +227,13 @@ def _serve(pickled: bytes, rank: int, world: int, store: str, pipe: Connection, 
         pipe.send((False, traceback.format_exc()))
 
 
-def _sharded_steps(margin: Margin, rank: int, world: int) -> list[_StepResult]:
+def _sharded_steps(margin: Margin, rank: int, world: int, penalty: dict[str, Any]) -> list[_StepResult]:
     """Run the steps on this rank and return its part of them."""
     all_x, all_labels, weight = _inputs(margin)
     counts = [sum(COUNTS[i] for i in range(len(COUNTS)) if i * world // len(COUNTS) == r) for r in range(world)]
     here = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-    head = PartialFC(WIDTH, NUM_CLASSES, margin, dtype=torch.float64, logits_budget=0 if rank % 2 else None)
+    budget = 0 if rank % 2 else None
+    head = PartialFC(WIDTH, NUM_CLASSES, margin, dtype=torch.float64, logits_budget=budget, **penalty)
     with torch.no_grad():
         local_part(head.weight).copy_(weight[head.selected])
     found: list[_StepResult] = []

@@ -25,7 +25,7 @@ OPERATIONS = (
     "save_checkpoint", "load_checkpoint", "Checkpointer.save", "Checkpointer.load", "Checkpointer.claim",
     "export_weights", "import_weights", "topk", "nearest_classes", "expand", "remap", "init_from_embeddings",
     "the check which ranks have a batch (JoinedBatches)", "the comparison of checksums", "check_same",
-    "refresh_hard_negatives",
+    "refresh_hard_negatives", "predict", "outliers",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from partial_fc.margins.arguments import argument_now, change_argument, check_ar
 from partial_fc.margins.base import Margin
 from partial_fc.sharded_module import check_choice
 
-Shape = Literal["linear", "exponential", "step"]
+Shape = Literal["linear", "exponential", "step", "harmonic"]
 
 LEFT = 1e-3 / (1 + 1e-6)  # of the way, at the end of "exponential", before it is set to its end
 
@@ -37,6 +37,8 @@ class MarginSchedule:
                                                    1 − (10⁻³ / (1 + 10⁻⁶))^u             exponential
                                                    passed milestones / all milestones    step
 
+    and for "harmonic" 1 / (1/start + (1/end − 1/start) · u), as the λ of SphereFace falls: λ₀ / (1 + γ t), with γ =
+    (λ₀/λ_min − 1) / end_step.
     It is `start` up to begin_step and `end` from end_step on. "exponential" is that of WeSpeaker's `MarginScheduler`
     (increase_type "exp", wespeaker/utils/schedulers.py; arXiv 2210.17016): it rises fast at first, and jumps over the
     last thousandth of the way. The same holds for a `start` above `end`.
@@ -51,7 +53,7 @@ class MarginSchedule:
         start: value at the start.
         end: value at the end.
         begin_step: steps after which it begins to move.
-        end_step: steps after which it is at its end, more than begin_step; for "linear" and "exponential".
+        end_step: steps after which it is at its end, more than begin_step; for all shapes but "step".
         shape: how it moves.
         milestones: steps after which it moves by one equal part of the way, ascending; for "step".
         argument: which argument of the margin's constructor moves: "margin", "scale", "m1", ...
@@ -74,7 +76,7 @@ class MarginSchedule:
     ) -> None:
         if not isinstance(head, Margin) and not isinstance(getattr(head, "margin", None), Margin):
             raise TypeError(f"a MarginSchedule takes a PartialFC or a margin, not {type(head).__name__}")
-        check_choice("shape", shape, ("linear", "exponential", "step"))
+        check_choice("shape", shape, ("linear", "exponential", "step", "harmonic"))
         self.head = head
         self.argument = argument
         self.shape: Shape = shape
@@ -83,6 +85,8 @@ class MarginSchedule:
         self.end_step = None if end_step is None else whole("end_step", end_step)
         self.milestones = [whole("a milestone", each, least=1) for each in milestones or ()]
         self._check_steps()
+        if shape == "harmonic" and not (self.start > 0 and self.end > 0):
+            raise ValueError(f'shape="harmonic" needs a start and an end above 0, not {self.start} and {self.end}')
         for value in (self.start, self.end):
             check_argument(self._margin, argument, value)
         self.steps = 0
@@ -124,6 +128,8 @@ class MarginSchedule:
             ratio = min(max(u, 0.0), 1.0)
             if self.shape == "exponential" and ratio < 1:
                 ratio = 1 - LEFT**ratio
+            if self.shape == "harmonic" and ratio < 1:  # the share of the way at which 1/value has gone `ratio` of its
+                ratio = self.start * ratio / (self.end + (self.start - self.end) * ratio)
         return self.end if ratio == 1 else self.start + (self.end - self.start) * ratio
 
     def step(self) -> None:

@@ -25,10 +25,11 @@ SphereFace (arXiv 1704.08063, ψ(θ) = (−1)^k cos(·) − 2k), continuous, wit
 here share it.
 """
 
-from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
+from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace
 from partial_fc.margins.base import Margin
 from partial_fc.margins.fixed import ArcFace, CombinedMargin
 from partial_fc.margins.positives import Positives
+from partial_fc.margins.sphereface2 import SphereFace2
 from partial_fc.margins.variants import CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
 
 __all__ = [

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import real
 from partial_fc.margins.base import Margin, above_zero, angle, at_least, flag, momentum_of, require
 from partial_fc.margins.fixed import ArcFace, angular
@@ -255,62 +254,3 @@ class AdaptiveMargin(Margin):
             f"{len(self.margins)}",
             len(self.margins) == num_classes,
         )
-
-
-class SphereFace2(Margin):
-    """A binary decision for every class (arXiv 2108.01513, equations 5 to 8, margin as in CosFace: "SphereFace2-C"):
-
-        λ/r · log(1 + exp(−(r (g(cos θ_y) − m) + b))) + (1 − λ)/r · Σ_{j≠y} log(1 + exp(r (g(cos θ_j) + m) + b)),
-        g(z) = 2 ((z + 1)/2)^t − 1
-
-    No sum over classes is compared with another, so classes need no normalisation over ranks. b is one trained number
-    for all classes, the parameter `offset [1]`; a `RowOptimizer` of the head trains it. At the start it balances the
-    pulls of one own and of all other classes at right angles. Under sampling the sum is over the selected classes.
-
-    Args:
-        scale: r > 0, the factor of all logits.
-        margin: m, at least 0.
-        t: exponent of the similarities, at least 1: makes room at large similarities.
-        balance: λ, the share of the own class in the loss, in (0, 1).
-    """
-
-    offset: nn.Parameter
-
-    def __init__(self, scale: float = 40.0, margin: float = 0.4, t: float = 3.0, balance: float = 0.7) -> None:
-        super().__init__(scale)
-        balance = real("balance", balance)
-        require("balance, the share of the own class in the loss, must be in (0, 1)", balance, 0 < balance < 1)
-        self.margin = at_least(0, "margin is taken from the target cosine and", margin)
-        self.t, self.balance = at_least(1, "t, the exponent of the similarities,", t), balance
-        self.binary = (balance / self.scale, (1 - balance) / self.scale)
-        self._start = 0.0
-        self.offset = nn.Parameter(torch.zeros(1))
-
-    def prepare(self, num_classes: int, selected: int) -> None:
-        """`offset` at which λ σ(−(y + b)) = (1 − λ)(selected − 1) σ(o + b), y and o the logits at right angles without
-        b."""
-        ratio = self.balance / ((1 - self.balance) * max(1, selected - 1))
-        own, other = (self.scale * (2 * 0.5**self.t - 1 + sign * self.margin) for sign in (-1, 1))
-        # a quadratic equation in exp(other + b), its positive root by the one of two formulas that does not cancel
-        square = math.exp(own - other)
-        root_of = math.sqrt((1 - ratio) ** 2 + 4 * ratio * square)
-        root = 2 * ratio / (1 - ratio + root_of) if ratio < 1 else (ratio - 1 + root_of) / (2 * square)
-        self._start = math.log(root) - other
-        self.reset()
-
-    def reset(self) -> None:
-        with torch.no_grad():
-            local_part(self.offset).fill_(self._start)
-
-    def _similarity(self, cosine: Tensor) -> Tensor:
-        return (
-            2 * ((cosine.clamp(-1, 1) + 1) / 2) ** self.t
-            - 1
-            + local_part(self.offset.detach()).to(cosine.dtype) / self.scale
-        )
-
-    def target(self, cosine: Tensor, positives: Positives | None = None) -> Tensor:
-        return self._similarity(cosine) - self.margin
-
-    def negative(self, cosine: Tensor, target: Tensor) -> Tensor:
-        return self._similarity(cosine) + self.margin

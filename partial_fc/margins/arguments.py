@@ -25,7 +25,13 @@ from partial_fc.margins.description import canonical, equal, plain_of, text_of
 Function = TypeVar("Function", bound=Callable[..., None])
 
 GIVEN, KNOWN = "_given", "_known"  # where a margin keeps them
-STRUCTURE = ("normalize", "bias", "centers", "by_class")  # what the parameters of a head are made for
+STRUCTURE = (
+    "normalize",
+    "normalize_embeddings",
+    "bias",
+    "centers",
+    "by_class",
+)  # what the parameters of a head are made for
 OF_MODULES = frozenset(vars(nn.Module())) | {GIVEN, KNOWN}
 
 

@@ -23,6 +23,8 @@ class Margin(nn.Module):
     `bias`) cannot change.
 
     normalize: take embeddings and class weights at unit length, so that logits are cosines; else as they are.
+    normalize_embeddings: where `normalize` is, False leaves embeddings as they are and normalises class weights alone:
+        what stands for a cosine is then ‖x‖ cos θ everywhere.
     bias: whether the head adds a bias a class (only where nothing is normalised).
     centers: K rows a class, of which the nearest to a sample counts.
     sees_all: `target` gets the cosines of all targets on every rank (one more small collective), not only those of the
@@ -36,6 +38,7 @@ class Margin(nn.Module):
     """
 
     normalize: bool = True
+    normalize_embeddings: bool = True
     bias: bool = False
     centers: int = 1
     sees_all: bool = False
@@ -88,6 +91,16 @@ class Margin(nn.Module):
 
         Elementwise and differentiable by `cosine`; no gradient goes to `target`.
         """
+        return cosine
+
+    @property
+    def takes_cosines(self) -> bool:
+        """Whether embeddings and class weights are both normalised."""
+        return self.normalize and self.normalize_embeddings
+
+    def inference(self, cosine: Tensor) -> Tensor:
+        """Logits before scaling `[n, k]` of cosines where no class is the target, for `PartialFC.predict`; elementwise,
+        and never falling with the cosine."""
         return cosine
 
     def penalty(self, norm: Tensor) -> Tensor | None:

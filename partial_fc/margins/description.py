@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from partial_fc.distributed.given import plain
 
-NOT_COMPARED = "gradient"  # stored state does not depend on it
+NOT_COMPARED = {"gradient", "past_pi", "easy_margin"}  # stored state does not depend on them
+LATER = {
+    "normalize_embeddings": True,
+    "annealing": 0.0,
+    "kind": "cos",
+}  # settings that texts of earlier versions do not have
 LONGEST = 10_000  # characters of a description that is read
 
 
@@ -67,14 +72,15 @@ def equal(a: Any, b: Any) -> bool:
 def same_margin(one: str, other: str, may_miss: Iterable[str] = ()) -> bool:
     """Return whether two descriptions are of margins between which stored state can be moved.
 
-    Numbers are compared as numbers, and not by their spelling; `gradient` is left out, because nothing that is stored
-    depends on it. may_miss: settings that only one of them needs to have.
+    Numbers are compared as numbers, and not by their spelling; `gradient`, `past_pi` and `easy_margin` are left out,
+    because nothing that is stored depends on them. may_miss: settings that only one of them needs to have.
     """
     parsed = [_parsed(each) for each in (one, other)]
     if parsed[0] is None or parsed[1] is None:
         return one == other
     (name, mine), (their_name, theirs) = parsed[0], parsed[1]
-    ignored = {NOT_COMPARED, *(key for key in may_miss if key not in mine or key not in theirs)}
+    mine, theirs = ({**{k: v for k, v in LATER.items() if k in b}, **a} for a, b in ((mine, theirs), (theirs, mine)))
+    ignored = {*NOT_COMPARED, *(key for key in may_miss if key not in mine or key not in theirs)}
     keys = {*mine, *theirs} - ignored
     return name == their_name and all(k in mine and k in theirs and close(mine[k], theirs[k]) for k in keys)
 

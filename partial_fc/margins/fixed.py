@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from partial_fc.margins.angles import by_arccosine
-from partial_fc.margins.base import Margin, angle, at_least, require
+from partial_fc.margins.angles import Gradient, PastPi, by_arccosine, checked_form, other_form
+from partial_fc.margins.base import Margin, angle, at_least
 from partial_fc.margins.positives import Positives
-
-Gradient = Literal["exact", "straight_through"]
 
 
 def angular(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
@@ -59,17 +57,19 @@ class CombinedMargin(Margin):
         m3: taken from the target cosine, at least 0.
         gradient: "exact" differentiates the formula, bounded at cos θ = ±1 where the angle's slope is not;
             "straight_through" takes 1 for ∂(target logit)/∂cosine, as many published implementations do.
+        past_pi: the target where its angle is above π: "monotonic", −2 − cos(m1·θ + m2) and so on; "plain", the cosine
+            itself, which rises again; and for m1 = 1 "sine", cos θ − m2 sin m2, or "joined", cos θ − (1 − cos m2).
+        easy_margin: no margin beyond θ = π/2 (for m1 = 1).
     """
 
     def __init__(
-        self, scale: float = 64.0, m1: float = 1.0, m2: float = 0.5, m3: float = 0.0, gradient: Gradient = "exact"
-    ) -> None:
+        self, scale: float = 64.0, m1: float = 1.0, m2: float = 0.5, m3: float = 0.0, gradient: Gradient = "exact",
+        past_pi: PastPi = "monotonic", easy_margin: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(scale)
         self.m1, self.m2 = at_least(1, "m1 multiplies the target angle and", m1), angle("m2", m2)
         self.m3 = at_least(0, "m3 is taken from the target cosine and", m3)
-        known = gradient in ("exact", "straight_through")
-        require('gradient must be "exact" or "straight_through"', repr(gradient), known)
-        self.gradient = gradient
+        self.gradient, self.past_pi, self.easy_margin = checked_form(self.m1, gradient, past_pi, easy_margin)
 
     def target(self, cosine: Tensor, positives: Positives | None = None) -> Tensor:
         if self.gradient == "straight_through":
@@ -79,6 +79,8 @@ class CombinedMargin(Margin):
         return self._target(cosine)
 
     def _target(self, cosine: Tensor) -> Tensor:
+        if self.past_pi != "monotonic" or self.easy_margin:
+            return other_form(cosine, self.m1, self.m2, self.m3, self.past_pi, self.easy_margin)
         return (cosine if self.m1 == 1 and self.m2 == 0 else angular(cosine, self.m1, self.m2)) - self.m3
 
 
@@ -89,9 +91,14 @@ class ArcFace(CombinedMargin):
         scale: s > 0, the factor of all logits.
         margin: m, radians in [0, π).
         gradient: "exact" or "straight_through", as for `CombinedMargin`.
+        past_pi: the target where θ + m is above π: "monotonic", "plain", "sine" or "joined", as for `CombinedMargin`.
+        easy_margin: no margin beyond θ = π/2.
     """
 
     other_names = {"m2": "margin"}
 
-    def __init__(self, scale: float = 64.0, margin: float = 0.5, gradient: Gradient = "exact") -> None:
-        super().__init__(scale, m2=angle("margin", margin), gradient=gradient)
+    def __init__(
+        self, scale: float = 64.0, margin: float = 0.5, gradient: Gradient = "exact",
+        past_pi: PastPi = "monotonic", easy_margin: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(scale, 1.0, angle("margin", margin), 0.0, gradient, past_pi, easy_margin)

@@ -108,10 +108,10 @@ class BackwardTiles:
     def finish_embeddings(self, dx: Tensor) -> None:
         """Add the targets' share, and go through the normalisation."""
         self.add_targets(dx)
-        if self.state.rows.inverse is not None:
+        if self.state.options.margin.takes_cosines:
             tangent(dx, self.saved.x, self.saved.x_inverse, out=dx)
-            if self.d.d_norm is not None:
-                dx.addcmul_(self.saved.x, self.d.d_norm[:, None])
+        if self.d.d_norm is not None:
+            dx.addcmul_(self.saved.x, self.d.d_norm[:, None])
 
     def exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return (e `[N, T]`, factor `[N, 1]`) of tile t: ∂L/∂logit = e · factor where the logit is no target."""

@@ -19,6 +19,7 @@ from partial_fc.softmax.further_sums import FurtherSums
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.kernel_rows import KernelRows
 from partial_fc.softmax.measured import Measured
+from partial_fc.softmax.nearest_others import with_penalty
 from partial_fc.softmax.other_losses import other_losses
 from partial_fc.softmax.row_tiles import RowTiles, TargetRows, inverse_of
 from partial_fc.softmax.ruled import Rule, nearest_centers, rows_of_classes
@@ -30,7 +31,7 @@ class SavedTensors(NamedTuple):
     """What backward needs, for `ctx.save_for_backward`."""
 
     x: Tensor  # [N, D] embeddings as they enter the products: unit vectors where the margin normalises
-    x_inverse: Tensor  # [N, 1] 1/‖X‖, or empty
+    x_inverse: Tensor  # [N, 1] 1/‖X‖
     lse: Tensor  # [N] log Σ exp over all selected classes; Σ sigmoid of the other classes for binary decisions
     target_logits: Tensor  # [N, L]
     slope_cosine: Tensor  # [P] ∂(target logit)/∂(target cosine), 0 on ranks that do not own the class
@@ -81,8 +82,8 @@ def forward(
     margin, X, (stats, product) = options.margin, selection.batch.embeddings, dtypes
     centers = margin.centers
     norms = torch.linalg.vector_norm(X, dim=1, dtype=stats)
-    x_inverse = inverse_of(norms)[:, None] if margin.normalize else X.new_empty(0)
-    x = X * x_inverse if margin.normalize else X.to(stats)
+    x_inverse = inverse_of(norms)[:, None]
+    x = X * x_inverse if margin.takes_cosines else X.to(stats)
     index = None if selection.picked else selection.rows
     index = index if centers == 1 else rows_of_classes(index, centers)
     kind = X.device.type
@@ -101,6 +102,8 @@ def forward(
         cosines, targets = target_cosines(x, rows, targets, centers)
         z, slope_cosine, slope_norm, rule = apply_margin(cosines, norms, targets, selection, options, needs_grad)
     options = replace(options, scale=margin.scale, binary=margin.binary)  # backward uses these, whatever changes
+    if options.inter_topk:
+        rule = with_penalty(rule, x, rows, targets, selection, options, product, tile)
     # float16 has too little range for decisions, which have no maximum per sample that brings them near 1
     keep = selection.keep_logits and needs_grad and not (margin.binary and product is torch.float16)
     with record_function("partial_fc::forward_tiles"):
@@ -121,6 +124,7 @@ def forward(
     target_logits = found["z"].view_as(selection.targets)
     of_targets = found["cosines"].view_as(selection.targets)
     measured = Measured(of_targets, target_logits, targets.exists, norms, found.get("hardest"), margin.scale)
+    measured = measured if margin.normalize_embeddings else measured.by_lengths(x_inverse)
     none = smoothed = slope_penalty = x.new_empty(0)
     if bounded and selection.counts_once and smoothing is None and not (margin.binary or margin.has_penalty):
         # in logarithms: where there is no class but the target, the exponential of its logit may be too small for
@@ -140,7 +144,7 @@ def forward(
 def is_bounded(options: LossOptions, stats: torch.dtype, product: torch.dtype) -> bool:
     """Return whether no sum of exponentials can leave the range of its dtype, so that no maximum need be subtracted."""
     margin = options.margin
-    if not margin.normalize or margin.has_rule or product is torch.float16:
+    if not margin.takes_cosines or margin.has_rule or options.inter_topk or product is torch.float16:
         return margin.binary is not None
     # a cosine times the scale is at most the scale; a scale of 64 with 10⁹ classes fits into float32
     return margin.scale + math.log(options.num_classes) < math.log(torch.finfo(stats).max) - 2 or bool(margin.binary)

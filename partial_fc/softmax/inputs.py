@@ -30,13 +30,17 @@ class LossOptions:
     scale_embedding_grad: bool
     metrics: bool
     class_weights: Tensor | None = None  # [C], for label smoothing
+    inter_topk: int = 0
+    inter_topk_penalty: float = 0.0
     scale: float = 1.0  # the margin's in this forward, known once its target logits are; `binary` alike
     binary: tuple[float, float] | None = None
 
     @property
     def ruled(self) -> bool:
         """Whether logits of other classes are more than scaled cosines."""
-        return self.margin.has_rule or self.margin.centers > 1 or self.interclass_filter is not None
+        return (
+            self.margin.has_rule or self.margin.centers > 1 or self.interclass_filter is not None or self.inter_topk > 0
+        )
 
 
 @dataclass(frozen=True)

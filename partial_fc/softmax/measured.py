@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ class Measured:
     norms: Tensor  # [N] lengths of the embeddings
     hardest: Tensor | None  # [N] largest cosine (or plain logit) of another selected class; with metrics only
     scale: float  # of the margin then
+
+    def by_lengths(self, inverse: Tensor) -> Measured:
+        """Return cosines in the place of products of embeddings as they are and unit rows. inverse `[N, 1]`: 1/‖X‖."""
+        hardest = None if self.hardest is None else self.hardest * inverse[:, 0]
+        return replace(
+            self, cosines=self.cosines * inverse, target_logits=self.target_logits * inverse, hardest=hardest
+        )
 
     def angles(self) -> Tensor:
         """Return the angles `[N, L]` in radians to all targets, NaN where there is none."""

@@ -38,11 +38,16 @@ def other_derivatives(
 
 
 def length_derivatives(d_loss: Tensor, d_z: Tensor, saved: SavedTensors, state: ForwardState) -> Tensor | None:
-    """Return ∂L/∂‖X‖ `[N]` by a margin that depends on lengths, or has a penalty of them. d_z: `[P]`."""
+    """Return ∂L/∂‖X‖ `[N]` by a margin that depends on lengths, or has a penalty of them; over ‖X‖ where x is X itself.
+
+    d_z: `[P]`.
+    """
     d_norm = None
     if saved.slope_norm.numel():
         d_norm = state.targets.sum_of_samples(d_z * saved.slope_norm)
     if saved.slope_penalty.numel() and state.selection.ranks.rank == 0:  # every sample's own; summed over ranks later
         of_penalty = d_loss * saved.slope_penalty
         d_norm = of_penalty if d_norm is None else d_norm + of_penalty
-    return d_norm
+    if d_norm is None or state.options.margin.takes_cosines:
+        return d_norm
+    return d_norm * saved.x_inverse[:, 0]

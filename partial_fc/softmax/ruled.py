@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from partial_fc.margins.angles import nearer
 from partial_fc.margins.base import Margin
 from partial_fc.softmax.corrections import Correction
 from partial_fc.softmax.float16 import scaled_values
@@ -28,10 +29,14 @@ class Rule:
     forward.
     target: `[N, 1]`, what the rule compares cosines with: the sample's target logits before scaling, averaged by the
     targets' weights.
+    near: `[N, 1]`, the cosine from which on a class is one of the nearest, whose angle counts as less by `penalty`
+    (nearest_others.py); None without such a penalty.
     """
 
     margin: Margin
     target: Tensor
+    near: Tensor | None = None
+    penalty: float = 0.0
 
     @classmethod
     def of(cls, margin: Margin, target_logits: Tensor, weights: Tensor) -> Rule:
@@ -39,6 +44,12 @@ class Rule:
         total = weights.sum(1, keepdim=True)
         mean = (target_logits.view_as(weights) * weights).sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)
         return cls(margin.frozen(), mean / margin.scale)
+
+    def __call__(self, cosines: Tensor) -> Tensor:
+        """Return logits before scaling `[N, T]`, elementwise, of the cosines of other classes."""
+        if self.near is not None:
+            cosines = torch.where(cosines >= self.near, nearer(cosines, self.penalty), cosines)
+        return self.margin.negative(cosines, self.target)
 
 
 def rows_of_classes(classes: Tensor | None, centers: int) -> Tensor | None:
@@ -67,11 +78,11 @@ def ruled_logits(
     """
     slope = None
     if rule is not None and torch.is_inference_mode_enabled():  # which nothing is differentiated in
-        logits = rule.margin.negative(cosines, rule.target) * options.scale
+        logits = rule(cosines) * options.scale
     elif rule is not None:
         with torch.enable_grad():  # on one tile; the rule is elementwise, so the derivative of the sum is that of each
             leaf = cosines.detach().requires_grad_()
-            ruled = rule.margin.negative(leaf, rule.target)
+            ruled = rule(leaf)
             slope = torch.autograd.grad(ruled.sum(), leaf)[0]
         logits = ruled.detach() * options.scale
     else:

@@ -83,6 +83,10 @@ class HeadConfig:
     interclass_filter: float | None = None
     """Cosine beyond which another class is taken for the sample's own under a second label, and is skipped; null to
     skip none."""
+    inter_topk: int = 0
+    """How many of the other classes that are nearest to a sample count as nearer than they are; 0 for none."""
+    inter_topk_penalty: float = 0.06
+    """By how much: an angle in radians (0 to pi)."""
     hard_negatives: int = 0
     """How many nearest classes of each class of a batch take part in its step beside those drawn, with a sample_rate
     below 1; 0 for none."""
@@ -111,6 +115,11 @@ class HeadConfig:
         """UserError for values that no head can have."""
         if self.replicas < 1:
             raise UserError(f"--head.replicas is {self.replicas}; give at least 1")
+        if not self.inter_topk and self.inter_topk_penalty != HeadConfig.inter_topk_penalty:
+            raise UserError(
+                f"--head.inter_topk_penalty is {self.inter_topk_penalty}, which has no effect while --head.inter_topk "
+                f"is 0; leave it out, or give {HeadConfig.inter_topk_penalty} if a file sets it"
+            )
         margin = self.margin.build_margin(torch.ones(2))
         self.margin_schedule.check()
         self.margin_schedule.build(self.margin.build_margin(torch.ones(2)), steps_per_epoch=1000)
@@ -188,7 +197,9 @@ class HeadConfig:
     @property
     def _options(self) -> dict[str, Any]:
         hard = "hard_negatives", "hard_negatives_every", "hard_negatives_search"
-        names = ("init_std", "label_smoothing", "interclass_filter", "sampling_correction", *hard, "logits_budget")
+        nearest = "inter_topk", "inter_topk_penalty"
+        more = ("label_smoothing", "interclass_filter", "sampling_correction", "logits_budget")
+        names = ("init_std", *more, *nearest, *hard)
         return {name: getattr(self, name) for name in names}
 
 

@@ -23,11 +23,12 @@ class MarginScheduleConfig:
     argument: str = "margin"
     """Which argument of head.margin moves: margin, scale, m2, ..."""
     shape: Shape = "linear"
-    """How it moves: linear, exponential (fast at first, as in WeSpeaker), or step (at milestones)."""
+    """How it moves: linear, exponential (fast at first, as in WeSpeaker), step (at milestones), or harmonic (1/value
+    linearly, as SphereFace's annealing)."""
     begin_epochs: float = 0.0
     """Epochs after which it begins to move; fractions count."""
     end_epochs: float | None = None
-    """Epochs after which it is at its end; required by linear and exponential."""
+    """Epochs after which it is at its end; required by all but step."""
     milestones: list[float] | None = None
     """Epochs after each of which it moves by one equal part, ascending; required by step, for step only."""
 

@@ -51,6 +51,8 @@ HEAD: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "step": (_set("forward_count", 7), "forward_count is 0 on {others} and 7 on {last}"),
     "label smoothing": (_set("label_smoothing", 0.1), "label_smoothing is 0 on {others} and 0.1 on {last}"),
     "filter": (_set("interclass_filter", 0.5), "interclass_filter is None on {others} and 0.5 on {last}"),
+    "nearest": (_set("inter_topk", 2), "inter_topk is 0 on {others} and 2 on {last}"),
+    "penalty": (_set("inter_topk_penalty", 0.1), "inter_topk_penalty is 0.06 on {others} and 0.1 on {last}"),
     "searches": (_set("_hard_negatives_every", 7), "hard_negatives_every is 1000 on {others} and 7 on {last}"),
     "search": (
         _set("_hard_negatives_search", "faiss"),

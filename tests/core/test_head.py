@@ -493,8 +493,10 @@ def test_public_names():
         "Neighbours",
         "NonFiniteError",
         "NormFace",
+        "Outliers",
         "PartialFC",
         "Plan",
+        "Predictions",
         "PreemptionGuard",
         "Progress",
         "RandomState",
@@ -516,6 +518,7 @@ def test_public_names():
         "import_weights",
         "load_checkpoint",
         "naming_the_missing",
+        "outliers",
         "plan",
         "save_checkpoint",
     ]

@@ -125,10 +125,15 @@ def on_mesh(rank: int, world: int, mesh: bool) -> dict[str, list[float]]:
     """Losses, state and a class row of three steps of 8 samples, with shards over 4 ranks or 2 replicas of 2 shards."""
     group = two_by_two() if mesh else None
     found = {}
-    for name, (cls, arguments) in {**LOSSES, "sphereface2": ("SphereFace2", {"scale": 10.0})}.items():
+    kept = {"scale": 1.0, "margin": 4.0, "normalize_embeddings": False, "annealing": 5.0}
+    more = {"sphereface2": ("SphereFace2", {"scale": 10.0}), "a-softmax": ("SphereFace", kept)}
+    for name, (cls, arguments) in {**LOSSES, **more}.items():
         margin = getattr(margins, cls)(**arguments)
         weights = torch.linspace(0.5, 1.5, C, dtype=torch.float64)
-        head = PartialFC(D, C, margin, 0.5, group=group, dtype=torch.float64, init_std=1.0, class_weights=weights)
+        head = PartialFC(
+            D, C, margin, 0.5, group=group, dtype=torch.float64, init_std=1.0, class_weights=weights,
+            inter_topk=3 if name == "arcface" else 0,
+        )  # fmt: skip
         optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.05, momentum=0.9)
         numbers: list[float] = []
         for step in range(3):

@@ -169,7 +169,7 @@ ALL: dict[str, Callable[[], Margin]] = {
     for name in margins.__all__
     if name not in ("Margin", "Positives")
 }  # fmt: skip
-OTHER = {"gradient": "straight_through", "kind": "cos", "class_counts": COUNTS[::-1], "plus": True, "m1": 1.25,
+OTHER = {"gradient": "straight_through", "kind": "cos", "past_pi": "plain", "easy_margin": True, "class_counts": COUNTS[::-1], "plus": True, "m1": 1.25,
          "t": 2.0, "u_a": 90.0, "l_a": 12.0, "u_m": 0.75, "penalty_weight": 3.0, "h": 0.25, "exponent": 0.5}  # fmt: skip
 
 
@@ -184,7 +184,8 @@ def test_every_argument_of_every_margin_is_an_attribute(name):
         if parameter.default is not inspect.Parameter.empty and parameter.default is not None:
             assert getattr(margin, argument) == parameter.default, argument
         value = OTHER.get(argument, 1.05 if name == "SphereFace" else 0.25 if argument != "scale" else 20.0)
-        if argument in ("centers", "bias"):
+        value = "arc" if (name, argument) == ("SphereFace2", "kind") else value
+        if argument in ("centers", "bias", "normalize_embeddings"):
             value = 5 if argument == "centers" else False
             message = message_of(setattr, margin, argument, value)
             assert f"{name} cannot be changed to {argument}={value} once it is built" in message

@@ -17,7 +17,6 @@ from partial_fc import (
     CurricularFace,
     ElasticFace,
     MagFace,
-    Margin,
     NormFace,
     PartialFC,
     RowOptimizer,
@@ -266,40 +265,6 @@ def test_a_rule_is_that_of_its_forward_when_logits_are_computed_again():
         sum(losses).backward()  # type: ignore[union-attr]
         grads.append(x.grad)
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["ArcFaceLoss", "CosFaceLoss", "SphereFaceLoss", "SubCenterArcFaceLoss"])
-def test_equals_pytorch_metric_learning(name):
-    """Theirs: weight [D, C·K], margins of ArcFace in degrees, SphereFace scaled by the embedding's length, which is 1
-    here."""
-    losses = pytest.importorskip("pytorch_metric_learning.losses")
-    margin: Margin
-    if name == "SphereFaceLoss":
-        margin, theirs = SphereFace(16.0, 4.0), losses.SphereFaceLoss(7, 5, margin=4, scale=16.0)
-    elif name == "CosFaceLoss":
-        margin, theirs = CosFace(16.0, 0.35), losses.CosFaceLoss(7, 5, margin=0.35, scale=16.0)
-    elif name == "ArcFaceLoss":
-        margin, theirs = ArcFace(16.0, 0.5), losses.ArcFaceLoss(7, 5, margin=math.degrees(0.5), scale=16.0)
-    else:
-        margin = SubCenterArcFace(16.0, 0.5, 3)
-        theirs = losses.SubCenterArcFaceLoss(
-            num_classes=7, embedding_size=5, margin=math.degrees(0.5), scale=16.0, sub_centers=3
-        )
-    head = PartialFC(5, 7, margin, dtype=torch.float64, init_std=1.0)
-    torch.manual_seed(1)
-    x = torch.nn.functional.normalize(torch.randn(9, 5, dtype=torch.float64))
-    # theirs leaves the continued formula beyond π, so no sample may be farther than that from its class
-    labels = (
-        torch.nn.functional.normalize(head.weight.detach().view(7, -1, 5)[:, 0]).matmul(x.T).topk(3, dim=0).indices[2]
-    )
-    theirs.W.data = head.weight.detach().reshape(-1, 5).T.clone()
-    expected = theirs(x, labels)
-    expected.backward()
-    head(x, labels).backward()
-    loss = head(x, labels)
-    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-9, atol=0)
-    assert head.weight.grad is not None
-    torch.testing.assert_close(head.weight.grad.view(-1, 5), theirs.W.grad.T, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -26,6 +26,7 @@ from partial_fc import (
     gather,
     import_weights,
     load_checkpoint,
+    outliers,
     save_checkpoint,
 )
 from partial_fc.batch.status import Status
@@ -52,6 +53,8 @@ ELSEWHERE: dict[str, Callable[[PartialFC, RowOptimizer], Any]] = {
     "load_state_dict ": lambda head, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
     "topk": lambda head, optimizer: head.topk(data()[0], 2),
     "nearest_classes": lambda head, optimizer: head.nearest_classes(2),
+    "predict": lambda head, optimizer: head.predict(data()[0], 2),
+    "outliers": lambda head, optimizer: outliers(head, *data()),
     "expand": lambda head, optimizer: head.expand(2),
     "remap": lambda head, optimizer: head.remap(list(range(C))),
     "init_from_embeddings": lambda head, optimizer: head.init_from_embeddings([data()]),

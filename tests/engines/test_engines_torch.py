@@ -30,7 +30,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from partial_fc import CenterLoss, PartialFC, SphereFace2, clip_grad_norm_, load_checkpoint, save_checkpoint
+from partial_fc import (
+    CenterLoss,
+    PartialFC,
+    RowOptimizer,
+    SphereFace2,
+    clip_grad_norm_,
+    load_checkpoint,
+    save_checkpoint,
+)
 from partial_fc.engines.ddp import ignore_heads
 from partial_fc.engines.heads import head_names, head_parameters, heads_of, without_heads
 from partial_fc.engines.needs import need, need_methods
@@ -287,3 +295,36 @@ def test_the_core_and_plain_ddp_import_no_engine():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def with_frozen_backbone(rank: int, world: int) -> list[Any]:
+    """As docs/engines.md has it: no DDP, no gradient of embeddings, the head's steps as in one process."""
+    torch.manual_seed(0)
+    backbone = nn.Linear(6, D).double().requires_grad_(False)
+    head = PartialFC(D, 11, dtype=torch.float64, init_std=1.0)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)
+    refused = ""
+    try:
+        DistributedDataParallel(backbone)
+    except RuntimeError as error:
+        refused = str(error)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+        labels = torch.randint(0, 11, (6,), generator=generator)
+        here = slice(rank * 6 // world, (rank + 1) * 6 // world)
+        with torch.no_grad():
+            embeddings = backbone(images[here])
+        head(embeddings, labels[here]).backward()
+        clip_grad_norm_([], head, max_norm=0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    weight = head.weight.detach()
+    return [refused, weight.to_local() if isinstance(weight, DTensor) else weight]
+
+
+def test_a_frozen_backbone_stays_outside_ddp(ranks):
+    (_, alone) = ranks(1).run(with_frozen_backbone)[0]
+    results = ranks(2).run(with_frozen_backbone)
+    torch.testing.assert_close(torch.cat([rows for _, rows in results]), alone, rtol=0, atol=1e-12)
+    assert all("is not needed when a module" in refused for refused, _ in results)

@@ -55,6 +55,8 @@ MARGINS: dict[str, Callable[[], Margin]] = {
     "ElasticFace+": lambda: ElasticFace(plus=True),
     "AdaptiveMargin": lambda: AdaptiveMargin(torch.arange(1, CLASSES + 1)),
     "SphereFace2": SphereFace2,
+    "SphereFace2-A": lambda: SphereFace2(kind="arc"),
+    "ArcFace, as others": lambda: ArcFace(past_pi="joined", easy_margin=True),
 }
 
 MODES: dict[str, dict[str, Any]] = {
@@ -112,6 +114,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "class weights": {"class_weights": torch.arange(1.0, CLASSES + 1)},
     "class weights and label smoothing": {"class_weights": torch.arange(1.0, CLASSES + 1), "label_smoothing": 0.2},
     "a filter": {"interclass_filter": 0.5},
+    "nearest others": {"inter_topk": 3, "interclass_filter": 0.9},
+    "lengths kept": {"margin": SphereFace(1.0, 4.0, normalize_embeddings=False, annealing=5.0)},
     "a sum": {"reduction": "sum"},
     "losses of samples": {"reduction": "none"},
     "metrics": {"metrics": True},

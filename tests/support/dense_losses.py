@@ -61,6 +61,30 @@ def turned(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
     return value
 
 
+def in_form(cosine: Tensor, factor: float, added: float, past_pi: str) -> Tensor:
+    """cos(factor · θ + added), past π by the formula of that name: "plain" none, "sine" the ArcFace authors' code,
+    "joined" WeSpeaker's."""
+    if past_pi == "monotonic":
+        return turned(cosine, factor, added)
+    plain = torch.cos(factor * torch.acos(cosine) + added)
+    if past_pi == "plain":
+        return plain
+    below = added * math.sin(math.pi - added) if past_pi == "sine" else 1 + math.cos(math.pi - added)
+    return torch.where(cosine > math.cos(math.pi - added), plain, cosine - below)
+
+
+def closer(cosine: Tensor, angle: float) -> Tensor:
+    """cos(θ − angle); 2 − cos(θ − angle) below 0."""
+    moved = torch.acos(cosine.clamp(-1 + 1e-15, 1 - 1e-15)) - angle
+    return torch.where(moved < 0, 2 - torch.cos(moved), torch.cos(moved))
+
+
+def similarity(z: Tensor, t: float) -> Tensor:
+    """SphereFace2's g(z) = 2 ((z + 1)/2)^t − 1, odd around z = −1."""
+    half = (z + 1) / 2
+    return torch.where(half < 0, -2 * (-half).clamp(min=0) ** t, 2 * half.clamp(min=0) ** t) - 1
+
+
 def share_of(
     labels: Tensor, classes: int, label_weights: Tensor | None = None, ignore: int = -100
 ) -> tuple[Tensor, Tensor]:
@@ -109,6 +133,8 @@ class Loss:
     class_weights: Tensor | None = None  # of all classes
     state: dict[str, float] = field(default_factory=lambda: {"t": 0.0, "mean": 20.0, "std": 100.0})
     taken: Tensor | None = None  # of the last call
+    nearest: int = 0  # how many of the nearest other classes count as nearer
+    nearer_by: float = 0.0  # radians
 
     def __post_init__(self) -> None:
         self.settings = {**DEFAULTS[self.name], **self.settings}
@@ -174,13 +200,16 @@ class Loss:
         own = torch.where(hit, self.cosines, 0.0)
         self.own = torch.where(own.abs() > 1 - 1e-15, own.detach().clamp(-1, 1), own)  # no gradient at 0 and π
         self.margined = self.target(self.own, hit, classes, drawn)
-        others = self.rule(self.cosines, self.margined, share)
         skipped = torch.zeros_like(hit) if self.beyond is None else (self.cosines > self.beyond) & ~hit
+        others = self.rule(self.penalised(hit | skipped), self.margined, share)
         if self.name == "SphereFace2":
             return of_class * self.binary(
                 self.scale * self.margined + offset, self.scale * others + offset, share, skipped
             )
-        losses = self.softmax(self.scale * torch.where(hit, self.margined, others), share, skipped, classes)
+        factor: Any = self.scale
+        if not self.settings.get("normalize_embeddings", True):
+            factor = self.scale * self.norm[:, None]
+        losses = self.softmax(factor * torch.where(hit, self.margined, others), share, skipped, classes)
         return losses + of_class * self.penalty() if self.name == "MagFace" else losses
 
     def softmax(self, logits: Tensor, share: Tensor, skipped: Tensor, classes: Tensor) -> Tensor:
@@ -203,11 +232,21 @@ class Loss:
         of_others = torch.where((share > 0) | skipped, 0.0, each).sum(1)
         return balance / r * of_own + (1 - balance) / r * of_others
 
+    def penalised(self, left_out: Tensor) -> Tensor:
+        """Cosines `[N, S]`; of the nearest classes that are not left out, cos(θ − penalty) (arXiv 2110.05042)."""
+        if not self.nearest:
+            return self.cosines
+        candidates = self.cosines.detach().masked_fill(left_out, -math.inf)
+        found = candidates.topk(min(self.nearest, candidates.shape[1]), dim=1)
+        chosen = torch.zeros_like(left_out).scatter_(1, found.indices, found.values > -math.inf)
+        return torch.where(chosen, closer(self.cosines, self.nearer_by), self.cosines)
+
     def rule(self, cosines: Tensor, margined: Tensor, share: Tensor) -> Tensor:
         """What other classes' cosines become."""
         if self.name == "SphereFace2":
-            t = self.settings["t"]
-            return 2 * ((cosines.clamp(-1, 1) + 1) / 2) ** t - 1 + self.settings["margin"]
+            if self.settings.get("kind") == "arc":
+                return similarity(closer(cosines, self.settings["margin"]), self.settings["t"])
+            return similarity(cosines.clamp(-1, 1), self.settings["t"]) + self.settings["margin"]
         if self.name != "CurricularFace":
             return cosines
         total = share.sum(1, keepdim=True)
@@ -241,7 +280,9 @@ class Loss:
             table = s["smallest"] + (s["largest"] - s["smallest"]) * place
             return turned(own, 1.0, table.float().double()[classes])  # the table is held in float32
         if name == "SphereFace2":
-            return 2 * ((own + 1) / 2) ** s["t"] - 1 - s["margin"]
+            if s.get("kind") == "arc":
+                return similarity(turned(own, 1.0, s["margin"]), s["t"])
+            return similarity(own, s["t"]) - s["margin"]
         if name == "CurricularFace" and bool(hit.any()):
             mean = float(own.detach()[hit].mean())
             self.state["t"] = s["momentum"] * mean + (1 - s["momentum"]) * self.state["t"]
@@ -251,7 +292,11 @@ class Loss:
             "NormFace": (1.0, 0.0, 0.0),
             "CombinedMargin": (s.get("m1"), s.get("m2"), s.get("m3")),
         }.get(name, (1.0, s.get("margin"), 0.0))
-        value = turned(own, m1, m2) - m3
+        value = in_form(own, m1, m2, s.get("past_pi", "monotonic")) - m3
+        if s.get("easy_margin"):
+            value = torch.where(own > 0, value, own)
+        if s.get("annealing"):
+            value = (s["annealing"] * own + value) / (1 + s["annealing"])
         return own + (value - own).detach() if s.get("gradient") == "straight_through" else value
 
     def adaface_z(self, norms: Tensor, hit: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ class Case:
     smoothing: float = 0.0
     reduction: str = "mean"
     beyond: float | None = None  # interclass_filter
+    nearest: int = 0  # inter_topk
+    penalty: float = 0.1  # inter_topk_penalty
     correction: str = "none"  # sampling_correction
     class_weights: bool = False
     ignored: int = 1
@@ -91,8 +93,12 @@ def check_case(rank: int, world: int, case: Case) -> None:
         D, case.classes, margin, case.sample_rate, dtype=torch.float64, logits_budget=case.budget, reduction=case.reduction,  # type: ignore[arg-type]
         label_smoothing=case.smoothing, interclass_filter=case.beyond, class_weights=weights,
         sampling_correction=case.correction,  # type: ignore[arg-type]
+        inter_topk=case.nearest, inter_topk_penalty=case.penalty,
     )  # fmt: skip
-    loss_of = Loss(case.margin, case.settings, case.smoothing, case.reduction, case.beyond, weights)
+    loss_of = Loss(
+        case.margin, case.settings, case.smoothing, case.reduction, case.beyond, weights,
+        nearest=case.nearest, nearer_by=case.penalty,
+    )  # fmt: skip
     cls, options, dense_optimizer = KINDS[case.optimizer]
     # AdamW over all rows is met to 1e-6 only (tests/optim/test_skipped_rows.py)
     still = case.optimizer == "adamw"

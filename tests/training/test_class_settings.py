@@ -16,7 +16,8 @@ from launched import logged
 from torch import nn
 
 from partial_fc.margins import ArcFace, CombinedMargin, CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
-from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace, SphereFace2
+from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace
+from partial_fc.margins.sphereface2 import SphereFace2
 from partial_fc.training.class_settings import TRUST
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import (

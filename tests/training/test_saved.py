@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from partial_fc.training.data import open_data
 from partial_fc.training.engine import make_accelerator
 from partial_fc.training.run_parts import build_parts
 from partial_fc.training.saved import backbone_in, checkpoint_in, heads_in
+from partial_fc.training.trainer import Trainer
 
 RUN = ["--config", "configs/quickstart.yaml", "--data.identities", "60", "--train.batch_size", "64"]
 
@@ -74,6 +76,33 @@ def test_a_run_or_a_checkpoint_of_it_is_a_source_of_both(tmp_path, monkeypatch, 
     damaged.write_text("{")
     assert "checkpoint" in mistake(*start, "--backbone.weights", damaged.parent)
     assert main([*start, "--head.weights", str(run), "--backbone.weights", str(run)]) == 0  # the one before it
+
+
+def test_large_margin_fine_tuning_goes_on_from_a_run(tmp_path, monkeypatch):
+    """The command of docs/from-wespeaker.md: a run's settings, weights of both, another margin and other crops; for larger
+    images the backbone takes the same weights."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    first = ["--output.folder", str(tmp_path / "run"), "--train.epochs", "1", "--train.cpu", "true"]
+    penalised = "--head.margin.margin 0.2 --head.inter_topk 3 --head.margin_schedule.start 0"
+    config = to_config(train_parser(), [*RUN, *first, *penalised.split(), "--head.margin_schedule.end_epochs", "1"])
+    trainer = Trainer(config)
+    trainer.train()
+    before = trainer.head.weight.detach().clone()
+    trainer.close()
+    page = Path("docs/from-wespeaker.md").read_text()
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    command = block.replace("\\\n", " ").replace("runs/NAME", str(tmp_path / "run")).split()
+    assert command[:2] == ["partial-fc", "train"]
+    still = "--head.margin_schedule.start 0.5 --head.margin_schedule.begin_epochs 0 --head.margin_schedule.end_epochs 1"
+    assert all(each in page for each in still.split())
+    tuned = to_config(train_parser(), ["--config", *command[2:], *still.split(), "--augment.scale_max", "1.3"])
+    assert (tuned.train.epochs, tuned.head.inter_topk, tuned.head.sample_rate) == (5, 0, config.head.sample_rate)
+    trainer = Trainer(tuned)
+    assert trainer.head.margin.margin == 0.5 and torch.equal(trainer.head.weight.detach(), before)
+    trainer.close()
+    larger = tuned.backbone.build((1, 64, 64), str(tmp_path / "run")).state_dict()
+    run = checkpoint_in(tmp_path / "run")
+    assert run is not None and all(torch.equal(larger[name], value) for name, value in backbone_in(run).items())
 
 
 def written_in_rows(rank: int, world: int, folder: str) -> None:

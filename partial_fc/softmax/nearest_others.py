@@ -1,0 +1,65 @@
+"""The inter-top-k penalty: the k nearest other classes of a sample count as nearer than they are, by an angle.
+
+    tiles of cosines, targets left out   [N, T]      a product of their own, before the one that is summed
+    the k + 1 largest so far             [N, k + 1]  ── all-gather ──>  those of all ranks
+    near                                 [N, 1]      half-way between the k-th and the next: what is above is penalised
+    Rule (ruled.py)                      cos θ_j  ->  cos(θ_j − penalty), below an angle of 0 continued monotonically
+
+Of selected classes, after the inter-class filter, and before a margin's own rule for other classes; of several
+sub-centers the nearest counts. Half-way, so that a cosine that is computed again and differs in its last digits falls
+on the same side. Of classes that are exactly as near as the k-th, all are penalised.
+
+Zhao et al., "Multi-Query Multi-Head Attention Pooling and Inter-topK Penalty for Speaker Verification", ICASSP 2022,
+arXiv 2110.05042, section 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from partial_fc.distributed.ranks import all_gather
+from partial_fc.softmax.inputs import LossOptions, Selection
+from partial_fc.softmax.row_tiles import RowTiles, TargetRows
+from partial_fc.softmax.ruled import Rule, mask_targets
+from partial_fc.softmax.tiles import tile_logits, tile_of
+
+
+def with_penalty(
+    rule: Rule | None,
+    x: Tensor,
+    rows: RowTiles,
+    targets: TargetRows,
+    selection: Selection,
+    options: LossOptions,
+    product: torch.dtype,
+    tile: int,
+) -> Rule:
+    """Return the rule with the penalty before it; a collective of N · (k + 1) numbers.
+
+    x `[N, D]`: unit embeddings. rule: the margin's own, or None. product: dtype of matrix products. tile: rows of a
+    tile, the same as in the forward and backward.
+    """
+    k, centers = options.inter_topk, options.margin.centers
+    scaled, scratch = x.to(product), x.new_empty(len(x) * tile)
+    best = x.new_full((len(x), k + 1), -torch.inf)
+    for a, b in rows.tiles(tile):
+        memory = tile_of(scratch, 0, len(x), tile)[:, : b - a]
+        # through the statistics' dtype, as label smoothing takes tiles, where it is on
+        w = rows.tile(a, b, x.dtype if options.label_smoothing else product).to(product)
+        cosines = tile_logits(scaled, w, None, memory)
+        mask_targets(cosines, targets, a, centers)
+        if centers > 1:
+            cosines = cosines.reshape(len(x), -1, centers).amax(2)
+        if options.interclass_filter is not None:
+            cosines = cosines.masked_fill(cosines > options.interclass_filter, -torch.inf)
+        best = torch.cat((best, cosines), 1).topk(k + 1, dim=1).values
+    rows.measured = True
+    everyone = all_gather(best, selection.ranks.group, "the search for the nearest other classes")
+    best = everyone.transpose(0, 1).flatten(1).topk(k + 1, dim=1).values
+    near = (best[:, k - 1 : k] + best[:, k:]) / 2
+    if rule is None:  # a margin without a rule leaves cosines as they are
+        rule = Rule(options.margin.frozen(), near)
+    return replace(rule, near=near, penalty=options.inter_topk_penalty)
