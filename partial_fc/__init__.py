@@ -33,7 +33,9 @@ from partial_fc.margins.variants import CosFace, NormFace, Softmax, SphereFace, 
 from partial_fc.nonfinite.check_gradients import check_gradients
 from partial_fc.optim.clipping import clip_grad_norm_
 from partial_fc.optim.row_optimizer import RowOptimizer
+from partial_fc.optim.row_wise import RowWiseAdagrad
 from partial_fc.planning.plan import Plan, plan
+from partial_fc.storage.kinds import FileRows, HostRows
 from partial_fc.weights.rank_files import RankFiles
 from partial_fc.weights.single_file import export_weights, import_weights
 
@@ -53,7 +55,9 @@ __all__ = [
     "DivergenceError",
     "DivergenceWatch",
     "ElasticFace",
+    "FileRows",
     "GlobalBatch",
+    "HostRows",
     "JoinedBatches",
     "MagFace",
     "Margin",
@@ -72,6 +76,7 @@ __all__ = [
     "RankMissing",
     "Report",
     "RowOptimizer",
+    "RowWiseAdagrad",
     "Softmax",
     "SphereFace",
     "SphereFace2",

@@ -35,10 +35,12 @@ from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Group, all_gather, all_gather_mesh, start_reduce_scatter, sum_over_replicas
 from partial_fc.nonfinite.check_gradients import check_step
 from partial_fc.nonfinite.wiring import follow_in_eval
+from partial_fc.optim.protocol import settle
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sharded_module import Reduction, SharedArguments, check_choice
 from partial_fc.softmax.tiles import compute_dtypes
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
+from partial_fc.storage.kinds import Storage
 from partial_fc.targets import sample_weights_of, targets_of
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class CenterLoss(ChangeableLoss):
             ranks, or for this process alone where there is no process group.
         seed: of initial centers; must agree between ranks, as alpha and update must.
         init_std: standard deviation of initial centers.
-        ignore_index, reduction, scale_embedding_grad, validate, on_nonfinite, max_skips, device, dtype: as of
+        ignore_index, reduction, scale_embedding_grad, validate, on_nonfinite, max_skips, device, dtype, storage: as of
             `PartialFC`.
 
     Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64 (or `[N_local, L]` within a `GlobalBatch`);
@@ -101,6 +103,7 @@ class CenterLoss(ChangeableLoss):
         max_skips: int | None = DEFAULT_MAX_SKIPS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        storage: Storage | None = None,
     ) -> None:
         alpha = real("alpha", alpha)
         if not 0 < alpha <= 1:
@@ -108,14 +111,14 @@ class CenterLoss(ChangeableLoss):
         check_choice("update", update, ("paper", "gradient"))
         shared = SharedArguments(
             embedding_size, num_classes, group, seed, init_std, ignore_index, reduction, scale_embedding_grad,
-            validate, on_nonfinite, max_skips, device,
+            validate, on_nonfinite, max_skips, device, storage,
         )  # fmt: skip
         super().__init__(shared, sampled=update == "gradient")
         self.alpha = alpha
         self.update = update
         # since the last step(): rows of classes seen [S], and for each Σ (c − x) and, in the last column, n: [S, D + 1]
         self._pending: tuple[Tensor, Tensor] | None = None
-        self._register("centers", torch.empty(self.shards.local, self.embedding_size, device=self._device, dtype=dtype))
+        self._register("centers", self._new_rows("centers", (self.embedding_size,), dtype))
         self.centers.requires_grad_(update == "gradient")
         self.reset_parameters()
         self._complete()
@@ -236,7 +239,8 @@ class CenterLoss(ChangeableLoss):
     @torch.no_grad()
     def _differences(self, own: _OwnTargets) -> Tensor:
         """x − c `[P, D]` of own targets, in the dtype of the statistics."""
-        self.class_rows.catch_up(own.row)
+        stored = self.class_rows.store is not None
+        self.class_rows.catch_up(torch.cat((own.row, own.mesh_rows)) if stored else own.row)
         centers, dtype = local_part(self.centers.detach()), own.label_weights.dtype
         return own.batch.embeddings.index_select(0, own.sample).to(dtype).sub_(centers.index_select(0, own.row))
 
@@ -265,7 +269,7 @@ class CenterLoss(ChangeableLoss):
     def reset_parameters(self) -> None:
         """Draw the centers again as `seed` says; also after `to_empty` on a loss that was built on the meta device."""
         self._pending = None
-        self.class_rows.catch_up()
+        settle(self.class_rows)
         self._draw(self.centers)
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ class PartialFC(HeadState):
         embedding_size: D, width of the embeddings.
         num_classes: C, classes over all ranks; may be smaller than the number of ranks.
         margin: what happens to target logits, and the scale; by default `ArcFace(scale=64.0, margin=0.5)`.
-        sample_rate: r in (0, 1]: share of the classes drawn as negatives for a step; 1 is the exact softmax.
+        sample_rate, sample_block: r, share of classes drawn for a step (1: all), so many ids at a time (docs/tiers.md).
         group: a ProcessGroup or 1-D DeviceMesh to split classes over, or a 2-D mesh (replicate, shard); None for all
             ranks, or this process alone without a group. The backbone's gradients must be averaged over the same ranks.
         seed: of initial weights and draws; must agree between ranks.
@@ -69,7 +69,7 @@ class PartialFC(HeadState):
             `check_gradients` and docs/nonfinite.md.
         max_skips: how many steps in a row may be skipped before NonFiniteError is raised; None for any number.
         kernels: "auto" for kernels in Triton where they serve, "off", or "interpret" (docs/kernels.md).
-        device, dtype: of the weights; float32 unless the default dtype is another.
+        device, dtype, storage: of the weights; float32 unless the default is another; `HostRows()`, `FileRows(folder)`.
 
     Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64; N_local may be 0. The loss is 0-d, or `[N_local]`
     for "none". Raises ValueError for bad arguments or inputs, the same on every rank; RuntimeError for wrong wiring.
@@ -131,9 +131,9 @@ class PartialFC(HeadState):
             if ranks.replica_group is not None or batch.label_weights is not None:
                 positives = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
             positives = self.with_hard_negatives(positives) if self._hard_negatives else positives
-            seed, step, device = self.seed, self.forward_count, batch.embeddings.device
-            if device.type == "cpu":
-                window = draw_window(self.num_classes, self._sample_rate, seed=seed, step=step, device=device)
+            if batch.embeddings.device.type == "cpu":
+                drawn = {"seed": self.seed, "step": self.forward_count, "block": self._sample_block}
+                window = draw_window(self.num_classes, self._sample_rate, device=batch.embeddings.device, **drawn)
                 rows = select_rows(window, positives, shards.lo, shards.hi)
             else:
                 rows, slots = self._select_at_once(positives, options)

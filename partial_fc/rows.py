@@ -54,6 +54,7 @@ class ClassRows:
         self.sampled = sampled
         self.seed = seed
         self.record = record
+        self.store: Any = None  # the RowStore (storage/store.py) that has the memory of the rows, or None
         self.parameters: dict[str, nn.Parameter] = {}
         self.shared: dict[str, nn.Parameter] = {}
         self.trainable: list[nn.Parameter] = []
@@ -69,7 +70,7 @@ class ClassRows:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy gets an optimizer, gradients and storages of its own
-        return {**vars(self), "optimizer": None, "grad_rows": None, "pads": None, "storages": {}, "behind": None}
+        return {**vars(self), **dict.fromkeys(("optimizer", "grad_rows", "pads", "behind", "store")), "storages": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -121,14 +122,17 @@ class ClassRows:
 
         Whoever reads or writes rows outside a step calls it first, for all.
         """
+        if self.store is not None:
+            self.store.ready(index)
         if self.behind is not None:
             self.behind.catch_up(index)
 
     def take(self, index: Tensor | None) -> dict[str, Tensor] | None:
-        """Return by parameter the rows `index [S]` of a forward, up to date; None if the memory of the shard has them
-        so."""
+        """Return by parameter the rows `index [S]` of a forward, up to date; None where the shard has them so."""
         if index is None:
             self.catch_up()
+        elif self.store is not None:
+            self.store.ready(index)
         return None if self.behind is None or index is None else self.behind.take(index)
 
     def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads | None = None) -> None:

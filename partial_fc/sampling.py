@@ -94,23 +94,24 @@ def _cycle(num_classes: int, seed: int, cycle: int, device: torch.device) -> tup
     return permutation, permutation.outside().to(device)
 
 
-def window_size(num_classes: int, sample_rate: float) -> int:
-    """Return how many classes a step draws on all ranks together: `round(r * C)`, at least one."""
-    return max(1, round(sample_rate * num_classes))
+def window_size(num_classes: int, sample_rate: float, block: int = 1) -> int:
+    """Return how many ids a step draws on all ranks together: `round(r * C)`, at least one; or whole blocks."""
+    return max(1, round(sample_rate * -(-num_classes // block))) * block
 
 
 def draw_window(
-    num_classes: int, sample_rate: float, *, seed: int, step: int, device: torch.device, steps: int = 1
+    num_classes: int, sample_rate: float, *, seed: int, step: int, device: torch.device, steps: int = 1, block: int = 1
 ) -> Tensor:
     """Return the class ids `[round(r * C)]` that `step` draws, distinct, unsorted: the same on every rank.
 
-    steps: draw for so many steps of one cycle, one after another.
+    steps: of one cycle, one after another. block: so many consecutive ids at a time; from C on they are no class.
     """
-    size = window_size(num_classes, sample_rate)
-    steps_in_cycle = -(-num_classes // size)
-    permutation, outside = _cycle(num_classes, seed, step // steps_in_cycle, device)
+    blocks, size = -(-num_classes // block), window_size(num_classes, sample_rate, block) // block
+    steps_in_cycle = -(-blocks // size)
+    permutation, outside = _cycle(blocks, seed, step // steps_in_cycle, device)
     start = step % steps_in_cycle * size
-    return permutation(torch.arange(start, start + steps * size, device=device) % num_classes, outside)
+    ids = permutation(torch.arange(start, start + steps * size, device=device) % blocks, outside)
+    return ids if block == 1 else (ids[:, None] * block + torch.arange(block, device=device)).flatten()
 
 
 def select_rows(window: Tensor, labels: Tensor, lo: int, hi: int) -> Tensor:

@@ -104,6 +104,8 @@ class ShardedLoss(ShardedModule):
         """Raise if it was built before its group, or no optimizer takes row gradients."""
         rows = self.class_rows
         rows.check_group()
+        if rows.store is not None:
+            rows.store.check(rows, trains=self.training and torch.is_grad_enabled())
         if not (self.training and torch.is_grad_enabled() and rows.sampled) or rows.live_optimizer is not None:
             return
         if rows.grad_rows is not None or rows.lost > 1:

@@ -8,7 +8,7 @@ refusals     errors for engines that would wrap the rows (`distributed/wrapping.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -25,15 +25,17 @@ from partial_fc.distributed.groups import backends_of, device_of_rows, ranks_of
 from partial_fc.distributed.ranks import Group
 from partial_fc.distributed.tools import drawing_rows, meet_tool
 from partial_fc.distributed.wrapping import DDP, FSDP2, refuse
+from partial_fc.initial import fill_initial_rows
 from partial_fc.rows import ClassRows
 from partial_fc.sampling import mix
 from partial_fc.shards import ClassShards
 from partial_fc.step_record import OnNonfinite, StepRecord, Validate
+from partial_fc.storage.kinds import Storage, checked_storage
+from partial_fc.storage.store import Initial, RowStore
+from partial_fc.storage.wiring import COPIED, MOVED
 
 Reduction = Literal["mean", "sum", "none"]
 Self = TypeVar("Self", bound="ShardedModule")
-
-INIT_BLOCK = 1024  # rows drawn by one generator; part of the format of a seed, so never to be changed
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class SharedArguments:
     on_nonfinite: OnNonfinite
     max_skips: int | None
     device: torch.device | str | None
+    storage: Storage | None = None
 
     def checked(self) -> SharedArguments:
         """Return them with every number in one spelling. ValueError for values out of range."""
@@ -118,19 +121,42 @@ class ShardedModule(nn.Module):
         ranks = ranks_of(arguments.group)
         self._device = device_of_rows(arguments.device, ranks)
         shards = ClassShards.split(self.num_classes, ranks, self._device)
+        storage = checked_storage(arguments.storage, self._device.type)
         record = StepRecord(arguments.validate, arguments.on_nonfinite, arguments.max_skips)
         self.class_rows = ClassRows(type(self).__name__, shards, sampled=sampled, seed=self.seed, record=record)
+        self._storage = storage
+        if storage is not None and self._device.type != "meta":  # there a head has no rows, and never gets any
+            self.class_rows.store = RowStore(storage, shards.lo, shards.local)
 
     # ------------------------------------------------------------------------------------------------ parameters
 
     def _register(self, name: str, local: Tensor | None) -> None:
         self.register_parameter(name, None if local is None else nn.Parameter(self.class_rows.shards.wrap(local)))
 
+    def _new_rows(self, name: str, row_shape: tuple[int, ...], dtype: torch.dtype | None, drawn: bool = True) -> Tensor:
+        """Return the memory of a parameter's local rows, `[C_local, *row_shape]`; RuntimeError if a store cannot give
+        it. drawn: initial rows are drawn; else they are 0."""
+        shards, store = self.class_rows.shards, self.class_rows.store
+        dtype = dtype or torch.get_default_dtype()
+        if store is None:
+            return torch.empty(shards.local, *row_shape, device=self._device, dtype=dtype)
+        initial = Initial(std=self.init_std, seed=self.seed, dtype=dtype) if drawn else Initial()
+        return store.new(name, row_shape, dtype, initial)
+
+    @property
+    def _is_untouched(self) -> bool:
+        """Whether rows are in a store that has all of their initial values still to give."""
+        store = self.class_rows.store
+        return store is not None and store.untouched == store.count
+
     def _draw(self, parameter: nn.Parameter) -> None:
         """Fill it with the initial rows of `seed` and `init_std`; do nothing on the meta device."""
-        local = local_part(parameter.detach())
-        if local.device.type != "meta":
-            fill_initial_rows(local, self.class_rows.shards.lo, std=self.init_std, seed=self.seed)
+        local, store = local_part(parameter.detach()), self.class_rows.store
+        if local.device.type == "meta" or self._is_untouched:
+            return
+        if store is not None:
+            store.ready(None)
+        fill_initial_rows(local, self.class_rows.shards.lo, std=self.init_std, seed=self.seed)
 
     def _complete(self) -> None:
         """Call it when all parameters are registered."""
@@ -147,8 +173,10 @@ class ShardedModule(nn.Module):
                 raise errors.rows_that_cannot_travel(type(self).__name__, ", ".join(backends_of(ranks.group)))
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.class_rows.store is not None and self.class_rows.store.folder is not None:
+            raise TypeError(COPIED)
         self.class_rows.catch_up()  # a copy has no steps to make up for
-        return vars(self).copy()
+        return {**vars(self), "_storage": self._storage if self.class_rows.store is None else None}
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._parameters.items() if p is not None}
@@ -170,9 +198,15 @@ class ShardedModule(nn.Module):
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast the local rows, keeping the identity of the parameters, as torch's own modules do."""
-        self.class_rows.catch_up()
-        own = self._own_parameters()
+        own, store = self._own_parameters(), self.class_rows.store
+        if store is None:
+            self.class_rows.catch_up()
         before = {name: local_part(p.detach()) for name, p in own.items()}
+        if self._storage is not None:  # rows stay as they are
+            like = {name: (local.new_empty(0), fn(local.new_empty(0))) for name, local in before.items()}
+            if any(a.dtype != b.dtype or a.device != b.device for a, b in like.values()):
+                raise RuntimeError(MOVED.format(storage=type(self._storage).__name__))
+            fn = _all_but(before.values(), fn)
         after = {name: fn(local) for name, local in before.items()}
         everything, self._parameters = self._parameters, {}
         try:
@@ -275,25 +309,7 @@ class ShardedModule(nn.Module):
         return Agreed.of(self, device=self.class_rows.device.type, **values)
 
 
-def initial_rows(lo: int, hi: int, row_shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:
-    """Return rows `[lo, hi)` of the initial matrix in host memory, float32 `[hi - lo, *row_shape]`."""
-    out = torch.empty(hi - lo, *row_shape, device="cpu", dtype=torch.float32)
-    fill_initial_rows(out, lo, std=std, seed=seed)
-    return out
-
-
-def fill_initial_rows(out: Tensor, lo: int, *, std: float, seed: int) -> None:
-    """Fill `out [n, ...]`, on any device, with the rows of the initial matrix from class id `lo` on: normal numbers
-    with deviation `std`, drawn in float32.
-
-    Drawn in fixed blocks of 1,024 rows with a generator each, keyed by (seed, block), because `normal_` draws other
-    numbers for another size of tensor: any rank can draw any rows, and all agree. One block is in host memory.
-    """
-    cpu = torch.device("cpu")  # whatever the default device and dtype are: the draw is part of the meaning of a seed
-    rows = torch.empty(INIT_BLOCK, *out.shape[1:], device=cpu, dtype=torch.float32)
-    hi = lo + len(out)
-    for block in range(lo // INIT_BLOCK, -(-hi // INIT_BLOCK)):
-        start = block * INIT_BLOCK
-        rows.normal_(0.0, std, generator=torch.Generator(cpu).manual_seed(mix(seed, block)))
-        a, b = max(lo, start), min(hi, start + INIT_BLOCK)
-        out[a - lo : b - lo] = rows[a - start : b - start]
+def _all_but(rows: Iterable[Tensor], fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return `fn` for all tensors but these, which stay what they are."""
+    kept = [*rows]
+    return lambda tensor: tensor if any(tensor is each for each in kept) else fn(tensor)

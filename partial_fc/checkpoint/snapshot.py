@@ -1,6 +1,7 @@
 """Copies of tensors in host memory, for a save that goes on while the tensors change.
 
     tensor on a GPU  [n] ── a block at a time ──> one pinned block ──>  copy [n] in ordinary memory
+    class rows in files  [n] ────────────────────────────────────────>  copy [n] in another file
     any other tensor [n] ────────────────────────────────────────────>  copy [n] in ordinary memory
 
 A GPU copies to pinned memory several times faster. But what is pinned stays so until the process ends, and torch rounds
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from partial_fc.storage.store import scratch_like
 
 BLOCK_BYTES = 64 << 20
 SMALL_BYTES = 1 << 20  # below it a copy without the block is as fast
@@ -28,7 +31,10 @@ class Snapshots:
         copy = self._copies.get(name)
         if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
             self._copies.pop(name, None)
-            copy = self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            copy = scratch_like(tensor) if tensor.ndim else None
+            if copy is None:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            self._copies[name] = copy
         if tensor.device.type != "cuda" or tensor.nbytes < SMALL_BYTES or not tensor.is_contiguous():
             copy.copy_(tensor)
             return copy

@@ -24,7 +24,15 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from partial_fc.classes.class_means import Batches, NewRows, new_rows_from_means, row_blocks, row_shape, weight_rows
+from partial_fc.classes.class_means import (
+    ROW_BLOCK,
+    Batches,
+    NewRows,
+    new_rows_from_means,
+    row_blocks,
+    row_shape,
+    weight_rows,
+)
 from partial_fc.classes.interface import Change, Changeable
 from partial_fc.classes.mapping import ClassMoves, Mapped, class_moves, validate_mapping
 from partial_fc.classes.moves import move_rows
@@ -32,12 +40,13 @@ from partial_fc.distributed.given import as_whole
 from partial_fc.distributed.inside_torch import tells_graphs
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.texts import gather_texts
+from partial_fc.initial import initial_rows
 from partial_fc.margins.base import Margin
+from partial_fc.optim.moves import is_row_state
 from partial_fc.optim.optimizer_class import initial_state
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.optim.row_state import MASTER
 from partial_fc.sampling import mix
-from partial_fc.sharded_module import INIT_BLOCK, initial_rows
 from partial_fc.shards import ClassShards, local_part
 
 Merge = Literal["mean", "first"]
@@ -189,9 +198,13 @@ def _apply_change(loss: Changeable, prepared: _PreparedChange, rows: NewRows | N
     change, before = prepared.change, loss.class_rows.shards
     after = before.resized(change.num_classes)
 
-    def moved(local: Tensor, new: NewRows | float) -> Tensor:
-        """Return the local rows of the new shard; `new` fills the added classes."""
-        out = move_rows(local, change.moves, before, after)
+    store = loss.class_rows.store
+    store = None if store is None else store.resized(after.lo, after.local)
+
+    def moved(of: str, local: Tensor, new: NewRows | float) -> Tensor:
+        """Return the local rows of the new shard; `new` fills the added classes. of: its name in a store."""
+        out = None if store is None else store.new(of, tuple(local.shape[1:]), local.dtype, None)
+        out = move_rows(local, change.moves, before, after, out)
         first = max(after.lo, change.num_classes - change.added)
         if callable(new):
             _write_rows(out, after.lo, first, after.hi, new)
@@ -203,17 +216,19 @@ def _apply_change(loss: Changeable, prepared: _PreparedChange, rows: NewRows | N
     for k, (name, parameter) in enumerate(parameters.items()):
         new: NewRows | float = rows if rows is not None and k == 0 else 0.0  # a new bias is 0
         changed = nn.Parameter(
-            after.wrap(moved(local_part(parameter.detach()), new)), requires_grad=parameter.requires_grad
+            after.wrap(moved(name, local_part(parameter.detach()), new)), requires_grad=parameter.requires_grad
         )
         torch.utils.swap_tensors(parameter, changed)
         del changed
-        for optimizer, fills in prepared.optimizers:
+        for i, (optimizer, fills) in enumerate(prepared.optimizers):
             for key, fill in fills[name].items():
                 state = optimizer.state[parameter]
-                state[key] = after.wrap(moved(local_part(state[key]), new if key == MASTER else fill))
+                of = f"{name}/{key}" if isinstance(optimizer, RowOptimizer) else f"{name}/{key} of {i}"
+                state[key] = after.wrap(moved(of, local_part(state[key]), new if key == MASTER else fill))
                 if key == MASTER:
                     _round_merged(local_part(parameter.detach()), local_part(state[key]), change.moves, after)
     prepared.apply_tables()
+    loss.class_rows.store = store
     loss.adopt(dict(parameters), after)
 
 
@@ -222,7 +237,7 @@ def _round_merged(weight: Tensor, master: Tensor, moves: ClassMoves, shards: Cla
 
     The mean of rounded weights would differ.
     """
-    for ids in moves.merged_into(shards.lo, shards.hi).split(INIT_BLOCK):
+    for ids in moves.merged_into(shards.lo, shards.hi).split(ROW_BLOCK):
         rows = (ids - shards.lo).to(weight.device)
         weight.index_copy_(0, rows, master.index_select(0, rows).to(weight.dtype))
 
@@ -330,10 +345,10 @@ def rows_of_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
     weight. Raises ValueError if the optimizer holds state that is neither by row nor one number.
     """
     state: dict[str, Any] = optimizer.state.get(parameter, {})
-    shape, local = parameter.shape, local_part(parameter.detach()).shape
+    shape, local = parameter.shape, local_part(parameter.detach())
     by_row = []
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == shape and local_part(value).shape == local:
+        if is_row_state(value, parameter) and is_row_state(local_part(value), local):
             by_row.append(key)
         elif isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(

@@ -23,9 +23,9 @@ from partial_fc.batch.status import LabelSet
 from partial_fc.classes.interface import Changeable
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.initial import initial_rows
 from partial_fc.optim.row_state import MASTER
 from partial_fc.sampling import mix
-from partial_fc.sharded_module import INIT_BLOCK, initial_rows
 from partial_fc.shards import ClassShards, local_part
 from partial_fc.targets import check_batch
 
@@ -34,6 +34,7 @@ NewRows = Callable[[int, int], Tensor]  # (a, b) -> rows of the class ids [a, b)
 
 CENTER_OFFSETS = 0x61706172  # key of these draws; must never change, or a seed would give other rows
 SPREAD = 0.1  # distance of the other centers of a class from its mean, relative to the length of the mean
+ROW_BLOCK = 1024  # rows made or summed at a time
 TINY = 1e-12  # a shorter vector has no direction
 
 
@@ -82,7 +83,11 @@ def _class_means(loss: Changeable, batches: Batches, lo: int, hi: int, valid: ra
     """
     weight, ranks = weight_rows(loss), loss.class_rows.shards.ranks
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    sums = weight.new_zeros(hi - lo, loss.embedding_size, dtype=dtype)
+    store = loss.class_rows.store
+    if store is None:
+        sums = weight.new_zeros(hi - lo, loss.embedding_size, dtype=dtype)
+    else:
+        sums = store.scratch(hi - lo, (loss.embedding_size,), dtype)
     counts = weight.new_zeros(hi - lo, dtype=torch.int64)
     for embeddings, labels in _equal_batches(loss, batches, sums):
         batch = exchange(embeddings, [LabelSet(None, labels)], ranks, look=True, device=weight.device)[0]
@@ -160,7 +165,7 @@ def _mean_length(loss: Changeable) -> Tensor:
     """Return the mean length of all rows of all ranks, float64 (0-d)."""
     weight, group = weight_rows(loss), loss.class_rows.shards.ranks.group
     total = weight.new_zeros((), dtype=torch.float64)
-    for block in weight.split(INIT_BLOCK):
+    for block in weight.split(ROW_BLOCK):
         total += _lengths(block.to(torch.promote_types(block.dtype, torch.float32))).sum(dtype=torch.float64)
     if group is not None:
         with naming_the_missing("the mean length of rows", group):
@@ -179,11 +184,9 @@ def _expand_mask(found: Tensor, rows: Tensor) -> Tensor:
 
 
 def row_blocks(first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the ids [first, end) in parts, cut where `initial_rows` starts another generator."""
-    while first < end:
-        b = min(end, (first // INIT_BLOCK + 1) * INIT_BLOCK)
-        yield first, b
-        first = b
+    """Yield the ids [first, end) in parts."""
+    for a in range(first, end, ROW_BLOCK):
+        yield a, min(a + ROW_BLOCK, end)
 
 
 def row_shape(loss: Changeable) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ from partial_fc.distributed.ranks import all_gather
 from partial_fc.errors import NonFiniteError, log
 from partial_fc.sharded_module import check_choice
 from partial_fc.shards import ClassShards, shard_bounds
+from partial_fc.storage.store import RowStore
 
 SEARCH = "the search for hard negatives"
 PIECE_BYTES = 16 << 20  # of ids that all ranks together send at a time
@@ -62,7 +63,7 @@ class HardNegatives(ChangeableLoss):
         """Register the table, of which nothing is known yet. ValueError where there are not so many other classes."""
         check_neighbours(hard_negatives, self.num_classes)
         self._hard_negatives, self._hard_negatives_every = hard_negatives, every
-        self._hard_negatives_search = checked_search(search, hard_negatives, centers)
+        self._hard_negatives_search = checked_search(search, hard_negatives, centers, self.class_rows.store)
         shape = self.num_classes, hard_negatives
         table = torch.full(shape, UNKNOWN, dtype=torch.int32, device=self._device) if hard_negatives else None
         self.register_buffer(TABLE, table)
@@ -96,7 +97,7 @@ class HardNegatives(ChangeableLoss):
     @hard_negatives_search.setter
     def hard_negatives_search(self, value: Search) -> None:
         centers = self.class_rows.main.shape[1] if self.class_rows.main.ndim == 3 else 1
-        self._hard_negatives_search = checked_search(value, self._hard_negatives, centers)
+        self._hard_negatives_search = checked_search(value, self._hard_negatives, centers, self.class_rows.store)
 
     # ------------------------------------------------------------------------------------------------ a forward
 
@@ -212,12 +213,15 @@ def check_hard_negatives(hard_negatives: int, every: int, sample_rate: float) ->
     return hard_negatives, every
 
 
-def checked_search(search: Search, hard_negatives: int, centers: int) -> Search:
+def checked_search(search: Search, hard_negatives: int, centers: int, store: RowStore | None) -> Search:
     """Return how to search. ValueError for what cannot be, ModuleNotFoundError without faiss where it is needed."""
     check_choice("hard_negatives_search", search, ("exact", "faiss"))
     if search == "faiss" and hard_negatives:
         if centers > 1:
             raise ValueError(f'hard_negatives_search="faiss" takes one row a class, not {centers} centers: use "exact"')
+        if store is not None:
+            kind = type(store.storage).__name__
+            raise ValueError(f'hard_negatives_search="faiss" holds all rows in an index, beside {kind}: use "exact"')
         faiss_module()
     return search
 

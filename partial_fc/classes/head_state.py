@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -29,6 +31,7 @@ from partial_fc.kernels.launch import prepare
 from partial_fc.margins.base import Margin
 from partial_fc.margins.fixed import ArcFace
 from partial_fc.margins.state import load_state, misfit, state_of
+from partial_fc.optim.protocol import settle
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sampling import draw_window, window_size
 from partial_fc.sharded_module import Reduction, SharedArguments, check_choice
@@ -39,6 +42,7 @@ from partial_fc.softmax.inputs import LossOptions
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.tiles import Workspace, compute_dtypes
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
+from partial_fc.storage.kinds import Storage
 
 DEFAULT_LOGITS_BUDGET = 1 << 30
 SamplingCorrection = Literal["none", "importance"]
@@ -63,6 +67,7 @@ class HeadState(HeadPredictions):
     class_weights: Tensor | None
     margin: Margin
     _sample_rate: float
+    _sample_block: int
     label_smoothing: float
     interclass_filter: float | None
     inter_topk: int
@@ -81,7 +86,7 @@ class HeadState(HeadPredictions):
         **HardNegatives.FACTS,
         **{name: name for name in ("label_smoothing", "interclass_filter", "forward_count")},
         **{name: name for name in ("inter_topk", "inter_topk_penalty")},
-        "sample_rate": "_sample_rate",
+        **{name: f"_{name}" for name in ("sample_rate", "sample_block")},
         **{name: f"_{name}" for name in ("hard_negatives", "hard_negatives_every", "hard_negatives_search")},
         "sampling_correction": "_sampling_correction",
         "metrics": "collect_metrics",
@@ -96,6 +101,7 @@ class HeadState(HeadPredictions):
         margin: Margin | None = None,
         sample_rate: float = 1.0,
         *,
+        sample_block: int = 1,
         group: Group = None,
         seed: int = 0,
         init_std: float = 0.01,
@@ -119,6 +125,7 @@ class HeadState(HeadPredictions):
         kernels: KernelsMode = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        storage: Storage | None = None,
     ) -> None:
         """For the arguments see `PartialFC`."""
         margin = ArcFace() if margin is None else margin
@@ -128,9 +135,10 @@ class HeadState(HeadPredictions):
         hard = check_hard_negatives(hard_negatives, hard_negatives_every, numbers.sample_rate)
         shared = SharedArguments(
             embedding_size, num_classes, group, seed, init_std, ignore_index, reduction, scale_embedding_grad,
-            validate, on_nonfinite, max_skips, device,
+            validate, on_nonfinite, max_skips, device, storage,
         )  # fmt: skip
         super().__init__(shared, sampled=numbers.sample_rate < 1)
+        self._sample_block = checked_block(sample_block, self.num_classes, numbers.sample_rate)
         self.margin = margin
         self._sample_rate = numbers.sample_rate
         self.label_smoothing = numbers.label_smoothing
@@ -152,12 +160,13 @@ class HeadState(HeadPredictions):
         self._make_table(*hard, hard_negatives_search, margin.centers)
         dtype = dtype or torch.get_default_dtype()
         self._prepare_margin(dtype)
-        local = (self.shards.local,) if margin.centers == 1 else (self.shards.local, margin.centers)
-        self._register("weight", torch.empty(*local, self.embedding_size, device=self._device, dtype=dtype))
-        bias = torch.empty(self.shards.local, device=self._device, dtype=dtype) if margin.bias else None
-        self._register("bias", bias)
+        centers = () if margin.centers == 1 else (margin.centers,)
+        self._register("weight", self._new_rows("weight", (*centers, self.embedding_size), dtype))
+        self._register("bias", self._new_rows("bias", (), dtype, drawn=False) if margin.bias else None)
         self.reset_parameters()
         self._complete()
+        if self.class_rows.store is not None and self.class_rows.sampled:
+            self.class_rows.store.upcoming = functools.partial(_rows_ahead, weakref.ref(self))
 
     def _prepare_margin(self, dtype: torch.dtype) -> None:
         """Fit the margin to the classes and the device; its parameters become parameters that all ranks share."""
@@ -193,6 +202,11 @@ class HeadState(HeadPredictions):
         return self._sample_rate
 
     @property
+    def sample_block(self) -> int:
+        """How many consecutive class ids are drawn together."""
+        return self._sample_block
+
+    @property
     def sampling_correction(self) -> SamplingCorrection:
         """What makes up for classes that a step does not draw."""
         return self._sampling_correction
@@ -225,8 +239,8 @@ class HeadState(HeadPredictions):
         ids = self.selected
         drawn = in_batch = torch.ones_like(ids, dtype=torch.bool)
         if self.selected_rows is not None and self._last_labels is not None:
-            of_step = {"seed": self.seed, "step": self.forward_count - 1}
-            drawn = torch.isin(ids, draw_window(self.num_classes, self._sample_rate, **of_step, device=ids.device))
+            of_step = self._draw_of(self.forward_count - 1)
+            drawn = torch.isin(ids, draw_window(self.num_classes, self._sample_rate, **of_step))
             labels = self._last_labels
             in_batch = torch.isin(ids, labels.where(labels != self.ignore_index, -1))
         counted = {"window": drawn, "batch": in_batch & ~drawn, "hard": ~(in_batch | drawn)}
@@ -266,9 +280,24 @@ class HeadState(HeadPredictions):
             raise RuntimeError("metrics are known after a forward of a head that was built with metrics=True")
         return self._measured.summary(self.margin)
 
+    def _draw_of(self, step: int) -> dict[str, Any]:
+        """Return what the window of a step depends on besides the number of classes and the sampling rate."""
+        return {"seed": self.seed, "step": step, "device": self.class_rows.device, "block": self._sample_block}
+
+    def rows_ahead(self) -> Callable[[], Tensor] | None:
+        """Return what draws the local rows of the window of the forward after this one; None in evaluation."""
+        classes, rate, of_step = self.num_classes, self._sample_rate, self._draw_of(self.forward_count + 1)
+        lo, hi = self.shards.lo, self.shards.hi
+
+        def rows() -> Tensor:
+            ids = draw_window(classes, rate, **of_step)
+            return ids[(ids >= lo) & (ids < hi)] - lo
+
+        return rows if self.training else None
+
     def _select_at_once(self, positives: Tensor, options: LossOptions) -> tuple[Tensor, Slots | None]:
         """Return this rank's rows of the forward, and the slots behind its window, without a wait for the device."""
-        draws = Draws(self.num_classes, self._sample_rate, self.seed, self.shards, positives.device)
+        draws = Draws(self.num_classes, self._sample_rate, self.seed, self.shards, positives.device, self._sample_block)
         if self._draws is None or self._draws.key != draws.key:
             self._draws = draws
         # with slots nothing but the exponential may depend on the logits of single rows
@@ -285,7 +314,8 @@ class HeadState(HeadPredictions):
     ) -> Correction:
         """Return the correction of a forward with these local rows. always: ids of the classes that are always taken.
         dtypes: of the statistics, of the matrix products."""
-        share = window_size(self.num_classes, self._sample_rate) / self.num_classes
+        block = self._sample_block
+        share = window_size(self.num_classes, self._sample_rate, block) / (-(-self.num_classes // block) * block)
         found = log_weights(rows, slots, always, self.shards.lo, share, dtypes[0])
         late = options.ruled or options.metrics or options.margin.binary is not None
         if not late and is_bounded(options, *dtypes):
@@ -349,9 +379,10 @@ class HeadState(HeadPredictions):
 
         Also after `to_empty` on a head that was built on the meta device.
         """
-        self.class_rows.catch_up()
+        settle(self.class_rows)
+        untouched = self._is_untouched
         self._draw(self.weight)
-        if self.bias is not None:
+        if self.bias is not None and not untouched:
             local_part(self.bias.detach()).zero_()
         if self.neighbours is not None:
             self.neighbours.fill_(UNKNOWN)
@@ -407,7 +438,25 @@ class HeadState(HeadPredictions):
     def _drawn_of(self, num_classes: int) -> int:
         """Return for how many classes those of a step count."""
         every = self.sample_rate == 1 or self.sampling_correction == "importance"
-        return num_classes if every else window_size(num_classes, self.sample_rate)
+        return num_classes if every else window_size(num_classes, self.sample_rate, self._sample_block)
+
+
+def checked_block(sample_block: int, num_classes: int, sample_rate: float) -> int:
+    """Return it as an int. ValueError for what no head can have."""
+    sample_block = whole("sample_block", sample_block, least=1)
+    if sample_block > num_classes:
+        raise ValueError(f"sample_block is a number of classes, at most {num_classes}, not {sample_block}")
+    if sample_block > 1 and sample_rate == 1:
+        raise ValueError(
+            f"sample_block is {sample_block}, but with sample_rate=1.0 nothing is drawn: leave it at 1, or give a "
+            "sample_rate below 1"
+        )
+    return sample_block
+
+
+def _rows_ahead(head: weakref.ref[HeadState]) -> Callable[[], Tensor] | None:
+    here = head()
+    return None if here is None else here.rows_ahead()
 
 
 def check_head_arguments(

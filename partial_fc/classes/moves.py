@@ -23,15 +23,18 @@ from partial_fc.shards import ClassShards, shard_bounds
 BLOCK_BYTES = 8 << 20
 
 
-def move_rows(local: Tensor, moves: ClassMoves, before: ClassShards, after: ClassShards) -> Tensor:
-    """Return this rank's rows `[C'_local, ...]` after `moves`, given its rows `[C_local, ...]`.
+def move_rows(
+    local: Tensor, moves: ClassMoves, before: ClassShards, after: ClassShards, out: Tensor | None = None
+) -> Tensor:
+    """Return this rank's rows `[C'_local, ...]` after `moves`, given its rows `[C_local, ...]`; in the memory of `out`
+    if it is given.
 
     Every rank of the group must call it. Rows of new ids without an old class are not initialised. Merged rows are
     summed in float32 or better.
     """
     if not local.is_floating_point():
         moves = moves.lowest_only()
-    out = local.new_empty(after.local, *local.shape[1:])
+    out = local.new_empty(after.local, *local.shape[1:]) if out is None else out
     world = after.ranks.world
     rank = after.ranks.rank
     parts = [moves.part(*shard_bounds(after.num_classes, r, world)) for r in range(world)]

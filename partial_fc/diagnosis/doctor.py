@@ -103,13 +103,18 @@ def doctor(
     and need CPU memory of the size of weights, gradients and optimizer state to restore them. Under DeepSpeed the
     engine's steps are not run.
 
-    Raises TypeError if the head is not a PartialFC. All other mistakes are in the report; `report.raise_if_wrong()`
-    raises them.
+    Raises TypeError if the head is not a PartialFC, ValueError if its rows are in a storage. All other mistakes are in
+    the report; `report.raise_if_wrong()` raises them.
     """
     given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
     for each in given:
         if not isinstance(each, torch.optim.Optimizer):
             raise TypeError(f"optimizers must be torch optimizers, not {type(each).__name__}")
+    if getattr(getattr(head, "class_rows", None), "store", None) is not None:
+        raise ValueError(
+            "doctor keeps a copy in memory of all that it restores: give it a small head without storage, which is "
+            "wired as this one"
+        )
     if input_shape is not None:
         input_shape = [whole("a size in input_shape", each, least=1) for each in input_shape]
     if batch is not None and not (isinstance(batch, Sequence) and len(batch) == 2):

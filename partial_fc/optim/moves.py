@@ -103,7 +103,9 @@ class LinearMoves:
 
 
 def is_row_state(value: Any, block: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape == block.shape
+    """Return whether a piece of state has a row for each row of a block: as wide, or of one number."""
+    alike = isinstance(value, Tensor) and 0 < value.ndim == block.ndim and len(value) == len(block)
+    return alike and all(a in (1, b) for a, b in zip(value.shape, block.shape, strict=True))
 
 
 def on_cpu(value: Any) -> Any:

@@ -142,7 +142,7 @@ class OneGroup(torch.optim.Optimizer):
         if name == "state" and not isinstance(value, GuardedState):
             value = GuardedState(dict, value)
         if name == "state" and hasattr(self, "state"):
-            self.class_rows.catch_up()  # by the state that is replaced
+            settle(self.class_rows)  # by the state that is replaced
         if name == "param_groups" and value and hasattr(self, "param_groups"):
             value = [self._own_group(value)]
         super().__setattr__(name, value)
@@ -186,6 +186,12 @@ class OneGroup(torch.optim.Optimizer):
         copied = copied_optimizer(self, memo)
         copied.class_rows.optimizer = weakref.ref(copied)
         return copied
+
+
+def settle(rows: ClassRows) -> None:
+    """Let rows make the steps that they have missed. Who looks at them calls `catch_up`, missed steps or not."""
+    if rows.behind is not None and rows.behind.steps:
+        rows.catch_up()
 
 
 def one_group(owner: str) -> str:

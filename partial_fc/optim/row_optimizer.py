@@ -25,6 +25,7 @@ from partial_fc.nonfinite.check_gradients import check_own_step
 from partial_fc.optim.in_backward import begin_update, end_update
 from partial_fc.optim.kernel_step import KernelStep
 from partial_fc.optim.low_precision import WideRows
+from partial_fc.optim.moves import is_row_state
 from partial_fc.optim.optimizer_class import fused_moves
 from partial_fc.optim.pads import blocks_with_pads, join_far_pads
 from partial_fc.optim.row_state import COUNT, MASTER, RowState
@@ -160,11 +161,11 @@ class RowUpdate:
         inner.step()
         self._put_back(block.detach(), index, a, b)
         for key, value in inner.state[block].items():
-            if not isinstance(value, Tensor) or not value.ndim or value.shape != block.shape:  # scalar state
+            if not is_row_state(value, block):  # scalar state
                 self.state[key] = value
                 continue
             if key not in self.state:
-                self.state[key] = self.optimizer.allocate(self.parameter, value.dtype, key)
+                self.state[key] = self.optimizer.allocate(self.parameter, value.dtype, key, value.shape[1:])
             _put(local_part(self.state[key]), value, index, a, b)
         inner.state.clear()
         inner.param_groups[0]["params"] = []

@@ -28,12 +28,20 @@ from partial_fc.optim.optimizer_class import (
     initial_state,
     trial,
 )
-from partial_fc.optim.protocol import OneGroup, check_options, checked_groups, with_loading_hooks, with_saving_hooks
+from partial_fc.optim.protocol import (
+    OneGroup,
+    check_options,
+    checked_groups,
+    settle,
+    with_loading_hooks,
+    with_saving_hooks,
+)
 from partial_fc.optim.skipped_rows import SkippedRows
 from partial_fc.optim.stored_rows import COUNT as COUNT
 from partial_fc.optim.stored_rows import MASTER as MASTER
 from partial_fc.optim.stored_rows import agree_to_load, marked, row_problem, stated_rows, taken
 from partial_fc.rows import ClassRows, HasClassRows, UpdateRows
+from partial_fc.storage.store import Initial, RowStore
 
 SkippedRowsChoice = Literal["dense", "still"]
 
@@ -67,7 +75,9 @@ class RowState(OneGroup):
         super().__init__(list(rows.trainable), self.inner.defaults)
         self.param_groups[0]["params"] = rows.trainable  # this very list, which backward changes in place
         self._skipped_rows = skipped_rows_of(optimizer_class, rows, skipped_rows, self.param_groups[0])
-        rows.catch_up()  # by the optimizer before this one
+        settle(rows)  # by the optimizer before this one
+        if rows.store is not None:
+            rows.store.forget(kept={*rows.parameters})
         rows.optimizer = weakref.ref(self)
         self.follow_skipped_rows()
 
@@ -79,7 +89,7 @@ class RowState(OneGroup):
     @skipped_rows.setter
     def skipped_rows(self, choice: SkippedRowsChoice | None) -> None:
         self._skipped_rows = skipped_rows_of(type(self.inner), self.class_rows, choice, self.param_groups[0])
-        self.class_rows.catch_up()
+        settle(self.class_rows)
         self.follow_skipped_rows()
 
     def follow_skipped_rows(self) -> None:
@@ -130,18 +140,46 @@ class RowState(OneGroup):
         for key, value in self.built[place].items():
             if is_row_state(value, none):
                 dtype = self._state_dtype(parameter) if value.is_floating_point() else value.dtype
-                begun[key] = self.allocate(parameter, dtype, key)
+                begun[key] = self.allocate(parameter, dtype, key, value.shape[1:])
             else:
                 begun[key] = self._fitted(copy.deepcopy(value), parameter)
         self.state[parameter].update(begun)
         return begun
 
-    def allocate(self, parameter: nn.Parameter, dtype: torch.dtype, key: str) -> Tensor:
-        """Return new row state of a parameter."""
+    def allocate(
+        self, parameter: nn.Parameter, dtype: torch.dtype, key: str, row_shape: torch.Size | None = None
+    ) -> Tensor:
+        """Return new row state of a parameter. row_shape: that of the parameter, unless it is given."""
         local = local_part(parameter.detach())
+        row_shape = local.shape[1:] if row_shape is None else row_shape
+        if self.class_rows.store is not None and not self._is_shared(parameter):
+            made = self._allocate_in_store(self.class_rows.store, parameter, dtype, key, tuple(row_shape))
+            return self._wrap(parameter, made)
         if key == MASTER:
             return self._wrap(parameter, local.float())
-        return self._wrap(parameter, torch.full_like(local, self.initial_state.get(key, 0.0), dtype=dtype))
+        value = self.initial_state.get(key, 0.0)
+        return self._wrap(parameter, local.new_full((len(local), *row_shape), value, dtype=dtype))
+
+    def _allocate_in_store(
+        self, store: RowStore, parameter: nn.Parameter, dtype: torch.dtype, key: str, shape: tuple[int, ...]
+    ) -> Tensor:
+        name = next(name for name, p in self.class_rows.parameters.items() if p is parameter)
+        if key != MASTER:
+            return store.new(f"{name}/{key}", shape, dtype, Initial(fill=self.initial_state.get(key, 0.0)))
+        made = store.new(f"{name}/{key}", shape, dtype, store.tensors[name].initial)
+        store.follow(f"{name}/{key}", local_part(parameter.detach()))
+        return made
+
+    def _in_store(self, value: Any, parameter: nn.Parameter, key: str) -> Any:
+        """Return a piece of loaded state where the rows' memory is: copied, unless it is there."""
+        store = self.class_rows.store
+        if store is None or not isinstance(value, Tensor) or not value.ndim or self._is_shared(parameter):
+            return value
+        if any(rows.tensor.data_ptr() == local_part(value).data_ptr() for rows in store.tensors.values()):
+            return value
+        made = self.allocate(parameter, value.dtype, key, value.shape[1:])
+        local_part(made).copy_(local_part(value))
+        return made
 
     def _wrap(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
         """Return `local` as a DTensor that is split as the parameter is."""
@@ -170,15 +208,21 @@ class RowState(OneGroup):
         for i, parameter in enumerate(self.class_rows.everything):
             if i in template["state"]:
                 continue
-            zeros = torch.zeros(1, 1, dtype=self._state_dtype(parameter), device="cpu")
-            moved, state = trial(type(self.inner), self._options(), zeros, steps=1)
+            moved, state = self._tried(parameter)
             template["state"][i] = {
-                key: self.allocate(parameter, value.dtype, key) if is_row_state(value, moved) else value
+                key: self.allocate(parameter, value.dtype, key, value.shape[1:])
+                if is_row_state(value, moved)
+                else value
                 for key, value in state.items()
             }
             if self.low_precision == "master":
                 template["state"][i][MASTER] = self.allocate(parameter, torch.float32, MASTER)
         return template
+
+    def _tried(self, parameter: nn.Parameter) -> tuple[Tensor, dict[str, Any]]:
+        """Return (one row of a parameter, its state) after a step."""
+        row = torch.zeros(1, *parameter.shape[1:], dtype=self._state_dtype(parameter), device="cpu")
+        return trial(type(self.inner), self._options(), row, steps=1)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state dict belongs to another class of optimizer; its tensors are not looked at."""
@@ -215,7 +259,9 @@ class RowState(OneGroup):
         self.state.clear()
         for i, state in state_dict["state"].items():
             parameter = parameters[int(i)]
-            self.state[parameter] = {key: self._fitted(value, parameter) for key, value in state.items()}
+            self.state[parameter] = {
+                key: self._in_store(self._fitted(value, parameter), parameter, key) for key, value in state.items()
+            }
         self.follow_skipped_rows()
 
     def _problem_of_state(self, state_dict: dict[str, Any]) -> str:
@@ -230,9 +276,14 @@ class RowState(OneGroup):
             return f"it is no state of a RowOptimizer ({type(error).__name__}: {error})"
         for i, state in state_dict["state"].items():
             parameter = parameters[int(i)]
+            if self._is_shared(parameter):
+                continue
+            moved, tried = self._tried(parameter)
             for key, value in state.items():
-                if isinstance(value, Tensor) and value.ndim and not self._is_shared(parameter):
-                    problem = row_problem(self.class_rows, key, value, parameter.shape, state_dict)
+                if isinstance(value, Tensor) and value.ndim:
+                    row = tried[key] if is_row_state(tried.get(key), moved) else moved
+                    shape = (parameter.shape[0], *row.shape[1:])
+                    problem = row_problem(self.class_rows, key, value, shape, state_dict)
                     if problem:
                         return problem
         return ""

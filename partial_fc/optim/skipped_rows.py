@@ -25,6 +25,7 @@ from partial_fc.errors import log
 from partial_fc.optim.forms import FormOf, Moves, Update
 from partial_fc.optim.kernel_moves import TAKEN_DIRECTIONS, directions_memory, moved_by_kernel
 from partial_fc.optim.moves import Probe, is_row_state
+from partial_fc.optim.oldest import forget_oldest
 from partial_fc.optim.rounding import round_at_random
 from partial_fc.optim.stored_rows import COUNT, MASTER
 from partial_fc.sampling import mix
@@ -69,8 +70,8 @@ class SkippedRows:
     def count(self, options: Mapping[str, Any], updates: Mapping[str, Update], selected: Tensor | None) -> None:
         """A step was taken. updates: of the parameters that had a gradient, by name; selected: local rows `[S]`."""
         if not all(name in self.parameters and self.parameters[name].is_of(u) for name, u in updates.items()):
-            self.catch_up()
-            self.forget()
+            if self.steps:
+                self.rows.catch_up()
             self.parameters = {
                 name: _Behind(self.rows, self.form, u, Probe(self.cls, options, u.before))
                 for name, u in updates.items()
@@ -89,7 +90,7 @@ class SkippedRows:
         if selected is not None:
             self.done.index_fill_(0, selected, self.steps)
         if self.steps >= self.form.MOST:
-            self.catch_up()
+            forget_oldest(self)
 
     @torch.no_grad()
     def catch_up(self, index: Tensor | None = None) -> None:
@@ -135,11 +136,9 @@ class SkippedRows:
         }
         directions = {key: each.pop(key) for each in named.values() for key in TAKEN_DIRECTIONS if key in each}
         self.taken = index, named
-        rows = {}
-        for name, parameter in self.rows.parameters.items():
-            current = named[name][""] if name in named else local_part(parameter.detach()).index_select(0, index)
-            rows[name] = current.to(parameter.dtype)
-        return rows | directions
+        of = self.rows.parameters
+        rows = {n: named[n][""] if n in named else local_part(p.detach()).index_select(0, index) for n, p in of.items()}
+        return {name: current.to(of[name].dtype) for name, current in rows.items()} | directions
 
     def of_update(self, selected: Tensor | None) -> dict[str, dict[str, Tensor]]:
         """Return by parameter what the forward of these rows took: rows, under "", and their state. Nothing, if that
@@ -210,25 +209,25 @@ class _Behind:
 
     def nbytes(self, count: int) -> int:
         """Return the size of `memory(count)`."""
-        return (1 + len(self.moves.keys)) * count * math.prod(self.parameter.shape[1:]) * self.dtype.itemsize
+        return count * sum(math.prod(t.shape[1:]) for t in self._tensors()) * self.dtype.itemsize
 
     def memory(self, count: int) -> list[Tensor]:
         """Return memory for so many rows, and for each piece of their state."""
-        weight, kinds = local_part(self.parameter.detach()), 1 + len(self.moves.keys)
-        rows = [weight.new_empty(count, *weight.shape[1:], dtype=self.dtype) for _ in range(kinds)]
+        rows = [t.new_empty(count, *t.shape[1:], dtype=self.dtype) for t in self._tensors()]
         return rows if self.rows.kernels is None else rows + directions_memory(self.rows, self.parameter, count)
 
     def moved(self, index: Tensor, coefficients: Tensor, outs: list[Tensor] | None) -> list[Tensor]:
         """Return the local rows `index [S]` and their state after the steps of their entries in the table `[S, n]`."""
         tensors = self._tensors()
-        size = len(index), math.prod(self.parameter.shape[1:])
+        sizes = [(len(index), math.prod(t.shape[1:])) for t in tensors]
         if self.rows.kernels is not None:
             taken = moved_by_kernel(self.rows, self.moves, tensors, index, coefficients, outs)
             if taken is not None:
                 return taken
-        values = [t.index_select(0, index).view(size).to(coefficients.dtype) for t in tensors]
-        memory = [None] * len(values) if outs is None else [out.view(size) for out in outs[: len(values)]]
-        return [each.view(-1, *self.parameter.shape[1:]) for each in self.moves.move(values, coefficients, memory)]
+        values = [t.index_select(0, index).view(s).to(coefficients.dtype) for t, s in zip(tensors, sizes, strict=True)]
+        memory = [None] * len(values) if outs is None else [o.view(s) for o, s in zip(outs, sizes, strict=False)]
+        found = self.moves.move(values, coefficients, memory)
+        return [each.view(-1, *t.shape[1:]) for each, t in zip(found, tensors, strict=True)]
 
     def put(self, index: Tensor, values: list[Tensor]) -> None:
         """Write rows and their state."""

@@ -2,8 +2,8 @@
 
     1. logits tiled instead of kept
     2. the largest sampling rate that fits
-    3. savers: an update in backward, bfloat16 weights, plain SGD, skipped rows that stand still; as few together as
-       are enough
+    3. savers: an update in backward, bfloat16 weights, plain SGD, skipped rows that stand still, on a CPU rows in
+       files; as few together as are enough
     4. a smaller global batch
     5. more ranks
 
@@ -29,6 +29,7 @@ SAVERS: dict[str, dict[str, Any]] = {
     "stochastically rounded bfloat16 weights": {"dtype": torch.bfloat16, "low_precision": "stochastic"},
     "plain SGD": {"optimizer": "sgd"},
     "skipped rows that stand still": {"skipped_rows": "still"},
+    "rows in files": {"storage": "files"},
 }
 
 
@@ -127,6 +128,9 @@ class _Search:
             return requested["optimizer"] != "sgd"
         if "skipped_rows" in changes:
             return requested["sample_rate"] < 1 and requested["skipped_rows"] != "still"
+        if "storage" in changes:
+            streams = requested["sample_rate"] < 1 or requested["update_in_backward"]
+            return requested["device"] == "cpu" and streams and requested["storage"] != "files"
         return requested["dtype"] not in HALF
 
     def fewer_samples(self) -> Change | None:

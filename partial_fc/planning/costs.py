@@ -31,7 +31,14 @@ from partial_fc.optim import skipped_rows as moved_later
 from partial_fc.optim.adam_moves import AdamMoves
 from partial_fc.optim.forms import Moves
 from partial_fc.optim.moves import Probe
-from partial_fc.optim.optimizer_class import LowPrecision, check_rows_apart, checked_form, construct, initial_state
+from partial_fc.optim.optimizer_class import (
+    LowPrecision,
+    check_rows_apart,
+    checked_form,
+    construct,
+    initial_state,
+    trial,
+)
 from partial_fc.optim.row_state import SkippedRowsChoice
 from partial_fc.sampling import window_size
 from partial_fc.shards import shard_bounds
@@ -79,6 +86,7 @@ class Sizes:
     cpu: bool
     C: int
     hard: int  # hard negatives of a class
+    storage: str | None  # where rows are kept: in memory, "host" or "files"
     skipped: SkippedRowsChoice | None  # what becomes of rows that a step does not select; None without sampling
     moves: type[Moves] | None  # how those rows make steps later; None if they miss none
 
@@ -135,12 +143,15 @@ def sizes(
     device: str,
     hard_negatives: int = 0,
     skipped_rows: SkippedRowsChoice | None = None,
+    storage: str | None = None,
+    sample_block: int = 1,
+    disk: int | None = None,
 ) -> Sizes:
     """Return the sizes for the arguments of `plan.plan`. Raises ValueError if `RowOptimizer` rejects the optimizer."""
     C, D, N = num_classes, embedding_size, batch_size
     lo, hi = shard_bounds(C, 0, world_size)
     local = hi - lo
-    window = window_size(C, sample_rate) if sample_rate < 1 else 0
+    window = min(C, window_size(C, sample_rate, sample_block)) if sample_rate < 1 else 0
     rows = local
     if window:  # this rank's share of the window, and of the batch's classes and their neighbours outside the window
         rows = min(local, math.ceil((window + (1 - window / C) * min(N * (1 + hard_negatives), C)) * local / C))
@@ -178,6 +189,7 @@ def sizes(
         cpu=device == "cpu",
         C=C,
         hard=hard_negatives,
+        storage=storage,
         skipped=skipped if window else None,
         moves=moves if window else None,
     )
@@ -185,12 +197,14 @@ def sizes(
 
 @lru_cache(maxsize=64)
 def _row_states(cls: Any, options: tuple[tuple[str, Any], ...]) -> int:
-    """Return how many state tensors of the weights' size `RowOptimizer` holds for an optimizer class.
+    """Return how many state tensors of the weights' size `RowOptimizer` holds for an optimizer class. One number a row
+    counts as none.
 
     Raises ValueError if `RowOptimizer` rejects the class.
     """
     check_rows_apart(cls, dict(options))
-    return len(initial_state(cls, dict(options)))
+    row, state = trial(cls, dict(options), torch.zeros(1, 2, dtype=torch.float64, device="cpu"), steps=1)
+    return sum(key in state and state[key].shape == row.shape for key in initial_state(cls, dict(options)))
 
 
 @lru_cache(maxsize=64)

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from partial_fc.initial import PAIRS, TEMPORARIES, rows_at_a_time
 from partial_fc.optim import skipped_rows
 from partial_fc.optim.adam_moves import AdamMoves
 from partial_fc.optim.row_optimizer import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE
 from partial_fc.planning.costs import Sizes, payload_bytes, search
-from partial_fc.sharded_module import INIT_BLOCK
 from partial_fc.softmax.draws import MOST_DRAWN
 
 PHASES = ("build", "gather", "select", "forward", "combine", "backward", "update")
@@ -41,10 +41,15 @@ class Item:
         return max(self.bytes.values(), default=0)
 
 
+def _initial_block(z: Sizes) -> int:
+    """Bytes of a block of initial rows, in float32, and of what they are drawn with."""
+    return rows_at_a_time(z.D) * z.D * 4 + max(PAIRS, z.D // 2) * 8 * TEMPORARIES
+
+
 def items(z: Sizes) -> tuple[Item, ...]:
     """Return every large tensor of a rank with its bytes in each phase."""
     step = PHASES[1:]
-    shard = z.C_local * z.D
+    shard = z.C_local * z.D * (z.storage != "files")
     master = 4 * (z.wide == "master")
     logits = _tile_logits(z)
     tiles = {"forward": _tile_forward(z), "backward": _tile_backward(z)}
@@ -55,12 +60,13 @@ def items(z: Sizes) -> tuple[Item, ...]:
     heap = max(block, first) + max(logits[phase] + rows for phase, rows in tiles.items()) if z.cpu else 0
     return (
         Item("weights", "C_local·D", dict.fromkeys(PHASES, shard * z.w)),
-        Item("initial rows", "a block of them, float32", {"build": INIT_BLOCK * z.D * 4 if z.cpu else 0}),
+        Item("initial rows", "a block of them", {"build": _initial_block(z) if z.cpu else 0}),
         Item(
             "optimizer state",
             f"{z.states + bool(master)}·C_local·D",
             dict.fromkeys(step, shard * (z.states * z.q + master)),
         ),
+        *([Item("which rows were touched", "C_local", dict.fromkeys(PHASES, z.C_local))] if z.storage else []),
         _gradient(z),
         Item(
             "kept logits",

@@ -18,7 +18,7 @@ import torch
 
 from partial_fc.batch.status import DTYPES
 from partial_fc.classes.hard_negatives import check_hard_negatives, check_neighbours
-from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
+from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET, checked_block
 from partial_fc.distributed.given import as_whole, plain
 from partial_fc.optim.optimizer_class import LowPrecision
 from partial_fc.optim.row_state import HALF, SkippedRowsChoice
@@ -26,6 +26,7 @@ from partial_fc.planning.advice import SAVERS, Change, Fit, advise
 from partial_fc.planning.costs import OPTIMIZERS, Collective, Search, collectives, operations, search, sizes, traffic
 from partial_fc.planning.memory import PHASES, Item, items
 from partial_fc.planning.predicted import Prediction, lines, predict
+from partial_fc.planning.tiers import Kept, Tier, tier_lines, tier_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Plan:
     search: Search | None = None  # for hard negatives
     skipped_rows: SkippedRowsChoice | None = None  # what rows do that a step does not select; None without sampling
     with_kernels: tuple[Prediction, ...] = ()  # on some cards; none where kernels of logits serve no card
+    tier: Tier | None = None  # what is kept in a storage
 
     @property
     def phases(self) -> dict[str, int]:
@@ -69,17 +71,8 @@ class Plan:
         return plain
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                *_head_lines(self),
-                "",
-                *_memory_lines(self),
-                "",
-                *_step_lines(self),
-                *lines(self.with_kernels),
-                *_fit_lines(self),
-            ]
-        )
+        of_step = [*_step_lines(self), *([] if self.tier is None else tier_lines(self.tier)), *lines(self.with_kernels)]
+        return "\n".join([*_head_lines(self), "", *_memory_lines(self), "", *of_step, *_fit_lines(self)])
 
 
 def plan(
@@ -99,6 +92,9 @@ def plan(
     device: str = "cuda",
     hard_negatives: int = 0,
     skipped_rows: SkippedRowsChoice | None = None,
+    storage: Kept | None = None,
+    sample_block: int = 1,
+    disk: int | None = None,
 ) -> Plan:
     """Return what a head of these sizes needs on each rank. Nothing is allocated.
 
@@ -112,6 +108,9 @@ def plan(
         autocast: dtype of the matrix products under torch.autocast, None without it.
         memory: bytes that a rank may use for the head; `fit` of the result then says whether that is enough and what to
             change if not.
+        storage: "host" or "files": as `HostRows()` or `FileRows(...)` of `PartialFC`, on "cpu"; `tier` of the result
+            then has what is kept there. sample_block: as of `PartialFC`.
+        disk: bytes per second that the disk reads and writes, for all ranks that share it.
         device: type of device; on "cpu" tiles are smaller, and large buffers are held from step to step.
 
     Raises ValueError for invalid arguments.
@@ -126,9 +125,11 @@ def plan(
 
 def _plan(arguments: dict[str, Any]) -> Plan:
     z = sizes(**arguments)
+    kept, block, disk = arguments["storage"], arguments["sample_block"], arguments["disk"]
     mode = "kept" if z.kept else "tiled"
     fixed = arguments, z.C_local, z.S, z.T, mode, z.logits, items(z), operations(z), traffic(z), collectives(z)
-    return Plan(*fixed, search=search(z), skipped_rows=z.skipped, with_kernels=predict(z))
+    tier = None if kept is None else tier_of(z, kept, block, disk)
+    return Plan(*fixed, search=search(z), skipped_rows=z.skipped, with_kernels=predict(z), tier=tier)
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -157,6 +158,11 @@ def _check(arguments: dict[str, Any], memory: int | None) -> int | None:
     hard, _ = check_hard_negatives(arguments["hard_negatives"], 1, rate)
     check_neighbours(hard, arguments["num_classes"])
     arguments["hard_negatives"] = hard
+    arguments["sample_block"] = checked_block(arguments["sample_block"], arguments["num_classes"], rate)
+    if arguments["disk"] is not None and (as_whole(arguments["disk"]) or 0) < 1:
+        raise ValueError(f"disk must be a number of bytes per second of at least 1, or None, not {arguments['disk']!r}")
+    if arguments["storage"] is not None and rate == 1 and not arguments["update_in_backward"]:
+        raise ValueError("storage with sample_rate=1.0 requires update_in_backward")
     if arguments["update_in_backward"] and rate < 1:
         raise ValueError(f"update_in_backward requires sample_rate=1.0, not {rate!r}")
     if arguments["update_in_backward"] and arguments["autocast"] is torch.float16:
@@ -185,7 +191,11 @@ def _check_choices(arguments: dict[str, Any]) -> None:
         raise ValueError(f'low_precision must be None, "master" or "stochastic", not {arguments["low_precision"]!r}')
     if arguments["skipped_rows"] not in (None, "dense", "still"):
         raise ValueError(f'skipped_rows must be "dense" or "still", not {arguments["skipped_rows"]!r}')
-    device = arguments["device"]
+    device, storage = arguments["device"], arguments["storage"]
+    if storage not in (None, "host", "files"):
+        raise ValueError(f'storage must be None, "host" or "files", not {storage!r}')
+    if storage is not None and device != "cpu":
+        raise ValueError(f'storage is for heads on the CPU: give device="cpu", not {device!r}')
     try:
         torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -219,6 +229,10 @@ def _head_lines(made: Plan) -> list[str]:
         words.append(f"low precision: {a['low_precision']}")
     if a["hard_negatives"]:
         words.append(f"{a['hard_negatives']} hard negatives a class")
+    if a["storage"]:
+        words.append({"host": "HostRows", "files": "FileRows"}[a["storage"]])
+    if a["sample_block"] > 1:
+        words.append(f"blocks of {a['sample_block']:,} classes")
     if made.skipped_rows is not None:
         words.append(f"skipped rows: {made.skipped_rows}")
     return [

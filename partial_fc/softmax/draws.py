@@ -52,9 +52,15 @@ class Draws:
     """Windows of the coming steps of one head on this rank."""
 
     def __init__(
-        self, num_classes: int, sample_rate: float, seed: int, shards: ClassShards, device: torch.device
+        self,
+        num_classes: int,
+        sample_rate: float,
+        seed: int,
+        shards: ClassShards,
+        device: torch.device,
+        block: int = 1,
     ) -> None:
-        self.key = (num_classes, sample_rate, seed, shards.lo, shards.hi, device)
+        self.key = (num_classes, sample_rate, seed, shards.lo, shards.hi, device, block)
         self.known: dict[int, tuple[Tensor, _Arriving, int]] = {}  # by step: sorted rows, sizes, which of them
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,15 +97,17 @@ class Draws:
 
     def _draw(self, step: int) -> None:
         """Draw some windows from that of `step` on, all of one cycle, and send their sizes to the host."""
-        num_classes, sample_rate, seed, lo, hi, device = self.key
-        size = window_size(num_classes, sample_rate)
-        steps_in_cycle = -(-num_classes // size)
+        num_classes, sample_rate, seed, lo, hi, device, block = self.key
+        size = window_size(num_classes, sample_rate, block)
+        blocks = -(-num_classes // block)
+        steps_in_cycle = -(-blocks // (size // block))
         count = max(1, min(steps_in_cycle - step % steps_in_cycle, MOST_DRAWN // size))
-        ids = draw_window(num_classes, sample_rate, seed=seed, step=step, device=device, steps=count)
+        ids = draw_window(num_classes, sample_rate, seed=seed, step=step, device=device, steps=count, block=block)
         local = ids.view(count, size) - lo
         inside = (local >= 0) & (local < hi - lo)
         rows = torch.where(inside, local, hi - lo).sort(1).values
-        sizes = _Arriving([size] * count if hi - lo == num_classes else inside.sum(1))
+        every = hi - lo == num_classes and num_classes % block == 0
+        sizes = _Arriving([size] * count if every else inside.sum(1))
         self.known |= {step + i: (rows[i], sizes, i) for i in range(count)}
 
 

@@ -20,7 +20,7 @@ from partial_fc.training.data import DataConfig
 from partial_fc.training.data.augment import AugmentConfig
 from partial_fc.training.errors import UserError, check_at_least
 from partial_fc.training.evaluation import EvaluationConfig
-from partial_fc.training.heads import CenterConfig, HeadConfig, MarginSettings
+from partial_fc.training.heads import CenterConfig, HeadConfig, MarginSettings, StorageSettings
 from partial_fc.training.optimizers import Optimizers, OptimizerSettings, default_optimizer
 from partial_fc.training.run import OutputConfig
 from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig
@@ -49,6 +49,7 @@ __all__ = [
     "OutputConfig",
     "RunConfig",
     "ScheduleConfig",
+    "StorageSettings",
     "TrainConfig",
     "add_config",
     "check_resumes",
@@ -62,6 +63,7 @@ __all__ = [
 FREE_ON_RESUME = (
     "output.",
     "backbone.gradient_checkpointing",
+    "head.storage",
     "data.folder",  # it may have moved; its content is compared (RunFolder.check_data)
     "data.workers",
     "data.prefetch",

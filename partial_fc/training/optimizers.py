@@ -49,6 +49,7 @@ class OptimizerSettings(ClassSettings):
     names = {
         **{name: f"torch.optim.{name}" for name in OF_TORCH if hasattr(torch.optim, name)},
         **{name: f"{MORE}.{name}" for name in OF_MORE},
+        "RowWiseAdagrad": "partial_fc.optim.row_wise.RowWiseAdagrad",
     }
     skip = frozenset({"params"})
     packages = {"torch_optimizer": "torch-optimizer: pip install 'partial_fc[optimizers]'"}

@@ -66,7 +66,8 @@ def build_parts(
     policy = config.train.policy
     head = config.head.build(width, images, config.seed, device, **policy)
     extra = ExtraHeads(config, train, device) if isinstance(train, MixedIdentities) else None
-    center = config.center.build(width, identities, config.seed, device, **policy)
+    storage = config.head.build_storage()
+    center = config.center.build(width, identities, config.seed, device, storage=storage, **policy)
     optimizers = config.optimizers
     head_optimizer = optimizers.build_head(head)
 

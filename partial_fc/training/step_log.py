@@ -35,6 +35,7 @@ class StepLog:
         self.progress = progress
         self.steps_per_epoch = steps_per_epoch
         self._waited = 0.0  # progress.waited at the last logged step
+        self._rows_waited = 0.0  # the same of the head's storage
         self._since = time.monotonic()  # time of the last logged step
 
     def begin(self) -> None:
@@ -67,7 +68,7 @@ class StepLog:
             {
                 "learning_rate": learning_rate,
                 "skipped_steps": head.skips,
-                "data_wait": self._data_wait(),
+                **self._waits(head),
                 **self._scheduled(head),
                 **dict(zip(measured, values, strict=True)),
             }
@@ -84,13 +85,17 @@ class StepLog:
             self.folder.append_history({"step": step, "epoch": epoch, **row})
         self.accelerator.log({"epoch": epoch, **row}, step=step)
 
-    def _data_wait(self) -> float:
-        """Return the share of the time since the last logged step that this rank has waited for its loader."""
-        now = time.monotonic()
-        share = (self.progress.waited - self._waited) / max(now - self._since, 1e-9)
-        self._waited = self.progress.waited
-        self._since = now
-        return round(share, 4)
+    def _waits(self, head: PartialFC) -> dict[str, float]:
+        """Return the share of the time since the last logged step that this rank has waited for its loader, and, where
+        rows are in a storage, for its rows."""
+        now, store = time.monotonic(), head.class_rows.store
+        passed = max(now - self._since, 1e-9)
+        shares = {"data_wait": round((self.progress.waited - self._waited) / passed, 4)}
+        self._waited, self._since = self.progress.waited, now
+        if store is not None:
+            shares["row_wait"] = round((store.waited - self._rows_waited) / passed, 4)
+            self._rows_waited = store.waited
+        return shares
 
     def _scheduled(self, head: PartialFC) -> dict[str, float]:
         """Return the argument of the margin that a schedule moves, as head_margin: its value for the next step."""

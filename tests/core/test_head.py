@@ -21,8 +21,8 @@ from watching import Allocations
 
 import partial_fc
 from partial_fc import AdaFace, ArcFace, NonFiniteError, NormFace, PartialFC, RowOptimizer, Softmax, gather
+from partial_fc.initial import PAIRS, initial_rows, rows_of
 from partial_fc.sampling import mix
-from partial_fc.sharded_module import INIT_BLOCK
 
 D = 6
 
@@ -220,12 +220,45 @@ def test_rows_are_drawn_into_their_place_block_by_block(dtype):
         head.weight.zero_()
     with Allocations() as made:
         head.reset_parameters()
-    assert made.elements <= INIT_BLOCK * 8  # and no copy of the shard in host memory
-    parts = []
-    for block in range(5):
-        generator = torch.Generator().manual_seed(mix(3, block))
-        parts.append(torch.empty(INIT_BLOCK, 8).normal_(0.0, 0.5, generator=generator))
-    assert torch.equal(head.weight, torch.cat(parts)[:5000].to(dtype))
+    assert made.elements <= 2 * PAIRS  # and no copy of the shard in host memory
+    expected = torch.tensor([drawn_row(3, i, 8, 0.5) for i in range(0, 5000, 123)])
+    assert torch.allclose(head.weight[::123].float(), expected.to(dtype).float(), rtol=1e-6, atol=1e-9)
+
+
+def drawn_row(seed: int, class_id: int, width: int, std: float) -> list[float]:
+    """One initial row by whole numbers and the math library: SplitMix64, then Box and Muller."""
+    row: list[float] = []
+    for pair in range((width + 1) // 2):
+        bits = ((class_id * ((width + 1) // 2) + pair) * 0x9E3779B97F4A7C15 + mix(seed, 0x696E6974)) % 2**64
+        bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+        bits ^= bits >> 31
+        radius = std * math.sqrt(-2 * math.log(((bits >> 32) + 0.5) / 2**32))
+        angle = (bits % 2**30 + 0.5 - 2**29) / 2**30 * math.pi / 2
+        x, y = math.cos(angle) * (1 - 2 * (bits >> 31 & 1)), math.sin(angle)
+        row += [radius * y, radius * x] if bits >> 30 & 1 else [radius * x, radius * y]
+    return row[:width]
+
+
+@pytest.mark.parametrize("width", [1, 3, 130])
+def test_a_row_is_the_same_alone_and_in_any_block(width):
+    whole = initial_rows(0, 3000, (width,), std=0.7, seed=5)
+    ids = torch.tensor([0, 2999, 1234, 1])
+    assert torch.equal(rows_of(ids, (width,), std=0.7, seed=5), whole[ids])
+    assert torch.equal(initial_rows(1233, 1236, (width,), std=0.7, seed=5), whole[1233:1236])
+    far = 2**33 + 7
+    expected = torch.tensor([drawn_row(5, far, width, 0.7)])
+    assert torch.allclose(rows_of(torch.tensor([far]), (width,), std=0.7, seed=5), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_initial_numbers_are_normal_and_independent():
+    x = initial_rows(0, 20_000, (20,), std=1.0, seed=1).double()
+    n = x.numel()
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
+        assert abs(float(x.pow(power).mean()) - expected) < 4 * math.sqrt(variance / n)
+    for a, b in ((x[:, ::2], x[:, 1::2]), (x[1:], x[:-1]), (x, initial_rows(0, 20_000, (20,), std=1.0, seed=2))):
+        assert abs(float((a * b).mean())) < 4 / math.sqrt(a.numel())
+        assert abs(float((a.square() * b.square()).mean()) - 1) < 4 * math.sqrt(8 / a.numel())
 
 
 def test_a_margin_is_put_where_the_rows_are():
@@ -485,7 +518,9 @@ def test_public_names():
         "DivergenceError",
         "DivergenceWatch",
         "ElasticFace",
+        "FileRows",
         "GlobalBatch",
+        "HostRows",
         "JoinedBatches",
         "MagFace",
         "Margin",
@@ -504,6 +539,7 @@ def test_public_names():
         "RankMissing",
         "Report",
         "RowOptimizer",
+        "RowWiseAdagrad",
         "Softmax",
         "SphereFace",
         "SphereFace2",

@@ -8,8 +8,8 @@ from dense_losses import turned, unit
 from shards import samples_of, selected_by_all
 from side_by_side import small_tiles
 
-import partial_fc
 from partial_fc import ArcFace, CosFace, Margin, PartialFC, Softmax, margins
+from partial_fc.initial import initial_rows
 
 D, C = 8, 23
 COUNTS = (5, 3, 0, 4)
@@ -26,8 +26,9 @@ def measured(
     n = sum(COUNTS[:world])
     x = torch.randn(n, D, generator=generator, dtype=torch.float64) * 3
     labels = torch.randint(0, C, (n,), generator=generator)
-    w = partial_fc.sharded_module.initial_rows(0, C, tuple(head.weight.shape[1:]), std=1.0, seed=0).double()
-    x[1] = (w[labels[1]] if w.ndim == 2 else w[labels[1], 0]) * 4  # one that is near its class
+    w = initial_rows(0, C, tuple(head.weight.shape[1:]), std=1.0, seed=0).double()
+    x[1] = (w[labels[1]] if w.ndim == 2 else w[labels[1], 0]) * 4  # one that is near its class,
+    x[1, 0] += 0.1  # and not so near that its angle is nothing but rounding
     labels[2] = -100
     here = samples_of(COUNTS, rank)
     with small_tiles(), torch.autocast("cpu", torch.bfloat16, enabled=low):

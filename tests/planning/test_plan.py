@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from watching import collectives
 
-from partial_fc import PartialFC, Plan, RowOptimizer, SubCenterArcFace, plan
+from partial_fc import PartialFC, Plan, RowOptimizer, RowWiseAdagrad, SubCenterArcFace, plan
 from partial_fc.batch.status import Status
 from partial_fc.optim import adam_moves, moves
 from partial_fc.optim import row_optimizer as optim
@@ -48,9 +48,9 @@ def test_a_small_head_by_hand():
     assert item(made, "heap") == item(made, "rows of a tile") + item(made, "blocks of the optimizer")  # as much again
     assert item(made, "embeddings and their gradient") == 6 * 4 * 8 * 4
     assert item(made, "selection") == 1000 * 4  # 1/length of the rows
-    assert item(made, "initial rows") == 1024 * 8 * 4  # drawn into their place, a block at a time
+    assert item(made, "initial rows") == 2 * 32768 * 4 + 32768 * 8 * 10  # a block, and what it is drawn with
     assert made.phases["backward"] == 32_000 * 3 + 16_000 + 64_000 + 96_000 + 768 + 4_000
-    assert made.phases["build"] == 32_000 + 1024 * 32
+    assert made.phases["build"] == 32_000 + 2 * 32768 * 4 + 32768 * 8 * 10
     assert made.operations["matrix products"] == 3 * 2 * 4 * 1000 * 8
     assert made.collectives == ()
     assert made.traffic["class rows"] == 1000 * 8 * 4 * (
@@ -656,3 +656,51 @@ def test_memory_is_what_was_planned():
 
 if __name__ == "__main__":
     measure_all()
+
+
+def test_rows_in_files():
+    sizes = {"sample_rate": 0.01, "device": "cpu", "skipped_rows": "still"}
+    inside = plan(100_000, 8, 2, 4, **sizes)
+    made = plan(100_000, 8, 2, 4, **sizes, storage="files", sample_block=100, disk=10**6)
+    assert item(made, "weights") == item(made, "optimizer state") == 0
+    assert item(made, "which rows were touched") == 50_000
+    assert made.phases["update"] == inside.phases["update"] - 2 * 50_000 * 8 * 4 + 50_000
+    assert made.tier is not None
+    assert made.tier.stored == 2 * 50_000 * 8 * 4
+    assert made.tier.moved == made.rows * 2 * 8 * 4
+    assert made.tier.parts == 5 + made.rows - 500  # half of ten blocks, and labels outside them
+    assert made.tier.part_bytes == 100 * 8 * 4
+    assert made.tier.seconds == pytest.approx(2 * 2 * made.tier.moved / 10**6)
+    assert "s of a step, hidden if it takes longer" in str(made)
+    one = plan(100_000, 8, 2, 4, optimizer=RowWiseAdagrad, **sizes)
+    assert item(one, "optimizer state") == 0
+    found = plan(100_000, 8, 2, 4, **sizes, memory=3 << 20).fit
+    assert found is not None
+    (change,) = (each for each in found.changes if "files" in each.text)
+    assert change.arguments == {"storage": "files"}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"storage": "disk"}, "storage must be"),
+        ({"storage": "host", "device": "cuda"}, 'give device="cpu"'),
+        ({"storage": "host", "sample_rate": 1.0}, "update_in_backward"),
+        ({"sample_block": 0}, "sample_block must be"),
+        ({"disk": 0}, "bytes per second"),
+    ],
+)
+def test_storages_that_cannot_be(more, words):
+    with pytest.raises(ValueError, match=words):
+        plan(**{"num_classes": 1000, "embedding_size": 8, "world_size": 1, "batch_size": 4, "sample_rate": 0.1,
+                "device": "cpu", **more})  # fmt: skip
+
+
+def test_the_command_plans_rows_in_files(capsys):
+    sizes = "--num_classes 100000 --embedding_size 8 --batch_size 4 --sample_rate 0.01 --device cpu"
+    plan_command([*sizes.split(), *["--storage", "files", "--sample_block", "100", "--disk", "1MB"]])
+    printed = capsys.readouterr().out
+    assert "FileRows, blocks of 100 classes" in printed
+    assert "rows in files, per rank" in printed
+    with pytest.raises(UserError, match="on the CPU"):
+        plan_command([*sizes.split()[:-1], "cuda", "--storage", "host"])

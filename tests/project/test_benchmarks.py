@@ -45,6 +45,21 @@ def test_quick_run(tmp_path: Path) -> None:
     assert (tmp_path / "head.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
+def test_rows_in_files_at_small_sizes(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "tiers.py"), "--quick", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [*command, "--folder", str(tmp_path / "rows")], capture_output=True, text=True, timeout=170, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {row["case"] for row in rows} == {"cached", "rows", "blocks", "growth"}
+    assert all(math.isfinite(row["value"]) for row in rows)
+    assert (tmp_path / "out" / "table.md").read_text() in run.stdout
+    assert not any((tmp_path / "rows").iterdir())
+
+
 def test_the_run_for_a_gpu_on_a_cpu(tmp_path: Path) -> None:
     """All parts at small sizes; on a CPU there are no waits to count, and no memory of a device."""
     command = [

@@ -15,7 +15,7 @@ from common import args
 from launched import logged
 from torch import Tensor, nn
 
-from partial_fc import ArcFace, PartialFC, load_checkpoint, save_checkpoint
+from partial_fc import ArcFace, PartialFC, RowWiseAdagrad, load_checkpoint, save_checkpoint
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import RunConfig, keep_still_rows, to_config
 from partial_fc.training.errors import UserError
@@ -26,7 +26,15 @@ from partial_fc.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 NAMES = tuple(OptimizerSettings.names)
-RATES = {"SGD": 0.1, "LookaheadSGD": 0.1, "LARS": 5.0, "Adagrad": 0.1, "Adadelta": 5.0, "ASGD": 0.1}
+RATES = {
+    "SGD": 0.1,
+    "LookaheadSGD": 0.1,
+    "LARS": 5.0,
+    "Adagrad": 0.1,
+    "RowWiseAdagrad": 0.1,
+    "Adadelta": 5.0,
+    "ASGD": 0.1,
+}
 OF_HEAD = {"Adafactor": OptimizerSettings("SGD", {"lr": 0.1, "momentum": 0.9})}  # it has factors of the whole matrix
 
 
@@ -93,7 +101,7 @@ def test_a_head_has_the_same_step_without_norms(name):
     assert options.get("weight_decay") == config.optimizer.init_args.get("weight_decay")
     without = {"LARS": "SGD", "LAMB": "AdamW", "LookaheadSGD": "SGD", "LookaheadAdamW": "AdamW", "Ranger": "RAdam"}
     without |= {"AdaBelief": "AdamW", "Yogi": "Adam"}
-    assert cls is getattr(torch.optim, without.get(name, name))
+    assert cls is (RowWiseAdagrad if name == "RowWiseAdagrad" else getattr(torch.optim, without.get(name, name)))
     if name not in without:
         backbone = config.build([nn.Parameter(torch.zeros(1))])
         assert type(backbone) is cls and all(backbone.defaults[k] == v for k, v in options.items() if k != "lr")

@@ -371,6 +371,23 @@ def test_the_rows_of_a_sampled_step_are_logged(tmp_path):
         assert sum(shares) == pytest.approx(1)
 
 
+def test_a_run_with_rows_in_files_is_that_with_rows_in_memory(tmp_path):
+    settings = args(
+        "--head.sample_rate 0.2 --head.sample_block 4 --train.epochs 1 --train.cpu true --center.weight 0.01"
+    )
+    found = []
+    for more in ([], ["--head.storage", "FileRows", "--head.storage.folder", str(tmp_path / "rows")]):
+        folder = tmp_path / f"run-{len(more)}"
+        trainer = Trainer(to_config(train_parser(), [*SMALL[:4], *settings, *more, "--output.folder", str(folder)]))
+        store = trainer.head.class_rows.store
+        assert (store is not None) == bool(more)
+        trainer.train()
+        trainer.close()
+        found.append([{k: v for k, v in row.items() if "wait" not in k} for row in history(folder)])
+        assert ("row_wait" in history(folder)[0]) == bool(more)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     "settings",
     [

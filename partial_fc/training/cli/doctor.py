@@ -44,6 +44,8 @@ def doctor_command(arguments: list[str]) -> int:
     config = to_config(parser, arguments)
     if config.data.mix:
         raise UserError("doctor checks a single head; run it without --data.mix")
+    if config.head.storage is not None:
+        raise UserError("doctor keeps a copy of all that it restores in memory; run it without --head.storage")
     as_json = parser.parse_args(arguments).json
     check_devices(config.train.cpu)
     from partial_fc.training.trainer import Trainer

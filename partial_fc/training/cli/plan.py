@@ -118,6 +118,26 @@ def plan_parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help="memory of a rank that the head may use, such as 80GB or 80GiB",
     )
+    parser.add_argument(
+        "--storage",
+        choices=("host", "files"),
+        default=None,
+        help="where rows and optimizer state are, with --device cpu: as HostRows or FileRows (default: in memory)",
+    )
+    parser.add_argument(
+        "--sample_block",
+        type=int,
+        default=1,
+        metavar="B",
+        help="consecutive classes that are drawn together (default 1)",
+    )
+    parser.add_argument(
+        "--disk",
+        type=byte_count,
+        default=None,
+        metavar="BYTES",
+        help="bytes per second that the disk of the files reads and writes, such as 600MB",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device of the head (default cuda)")
     parser.add_argument("--json", action="store_true", help="print JSON: bytes and operations as integers")
     add_traceback(parser)
@@ -148,6 +168,9 @@ def plan_command(arguments: list[str]) -> None:
             device=options.device,
             hard_negatives=options.hard_negatives,
             skipped_rows=options.skipped_rows,
+            storage=options.storage,
+            sample_block=options.sample_block,
+            disk=options.disk,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -1,0 +1,156 @@
+"""What rows in files cost: a step against a head in memory, the first step after construction, resident memory.
+
+    python benchmarks/tiers.py [--folder DISK] [--repetitions 20] [--only CASE ...] [--quick] [--out runs/bench-tiers]
+
+Two ranks (gloo, one thread each), SGD with momentum, fp32, N = 512, in new processes for each case:
+
+    cached    C = 2M, D = 128, r = 0.01: a step over that of a head in memory, in turn in the same processes; a median
+              of ratios; files that the page cache holds
+    rows      C = 20M, D = 64, r = 0.001, row by row: seconds to build the head and take a step; memory of a rank
+    blocks    C = 100M, D = 64, r = 0.001, sample_block=1024: the same; then steps, over those of a head of 2M classes
+              with as many selected rows
+    growth    seconds of a step with as many selected rows, C = 0.5M to 8M, in blocks of 1,024
+
+Memory is what is no page of a file (RssAnon of /proc) beyond that of a process that has imported torch. Prints one
+Markdown table; writes it to OUT/table.md and raw figures to OUT/results.json. Files of rows are below --folder, have no
+name, and go with the process. --quick: sizes of a thousandth, whose figures say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import status
+from ranks import interleaved, over_ranks, ratio, run_ranks
+
+from partial_fc import ArcFace, FileRows, PartialFC, RowOptimizer
+
+MIB = 1 << 20
+N = 512
+CASES = "cached", "rows", "blocks", "growth"
+
+
+def stepping(C: int, D: int, rate: float, block: int, folder: str | None) -> tuple[Callable[[], None], PartialFC]:
+    """A step of a new head with random embeddings and labels."""
+    storage = None if folder is None else FileRows(folder)
+    head = PartialFC(D, C, ArcFace(), rate, sample_block=block, storage=storage)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, weight_decay=5e-4)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+
+    def step() -> None:
+        n = N // dist.get_world_size()
+        x = torch.randn(n, D, generator=generator).requires_grad_()
+        head(x, torch.randint(0, C, (n,), generator=generator)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, head
+
+
+def in_turn(sizes: dict[str, tuple[int, float, int, str | None]], D: int, repetitions: int, warm_up: int) -> Any:
+    """Times of a step of each of these heads, in turn."""
+    steps = {name: stepping(C, D, rate, block, folder)[0] for name, (C, rate, block, folder) in sizes.items()}
+    return interleaved(steps, repetitions, warm_up)
+
+
+def first_step(C: int, D: int, rate: float, block: int, folder: str, more: int) -> dict[str, Any]:
+    """What a head costs until its first step is done, and then."""
+    before, start = status("RssAnon"), time.perf_counter()
+    step, head = stepping(C, D, rate, block, folder)
+    step()
+    dist.barrier()
+    first, after_first = time.perf_counter() - start, status("RssAnon") - before
+    store = head.class_rows.store
+    assert store is not None
+    seconds, waited = [], store.waited
+    for _ in range(more):
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return {
+        "first": first,
+        "memory": max(after_first, status("RssAnon") - before),
+        "seconds": seconds,
+        "waited": store.waited - waited,
+        "touched": store.count - store.untouched,
+    }
+
+
+def measure(case: str, folder: str, repetitions: int, scale: int) -> list[dict[str, Any]]:
+    """The rows of the table of one case."""
+    if case == "cached":
+        C = 2_000_000 // scale
+        cycle = 100 if scale == 1 else 2  # then every row has been touched
+        sizes = {"memory": (C, 0.01, 1, None), "files": (C, 0.01, 1, folder)}
+        times = over_ranks(run_ranks(2, in_turn, sizes, 128, repetitions, cycle))
+        value = ratio(times["files"].wall, times["memory"].wall)
+        return [{"case": case, "what": "step, files over memory", "value": value, "unit": "×", "limit": 1.15}]
+    if case == "growth":
+        chosen = 20_000
+        sizes = {
+            f"{C}": (C // scale, chosen / C, max(1, 1024 // scale), folder)
+            for C in (500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000)
+        }
+        times = over_ranks(run_ranks(2, in_turn, sizes, 64, repetitions, 3))
+        smallest = times["500000"].seconds
+        return [
+            {"case": case, "what": f"step at C = {int(C):,} over C = 500,000", "value": each.seconds / smallest,
+             "unit": "×", "limit": 1.2}
+            for C, each in times.items()
+        ]  # fmt: skip
+    C, block = (20_000_000, 1) if case == "rows" else (100_000_000, 1024)
+    C, block, rate = C // scale, max(1, block // scale), 0.001
+    found = run_ranks(2, first_step, C, 64, rate, block, folder, 0 if case == "rows" else repetitions)
+    limits = (20, 600) if case == "rows" else (20, 1536)
+    rows = [
+        {"case": case, "what": "build and first step", "value": max(each["first"] for each in found), "unit": "s",
+         "limit": limits[0]},
+        {"case": case, "what": "memory of a rank, without pages of files",
+         "value": max(each["memory"] for each in found) / MIB, "unit": "MiB", "limit": limits[1]},
+    ]  # fmt: skip
+    if case == "blocks":
+        sizes = {"memory": (2_000_000 // scale, rate * C / (2_000_000 // scale), block, None)}
+        beside = over_ranks(run_ranks(2, in_turn, sizes, 64, repetitions, 2))["memory"].seconds
+        seconds = [max(each) for each in zip(*(one["seconds"] for one in found), strict=True)]
+        value = statistics.median(seconds) / beside
+        what = "step, of rows that nobody has touched yet, over that of 2M classes in memory"
+        rows.append({"case": case, "what": what, "value": value, "unit": "×", "limit": None})
+        share = max(one["waited"] / max(sum(one["seconds"]), 1e-9) for one in found)
+        rows.append({"case": case, "what": "share of that step spent waiting for rows", "value": share, "unit": "",
+                     "limit": None})  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench-tiers/rows"))
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-tiers"))
+    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--only", nargs="*", choices=CASES, default=CASES)
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for case in given.only:
+        rows += measure(case, str(given.folder), 2 if given.quick else given.repetitions, 1000 if given.quick else 1)
+        print(rows[-1], flush=True)
+    lines = ["| case | what | measured | limit |", "|---|---|---|---|"]
+    for row in rows:
+        limit = "" if row["limit"] is None else f"{row['limit']:g} {row['unit']}"
+        lines.append(f"| {row['case']} | {row['what']} | {row['value']:.3g} {row['unit']} | {limit} |")
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "table.md").write_text("\n".join(lines) + "\n")
+    (given.out / "results.json").write_text(json.dumps(rows, indent=1))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
