@@ -25,8 +25,8 @@ from partial_fc.distributed.given import real, whole
 from partial_fc.distributed.ranks import Group
 from partial_fc.errors import log
 from partial_fc.margins.base import Margin
-from partial_fc.margins.fixed import ArcFace
 from partial_fc.margins.state import load_state, misfit, state_of
+from partial_fc.margins.variants import ArcFace
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sampling import draw_window, window_size
 from partial_fc.sharded_module import Reduction, SharedArguments, check_choice

@@ -103,7 +103,7 @@ class BackwardTiles:
                 self.add_rows(e, factor, weighted, w, a, b)
         if want_x:
             self.add_targets(dx)
-            if state.options.margin.takes_cosines:
+            if rows.inverse is not None and state.options.margin.normalize_embeddings:
                 tangent(dx, x, self.saved.x_inverse, out=dx)
             if self.d.d_norm is not None:
                 dx.addcmul_(x, self.d.d_norm[:, None])
