@@ -27,9 +27,9 @@ from partial_fc.loop.margin_schedule import MarginSchedule
 from partial_fc.loop.preemption import PreemptionGuard
 from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace
 from partial_fc.margins.base import Margin
-from partial_fc.margins.fixed import ArcFace, CombinedMargin
+from partial_fc.margins.fixed import CombinedMargin
 from partial_fc.margins.sphereface2 import SphereFace2
-from partial_fc.margins.variants import CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
+from partial_fc.margins.variants import ArcFace, CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
 from partial_fc.nonfinite.check_gradients import check_gradients
 from partial_fc.optim.clipping import clip_grad_norm_
 from partial_fc.optim.row_optimizer import RowOptimizer

@@ -29,8 +29,8 @@ from partial_fc.errors import log
 from partial_fc.kernels.choice import Case, Kernels, KernelsMode, choose, mode_of
 from partial_fc.kernels.launch import prepare
 from partial_fc.margins.base import Margin
-from partial_fc.margins.fixed import ArcFace
 from partial_fc.margins.state import load_state, misfit, state_of
+from partial_fc.margins.variants import ArcFace
 from partial_fc.optim.protocol import settle
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sampling import draw_window, window_size

@@ -27,10 +27,10 @@ here share it.
 
 from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace
 from partial_fc.margins.base import Margin
-from partial_fc.margins.fixed import ArcFace, CombinedMargin
+from partial_fc.margins.fixed import CombinedMargin
 from partial_fc.margins.positives import Positives
 from partial_fc.margins.sphereface2 import SphereFace2
-from partial_fc.margins.variants import CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
+from partial_fc.margins.variants import ArcFace, CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
 
 __all__ = [
     "AdaFace",

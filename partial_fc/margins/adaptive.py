@@ -11,8 +11,9 @@ from torch import Tensor
 
 from partial_fc.distributed.given import real
 from partial_fc.margins.base import Margin, above_zero, angle, at_least, flag, momentum_of, require
-from partial_fc.margins.fixed import ArcFace, angular
+from partial_fc.margins.fixed import angular
 from partial_fc.margins.positives import Positives
+from partial_fc.margins.variants import ArcFace
 
 
 def _moved(old: Tensor, new: Tensor, rate: float) -> None:

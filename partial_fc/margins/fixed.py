@@ -1,4 +1,4 @@
-"""Margins that are the same for every sample: the combined margin cos(m1·θ + m2) − m3, and ArcFace."""
+"""The combined margin cos(m1·θ + m2) − m3, of which ArcFace, CosFace and SphereFace are cases (variants.py)."""
 
 from __future__ import annotations
 
@@ -82,23 +82,3 @@ class CombinedMargin(Margin):
         if self.past_pi != "monotonic" or self.easy_margin:
             return other_form(cosine, self.m1, self.m2, self.m3, self.past_pi, self.easy_margin)
         return (cosine if self.m1 == 1 and self.m2 == 0 else angular(cosine, self.m1, self.m2)) - self.m3
-
-
-class ArcFace(CombinedMargin):
-    """cos(θ + m) (arXiv 1801.07698, equation 3): the margin is added to the *angle*.
-
-    Args:
-        scale: s > 0, the factor of all logits.
-        margin: m, radians in [0, π).
-        gradient: "exact" or "straight_through", as for `CombinedMargin`.
-        past_pi: the target where θ + m is above π: "monotonic", "plain", "sine" or "joined", as for `CombinedMargin`.
-        easy_margin: no margin beyond θ = π/2.
-    """
-
-    other_names = {"m2": "margin"}
-
-    def __init__(
-        self, scale: float = 64.0, margin: float = 0.5, gradient: Gradient = "exact",
-        past_pi: PastPi = "monotonic", easy_margin: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(scale, 1.0, angle("margin", margin), 0.0, gradient, past_pi, easy_margin)

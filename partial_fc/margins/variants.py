@@ -1,4 +1,4 @@
-"""Variants: SphereFace, CosFace and NormFace, a plain linear classifier, ArcFace with several centers a class."""
+"""ArcFace, SphereFace, CosFace and NormFace, a plain linear classifier, ArcFace with several centers a class."""
 
 from __future__ import annotations
 
@@ -6,9 +6,33 @@ from torch import Tensor
 
 from partial_fc.distributed.given import as_whole
 from partial_fc.margins.angles import Gradient, PastPi
-from partial_fc.margins.base import Margin, at_least, flag, require
-from partial_fc.margins.fixed import ArcFace, CombinedMargin
+from partial_fc.margins.base import Margin, angle, at_least, flag, require
+from partial_fc.margins.fixed import CombinedMargin
 from partial_fc.margins.positives import Positives
+
+
+class ArcFace(CombinedMargin):
+    """cos(θ + m) (arXiv 1801.07698, equation 3): the margin is added to the *angle*.
+
+    Args:
+        scale: s > 0, the factor of all logits.
+        margin: m, radians in [0, π).
+        gradient: "exact" or "straight_through", as for `CombinedMargin`.
+        past_pi: the target where θ + m is above π: "monotonic", "plain", "sine" or "joined", as for `CombinedMargin`.
+        easy_margin: no margin beyond θ = π/2.
+    """
+
+    other_names = {"m2": "margin"}
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: float = 0.5,
+        gradient: Gradient = "exact",
+        past_pi: PastPi = "monotonic",
+        easy_margin: bool = False,
+    ) -> None:
+        super().__init__(scale, 1.0, angle("margin", margin), 0.0, gradient, past_pi, easy_margin)
 
 
 class SphereFace(CombinedMargin):

@@ -108,7 +108,7 @@ class BackwardTiles:
     def finish_embeddings(self, dx: Tensor) -> None:
         """Add the targets' share, and go through the normalisation."""
         self.add_targets(dx)
-        if self.state.options.margin.takes_cosines:
+        if self.state.rows.inverse is not None and self.state.options.margin.normalize_embeddings:
             tangent(dx, self.saved.x, self.saved.x_inverse, out=dx)
         if self.d.d_norm is not None:
             dx.addcmul_(self.saved.x, self.d.d_norm[:, None])

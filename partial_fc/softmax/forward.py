@@ -83,7 +83,7 @@ def forward(
     centers = margin.centers
     norms = torch.linalg.vector_norm(X, dim=1, dtype=stats)
     x_inverse = inverse_of(norms)[:, None]
-    x = X * x_inverse if margin.takes_cosines else X.to(stats)
+    x = X * x_inverse if margin.normalize and margin.normalize_embeddings else X.to(stats)
     index = None if selection.picked else selection.rows
     index = index if centers == 1 else rows_of_classes(index, centers)
     kind = X.device.type
@@ -144,7 +144,8 @@ def forward(
 def is_bounded(options: LossOptions, stats: torch.dtype, product: torch.dtype) -> bool:
     """Return whether no sum of exponentials can leave the range of its dtype, so that no maximum need be subtracted."""
     margin = options.margin
-    if not margin.takes_cosines or margin.has_rule or options.inter_topk or product is torch.float16:
+    cosines = margin.normalize and margin.normalize_embeddings
+    if not cosines or margin.has_rule or options.inter_topk or product is torch.float16:
         return margin.binary is not None
     # a cosine times the scale is at most the scale; a scale of 64 with 10⁹ classes fits into float32
     return margin.scale + math.log(options.num_classes) < math.log(torch.finfo(stats).max) - 2 or bool(margin.binary)

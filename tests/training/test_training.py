@@ -19,9 +19,9 @@ from forked import finish, fork, succeed
 
 from partial_fc.centers import CenterLoss
 from partial_fc.margins.adaptive import AdaFace, AdaptiveMargin, CurricularFace, ElasticFace, MagFace
-from partial_fc.margins.fixed import ArcFace, CombinedMargin
+from partial_fc.margins.fixed import CombinedMargin
 from partial_fc.margins.sphereface2 import SphereFace2
-from partial_fc.margins.variants import CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
+from partial_fc.margins.variants import ArcFace, CosFace, NormFace, Softmax, SphereFace, SubCenterArcFace
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import CLASS_OPTIONS, MarginSettings, RunConfig, flat, to_config
 from partial_fc.training.errors import UserError
