@@ -141,15 +141,6 @@ class ClassRows:
         if self.grad_rows is not None and len(before) == len(values):
             rows, values, pads = add_rows(self.grad_rows, before, rows, values, stale=self.used, pads=self.pads)
             self.used = False
-        self._keep(rows, values, pads)
-
-    def drop_pads(self) -> None:
-        """Keep every row once. The host waits for how many there are."""
-        if self.grad_rows is not None and self.pads is not None:
-            real = self.pads.real().nonzero()[:, 0]
-            self._keep(self.grad_rows[real], [grad[real] for grad in self.gradients()], None)
-
-    def _keep(self, rows: Tensor, values: list[Tensor], pads: Pads | None) -> None:
         self.grad_rows, self.pads = rows, pads
         self.trainable[:] = [*(self._carrier(v, v) for v in values), *self.shared.values()]
 

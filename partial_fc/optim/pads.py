@@ -13,10 +13,15 @@ Blocks = Callable[[int, Tensor], Iterable[tuple[int, int]]]  # of so many rows l
 
 
 def join_far_pads(rows: ClassRows, blocks: Blocks) -> None:
-    """Drop pads of the gradient that would be stepped in another block than the rows that they are, and so twice."""
-    assert rows.pads is not None
-    if rows.pads.of is not None and any(len(list(blocks(len(grad), grad))) > 1 for grad in rows.gradients()):
-        rows.drop_pads()
+    """Drop pads of the gradient that would be stepped in another block than the rows that they are, and so twice. The
+    host then waits for how many rows are left."""
+    assert rows.pads is not None and rows.grad_rows is not None
+    grads = rows.gradients()
+    if rows.pads.of is not None and any(len(list(blocks(len(grad), grad))) > 1 for grad in grads):
+        real = rows.pads.real().nonzero()[:, 0]
+        left = rows.grad_rows[real]
+        rows.grad_rows = None  # nothing is to be added to
+        rows.accumulate(left, [grad[real] for grad in grads])
 
 
 def blocks_with_pads(grad: Tensor, pads: Pads, blocks: Blocks) -> list[tuple[int, int]]:
