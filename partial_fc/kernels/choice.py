@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -113,9 +114,11 @@ def machine_problem(mode: KernelsMode, device: torch.device) -> str:
 @lru_cache
 def triton_problem() -> str:
     """Return why the installed triton, which is not imported for it, does not serve; "" if it does."""
-    try:
-        found = version("triton")
-    except PackageNotFoundError:
+    found = None
+    for name in ("triton", "pytorch-triton"):  # the second comes with nightly builds of torch
+        with suppress(PackageNotFoundError):
+            found = found or version(name)
+    if found is None:
         return "triton is not installed: pip install 'partial_fc[kernels]'"
     numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
     return "" if numbers >= OLDEST_TRITON else f"they need triton {_dotted(OLDEST_TRITON)}, and {found} is installed"
