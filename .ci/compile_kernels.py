@@ -31,9 +31,21 @@ from partial_fc.kernels.device import rows as row_kernels
 from partial_fc.kernels.device import stream, tile
 
 FLOATS = ("scale", "scale2", "lr", "b", "decay", "eps", "by_rate", "by_root")
-WHOLE = ("N", "T", "per_split", "stride", "count", "start", "width", "grad_stride", "row_stride", "out_stride")
+WHOLE = (
+    "N",
+    "T",
+    "per_split",
+    "stride",
+    "count",
+    "start",
+    "extras",
+    "width",
+    "grad_stride",
+    "row_stride",
+    "out_stride",
+)
 LONG = ("first_id", "key")
-POINTERS = {"index": "*i64", "low": "*bf16"}
+POINTERS = {"index": "*i64", "slot": "*i64", "low": "*bf16"}
 
 
 class Case(NamedTuple):
@@ -74,10 +86,8 @@ def of_logits() -> Iterator[Case]:
         for options in (PLAIN, ALL)[: 1 + served]:
             yield _stream(stream.stream_forward, D, wide, logits.STREAM[wide], options)
         without = {name: value for name, value in PLAIN.items() if name not in ("ONLINE", "HARDEST")}
-        for options in (
-            {"SHIFTED": False, "SUMS": False},
-            {"SHIFTED": True, "SUMS": True, "LABELS": 2, "COLUMN": True},
-        ):
+        more = {"SHIFTED": True, "SUMS": True, "LABELS": 2, "COLUMN": True}
+        for options in ({"SHIFTED": False, "SUMS": False}, more)[: 1 + served]:
             yield _stream(stream.stream_backward, D, wide, logits.STREAM_ROWS[wide], {**without, **options})
 
 
@@ -94,14 +104,18 @@ def of_rows() -> Iterator[Case]:
         for kernel, options, types in (
             (row_kernels.gather_rows, {"NORMALISE": True}, {"out": "*bf16"}),
             (row_kernels.project_rows, {}, {}),
+            (row_kernels.catch_up_rows, {**CATCH_UP, "STATE": True}, {"directions": "*bf16"}),
             (row_kernels.step_rows, {**STEP, "MOMENTUM": True}, {"a": "fp32"}),
+            (row_kernels.step_rows, {**STEP, "MOMENTUM": True, "THROUGH": True}, {"a": "fp32", "grad": "*bf16"}),
             (row_kernels.step_rows, {**STEP, "ADAM": True, "LOW": True, "STOCHASTIC": True}, {"a": "fp32"}),
         ):
-            yield Case(kernel, {**blocks, **options}, {}, types, how.num_warps, 3, (80, 90, 100))
+            here = {k: v for k, v in blocks.items() if k in kernel.arg_names}
+            yield Case(kernel, {**here, **options}, {}, types, how.num_warps, 3, (80, 90, 100))
 
 
 STEP = {"TAKEN": False, "ADAM": False, "MOMENTUM": False, "NESTEROV": False, "MAXIMIZE": False, "DECAY": True}
-STEP |= {"DECOUPLED": False, "FACTORS": False, "LOW": False, "STOCHASTIC": False}
+STEP |= {"DECOUPLED": False, "FACTORS": False, "LOW": False, "STOCHASTIC": False, "THROUGH": False}
+CATCH_UP = {"NORMALISE": True, "BFLOAT16": False, "FLOAT16": False}
 
 
 def compiled(case: Case, card: int) -> tuple[Any, str]:
