@@ -8,8 +8,8 @@ more                          every query is compared with a code of every row, 
     row [D] ── rotate ──> [P], P a multiple of 8 ── the nearest of 16 centres for each 4 numbers ──> code [P / 8] bytes
 
 Codes, and neither cells (IVF) nor a graph (HNSW): embeddings of recognisers have few clusters, so that a query at a
-cosine of 0.5 to its identity is often not in the cell next to it, and most cells have to be visited to find it
-(docs/embeddings-and-galleries.md has figures); and faiss cannot remove rows from a graph.
+cosine of 0.5 to its identity is often not in the cell next to it, and many cells have to be visited to find it; and
+faiss cannot remove rows from a graph.
 
 So many candidates are compared that TARGET of SAMPLE queries find their nearest row, which is measured when the codes
 are made. The queries are drawn at a cosine of SIMILAR to a row, where strangers are. Cosines are always exact.
