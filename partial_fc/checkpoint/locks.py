@@ -1,4 +1,5 @@
-"""File locks that end with the process that holds them: one writer per folder (FolderLock), mutual exclusion (waiting).
+"""File locks that end with the process that holds them: one writer per folder (FolderLock; `exclusive`, which waits for
+its turn and keeps out threads, too), mutual exclusion that is wanted, not needed (waiting).
 
 They are POSIX locks (`lockf`). The lock of a folder is on the file `.lock` in it. Unlike `flock` locks they are not
 inherited by forked children, so data loading processes that outlive a killed run for a few seconds do not block its
@@ -15,6 +16,8 @@ import json
 import logging
 import os
 import socket
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +52,42 @@ def waiting(path: Path) -> Iterator[None]:
     finally:
         if file is not None:
             file.close()
+
+
+_of_threads: dict[str, threading.Lock] = {}
+_guard = threading.Lock()
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, timeout: float) -> Iterator[None]:
+    """Hold the lock of an existing folder, alone among all processes and the threads of this one.
+
+    Waits up to `timeout` seconds. Raises BlockingIOError, which names the holder, if that was not enough, and OSError
+    if the folder cannot be written. Must not be nested.
+    """
+    deadline = time.monotonic() + timeout
+    with _guard:
+        of_threads = _of_threads.setdefault(os.path.realpath(folder), threading.Lock())
+    if not of_threads.acquire(timeout=timeout):
+        raise BlockingIOError(f"{folder} is being written by another thread of this process; try again later")
+    try:
+        held = _wait_for(folder, deadline)
+        try:
+            yield
+        finally:
+            held.file.close()
+    finally:
+        of_threads.release()
+
+
+def _wait_for(folder: Path, deadline: float) -> _Held:
+    while True:
+        try:
+            return _Held(folder)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.02)
 
 
 class FolderLock:

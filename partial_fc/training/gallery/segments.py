@@ -1,0 +1,203 @@
+"""Segments: the files of a gallery's rows, each written once and never changed.
+
+Rows, in batches of up to BATCH   ── write_segment ──>   segment-00000001.arrow   ── Segment ──>  memory-mapped columns
+
+    row          int64           number of the row: unique in the gallery, rising from row to row and segment to segment
+    identity     string
+    picture      string, null    where its picture is, as given
+    thumbnail    binary, null    a small encoded image
+    images       int32           how many images the row stands for
+    length       float32         length of the sum of their unit embeddings
+    cell         int32           cell of the index; -1 if there are no cells
+    embedding    float32 [D]     of unit length
+
+The format is Arrow's IPC file, uncompressed, so that embeddings are read where the file is mapped.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from partial_fc.training.errors import UserError
+
+BATCH = 16_384
+UNIT_TOLERANCE = 1e-3  # of the length of a stored embedding
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+
+def arrow() -> Any:
+    """Return pyarrow. UserError that says what to install."""
+    try:
+        import pyarrow
+        import pyarrow.ipc
+    except ModuleNotFoundError as error:
+        raise UserError(f"a gallery needs {error.name}: pip install 'partial_fc[gallery]'") from error
+    return pyarrow
+
+
+@dataclass
+class Rows:
+    """Up to BATCH rows, with the columns of a segment."""
+
+    numbers: Integers
+    identities: Sequence[str]
+    pictures: Sequence[str | None]
+    thumbnails: Sequence[bytes | None]
+    images: npt.NDArray[np.int32]
+    lengths: Floats
+    cells: npt.NDArray[np.int32]
+    embeddings: Floats
+    """[n, D], of unit length."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def chosen(self, which: npt.NDArray[np.bool_]) -> Rows:
+        """Return the rows where `which` `[n]` is true."""
+        places = np.flatnonzero(which).tolist()
+        return Rows(
+            self.numbers[which],
+            [self.identities[place] for place in places],
+            [self.pictures[place] for place in places],
+            [self.thumbnails[place] for place in places],
+            self.images[which],
+            self.lengths[which],
+            self.cells[which],
+            self.embeddings[which],
+        )
+
+
+def write_segment(path: Path, batches: Iterable[Rows], dimension: int) -> int:
+    """Write the file and return its number of rows; it is on the disk when this returns. OSError if that fails."""
+    pa = arrow()
+    schema = _schema(pa, dimension)
+    count = 0
+    with path.open("wb") as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            for rows in batches:
+                columns = [
+                    pa.array(rows.numbers, pa.int64()),
+                    pa.array(rows.identities, pa.string()),
+                    pa.array(rows.pictures, pa.string()),
+                    pa.array(rows.thumbnails, pa.binary()),
+                    pa.array(rows.images, pa.int32()),
+                    pa.array(rows.lengths, pa.float32()),
+                    pa.array(rows.cells, pa.int32()),
+                    pa.FixedSizeListArray.from_arrays(
+                        pa.array(np.ascontiguousarray(rows.embeddings).ravel(), pa.float32()), dimension
+                    ),
+                ]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+                count += len(rows)
+        file.flush()
+        os.fsync(file.fileno())
+    return count
+
+
+def _schema(pa: Any, dimension: int) -> Any:
+    return pa.schema(
+        [
+            pa.field("row", pa.int64(), nullable=False),
+            pa.field("identity", pa.string(), nullable=False),
+            pa.field("picture", pa.string()),
+            pa.field("thumbnail", pa.binary()),
+            pa.field("images", pa.int32(), nullable=False),
+            pa.field("length", pa.float32(), nullable=False),
+            pa.field("cell", pa.int32(), nullable=False),
+            pa.field("embedding", pa.list_(pa.field("item", pa.float32(), nullable=False), dimension), nullable=False),
+        ]
+    )
+
+
+class Segment:
+    """One segment, memory-mapped. UserError for a file that is damaged or is none; FileNotFoundError if it is gone."""
+
+    def __init__(self, path: Path, size: int, rows: int, dimension: int) -> None:
+        pa = arrow()
+        self.path = path
+        self.dimension = dimension
+        found = path.stat().st_size
+        if found != size:
+            raise UserError(f"{path} is damaged: it has {found:,} bytes and had {size:,}; restore it from a copy")
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            if not reader.schema.equals(_schema(pa, dimension)):
+                raise ValueError("its columns are not those of a gallery")
+            self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            for batch in self._batches:
+                batch.validate(full=True)
+            numbers = [batch.column("row").to_numpy() for batch in self._batches]
+            self.numbers: Integers = np.concatenate([np.empty(0, np.int64), *numbers])
+            if len(self.numbers) != rows or (np.diff(self.numbers) <= 0).any():
+                raise ValueError("its rows are not those that were written")
+        except (pa.ArrowException, ValueError) as error:
+            raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore it from a copy") from error
+        self._starts = np.cumsum([0, *(len(batch) for batch in self._batches)])
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @functools.cached_property
+    def identities(self) -> list[str]:
+        """The identity of each row."""
+        return [name for batch in self._batches for name in batch.column("identity").to_pylist()]
+
+    @property
+    def cells(self) -> npt.NDArray[np.int32]:
+        """The cell of each row; −1 for none."""
+        return np.concatenate([np.empty(0, np.int32), *(batch.column("cell").to_numpy() for batch in self._batches)])
+
+    def batches(self) -> Iterator[Rows]:
+        """Yield the rows in batches; UserError for embeddings that are not of unit length."""
+        for batch in self._batches:
+            embeddings = batch.column("embedding").flatten().to_numpy().reshape(-1, self.dimension)
+            with np.errstate(all="ignore"):
+                lengths = np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings))
+            if not (np.abs(lengths - 1) < UNIT_TOLERANCE).all():  # also for NaN
+                raise UserError(f"{self.path} is damaged: an embedding is not of unit length; restore it from a copy")
+            yield Rows(
+                batch.column("row").to_numpy(),
+                batch.column("identity").to_pylist(),
+                batch.column("picture").to_pylist(),
+                _Lazily(batch.column("thumbnail")),
+                batch.column("images").to_numpy(),
+                batch.column("length").to_numpy(),
+                batch.column("cell").to_numpy(),
+                embeddings,
+            )
+
+    def picture(self, number: int) -> str | None:
+        """Return the picture of a row of this segment."""
+        return self._value("picture", number)
+
+    def thumbnail(self, number: int) -> bytes | None:
+        """Return the thumbnail of a row of this segment."""
+        return self._value("thumbnail", number)
+
+    def _value(self, column: str, number: int) -> Any:
+        place = int(np.searchsorted(self.numbers, number))
+        batch = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return self._batches[batch].column(column)[place - int(self._starts[batch])].as_py()
+
+
+class _Lazily(Sequence[Any]):
+    """A column whose values become objects when they are asked for."""
+
+    def __init__(self, column: Any) -> None:
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.column[place].as_py()
