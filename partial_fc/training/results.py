@@ -24,6 +24,7 @@ import partial_fc
 from partial_fc import gather, load_checkpoint, naming_the_missing
 from partial_fc.training.all_ranks import raise_on_all, run_on_main, sum_ranks
 from partial_fc.training.backbones import build_backbone
+from partial_fc.training.backbones.mirrored import embeddings_of
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.data.loader import BatchLoader, rank_loader
@@ -155,9 +156,7 @@ def embed_images(
                 if len(batch.labels):
                     images = batch.images.to(device, non_blocking=batch.images.is_pinned())
                     with accelerator.autocast():
-                        embeddings = backbone(images).float()
-                        if flip:
-                            embeddings = embeddings + backbone(images.flip(3)).float()
+                        embeddings = embeddings_of(backbone, images, flip)
                     parts.append(embeddings.cpu())
                     indices.append(batch.indices)
     except UserError as error:

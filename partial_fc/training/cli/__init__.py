@@ -6,7 +6,9 @@ backbones.py    backbones
 comms.py        comms
 data.py         data inspect, data convert; hands over to glyphs.py
 doctor.py       doctor
+embed.py        embed
 export.py       export-backbone
+gallery.py      gallery build, add, remove, search, calibrate, info
 glyphs.py       data glyphs
 plan.py         plan
 protocols.py    verify, templates, identify, retrieve

@@ -29,7 +29,9 @@ try:
     from partial_fc.training.cli.comms import comms_command
     from partial_fc.training.cli.data import add_source_options, data_command, open_from_options
     from partial_fc.training.cli.doctor import doctor_command
+    from partial_fc.training.cli.embed import embed_command
     from partial_fc.training.cli.export import export_command
+    from partial_fc.training.cli.gallery import gallery_command
     from partial_fc.training.cli.parser import (
         add_checkpoint,
         add_on_error,
@@ -65,6 +67,8 @@ commands:
   templates RUN --images D --templates F --pairs F   TAR at FAR on templates of images and video frames: IJB-B, IJB-C
   identify RUN --gallery D --probes D                1:N identification with distractors: rank-k, DIR at FPIR
   retrieve RUN --query D [--gallery D]               CMC, mAP, Recall@k: products, persons across cameras
+  embed RUN --data D --output DIR                    embeddings of a data set, as Parquet or npz files
+  gallery build|add|remove|search|... GALLERY        enrol identities, and search for them
   export-backbone RUN [--output DIR]                 write the trained backbone as safetensors and ONNX
   report RUN RUN ...                                 compare runs on one page: different settings, figures, curves
   audit RUN                                          find identities stored twice, classes never updated, and classes
@@ -97,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
             name: partial(protocol_command, name, train_parser)
             for name in ("verify", "templates", "identify", "retrieve")
         },
+        "embed": embed_command,
+        "gallery": gallery_command,
         "audit": audit,
         "export-backbone": export_command,
         "export": export_weights_command,

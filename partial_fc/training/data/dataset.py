@@ -76,6 +76,10 @@ class IdentityDataset(ABC):
     def name_of(self, index: int) -> str:
         """Return the name of image `index`, for messages."""
 
+    def path_of(self, index: int) -> Path | None:
+        """Return the file of image `index`; None if it has none of its own."""
+        return None
+
     @abstractmethod
     def load(self, index: int) -> torch.Tensor:
         """Return image `index` as uint8 [C, H, W]; raise UnreadableImage if it is damaged."""

@@ -107,6 +107,11 @@ def choose_workers(dataset: IdentityDataset, ranks: int, cuda: bool) -> int:
     return max(0, min(8 if cuda else 4, cores // max(1, ranks) - 1))
 
 
+def ranks_of_machine(world: int) -> int:
+    """Return how many of the `world` ranks run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
 def _no_collate(batch: object) -> object:
     """Return the batch unchanged: `_Samples` returns whole batches already."""
     return batch
@@ -245,7 +250,7 @@ def rank_loader(
     order: more arguments of BatchLoader.
     """
     cuda = accelerator.device.type == "cuda"
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))  # on this machine
+    ranks = ranks_of_machine(accelerator.num_processes)
     return BatchLoader(
         dataset,
         batch_size=batch_size,

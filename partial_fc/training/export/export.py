@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import partial_fc
 from partial_fc.checkpoint.save_load import stored_values
 from partial_fc.training.backbones import build_backbone
+from partial_fc.training.backbones.digest import weights_digest
 from partial_fc.training.config import RunConfig, add_config, to_config
 from partial_fc.training.errors import UserError
 from partial_fc.training.export.check import BATCHES, compare, real_images
@@ -79,7 +80,7 @@ def export_backbone(
     out = Path(output) if output is not None else folder.path / "exported"
     parent = check_free(out)
     _check_installed(formats)
-    config = _config(folder)
+    config = config_of_run(folder)
     shape = image_shape(config)
     backbone, identity = _load(folder, config, shape)
     images, checked_on = real_images(config, shape, data)
@@ -166,7 +167,7 @@ def _check_installed(formats: Sequence[str]) -> None:
             ) from error
 
 
-def _config(folder: RunFolder) -> RunConfig:
+def config_of_run(folder: RunFolder) -> RunConfig:
     """Return the run's settings with full precision: a run in fp16 may be exported on a machine without a GPU."""
     parser = SettingsParser(exit_on_error=False)
     add_config(parser)
@@ -187,6 +188,7 @@ def _load(folder: RunFolder, config: RunConfig, shape: tuple[int, int, int]) -> 
         "config_sha256": hashlib.sha256((folder.path / CONFIG).read_bytes()).hexdigest(),
         "step": int(progress["step"]),
         "epoch": int(progress["epoch"]),
+        "weights": weights_digest(backbone.state_dict()),
         "partial_fc": partial_fc.__version__,
         "torch": torch.__version__,
     }

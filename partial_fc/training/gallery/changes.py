@@ -96,7 +96,7 @@ class Change:
         """Continue the sums of rows that are enrolled, which the new rows replace."""
         assert self._loaded is not None
         for rows in self._loaded.rows_at(numbers) if len(numbers) else ():
-            totals = rows.embeddings.astype(np.float64) * rows.lengths[:, None]
+            totals = rows.embeddings * rows.lengths[:, None]
             for place, name in enumerate(rows.identities):
                 means.one(name).add(
                     totals[place], int(rows.images[place]), rows.pictures[place], rows.thumbnails[place]

@@ -46,10 +46,10 @@ def unit_embeddings(embeddings: npt.NDArray[Any], dimension: int | None, what: s
             "gallery was built with"
         )
     with np.errstate(all="ignore"):
-        values = array.astype(np.float32)
+        values: Floats = array.astype(np.float32)
         largest = np.abs(values).max(axis=1, initial=0, keepdims=True)
         usable = np.isfinite(largest[:, 0]) & (largest[:, 0] > 0)
-        values = values / np.where(usable[:, None], largest, 1)  # so that no square overflows or vanishes
+        values /= np.where(usable[:, None], largest, 1)  # so that no square overflows or vanishes
         values /= np.linalg.norm(values, axis=1, keepdims=True).clip(SHORTEST)
     if not usable.all():
         row = int(np.flatnonzero(~usable)[0])
@@ -75,25 +75,17 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def checked(enrolment: Enrolment, dimension: int | None) -> Floats:
-    """Return the unit embeddings of an enrolment; UserError for what does not fit together."""
-    count = len(enrolment.embeddings)
-    for name, given in (
-        ("identities", enrolment.identities),
-        ("pictures", enrolment.pictures),
-        ("thumbnails", enrolment.thumbnails),
-    ):
-        if given is not None and len(given) != count:
-            raise UserError(f"{count} embeddings and {len(given)} {name} do not match; give one for each image")
-    check_identities(enrolment.identities)
-    return unit_embeddings(enrolment.embeddings, dimension)
+def checked(part: Enrolment, dimension: int) -> Floats:
+    """Return the unit embeddings of a part; UserError for identities that are no names, too."""
+    check_identities(part.identities)
+    return unit_embeddings(part.embeddings, dimension)
 
 
 @dataclass
 class Mean:
     """What a mean row is made of: the sum of unit embeddings `[D]`, their number, the first picture and thumbnail."""
 
-    total: npt.NDArray[np.float64]
+    total: Floats
     images: int = 0
     picture: str | None = None
     thumbnail: bytes | None = None
@@ -113,20 +105,18 @@ class MeanRows:
     of: dict[str, Mean] = field(default_factory=dict)
 
     def add(self, enrolment: Enrolment) -> None:
-        unit = checked(enrolment, self.dimension)
-        for place, name in enumerate(enrolment.identities):
-            self.one(name).add(
-                unit[place],
-                1,
-                None if enrolment.pictures is None else enrolment.pictures[place],
-                None if enrolment.thumbnails is None else enrolment.thumbnails[place],
-            )
+        for part in in_blocks(enrolment):
+            unit = checked(part, self.dimension)
+            for place, name in enumerate(part.identities):
+                picture = None if part.pictures is None else part.pictures[place]
+                thumbnail = None if part.thumbnails is None else part.thumbnails[place]
+                self.one(name).add(unit[place], 1, picture, thumbnail)
 
     def one(self, name: str) -> Mean:
         """Return the sum of an identity."""
         found = self.of.get(name)
         if found is None:
-            found = self.of[name] = Mean(np.zeros(self.dimension))
+            found = self.of[name] = Mean(np.zeros(self.dimension, dtype=np.float32))
         return found
 
     def rows(self, first: int) -> Iterator[Rows]:
@@ -154,25 +144,38 @@ class MeanRows:
 
 def image_rows(enrolments: Iterable[Enrolment], dimension: int, first: int) -> Iterator[Rows]:
     """Yield a row for each image, in batches, numbered from `first` on."""
-    for enrolment in enrolments:
-        for start in range(0, len(enrolment.embeddings), BATCH):
-            here = slice(start, start + BATCH)
-            part = Enrolment(
-                enrolment.embeddings[here],
-                enrolment.identities[here],
-                None if enrolment.pictures is None else enrolment.pictures[here],
-                None if enrolment.thumbnails is None else enrolment.thumbnails[here],
-            )
-            unit = checked(part, dimension)
-            count = len(unit)
-            yield Rows(
-                np.arange(first, first + count),
-                part.identities,
-                [None] * count if part.pictures is None else part.pictures,
-                [None] * count if part.thumbnails is None else part.thumbnails,
-                np.ones(count, dtype=np.int32),
-                np.ones(count, dtype=np.float32),
-                np.full(count, -1, dtype=np.int32),
-                unit,
-            )
-            first += count
+    for part in (part for enrolment in enrolments for part in in_blocks(enrolment)):
+        unit = checked(part, dimension)
+        count = len(unit)
+        yield Rows(
+            np.arange(first, first + count),
+            part.identities,
+            [None] * count if part.pictures is None else part.pictures,
+            [None] * count if part.thumbnails is None else part.thumbnails,
+            np.ones(count, dtype=np.int32),
+            np.ones(count, dtype=np.float32),
+            np.full(count, -1, dtype=np.int32),
+            unit,
+        )
+        first += count
+
+
+def in_blocks(enrolment: Enrolment) -> Iterator[Enrolment]:
+    """Yield an enrolment in parts of up to BATCH images; UserError if its columns have different lengths."""
+    count = len(enrolment.embeddings)
+    columns = {
+        "identities": enrolment.identities,
+        "pictures": enrolment.pictures,
+        "thumbnails": enrolment.thumbnails,
+    }
+    for name, given in columns.items():
+        if given is not None and len(given) != count:
+            raise UserError(f"{count} embeddings and {len(given)} {name} do not match; give one for each image")
+    for start in range(0, count, BATCH):
+        here = slice(start, start + BATCH)
+        yield Enrolment(
+            enrolment.embeddings[here],
+            enrolment.identities[here],
+            None if enrolment.pictures is None else enrolment.pictures[here],
+            None if enrolment.thumbnails is None else enrolment.thumbnails[here],
+        )

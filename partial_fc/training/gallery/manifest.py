@@ -75,8 +75,8 @@ class Manifest:
     @property
     def files(self) -> set[str]:
         """The files that count."""
-        others = {self.removed, None if self.cells is None else self.cells.name} - {None}
-        return {entry.name for entry in self.segments} | others  # type: ignore[return-value]
+        others = (self.removed, None if self.cells is None else self.cells.name)
+        return {entry.name for entry in self.segments} | {name for name in others if name is not None}
 
 
 def stamp_of(folder: Path) -> Stamp:

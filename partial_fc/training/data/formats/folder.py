@@ -36,6 +36,9 @@ class FolderIdentities(EncodedIdentities):
         folder = self._folders[number]
         return f"{folder}/{self.files_of[folder][position - self._first[number]]}"
 
+    def path_of(self, index: int) -> Path:
+        return self.root / self.name_of(index)
+
     def encoded_at(self, position: int) -> bytes:
         return read_whole(os.path.join(self.root, self.name_at(position)))
 

@@ -108,6 +108,9 @@ class ListIdentities(EncodedIdentities):
     def name_at(self, position: int) -> str:
         return self._names[position]
 
+    def path_of(self, index: int) -> Path:
+        return Path(self._full_path(self.name_of(index)))
+
     def encoded_at(self, position: int) -> bytes:
         return read_whole(self._full_path(self._names[position]))
 
