@@ -37,9 +37,7 @@ def unit_embeddings(embeddings: npt.NDArray[Any], dimension: int | None, what: s
 
     Raises UserError for another shape or width, and for an embedding that is not finite or has no direction.
     """
-    array = np.asarray(embeddings)
-    if array.ndim != 2 or array.dtype.kind not in "fiu":
-        raise UserError(f"{what} are {array.dtype} of shape {list(array.shape)}; give numbers [n, D]")
+    array = as_matrix(embeddings, what)
     if dimension is not None and array.shape[1] != dimension:
         raise UserError(
             f"{what} have {array.shape[1]} numbers, but the gallery's have {dimension}; use the backbone that the "
@@ -56,6 +54,14 @@ def unit_embeddings(embeddings: npt.NDArray[Any], dimension: int | None, what: s
         wrong = "is all zeros" if (np.asarray(array[row]) == 0).all() else "is not finite"
         raise UserError(f"of the {what}, number {row} {wrong}, so that it has no direction; leave it out")
     return values
+
+
+def as_matrix(embeddings: npt.NDArray[Any], what: str = "embeddings") -> npt.NDArray[Any]:
+    """Return the embeddings as an array; UserError unless it holds numbers `[n, D]`."""
+    array = np.asarray(embeddings)
+    if array.ndim != 2 or array.dtype.kind not in "fiu":
+        raise UserError(f"{what} are {array.dtype} of shape {list(array.shape)}; give numbers [n, D]")
+    return array
 
 
 def check_identities(identities: Sequence[str]) -> None:
@@ -162,7 +168,8 @@ def image_rows(enrolments: Iterable[Enrolment], dimension: int, first: int) -> I
 
 def in_blocks(enrolment: Enrolment) -> Iterator[Enrolment]:
     """Yield an enrolment in parts of up to BATCH images; UserError if its columns have different lengths."""
-    count = len(enrolment.embeddings)
+    embeddings = as_matrix(enrolment.embeddings)
+    count = len(embeddings)
     columns = {
         "identities": enrolment.identities,
         "pictures": enrolment.pictures,
@@ -174,7 +181,7 @@ def in_blocks(enrolment: Enrolment) -> Iterator[Enrolment]:
     for start in range(0, count, BATCH):
         here = slice(start, start + BATCH)
         yield Enrolment(
-            enrolment.embeddings[here],
+            embeddings[here],
             enrolment.identities[here],
             None if enrolment.pictures is None else enrolment.pictures[here],
             None if enrolment.thumbnails is None else enrolment.thumbnails[here],

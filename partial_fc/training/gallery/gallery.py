@@ -23,7 +23,7 @@ from partial_fc.training.gallery.calibration import (
     threshold_for_fpir,
 )
 from partial_fc.training.gallery.changes import Change
-from partial_fc.training.gallery.enrolment import Enrolment, unit_embeddings
+from partial_fc.training.gallery.enrolment import Enrolment, as_matrix, unit_embeddings
 from partial_fc.training.gallery.loaded import Loaded
 from partial_fc.training.gallery.manifest import MANIFEST, OWN_FILE, IndexChoice, Manifest, PerIdentity, stamp_of
 from partial_fc.training.gallery.sharing import SharedLock
@@ -106,7 +106,7 @@ class Gallery:
         return cls.build_from(
             folder,
             [enrolment],
-            dimension=_width(embeddings),
+            dimension=as_matrix(embeddings).shape[1],
             backbone=backbone,
             per_identity=per_identity,
             preprocessing=preprocessing,
@@ -399,13 +399,6 @@ def check_free(folder: Path) -> None:
             raise UserError(f"{folder} is a file; give a new or empty folder")
         if any(each.name != LOCK and not OWN_FILE.fullmatch(each.name) for each in folder.iterdir()):
             raise UserError(f"{folder} is not empty and no gallery; give a new or empty folder")
-
-
-def _width(embeddings: npt.NDArray[Any]) -> int:
-    shape = np.asarray(embeddings).shape
-    if len(shape) != 2:
-        raise UserError(f"embeddings have the shape {list(shape)}; give [n, D]")
-    return int(shape[1])
 
 
 @contextlib.contextmanager
