@@ -47,14 +47,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--queries", type=int, default=1000, help="of each kind")
-    parser.add_argument("--index", choices=("auto", "exact", "cells"), default="auto")
+    parser.add_argument("--index", choices=("auto", "exact", "codes"), default="auto")
     parser.add_argument(
         "--folder", default=None, help="where 5 GB are free for a while (default: the temporary folder)"
     )
     parser.add_argument("--quick", action="store_true", help="sizes that say nothing, to try the command")
     options = parser.parse_args()
     if options.quick:
-        options.rows, options.width, options.queries, options.index = 4000, 32, 50, "cells"
+        options.rows, options.width, options.queries, options.index = 4000, 32, 50, "codes"
     return options
 
 

@@ -161,4 +161,5 @@ class _Held:
         return ""
 
     def __del__(self) -> None:
-        self.file.close()
+        if hasattr(self, "file"):  # not if it could not be opened
+            self.file.close()

@@ -246,9 +246,9 @@ def build_command(arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--index",
-        choices=("auto", "exact", "cells"),
+        choices=("auto", "exact", "codes"),
         default="auto",
-        help="how it is searched: exactly, or by cells; auto (default) takes cells from 100,000 embeddings on",
+        help="how it is searched: exactly, or by codes; auto (default) takes codes from 100,000 embeddings on",
     )
     parser.add_argument(
         "--no_thumbnails", action="store_true", help="do not keep a small picture beside each embedding"

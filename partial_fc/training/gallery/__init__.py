@@ -31,7 +31,7 @@ in a change leaves the gallery as it was before. Changes by other processes are 
     segments.py       files of rows, written once
     enrolment.py      given embeddings -> rows
     loaded.py         the rows in memory, brought up to date from the files
-    index.py          faiss: exact search, or cells beyond `FLAT_BELOW` rows
+    index.py          faiss: exact search, or codes beyond `FLAT_BELOW` rows
     calibration.py    the threshold
     sharing.py        searches together, changes alone
 """

@@ -3,7 +3,7 @@
     enrol     enrolments ── rows ──>  a new segment; in galleries of means together with the images that are enrolled
     remove    identities ── numbers of their rows ──>  removed-*.npy
     publish   small segments at the end are merged (each keeps at least twice the rows of the next, so that there are
-              at most about log2 n), segments that are mostly removed are written anew, cells are made if there are
+              at most about log2 n), segments that are mostly removed are written anew, codes are made if there are
               many rows; then the manifest is replaced
 
 An error before that deletes the new files.
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 
@@ -25,16 +26,16 @@ from partial_fc.training.gallery.enrolment import Enrolment, MeanRows, image_row
 from partial_fc.training.gallery.index import (
     FLAT_BELOW,
     GROWTH,
-    ROWS_OF_A_CELL,
     SAMPLE,
+    TRAINED_BY,
+    Coder,
     Index,
-    assign,
-    choose_probes,
-    exact_neighbours,
-    make_centres,
+    choose_candidates,
+    exact_nearest,
+    similar_queries,
 )
-from partial_fc.training.gallery.loaded import Loaded, read_centres, removed_numbers
-from partial_fc.training.gallery.manifest import Cells, Manifest, SegmentEntry, delete_others, write_manifest
+from partial_fc.training.gallery.loaded import Loaded, read_coder, removed_numbers
+from partial_fc.training.gallery.manifest import CodesEntry, Manifest, SegmentEntry, delete_others, write_manifest
 from partial_fc.training.gallery.segments import Floats, Integers, Rows, Segment, write_segment
 
 
@@ -73,7 +74,7 @@ class Change:
             batches = image_rows(checked, self.manifest.dimension, self.manifest.next_row)
         else:
             batches = self._mean_rows(checked, existing)
-        self.rows += self._append(self._with_cells(batches))
+        self.rows += self._append(self._with_codes(batches))
 
     def _resolved(self, enrolments: Iterable[Enrolment], existing: str) -> Iterator[Enrolment]:
         """Yield the enrolments; refuse, or remove the old rows of, identities that are enrolled, as `existing` says."""
@@ -103,11 +104,11 @@ class Change:
                 )
         self._remove_numbers(numbers)
 
-    def _with_cells(self, batches: Iterable[Rows]) -> Iterator[Rows]:
-        centres = None if self.manifest.cells is None else read_centres(self.folder, self.manifest)
+    def _with_codes(self, batches: Iterable[Rows]) -> Iterator[Rows]:
+        coder = None if self.manifest.codes is None else read_coder(self.folder, self.manifest)
         for rows in batches:
-            if centres is not None:
-                rows.cells = assign(centres, rows.embeddings)
+            if coder is not None:
+                rows.codes = coder.codes(rows.embeddings)
             yield rows
 
     def _append(self, batches: Iterable[Rows]) -> int:
@@ -152,8 +153,8 @@ class Change:
         if self.manifest == self._before and not self._removes:
             return
         self._merge()
-        if self._cells_are_due():
-            self._make_cells()
+        if self._codes_are_due():
+            self._make_codes()
         if self._removes:
             self._write_removed()
         write_manifest(self.folder, self.manifest)
@@ -179,9 +180,9 @@ class Change:
                 kept += self._rewritten(segments)
         self.manifest = replace(self.manifest, segments=tuple(kept))
 
-    def _rewritten(self, segments: Sequence[Segment], centres: Floats | None = None) -> list[SegmentEntry]:
-        """Write the rows of some segments that were not removed as one; centres: of new cells."""
-        entry = self._write(_without(segments, self._removed, centres))
+    def _rewritten(self, segments: Sequence[Segment], coder: Coder | None = None) -> list[SegmentEntry]:
+        """Write the rows of some segments that were not removed as one; coder: that makes new codes."""
+        entry = self._write(_without(segments, self._removed, coder))
         dropped = np.concatenate([np.empty(0, np.int64), *(segment.numbers for segment in segments)])
         before = len(self._removed)
         self._removed = np.setdiff1d(self._removed, dropped)
@@ -192,77 +193,65 @@ class Change:
         name = None
         if len(self._removed):
             name, self.manifest = self.manifest.new_name("removed", "npy")
-            _save(self.folder / name, self._removed)
+            with on_disk(self.folder / name) as file:
+                np.save(file, self._removed, allow_pickle=False)
         self.manifest = replace(self.manifest, removed=name)
 
-    # ------------------------------------------------------------------------------------------------ cells
+    # ------------------------------------------------------------------------------------------------ codes
 
-    def _cells_are_due(self) -> bool:
-        rows, choice, cells = self._live_rows(), self.manifest.index, self.manifest.cells
+    def _codes_are_due(self) -> bool:
+        rows, choice, codes = self._live_rows(), self.manifest.index, self.manifest.codes
         if choice == "exact" or rows == 0 or (choice == "auto" and rows < FLAT_BELOW):
             return False
-        return cells is None or rows >= GROWTH * cells.rows
+        return codes is None or rows >= GROWTH * codes.rows
 
-    def _make_cells(self) -> None:
-        """Put all rows into new cells, in one segment, and choose how many of them a search visits."""
+    def _make_codes(self) -> None:
+        """Give all rows codes, in one segment, and choose how many candidates a search compares exactly."""
         rows = self._live_rows()
-        count = max(1, min(int(2 * rows**0.5), rows // ROWS_OF_A_CELL))
         segments = [self._open(entry) for entry in self.manifest.segments]
-        centres = make_centres(_some_rows(segments, self._removed, count * ROWS_OF_A_CELL, rows).embeddings, count)
-        name, self.manifest = self.manifest.new_name("cells", "npy")
-        _save(self.folder / name, centres)
-        (entry,) = self._rewritten(segments, centres)
+        coder = Coder.of(_some_rows(segments, self._removed, TRAINED_BY, rows))
+        name, self.manifest = self.manifest.new_name("codes", "npz")
+        with on_disk(self.folder / name) as file:
+            np.savez(file, allow_pickle=False, rotation=coder.rotation, centres=coder.centres)
+        (entry,) = self._rewritten(segments, coder)
         segment = self._open(entry)
-        index = Index(self.manifest.dimension, centres)
-        index.reserve(np.bincount(segment.cells, minlength=count))
-        for batch in segment.batches():
-            index.add(batch)
+        index = Index(self.manifest.dimension, segment.embeddings_at, coder)
+        index.fill(segment.numbers, segment.codes(coder.size))
         sample = _some_rows([segment], np.empty(0, np.int64), SAMPLE, rows)
-        exact = exact_neighbours(sample.embeddings, sample.numbers, segment.batches())
-        probes, recall = choose_probes(index, sample.embeddings, exact)
-        self.manifest = replace(self.manifest, segments=(entry,), cells=Cells(name, count, probes, rows, recall))
+        queries = similar_queries(sample, sample)
+        candidates, recall = choose_candidates(index, queries, exact_nearest(queries, segment.batches()))
+        codes = CodesEntry(name, coder.size, candidates, rows, recall)
+        self.manifest = replace(self.manifest, segments=(entry,), codes=codes)
 
 
-def _without(segments: Iterable[Segment], removed: Integers, centres: Floats | None) -> Iterator[Rows]:
-    """Yield the rows of the segments but those of the numbers `removed`; in the cells of `centres`, if given."""
+def _without(segments: Iterable[Segment], removed: Integers, coder: Coder | None) -> Iterator[Rows]:
+    """Yield the rows of the segments but those of the numbers `removed`; with codes of `coder`, if given."""
     for segment in segments:
         for rows in segment.batches():
             kept = ~np.isin(rows.numbers, removed)
             if not kept.any():
                 continue
             chosen = rows if kept.all() else rows.chosen(kept)
-            if centres is not None:
-                chosen.cells = assign(centres, chosen.embeddings)
+            if coder is not None:
+                chosen.codes = coder.codes(chosen.embeddings)
             yield chosen
 
 
-def _some_rows(segments: Iterable[Segment], removed: Integers, wanted: int, rows: int) -> Rows:
-    """Return about `wanted` of the `rows` rows that were not removed, evenly chosen, without names."""
+def _some_rows(segments: Iterable[Segment], removed: Integers, wanted: int, rows: int) -> Floats:
+    """Return the embeddings of about `wanted` of the `rows` rows that were not removed, evenly chosen."""
     every = max(1, rows // wanted)
-    numbers, embeddings = [np.empty(0, np.int64)], []
+    embeddings = []
     place = 0
     for part in _without(segments, removed, None):
-        chosen = np.arange(-place % every, len(part), every)
+        embeddings.append(part.embeddings[-place % every :: every])
         place += len(part)
-        numbers.append(part.numbers[chosen])
-        embeddings.append(part.embeddings[chosen])
-    count = sum(map(len, numbers))
-    nothing = np.zeros(count, dtype=np.int32)
-    return Rows(
-        np.concatenate(numbers),
-        [""] * count,
-        [None] * count,
-        [None] * count,
-        nothing,
-        nothing.astype(np.float32),
-        nothing,
-        np.concatenate(embeddings),
-    )
+    return np.concatenate(embeddings)
 
 
-def _save(path: Path, array: Integers | Floats) -> None:
-    """Write an array; it is on the disk when this returns."""
+@contextlib.contextmanager
+def on_disk(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file; it is on the disk afterwards."""
     with path.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
+        yield file
         file.flush()
         os.fsync(file.fileno())

@@ -143,7 +143,6 @@ class MeanRows:
                 [mean.thumbnail for _, mean in part],
                 np.array([mean.images for _, mean in part], dtype=np.int32),
                 lengths.astype(np.float32),
-                np.full(len(part), -1, dtype=np.int32),
                 (totals / lengths[:, None]).astype(np.float32),
             )
 
@@ -160,7 +159,6 @@ def image_rows(enrolments: Iterable[Enrolment], dimension: int, first: int) -> I
             [None] * count if part.thumbnails is None else part.thumbnails,
             np.ones(count, dtype=np.int32),
             np.ones(count, dtype=np.float32),
-            np.full(count, -1, dtype=np.int32),
             unit,
         )
         first += count

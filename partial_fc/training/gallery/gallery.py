@@ -98,7 +98,7 @@ class Gallery:
             a row for each image, and an identity is as near as its nearest image.
         preprocessing: what else the embeddings depend on (`Embedder.preprocessing`), compared likewise.
         source: where the backbone is, a note for commands that are not told.
-        index: "exact", "cells", or "auto": exact up to `index.FLAT_BELOW` rows.
+        index: "exact", "codes", or "auto": exact up to `index.FLAT_BELOW` rows.
 
         Raises UserError for a folder in use, and for embeddings or names that cannot be enrolled.
         """
@@ -131,7 +131,7 @@ class Gallery:
         if per_identity not in get_args(PerIdentity):
             raise UserError(f"per_identity is {per_identity!r}; give mean or all")
         if index not in get_args(IndexChoice):
-            raise UserError(f"index is {index!r}; give auto, exact or cells")
+            raise UserError(f"index is {index!r}; give auto, exact or codes")
         if dimension < 1:
             raise UserError(f"the embeddings have {dimension} numbers; give at least 1")
         path = Path(folder)
@@ -218,12 +218,12 @@ class Gallery:
         """What kind of search is used, in words."""
         with self._current():
             rows = len(self._loaded.numbers)
-            cells = self._loaded.manifest.cells
-        if cells is None:
+            codes = self._loaded.manifest.codes
+        if codes is None:
             return f"exact search among {rows:,} embeddings"
         return (
-            f"search among {rows:,} embeddings in {cells.count:,} cells (IVF), {cells.probes:,} visited by a query, "
-            f"which found {cells.recall:.1%} of the 10 nearest in a sample"
+            f"search among {rows:,} embeddings by codes of {codes.size} bytes (product quantisation), with the best "
+            f"{codes.candidates:,} compared exactly: {codes.recall:.1%} of a sample of queries found their nearest"
         )
 
     def check_backbone(self, digest: str, dimension: int, preprocessing: Mapping[str, Any] | None = None) -> None:
@@ -380,6 +380,7 @@ class Gallery:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Change]:
         """Hold the gallery alone among writers, up to date; publish the change at the end, and hold the result."""
+        stamp_of(self.folder)  # a folder that is gone has no lock
         with _as_user_error(self.folder), exclusive(self.folder, WAIT):
             with self._current():
                 manifest = self._loaded.manifest

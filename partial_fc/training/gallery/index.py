@@ -1,34 +1,45 @@
-"""The index of a gallery's rows, by faiss on the CPU: exact, or by cells where there are many rows.
+"""The index of a gallery's rows, by faiss on the CPU: exact, or by short codes where there are many rows.
 
 fewer than FLAT_BELOW rows    every query is compared with every row
-more                          spherical k-means puts the rows into about 2·√n cells (IVF); a query is compared with the
-                              rows of the `probes` cells whose centres are nearest to it
+more                          every query is compared with a code of every row, 4 bits for each 4 numbers (product
+                              quantisation after a random rotation; Jégou et al. 2011, André et al. 2017), and the
+                              `candidates` rows with the best codes are compared exactly
 
-Cells and not a graph (HNSW): rows come and go in cells without a rebuild, while faiss cannot remove rows from a graph.
-So many cells are visited that TARGET of the 10 nearest rows of SAMPLE rows are found, which is measured when the cells
-are made. The cosines of what is found are exact in both.
+    row [D] ── rotate ──> [P], P a multiple of 8 ── the nearest of 16 centres for each 4 numbers ──> code [P / 8] bytes
 
-centres [cells, D] ── assign ──>  the cell of each row, stored beside it, so that opening a gallery computes nothing
+Codes, and neither cells (IVF) nor a graph (HNSW): embeddings of recognisers have few clusters, so that a query at a
+cosine of 0.5 to its identity is often not in the cell next to it, and most cells have to be visited to find it
+(docs/embeddings-and-galleries.md has figures); and faiss cannot remove rows from a graph.
+
+So many candidates are compared that TARGET of SAMPLE queries find their nearest row, which is measured when the codes
+are made. The queries are drawn at a cosine of SIMILAR to a row, where strangers are. Cosines are always exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from partial_fc.training.errors import UserError
-from partial_fc.training.gallery.segments import Floats, Integers, Rows
+from partial_fc.training.gallery.segments import Codes, Floats, Integers, Rows
 
 FLAT_BELOW = 100_000  # rows that are compared one by one
-ROWS_OF_A_CELL = 64  # rows that k-means looks at for each cell
-ITERATIONS = 10  # of k-means
-GROWTH = 16  # cells are made anew when there are so many times more rows than they were made for
-SAMPLE = 256  # rows by which the number of visited cells is chosen
-NEAREST = 10  # of their nearest rows are looked for
-TARGET = 0.98
+GROWTH = 16  # codes are made anew when there are so many times more rows than they were made for
+TRAINED_BY = 20_000  # rows that centres are computed from
+PART = 4  # numbers of a part of a row that has centres of its own
+CENTRES = 16  # for each part
+SAMPLE = 512  # queries by which the number of candidates is chosen
+SIMILAR = 0.3  # cosine of a query to the row that it is drawn at
+MIXED = 64  # rows whose sum, with random signs, is the rest of a query
+TARGET = 0.99
+FEWEST = 64  # candidates
+COMPARED_BYTES = 64 << 20  # of candidates that are compared at a time
+
+Fetch = Callable[[Integers], Floats]
+"""Returns the embeddings `[n, D]` of the rows of some numbers `[n]`."""
 
 
 def faiss_module() -> Any:
@@ -40,117 +51,159 @@ def faiss_module() -> Any:
     return faiss
 
 
-class Index:
-    """An index of unit rows of `dimension` numbers, by their numbers; centres: of the cells, None for exact search."""
+@dataclass
+class Coder:
+    """Makes codes: rotation float32 `[D, P]` with orthonormal rows, centres float32 `[P / 4, 16, 4]`."""
 
-    def __init__(self, dimension: int, centres: Floats | None = None, probes: int = 1) -> None:
-        self._faiss = faiss_module()
+    rotation: Floats
+    centres: Floats
+
+    @classmethod
+    def of(cls, sample: Floats, seed: int = 0) -> Coder:
+        """Return a coder for rows like those of `sample` `[n, D]`."""
+        width = sample.shape[1]
+        if len(sample) < CENTRES:  # faiss wants a row for each centre
+            sample = np.resize(sample, (CENTRES, width))
+        padded = -(-width // (2 * PART)) * 2 * PART
+        gaussian = np.random.default_rng(seed).standard_normal((padded, padded))
+        rotation = np.ascontiguousarray(np.linalg.qr(gaussian)[0][:width], dtype=np.float32)
+        index = _product_index(padded)
+        index.pq.cp.seed = seed
+        index.pq.cp.min_points_per_centroid = 1  # no warning about small samples
+        index.train(np.ascontiguousarray(sample @ rotation))
+        centres = faiss_module().vector_to_array(index.pq.centroids)
+        return cls(rotation, centres.reshape(padded // PART, CENTRES, PART))
+
+    @property
+    def size(self) -> int:
+        """Bytes of a code."""
+        return self.rotation.shape[1] // (2 * PART)
+
+    def rotated(self, embeddings: Floats) -> Floats:
+        """Return embeddings `[n, D]` as `[n, P]`; products stay the same."""
+        return np.ascontiguousarray(embeddings @ self.rotation)
+
+    def codes(self, embeddings: Floats) -> Codes:
+        """Return the codes of embeddings `[n, D]`, uint8 `[n, size]`."""
+        index = self.empty_index()  # faiss frees its quantizer with it
+        codes: Codes = index.pq.compute_codes(self.rotated(embeddings))
+        return codes
+
+    def empty_index(self) -> Any:
+        """Return an IndexPQ with these centres, and no rows."""
+        index = _product_index(self.rotation.shape[1])
+        faiss_module().copy_array_to_vector(np.ascontiguousarray(self.centres).ravel(), index.pq.centroids)
+        index.is_trained = True
+        return index
+
+
+def _product_index(width: int) -> Any:
+    faiss = faiss_module()
+    return faiss.IndexPQ(width, width // PART, 4, faiss.METRIC_INNER_PRODUCT)
+
+
+class Index:
+    """An index of unit rows of `dimension` numbers, known by their rising numbers.
+
+    coder: makes codes; None for exact search. fetch: gives the rows that are compared exactly.
+    """
+
+    def __init__(self, dimension: int, fetch: Fetch, coder: Coder | None = None, candidates: int = FEWEST) -> None:
+        faiss = faiss_module()
         self.dimension = dimension
-        self.cells = 0 if centres is None else len(centres)
-        self.probes = probes
-        flat = self._faiss.IndexFlatIP(dimension)
-        if centres is None:
-            self._index: Any = self._faiss.IndexIDMap(flat)
-        else:
-            flat.add(centres)
-            self._index = self._faiss.IndexIVFFlat(flat, dimension, len(centres), self._faiss.METRIC_INNER_PRODUCT)
-            self._index.train(centres)  # the centres are there, so this computes nothing
-        self._flat = flat  # faiss holds a bare pointer to it
+        self.coder = coder
+        self.candidates = candidates
+        self.numbers: Integers = np.empty(0, dtype=np.int64)
+        self._fetch = fetch
+        self._index: Any = faiss.IndexFlatIP(dimension) if coder is None else faiss.IndexPQFastScan(coder.empty_index())
 
     def __len__(self) -> int:
-        return int(self._index.ntotal)
-
-    def reserve(self, rows_of_cells: npt.NDArray[np.int64]) -> None:
-        """Take the memory for so many rows of each cell `[cells]` at once; lists that grow take up to twice as much."""
-        lists = self._index.invlists
-        for cell, count in enumerate(rows_of_cells.tolist()):
-            lists.resize(cell, count)
-            lists.resize(cell, 0)
+        return len(self.numbers)
 
     def add(self, rows: Rows) -> None:
-        """Add rows, whose cells are known if there are cells."""
-        if not len(rows):
-            return
+        """Add rows, whose numbers are above those that are here."""
         embeddings = np.ascontiguousarray(rows.embeddings)
-        numbers = np.ascontiguousarray(rows.numbers)
-        if not self.cells:
-            self._index.add_with_ids(embeddings, numbers)
-            return
-        cells = rows.cells.astype(np.int64)
-        if cells.min() < 0 or cells.max() >= self.cells:
-            raise UserError("a row of the gallery is in no cell of its index; restore the gallery from a copy")
-        pointer = self._faiss.swig_ptr
-        self._index.add_core(len(numbers), pointer(embeddings), pointer(numbers), pointer(cells))
+        if len(rows):
+            self._index.add(embeddings if self.coder is None else self.coder.rotated(embeddings))
+            self.numbers = np.concatenate((self.numbers, rows.numbers))
+
+    def fill(self, numbers: Integers, codes: Codes) -> None:
+        """Put rows of known codes `[n, size]` into an index that is empty."""
+        assert self.coder is not None and not len(self)
+        faiss = faiss_module()
+        index = self.coder.empty_index()
+        faiss.copy_array_to_vector(np.ascontiguousarray(codes).ravel(), index.codes)
+        index.ntotal = len(codes)
+        self._index = faiss.IndexPQFastScan(index)
+        self.numbers = numbers
 
     def remove(self, numbers: Integers) -> None:
-        """Remove the rows of these numbers."""
+        """Remove the rows of these numbers, which are here."""
         if len(numbers):
-            self._index.remove_ids(np.ascontiguousarray(numbers))
+            places = np.searchsorted(self.numbers, numbers)
+            self._index.remove_ids(places)  # those behind move up
+            self.numbers = np.delete(self.numbers, places)
 
     def search(self, queries: Floats, depth: int, wider: int = 1) -> tuple[Floats, Integers]:
         """Return cosines and row numbers `[m, depth]` for unit queries `[m, D]`, best first; −1 where none is left.
 
-        wider: visit so many times more cells than usual.
+        wider: compare so many times more candidates than usual.
         """
-        options: dict[str, Any] = {}
-        if self.cells:
-            probes = min(self.cells, self.probes * wider)
-            options["params"] = self._faiss.SearchParametersIVF(nprobe=probes)
-        cosines, numbers = self._index.search(np.ascontiguousarray(queries), depth, **options)
-        return cosines, numbers
+        depth = min(depth, len(self))
+        if self.coder is None:
+            cosines, places = self._index.search(np.ascontiguousarray(queries), depth)
+            return cosines, self._numbers_at(places)
+        candidates = min(len(self), max(wider * self.candidates, 4 * depth))
+        step = max(1, COMPARED_BYTES // (4 * self.dimension * candidates))
+        parts = [self._compared(queries[a : a + step], depth, candidates) for a in range(0, len(queries), step)]
+        return np.concatenate([cosines for cosines, _ in parts]), np.concatenate([numbers for _, numbers in parts])
+
+    def _compared(self, queries: Floats, depth: int, candidates: int) -> tuple[Floats, Integers]:
+        assert self.coder is not None
+        _, places = self._index.search(self.coder.rotated(queries), candidates)
+        numbers = self._numbers_at(places)
+        unique, back = np.unique(numbers, return_inverse=True)
+        rows = self._fetch(unique[unique >= 0])[back.reshape(numbers.shape) - int(unique[0] < 0)]
+        cosines = np.einsum("mcd,md->mc", rows, queries)
+        cosines[numbers < 0] = -np.inf
+        best = np.argsort(-cosines, axis=1, kind="stable")[:, :depth]
+        return np.take_along_axis(cosines, best, 1), np.take_along_axis(numbers, best, 1)
+
+    def _numbers_at(self, places: Integers) -> Integers:
+        return np.where(places < 0, -1, self.numbers[places.clip(0)])
 
 
-def make_centres(sample: Floats, count: int, seed: int = 0) -> Floats:
-    """Return `count` centres `[count, D]` of unit length for the rows of a sample."""
-    faiss = faiss_module()
-    means = faiss.Kmeans(
-        sample.shape[1],
-        count,
-        niter=ITERATIONS,
-        spherical=True,
-        seed=seed,
-        max_points_per_centroid=ROWS_OF_A_CELL,
-        min_points_per_centroid=1,
-    )
-    means.train(np.ascontiguousarray(sample))
-    centres: Floats = np.ascontiguousarray(means.centroids, dtype=np.float32)
-    return centres
+def similar_queries(rows: Floats, others: Floats, seed: int = 0) -> Floats:
+    """Return a unit query `[m, D]` at cosine SIMILAR to each of the unit `rows` `[m, D]`.
 
-
-def assign(centres: Floats, embeddings: Floats) -> npt.NDArray[np.int32]:
-    """Return the cell of each of the embeddings `[n, D]`."""
-    flat = faiss_module().IndexFlatIP(centres.shape[1])
-    flat.add(centres)
-    cells: npt.NDArray[np.int32] = flat.search(np.ascontiguousarray(embeddings), 1)[1][:, 0].astype(np.int32)
-    return cells
-
-
-def choose_probes(index: Index, queries: Floats, exact: Integers) -> tuple[int, float]:
-    """Set and return the number of visited cells that finds TARGET of the `exact` nearest rows, and the share found.
-
-    queries [m, D]: rows of the index. exact [m, NEAREST]: the numbers of their nearest other rows; −1 where there are
-    fewer.
+    The rest of a query has the variances of the embeddings: it is a sum of `others` `[n, D]` with random signs.
     """
-    index.probes = 1
-    while True:
-        _, found = index.search(queries, exact.shape[1] + 1)
-        hits = ((found[:, None, :] == exact[:, :, None]) & (exact[:, :, None] >= 0)).any(2).sum()
-        recall = float(hits / max(1, (exact >= 0).sum()))
-        if recall >= TARGET or index.probes >= index.cells:
-            return index.probes, recall
-        index.probes = min(index.cells, 2 * index.probes)
+    rng = np.random.default_rng(seed)
+    signs = rng.choice(np.array([-1, 1], dtype=np.float32), (len(rows), min(MIXED, len(others))))
+    rest = signs @ others[rng.permutation(len(others))[: signs.shape[1]]]
+    rest -= np.einsum("nd,nd->n", rest, rows)[:, None] * rows
+    rest /= np.linalg.norm(rest, axis=1, keepdims=True).clip(1e-6)
+    queries: Floats = (SIMILAR * rows + (1 - SIMILAR**2) ** 0.5 * rest).astype(np.float32)
+    return queries
 
 
-def exact_neighbours(queries: Floats, own: Integers, batches: Sequence[Rows] | Any) -> Integers:
-    """Return the numbers `[m, NEAREST]` of the rows nearest to `queries` `[m, D]`, without the row `own` itself."""
-    best = np.full((len(queries), NEAREST), -np.inf, dtype=np.float32)
-    numbers = np.full((len(queries), NEAREST), -1, dtype=np.int64)
+def exact_nearest(queries: Floats, batches: Iterable[Rows]) -> Floats:
+    """Return the cosine of each of `queries` `[m, D]` to its nearest row, by comparison with all rows."""
+    best = np.full(len(queries), -np.inf, dtype=np.float32)
     for rows in batches:
-        cosines = queries @ rows.embeddings.T
-        cosines[own[:, None] == rows.numbers[None, :]] = -np.inf
-        every = np.concatenate((best, cosines), axis=1)
-        of_all = np.concatenate((numbers, np.broadcast_to(rows.numbers, cosines.shape)), axis=1)
-        chosen = np.argpartition(-every, NEAREST - 1, axis=1)[:, :NEAREST]
-        best = np.take_along_axis(every, chosen, axis=1)
-        numbers = np.take_along_axis(of_all, chosen, axis=1)
-    return np.where(np.isfinite(best), numbers, -1)
+        best = np.maximum(best, (queries @ rows.embeddings.T).max(1))
+    return best
+
+
+def choose_candidates(index: Index, queries: Floats, nearest: Floats) -> tuple[int, float]:
+    """Set and return the number of candidates at which TARGET of `queries` `[m, D]` find a row as near as `nearest`.
+
+    nearest: cosines of the nearest rows `[m]`. Also returns the share found.
+    """
+    index.candidates = min(FEWEST, len(index))
+    while True:
+        cosines, _ = index.search(queries, 1)
+        recall = float((cosines[:, 0] >= nearest - 1e-5).mean())
+        if recall >= TARGET or index.candidates >= len(index):
+            return index.candidates, recall
+        index.candidates = min(len(index), index.candidates * 3 // 2)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from partial_fc.training.errors import UserError
-from partial_fc.training.gallery.index import Index
+from partial_fc.training.gallery.index import CENTRES, PART, Coder, Index
 from partial_fc.training.gallery.manifest import Manifest, Stamp, read_manifest
 from partial_fc.training.gallery.segments import Floats, Integers, Rows, Segment
 
@@ -41,7 +41,7 @@ class Loaded:
         self.names: list[str] = []
         self.places: dict[str, int] = {}
         self._index: Index | None = None
-        self._cells: str | None = None
+        self._codes: str | None = None
 
     @property
     def index(self) -> Index:
@@ -72,15 +72,15 @@ class Loaded:
         if (np.diff(numbers) <= 0).any():
             raise UserError(f"the gallery {self.folder} is damaged: row numbers do not rise; restore it from a copy")
         numbers = np.setdiff1d(numbers, removed_numbers(self.folder, manifest), assume_unique=True)
-        cells = None if manifest.cells is None else manifest.cells.name
-        centres = None if cells is None else read_centres(self.folder, manifest)
+        codes = None if manifest.codes is None else manifest.codes.name
+        coder = None if codes is None else read_coder(self.folder, manifest)
         try:
-            if self._index is None or cells != self._cells:
+            if self._index is None or codes != self._codes:
                 self._forget()
-                self._index = Index(manifest.dimension, centres)
-                self._cells = cells
-            if manifest.cells is not None:
-                self._index.probes = manifest.cells.probes
+                self._index = Index(manifest.dimension, self.embeddings_at, coder)
+                self._codes = codes
+            if manifest.codes is not None:
+                self._index.candidates = manifest.codes.candidates
             self._remove(np.setdiff1d(self.numbers, numbers, assume_unique=True))
             self._add(np.setdiff1d(numbers, self.numbers, assume_unique=True), segments)
         except BaseException:  # half of it may have been done: the next refresh begins anew
@@ -106,32 +106,39 @@ class Loaded:
             return
         chosen = {name: np.isin(segment.numbers, came, assume_unique=True) for name, segment in segments.items()}
         chosen = {name: which for name, which in chosen.items() if which.any()}
-        if self.index.cells and not len(self.numbers):
-            of_cells = np.zeros(self.index.cells, dtype=np.int64)
+        self._own(chosen, segments)
+        coder = self.index.coder
+        if coder is not None and not len(self.index):
+            codes = [segments[name].codes(coder.size)[which] for name, which in chosen.items()]
+            self.index.fill(came, np.concatenate(codes))
+        else:
             for name, which in chosen.items():
-                cells = segments[name].cells[which]
-                of_cells += np.bincount(cells[cells >= 0], minlength=self.index.cells)[: self.index.cells]
-            self.index.reserve(of_cells)
+                for rows in _chosen_rows(segments[name], which):
+                    self.index.add(rows)
+        self.numbers = np.concatenate((self.numbers, came))
+
+    def _own(self, chosen: dict[str, npt.NDArray[np.bool_]], segments: dict[str, Segment]) -> None:
+        """Note the identities of rows that came."""
         owners = []
         for name, which in chosen.items():
-            start = 0
-            for rows in segments[name].batches():
-                here = which[start : start + len(rows)]
-                start += len(rows)
-                for place in np.flatnonzero(here).tolist():
-                    identity = rows.identities[place]
-                    owner = self.places.setdefault(identity, len(self.names))
-                    if owner == len(self.names):
-                        self.names.append(identity)
-                    owners.append(owner)
-                self.index.add(rows if here.all() else rows.chosen(here))
-        self.numbers = np.concatenate((self.numbers, came))
+            identities = segments[name].identities
+            for place in np.flatnonzero(which).tolist():
+                owner = self.places.setdefault(identities[place], len(self.names))
+                if owner == len(self.names):
+                    self.names.append(identities[place])
+                owners.append(owner)
         self.owners = np.concatenate((self.owners, np.array(owners, dtype=np.int64)))
 
-    def numbers_of(self, identities: set[str]) -> Integers:
-        """Return the row numbers of some identities."""
-        places = [self.places[name] for name in identities if name in self.places]
-        return self.numbers[np.isin(self.owners, places)]
+    def embeddings_at(self, numbers: Integers) -> Floats:
+        """Return the embeddings `[n, D]` of rows, by their rising numbers `[n]`."""
+        parts = [np.empty((0, self.manifest.dimension), dtype=np.float32)]
+        start = 0
+        for segment in self._segments.values():
+            after = int(np.searchsorted(numbers, segment.numbers[-1], side="right")) if len(segment) else start
+            if after > start:
+                parts.append(segment.embeddings_at(numbers[start:after]))
+                start = after
+        return np.concatenate(parts) if len(parts) != 2 else parts[1]
 
     def check_new(self, identities: Iterable[str]) -> None:
         """Raise UserError if one of the identities is enrolled already."""
@@ -143,16 +150,17 @@ class Loaded:
                 "extend, to enrol it anew --existing replace"
             )
 
+    def numbers_of(self, identities: set[str]) -> Integers:
+        """Return the row numbers of some identities."""
+        places = [self.places[name] for name in identities if name in self.places]
+        return self.numbers[np.isin(self.owners, places)]
+
     def rows_at(self, numbers: Integers) -> Iterator[Rows]:
         """Yield the rows of these numbers."""
         for segment in self._segments.values():
             which = np.isin(segment.numbers, numbers)
-            start = 0
-            for rows in segment.batches() if which.any() else ():
-                here = which[start : start + len(rows)]
-                start += len(rows)
-                if here.any():
-                    yield rows.chosen(here)
+            if which.any():
+                yield from _chosen_rows(segment, which)
 
     def segment_of(self, number: int) -> Segment:
         """Return the segment with a row."""
@@ -181,10 +189,7 @@ class Loaded:
                 found[query] = _each_once(owners[place], numbers[place], cosines[place], wanted)
                 if len(found[query]) < wanted:
                     short.append(query)
-            whole = depth == len(self.numbers) and (
-                not self.index.cells or wider * self.index.probes >= self.index.cells
-            )
-            if whole:
+            if depth == len(self.numbers):
                 break
             left = np.array(short, dtype=np.int64)
             depth = min(len(self.numbers), 4 * depth)
@@ -212,13 +217,37 @@ def removed_numbers(folder: Path, manifest: Manifest) -> Integers:
     return _array(folder / manifest.removed, np.dtype(np.int64), 1).astype(np.int64)
 
 
-def read_centres(folder: Path, manifest: Manifest) -> Floats:
-    """Return the centres of the cells `[cells, D]`."""
-    assert manifest.cells is not None
-    centres = _array(folder / manifest.cells.name, np.dtype(np.float32), 2)
-    if centres.shape != (manifest.cells.count, manifest.dimension):
-        raise UserError(f"{folder / manifest.cells.name} is damaged: its shape is wrong; restore it from a copy")
-    return centres.astype(np.float32)
+def read_coder(folder: Path, manifest: Manifest) -> Coder:
+    """Return what makes the codes of the index."""
+    assert manifest.codes is not None
+    path = folder / manifest.codes.name
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            coder = Coder(arrays["rotation"], arrays["centres"])
+        padded = 8 * manifest.codes.size
+        shapes = [(manifest.dimension, padded), (padded // PART, CENTRES, PART)]
+        for array, shape in zip((coder.rotation, coder.centres), shapes, strict=True):
+            if array.dtype != np.float32 or array.shape != shape or not np.isfinite(array).all():
+                raise ValueError(f"it holds {array.dtype} of shape {array.shape}")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # numpy raises almost anything for a damaged file
+        raise _damaged(path, error) from error
+    return coder
+
+
+def _chosen_rows(segment: Segment, which: npt.NDArray[np.bool_]) -> Iterator[Rows]:
+    """Yield the rows of a segment where `which` `[n]` is true, in batches."""
+    start = 0
+    for rows in segment.batches():
+        here = which[start : start + len(rows)]
+        start += len(rows)
+        if here.any():
+            yield rows if here.all() else rows.chosen(here)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore it from a copy")
 
 
 def _array(path: Path, dtype: np.dtype[np.generic], ndim: int) -> npt.NDArray[np.generic]:
@@ -229,5 +258,5 @@ def _array(path: Path, dtype: np.dtype[np.generic], ndim: int) -> npt.NDArray[np
     except FileNotFoundError:
         raise
     except Exception as error:  # numpy raises almost anything for a damaged file
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore it from a copy") from error
+        raise _damaged(path, error) from error
     return array

@@ -1,6 +1,6 @@
 """gallery.json: what a gallery is, and which files of its folder count. It is replaced in one move.
 
-write new segments, removed-*.npy, cells-*.npy   ── all on the disk ──>   replace gallery.json   ──>   delete old files
+write new segments, removed-*.npy, codes-*.npz   ── all on the disk ──>   replace gallery.json   ──>   delete old files
 
 A process that is killed before the replacement leaves files that nobody names; the next change deletes them.
 """
@@ -20,10 +20,10 @@ from partial_fc.training.errors import UserError
 
 MANIFEST = "gallery.json"
 FORMAT = "partial_fc gallery, 1"
-OWN_FILE = re.compile(r"(segment-\d{8}\.arrow|removed-\d{8}\.npy|cells-\d{8}\.npy|\.gallery\.json\.tmp)")
+OWN_FILE = re.compile(r"(segment-\d{8}\.arrow|removed-\d{8}\.npy|codes-\d{8}\.npz|\.gallery\.json\.tmp)")
 
 PerIdentity = Literal["mean", "all"]
-IndexChoice = Literal["auto", "exact", "cells"]
+IndexChoice = Literal["auto", "exact", "codes"]
 Stamp = tuple[int, int, int]
 
 
@@ -37,15 +37,15 @@ class SegmentEntry:
 
 
 @dataclass(frozen=True)
-class Cells:
-    """The cells of the index: the file of their centres, how many a search visits, and on how many rows they were made.
+class CodesEntry:
+    """The codes of the index: the file of the coder, bytes of a code, and on how many rows it was made.
 
-    recall: the share of the 10 nearest rows that `probes` cells find, measured when the cells were made.
+    recall: the share of sampled queries that find their nearest row with so many candidates.
     """
 
     name: str
-    count: int
-    probes: int
+    size: int
+    candidates: int
     rows: int
     recall: float
 
@@ -66,7 +66,7 @@ class Manifest:
     next_file: int = 0
     segments: tuple[SegmentEntry, ...] = ()
     removed: str | None = None
-    cells: Cells | None = None
+    codes: CodesEntry | None = None
 
     def new_name(self, kind: str, ending: str) -> tuple[str, Manifest]:
         """Return the name of a new file, and the manifest after it was taken."""
@@ -75,7 +75,7 @@ class Manifest:
     @property
     def files(self) -> set[str]:
         """The files that count."""
-        others = (self.removed, None if self.cells is None else self.cells.name)
+        others = (self.removed, None if self.codes is None else self.codes.name)
         return {entry.name for entry in self.segments} | {name for name in others if name is not None}
 
 
@@ -107,7 +107,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, Stamp]:
                 f"{path} has the format {version!r}; this version reads {FORMAT!r}: build the gallery again"
             )
         content["segments"] = tuple(SegmentEntry(**entry) for entry in content["segments"])
-        content["cells"] = None if content["cells"] is None else Cells(**content["cells"])
+        content["codes"] = None if content["codes"] is None else CodesEntry(**content["codes"])
         manifest = Manifest(**content)
         _check(manifest)
     except OSError as error:
@@ -121,9 +121,11 @@ def _check(manifest: Manifest) -> None:
     """Raise ValueError for values that no gallery has."""
     numbers = [manifest.dimension, manifest.next_row, manifest.next_file]
     numbers += [number for entry in manifest.segments for number in (entry.size, entry.rows)]
+    if manifest.codes is not None:
+        numbers += [manifest.codes.size, manifest.codes.candidates, manifest.codes.rows]
     if not all(type(number) is int and number >= 0 for number in numbers) or manifest.dimension < 1:
         raise ValueError("a count is not one")
-    if manifest.per_identity not in ("mean", "all") or manifest.index not in ("auto", "exact", "cells"):
+    if manifest.per_identity not in ("mean", "all") or manifest.index not in ("auto", "exact", "codes"):
         raise ValueError("it has rows or an index of no known kind")
     if not isinstance(manifest.backbone, str) or not isinstance(manifest.preprocessing, dict):
         raise ValueError("it does not name a backbone")

@@ -8,7 +8,7 @@ Rows, in batches of up to BATCH   ── write_segment ──>   segment-0000000
     thumbnail    binary, null    a small encoded image
     images       int32           how many images the row stands for
     length       float32         length of the sum of their unit embeddings
-    cell         int32           cell of the index; -1 if there are no cells
+    code         binary, null    code of the index; null if there are no codes
     embedding    float32 [D]     of unit length
 
 The format is Arrow's IPC file, uncompressed, so that embeddings are read where the file is mapped.
@@ -17,6 +17,7 @@ The format is Arrow's IPC file, uncompressed, so that embeddings are read where 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ UNIT_TOLERANCE = 1e-3  # of the length of a stored embedding
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
+Codes = npt.NDArray[np.uint8]
 
 
 def arrow() -> Any:
@@ -55,9 +57,10 @@ class Rows:
     thumbnails: Sequence[bytes | None]
     images: npt.NDArray[np.int32]
     lengths: Floats
-    cells: npt.NDArray[np.int32]
     embeddings: Floats
     """[n, D], of unit length."""
+    codes: Codes | None = None
+    """[n, bytes], None if there are no codes."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -72,8 +75,8 @@ class Rows:
             [self.thumbnails[place] for place in places],
             self.images[which],
             self.lengths[which],
-            self.cells[which],
             self.embeddings[which],
+            None if self.codes is None else self.codes[which],
         )
 
 
@@ -92,7 +95,7 @@ def write_segment(path: Path, batches: Iterable[Rows], dimension: int) -> int:
                     pa.array(rows.thumbnails, pa.binary()),
                     pa.array(rows.images, pa.int32()),
                     pa.array(rows.lengths, pa.float32()),
-                    pa.array(rows.cells, pa.int32()),
+                    _code_column(pa, rows),
                     pa.FixedSizeListArray.from_arrays(
                         pa.array(np.ascontiguousarray(rows.embeddings).ravel(), pa.float32()), dimension
                     ),
@@ -104,6 +107,14 @@ def write_segment(path: Path, batches: Iterable[Rows], dimension: int) -> int:
     return count
 
 
+def _code_column(pa: Any, rows: Rows) -> Any:
+    if rows.codes is None:
+        return pa.nulls(len(rows), pa.binary())
+    codes = np.ascontiguousarray(rows.codes)
+    ends = np.arange(len(codes) + 1, dtype=np.int32) * codes.shape[1]
+    return pa.Array.from_buffers(pa.binary(), len(codes), [None, pa.py_buffer(ends), pa.py_buffer(codes)])
+
+
 def _schema(pa: Any, dimension: int) -> Any:
     return pa.schema(
         [
@@ -113,7 +124,7 @@ def _schema(pa: Any, dimension: int) -> Any:
             pa.field("thumbnail", pa.binary()),
             pa.field("images", pa.int32(), nullable=False),
             pa.field("length", pa.float32(), nullable=False),
-            pa.field("cell", pa.int32(), nullable=False),
+            pa.field("code", pa.binary()),
             pa.field("embedding", pa.list_(pa.field("item", pa.float32(), nullable=False), dimension), nullable=False),
         ]
     )
@@ -152,19 +163,49 @@ class Segment:
         """The identity of each row."""
         return [name for batch in self._batches for name in batch.column("identity").to_pylist()]
 
-    @property
-    def cells(self) -> npt.NDArray[np.int32]:
-        """The cell of each row; −1 for none."""
-        return np.concatenate([np.empty(0, np.int32), *(batch.column("cell").to_numpy() for batch in self._batches)])
+    def codes(self, size: int) -> Codes:
+        """Return the codes of all rows `[n, size]`; UserError if they have others."""
+        return np.concatenate([np.empty((0, size), np.uint8), *(self._codes(batch, size) for batch in self._batches)])
+
+    def _codes(self, batch: Any, size: int) -> Codes:
+        column = batch.column("code")
+        _, ends, data = column.buffers()
+        if column.null_count == 0 and ends is not None and data is not None:
+            places = np.frombuffer(ends, dtype=np.int32)[column.offset : column.offset + len(column) + 1]
+            if (np.diff(places) == size).all():
+                return np.frombuffer(data, dtype=np.uint8)[places[0] : places[-1]].reshape(-1, size)
+        raise UserError(f"{self.path} is damaged: its codes are not those of the gallery; restore it from a copy")
+
+    def embeddings_at(self, numbers: Integers) -> Floats:
+        """Return the embeddings `[n, D]` of rows of this segment, by their rising numbers `[n]`.
+
+        Raises UserError for embeddings that are not of unit length.
+        """
+        places = np.searchsorted(self.numbers, numbers)
+        found = np.empty((len(places), self.dimension), dtype=np.float32)
+        splits = np.searchsorted(places, self._starts)
+        for batch, (first, after) in enumerate(itertools.pairwise(splits.tolist())):
+            if after > first:
+                found[first:after] = self._embeddings(batch)[places[first:after] - self._starts[batch]]
+        self._check_unit(found)
+        return found
+
+    def _embeddings(self, batch: int) -> Floats:
+        embeddings: Floats = self._batches[batch].column("embedding").flatten().to_numpy().reshape(-1, self.dimension)
+        return embeddings
+
+    def _check_unit(self, embeddings: Floats) -> None:
+        with np.errstate(all="ignore"):
+            lengths = np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings))
+        if not (np.abs(lengths - 1) < UNIT_TOLERANCE).all():  # also for NaN
+            raise UserError(f"{self.path} is damaged: an embedding is not of unit length; restore it from a copy")
 
     def batches(self) -> Iterator[Rows]:
         """Yield the rows in batches; UserError for embeddings that are not of unit length."""
-        for batch in self._batches:
-            embeddings = batch.column("embedding").flatten().to_numpy().reshape(-1, self.dimension)
-            with np.errstate(all="ignore"):
-                lengths = np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings))
-            if not (np.abs(lengths - 1) < UNIT_TOLERANCE).all():  # also for NaN
-                raise UserError(f"{self.path} is damaged: an embedding is not of unit length; restore it from a copy")
+        for number, batch in enumerate(self._batches):
+            embeddings = self._embeddings(number)
+            self._check_unit(embeddings)
+            coded = batch.column("code").null_count == 0 and len(batch) > 0
             yield Rows(
                 batch.column("row").to_numpy(),
                 batch.column("identity").to_pylist(),
@@ -172,8 +213,8 @@ class Segment:
                 _Lazily(batch.column("thumbnail")),
                 batch.column("images").to_numpy(),
                 batch.column("length").to_numpy(),
-                batch.column("cell").to_numpy(),
                 embeddings,
+                self._codes(batch, len(batch.column("code")[0].as_py())) if coded else None,
             )
 
     def picture(self, number: int) -> str | None:

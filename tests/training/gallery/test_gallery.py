@@ -189,52 +189,55 @@ def test_what_is_not_enrolled_cannot_be_removed(tmp_path):
     assert content(tmp_path / "g") == before
 
 
-# ---------------------------------------------------------------------------------------------------- cells
+# ---------------------------------------------------------------------------------------------------- codes
 
 
-def test_cells_are_made_when_there_are_many_rows_and_again_when_there_are_many_more(tmp_path, mode, monkeypatch):
+def test_codes_are_made_when_there_are_many_rows_and_again_when_there_are_many_more(tmp_path, mode, monkeypatch):
     monkeypatch.setattr(changes, "FLAT_BELOW", 100)
     monkeypatch.setattr(changes, "GROWTH", 2)
-    monkeypatch.setattr(changes, "ROWS_OF_A_CELL", 4)
     each = 1 if mode == "mean" else 3
     parts = [images(90 // each, each, seed=seed, start=seed * 90) for seed in range(6)]
     held = built(tmp_path / "g", parts[0], per_identity=mode)
-    assert held.manifest.cells is None and held.index == "exact search among 90 embeddings"
+    assert held.manifest.codes is None and held.index == "exact search among 90 embeddings"
     other = Gallery.open(tmp_path / "g")
     made = []
     for place, part in enumerate(parts[1:], start=2):
         held.add(*part)
-        made.append(held.manifest.cells)
-        monkeypatch.setattr(held._loaded.index, "probes", held._loaded.index.cells)  # so that nothing is missed
-        assert_answers(held, both(*parts[:place]))
-    assert [cells.rows for cells in made] == [180, 180, 360, 360, 360]
-    assert [cells.count for cells in made] == [26, 26, 37, 37, 37]
-    assert "cells (IVF)" in held.index and held.manifest.cells.recall >= 0.98
+        made.append(held.manifest.codes)
+        for each_one in (held, other):
+            assert each_one.rows == 90 * place
+            monkeypatch.setattr(each_one._loaded.index, "candidates", 10**6)  # so that nothing is missed
+            assert_answers(each_one, both(*parts[:place]))
+    assert [codes.rows for codes in made] == [180, 180, 360, 360, 360]
+    assert made[0].size == 2 and "by codes of 2 bytes" in held.index and made[0].recall >= 0.99
     gone = sorted(set(parts[2][1]))[:20]
     held.remove(gone)
-    assert other.rows == held.rows and not set(gone) & set(other.identities)
-    found = other.search(parts[4][0], 1)
-    right = sum(answer.identity == name for answer, name in zip(found, parts[4][1], strict=True))
-    assert right >= 0.98 * len(found), "an enrolled image finds itself"
+    kept = [place for place, name in enumerate(both(*parts)[1]) if name not in gone]
+    left = both(*parts)[0][kept], [both(*parts)[1][place] for place in kept]
+    for each_one in (held, other, Gallery.open(tmp_path / "g")):
+        assert len(each_one) == len(set(left[1]))
+        monkeypatch.setattr(each_one._loaded.index, "candidates", 10**6)
+        assert_answers(each_one, left)
 
 
-def test_cells_can_be_asked_for_or_ruled_out(tmp_path, monkeypatch):
-    enrolled = images(40)
-    held = built(tmp_path / "cells", enrolled, index="cells", per_identity="all")
-    assert held.manifest.cells.count == 1
-    assert_answers(held, enrolled)
-    monkeypatch.setattr(changes, "FLAT_BELOW", 10)
-    assert built(tmp_path / "exact", enrolled, index="exact").manifest.cells is None
+@pytest.mark.parametrize("width", [1, 3, 8, 50])
+def test_codes_find_what_an_exact_search_finds(tmp_path, width):
+    """Embeddings of any width; far fewer candidates than rows."""
+    enrolled = images(700, each=2, width=width, noise=0.3)
+    held = built(tmp_path / "codes", enrolled, index="codes", per_identity="all")
+    exact = built(tmp_path / "exact", enrolled, index="exact", per_identity="all")
+    assert exact.manifest.codes is None and held.manifest.codes.candidates < 1400 // 2
+    queries = enrolled[0][::7] + np.float32(0.3)
+    found, wanted = (each.search(queries, 1) for each in (held, exact))
+    same = [abs(a.matches[0].cosine - b.matches[0].cosine) < 1e-5 for a, b in zip(found, wanted, strict=True)]
+    assert np.mean(same) >= 0.97
 
 
-def test_a_query_in_a_sparse_region_still_gets_k_identities(tmp_path, monkeypatch):
-    """The visited cells hold fewer identities than asked for: more cells are visited."""
-    monkeypatch.setattr(changes, "FLAT_BELOW", 10)
-    monkeypatch.setattr(changes, "ROWS_OF_A_CELL", 2)
-    enrolled = images(60, each=1)
-    held = built(tmp_path / "g", enrolled)
-    held._loaded.index.probes = 1
-    assert all(len(answer.matches) == 60 for answer in held.search(enrolled[0], 60))
+def test_a_query_gets_k_identities_though_one_has_all_the_nearest_rows(tmp_path, monkeypatch):
+    near, far = images(1, each=600, noise=0.05), images(50, each=1, seed=1, start=1)
+    held = built(tmp_path / "g", both(near, far), index="codes", per_identity="all")
+    monkeypatch.setattr(held._loaded.index, "candidates", 64)
+    assert all(len(answer.matches) == 51 for answer in held.search(near[0][:3], 100))
 
 
 # ---------------------------------------------------------------------------------------------------- bad inputs
