@@ -419,3 +419,21 @@ def test_the_table_of_the_large_glyph_set_says_what_was_measured(tmp_path: Path)
     assert lines[-1] == "40,000 identities, 426,331 images, 832 steps of 512, 2 ranks."
     glyphs_large.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_benchmark_of_galleries(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gallery.py"), "--quick", "--folder", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0].startswith("| 4,000 embeddings of 32, 2 threads |") and "by codes of 4 bytes" in run.stdout
+    for what in (
+        "build",
+        "open",
+        "recall of 1 and of 10, strangers",
+        "searches a second, 64 at a time",
+        "add 1 identity",
+    ):
+        assert any(line.startswith(f"| {what}") for line in lines), what
+    assert not list(tmp_path.iterdir())

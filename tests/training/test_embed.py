@@ -31,7 +31,7 @@ def run(tmp_path_factory) -> Path:
     config = tiny_run(
         folder,
         data={"folder": str(folder / "images"), "image_size": 32, "holdout_identities": 2},
-        output={"folder": str(folder / "run"), "log_every": 1, "trackers": []},
+        output={"folder": str(folder / "run"), "log_every": 1},
     )
     assert main(["train", str(config)]) == 0
     return folder / "run"

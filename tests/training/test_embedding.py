@@ -27,7 +27,7 @@ from partial_fc.training.run import RunFolder
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("embedding")
-    config = tiny_run(folder, output={"folder": str(folder / "run"), "log_every": 1, "trackers": []})
+    config = tiny_run(folder, output={"folder": str(folder / "run"), "log_every": 1})
     assert main(["train", str(config)]) == 0
     return folder / "run"
 

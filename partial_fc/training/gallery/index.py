@@ -36,6 +36,7 @@ SIMILAR = 0.3  # cosine of a query to the row that it is drawn at
 MIXED = 64  # rows whose sum, with random signs, is the rest of a query
 TARGET = 0.99
 FEWEST = 64  # candidates
+BLOCK = 16_384  # rows that are compared at a time where all are
 COMPARED_BYTES = 64 << 20  # of candidates that are compared at a time
 
 Fetch = Callable[[Integers], Floats]
@@ -153,7 +154,9 @@ class Index:
         if self.coder is None:
             cosines, places = self._index.search(np.ascontiguousarray(queries), depth)
             return cosines, self._numbers_at(places)
-        candidates = min(len(self), max(wider * self.candidates, 4 * depth))
+        candidates = max(wider * self.candidates, 4 * depth)
+        if candidates >= len(self):
+            return self._compared_with_all(queries, depth)
         step = max(1, COMPARED_BYTES // (4 * self.dimension * candidates))
         parts = [self._compared(queries[a : a + step], depth, candidates) for a in range(0, len(queries), step)]
         return np.concatenate([cosines for cosines, _ in parts]), np.concatenate([numbers for _, numbers in parts])
@@ -168,6 +171,18 @@ class Index:
         cosines[numbers < 0] = -np.inf
         best = np.argsort(-cosines, axis=1, kind="stable")[:, :depth]
         return np.take_along_axis(cosines, best, 1), np.take_along_axis(numbers, best, 1)
+
+    def _compared_with_all(self, queries: Floats, depth: int) -> tuple[Floats, Integers]:
+        """Return the best of all rows; faiss leaves out rows with the worst codes."""
+        best = np.empty((len(queries), 0), dtype=np.float32)
+        numbers = np.empty((len(queries), 0), dtype=np.int64)
+        for start in range(0, len(self), BLOCK):
+            here = self.numbers[start : start + BLOCK]
+            best = np.concatenate((best, queries @ self._fetch(here).T), axis=1)
+            numbers = np.concatenate((numbers, np.broadcast_to(here, (len(queries), len(here)))), axis=1)
+            kept = np.argsort(-best, axis=1, kind="stable")[:, :depth]
+            best, numbers = np.take_along_axis(best, kept, 1), np.take_along_axis(numbers, kept, 1)
+        return best, numbers
 
     def _numbers_at(self, places: Integers) -> Integers:
         return np.where(places < 0, -1, self.numbers[places.clip(0)])

@@ -23,7 +23,7 @@ from partial_fc.training.gallery import Gallery
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gallery")
-    config = tiny_run(folder, output={"folder": str(folder / "run"), "log_every": 1, "trackers": []})
+    config = tiny_run(folder, output={"folder": str(folder / "run"), "log_every": 1})
     assert main(["train", str(config)]) == 0
     folder_of(folder / "data", [(label, picture(10 * label + each)) for label in range(8) for each in range(3)])
     return folder / "run"
@@ -188,9 +188,7 @@ def test_mistakes_are_one_line_and_change_nothing(run, data, tmp_path, mistake, 
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     image = data / "id0000" / "00000.jpg"
     exported = tmp_path / "exported"
-    config = tiny_run(
-        tmp_path / "two", output={"folder": str(tmp_path / "two" / "run"), "log_every": 1, "trackers": []}
-    )
+    config = tiny_run(tmp_path / "two", output={"folder": str(tmp_path / "two" / "run"), "log_every": 1})
     assert main(["train", str(config), "--seed", "5"]) == 0
     for arguments, words in (
         (["build", g, "--run", run, "--data", data], "is a gallery already"),
