@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -88,13 +89,14 @@ def test_images_that_cannot_be_read_are_named(run):
     embedder = Embedder.open(run, max_pixels=10_000)
     huge = io.BytesIO()
     Image.new("L", (101, 100)).save(huge, "PNG")
-    bomb = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\0\0\0\0" + b"\0" * 20
+    header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\0\0\0\0"
+    bomb = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\r" + header + zlib.crc32(header).to_bytes(4, "big") + b"\0\0\0\0IDAT"
     for data, words in (
         (b"", "cannot identify"),
         (b"no picture", "cannot identify"),
         (files(run)[0][:60], "trunc"),
         (huge.getvalue(), "101 x 100 pixels are too many; the limit is 10,000"),
-        (bomb, "pixels"),
+        (bomb, "decompression bomb"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "cannot identify"),
     ):
         with pytest.raises(UnreadableImage) as error:

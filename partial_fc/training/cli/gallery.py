@@ -382,7 +382,7 @@ def remove_command(arguments: list[str]) -> None:
     parser.add_argument("identities", nargs="*", metavar="NAME", help="names of identities")
     parser.add_argument("--names", default=None, metavar="FILE", help="a text file with one name a line")
     add_traceback(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # names may come after options
     names = list(options.identities)
     if options.names is not None:
         try:
@@ -444,7 +444,7 @@ def search_command(arguments: list[str]) -> None:
     parser.add_argument(
         "--results", default=None, metavar="FILE", help="write the answers to this new file, a JSON object a line"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # images may come after options
     check_at_least(options, "k", 1)
     gallery = Gallery.open(options.gallery)
     if not len(gallery):

@@ -121,7 +121,7 @@ class Loaded:
         """Note the identities of rows that came."""
         owners = []
         for name, which in chosen.items():
-            identities = segments[name].identities
+            identities = segments[name].identities()
             for place in np.flatnonzero(which).tolist():
                 owner = self.places.setdefault(identities[place], len(self.names))
                 if owner == len(self.names):

@@ -16,7 +16,6 @@ The format is Arrow's IPC file, uncompressed, so that embeddings are read where 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,9 +89,9 @@ def write_segment(path: Path, batches: Iterable[Rows], dimension: int) -> int:
             for rows in batches:
                 columns = [
                     pa.array(rows.numbers, pa.int64()),
-                    pa.array(rows.identities, pa.string()),
-                    pa.array(rows.pictures, pa.string()),
-                    pa.array(rows.thumbnails, pa.binary()),
+                    _column(pa, rows.identities, pa.string()),
+                    _column(pa, rows.pictures, pa.string()),
+                    _column(pa, rows.thumbnails, pa.binary()),
                     pa.array(rows.images, pa.int32()),
                     pa.array(rows.lengths, pa.float32()),
                     _code_column(pa, rows),
@@ -105,6 +104,10 @@ def write_segment(path: Path, batches: Iterable[Rows], dimension: int) -> int:
         file.flush()
         os.fsync(file.fileno())
     return count
+
+
+def _column(pa: Any, values: Sequence[Any], kind: Any) -> Any:
+    return values.column if isinstance(values, Stored) else pa.array(values, kind)
 
 
 def _code_column(pa: Any, rows: Rows) -> Any:
@@ -158,9 +161,8 @@ class Segment:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @functools.cached_property
     def identities(self) -> list[str]:
-        """The identity of each row."""
+        """Return the identity of each row."""
         return [name for batch in self._batches for name in batch.column("identity").to_pylist()]
 
     def codes(self, size: int) -> Codes:
@@ -208,9 +210,9 @@ class Segment:
             coded = batch.column("code").null_count == 0 and len(batch) > 0
             yield Rows(
                 batch.column("row").to_numpy(),
-                batch.column("identity").to_pylist(),
-                batch.column("picture").to_pylist(),
-                _Lazily(batch.column("thumbnail")),
+                Stored(batch.column("identity")),
+                Stored(batch.column("picture")),
+                Stored(batch.column("thumbnail")),
                 batch.column("images").to_numpy(),
                 batch.column("length").to_numpy(),
                 embeddings,
@@ -231,8 +233,8 @@ class Segment:
         return self._batches[batch].column(column)[place - int(self._starts[batch])].as_py()
 
 
-class _Lazily(Sequence[Any]):
-    """A column whose values become objects when they are asked for."""
+class Stored(Sequence[Any]):
+    """A column of a file, whose values become objects when they are asked for."""
 
     def __init__(self, column: Any) -> None:
         self.column = column

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from data_files import folder_of, insightface, picture
 from launched import tiny_run
+from test_gallery import content
 
 from partial_fc.training.cli.main import main
 from partial_fc.training.data.decode import read_header
@@ -103,7 +104,7 @@ def test_the_whole_way(run, data, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "24 searches" in said and "24 of enrolled identities: " in said and "0.00% nobody" in said
     (tmp_path / "names").write_text("id0000\n\nid0001\n")
-    command("remove", g, "Ada", "--names", tmp_path / "names")
+    command("remove", g, "--names", tmp_path / "names", "Ada")
     assert "3 removed; " in capsys.readouterr().out
     command("search", g, "--data", data, "--threshold", "1")
     assert "6 of others: 100.00% nobody" in capsys.readouterr().out
@@ -184,7 +185,7 @@ def test_embeddings_that_lost_a_part_are_refused(run, data, tmp_path, mistake):
 def test_mistakes_are_one_line_and_change_nothing(run, data, tmp_path, mistake, monkeypatch):
     g = tmp_path / "g"
     held = built(g, run, data)
-    before = {path.name: path.read_bytes() for path in g.iterdir()}
+    before = content(g)
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     image = data / "id0000" / "00000.jpg"
     exported = tmp_path / "exported"
@@ -221,7 +222,7 @@ def test_mistakes_are_one_line_and_change_nothing(run, data, tmp_path, mistake, 
         (["fly"], "unknown command 'fly'"),
     ):
         assert words in mistake("gallery", *arguments)
-    assert {path.name: path.read_bytes() for path in g.iterdir()} == before and len(held) == 8
+    assert content(g) == before and len(held) == 8
     assert not (tmp_path / "x").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("partial_fc.training.cli.main.find_ranks", lambda: None)
