@@ -32,7 +32,12 @@ class SharedLock:
     def write(self) -> Iterator[None]:
         with self._changed:
             self._writers += 1
-            self._changed.wait_for(lambda: not self._writing and not self._readers)
+            try:
+                self._changed.wait_for(lambda: not self._writing and not self._readers)
+            except BaseException:  # such as Ctrl-C
+                self._writers -= 1
+                self._changed.notify_all()
+                raise
             self._writing = True
         try:
             yield
