@@ -311,6 +311,7 @@ def test_check_margin_takes_them(name):
     check_margin(getattr(margins, cls)(**settings), worlds=(1, 2))
 
 
+@pytest.mark.slow
 def test_check_margin_takes_the_penalty():
     check_margin(CurricularFace(16.0), worlds=(2,), inter_topk=3, inter_topk_penalty=0.2)
     check_margin(SubCenterArcFace(16.0), worlds=(1,), inter_topk=2)
