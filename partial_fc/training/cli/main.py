@@ -43,6 +43,7 @@ try:
     from partial_fc.training.cli.plan import plan_command
     from partial_fc.training.cli.protocols import protocol_command
     from partial_fc.training.cli.report import report_command
+    from partial_fc.training.cli.serve import serve_command
     from partial_fc.training.cli.weights import export_weights_command, import_weights_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, keep_still_rows, to_config
     from partial_fc.training.data import IdentityDataset, open_data
@@ -69,7 +70,8 @@ commands:
   retrieve RUN --query D [--gallery D]               CMC, mAP, Recall@k: products, persons across cameras
   embed RUN --data D --output DIR                    embeddings of a data set, as Parquet or npz files
   gallery build|add|remove|search|... GALLERY        enrol identities, and search for them
-  export-backbone RUN [--output DIR]                 write the trained backbone as safetensors and ONNX
+  serve RUN --gallery GALLERY                        a web page and HTTP interface: search by an image, compare two
+  export-backbone RUN [--output DIR]                 write the trained backbone as safetensors and ONNX, with a card
   report RUN RUN ...                                 compare runs on one page: different settings, figures, curves
   audit RUN                                          find identities stored twice, classes never updated, and classes
                                                      far from their own images
@@ -112,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         "doctor": doctor_command,
         "comms": comms_command,
         "report": report_command,
+        "serve": serve_command,
         "backbones": backbones_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):

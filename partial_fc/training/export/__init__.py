@@ -2,8 +2,10 @@
 
     export.py           `export_backbone` and `load_exported_backbone`
     onnx.py             writing and running the ONNX file
-    spec.py             preprocessing.json: how to prepare images and use embeddings
-    check.py            comparison of the exported files with the backbone in torch, on real images
+    quantised.py        the ONNX file in 8 bits, and its accuracy beside that in float32
+    spec.py             preprocessing.json: how to prepare images and use embeddings; config.json
+    card.py             README.md: the model card
+    check.py            the images; comparison of the exported files with the backbone in torch
     output_folder.py    an output folder that is written as a whole or not at all
 
 A new format is an entry in `export.FORMATS` and `export.NEEDS`, a pair of functions that write and run it, called in

@@ -1,5 +1,6 @@
-"""Comparison of exported files with the backbone in torch, on real images.
+"""The images of an export, and comparison of exported files with the backbone in torch on some of them.
 
+the run's data, or --data   ── open_images ──>            sets to compare and measure on; images for calibration
 real images [12, C, H, W]   ── batches of 1, 3 and 8 ──>  embeddings of the backbone, embeddings of the file
   -> largest difference of a coordinate over the largest coordinate, per batch size; it must be below TOLERANCE
 """
@@ -7,7 +8,8 @@ real images [12, C, H, W]   ── batches of 1, 3 and 8 ──>  embeddings of 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -46,23 +48,37 @@ def compare(found: Sequence[Tensor], expected: Sequence[Tensor], file: str) -> d
     return differences
 
 
-def real_images(config: RunConfig, shape: tuple[int, int, int], data: Sequence[str | Path]) -> tuple[Tensor, str]:
-    """Return images for the check, float32 `[sum(BATCHES), C, H, W]` in [-1, 1], and the data sets they are from.
+@dataclass(frozen=True)
+class ExportImages:
+    """The data sets of an export, by name."""
 
-    They are readable images from the folders `data`, or from the run's held-out sets, or from its training set,
-    evenly from each set; if there are too few, they are repeated.
-    """
+    sets: dict[str, IdentityDataset]
+    """Those of --data, or the run's held-out sets, or else its training set."""
+    held_out: bool
+    """Whether no image of `sets` is known to be of training."""
+    training: IdentityDataset | None
+    """The run's training set; None if --data names other sets."""
+
+
+def open_images(config: RunConfig, shape: tuple[int, int, int], data: Sequence[str | Path]) -> ExportImages:
+    """Open the data sets of an export: the folders `data`, or those of the run. Raises UserError if it cannot."""
     try:
         if data:
-            sets: dict[str, IdentityDataset] = {str(each): open_source(each, shape[1], shape[0]) for each in data}
-        else:
-            splits = open_data(config.data, config.seed)
-            sets = splits.evaluation or {"training": splits.train}
+            return ExportImages({str(each): open_source(each, shape[1], shape[0]) for each in data}, True, None)
+        splits = open_data(config.data, config.seed)
     except UserError as error:
         raise UserError(_about_export_data(str(error), given=bool(data))) from error
-    wanted = sum(BATCHES)
+    return ExportImages(dict(splits.evaluation) or {"training": splits.train}, bool(splits.evaluation), splits.train)
+
+
+def real_images(sets: Mapping[str, IdentityDataset], wanted: int) -> tuple[Tensor, int]:
+    """Return (images float32 `[wanted, C, H, W]` in [-1, 1], how many of them differ).
+
+    They are readable images, evenly from each set; if there are too few, they are repeated. Raises UserError if no
+    image can be read.
+    """
     images: list[Tensor] = []
-    readable = [itertools.chain(_readable(each), itertools.repeat(None)) for each in sets.values()]
+    readable = [itertools.chain(_readable(each, wanted), itertools.repeat(None)) for each in sets.values()]
     for one_of_each in zip(*readable, strict=False):
         if len(images) >= wanted or all(image is None for image in one_of_each):
             break
@@ -70,7 +86,7 @@ def real_images(config: RunConfig, shape: tuple[int, int, int], data: Sequence[s
     if not images:
         raise UserError(f"no image of {', '.join(sets)} can be read; name a folder of identity/image files with --data")
     repeated = list(itertools.islice(itertools.cycle(images), wanted))
-    return to_float(torch.stack(repeated)), f"{min(len(images), wanted)} images of {', '.join(sets)}"
+    return to_float(torch.stack(repeated)), min(len(images), wanted)
 
 
 def _about_export_data(text: str, given: bool) -> str:
@@ -81,9 +97,9 @@ def _about_export_data(text: str, given: bool) -> str:
     return text.replace("--data.folder", "data.folder") + hint
 
 
-def _readable(dataset: IdentityDataset) -> Iterator[Tensor]:
-    """Yield the readable images, uint8 [C, H, W] each, in strides, so that the first few are of many identities."""
-    stride = max(1, len(dataset) // sum(BATCHES))
+def _readable(dataset: IdentityDataset, wanted: int) -> Iterator[Tensor]:
+    """Yield readable images, uint8 [C, H, W] each, in strides, so that the first `wanted` are of many identities."""
+    stride = max(1, len(dataset) // wanted)
     for index in itertools.chain.from_iterable(range(first, len(dataset), stride) for first in range(stride)):
         try:
             yield dataset.load(index)

@@ -5,8 +5,12 @@ run folder      config.yaml, the newest complete checkpoint
   2. write      into a hidden folder beside the output:
                 backbone.safetensors   the state dict, with metadata to rebuild the module
                 backbone.onnx          images float32 [n, C, H, W] -> embeddings float32 [n, D], any n
+                backbone.int8.onnx     the same in 8 bits, if it is asked for (quantised.py)
                 preprocessing.json     from an image file to "images", how to use "embeddings", the run, example code
-  3. check      both files against the backbone in torch, on real images, in batches of 1, 3 and 8 (check.py)
+                config.json            architecture, sizes, thresholds of the run, digests of the files
+                README.md              the model card (card.py)
+  3. check      the files in float32 against the backbone in torch, on real images, in batches of 1, 3 and 8 (check.py);
+                that in 8 bits against the one in float32, by its accuracy on the same images
   4. publish    one rename (output_folder.py)
 
 An error before the rename leaves nothing behind.
@@ -32,19 +36,24 @@ from partial_fc.training.backbones import build_backbone
 from partial_fc.training.backbones.digest import weights_digest
 from partial_fc.training.config import RunConfig, add_config, to_config
 from partial_fc.training.errors import UserError
-from partial_fc.training.export.check import BATCHES, compare, real_images
+from partial_fc.training.export.card import run_metrics, write_card
+from partial_fc.training.export.check import BATCHES, ExportImages, compare, open_images, real_images
 from partial_fc.training.export.onnx import run_onnx, write_onnx
 from partial_fc.training.export.output_folder import check_free, publish, work_folder
-from partial_fc.training.export.spec import FORMAT, describe
+from partial_fc.training.export.quantised import CALIBRATION, Compared, compare_accuracy, write_int8
+from partial_fc.training.export.spec import FORMAT, MODEL_CONFIG, describe, model_config
 from partial_fc.training.protocols.task_files import image_shape
 from partial_fc.training.run import CONFIG, RunFolder
 from partial_fc.training.settings_parser import SettingsParser
 
 SAFETENSORS = "backbone.safetensors"
 ONNX = "backbone.onnx"
-PREPROCESSING = "preprocessing.json"
-FORMATS = {"safetensors": SAFETENSORS, "onnx": ONNX}
-NEEDS = {"safetensors": ("safetensors.torch",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+INT8 = "backbone.int8.onnx"
+PREPROCESSING, CARD = "preprocessing.json", "README.md"
+FORMATS = {"safetensors": SAFETENSORS, "onnx": ONNX, "int8": INT8}
+DEFAULT_FORMATS = ("safetensors", "onnx")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+NEEDS = {"safetensors": ("safetensors.torch",), "onnx": ONNX_PACKAGES, "int8": ONNX_PACKAGES}
 
 
 @dataclass(frozen=True)
@@ -58,21 +67,24 @@ class Export:
     """Format -> batch size -> largest difference of a coordinate over the largest coordinate."""
     checked_on: str
     """Number and origin of the images of the check, as text."""
+    compared: list[Compared]
+    """The accuracy in 8 bits beside that in float32, of each set; empty if "int8" was not asked for."""
 
 
 def export_backbone(
     run: str | Path,
     output: str | Path | None = None,
-    formats: Sequence[str] = tuple(FORMATS),
+    formats: Sequence[str] = DEFAULT_FORMATS,
     data: Sequence[str | Path] = (),
 ) -> Export:
     """Export the backbone of the run folder `run` to the new folder `output` (`run`/exported if None).
 
-    formats: "safetensors", "onnx" or both. The files are checked on real images: of the identity folders `data`, or
-    of the run's held-out sets, or of its training set.
+    formats: some of "safetensors", "onnx" and "int8". The files are checked on real images: of the identity folders
+    `data`, or of the run's held-out sets, or of its training set. "int8" is calibrated on images of the run's training
+    set, or of `data`, and its accuracy is measured on the sets of the check.
 
     Raises UserError, and writes nothing, if something is missing, if the backbone cannot be exported, or if a file
-    differs by TOLERANCE or more. Raises OSError, and leaves nothing behind, if the disk fails.
+    in float32 differs by TOLERANCE or more. Raises OSError, and leaves nothing behind, if the disk fails.
     """
     formats = _checked_formats(formats)
     folder = RunFolder(run)
@@ -83,7 +95,8 @@ def export_backbone(
     config = config_of_run(folder)
     shape = image_shape(config)
     backbone, identity = _load(folder, config, shape)
-    images, checked_on = real_images(config, shape, data)
+    sets = open_images(config, shape, data)
+    images, different = real_images(sets.sets, sum(BATCHES))
     expected = _embeddings(backbone, images)
     name = config.backbone.name
     size = config.backbone.embedding_size
@@ -93,20 +106,29 @@ def export_backbone(
         )
     with work_folder(out, parent) as work:
         differences = {}
-        for each in formats:
-            path = work / FORMATS[each]
-            if each == "onnx":
-                write_onnx(backbone, shape, path, name)
-                found = run_onnx(path, images, BATCHES, name)
-            else:
-                _write_safetensors(backbone, config, shape, identity, path)
-                found = _embeddings(load_exported_backbone(work), images)
-            differences[each] = compare(found, expected, FORMATS[each])
+        if "safetensors" in formats:
+            _write_safetensors(backbone, config, shape, identity, work / SAFETENSORS)
+            found = _embeddings(load_exported_backbone(work), images)
+            differences["safetensors"] = compare(found, expected, SAFETENSORS)
+        if "onnx" in formats or "int8" in formats:
+            write_onnx(backbone, shape, work / ONNX, name)
+            found = run_onnx(work / ONNX, images, BATCHES, name)
+            differences["onnx"] = compare(found, expected, ONNX)
+        compared = _write_int8(work, sets, name) if "int8" in formats else []
+        if "onnx" not in formats:
+            differences.pop("onnx", None)
+            for path in work.glob(f"{ONNX}*"):
+                path.unlink()
         described = describe(config, shape, identity, differences)
-        (work / PREPROCESSING).write_text(json.dumps(described, indent=2) + "\n")
+        _write_json(work / PREPROCESSING, described)
+        metrics = run_metrics(folder.path, identity)
+        _write_json(work / MODEL_CONFIG, model_config(config, shape, identity, work, metrics))
+        names = sorted(path.name for path in work.iterdir())
+        card = write_card(folder.path, config, shape, identity, formats, compared, names)
+        (work / CARD).write_text(card, encoding="utf-8")
         sizes = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
         publish(work, out)
-    return Export(out, sizes, differences, checked_on)
+    return Export(out, sizes, differences, f"{different} images of {', '.join(sets.sets)}", compared)
 
 
 def load_exported_backbone(folder: str | Path) -> nn.Module:
@@ -164,6 +186,7 @@ def _check_installed(formats: Sequence[str]) -> None:
         except ModuleNotFoundError as error:
             raise UserError(
                 f"exporting needs the package {error.name}, which is missing: pip install 'partial_fc[export]'"
+                + ("" if module in NEEDS["safetensors"] else ", or export without ONNX: --formats safetensors")
             ) from error
 
 
@@ -195,7 +218,19 @@ def _load(folder: RunFolder, config: RunConfig, shape: tuple[int, int, int]) -> 
     return backbone, identity
 
 
-# ---------------------------------------------------------------------------------------------- backbone.safetensors
+# ---------------------------------------------------------------------------------------------- the files
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_int8(work: Path, sets: ExportImages, name: str) -> list[Compared]:
+    """Write backbone.int8.onnx beside backbone.onnx; return its accuracy."""
+    calibration = sets.sets if sets.training is None else {"training": sets.training}
+    images, _ = real_images(calibration, CALIBRATION)
+    write_int8(work / ONNX, images, work / INT8, name)
+    return compare_accuracy(work / ONNX, work / INT8, sets.sets, name)
 
 
 def _write_safetensors(

@@ -15,6 +15,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +54,7 @@ def write_onnx(backbone: nn.Module, image_shape: tuple[int, int, int], path: Pat
     except OSError:
         raise
     except Exception as error:  # the exporter runs the backbone's code and wraps whatever that raises
-        raise UserError(
-            f"the backbone {name!r} cannot be expressed in ONNX (opset {OPSET}): {_cause(error)}"
-        ) from error
+        raise UserError(f"the backbone {name!r} cannot be expressed in ONNX (opset {OPSET}): {cause(error)}") from error
 
 
 def run_onnx(path: Path, images: Tensor, sizes: tuple[int, ...], name: str) -> list[Tensor]:
@@ -63,13 +62,8 @@ def run_onnx(path: Path, images: Tensor, sizes: tuple[int, ...], name: str) -> l
 
     Raises UserError if it cannot run one of them.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # errors are raised, so they are not logged
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = open_session(path, name)
         batch_size = session.get_inputs()[0].shape[0]
         if isinstance(batch_size, int):
             raise UserError(
@@ -81,11 +75,24 @@ def run_onnx(path: Path, images: Tensor, sizes: tuple[int, ...], name: str) -> l
         raise
     except Exception as error:  # the errors of onnxruntime have no common class
         raise UserError(
-            f"onnxruntime cannot run the exported backbone {name!r} on batches of {sizes}: {_cause(error)}"
+            f"onnxruntime cannot run the exported backbone {name!r} on batches of {sizes}: {cause(error)}"
         ) from error
 
 
-def _cause(error: BaseException) -> str:
+def open_session(path: Path, name: str) -> Any:
+    """Return a session of onnxruntime for an exported file. Raises UserError if it cannot read it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # errors are raised, so they are not logged
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the errors of onnxruntime have no common class
+        raise UserError(f"onnxruntime cannot read the exported backbone {name!r}: {cause(error)}") from error
+
+
+def cause(error: BaseException) -> str:
     """Return the first line of the error that the others were raised from, shortened to 300 characters."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -1,4 +1,4 @@
-"""The content of preprocessing.json: from an image file to the input of an exported backbone, and from its output on.
+"""The content of preprocessing.json, and of config.json.
 
 file ── decode ──> grey or RGB, 8 bits ── resize ──> [H, W, C] ── x / 127.5 - 1, transpose ──> float32 [n, C, H, W]
 embeddings float32 [n, D] ── divide by length ──> their dot products are cosines
@@ -8,12 +8,16 @@ It describes what the data sets and `augment.to_float` do; a test follows it wit
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from partial_fc.training.config import RunConfig
 from partial_fc.training.export.onnx import INPUT, OPSET, OUTPUT
 
 FORMAT = 1
+MODEL_CONFIG = "config.json"
 
 USAGE = {
     "onnx": """\
@@ -92,3 +96,36 @@ def describe(
         "run": identity,
         "usage": {each: USAGE[each].splitlines() for each in differences},
     }
+
+
+def model_config(
+    config: RunConfig,
+    shape: tuple[int, int, int],
+    identity: Mapping[str, Any],
+    folder: Path,
+    metrics: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the content of config.json: what to build, the run's thresholds by set, and a digest of every file so far.
+
+    metrics: metrics.json of the run and step, or None.
+    """
+    evaluations = [] if metrics is None else metrics.get("evaluations", [])
+    return {
+        "library_name": "partial_fc",
+        "format": FORMAT,
+        "architecture": config.backbone.name,
+        "image_shape": list(shape),
+        "embedding_size": config.backbone.embedding_size,
+        "similarity": "cosine",
+        "thresholds_at_far": {each["name"]: each["thresholds"] for each in evaluations},
+        "run": dict(identity),
+        "sha256": {path.name: _digest(path) for path in sorted(folder.iterdir())},
+    }
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
