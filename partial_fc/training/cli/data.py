@@ -14,7 +14,9 @@ from partial_fc.training.data.convert import FORMATS, PART, convert, is_finished
 from partial_fc.training.data.formats.packed import is_packed, packed_splits
 from partial_fc.training.data.formats.split_names import choose_split
 from partial_fc.training.data.inspection import PLOT_ENDINGS, inspect_data, plot_counts
+from partial_fc.training.data.sample import write_sample
 from partial_fc.training.errors import UserError
+from partial_fc.training.export.output_folder import check_free, publish, work_folder
 from partial_fc.training.run import check_new_file
 
 USAGE = """usage: partial-fc data COMMAND ...
@@ -104,6 +106,27 @@ def convert_command(arguments: list[str]) -> None:
     print(f"{options.dest}: {counts}, counts and labels verified{skipped}")
 
 
+def sample_command(arguments: list[str]) -> None:
+    """`partial-fc data sample DEST`: write a folder of images to try the application with (docs/tutorial.md)."""
+    parser = CommandParser("data sample", "Write a folder of images to try the application with: drawn characters.")
+    parser.add_argument("dest", help="folder to make; it must not exist")
+    parser.add_argument(
+        "--identities", type=int, default=400, metavar="N", help="identities to train on, at most 1000 (default 400)"
+    )
+    add_traceback(parser)
+    options = parser.parse_args(arguments)
+    dest = Path(options.dest)
+    try:
+        with work_folder(dest, check_free(dest)) as work:
+            counts = write_sample(work, options.identities)
+            publish(work, dest)
+    except UserError as error:
+        text = str(error).replace("--data.identities", "--identities").replace(" with --output", "")
+        raise UserError(text) from error
+    for name, count in counts.items():
+        print(f"{dest / name}: {count:,} images")
+
+
 def _describe_format(options: argparse.Namespace) -> str:
     """Return the format, the split if given, and the files: `parquet, split test (test-0.parquet and 3 more)`."""
     kind, paths = find_format(Path(options.source), options.source_format)
@@ -119,6 +142,7 @@ def _describe_format(options: argparse.Namespace) -> str:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "inspect": ("identities, images, sizes; what is unreadable, duplicated or missing", inspect_command),
     "convert": ("copy a data set into another format, without encoding images again", convert_command),
+    "sample": ("write a folder of images to try the application with", sample_command),
     "glyphs": ("draw tens of thousands of identities from installed fonts", glyphs_command),
 }
 """name -> (line of help, function)"""

@@ -24,7 +24,7 @@ from partial_fc.training.serve.server import (
     bind,
     check_installed,
     is_loopback,
-    run,
+    make_server,
     token_for,
 )
 from partial_fc.training.serve.uploads import Limits
@@ -94,7 +94,7 @@ def serve_command(arguments: list[str]) -> None:
         elif not is_loopback(listener):
             print("requests need the token that was given")
         print(f"open {address}/{f'#token={token}' if new else ''} in a browser; Ctrl-C ends the service", flush=True)
-        run(app, listener)
+        make_server(app).run(sockets=[listener])
 
 
 def _duplicates(source: Path, audit: str | None) -> Duplicates | None:

@@ -16,6 +16,7 @@ import yaml
 
 from partial_fc.training.config import RunConfig
 from partial_fc.training.evaluation import Evaluation
+from partial_fc.training.export.check import TRAINING
 from partial_fc.training.export.quantised import Compared
 from partial_fc.training.export.spec import USAGE
 from partial_fc.training.run import DATA, METRICS
@@ -180,12 +181,14 @@ def _int8(compared: Sequence[Compared], formats: Sequence[str]) -> str:
     lines += [f"`backbone.onnx` and `backbone.int8.onnx` by onnxruntime on the same images, by `{command}`:", ""]
     rows: list[Sequence[str]] = []
     for each in compared:
-        name = f"{_text(each.name)} ({each.identities:,} identities, {each.images:,} images)"
+        name = f"{_text(Path(each.name).name)} ({each.identities:,} identities, {each.images:,} images)"
         if each.float32 is not None and each.int8 is not None:
             rows += [(name, *row) for row in _both(each.float32, each.int8)]
         cosines = f"{each.mean_cosine:.4f}, {each.lowest_cosine:.4f}"
         rows.append((name, "cosine of the two embeddings of an image: mean, lowest", "", cosines))
     lines += _table(("set", "figure", "float32", "int8"), rows)
+    if any(each.name == TRAINING for each in compared):
+        lines += ["", "These are images of training, because the run held out none: other identities do worse."]
     if any(each.float32 is None for each in compared):
         lines += ["", "A set without pairs of one identity, or of two, has no other figures."]
     lines += ["", "Thresholds of one file are not those of the other: calibrate them with the file that is used."]

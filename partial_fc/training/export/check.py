@@ -20,6 +20,7 @@ from partial_fc.training.data import IdentityDataset, UnreadableImage, open_data
 from partial_fc.training.data.augment import to_float
 from partial_fc.training.errors import UserError
 
+TRAINING = "training"  # the name of the training set, where it stands in for held-out ones
 BATCHES = (1, 3, 8)
 TOLERANCE = 1e-4  # summation in another order differs by 1e-7 to 1e-5, a wrong export by far more
 
@@ -54,8 +55,6 @@ class ExportImages:
 
     sets: dict[str, IdentityDataset]
     """Those of --data, or the run's held-out sets, or else its training set."""
-    held_out: bool
-    """Whether no image of `sets` is known to be of training."""
     training: IdentityDataset | None
     """The run's training set; None if --data names other sets."""
 
@@ -64,11 +63,11 @@ def open_images(config: RunConfig, shape: tuple[int, int, int], data: Sequence[s
     """Open the data sets of an export: the folders `data`, or those of the run. Raises UserError if it cannot."""
     try:
         if data:
-            return ExportImages({str(each): open_source(each, shape[1], shape[0]) for each in data}, True, None)
+            return ExportImages({str(each): open_source(each, shape[1], shape[0]) for each in data}, None)
         splits = open_data(config.data, config.seed)
     except UserError as error:
         raise UserError(_about_export_data(str(error), given=bool(data))) from error
-    return ExportImages(dict(splits.evaluation) or {"training": splits.train}, bool(splits.evaluation), splits.train)
+    return ExportImages(dict(splits.evaluation) or {TRAINING: splits.train}, splits.train)
 
 
 def real_images(sets: Mapping[str, IdentityDataset], wanted: int) -> tuple[Tensor, int]:

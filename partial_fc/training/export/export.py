@@ -37,7 +37,7 @@ from partial_fc.training.backbones.digest import weights_digest
 from partial_fc.training.config import RunConfig, add_config, to_config
 from partial_fc.training.errors import UserError
 from partial_fc.training.export.card import run_metrics, write_card
-from partial_fc.training.export.check import BATCHES, ExportImages, compare, open_images, real_images
+from partial_fc.training.export.check import BATCHES, TRAINING, ExportImages, compare, open_images, real_images
 from partial_fc.training.export.onnx import run_onnx, write_onnx
 from partial_fc.training.export.output_folder import check_free, publish, work_folder
 from partial_fc.training.export.quantised import CALIBRATION, Compared, compare_accuracy, write_int8
@@ -227,7 +227,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _write_int8(work: Path, sets: ExportImages, name: str) -> list[Compared]:
     """Write backbone.int8.onnx beside backbone.onnx; return its accuracy."""
-    calibration = sets.sets if sets.training is None else {"training": sets.training}
+    calibration = sets.sets if sets.training is None else {TRAINING: sets.training}
     images, _ = real_images(calibration, CALIBRATION)
     write_int8(work / ONNX, images, work / INT8, name)
     return compare_accuracy(work / ONNX, work / INT8, sets.sets, name)

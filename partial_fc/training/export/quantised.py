@@ -97,7 +97,7 @@ def compare_accuracy(float32: Path, int8: Path, sets: dict[str, IdentityDataset]
                 figures.append(evaluate_embeddings(part, labels, name=each))
             except UserError:  # no pair of one identity, or of two
                 figures.append(None)
-        cosines = F.cosine_similarity(*(part.double() for part in embeddings))
+        cosines = F.cosine_similarity(embeddings[0].double(), embeddings[1].double())
         identities = len(labels.unique())
         found.append(
             Compared(each, len(labels), identities, figures[0], figures[1], float(cosines.mean()), float(cosines.min()))

@@ -47,12 +47,10 @@ def embed(paths):
     return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).clip(1e-12)  # their dot products are cosines
 """,
     "safetensors": """\
-import torch
-from partial_fc.training.export.export import load_exported_backbone
+from partial_fc.training.embedding import Embedder
 
-backbone = load_exported_backbone("exported")
-with torch.no_grad():
-    embeddings = torch.nn.functional.normalize(backbone(images))  # images [n, C, H, W], prepared as described here
+embedder = Embedder.open("exported")  # also for the folder of a run
+embeddings = embedder.embed([open(path, "rb").read() for path in paths])  # [n, D]; scale them to unit length
 """,
 }
 

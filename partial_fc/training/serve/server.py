@@ -7,14 +7,18 @@ beyond this machine ──>  a token: the given one, or a new one that is printe
 from __future__ import annotations
 
 import errno
+import importlib
 import ipaddress
 import os
 import secrets
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from partial_fc.training.errors import UserError
+
+if TYPE_CHECKING:
+    import uvicorn
 
 TOKEN_VARIABLE = "PARTIAL_FC_TOKEN"
 SHORTEST_TOKEN = 16
@@ -80,15 +84,15 @@ def token_for(listener: socket.socket, file: str | None) -> tuple[str | None, bo
 
 def check_installed() -> None:
     """Raise UserError if a package of the service is missing."""
-    for name in ("fastapi", "multipart", "uvicorn"):
+    for name in ("fastapi", "python_multipart", "uvicorn"):
         try:
-            __import__(name)
+            importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise UserError(MISSING.format(name={"multipart": "python-multipart"}.get(name, error.name))) from error
+            raise UserError(MISSING.format(name=error.name)) from error
 
 
-def run(app: Any, listener: socket.socket) -> None:
-    """Answer requests until the process is asked to stop; those that have begun are finished."""
+def make_server(app: Any) -> uvicorn.Server:
+    """Return the server of an application; `run(sockets=[listener])` answers requests until it is asked to stop."""
     import uvicorn
 
     config = uvicorn.Config(
@@ -102,4 +106,4 @@ def run(app: Any, listener: socket.socket) -> None:
         timeout_keep_alive=10,
         timeout_graceful_shutdown=10,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    return uvicorn.Server(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate import Accelerator
 from PIL import Image
 from safetensors import safe_open
@@ -26,7 +28,10 @@ from partial_fc.training.backbones.small import SmallBackbone
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import to_config
 from partial_fc.training.data import FolderIdentities
+from partial_fc.training.data.augment import to_float
+from partial_fc.training.data.formats.embedded_glyphs import GlyphIdentities
 from partial_fc.training.errors import UserError
+from partial_fc.training.evaluation import evaluate_embeddings
 from partial_fc.training.export import export
 from partial_fc.training.export.check import BATCHES, TOLERANCE, compare
 from partial_fc.training.export.export import export_backbone, load_exported_backbone
@@ -35,6 +40,7 @@ from partial_fc.training.results import embed_images, load_backbone
 from partial_fc.training.run import CONFIG, RunFolder
 
 ROOT = Path(__file__).parents[3]
+DESCRIPTIONS = {"preprocessing.json", "config.json", "README.md"}
 TINY = ["--train.epochs", "1", "--train.cpu", "true", "--backbone.embedding_size", "16"]
 
 
@@ -104,7 +110,7 @@ def test_the_command_writes_and_tells(run, tmp_path, capsys):
     out = tmp_path / "new" / "exported"
     assert main(["export-backbone", str(run), "--output", str(out)]) == 0
     said = capsys.readouterr().out
-    assert {p.name for p in out.iterdir()} == {"backbone.onnx", "backbone.safetensors", "preprocessing.json"}
+    assert {p.name for p in out.iterdir()} == {"backbone.onnx", "backbone.safetensors", *DESCRIPTIONS}
     assert tree(tmp_path) == {tmp_path / "new", out, *out.iterdir()}
     for path in out.iterdir():
         assert f"{path.name}: {path.stat().st_size:,} bytes" in said
@@ -139,7 +145,7 @@ def test_the_state_dict_is_the_runs_and_says_how_to_rebuild_the_module(run, tmp_
 def test_the_graph_has_the_promised_interface_and_no_trace_of_the_machine(run, tmp_path):
     export_backbone(run, tmp_path / "out", ["onnx"])
     path = tmp_path / "out" / "backbone.onnx"
-    assert {p.name for p in path.parent.iterdir()} == {"backbone.onnx", "preprocessing.json"}
+    assert {p.name for p in path.parent.iterdir()} == {"backbone.onnx", *DESCRIPTIONS}
     assert str(ROOT).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
     assert [(each.domain, each.version) for each in onnx.load(path).opset_import] == [("", 18)]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -244,8 +250,8 @@ def test_the_description_alone_gives_the_embeddings_of_the_evaluation(channels, 
 
 
 def test_the_lines_of_the_page_are_those_of_the_file_and_run(data, run, tmp_path, monkeypatch):
-    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
-    assert first == USAGE["onnx"]
+    first, ours, second = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    assert (first, ours) == (USAGE["onnx"], USAGE["safetensors"])
     export_backbone(run, tmp_path / "exported")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -255,9 +261,122 @@ def test_the_lines_of_the_page_are_those_of_the_file_and_run(data, run, tmp_path
     with torch.no_grad():
         wanted = F.normalize(names["backbone"](torch.from_numpy(names["prepare"](file))[None]))
     torch.testing.assert_close(torch.from_numpy(names["embed"]([file])), wanted, rtol=0, atol=1e-5)
-    names["images"] = torch.zeros(2, 1, 32, 32)
-    exec(compile(USAGE["safetensors"], "preprocessing.json", "exec"), names)
-    assert names["embeddings"].shape == (2, 16)
+    names["paths"] = [file]
+    exec(compile(ours, "export.md", "exec"), names)
+    torch.testing.assert_close(F.normalize(torch.from_numpy(names["embeddings"])), wanted, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- 8 bits, the card
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(run, tmp_path_factory) -> Path:
+    """The run's export in all formats."""
+    out = tmp_path_factory.mktemp("int8") / "exported"
+    export_backbone(run, out, ["safetensors", "onnx", "int8"])
+    return out
+
+
+def test_8_bits_are_smaller_and_near(in_8_bits, data):
+    whole, small = (in_8_bits / name for name in ("backbone.onnx", "backbone.int8.onnx"))
+    assert small.stat().st_size < 0.4 * whole.stat().st_size
+    kinds = {each.op_type for each in onnx.load(small).graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    assert str(ROOT).encode() not in small.read_bytes() and b"site-packages" not in small.read_bytes()
+    images = np.stack([each.numpy() for each in GlyphIdentities("seen", 5)._images[:40]]).astype(np.float32) / 127.5 - 1
+    found = []
+    for path in (whole, small):
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert [each.shape for each in (*session.get_inputs(), *session.get_outputs())] == [["n", 1, 32, 32], ["n", 16]]
+        alone = np.concatenate([session.run(None, {"images": image[None]})[0] for image in images])
+        together = session.run(None, {"images": images})[0]
+        assert np.abs(alone - together).max() < 1e-3 * np.abs(alone).max(), "any batch gives the same"
+        found.append(F.normalize(torch.from_numpy(together)))
+    assert (found[0] * found[1]).sum(1).min() > 0.9
+    assert not torch.equal(*found)
+
+
+def test_the_accuracy_in_8_bits_is_that_of_the_evaluation(run, in_8_bits):
+    """float32 in the card is what the run measured; int8 is computed here from the file."""
+    card = (in_8_bits / "README.md").read_text()
+    metrics = json.loads((run / "metrics.json").read_text())
+    seen = next(each for each in metrics["evaluations"] if each["name"] == "seen")
+    images = GlyphIdentities("seen")
+    session = onnxruntime.InferenceSession(in_8_bits / "backbone.int8.onnx", providers=["CPUExecutionProvider"])
+    pixels = to_float(torch.stack([images.load(index) for index in range(len(images))]))
+    embeddings = torch.cat(
+        [torch.from_numpy(session.run(None, {"images": each.numpy()})[0]) for each in pixels.split(64)]
+    )
+    mine = evaluate_embeddings(embeddings, images.labels, name="seen")
+    name = "seen (300 identities, 3,000 images)"
+    assert f"| {name} | TAR @ FAR 1e-3 | {seen['tar']['1e-3']:.4f} | {mine.tar['1e-3']:.4f} |" in card
+    assert f"| {name} | rank-1 | {seen['rank1']:.4f} | {mine.rank1:.4f} |" in card
+
+
+def test_the_card_says_what_is_known_and_what_is_to_fill_in(run, in_8_bits, tmp_path):
+    card = (in_8_bits / "README.md").read_text()
+    _, heading, text = card.split("---\n", 2)
+    said = yaml.safe_load(heading)
+    assert (said["library_name"], said["license"], said["pipeline_tag"]) == (
+        "partial_fc", "other", "image-feature-extraction"
+    )  # fmt: skip
+    sections = ["Use", "Data", "Training", "Figures", "int8 beside float32", "Intended use", "Limits"]
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == sections
+    assert "| training | 20 | 200 |" in text and "| seen | 300 | 3,000 |" in text
+    evaluations = json.loads((run / "metrics.json").read_text())["evaluations"]
+    for each in evaluations:
+        row = f"| {each['name']} | TAR @ FAR 1e-2 | {each['tar']['1e-2']:.4f} | {each['thresholds']['1e-2']:.4f} |"
+        assert row in text
+    assert "by `partial-fc evaluate run`" in text
+    assert text.count("**TO FILL IN**") == 4 and "Licence: **TO FILL IN**" in text
+    assert USAGE["onnx"].strip() in text and USAGE["safetensors"].strip() in text
+    assert str(run.parent) not in card
+    config = json.loads((in_8_bits / "config.json").read_text())
+    assert config["thresholds_at_far"] == {each["name"]: each["thresholds"] for each in evaluations}
+    files = {path.name for path in in_8_bits.iterdir()} - {"config.json", "README.md"}
+    assert config["sha256"].keys() == files
+    for name, digest in config["sha256"].items():
+        assert hashlib.sha256((in_8_bits / name).read_bytes()).hexdigest() == digest
+
+
+def test_figures_of_another_step_are_left_out(run, tmp_path):
+    run = copied(run, tmp_path)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["training"]["steps"] += 1
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    for content in (None, "no JSON", "[]", "{}"):
+        if content is not None:
+            (run / "metrics.json").write_text(content)
+        export_backbone(run, tmp_path / "out", ["safetensors"])
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "None: its run has no figures of this step. `partial-fc evaluate run --data FOLDER`" in card
+        assert "int8" not in card and "onnxruntime" not in card
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_8_bits_alone_are_calibrated_and_measured_on_other_data(run, data, tmp_path, capsys):
+    command = ["export-backbone", str(run), "--output", str(tmp_path / "out"), "--formats", "int8"]
+    assert main([*command, "--data", str(data)]) == 0
+    said = capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"backbone.int8.onnx", *DESCRIPTIONS}
+    assert f"int8 beside float32 on 12 images of {data}" in said and "backbone.onnx:" not in said
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| data (4 identities, 12 images) | rank-1 |" in card and str(data.parent) not in card
+
+
+def test_a_set_without_pairs_has_no_figures(run, tmp_path):
+    folder = pictures(tmp_path / "one", 1, 3)
+    (made,) = export_backbone(run, tmp_path / "out", ["int8"], [folder]).compared
+    assert (made.float32, made.int8, made.images, made.identities) == (None, None, 3, 1)
+    assert "A set without pairs of one identity, or of two" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_names_from_elsewhere_are_plain_text_in_the_card(run, tmp_path):
+    odd = tmp_path / "a|b <script>`[x](y)*"
+    shutil.copytree(run, odd)
+    export_backbone(odd, tmp_path / "out", ["safetensors"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# a b script x (y): small" in card and "<script>" not in card
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be exported
@@ -315,7 +434,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(kind, run, data, tmp_path, cap
     elif kind == "unknown format":
         arguments, expected = (
             [*arguments, "--formats", "onnx", "tflite"],
-            "unknown format 'tflite'; choose among safetensors, onnx",
+            "unknown format 'tflite'; choose among safetensors, onnx, int8",
         )
     elif kind == "no format":
         arguments, expected = [*arguments, "--formats"], "--formats"
@@ -356,10 +475,12 @@ def test_a_missing_package_is_named(module, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     said = refused([str(run), "--output", str(tmp_path / "out")], tmp_path, capsys)
     assert f"{module}, which is missing: pip install 'partial_fc[export]'" in said
+    assert ("or export without ONNX: --formats safetensors" in said) == (module != "safetensors.torch")
 
 
 def test_a_format_asks_for_its_own_packages_alone(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for module in ("onnx", "onnxscript", "onnxruntime", "onnx_ir"):
+        monkeypatch.setitem(sys.modules, module, None)
     assert list(export_backbone(run, tmp_path / "a", ["safetensors"]).differences) == ["safetensors"]
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)

@@ -54,6 +54,7 @@ async function picture(path, alt) {
 }
 
 const number = (cosine) => cosine.toFixed(3);
+const count = (n, one, many) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
 const percent = (cosine) => `${100 * Math.min(1, Math.max(0, cosine))}%`;
 
 function bar(cosine, threshold) {
@@ -158,6 +159,7 @@ byId("enrol").addEventListener("submit", (event) => {
     form.append("existing", byId("enrol-extend").checked ? "extend" : "refuse");
     form.append("image", searched);
     await ask("/api/identities", { method: "POST", body: form });
+    byId("enrol-name").value = "";
     await load();
     await search(searched);
   });
@@ -196,7 +198,7 @@ async function compare(side, file) {
 async function side(each) {
   const pictures = await Promise.all(each.pictures.map((path) => picture(path, each.identity)));
   return make("div", {}, make("div", { className: "name", textContent: each.identity }),
-    make("div", { className: "dim", textContent: `${each.images.toLocaleString("en")} images` }), make("div", { className: "row" }, ...pictures));
+    make("div", { className: "dim", textContent: count(each.images, "image", "images") }), make("div", { className: "row" }, ...pictures));
 }
 
 async function more() {
@@ -243,8 +245,7 @@ for (const tab of tabs) tab.addEventListener("click", () => show(tab));
 async function load() {
   status = await (await ask("/api/status")).json();
   const threshold = status.threshold === null ? "no threshold" : `threshold ${number(status.threshold)}`;
-  const count = status.identities === 1 ? "1 identity" : `${status.identities.toLocaleString("en")} identities`;
-  byId("status").textContent = `${count}, ${threshold}`;
+  byId("status").textContent = `${count(status.identities, "identity", "identities")}, ${threshold}`;
   byId("tab-duplicates").hidden = !status.duplicates;
 }
 
