@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from partial_fc.training.embedding import Embedder
 from partial_fc.training.gallery import Gallery
+from partial_fc.training.serve.duplicates import AuditedClass, DuplicatePair
 from partial_fc.training.serve.recogniser import Recogniser
 from partial_fc.training.serve.server import bind, make_server
 from partial_fc.training.serve.uploads import Limits
@@ -81,6 +82,18 @@ def make_gallery(folder: Path, threshold: float | None = 0.8, count: int = len(N
 
 def recogniser(gallery: Gallery, *, writable: bool = False, **limits: int) -> Recogniser:
     return Recogniser(embedder(), gallery, limits=Limits(**limits), writable=writable)
+
+
+class Pairs:
+    """Duplicates of an audit, without a run: two pictures of each class."""
+
+    pairs = [
+        DuplicatePair(AuditedClass(0, "Ada", 9), AuditedClass(1, "Ada L. <i>", 2), 0.71, 0.93),
+        DuplicatePair(AuditedClass(2, "Emmy", 4), AuditedClass(3, "Lise", 1), None, 0.88),
+    ] * 6
+
+    def picture(self, number: int, place: int) -> bytes | None:
+        return png(number, place) if place < 2 else None
 
 
 @contextmanager

@@ -64,10 +64,11 @@ def summary(export: Export) -> str:
         lines.append(f"  {FORMATS[name]}: {figures}; allowed is {TOLERANCE:.0e}")
     for each in export.compared:
         lines.append(f"int8 beside float32 on {each.images:,} images of {each.name}:")
-        for far in each.float32.tar if each.float32 is not None and each.int8 is not None else ():
-            before, after = each.float32.tar[far], each.int8.tar[far]
-            if before is not None and after is not None:
-                lines.append(f"  TAR @ FAR {far}: {after:.4f}, float32 {before:.4f}")
+        if each.float32 is not None and each.int8 is not None:
+            for far, before in each.float32.tar.items():
+                after = each.int8.tar[far]
+                if before is not None and after is not None:
+                    lines.append(f"  TAR @ FAR {far}: {after:.4f}, float32 {before:.4f}")
         cosines = f"mean {each.mean_cosine:.4f}, lowest {each.lowest_cosine:.4f}"
         lines.append(f"  cosine of the two embeddings of an image: {cosines}")
     lines.append(f"written to {export.folder}:")

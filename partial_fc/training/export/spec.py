@@ -47,10 +47,11 @@ def embed(paths):
     return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).clip(1e-12)  # their dot products are cosines
 """,
     "safetensors": """\
+from pathlib import Path
 from partial_fc.training.embedding import Embedder
 
 embedder = Embedder.open("exported")  # also for the folder of a run
-embeddings = embedder.embed([open(path, "rb").read() for path in paths])  # [n, D]; scale them to unit length
+embeddings = embedder.embed([Path(path).read_bytes() for path in paths])  # [n, D]; scale them to unit length
 """,
 }
 

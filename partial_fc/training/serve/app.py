@@ -25,6 +25,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteException
+from starlette.routing import Route
 
 import partial_fc
 from partial_fc.training.errors import UserError
@@ -296,7 +297,10 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, StarletteException)
         if isinstance(error.__cause__, Refused):  # FastAPI wraps what interrupts the reading of a body
             return await refused(request, error.__cause__)
-        return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework names the methods of one of the operations at this path alone
+            headers["Allow"] = ", ".join(sorted(_methods_at(app, request.url.path)))
+        return JSONResponse({"error": str(error.detail)}, error.status_code, headers=headers)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -319,6 +323,12 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(UserError, gallery_failed)
     app.add_exception_handler(Exception, failed)
+
+
+def _methods_at(app: FastAPI, path: str) -> set[str]:
+    """Return the methods of all operations at a path."""
+    here = [each for each in app.routes if isinstance(each, Route) and each.path_regex.match(path)]
+    return {method for each in here for method in each.methods or ()}
 
 
 def _describe_token(app: FastAPI) -> None:

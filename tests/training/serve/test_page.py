@@ -10,30 +10,15 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, Page, find_browser
-from served import NAMES, make_gallery, picture, recogniser, serving
+from served import NAMES, Pairs, make_gallery, picture, recogniser, serving
 
 from partial_fc.training.gallery import Gallery
 from partial_fc.training.serve.app import make_app
-from partial_fc.training.serve.duplicates import AuditedClass, DuplicatePair
 
 SCREEN, PHONE = 1100, 390
 WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 BROKEN = "[...document.images].filter(image => image.complete && !image.naturalWidth).length"
 TOKEN = "a-token-of-some-length"
-
-
-class Pairs:
-    """Duplicates of an audit, without a run."""
-
-    pairs = [
-        DuplicatePair(AuditedClass(0, "Ada", 9), AuditedClass(1, "Ada L. <i>", 2), 0.71, 0.93),
-        DuplicatePair(AuditedClass(2, "Emmy", 4), AuditedClass(3, "Lise", 1), None, 0.88),
-    ] * 6  # fmt: skip
-
-    def picture(self, number: int, place: int) -> bytes | None:
-        from served import png
-
-        return png(number, place) if place < 2 else None
 
 
 @pytest.fixture(scope="module")
