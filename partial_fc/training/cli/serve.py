@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 
 from partial_fc.training.cli.parser import CommandParser, add_checkpoint, add_traceback, check_at_least
-from partial_fc.training.embedding import Embedder
+from partial_fc.training.data.safe_files import MAX_IMAGE_BYTES
+from partial_fc.training.embedding import MAX_PIXELS, Embedder
 from partial_fc.training.errors import UserError
 from partial_fc.training.export.export import config_of_run
 from partial_fc.training.gallery import Gallery
@@ -65,8 +66,10 @@ def serve_command(arguments: list[str]) -> None:
     options = serve_parser().parse_args(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("serve runs in one process; start it without a launcher")
-    check_at_least(options, "max_bytes", 1)
-    check_at_least(options, "max_pixels", 1)
+    for name, most in (("max_bytes", MAX_IMAGE_BYTES), ("max_pixels", MAX_PIXELS)):
+        check_at_least(options, name, 1)
+        if getattr(options, name) > most:
+            raise UserError(f"--{name} is {getattr(options, name)}; at most {most} are read of any image")
     check_installed()
     from partial_fc.training.serve.app import make_app
 

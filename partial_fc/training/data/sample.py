@@ -15,7 +15,7 @@ from PIL import Image
 from partial_fc.training.data.formats.embedded_glyphs import GlyphIdentities
 
 PEOPLE = 50
-STRANGERS = 20
+STRANGERS = 250
 ENROLLED = 7  # pictures of each of the people
 
 

@@ -175,7 +175,7 @@ def _add_search(app: FastAPI, recogniser: Recogniser, duplicates: Duplicates | N
         gallery = recogniser.gallery
         return Status(
             version=partial_fc.__version__,
-            identities=len(recogniser.identities()),
+            identities=len(gallery),
             embedding_size=gallery.dimension,
             backbone=gallery.backbone,
             threshold=recogniser.threshold,
@@ -222,13 +222,13 @@ def _add_identities(app: FastAPI, recogniser: Recogniser) -> None:
     ) -> Identities:
         """Enrol an image of an identity. existing: what to do if the identity is enrolled already."""
         recogniser.add(identity, _content(image, recogniser), existing)
-        return Identities(total=len(recogniser.identities()), identities=[identity.strip()])
+        return Identities(total=len(recogniser.gallery), identities=[identity.strip()])
 
     @app.delete("/api/identities", responses=problems(403, 404, 422, 503), tags=["gallery"])
     def remove(identity: Annotated[str, Query(max_length=LONGEST_NAME, min_length=1)]) -> Identities:
         """Remove an identity."""
         recogniser.remove(identity)
-        return Identities(total=len(recogniser.identities()), identities=[identity])
+        return Identities(total=len(recogniser.gallery), identities=[identity])
 
     @app.get("/api/pictures/{row}", responses=PNG | problems(404, 422, 503), response_class=Response, tags=["gallery"])
     def picture(row: Annotated[int, InPath(ge=0, le=MOST_ROW)]) -> Response:

@@ -482,7 +482,7 @@ def test_beyond_this_machine_a_token_is_made_or_taken(started, gallery, capsys, 
 @pytest.mark.parametrize(
     "kind",
     ["port in use", "port too large", "no such host", "no gallery", "no gallery there", "other backbone", "other width",
-     "no token file", "no package", "several ranks", "no limit", "audit without a run"],
+     "no token file", "no package", "several ranks", "no limit", "too high a limit", "audit without a run"],
 )  # fmt: skip
 def test_a_mistake_is_one_line(kind, started, gallery, tmp_path, capsys, monkeypatch):
     arguments = ["serve", "run", "--gallery", str(gallery.folder), "--port", "0"]
@@ -520,6 +520,8 @@ def test_a_mistake_is_one_line(kind, started, gallery, tmp_path, capsys, monkeyp
         expected = "serve runs in one process"
     elif kind == "no limit":
         arguments, expected = [*arguments, "--max_bytes", "0"], "--max_bytes is 0; give at least 1"
+    elif kind == "too high a limit":
+        arguments, expected = [*arguments, "--max_pixels", "999999999"], "at most 89478485 are read of any image"
     else:
         arguments, expected = [*arguments, "--audit", str(tmp_path)], "run is no run; give its run folder"
     capsys.readouterr()
