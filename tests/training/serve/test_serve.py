@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import http.client
 import io
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -193,6 +195,22 @@ def test_changes_of_others_are_seen(writable):
     other.set_threshold(0.5)
     found = ask(address, "POST", "/api/search", image=png(30, 9)).json
     assert (found["answer"], found["threshold"]) == ("from elsewhere", 0.5)
+
+
+def test_a_full_disk_changes_nothing(writable, monkeypatch):
+    address, gallery = writable
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(gallery.folder))
+
+    monkeypatch.setattr(os, "replace", full)
+    answer = ask(address, "POST", "/api/identities", identity="Mary", image=png(20))
+    assert answer.status == 503 and "cannot be read or changed at the moment" in answer.error
+    check_says_no_path(answer, gallery)
+    monkeypatch.undo()
+    assert sorted(Gallery.open(gallery.folder).identities) == sorted(NAMES[:3])
+    assert ask(address, "POST", "/api/search", image=png(1, 9)).json["answer"] == NAMES[1]
+    assert ask(address, "POST", "/api/identities", identity="Mary", image=png(20)).status == 201
 
 
 def test_a_gallery_that_is_gone_is_an_answer_without_its_place(writable):
