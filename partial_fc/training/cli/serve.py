@@ -24,7 +24,6 @@ from partial_fc.training.serve.server import (
     address_of,
     bind,
     check_installed,
-    is_loopback,
     make_server,
     token_for,
 )
@@ -94,7 +93,7 @@ def serve_command(arguments: list[str]) -> None:
             print("the gallery has no threshold, so nobody is never the answer; set one with `partial-fc gallery`")
         if new:
             print(f"token: {token}")
-        elif not is_loopback(listener):
+        elif token is not None:
             print("requests need the token that was given")
         print(f"open {address}/{f'#token={token}' if new else ''} in a browser; Ctrl-C ends the service", flush=True)
         make_server(app).run(sockets=[listener])

@@ -53,13 +53,14 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def is_loopback(listener: socket.socket) -> bool:
-    """Return whether only programs of this machine can connect."""
-    return ipaddress.ip_address(str(listener.getsockname()[0]).partition("%")[0]).is_loopback
+def _own(listener: socket.socket) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_address(str(listener.getsockname()[0]).partition("%")[0])
 
 
 def address_of(listener: socket.socket, host: str) -> str:
     """Return the address to open in a browser."""
+    if _own(listener).is_unspecified:  # it listens on all addresses of the machine
+        host = socket.gethostname()
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{listener.getsockname()[1]}"
 
@@ -79,7 +80,7 @@ def token_for(listener: socket.socket, file: str | None) -> tuple[str | None, bo
                 "make one: python -c 'import secrets; print(secrets.token_urlsafe())'"
             )
         return given, False
-    return (None, False) if is_loopback(listener) else (secrets.token_urlsafe(24), True)
+    return (None, False) if _own(listener).is_loopback else (secrets.token_urlsafe(24), True)
 
 
 def check_installed() -> None:

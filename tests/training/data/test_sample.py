@@ -32,7 +32,8 @@ def test_the_sample_is_the_glyphs_as_a_folder(tmp_path, capsys):
 
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, capsys):
     assert main(["data", "sample", str(tmp_path / "sample"), "--identities", "2000"]) == 2
-    assert "2000 identities were asked for" in (said := capsys.readouterr().err) and "lower --identities" in said
+    said = capsys.readouterr().err
+    assert "2000 identities were asked for" in said and "lower --identities" in said
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
     assert main(["data", "sample", str(tmp_path / "mine")]) == 2

@@ -491,7 +491,8 @@ def test_beyond_this_machine_a_token_is_made_or_taken(started, gallery, capsys, 
     assert len(token) >= 32 and f"/#token={token}" in said
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     assert main([*command, "--token_file", str(tmp_path / "token")]) == 0
-    assert TOKEN not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "requests need the token that was given" in said and TOKEN not in said
     monkeypatch.setenv(TOKEN_VARIABLE, "short")
     assert main(command) == 2
     assert "the token is not 16 or more letters" in capsys.readouterr().err
