@@ -90,7 +90,7 @@ def serve_command(arguments: list[str]) -> None:
         address = address_of(listener, options.host)
         print(f"{len(gallery):,} identities, {gallery.index}")
         if gallery.threshold is None:
-            print("the gallery has no threshold, so nobody is never the answer; set one with `partial-fc gallery`")
+            print("the gallery has no threshold, so it never answers nobody; set one: partial-fc gallery calibrate")
         if new:
             print(f"token: {token}")
         elif token is not None:
