@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from partial_fc.classes.head_state import check_head_arguments
 from partial_fc.distributed.given import whole
 from partial_fc.head import PartialFC
 from partial_fc.margins.base import Margin, Positives
@@ -77,8 +78,11 @@ def check_margin(
         raise TypeError(f"margin must be an instance of a Margin such as ArcFace(), not {margin!r}")
     x, labels, weight = _inputs(margin)
     penalty: dict[str, Any] = {"inter_topk": inter_topk, "inter_topk_penalty": inter_topk_penalty}
-    PartialFC(WIDTH, NUM_CLASSES, copy.deepcopy(margin), device="meta", **penalty)  # refuses what no head can have
-    dense = _dense_steps(copy.deepcopy(margin), x, labels, weight, penalty)
+    check_head_arguments(margin, 1.0, 0.0, None, inter_topk, inter_topk_penalty, None)
+    prepared = copy.deepcopy(margin).double()  # as a head prepares it
+    prepared.prepare(NUM_CLASSES, NUM_CLASSES)
+    prepared.reset()
+    dense = _dense_steps(prepared, x, labels, weight, penalty)
     differences = []
     for world in worlds:
         sharded = _run(margin, world, timeout, penalty)
