@@ -62,7 +62,7 @@ class SphereFace2(Margin):
         """`offset` at which λ σ(−(y + b)) = (1 − λ)(selected − 1) σ(o + b), y and o the logits at right angles without
         b."""
         ratio = self.balance / ((1 - self.balance) * max(1, selected - 1))
-        right = torch.zeros((), dtype=torch.float64)
+        right = torch.zeros((), dtype=torch.float64, device="cpu")
         own, other = (self.scale * float(each(right)) for each in (self._own, self._other))
         # a quadratic equation in exp(other + b), its positive root by the one of two formulas that does not cancel
         square = math.exp(own - other)

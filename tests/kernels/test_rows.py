@@ -41,6 +41,7 @@ QUICK: dict[str, Any] = {
     "phases": [Phase.generate],
 }
 HALF = torch.bfloat16
+APART = 1e-4  # of two runs in float32: after some steps at scale 64 each is up to 4e-5 off float64
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 
 
@@ -247,7 +248,7 @@ def test_steps_are_those_of_the_class(cls, options, rate, low, called, rows_alon
     assert plain.keys() == mine.keys()
     for name, want in plain.items():
         # in bfloat16 numbers are the same until one is rounded the other way, which then is in all that follows
-        assert off(mine[name], want.double()) < (2e-5 if low is None else 5e-2), name
+        assert off(mine[name], want.double()) < (APART if low is None else 5e-2), name
 
 
 def test_pads_are_stepped_once(called):
@@ -275,7 +276,7 @@ def test_rows_that_move_in_the_backward(low, budget, called, rows_alone):
     assert called.count("project_rows") == tiles * (4 if low == "master" else 1)
     assert called.count("step_rows") == tiles * 3
     for name, want in plain.items():
-        assert off(mine[name], want.double()) < (2e-5 if low is None else 5e-2), name
+        assert off(mine[name], want.double()) < (APART if low is None else 5e-2), name
 
 
 OTHERS: list[tuple[Any, dict[str, Any]]] = [
@@ -289,7 +290,7 @@ OTHERS: list[tuple[Any, dict[str, Any]]] = [
 def test_other_optimizers_step_by_themselves(cls, options, called, rows_alone):
     plain, mine = run("off", cls, options), run("interpret", cls, options)
     assert "step_rows" not in called and "project_rows" in called
-    assert all(off(mine[name], want.double()) < 2e-5 for name, want in plain.items())
+    assert all(off(mine[name], want.double()) < APART for name, want in plain.items())
 
 
 @pytest.mark.parametrize("options", [{}, {"sample_rate": 0.3}, {"logits_budget": 0}, {"early": True}])
@@ -396,7 +397,7 @@ def test_hard_negatives_metrics_and_a_retained_graph(called):
                 optimizer.step()
                 optimizer.zero_grad()
             found.append((loss.detach(), x.grad, head.weight.detach().clone()))
-        assert all(off(mine, want.double()) < 2e-5 for want, mine in zip(*found, strict=True))
+        assert all(off(mine, want.double()) < APART for want, mine in zip(*found, strict=True))
 
 
 def test_a_center_loss_is_as_before(called):
@@ -436,7 +437,7 @@ def test_a_kernel_that_fails_is_replaced(broken, after, monkeypatch, caplog):
     said = [each.getMessage() for each in caplog.records if "failed" in each.getMessage()]
     expected = f"the kernel {broken} failed, plain PyTorch takes its place from here on: RuntimeError: out of registers"
     assert said == [expected] and count[0] == after + 1
-    assert all(off(mine[name], each.double()) < 2e-5 for name, each in want.items())
+    assert all(off(mine[name], each.double()) < APART for name, each in want.items())
 
 
 def numbers_of_a_run(rank: int, world: int, mode: str) -> tuple[Tensor, Tensor, Tensor, str]:

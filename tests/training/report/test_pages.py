@@ -158,7 +158,7 @@ def test_what_differs_is_told_and_the_best_is_marked(runs, tmp_path):
     assert main(["report", str(runs[0]), str(changed), str(unfinished), "--output", str(page)]) == 0
     text = page.read_text()
     settings = text[text.index("Settings that differ") : text.index("<h2>seen")]
-    assert settings.count("<tr>") == 6  # heads, margin, its margin and gradient, sample_rate, folder of the output
+    assert settings.count("<tr>") == 8  # heads, margin, its margin and three forms, sample_rate, folder of the output
     assert (
         "<code>head.margin</code></td><td><code>ArcFace</code></td><td><code>CosFace</code></td><td><code>ArcFace</code>"
         in settings
