@@ -31,7 +31,7 @@ from partial_fc import (  # noqa: E402
     save_checkpoint,
 )
 
-APPLICATION = ("partial_fc.__main__", "partial_fc.training", "partial_fc.engines")
+APPLICATION = ("partial_fc.__main__", "partial_fc.training", "partial_fc.engines", "partial_fc.kernels.device")
 """What may need more than torch."""
 
 
@@ -67,6 +67,8 @@ def check_package_data() -> None:
         "training/report/audit.html.j2",
         "training/report/report.html.j2",
         "training/report/compare.html.j2",
+        "training/serve/page/index.html",
+        "training/serve/page/page.js",
     ):
         assert files.joinpath(path).is_file(), path
     assert len(files.joinpath("training/assets/glyphs1300.npz.xz").read_bytes()) > 1_000_000

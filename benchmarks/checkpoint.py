@@ -37,7 +37,7 @@ from cases import local_bytes, reset_peak, status, trimmed
 from ranks import run_ranks
 
 from partial_fc import Checkpointer, PartialFC, RowOptimizer, load_checkpoint, save_checkpoint
-from partial_fc.shards import local_part
+from partial_fc.distributed.shards import local_part
 
 MIB = 1 << 20
 N = 512

@@ -35,7 +35,7 @@ from ranks import Times, interleaved, over_ranks, ratio, run_ranks  # noqa: E402
 
 from partial_fc import NormFace, PartialFC  # noqa: E402
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES  # noqa: E402
-from partial_fc.shards import local_part  # noqa: E402
+from partial_fc.distributed.shards import local_part  # noqa: E402
 
 K, QUERIES = 10, 1024
 MARK = 1.3  # times the product, at most

@@ -35,7 +35,7 @@ from partial_fc.optim.clipping import clip_grad_norm_
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.optim.row_wise import RowWiseAdagrad
 from partial_fc.planning.plan import Plan, plan
-from partial_fc.storage.kinds import FileRows, HostRows
+from partial_fc.tiers.kinds import FileRows, HostRows
 from partial_fc.weights.rank_files import RankFiles
 from partial_fc.weights.single_file import export_weights, import_weights
 

@@ -26,6 +26,7 @@ from partial_fc.batch.building import together
 from partial_fc.batch.exchange import GlobalBatch, gradient_of_losses
 from partial_fc.batch.row_sums import add_to_rows
 from partial_fc.batch.status import as_matrix
+from partial_fc.batch.targets import sample_weights_of, targets_of
 from partial_fc.classes.changeable import ChangeableLoss
 from partial_fc.classes.class_means import Batches
 from partial_fc.distributed.derivatives import executes, first_derivative
@@ -40,8 +41,7 @@ from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sharded_module import Reduction, SharedArguments, check_choice
 from partial_fc.softmax.tiles import compute_dtypes
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
-from partial_fc.storage.kinds import Storage
-from partial_fc.targets import sample_weights_of, targets_of
+from partial_fc.tiers.kinds import Storage
 
 if TYPE_CHECKING:
     from partial_fc.head import PartialFC

@@ -2,7 +2,7 @@
 
     embeddings [N_local, D], labels [N_local]
        gather         counts and status, checked on every host; then the global batch           batch/
-       targets        class ids [N, L] and what each sample counts for                           targets.py
+       targets        class ids [N, L] and what each sample counts for                           batch/targets.py
        select         this rank's rows of the forward: its positives and its share of a window   sampling.py
        cross-entropy  tiles of logits, one combination over ranks; backward by the same tiles    softmax/
        follow         the loss becomes part of the training step when its backward runs          step_record.py
@@ -21,6 +21,7 @@ from torch.profiler import record_function
 
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.later import counted_if_alike
+from partial_fc.batch.targets import sample_weights_of, targets_of
 from partial_fc.classes.head_state import HeadState
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
@@ -30,7 +31,6 @@ from partial_fc.sampling import draw_window, mix, select_rows
 from partial_fc.softmax.cross_entropy import sharded_cross_entropy
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes
-from partial_fc.targets import sample_weights_of, targets_of
 
 
 class PartialFC(HeadState):

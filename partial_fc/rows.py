@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from partial_fc import errors
 from partial_fc.batch.row_sums import Pads, add_rows
 from partial_fc.distributed.dtensors import local_part, same_storage, wrap_rows
-from partial_fc.shards import ClassShards
+from partial_fc.distributed.shards import ClassShards
 from partial_fc.step_record import StepRecord
 
 UpdateRows = Callable[..., bool]  # moves local rows a to b by their gradients, one tensor a parameter (in_backward.py)
@@ -54,7 +54,7 @@ class ClassRows:
         self.sampled = sampled
         self.seed = seed
         self.record = record
-        self.store: Any = None  # the RowStore (storage/store.py) that has the memory of the rows, or None
+        self.store: Any = None  # the RowStore (tiers/store.py) that has the memory of the rows, or None
         self.parameters: dict[str, nn.Parameter] = {}
         self.shared: dict[str, nn.Parameter] = {}
         self.trainable: list[nn.Parameter] = []

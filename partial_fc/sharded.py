@@ -16,12 +16,12 @@ from partial_fc.batch.later import looked_at
 from partial_fc.batch.misuse import check_use
 from partial_fc.batch.refusals import check_gathered, tell_others
 from partial_fc.batch.status import LabelSet
+from partial_fc.batch.targets import check_batch
 from partial_fc.distributed.forwards import USUAL, surroundings
+from partial_fc.distributed.shards import ClassShards
 from partial_fc.nonfinite.bad_step import count_skip
 from partial_fc.nonfinite.wiring import follow_in_eval
 from partial_fc.sharded_module import ShardedModule
-from partial_fc.shards import ClassShards
-from partial_fc.targets import check_batch
 
 
 class ShardedLoss(ShardedModule):

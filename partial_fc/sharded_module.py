@@ -23,16 +23,16 @@ from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import as_whole, real, whole
 from partial_fc.distributed.groups import backends_of, device_of_rows, ranks_of
 from partial_fc.distributed.ranks import Group
+from partial_fc.distributed.shards import ClassShards
 from partial_fc.distributed.tools import drawing_rows, meet_tool
 from partial_fc.distributed.wrapping import DDP, FSDP2, refuse
-from partial_fc.initial import fill_initial_rows
 from partial_fc.rows import ClassRows
 from partial_fc.sampling import mix
-from partial_fc.shards import ClassShards
 from partial_fc.step_record import OnNonfinite, StepRecord, Validate
-from partial_fc.storage.kinds import Storage, checked_storage
-from partial_fc.storage.store import Initial, RowStore
-from partial_fc.storage.wiring import COPIED, MOVED
+from partial_fc.tiers.initial import fill_initial_rows
+from partial_fc.tiers.kinds import Storage, checked_storage
+from partial_fc.tiers.store import Initial, RowStore
+from partial_fc.tiers.wiring import COPIED, MOVED
 
 Reduction = Literal["mean", "sum", "none"]
 Self = TypeVar("Self", bound="ShardedModule")

@@ -1,7 +1,7 @@
 """What is bad in a batch that nobody looked at before it was computed: found when the loss turns out not to be finite.
 
 Elsewhere than on a CPU a look at labels would make the host wait for the device in every forward. So a bad label makes
-the loss infinite or NaN instead (targets.py), the check of the step finds that where it waits anyway, and every rank
+the loss infinite or NaN instead (`targets.py`), the check of the step finds that where it waits anyway, and every rank
 then looks at the labels, which all of them hold.
 """
 

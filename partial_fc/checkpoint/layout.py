@@ -50,7 +50,7 @@ from torch.futures import Future
 
 from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.shards import local_part, shard_bounds
+from partial_fc.distributed.shards import local_part, shard_bounds
 
 ROW_BLOCK_BYTES = 16 << 20  # smaller blocks are written more slowly (benchmarks/checkpoint.py)
 

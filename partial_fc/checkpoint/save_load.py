@@ -46,7 +46,7 @@ from partial_fc.checkpoint.named import check_to_load, check_to_save
 from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.distributed.agreement import on_every_rank, on_first_rank
 from partial_fc.distributed.operation import operation
-from partial_fc.shards import local_part
+from partial_fc.distributed.shards import local_part
 
 PLACEHOLDER = "__tensor__"  # {PLACEHOLDER: key} stands for a tensor in a skeleton
 

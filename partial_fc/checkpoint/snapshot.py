@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from partial_fc.storage.store import scratch_like
+from partial_fc.tiers.store import scratch_like
 
 BLOCK_BYTES = 64 << 20
 SMALL_BYTES = 1 << 20  # below it a copy without the block is as fast

@@ -39,15 +39,15 @@ from partial_fc.classes.moves import move_rows
 from partial_fc.distributed.given import as_whole
 from partial_fc.distributed.inside_torch import tells_graphs
 from partial_fc.distributed.meeting import meet
+from partial_fc.distributed.shards import ClassShards, local_part
 from partial_fc.distributed.texts import gather_texts
-from partial_fc.initial import initial_rows
 from partial_fc.margins.base import Margin
 from partial_fc.optim.moves import is_row_state
 from partial_fc.optim.optimizer_class import initial_state
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.optim.row_state import MASTER
 from partial_fc.sampling import mix
-from partial_fc.shards import ClassShards, local_part
+from partial_fc.tiers.initial import initial_rows
 
 Merge = Literal["mean", "first"]
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]

@@ -17,11 +17,11 @@ from partial_fc.classes.interface import Change
 from partial_fc.classes.mapping import Mapped
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES, Neighbours, nearest_classes, topk
 from partial_fc.distributed.operation import operation
+from partial_fc.distributed.shards import ClassShards
 from partial_fc.margins.base import Margin
 from partial_fc.nonfinite.zero_loss import zero_loss
 from partial_fc.optim.stored_rows import agree_to_load, marked, row_problem, taken
 from partial_fc.sharded import ShardedLoss
-from partial_fc.shards import ClassShards
 
 
 class ChangeableLoss(ShardedLoss):

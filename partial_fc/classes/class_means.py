@@ -20,14 +20,14 @@ from torch import Tensor
 
 from partial_fc.batch.exchange import exchange
 from partial_fc.batch.status import LabelSet
+from partial_fc.batch.targets import check_batch
 from partial_fc.classes.interface import Changeable
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.initial import initial_rows
+from partial_fc.distributed.shards import ClassShards, local_part
 from partial_fc.optim.row_state import MASTER
 from partial_fc.sampling import mix
-from partial_fc.shards import ClassShards, local_part
-from partial_fc.targets import check_batch
+from partial_fc.tiers.initial import initial_rows
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 NewRows = Callable[[int, int], Tensor]  # (a, b) -> rows of the class ids [a, b)

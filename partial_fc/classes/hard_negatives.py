@@ -33,10 +33,10 @@ from partial_fc.distributed.given import whole
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.operation import operation
 from partial_fc.distributed.ranks import all_gather
+from partial_fc.distributed.shards import ClassShards, shard_bounds
 from partial_fc.errors import NonFiniteError, log
 from partial_fc.sharded_module import check_choice
-from partial_fc.shards import ClassShards, shard_bounds
-from partial_fc.storage.store import RowStore
+from partial_fc.tiers.store import RowStore
 
 SEARCH = "the search for hard negatives"
 PIECE_BYTES = 16 << 20  # of ids that all ranks together send at a time

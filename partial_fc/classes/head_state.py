@@ -42,7 +42,7 @@ from partial_fc.softmax.inputs import LossOptions
 from partial_fc.softmax.measured import Measured
 from partial_fc.softmax.tiles import Workspace, compute_dtypes
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
-from partial_fc.storage.kinds import Storage
+from partial_fc.tiers.kinds import Storage
 
 DEFAULT_LOGITS_BUDGET = 1 << 30
 SamplingCorrection = Literal["none", "importance"]

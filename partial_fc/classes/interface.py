@@ -9,9 +9,9 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from partial_fc.classes.mapping import ClassMoves
+from partial_fc.distributed.shards import ClassShards
 from partial_fc.margins.base import Margin
 from partial_fc.rows import ClassRows
-from partial_fc.shards import ClassShards
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from partial_fc.classes.mapping import ClassMoves
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.shards import ClassShards, shard_bounds
+from partial_fc.distributed.shards import ClassShards, shard_bounds
 
 BLOCK_BYTES = 8 << 20
 

@@ -34,9 +34,9 @@ from partial_fc.classes.query_arguments import QUERY, check_query, unit_factors
 from partial_fc.distributed.given import whole_if_any
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
+from partial_fc.distributed.shards import local_part, shard_bounds
 from partial_fc.errors import NonFiniteError
 from partial_fc.rows import ClassRows
-from partial_fc.shards import local_part, shard_bounds
 
 DEFAULT_TILE_BYTES = 64 << 20
 QUERIES = 1024  # embeddings of all ranks that are searched at a time

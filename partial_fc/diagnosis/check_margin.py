@@ -32,10 +32,10 @@ from torch.nn.functional import softplus
 
 from partial_fc.classes.head_state import check_head_arguments
 from partial_fc.distributed.given import whole
+from partial_fc.distributed.shards import local_part
 from partial_fc.head import PartialFC
 from partial_fc.margins.base import Margin, Positives
 from partial_fc.sampling import mix
-from partial_fc.shards import local_part
 
 NUM_CLASSES, WIDTH, STEPS = 11, 6, 3
 COUNTS = (4, 0, 5)  # samples per rank, combined if there are fewer ranks

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc.diagnosis.checks import Check, gather_objects
+from partial_fc.distributed.shards import local_part
 from partial_fc.head import PartialFC
-from partial_fc.shards import local_part
 
 TOLERANCE, HALF_TOLERANCE = 1e-2, 1e-1  # relative; a mistake changes gradients by a factor
 

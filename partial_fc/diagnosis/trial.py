@@ -25,10 +25,10 @@ from partial_fc.diagnosis.undo import Undo
 from partial_fc.diagnosis.wiring import DEEPSPEED, FSDP2, Wiring, bare
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.ranks import Ranks
+from partial_fc.distributed.shards import local_part
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.optim.row_state import HALF
 from partial_fc.sampling import mix
-from partial_fc.shards import local_part
 
 SAMPLES = 4  # per rank, if no batch is given
 DYNAMIC = ("replicas", "forward", "head gradient", "backbone gradient", "gradient scale", "steps", "found_inf")

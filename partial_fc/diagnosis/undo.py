@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc.checkpoint.random_state import restore_random_state, take_random_state
+from partial_fc.distributed.shards import local_part
 from partial_fc.sharded import ShardedLoss
-from partial_fc.shards import local_part
 
 
 class Undo:

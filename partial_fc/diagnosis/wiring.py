@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from partial_fc.diagnosis.checks import Check
+from partial_fc.distributed.shards import local_part
 from partial_fc.head import PartialFC
 from partial_fc.optim.row_optimizer import RowOptimizer
-from partial_fc.shards import local_part
 
 # class names of engines
 DDP = "DistributedDataParallel"

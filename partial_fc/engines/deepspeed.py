@@ -31,12 +31,12 @@ from torch import Tensor
 
 from partial_fc import checkpoint
 from partial_fc.checkpoint.named import check_to_load
+from partial_fc.distributed.shards import local_part
 from partial_fc.nonfinite.step_check import decide
 from partial_fc.nonfinite.wiring import refuse_if
 from partial_fc.optim.clipping import clip_grad_norm_, gradient_norms
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.rows import HasClassRows
-from partial_fc.shards import local_part
 
 OLDEST = (0, 19, 8)  # with older engines weights are others, or move although the norm is not finite
 AUTOCAST_SCALERS = ("torch_autocast_gradscaler", "torch_autocast_z0_gradscaler")

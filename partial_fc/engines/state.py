@@ -25,10 +25,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from partial_fc.distributed.groups import ranks_of
+from partial_fc.distributed.shards import ClassShards
 from partial_fc.engines.joint import JointOptimizer
 from partial_fc.optim.protocol import step_quietly
 from partial_fc.optim.row_optimizer import RowOptimizer
-from partial_fc.shards import ClassShards
 
 
 def BackboneState(model: nn.Module) -> Any:  # noqa: N802

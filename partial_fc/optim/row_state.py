@@ -41,7 +41,7 @@ from partial_fc.optim.stored_rows import COUNT as COUNT
 from partial_fc.optim.stored_rows import MASTER as MASTER
 from partial_fc.optim.stored_rows import agree_to_load, marked, row_problem, stated_rows, taken
 from partial_fc.rows import ClassRows, HasClassRows, UpdateRows
-from partial_fc.storage.store import Initial, RowStore
+from partial_fc.tiers.store import Initial, RowStore
 
 SkippedRowsChoice = Literal["dense", "still"]
 

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from partial_fc.distributed.callers import callers
 from partial_fc.distributed.meeting import meet
+from partial_fc.distributed.shards import is_own_mesh
 from partial_fc.distributed.texts import gather_texts
 from partial_fc.optim.protocol import STATE_DICTS
 from partial_fc.rows import ClassRows
-from partial_fc.shards import is_own_mesh
 
 Value = TypeVar("Value")
 

@@ -27,6 +27,7 @@ from torch import nn
 from partial_fc.batch.status import HALF, Status
 from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES
+from partial_fc.distributed.shards import shard_bounds
 from partial_fc.optim import skipped_rows as moved_later
 from partial_fc.optim.adam_moves import AdamMoves
 from partial_fc.optim.forms import Moves
@@ -41,7 +42,6 @@ from partial_fc.optim.optimizer_class import (
 )
 from partial_fc.optim.row_state import SkippedRowsChoice
 from partial_fc.sampling import window_size
-from partial_fc.shards import shard_bounds
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes, tile_rows, tile_size
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {

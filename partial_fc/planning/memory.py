@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from partial_fc.initial import PAIRS, TEMPORARIES, rows_at_a_time
 from partial_fc.optim import skipped_rows
 from partial_fc.optim.adam_moves import AdamMoves
 from partial_fc.optim.row_optimizer import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE
 from partial_fc.planning.costs import Sizes, payload_bytes, search
 from partial_fc.softmax.draws import MOST_DRAWN
+from partial_fc.tiers.initial import PAIRS, TEMPORARIES, rows_at_a_time
 
 PHASES = ("build", "gather", "select", "forward", "combine", "backward", "update")
 WINDOW_TEMPORARIES = 41  # most bytes per class of the window that `draw_window` holds: five numbers and a mask

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partial_fc.distributed.shards import ClassShards
 from partial_fc.sampling import draw_window, window_size
-from partial_fc.shards import ClassShards
 
 MOST_DRAWN = 1 << 22  # class ids drawn at a time
 

@@ -33,8 +33,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from partial_fc import CenterLoss, Neighbours, PartialFC, gather
-from partial_fc.initial import initial_rows
-from partial_fc.shards import local_part, shard_bounds
+from partial_fc.distributed.shards import local_part, shard_bounds
+from partial_fc.tiers.initial import initial_rows
 from partial_fc.training.all_ranks import raise_on_all
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset

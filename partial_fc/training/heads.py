@@ -19,7 +19,7 @@ from partial_fc.classes.hard_negatives import Search
 from partial_fc.classes.head_state import SamplingCorrection
 from partial_fc.head import PartialFC
 from partial_fc.margins.base import Margin
-from partial_fc.storage.kinds import Storage
+from partial_fc.tiers.kinds import Storage
 from partial_fc.training.class_settings import ClassSettings
 from partial_fc.training.errors import UserError
 from partial_fc.training.margin_schedule import MarginScheduleConfig
@@ -64,7 +64,7 @@ class StorageSettings(ClassSettings):
     """Where class weights and optimizer state are: HostRows or FileRows."""
 
     base = Storage
-    names = {name: f"partial_fc.storage.kinds.{name}" for name in ("HostRows", "FileRows")}
+    names = {name: f"partial_fc.tiers.kinds.{name}" for name in ("HostRows", "FileRows")}
 
 
 def _takes(cls: type, argument: str) -> bool:

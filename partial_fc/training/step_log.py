@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from partial_fc import PartialFC
-from partial_fc.shards import local_part
+from partial_fc.distributed.shards import local_part
 from partial_fc.training.config import RunConfig, flat
 from partial_fc.training.micro_batches import Progress
 from partial_fc.training.run import RunFolder

@@ -32,12 +32,12 @@ from partial_fc.distributed.agreement import on_every_rank
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.operation import operation
 from partial_fc.distributed.ranks import Ranks
+from partial_fc.distributed.shards import local_part
 from partial_fc.errors import log
 from partial_fc.head import PartialFC
 from partial_fc.margins.state import describe_as_built
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.optim.row_state import MASTER
-from partial_fc.shards import local_part
 from partial_fc.weights.rank_files import RankFiles, described
 from partial_fc.weights.safetensors_file import (
     RowWriter,

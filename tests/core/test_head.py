@@ -21,8 +21,8 @@ from watching import Allocations
 
 import partial_fc
 from partial_fc import AdaFace, ArcFace, NonFiniteError, NormFace, PartialFC, RowOptimizer, Softmax, gather
-from partial_fc.initial import PAIRS, initial_rows, rows_of
 from partial_fc.sampling import mix
+from partial_fc.tiers.initial import PAIRS, initial_rows, rows_of
 
 D = 6
 

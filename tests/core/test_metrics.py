@@ -9,7 +9,7 @@ from shards import samples_of, selected_by_all
 from side_by_side import small_tiles
 
 from partial_fc import ArcFace, CosFace, Margin, PartialFC, Softmax, margins
-from partial_fc.initial import initial_rows
+from partial_fc.tiers.initial import initial_rows
 
 D, C = 8, 23
 COUNTS = (5, 3, 0, 4)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer, Softmax, SphereFace2, margins
 from partial_fc.distributed.ranks import Ranks
+from partial_fc.distributed.shards import ClassShards, shard_bounds
 from partial_fc.sampling import draw_window, window_size
-from partial_fc.shards import ClassShards, shard_bounds
 from partial_fc.softmax.corrections import log_weights
 from partial_fc.softmax.draws import Draws
 

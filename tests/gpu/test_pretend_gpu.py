@@ -171,7 +171,7 @@ def by_line(rank: int, world: int) -> tuple[dict[str, int], str]:
 def test_work_is_told_by_line_also_of_backward(gpu_ranks: Pools):
     ((lines, table),) = gpu_ranks(1).run(by_line)
     files = {line.split(":")[0] for line in lines}
-    assert {"softmax/forward.py", "softmax/backward.py", "targets.py", "margins/fixed.py"} <= files
+    assert {"softmax/forward.py", "softmax/backward.py", "batch/targets.py", "margins/fixed.py"} <= files
     assert "?" not in files
     of_caller = [line for line in lines if line.endswith("(caller)")]
     assert sum(lines[line] for line in of_caller) <= 2, "backward() itself makes the gradient of the loss"

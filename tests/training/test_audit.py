@@ -18,7 +18,7 @@ from forked import finish, fork
 from PIL import Image
 
 from partial_fc import PartialFC
-from partial_fc.shards import local_part
+from partial_fc.distributed.shards import local_part
 from partial_fc.training import audit
 from partial_fc.training.cli.main import main
 from partial_fc.training.data import GlyphIdentities, scan_folder

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from partial_fc import plan
-from partial_fc.shards import local_part
+from partial_fc.distributed.shards import local_part
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.cli.main import train_parser
 from partial_fc.training.cli.plan import byte_count

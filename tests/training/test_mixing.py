@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from partial_fc import gather
-from partial_fc.shards import local_part
+from partial_fc.distributed.shards import local_part
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import MarginSettings, RunConfig, to_config
 from partial_fc.training.data import DataConfig, IdentityDataset, open_data

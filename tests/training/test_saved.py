@@ -11,7 +11,7 @@ from torch import nn
 
 from partial_fc import Checkpointer, PartialFC, Progress, import_weights, save_checkpoint
 from partial_fc.distributed.groups import ranks_of
-from partial_fc.shards import ClassShards
+from partial_fc.distributed.shards import ClassShards
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import to_config

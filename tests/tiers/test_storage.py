@@ -34,16 +34,16 @@ from partial_fc import (
     save_checkpoint,
 )
 from partial_fc.distributed.ranks import Ranks
-from partial_fc.initial import initial_rows
+from partial_fc.distributed.shards import ClassShards
 from partial_fc.optim.adam_moves import AdamMoves
 from partial_fc.optim.moves import LinearMoves
 from partial_fc.sampling import draw_window, select_rows, window_size
-from partial_fc.shards import ClassShards
 from partial_fc.softmax.draws import Draws
-from partial_fc.storage import pages
-from partial_fc.storage import store as store_module
-from partial_fc.storage.kinds import checked_storage
-from partial_fc.storage.store import scratch_like
+from partial_fc.tiers import pages
+from partial_fc.tiers import store as store_module
+from partial_fc.tiers.initial import initial_rows
+from partial_fc.tiers.kinds import checked_storage
+from partial_fc.tiers.store import scratch_like
 
 C, D, N = 300, 6, 8
 SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3})

@@ -31,10 +31,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.distributed.failures import tell_own
-from partial_fc.initial import rows_at_a_time, rows_of
-from partial_fc.storage import pages
-from partial_fc.storage.kinds import FileRows, Storage
-from partial_fc.storage.wiring import WHOLE_GRADIENT
+from partial_fc.tiers import pages
+from partial_fc.tiers.initial import rows_at_a_time, rows_of
+from partial_fc.tiers.kinds import FileRows, Storage
+from partial_fc.tiers.wiring import WHOLE_GRADIENT
 
 log = logging.getLogger("partial_fc")
 
