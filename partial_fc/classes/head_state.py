@@ -28,6 +28,7 @@ from partial_fc.distributed.ranks import Group
 from partial_fc.errors import log
 from partial_fc.kernels.choice import Case, Kernels, KernelsMode, choose, mode_of
 from partial_fc.kernels.launch import prepare
+from partial_fc.kernels.trial import proven
 from partial_fc.margins.base import Margin
 from partial_fc.margins.state import load_state, misfit, state_of
 from partial_fc.margins.variants import ArcFace
@@ -355,8 +356,9 @@ class HeadState(HeadPredictions):
             smoothing=options.label_smoothing > 0,
             metrics=options.metrics,
             correction=self._sampling_correction != "none" and self._sample_rate < 1,
+            sampled=self.training and self._sample_rate < 1,
         )
-        found = choose(self._kernels, case)
+        found = proven(choose(self._kernels, case), case)
         if str(found) != self.kernels_in_use:
             self.kernels_in_use = str(found)
             log.info("kernels in use: %s%s", found, f" ({found.reason})" if found.rows and found.reason else "")

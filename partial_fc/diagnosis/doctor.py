@@ -32,6 +32,7 @@ from partial_fc.distributed.given import whole
 from partial_fc.head import PartialFC
 from partial_fc.kernels.choice import VARIABLE
 from partial_fc.kernels.launch import failed as failed_kernels
+from partial_fc.kernels.trial import tried_on
 
 NEEDED = ("group", "wrapping", "device", "settings")  # if one of them fails, a step would hang or be meaningless
 
@@ -172,7 +173,8 @@ def _kernels(head: PartialFC) -> Check:
         on_cpu = head.weight.device.type == "cpu"
         why = 'kernels="off"' if head.kernels == "off" else "the rows are on a CPU" if on_cpu else "no forward was run"
         return Check(name, True, said if said.startswith("none") else f"none ({why})")
-    return Check(name, True, f"{found}{f' ({found.reason})' if found.reason else ''}")
+    tried = f", tried beside plain PyTorch on {head.weight.device}" if tried_on(head.weight.device) else ""
+    return Check(name, True, f"{found}{tried}{f' ({found.reason})' if found.reason else ''}")
 
 
 def _settings(wiring: Wiring) -> Check:

@@ -49,6 +49,7 @@ class Case:
     smoothing: bool
     metrics: bool
     correction: bool  # of a sampled forward
+    sampled: bool = False  # some rows may take no part
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,16 @@ def ran(name: str, launch: Callable[[], Any], like: Tensor) -> bool:
             with torch.cuda.device_of(like):
                 launch()
     except Exception as error:  # whatever the compiler, the driver or the import of triton raises
-        failed[name] = f"{type(error).__name__}: {error}"
-        log.warning("the kernel %s failed, plain PyTorch takes its place from here on: %s", name, failed[name])
+        give_up(name, f"{type(error).__name__}: {error}")
         return False
     return True
+
+
+def give_up(name: str, why: str) -> None:
+    """Do not call a kernel any more in this process; one warning says why."""
+    if name not in failed:
+        failed[name] = why
+        log.warning("the kernel %s failed, plain PyTorch takes its place from here on: %s", name, why)
 
 
 def device_code(name: str) -> ModuleType:

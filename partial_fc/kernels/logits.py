@@ -66,18 +66,20 @@ class Operands:
     """What the kernels of one forward, or of one backward, have in common.
 
     x `[N, D]`: unit vectors, or as they are. first `[P]`: positions of the targets among this rank's rows, −1 where
-    they are elsewhere; P = N · labels. online: logits are not bounded, so sums are relative to the largest.
+    they are elsewhere; P = N · labels. online: logits are not bounded, so sums are relative to the largest. programs:
+    for how many the rows are split.
     """
 
     def __init__(
-        self, x: Tensor, product: torch.dtype, first: Tensor, scale: float, *, online: bool, hardest: bool
-    ) -> None:
+        self, x: Tensor, product: torch.dtype, first: Tensor, scale: float, *, online: bool, hardest: bool,
+        programs: int = PROGRAMS,
+    ) -> None:  # fmt: skip
         self.samples, self.width = x.shape
         self.x = aligned(x.to(product))
         self.first = first.to(torch.int32)
         self.labels = len(first) // max(self.samples, 1)
         self.scale = scale
-        self.online, self.hardest = online, hardest
+        self.online, self.hardest, self.programs = online, hardest, programs
         self.small = x.device.type == "cpu"
 
     def tile(
@@ -91,7 +93,7 @@ class Operands:
         `online`. sums: whether they are asked for; else they are empty.
         """
         blocks = SMALL if self.small else TILE
-        splits, each = splits_of(self.samples, len(w), blocks)
+        splits, each = splits_of(self.samples, len(w), blocks, self.programs)
         partial = w.new_empty((splits, self.samples) if sums else (0,), dtype=torch.float32)
         largest = w.new_empty((splits, self.samples) if sums and self._looks else (0,), dtype=torch.float32)
         matrices = (self.x, blocks.samples, blocks.depth), (aligned(w), blocks.rows, blocks.depth)
@@ -119,7 +121,7 @@ class Operands:
     def stream(self, w: Tensor, a: int, column: Tensor | None) -> Sums | None:
         """Return the sums of `tile`, and Σ exp(logit) w, of rows w `[T, D]`."""
         blocks, wide = self._blocks(STREAM)
-        splits, each = splits_of(self.samples, len(w), blocks)
+        splits, each = splits_of(self.samples, len(w), blocks, self.programs)
         partial = w.new_empty(splits, self.samples, dtype=torch.float32)
         largest = w.new_empty((splits, self.samples) if self._looks else (0,), dtype=torch.float32)
         weighted = w.new_empty(splits, self.samples, self.width, dtype=torch.float32)
@@ -192,7 +194,7 @@ def _ran(
     return ran(kernel, launch, matrices[0][0])
 
 
-def splits_of(samples: int, rows: int, blocks: Blocks) -> tuple[int, int]:
+def splits_of(samples: int, rows: int, blocks: Blocks, at_work: int = PROGRAMS) -> tuple[int, int]:
     """Return (into how many parts the rows are split, rows of each part): what keeps all programs at work longest.
 
     A program costs about two blocks more than those that it does: its first operands, its last stores.
@@ -200,9 +202,9 @@ def splits_of(samples: int, rows: int, blocks: Blocks) -> tuple[int, int]:
     programs, columns = -(-samples // blocks.samples), max(1, -(-rows // blocks.rows))
 
     def cost(splits: int) -> tuple[int, int]:
-        return -(-programs * splits // PROGRAMS) * (-(-columns // splits) + 2), splits
+        return -(-programs * splits // at_work) * (-(-columns // splits) + 2), splits
 
-    best = min(range(1, min(columns, PROGRAMS) + 1), key=cost)
+    best = min(range(1, min(columns, at_work) + 1), key=cost)
     each = -(-columns // best)
     return -(-columns // each), each * blocks.rows
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.kernels.rows import catch_up_rows
+from partial_fc.kernels.small_problems import MovesCase
+from partial_fc.kernels.trial import moves_tried
 from partial_fc.optim.moves import LinearMoves
 
 if TYPE_CHECKING:
@@ -52,4 +54,9 @@ def moved_by_kernel(
     flat = [each.view(-1, width) for each in (*tensors, *outs[: 1 + keys])]
     directions = (outs[1 + keys], outs[2 + keys]) if len(outs) > 1 + keys else None
     given = flat[: 1 + keys], index, coefficients, flat[1 + keys :], directions, rows.main.dtype
-    return outs if catch_up_rows(*given) else None
+
+    def case() -> MovesCase:
+        made = None if directions is None else directions[0].dtype
+        return MovesCase(index.device, width, tuple(each.dtype for each in tensors), made, rows.main.dtype)
+
+    return outs if moves_tried(case, index.device) and catch_up_rows(*given) else None

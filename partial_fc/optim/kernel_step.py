@@ -16,6 +16,8 @@ from torch import Tensor
 from partial_fc.batch.row_sums import Pads
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.kernels.choice import HALF_OR_SINGLE, WIDEST
+from partial_fc.kernels.small_problems import StepCase
+from partial_fc.kernels.trial import step_tried
 from partial_fc.kernels.update import Memory, Numbers, Through, step_rows
 from partial_fc.optim.row_state import COUNT
 from partial_fc.sampling import mix
@@ -77,7 +79,11 @@ class KernelStep:
         )
         if index is not None:
             index = without_pads(index, update.optimizer.class_rows.pads, a, b)
-        if not step_rows(grad.reshape(-1, width), memory, numbers, index, a, self.rounding, through and through()):
+        grad = grad.reshape(-1, width)
+        how = {"gather": index is not None, "stochastic": self.rounding is not None, "through": through is not None}
+        if not step_tried(lambda: StepCase.of(grad, memory, numbers, **how), weight.device):
+            return False
+        if not step_rows(grad, memory, numbers, index, a, self.rounding, through and through()):
             return False
         if numbers.adam:
             update.state["step"] = update.before["step"] + 1
