@@ -4,7 +4,8 @@
                   interpreter, for rows on a CPU
     the rule      rows_problem, tiles_problem, stream_problem: the first thing against it, in words, or ""
 
-A rank chooses for its own card. That is no matter to the others: what ranks exchange has the same form either way.
+What is chosen is tried before it is used (trial.py). A rank chooses for its own card. That is no matter to the others:
+what ranks exchange has the same form either way.
 """
 
 from __future__ import annotations
