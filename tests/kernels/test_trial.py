@@ -287,8 +287,8 @@ def test_a_wrong_kernel_is_found(
     )
     assert "at D = 20, " in said and f"differ from plain PyTorch by {'nan' if spoil is to_nan else ''}" in said
     assert list(launch.failed) == [kernel]
-    # float32 products; momentum and rows have the rounding of four steps
-    assert max(off(a, b) for a, b in zip(got, want, strict=True)) < 2e-5
+    # two runs in float32, of four steps at scale 64
+    assert max(off(a, b) for a, b in zip(got, want, strict=True)) < 1e-4
     in_use = {
         "gather_rows": "none (gather_rows has failed)",
         "project_rows": "none (project_rows has failed)",
