@@ -34,7 +34,7 @@ LIMITS = {torch.float32: 5e-6, torch.bfloat16: 1.1 * 2.0**-8, torch.float16: 2.0
 SUM_LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-4}
 PRODUCT_LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 WIDEST = 2048  # D of a product: beyond, there are more turns of one loop
-PROGRAMS = 6  # so that each has more than one block of rows
+PROGRAMS = 10  # two splits: each program has several blocks of rows
 
 
 class Compared(NamedTuple):
@@ -320,7 +320,8 @@ def of_stream(case: Case) -> list[Compared]:
     name, small = "stream_backward", case.device.type == "cpu"
     tables = [SMALL] if small else [*STREAM.values(), *STREAM_ROWS.values()]
     most = max(each.rows for each in tables)
-    n, rows = 2 * max(each.samples for each in tables) + 5, 3 * most + most // 3
+    # more blocks than are on their way at a time
+    n, rows = 4 * max(each.samples for each in tables) + 5, 7 * most + most // 3
     given = Logits(case, n, rows)
     streamed = given.operands.stream(given.w, given.a, given.column)
     found = [] if streamed is None else given.sums("stream_forward", streamed)
