@@ -29,7 +29,6 @@ from partial_fc.training.data import IdentityDataset
 from partial_fc.training.data.loader import BatchLoader
 from partial_fc.training.data.samplers import Integers, Sampler
 from partial_fc.training.data.splits import what_changed
-from partial_fc.training.data.writers import write_atomically
 from partial_fc.training.embedding import Embedder
 from partial_fc.training.embedding_files import (
     FORMAT,
@@ -46,6 +45,7 @@ from partial_fc.training.embedding_files import (
     write_part,
 )
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import write_atomically
 
 BATCH = 256  # images of a forward
 PART = 8192  # images of a part of a large data set

@@ -40,6 +40,7 @@ from partial_fc.training.export.export import (
     load_exported_backbone,
 )
 from partial_fc.training.export.onnx import INPUT, OUTPUT
+from partial_fc.training.files import add_to_digest, told
 from partial_fc.training.protocols.task_files import image_shape
 from partial_fc.training.results import load_backbone
 from partial_fc.training.run import CONFIG, RunFolder
@@ -262,7 +263,8 @@ def _open_onnx(make: type[Embedder], path: Path, rest: dict[str, Any]) -> Embedd
 
 def read_spec(path: Path) -> dict[str, Any]:
     """Return the content of preprocessing.json; UserError if it is missing, damaged, or asks for what is not done."""
-    try:
+    missing = f"{path} is missing, which says how images are prepared; give a folder that export-backbone wrote"
+    with told(path, again="export the backbone again", missing=missing):
         spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         _, channels, height, width = spec["input"]["shape"]
         sizes = [channels, height, width, spec["embedding_size"]]
@@ -272,14 +274,6 @@ def read_spec(path: Path) -> dict[str, Any]:
             raise ValueError("it does not say of which run it is")
         if (spec["divide_by"], spec["then_subtract"], spec["layout"]) != (127.5, 1.0, "NCHW"):
             raise UserError(f"{path} asks for pixels in another range or order than this version makes")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is missing, which says how images are prepared; give a folder that export-backbone wrote"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); export the backbone again") from error
     return spec
 
 
@@ -288,7 +282,5 @@ def _digest_of_files(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for each in (path, path.with_name(f"{path.name}.data")):
         if each.is_file():
-            with each.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+            add_to_digest(digest, each)
     return digest.hexdigest()

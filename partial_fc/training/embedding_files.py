@@ -31,8 +31,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from partial_fc.training.data.writers import write_atomically
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import on_disk, told, write_atomically
 
 INDEX = "embeddings.json"
 UNREADABLE = "unreadable.txt"
@@ -89,13 +89,11 @@ def write_part(path: Path, rows: Embedded, about: Mapping[str, Any]) -> None:
     """Write a part, in one move: after this it is on the disk. about: its metadata. OSError if that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with on_disk(temporary) as file:
             if path.suffix == ".npz":
                 _write_npz(file, rows, about)
             else:
                 _write_parquet(file, rows, about)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -210,7 +208,8 @@ class EmbeddingFiles:
 def read_index(folder: Path) -> dict[str, Any]:
     """Return the content of embeddings.json; UserError if it is missing, damaged, or of another version."""
     path = folder / INDEX
-    try:
+    missing = f"{folder} has no embeddings (no {INDEX}); make them: partial-fc embed RUN --data ..."
+    with told(path, again="remove the folder, embed again", missing=missing):
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
             raise UserError(f"{path} has the format {index['format']!r}; this version reads {FORMAT!r}: embed again")
@@ -220,16 +219,6 @@ def read_index(folder: Path) -> dict[str, Any]:
             raise ValueError("it does not say how many parts there are")
         if not isinstance(index["preprocessing"], dict) or not isinstance(index["backbone"], str):
             raise ValueError("it does not name the backbone")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} has no embeddings (no {INDEX}); make them: partial-fc embed RUN --data ..."
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged ({' '.join(str(error).split())}); remove the folder, embed again"
-        ) from error
     return index
 
 

@@ -10,7 +10,6 @@ that was begun but not noted is written again. The writers of all formats are in
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from partial_fc.training.data.dataset import EncodedIdentities, UnreadableImage
 from partial_fc.training.data.decode import read_header
 from partial_fc.training.data.formats.detect import CONVERSION_STATE, open_source
 from partial_fc.training.data.splits import what_changed
-from partial_fc.training.data.writers import FORMATS, Writer, make_writer, write_atomically
+from partial_fc.training.data.writers import FORMATS, Writer, make_writer
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import sync_folder, write_atomically
 
 __all__ = ["FORMATS", "PART", "convert", "is_finished"]
 
@@ -235,10 +235,5 @@ def _verify(
 
 def _save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write the state, after the names of all files that it refers to are on the disk."""
-    if hasattr(os, "O_DIRECTORY"):  # not on Windows
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync_folder(folder)
     write_atomically(folder / CONVERSION_STATE, json.dumps(state).encode())

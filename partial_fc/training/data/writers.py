@@ -37,6 +37,7 @@ import numpy.typing as npt
 from partial_fc.training.data.formats.file_labels import NAMES
 from partial_fc.training.data.formats.record_file import MAX_EXACT, frame, pack
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import write_atomically
 
 _UNFINISHED = ".part"  # name of a tar or Parquet file while it is written
 
@@ -289,13 +290,3 @@ def _sync_images() -> None:
     """
     if hasattr(os, "sync"):  # not on Windows
         os.sync()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that others see all of it or none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

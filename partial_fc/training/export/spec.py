@@ -15,6 +15,7 @@ from typing import Any
 
 from partial_fc.training.config import RunConfig
 from partial_fc.training.export.onnx import INPUT, OPSET, OUTPUT
+from partial_fc.training.files import add_to_digest
 
 FORMAT = 1
 MODEL_CONFIG = "config.json"
@@ -124,7 +125,5 @@ def model_config(
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    add_to_digest(digest, path)
     return digest.hexdigest()

@@ -12,16 +12,15 @@ An error before that deletes the new files.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import numpy as np
 
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import on_disk
 from partial_fc.training.gallery.enrolment import Enrolment, MeanRows, image_rows
 from partial_fc.training.gallery.index import (
     FLAT_BELOW,
@@ -246,12 +245,3 @@ def _some_rows(segments: Iterable[Segment], removed: Integers, wanted: int, rows
         embeddings.append(part.embeddings[-place % every :: every])
         place += len(part)
     return np.concatenate(embeddings)
-
-
-@contextlib.contextmanager
-def on_disk(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file; it is on the disk afterwards."""
-    with path.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())

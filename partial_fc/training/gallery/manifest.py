@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import sync_folder, told, write_atomically
 
 MANIFEST = "gallery.json"
 FORMAT = "partial_fc gallery, 1"
@@ -96,7 +97,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, Stamp]:
     """Return the manifest, and its stamp. UserError for one that is missing, damaged, or of another version."""
     stamp = stamp_of(folder)
     path = folder / MANIFEST
-    try:
+    with told(path, again="restore it from a copy"):
         with path.open(encoding="utf-8") as file:
             found = os.fstat(file.fileno())
             stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
@@ -110,10 +111,6 @@ def read_manifest(folder: Path) -> tuple[Manifest, Stamp]:
         content["codes"] = None if content["codes"] is None else CodesEntry(**content["codes"])
         manifest = Manifest(**content)
         _check(manifest)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore it from a copy") from error
     return manifest, stamp
 
 
@@ -138,15 +135,9 @@ def _check(manifest: Manifest) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace gallery.json, when all files that it names are on the disk; then delete the files that do not count."""
-    temporary = folder / f".{MANIFEST}.tmp"
     content = {"format": FORMAT, **asdict(manifest)}
     sync_folder(folder)
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
+    write_atomically(folder / MANIFEST, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     sync_folder(folder)
     delete_others(folder, manifest.files)
 
@@ -157,12 +148,3 @@ def delete_others(folder: Path, files: set[str]) -> None:
         if OWN_FILE.fullmatch(path.name) and path.name not in files:
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Write the names in the folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,6 @@ The format is Arrow's IPC file, uncompressed, so that embeddings are read where 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import on_disk
 
 BATCH = 16_384
 UNIT_TOLERANCE = 1e-3  # of the length of a stored embedding
@@ -84,25 +84,22 @@ def write_segment(path: Path, batches: Iterable[Rows], dimension: int) -> int:
     pa = arrow()
     schema = _schema(pa, dimension)
     count = 0
-    with path.open("wb") as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            for rows in batches:
-                columns = [
-                    pa.array(rows.numbers, pa.int64()),
-                    _column(pa, rows.identities, pa.string()),
-                    _column(pa, rows.pictures, pa.string()),
-                    _column(pa, rows.thumbnails, pa.binary()),
-                    pa.array(rows.images, pa.int32()),
-                    pa.array(rows.lengths, pa.float32()),
-                    _code_column(pa, rows),
-                    pa.FixedSizeListArray.from_arrays(
-                        pa.array(np.ascontiguousarray(rows.embeddings).ravel(), pa.float32()), dimension
-                    ),
-                ]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
-                count += len(rows)
-        file.flush()
-        os.fsync(file.fileno())
+    with on_disk(path) as file, pa.ipc.new_file(file, schema) as writer:
+        for rows in batches:
+            columns = [
+                pa.array(rows.numbers, pa.int64()),
+                _column(pa, rows.identities, pa.string()),
+                _column(pa, rows.pictures, pa.string()),
+                _column(pa, rows.thumbnails, pa.binary()),
+                pa.array(rows.images, pa.int32()),
+                pa.array(rows.lengths, pa.float32()),
+                _code_column(pa, rows),
+                pa.FixedSizeListArray.from_arrays(
+                    pa.array(np.ascontiguousarray(rows.embeddings).ravel(), pa.float32()), dimension
+                ),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            count += len(rows)
     return count
 
 

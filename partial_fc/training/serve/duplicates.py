@@ -86,12 +86,7 @@ def read_pairs(path: Path) -> list[DuplicatePair]:
     """Return the pairs of duplicates.csv. Raises UserError if it is missing or damaged."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [
-                DuplicatePair(
-                    _class(row, "a"), _class(row, "b"), _cosine(row["row_cosine"]), _cosine(row["mean_cosine"])
-                )
-                for row in csv.DictReader(file, strict=True)
-            ]
+            return [_pair(row) for row in csv.DictReader(file, strict=True)]
     except FileNotFoundError:
         raise UserError(f"{path} is missing; write it with `partial-fc audit RUN`") from None
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
