@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from partial_fc.batch.building import together
 from partial_fc.classes.hard_negatives import UNKNOWN, HardNegatives, Search, check_hard_negatives
+from partial_fc.classes.head_arguments import check_head_arguments, checked_block
 from partial_fc.classes.interface import Change
 from partial_fc.classes.predictions import HeadPredictions
 from partial_fc.classes.tables import (
@@ -23,7 +23,6 @@ from partial_fc.classes.tables import (
     prepare_anew,
 )
 from partial_fc.distributed.dtensors import local_part
-from partial_fc.distributed.given import real, whole
 from partial_fc.distributed.ranks import Group
 from partial_fc.errors import log
 from partial_fc.kernels.choice import Case, Kernels, KernelsMode, choose, mode_of
@@ -47,17 +46,6 @@ from partial_fc.tiers.kinds import Storage
 
 DEFAULT_LOGITS_BUDGET = 1 << 30
 SamplingCorrection = Literal["none", "importance"]
-
-
-class HeadNumbers(NamedTuple):
-    """Arguments of a head, each in one spelling."""
-
-    sample_rate: float
-    label_smoothing: float
-    interclass_filter: float | None
-    inter_topk: int
-    inter_topk_penalty: float
-    logits_budget: int | None
 
 
 class HeadState(HeadPredictions):
@@ -443,60 +431,6 @@ class HeadState(HeadPredictions):
         return num_classes if every else window_size(num_classes, self.sample_rate, self._sample_block)
 
 
-def checked_block(sample_block: int, num_classes: int, sample_rate: float) -> int:
-    """Return it as an int. ValueError for what no head can have."""
-    sample_block = whole("sample_block", sample_block, least=1)
-    if sample_block > num_classes:
-        raise ValueError(f"sample_block is a number of classes, at most {num_classes}, not {sample_block}")
-    if sample_block > 1 and sample_rate == 1:
-        raise ValueError(
-            f"sample_block is {sample_block}, but with sample_rate=1.0 nothing is drawn: leave it at 1, or give a "
-            "sample_rate below 1"
-        )
-    return sample_block
-
-
 def _rows_ahead(head: weakref.ref[HeadState]) -> Callable[[], Tensor] | None:
     here = head()
     return None if here is None else here.rows_ahead()
-
-
-def check_head_arguments(
-    margin: Margin,
-    sample_rate: float,
-    label_smoothing: float,
-    interclass_filter: float | None,
-    inter_topk: int,
-    inter_topk_penalty: float,
-    logits_budget: int | None,
-) -> HeadNumbers:
-    """Return all but the margin as plain numbers; TypeError or ValueError for what no head can have."""
-    sample_rate, label_smoothing = real("sample_rate", sample_rate), real("label_smoothing", label_smoothing)
-    interclass_filter = None if interclass_filter is None else real("interclass_filter", interclass_filter)
-    inter_topk = whole("inter_topk, a number of classes,", inter_topk, least=0)
-    inter_topk_penalty = real("inter_topk_penalty", inter_topk_penalty)
-    if not 0 <= inter_topk_penalty < math.pi:
-        raise ValueError(f"inter_topk_penalty is an angle in radians in [0, pi), not {inter_topk_penalty}")
-    if not 0 < sample_rate <= 1:
-        raise ValueError(f"sample_rate is a share of the classes in (0, 1], not {sample_rate}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
-    if logits_budget is not None:
-        logits_budget = whole("logits_budget, a number of bytes,", logits_budget, least=0)
-    if not isinstance(margin, Margin):
-        raise TypeError(f"margin must be an instance such as ArcFace(scale=64.0), not {margin!r}")
-    name = type(margin).__name__
-    if [key for key, _ in margin.named_parameters()] != (["offset"] if margin.binary else []):
-        raise ValueError(f"{name} has parameters; a margin may have buffers, but nothing would train parameters")
-    if margin.binary and label_smoothing:
-        raise ValueError(f"label_smoothing must be 0 with {name}, whose classes are not one distribution")
-    if interclass_filter is not None and not (margin.takes_cosines and -1 < interclass_filter <= 1):
-        raise ValueError(
-            f"interclass_filter is a cosine in (-1, 1], for margins that normalise, not {interclass_filter}"
-        )
-    if inter_topk and not margin.takes_cosines:
-        raise ValueError(
-            f"inter_topk moves angles to other classes and is for margins that normalise; it must be 0 with {name}, "
-            f"not {inter_topk}"
-        )
-    return HeadNumbers(sample_rate, label_smoothing, interclass_filter, inter_topk, inter_topk_penalty, logits_budget)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from partial_fc.classes.head_state import check_head_arguments
+from partial_fc.classes.head_arguments import check_head_arguments
 from partial_fc.distributed.given import whole
 from partial_fc.distributed.shards import local_part
 from partial_fc.head import PartialFC

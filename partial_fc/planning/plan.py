@@ -18,7 +18,8 @@ import torch
 
 from partial_fc.batch.status import DTYPES
 from partial_fc.classes.hard_negatives import check_hard_negatives, check_neighbours
-from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET, checked_block
+from partial_fc.classes.head_arguments import checked_block
+from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
 from partial_fc.distributed.given import as_whole, plain
 from partial_fc.optim.optimizer_class import LowPrecision
 from partial_fc.optim.row_state import HALF, SkippedRowsChoice
