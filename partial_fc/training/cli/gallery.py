@@ -16,35 +16,22 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from partial_fc.training.cli.embed import (
-    add_backbone_options,
-    add_data,
-    check_reading,
-    make_accelerator,
-    open_embedder,
-    open_images,
-    reading_of,
-)
+from partial_fc.training.cli.gallery_sources import SHOWN, Source, add_sources, open_backbone, open_source
 from partial_fc.training.cli.parser import CommandParser, add_traceback, check_at_least
-from partial_fc.training.data import IdentityDataset, UnreadableImage
+from partial_fc.training.data import UnreadableImage
 from partial_fc.training.data.safe_files import read_whole
-from partial_fc.training.embed_data import Reading
 from partial_fc.training.embedding import Embedder
-from partial_fc.training.embedding_files import EmbeddingFiles, valid_text
+from partial_fc.training.embedding_files import valid_text
 from partial_fc.training.enrol_data import (
-    enrol_data,
-    enrol_files,
     first_of_each,
     joined,
     labels_of,
-    names_of,
     some_identities,
 )
 from partial_fc.training.errors import UserError
@@ -58,7 +45,6 @@ commands:
 
 `partial-fc gallery COMMAND --help` explains every setting.
 """
-SHOWN = 10  # names, or files, of a list that is printed
 
 
 def gallery_command(arguments: list[str]) -> int:
@@ -83,29 +69,6 @@ def _parser(name: str, description: str) -> CommandParser:
     return parser
 
 
-def _add_sources(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name images, or embeddings, and the backbone."""
-    parser.add_argument(
-        "--run",
-        default=None,
-        metavar="RUN",
-        help="folder of a run, or one that export-backbone wrote (default: what the gallery was built with)",
-    )
-    add_data(parser)
-    parser.add_argument(
-        "--embeddings",
-        default=None,
-        metavar="FILES",
-        help="instead: a folder that `partial-fc embed` wrote, or one .parquet or .npz file with the columns "
-        "`embedding` and `identity`",
-    )
-    parser.add_argument(
-        "--backbone", default=None, metavar="NAME", help="a name for the backbone of embeddings that do not say it"
-    )
-    add_backbone_options(parser)
-    add_traceback(parser)
-
-
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--far",
@@ -123,121 +86,13 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ sources
-
-
-@dataclass
-class Source:
-    """Images with a backbone, or embeddings: what a command enrols, searches for, or calibrates by."""
-
-    dimension: int
-    backbone: str
-    preprocessing: dict[str, Any]
-    where: str | None
-    """Where the backbone is."""
-    names: Callable[[], list[str]]
-    """The identity of each image."""
-    enrolments: Callable[[npt.NDArray[np.bool_] | None, Callable[[str], bool]], Iterator[Enrolment]]
-    """The images that are chosen `[n]`, or all; and whether an image of an identity gets a thumbnail."""
-    unreadable: list[str]
-
-    def check(self, gallery: Gallery) -> None:
-        """Raise UserError unless embeddings of the source may be compared with the gallery's."""
-        gallery.check_backbone(self.backbone, self.dimension, self.preprocessing)
-
-    def report_unreadable(self) -> None:
-        """Print the images that could not be read."""
-        if self.unreadable:
-            more = "" if len(self.unreadable) <= SHOWN else f", and {len(self.unreadable) - SHOWN:,} more"
-            print(f"could not be read: {'; '.join(self.unreadable[:SHOWN])}{more}")
-
-
-def _open_source(options: argparse.Namespace, gallery: Gallery | None) -> Source:
-    """Open what the options name; gallery: the one that it is for, whose backbone is the default."""
-    check_reading(options)
-    if options.embeddings is not None:
-        if options.data is not None or options.run is not None:
-            raise UserError("give either --embeddings, or --run and --data")
-        return _embeddings_source(options, gallery)
-    if options.backbone is not None:
-        raise UserError("--backbone names the backbone of --embeddings; leave it out")
-    embedder, reading = _open_backbone(options, gallery)
-    _, dataset = open_images(options, embedder)
-    return _data_source(embedder, dataset, reading(dataset))
-
-
-def _open_backbone(
-    options: argparse.Namespace, gallery: Gallery | None
-) -> tuple[Embedder, Callable[[IdentityDataset], Reading]]:
-    """Return the backbone that the options, or the gallery, name, and how it reads a data set."""
-    source = options.run if options.run is not None or gallery is None else gallery.manifest.source
-    if source is None:
-        raise UserError("name the backbone with --run, or give embeddings with --embeddings")
-    if options.run is None and not Path(source).exists():
-        raise UserError(f"the backbone of the gallery was in {source}, where it is no longer; name it with --run")
-    if gallery is not None and not options.flip:
-        options.flip = bool(gallery.preprocessing.get("flip", False))
-    accelerator = make_accelerator(source)
-    embedder = open_embedder(source, options, accelerator.device)
-    if gallery is not None:
-        gallery.check_backbone(embedder.digest, embedder.dimension, embedder.preprocessing)
-    return embedder, lambda dataset: reading_of(options, dataset, accelerator)
-
-
-def _data_source(embedder: Embedder, dataset: IdentityDataset, reading: Reading) -> Source:
-    unreadable: list[str] = [*dataset.skipped]
-
-    def enrolments(chosen: npt.NDArray[np.bool_] | None, thumbnails: Callable[[str], bool]) -> Iterator[Enrolment]:
-        places = None if chosen is None else np.flatnonzero(chosen)
-        return enrol_data(embedder, dataset, reading, unreadable=unreadable, chosen=places, thumbnails=thumbnails)
-
-    def names() -> list[str]:
-        of = names_of(dataset)
-        return [of[label] for label in dataset.labels.tolist()]
-
-    return Source(
-        embedder.dimension,
-        embedder.digest,
-        embedder.preprocessing,
-        embedder.source,
-        names,
-        enrolments,
-        unreadable,
-    )
-
-
-def _embeddings_source(options: argparse.Namespace, gallery: Gallery | None) -> Source:
-    files = EmbeddingFiles.open(options.embeddings)
-    backbone = files.backbone or options.backbone
-    if backbone is None:
-        raise UserError(f"{files.path} does not say of which backbone its embeddings are; name it with --backbone")
-    if options.backbone is not None and files.backbone not in (None, options.backbone):
-        raise UserError(f"{files.path} is of the backbone {files.backbone[:12]}; leave --backbone out")
-
-    def enrolments(chosen: npt.NDArray[np.bool_] | None, thumbnails: Callable[[str], bool]) -> Iterator[Enrolment]:
-        return enrol_files(files, chosen)
-
-    def names() -> list[str]:
-        return [name for rows in files.parts() for name in rows.identities]
-
-    return Source(
-        files.dimension,
-        backbone,
-        files.preprocessing,
-        files.source,
-        names,
-        enrolments,
-        [],
-    )
-
-
 # ------------------------------------------------------------------------------------------------ build, add, remove
 
 
 def build_command(arguments: list[str]) -> None:
     """`partial-fc gallery build GALLERY --run RUN --data D`: make a gallery of a data set."""
     parser = _parser("build", "Make a gallery of the identities of a data set, or of embeddings.")
-    _add_sources(parser)
+    add_sources(parser)
     parser.add_argument(
         "--per_identity",
         choices=("mean", "all"),
@@ -255,7 +110,7 @@ def build_command(arguments: list[str]) -> None:
     )
     _add_calibration(parser)
     options = parser.parse_args(arguments)
-    source = _open_source(options, None)
+    source = open_source(options, None)
     with_thumbnail = _thumbnails(options.per_identity, options.no_thumbnails)
     gallery = Gallery.build_from(
         options.gallery,
@@ -292,7 +147,7 @@ def _described(gallery: Gallery) -> str:
 def add_command(arguments: list[str]) -> None:
     """`partial-fc gallery add GALLERY`: enrol more identities, or more images of them."""
     parser = _parser("add", "Enrol the identities of a data set, of embeddings, or images of one identity.")
-    _add_sources(parser)
+    add_sources(parser)
     parser.add_argument("--images", nargs="+", default=None, metavar="FILE", help="instead: images of one identity")
     parser.add_argument("--identity", default=None, metavar="NAME", help="name of the identity of --images")
     parser.add_argument(
@@ -309,12 +164,12 @@ def add_command(arguments: list[str]) -> None:
     if options.images is not None:
         if options.data is not None or options.embeddings is not None:
             raise UserError("give either --images, --data or --embeddings")
-        embedder, _ = _open_backbone(options, gallery)
+        embedder, _ = open_backbone(options, gallery)
         enrolments: Iterator[Enrolment] = iter([_enrolment_of_files(embedder, options.images, options.identity)])
         names = [options.identity]
         source = None
     else:
-        source = _open_source(options, gallery)
+        source = open_source(options, gallery)
         source.check(gallery)
         names = source.names()
         enrolments = source.enrolments(None, _thumbnails(gallery.per_identity, False))
@@ -406,7 +261,7 @@ def calibrate_command(arguments: list[str]) -> None:
         "Set the threshold by a data set that was not trained on; or by hand. Of a large data set 20,000 images of "
         "whole identities are used.",
     )
-    _add_sources(parser)
+    add_sources(parser)
     _add_calibration(parser)
     parser.add_argument("--threshold", type=float, default=None, metavar="COSINE", help="instead: set this threshold")
     options = parser.parse_args(arguments)
@@ -419,7 +274,7 @@ def calibrate_command(arguments: list[str]) -> None:
         return
     if options.far is None and options.fpir is None:
         raise UserError("give --far, --fpir or --threshold")
-    source = _open_source(options, gallery)
+    source = open_source(options, gallery)
     source.check(gallery)
     _calibrate(gallery, source, options)
 
@@ -436,7 +291,7 @@ def search_command(arguments: list[str]) -> None:
     """`partial-fc gallery search GALLERY IMAGE ...`: who is it?"""
     parser = _parser("search", "Find the identities nearest to images, or nobody if none reaches the threshold.")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
-    _add_sources(parser)
+    add_sources(parser)
     parser.add_argument("-k", type=int, default=5, help="identities to show for each image (default 5)")
     parser.add_argument(
         "--threshold", type=float, default=None, metavar="COSINE", help="use this one instead of the gallery's"
@@ -454,12 +309,12 @@ def search_command(arguments: list[str]) -> None:
     if options.results is not None:
         check_new_file(Path(options.results), "--results")
     if options.images:
-        embedder, _ = _open_backbone(options, gallery)
+        embedder, _ = open_backbone(options, gallery)
         embeddings = _embedded(embedder, [_image_file(path) for path in options.images], options.images)
         queries: Iterator[Enrolment] = iter([Enrolment(embeddings, [""] * len(embeddings), options.images)])
         source = None
     else:
-        source = _open_source(options, gallery)
+        source = open_source(options, gallery)
         source.check(gallery)
         queries = source.enrolments(None, lambda name: False)
     _answer(gallery, queries, options, labelled=source is not None)
