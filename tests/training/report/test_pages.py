@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from browser import Browser, find_browser
 from common import args
 
 from partial_fc.training.cli.main import main, train_parser
@@ -34,14 +32,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name, more in (("arc", []), ("cos", ["--head.margin", "CosFace", "--head.sample_rate", "0.5"])):
         assert main([*COMMON, *more, "--output.folder", str(root / name)]) == 0
     return [root / "arc", root / "cos"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if find_browser() is None:
-        pytest.skip("no browser is installed (Debian: apt-get install chromium)")
-    with Browser() as opened:
-        yield opened
 
 
 def protocol_run(folder: Path, seed: int, noise: float) -> Path:

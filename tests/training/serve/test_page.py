@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, Page, find_browser
+from browser import Page
 from served import NAMES, Pairs, make_gallery, picture, recogniser, serving
 
 from partial_fc.training.gallery import Gallery
@@ -19,14 +19,6 @@ SCREEN, PHONE = 1100, 390
 WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 BROKEN = "[...document.images].filter(image => image.complete && !image.naturalWidth).length"
 TOKEN = "a-token-of-some-length"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if find_browser() is None:
-        pytest.skip("no browser is installed (Debian: apt-get install chromium)")
-    with Browser() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
