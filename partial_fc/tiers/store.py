@@ -270,18 +270,17 @@ class _Rows:
         return memory
 
     def _map(self, folder: Path) -> mmap.mmap:
-        with _Naming(folder, "cannot hold class rows", ""):
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                self.file = os.dup(file.fileno())
-            weakref.finalize(self, os.close, self.file)
-            os.ftruncate(self.file, self.size)
-            memory = mmap.mmap(self.file, self.size)
-            free = shutil.disk_usage(folder).free
-            level = logging.WARNING if self.size > free else logging.INFO
-            log.log(level, "class rows in %s: %d bytes when all are used, of %d that are free", folder, self.size, free)
-            memory.madvise(mmap.MADV_RANDOM)  # reading further than what is asked for would only push out other rows
-            return memory
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            self.file = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self.file)
+        os.ftruncate(self.file, self.size)
+        memory = mmap.mmap(self.file, self.size)
+        free = shutil.disk_usage(folder).free
+        level = logging.WARNING if self.size > free else logging.INFO
+        log.log(level, "class rows in %s: %d bytes when all are used, of %d that are free", folder, self.size, free)
+        memory.madvise(mmap.MADV_RANDOM)  # reading further than what is asked for would only push out other rows
+        return memory
 
     def reserve(self, index: Tensor) -> None:
         """Take room on the disk for the blocks of the rows `[n]`; OSError if there is none."""
