@@ -64,6 +64,7 @@ FREE_ON_RESUME = (
     "output.",
     "backbone.gradient_checkpointing",
     "head.storage",
+    "head.kernels",  # as another card does: the same numbers to rounding
     "data.folder",  # it may have moved; its content is compared (RunFolder.check_data)
     "data.workers",
     "data.prefetch",

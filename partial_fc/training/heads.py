@@ -18,6 +18,7 @@ from partial_fc.centers import CenterLoss
 from partial_fc.classes.hard_negatives import Search
 from partial_fc.classes.head_state import SamplingCorrection
 from partial_fc.head import PartialFC
+from partial_fc.kernels.choice import KernelsMode
 from partial_fc.margins.base import Margin
 from partial_fc.tiers.kinds import Storage
 from partial_fc.training.class_settings import ClassSettings
@@ -123,6 +124,9 @@ class HeadConfig:
     """Share of the target spread over all selected classes (0 to 1)."""
     logits_budget: int | None = None
     """Bytes of logits that a rank may keep for backward; beyond, they are computed again. 1 GiB if not given."""
+    kernels: KernelsMode = "auto"
+    """Kernels in Triton for the head: auto for those that serve, on a card; off for plain PyTorch; interpret for tests
+    on a CPU. docs/kernels.md says which serve what."""
     replicas: int = 1
     """Copies of the class weights, each split over the ranks divided by this; the number of nodes keeps embeddings and
     logits within a node."""
@@ -143,7 +147,7 @@ class HeadConfig:
             self.build_storage()
             classes, device = max(2, self.hard_negatives + 1, self.sample_block), torch.device("meta")
             PartialFC(2, classes, margin, self.sample_rate, device=device, **self._options)
-        except (ValueError, ModuleNotFoundError) as error:
+        except (ValueError, ModuleNotFoundError, RuntimeError) as error:  # the last of a triton that cannot interpret
             raise UserError(f"--head: {error}") from error
 
     def check_weights(self) -> None:
@@ -222,7 +226,7 @@ class HeadConfig:
     def _options(self) -> dict[str, Any]:
         hard = "hard_negatives", "hard_negatives_every", "hard_negatives_search"
         nearest = "inter_topk", "inter_topk_penalty"
-        more = "label_smoothing", "interclass_filter", "sampling_correction", "logits_budget"
+        more = "label_smoothing", "interclass_filter", "sampling_correction", "logits_budget", "kernels"
         names = "sample_block", "init_std", *more, *nearest, *hard
         return {name: getattr(self, name) for name in names}
 

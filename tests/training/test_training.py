@@ -136,6 +136,13 @@ def test_the_head_has_hard_negatives_where_it_has_so_many_classes():
         config.head.build(8, torch.ones(3), 0, torch.device("cpu"))
 
 
+def test_kernels_are_a_setting_of_the_head(monkeypatch):
+    monkeypatch.delenv("PARTIAL_FC_KERNELS", raising=False)
+    config = to_config(train_parser(), args("--head.kernels off"))
+    assert config.head.build(8, torch.ones(4), 0, torch.device("cpu")).kernels == "off"
+    assert to_config(train_parser(), args("")).head.build(8, torch.ones(4), 0, torch.device("cpu")).kernels == "auto"
+
+
 # -------------------------------------------------------------------------------------------------- bad input, one line
 
 
@@ -156,6 +163,7 @@ WRONG = {
     "label_smoothing": ("--head.label_smoothing -1", "label_smoothing"),
     "logits_budget": ("--head.logits_budget -1", "logits_budget"),
     "init_std": ("--head.init_std -1", "init_std"),
+    "kernels": ("--head.kernels fast", "'auto', 'off', 'interpret'"),
     "m without effect": (
         "--head.margin NormFace --head.margin.margin 0.5",
         "--head.margin.margin: NormFace has no argument margin; it takes scale",
