@@ -12,6 +12,9 @@ The cases that decide come first, each over all seeds. Names of places are those
 After every run OUT/table.md, OUT/results.json and OUT/sampling*.png are written anew, of all that is finished there.
 Started again, it goes on: a finished run is not run again, an interrupted one is resumed from its last epoch. A folder
 that was run with other settings is refused. --minutes begins no run that would end later, by the longest one so far.
+
+The grid takes many hours. --known is the results.json of parts that were run elsewhere: a run that it has, with these
+settings, is not run again and stands in the tables too. benchmarks/results/sampling.json has those of docs/sampling.md.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ FARS = ("1e-3", "1e-4")
 RANKS = 2  # of configs/accelerate/cpu2.yaml
 FIGURES = "figures.json"
 OF_QUICKSTART = Path("quickstart")
+KNOWN = Path(__file__).parent / "results" / "sampling.json"
 
 
 @dataclass(frozen=True)
@@ -116,16 +120,32 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.folder.path / FIGURES).is_file()
+        return (self.folder.path / FIGURES).is_file() or self.known is not None
+
+    @property
+    def known(self) -> dict[str, Any] | None:
+        """Its figures from elsewhere, if there are any of these settings."""
+        figures: dict[str, Any] | None = self.asked.known_runs.get((self.case.name, self.seed))
+        return figures if figures is not None and figures["settings"] == self.settings else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its figures depend on, beside case and seed."""
+        asked = self.asked
+        if self.case.data == "places":
+            return vars(self.of_places)
+        identities = asked.large_identities if self.case.data == "large" else asked.identities
+        data = "quickstart" if asked.data == OF_QUICKSTART else "glyphs"
+        of_training = {name: getattr(asked, name) for name in ("epochs", "batch_size", "lr")}
+        return {"data": data, "identities": identities, **of_training}
 
     @property
     def arguments(self) -> list[str]:
         """Settings of the application."""
         asked, case = self.asked, self.case
-        identities = asked.large_identities if case.data == "large" else asked.identities
         folder = [] if asked.data == OF_QUICKSTART else ["--data.folder", str(asked.data)]
         common = {
-            "--data.identities": identities,
+            "--data.identities": self.settings["identities"],
             "--head.sample_rate": case.rate,
             "--train.epochs": asked.epochs,
             "--train.batch_size": asked.batch_size,
@@ -148,7 +168,8 @@ class Run:
         """UserError if the folder holds a run with other settings."""
         folder = self.folder.path
         if self.case.data == "places":
-            if self.finished and json.loads((folder / FIGURES).read_text())["settings"] != vars(self.of_places):
+            figures = folder / FIGURES
+            if figures.is_file() and json.loads(figures.read_text())["settings"] != self.settings:
                 raise UserError(f"{folder} was run with other settings; remove it or give another --out")
         else:
             check_settings(self.folder, self.arguments)
@@ -157,14 +178,14 @@ class Run:
         """Train and evaluate; the bars of the run are on standard error."""
         folder = self.folder.path
         if self.case.data == "places":
-            figures = {"settings": vars(self.of_places), **sampling_places.run(self.of_places, RANKS)}
+            figures = sampling_places.run(self.of_places, RANKS)
             folder.mkdir(parents=True, exist_ok=True)
         else:
             if not (folder / METRICS).exists():
                 train(self.folder, self.arguments)
             figures = self._figures()
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
+        (folder / FIGURES).write_text(json.dumps({"settings": self.settings, **figures}, indent=2) + "\n")
 
     def _figures(self) -> dict[str, Any]:
         """What the run left, in the form of `sampling_report`."""
@@ -193,27 +214,34 @@ class Run:
         }
 
 
-def results(out: Path) -> list[dict[str, Any]]:
-    """What is finished in `out`, a row a case, with the figures by seed; the largest sample rate first."""
-    rows = []
+def results(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What is finished of these runs, a row a case, with the figures by seed; the largest sample rate first."""
+    rows: dict[Case, dict[str, Any]] = {}
     methods = list(METHODS)
-    for case in sorted((*CASES, *LARGE_CASES), key=lambda case: (-case.rate, methods.index(case.method))):
-        found = {
-            int(path.parent.name.rpartition("-seed")[2]): json.loads(path.read_text())
-            for path in out.glob(f"{case.name}-seed*/{FIGURES}")
-        }
-        if found:
+    for run in sorted(runs, key=lambda run: (-run.case.rate, methods.index(run.case.method), run.seed)):
+        case, own = run.case, run.folder.path / FIGURES
+        figures = json.loads(own.read_text()) if own.is_file() else run.known
+        if figures is not None:
             method = METHODS[case.method]
             row = {"data": case.data, "name": case.name, "method": method.title, "rate": case.rate}
-            rows.append({**row, "settings": method.settings, "seeds": {seed: found[seed] for seed in sorted(found)}})
-    return rows
+            of_case = rows.setdefault(case, {**row, "settings": method.settings, "seeds": {}})
+            of_case["seeds"][run.seed] = figures
+    return list(rows.values())
 
 
-def write(out: Path) -> str:
-    """Write tables, figures and plots of what is finished; return the tables."""
-    rows = results(out)
+def known_runs(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The figures in a results.json, by case and seed; none if there is no such file."""
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    return {(row["name"], int(seed)): figures for row in rows for seed, figures in row["seeds"].items()}
+
+
+def write(asked: argparse.Namespace) -> str:
+    """Write tables, figures and plots of what is finished with these settings; return the tables."""
+    out = asked.out
+    rows = results([Run(case, seed, asked) for case in (*CASES, *LARGE_CASES) for seed in asked.seeds])
     if not rows:
         return ""
+    out.mkdir(parents=True, exist_ok=True)
     text = sampling_report.tables(rows)
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -229,6 +257,7 @@ def _asked(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, ar
         "--data", type=Path, default=Path("data/glyphs"), help="or quickstart, its 1,000 characters, for a first look"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/sampling"))
+    parser.add_argument("--known", type=Path, default=KNOWN, help="results.json of runs that are not to be run again")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="cases, or patterns such as 'dense-*'; --list")
     parser.add_argument("--list", action="store_true", help="print the names of the cases, in their order, and end")
@@ -243,6 +272,7 @@ def _asked(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, ar
     parser.add_argument("--place_epochs", type=int, default=2)
     asked = parser.parse_args(arguments)
     asked.out = asked.out.absolute()
+    asked.known_runs = known_runs(asked.known)
     if asked.data != OF_QUICKSTART:
         asked.data = asked.data.absolute()
     return parser, asked
@@ -275,8 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"== {done + 1} of {len(left)}: {run.case.name}, {run.case.title}, seed {run.seed}", file=sys.stderr)
         run.start()
         longest = max(longest, time.monotonic() - before)
-        write(asked.out)
-    print(write(asked.out), end="")
+        write(asked)
+    print(write(asked), end="")
 
 
 if __name__ == "__main__":

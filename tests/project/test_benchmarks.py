@@ -374,7 +374,7 @@ def test_finished_runs_of_sampling_are_tabled_and_not_run_again(
                 sampled(sampling, f"{kind}-r{rate:g}", seed, tmp_path, tar - (0.1 if kind == "still" else 0.01))
     sampled(sampling, "places-all-r1", 0, tmp_path, 0.4)
     sampled(sampling, "places-still-r0.1", 0, tmp_path, 0.3)
-    sampling.main(["--out", str(tmp_path), "--only", "all-*", "--seeds", "0", "1"])
+    sampling.main(["--out", str(tmp_path), "--known", "none", "--only", "all-*", "--seeds", "0", "1"])
     out = capsys.readouterr().out
     assert out == (tmp_path / "table.md").read_text()
     lines = out.splitlines()
@@ -392,6 +392,27 @@ def test_finished_runs_of_sampling_are_tabled_and_not_run_again(
     with pytest.raises(SystemExit):
         sampling.main(["--out", str(tmp_path), "--only", "nothing-*"])
     assert "--only nothing-*: no case has such a name" in capsys.readouterr().err
+
+
+def test_runs_of_sampling_that_were_made_elsewhere_are_not_made_again(
+    sampling: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    settings = {"data": "glyphs", "identities": 20_000, "epochs": 4, "batch_size": 512, "lr": 0.2}
+    for seed, given in ((0, settings), (1, {**settings, "lr": 0.1})):
+        sampled(sampling, "all-r1", seed, there, 0.8 + seed / 10)
+        path = there / f"all-r1-seed{seed}" / sampling.FIGURES
+        path.write_text(json.dumps({"settings": given, **json.loads(path.read_text())}))
+    sampling.main(["--out", str(there), "--known", "none", "--only", "all-*", "--seeds", "0", "1"])
+    assert "0.850 (0.800–0.900)" in capsys.readouterr().out
+    known = ["--known", str(there / "results.json"), "--only", "all-*"]
+    sampling.main(["--out", str(here), *known, "--seeds", "0"])
+    printed = capsys.readouterr()
+    assert "1 of 1 runs are finished" in printed.err and "| 0.800 (0.800–0.800) |" in printed.out
+    assert not (here / "all-r1-seed0").exists()
+    _, asked = sampling._asked(["--out", str(here), *known])
+    runs = [sampling.Run(sampling.CASES[0], seed, asked) for seed in (0, 1, 2)]
+    assert [run.finished for run in runs] == [True, False, False], "with another learning rate, or not at all"
 
 
 def run_sampling(arguments: str, out: Path) -> str:
