@@ -27,6 +27,7 @@ from engines_common import (
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -253,6 +254,43 @@ def test_a_head_that_an_engine_would_wrap_is_refused_in_words(ranks):
         )
         assert text.startswith(engine) and "split over the ranks already" in text and way in text, (name, text)
         assert ("CenterLoss (1.centers)" if "center" in name else "PartialFC (") in text, (name, text)
+
+
+# ------------------------------------------------------------------------------------------- ZeroRedundancyOptimizer
+
+
+def with_zero(rank: int, world: int, rate: float) -> tuple[Tensor, str]:
+    """Weights of a backbone after three steps, its optimizer sharded or not, and what is said about rows in it."""
+    weights = []
+    for sharded in (False, True):
+        joint = Joint(rate)
+        model = DistributedDataParallel(joint.backbone)
+        own, heads = optimizers(joint.backbone.parameters(), joint.head)
+        if sharded:
+            options = {k: v for k, v in own.defaults.items() if k in ("lr", "momentum", "weight_decay")}
+            own = ZeroRedundancyOptimizer(joint.backbone.parameters(), type(own), **options)
+        for index in range(3):
+            images, labels = my_part(index, rank, world, uneven=False)
+            joint.head(model(images), labels).backward()
+            own.step(), heads.step()
+            own.zero_grad(), heads.zero_grad()
+        weights.append(torch.cat([p.detach().flatten() for p in joint.backbone.parameters()]))
+    assert torch.equal(*weights), "beside a RowOptimizer"
+    head = PartialFC(D, 10)
+    of_rows = ZeroRedundancyOptimizer(head.parameters(), torch.optim.SGD, lr=0.1)
+    head(torch.ones(2, D, requires_grad=True), torch.tensor([0, 1])).backward()
+    try:
+        of_rows.step()
+    except NotImplementedError as error:
+        return weights[1], str(error)
+    return weights[1], ""
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+def test_a_sharded_optimizer_of_torch_is_for_the_backbone(ranks, rate):
+    (first, said), (second, also) = ranks(2).run(with_zero, rate)
+    assert torch.equal(first, second)
+    assert said == also and "broadcast" in said, "rows are no copies that a rank could send to others"
 
 
 # ------------------------------------------------------------------------------------------- engines that are not there
