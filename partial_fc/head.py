@@ -123,7 +123,8 @@ class PartialFC(HeadState):
         if self.training and sample_weights.device.type != "cpu":
             sample_weights = counted_if_alike(sample_weights, self.margin.buffers(), ranks)
         rows = slots = correction = kernels = None
-        if self._kernels != "off" and (self._kernels == "interpret" or self.weight.device.type != "cpu"):
+        on_device = self.weight.device.type != "cpu" or self._kernels == "interpret" and not self.class_rows.travels
+        if self._kernels != "off" and on_device:
             kernels = self.kernels_for(options, batch.embeddings)
         self.class_rows.kernels = kernels
         if self.training and self._sample_rate < 1:
@@ -131,15 +132,16 @@ class PartialFC(HeadState):
             if ranks.replica_group is not None or batch.label_weights is not None:
                 positives = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
             positives = self.with_hard_negatives(positives) if self._hard_negatives else positives
-            if batch.embeddings.device.type == "cpu":
+            if self.weight.device.type == "cpu":  # elsewhere the host must not wait
                 drawn = {"seed": self.seed, "step": self.forward_count, "block": self._sample_block}
-                window = draw_window(self.num_classes, self._sample_rate, device=batch.embeddings.device, **drawn)
-                rows = select_rows(window, positives, shards.lo, shards.hi)
+                window = draw_window(self.num_classes, self._sample_rate, device=self.weight.device, **drawn)
+                rows = select_rows(window, positives.to(window.device), shards.lo, shards.hi)
             else:
                 rows, slots = self._select_at_once(positives, options)
             if self._sampling_correction != "none":
-                correction = self._correct(rows, slots, positives, options, dtypes)
+                correction = self._correct(rows.to(positives.device), slots, positives, options, dtypes)
         current = self.class_rows.take(rows)
+        rows = self.class_rows.send(rows)
         chosen = Selection(
             batch=batch,
             rows=rows,

@@ -27,6 +27,7 @@ from partial_fc.batch.row_sums import Pads, add_rows
 from partial_fc.distributed.dtensors import local_part, same_storage, wrap_rows
 from partial_fc.distributed.shards import ClassShards
 from partial_fc.step_record import StepRecord
+from partial_fc.tiers.travel import to_device
 
 UpdateRows = Callable[..., bool]  # moves local rows a to b by their gradients, one tensor a parameter (in_backward.py)
 
@@ -64,13 +65,14 @@ class ClassRows:
         self.storages: dict[str, torch.UntypedStorage] = {}  # of DTensors
         self.updates = 0  # how often an optimizer was to update the rows
         self.used = False  # an optimizer has used these gradients
+        self.sent: tuple[Tensor, Tensor] | None = None  # rows of the last forward, on the device and on the host
         self.behind: Any = None  # steps that rows have missed (optim/skipped_rows.py), or None
         self.kernels: Any = None  # that served the last forward (kernels/choice.py), or None
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy gets an optimizer, gradients and storages of its own
-        return {**vars(self), **dict.fromkeys(("optimizer", "grad_rows", "pads", "behind", "store")), "storages": {}}
+        return {**vars(self), **dict.fromkeys(("optimizer", "grad_rows", "pads", "behind", "store", "sent")), "storages": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -93,7 +95,18 @@ class ClassRows:
 
     @property
     def device(self) -> torch.device:
+        """Where the loss computes, and where its collectives take place."""
+        return self.home if self.store is None else self.store.device
+
+    @property
+    def home(self) -> torch.device:
+        """Where the rows are, their gradients and their state: `device`, or the host for a GPU (`storage`)."""
         return self.main.device
+
+    @property
+    def travels(self) -> bool:
+        """Whether rows are brought from the host to the device of the loss, and their gradients back."""
+        return self.device != self.home
 
     def hold(self, parameters: dict[str, nn.Parameter], shared: dict[str, nn.Parameter], shards: ClassShards) -> None:
         """Take these parameters: after construction, a move to another device, a change of dtype or of the classes."""
@@ -133,10 +146,25 @@ class ClassRows:
             self.catch_up()
         elif self.store is not None:
             self.store.ready(index)
-        return None if self.behind is None or index is None else self.behind.take(index)
+        taken = None if self.behind is None or index is None else self.behind.take(index)
+        if index is None or not self.travels:
+            return taken
+        taken = taken or {name: local_part(p.detach()).index_select(0, index) for name, p in self.parameters.items()}
+        return {name: to_device(rows, self.device) for name, rows in taken.items()}
+
+    def send(self, index: Tensor | None) -> Tensor | None:
+        """Return the local rows `index` of a forward on the device of the loss."""
+        if index is None or not self.travels:
+            return index
+        self.sent = index.to(self.device), index
+        return self.sent[0]
 
     def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads | None = None) -> None:
         """Add the gradients `values[k] [S, ...]` of the local rows `[S]`, sorted but for pads."""
+        if self.travels:
+            sent, self.sent = self.sent, None
+            rows = sent[1] if sent is not None and sent[0] is rows else rows.to(self.home)
+            values = [each.to(self.home) for each in values]
         before = self.gradients()
         if self.grad_rows is not None and len(before) == len(values):
             rows, values, pads = add_rows(self.grad_rows, before, rows, values, stale=self.used, pads=self.pads)

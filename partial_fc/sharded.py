@@ -74,7 +74,7 @@ class ShardedLoss(ShardedModule):
     def _looks_later(self) -> bool:
         """Whether the check of the step finds what is bad, so that forward need not wait for a device."""
         step = self.training and torch.is_grad_enabled() and self.class_rows.record.on_nonfinite != "log"
-        return step and self.class_rows.device.type != "cpu"
+        return step and self.class_rows.home.type != "cpu"  # rows on the host need to know the labels anyway
 
     def _begin_forward(self) -> None:
         rows = self.class_rows

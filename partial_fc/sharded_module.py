@@ -120,13 +120,14 @@ class ShardedModule(nn.Module):
         self.class_changes = 0  # how often classes were added or removed, so that new rows are never drawn twice
         ranks = ranks_of(arguments.group)
         self._device = device_of_rows(arguments.device, ranks)
-        shards = ClassShards.split(self.num_classes, ranks, self._device)
-        storage = checked_storage(arguments.storage, self._device.type)
+        storage = checked_storage(arguments.storage)
+        home = self._device if storage is None or self._device.type == "meta" else torch.device("cpu")
+        shards = ClassShards.split(self.num_classes, ranks, home)
         record = StepRecord(arguments.validate, arguments.on_nonfinite, arguments.max_skips)
         self.class_rows = ClassRows(type(self).__name__, shards, sampled=sampled, seed=self.seed, record=record)
         self._storage = storage
         if storage is not None and self._device.type != "meta":  # there a head has no rows, and never gets any
-            self.class_rows.store = RowStore(storage, shards.lo, shards.local)
+            self.class_rows.store = RowStore(storage, shards.lo, shards.local, self._device)
 
     # ------------------------------------------------------------------------------------------------ parameters
 
@@ -169,7 +170,8 @@ class ShardedModule(nn.Module):
         ranks = self.class_rows.shards.ranks
         if ranks.group is not None and self._device.type != "meta":
             agree_to_build(self._agreed_at_start(), ranks, self._device)
-            if self._device.type == "cpu" and "cpu" not in backends_of(ranks.group):
+            on_host = self._device.type == "cpu" or self._storage is not None
+            if on_host and "cpu" not in backends_of(ranks.group):
                 raise errors.rows_that_cannot_travel(type(self).__name__, ", ".join(backends_of(ranks.group)))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,8 +205,8 @@ class ShardedModule(nn.Module):
             self.class_rows.catch_up()
         before = {name: local_part(p.detach()) for name, p in own.items()}
         if self._storage is not None:  # rows stay as they are
-            like = {name: (local.new_empty(0), fn(local.new_empty(0))) for name, local in before.items()}
-            if any(a.dtype != b.dtype or a.device != b.device for a, b in like.values()):
+            none = {name: torch.empty(0, dtype=local.dtype, device=self._device) for name, local in before.items()}
+            if any(a.dtype != b.dtype or a.device != b.device for a, b in ((e, fn(e)) for e in none.values())):
                 raise RuntimeError(MOVED.format(storage=type(self._storage).__name__))
             fn = _all_but(before.values(), fn)
         after = {name: fn(local) for name, local in before.items()}

@@ -229,7 +229,7 @@ class HeadState(HeadPredictions):
         drawn = in_batch = torch.ones_like(ids, dtype=torch.bool)
         if self.selected_rows is not None and self._last_labels is not None:
             of_step = self._draw_of(self.forward_count - 1)
-            drawn = torch.isin(ids, draw_window(self.num_classes, self._sample_rate, **of_step))
+            drawn = torch.isin(ids, draw_window(self.num_classes, self._sample_rate, **of_step).to(ids.device))
             labels = self._last_labels
             in_batch = torch.isin(ids, labels.where(labels != self.ignore_index, -1))
         counted = {"window": drawn, "batch": in_batch & ~drawn, "hard": ~(in_batch | drawn)}
@@ -271,7 +271,7 @@ class HeadState(HeadPredictions):
 
     def _draw_of(self, step: int) -> dict[str, Any]:
         """Return what the window of a step depends on besides the number of classes and the sampling rate."""
-        return {"seed": self.seed, "step": step, "device": self.class_rows.device, "block": self._sample_block}
+        return {"seed": self.seed, "step": step, "device": self.class_rows.home, "block": self._sample_block}
 
     def rows_ahead(self) -> Callable[[], Tensor] | None:
         """Return what draws the local rows of the window of the forward after this one; None in evaluation."""

@@ -37,6 +37,7 @@ from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
 from partial_fc.distributed.shards import local_part, shard_bounds
 from partial_fc.errors import NonFiniteError
 from partial_fc.rows import ClassRows
+from partial_fc.tiers.travel import to_device
 
 DEFAULT_TILE_BYTES = 64 << 20
 QUERIES = 1024  # embeddings of all ranks that are searched at a time
@@ -79,7 +80,7 @@ def topk(
     tiles = -(-len(rows.weight) // step)
     rounds = -(-max(counts) // per_rank)
     results = [Neighbours(embeddings.new_empty(0, k, dtype=torch.int64), embeddings.new_empty(0, k, dtype=rows.dtype))]
-    with _progress_bar(rounds * tiles, "topk", progress, ranks) as advance, _exact_products(rows.weight.device):
+    with _progress_bar(rounds * tiles, "topk", progress, ranks) as advance, _exact_products(rows.device):
         buffer = rows.buffer(per_rank * world * step * rows.centers)
         unit_buffer = rows.buffer(step * rows.centers * rows.width)
         for start in range(0, max(counts), per_rank):
@@ -109,13 +110,13 @@ def nearest_classes(
     check_query(class_rows, k, class_rows.shards.num_classes - 1, tile_bytes, None)
     elements = tile_bytes // rows.dtype.itemsize
     step = rows.fitting(math.isqrt(elements) // rows.centers, elements)
-    best = BestClasses(len(rows.weight), k, rows.weight.new_empty(0, dtype=rows.dtype), elements)
+    best = BestClasses(len(rows.weight), k, rows.buffer(0), elements)
     blocks = -(-len(rows.weight) // step)
     schedule = [(owner, *span) for owner in range(rows.ranks.world) for span in _spans(*rows.shard(owner), step)]
     total = blocks * (blocks + 1) // 2 if rows.ranks.world == 1 else blocks * len(schedule)
     with (
         _progress_bar(total, "nearest classes", progress, rows.ranks) as advance,
-        _exact_products(rows.weight.device),
+        _exact_products(rows.device),
     ):
         if rows.ranks.world == 1:
             _search_one_rank(rows, best, step, advance)
@@ -190,10 +191,11 @@ class UnitRows:
         self.num_classes = shards.num_classes
         self.weight = local if local.ndim == 3 else local[:, None]
         self.centers, self.width = self.weight.shape[1:]
+        self.device = class_rows.device  # of the queries; rows that are elsewhere (storage) come tile by tile
         self.dtype = torch.float64 if torch.float64 in (local.dtype, embeddings_dtype) else torch.float32
         bias = class_rows.parameters.get("bias") if plain else None
-        self.plain, self.bias = plain, None if bias is None else local_part(bias.detach()).to(self.dtype)
-        self._nonfinite = torch.full((), NO_CLASS, dtype=torch.int64, device=local.device)
+        self.plain, self.bias = plain, None if bias is None else local_part(bias.detach()).to(self.device, self.dtype)
+        self._nonfinite = torch.full((), NO_CLASS, dtype=torch.int64, device=self.device)
 
     def fitting(self, classes: int, elements: int) -> int:
         """Return how many classes a tile has: at most `classes`, with at most `elements` numbers in their unit rows.
@@ -208,10 +210,11 @@ class UnitRows:
         return shard_bounds(self.num_classes, owner, self.ranks.world)
 
     def buffer(self, elements: int) -> Tensor:
-        return torch.empty(elements, dtype=self.dtype, device=self.weight.device)
+        return torch.empty(elements, dtype=self.dtype, device=self.device)
 
     def unit(self, rows: Tensor, buffer: Tensor, first: int) -> Tensor:
         """Return `rows [m, K, D]` of the classes from id `first` on, at unit length unless plain, in `buffer`."""
+        rows = to_device(rows, self.device) if rows.device != self.device else rows
         factors = unit_factors(rows.to(self.dtype) if rows.dtype != self.dtype else rows)
         bad = ~factors.isfinite().flatten(1).all(1)
         if self.bias is not None:
@@ -223,7 +226,7 @@ class UnitRows:
 
     def unit_of(self, ids: Tensor) -> Tensor:
         """Return the rows `[q, K, D]` of single classes of this rank at unit length."""
-        rows = self.weight[ids - self.lo].to(self.dtype)
+        rows = self.weight[(ids - self.lo).to(self.weight.device)].to(self.device, self.dtype)
         factors = unit_factors(rows)
         bad = ~factors.isfinite().flatten(1).all(1)
         none = self._nonfinite.reshape(1)
@@ -233,9 +236,9 @@ class UnitRows:
     def start_broadcast(self, owner: int, first: int, last: int) -> Callable[[], Tensor]:
         """Start to broadcast the rows of classes [first, last) from their owner; call the result to wait for them."""
         if owner == self.ranks.rank:
-            rows = self.weight[first - self.lo : last - self.lo].contiguous()
+            rows = self.weight[first - self.lo : last - self.lo].contiguous().to(self.device)
         else:
-            rows = self.weight.new_empty(last - first, self.centers, self.width)
+            rows = self.weight.new_empty(last - first, self.centers, self.width, device=self.device)
         group = self.ranks.group
         assert group is not None
         with naming_the_missing(QUERY, group):

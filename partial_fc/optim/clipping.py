@@ -100,7 +100,8 @@ def _own_norm(rows: ClassRows, norm_type: float) -> Tensor:
     parts = [part.double() for part in norms_of([grad for grad in rows.gradients() if grad.numel()], norm_type)]
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=rows.device)
-    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), norm_type)
+    norm = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), norm_type)
+    return norm.to(rows.device)
 
 
 def _over_ranks(rows: ClassRows, norm: Tensor, norm_type: float, flags: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -43,6 +43,7 @@ def begin_update(optimizer: Any, start: Callable[[], Sequence[_Update]]) -> Upda
 
     def update_rows(a: int, b: int, grads: list[Tensor], through: Callable[[], Through] | None = None) -> bool:
         with record_function("partial_fc::update"), torch.no_grad():
+            grads = [grad.to(rows.home) for grad in grads] if rows.travels else grads
             if through is not None:
                 by_kernel = updates[0].kernel if len(updates) == 1 else None
                 return by_kernel is not None and by_kernel(None, a, b, grads[0], through)

@@ -52,7 +52,7 @@ def check_arguments(
 
 def check_kernels(options: dict[str, Any], rows: ClassRows) -> None:
     """Raise ValueError for an option of kernels that the device of the rows does not have."""
-    if options.get("capturable") and rows.device.type == "cpu":
+    if options.get("capturable") and rows.home.type == "cpu":
         raise ValueError(
             f"capturable=True is for parameters on a GPU, and this {rows.owner} is on the CPU: leave it out, or build "
             "the optimizer when the rows are on a GPU"

@@ -165,14 +165,14 @@ class SkippedRows:
         """Return for each parameter its rows `index [S]` and their state after the steps that they have missed, in the
         memory `outs` if there is any."""
         assert self.done is not None
-        self.tables = self.tables or [each.table(self.rows.device) for each in self.parameters.values()]
+        self.tables = self.tables or [each.table(self.rows.home) for each in self.parameters.values()]
         place = self.done.index_select(0, index)
         memory: Sequence[list[Tensor] | None] = outs or [None] * len(self.tables)
         each = zip(self.parameters.values(), self.tables, memory, strict=True)
         return [behind.moved(index, table.index_select(0, place), out) for behind, table, out in each]
 
     def _blocks(self, count: int) -> Iterator[tuple[int, int]]:
-        most = BLOCK_BYTES if self.rows.device.type == "cpu" else BLOCK_BYTES_ELSEWHERE
+        most = BLOCK_BYTES if self.rows.home.type == "cpu" else BLOCK_BYTES_ELSEWHERE
         size = max(1, most // (4 * math.prod(self.rows.main.shape[1:])))
         for a in range(0, count, size):
             yield a, min(a + size, count)

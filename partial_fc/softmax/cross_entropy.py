@@ -91,7 +91,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
             return first_derivative("PartialFC", ShardedCrossEntropy.backward, ctx, grad, *sources)
         weight, bias, *saved = ctx.saved_tensors
         group = ctx.state.selection.ranks.group
-        with torch.autocast(weight.device.type, enabled=False), naming_the_missing("the backward of a head", group):
+        with torch.autocast(grad.device.type, enabled=False), naming_the_missing("the backward of a head", group):
             return gradients(ctx, grad, weight, bias, SavedTensors(*saved))
 
 

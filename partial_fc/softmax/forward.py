@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from partial_fc.softmax.other_losses import other_losses
 from partial_fc.softmax.row_tiles import RowTiles, TargetRows, inverse_of
 from partial_fc.softmax.ruled import Rule, nearest_centers, rows_of_classes
 from partial_fc.softmax.smoothing import Smoothing
+from partial_fc.softmax.streamed_rows import StreamedRows
 from partial_fc.softmax.tiles import row_dots, tile_logits, tile_of, tile_rows, tile_size
 
 
@@ -89,6 +91,8 @@ def forward(
     kind = X.device.type
     kernels = selection.kernels is not None and selection.kernels.rows
     row_tiles = KernelRows if kernels else RowTiles if kind == "cpu" else RowsAtOnce
+    if weight.device != X.device:
+        row_tiles, bias = partial(StreamedRows, device=X.device), None if bias is None else bias.to(X.device)
     prefix = "" if selection.rows is None else "selected "
     rows = row_tiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad, prefix)
     if isinstance(rows, RowsAtOnce):

@@ -92,15 +92,19 @@ class RowTiles:
         held = None if self.held is None else self.held[a:b]
         if held is not None and self.measured:
             return held.to(dtype)
-        part = self.weight[a:b]
-        if self.index is not None:
-            part = torch.index_select(self.weight, 0, self.index[a:b], out=held)
+        part = self.part(a, b, held)
         if self.inverse is None:
             return part.to(dtype)
         if not self.measured:
             self.inverse[a:b] = inverse_length(part, self.dtype)
         out = torch.empty_like(part, dtype=dtype) if held is None else held
         return torch.mul(part, self.inverse[a:b], out=out).to(dtype)
+
+    def part(self, a: int, b: int, out: Tensor | None = None) -> Tensor:
+        """Return rows a to b as they are `[b − a, D]`."""
+        if self.index is None:
+            return self.weight[a:b]
+        return torch.index_select(self.weight, 0, self.index[a:b], out=out)
 
     def through_lengths(self, grad: Tensor, directions: Tensor, a: int, b: int, out: Tensor) -> None:
         """Write to `out [T, D]` the gradient of rows a to b, given that of their directions; both may be one memory."""
@@ -110,8 +114,7 @@ class RowTiles:
             if unit.dtype == self.dtype:
                 grad = tangent(grad.to(self.dtype), unit, self.inverse[a:b], out=final)
             else:
-                vectors = (self.weight[a:b] if self.index is None else self.weight[self.index[a:b]]).to(self.dtype)
-                grad = tangent_at(grad, vectors, self.inverse[a:b], out=final)
+                grad = tangent_at(grad, self.part(a, b).to(self.dtype), self.inverse[a:b], out=final)
         if grad is not out:
             out.copy_(grad)
 
@@ -121,11 +124,15 @@ class RowTiles:
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return (directions `[P, D]`, 1/length `[P, 1]`; 1 where nothing is normalised) of single rows."""
-        part = self.weight.index_select(0, positions if self.index is None else self.index[positions])
+        part = self.single(positions)
         if self.inverse is None:
             return part.to(self.dtype), part.new_ones(len(part), 1, dtype=self.dtype)
         inverse = inverse_length(part, self.dtype)
         return part * inverse, inverse
+
+    def single(self, positions: Tensor) -> Tensor:
+        """Return single rows as they are `[P, D]`."""
+        return self.weight.index_select(0, positions if self.index is None else self.index[positions])
 
     def tiles(self, size: int) -> Iterator[tuple[int, int]]:
         for a in range(0, self.count, size):

@@ -37,7 +37,7 @@ class FileRows(Storage):
     folder: str | os.PathLike[str]
 
 
-def checked_storage(storage: Any, device_type: str) -> Storage | None:
+def checked_storage(storage: Any) -> Storage | None:
     """Return it; TypeError or ValueError for what cannot be."""
     if storage is None:
         return None
@@ -45,9 +45,4 @@ def checked_storage(storage: Any, device_type: str) -> Storage | None:
         raise TypeError(f"storage must be HostRows(), FileRows(folder) or None, not {storage!r}")
     if isinstance(storage, FileRows) and not isinstance(storage.folder, str | os.PathLike):
         raise TypeError(f"FileRows takes the path of a folder, not {storage.folder!r}")
-    if device_type not in ("cpu", "meta"):
-        raise ValueError(
-            f"storage={type(storage).__name__} keeps rows for a head that computes on the CPU, and this one is to be "
-            f'on {device_type}: give device="cpu", or leave storage out'
-        )
     return storage

@@ -88,11 +88,13 @@ class Initial:
 class RowStore:
     """The memory of one loss on this rank, for the classes `[lo, lo + count)`.
 
-    upcoming: called in a forward, returns what draws the local rows of the next one; or None.
+    device: where the loss computes. upcoming: called in a forward, returns what draws the local rows of the next one;
+    or None.
     """
 
-    def __init__(self, storage: Storage, lo: int, count: int) -> None:
+    def __init__(self, storage: Storage, lo: int, count: int, device: torch.device) -> None:
         self.storage = storage
+        self.device = device
         self.folder = Path(storage.folder) if isinstance(storage, FileRows) else None
         self.lo = lo
         self.count = count
@@ -143,7 +145,7 @@ class RowStore:
     def resized(self, lo: int, count: int) -> RowStore:
         """Return the store of other classes; all of its rows are written by the caller."""
         self._wait()
-        other = RowStore(self.storage, lo, count)
+        other = RowStore(self.storage, lo, count, self.device)
         other.untouched, other.upcoming = 0, self.upcoming
         other.touched.fill_(True)
         return other

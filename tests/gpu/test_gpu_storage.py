@@ -1,0 +1,90 @@
+"""A head that computes on the pretend GPU and keeps its rows on the host trains as one with all of it on the CPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from on_gpu import ALONE, CLASSES, NAME, RANKS, WIDTH, Place, Pools, on_both, run
+
+from partial_fc import (
+    ArcFace,
+    CenterLoss,
+    FileRows,
+    HostRows,
+    PartialFC,
+    RowOptimizer,
+    RowWiseAdagrad,
+    Softmax,
+    SphereFace2,
+    SubCenterArcFace,
+    clip_grad_norm_,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3})
+ADAMW = (torch.optim.AdamW, {"lr": 0.01})
+CASES: dict[str, tuple[dict[str, Any], tuple[Any, dict[str, Any]]]] = {
+    "SGD": ({}, SGD),
+    "AdamW": ({}, ADAMW),
+    "still": ({}, (SGD[0], {**SGD[1], "skipped_rows": "still"})),
+    "RowWiseAdagrad": ({}, (RowWiseAdagrad, {"lr": 0.05})),
+    "blocks": ({"sample_block": 7}, SGD),
+    "Softmax": ({"margin": Softmax}, SGD),
+    "sub-centers": ({"margin": lambda: SubCenterArcFace(centers=2)}, SGD),
+    "decisions": ({"margin": SphereFace2}, SGD),
+    "bf16, master": ({"dtype": torch.bfloat16}, (SGD[0], {**SGD[1], "low_precision": "master"})),
+    "importance": ({"sampling_correction": "importance"}, SGD),
+    "hard negatives": ({"hard_negatives": 2, "hard_negatives_every": 2}, SGD),
+    "smoothing": ({"label_smoothing": 0.1}, SGD),
+    "metrics": ({"metrics": True}, SGD),
+    "all rows, in backward": ({"sample_rate": 1.0}, (SGD[0], {**SGD[1], "update_in_backward": True})),
+    "Softmax, all rows, in backward": (
+        {"sample_rate": 1.0, "margin": Softmax},
+        (SGD[0], {**SGD[1], "update_in_backward": True}),
+    ),
+}
+
+
+def built(place: Place, storage: Any, given: dict[str, Any]) -> PartialFC:
+    margin: Callable[[], Any] = given.get("margin", lambda: ArcFace(scale=16.0))
+    more = {"sample_rate": 0.2, **{name: value for name, value in given.items() if name != "margin"}}
+    return PartialFC(WIDTH, CLASSES, margin(), seed=3, group=place.group, device=place.device, storage=storage, **more)
+
+
+def trained(place: Place, name: str, folder: str | None, accumulation: int, clip: bool) -> Any:
+    given, (cls, options) = CASES[name]
+    head = built(place, HostRows() if folder is None else FileRows(folder), given)
+    rows = RowOptimizer(cls, head, **options)
+    assert head.weight.device.type == "cpu" and head.class_rows.device.type == place.device.type
+    losses, gradients = [], []
+    for step in range(6):
+        for part in range(accumulation):
+            x, labels = place.batch(10 * step + part)
+            loss = head(x, labels)
+            loss.backward()
+            assert loss.device.type == x.grad.device.type == place.device.type
+            losses.append(float(loss.detach()))
+            gradients.append(x.grad.double().sum().item())
+        if clip:
+            losses.append(float(clip_grad_norm_([], head, max_norm=0.1)))
+        rows.step()
+        rows.zero_grad()
+    rows.catch_up()
+    head.eval()
+    x, labels = place.batch(99)
+    with torch.no_grad():
+        losses.append(float(head(x, labels)))
+    found = head.topk(x.detach(), 3)
+    near = head.nearest_classes(2)
+    return losses, gradients, head.weight.float(), found.cosines, near.cosines
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_on_the_host_train_as_on_cpus(gpu_ranks: Pools, ranks: Pools, name: str) -> None:
+    half = {"rtol": 0.02, "atol": 0.02} if name.startswith("bf16") else {}
+    on_both(gpu_ranks, ranks, ALONE, trained, name, None, 1, "backward" not in name, **half)
