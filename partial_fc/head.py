@@ -123,7 +123,7 @@ class PartialFC(HeadState):
         if self.training and sample_weights.device.type != "cpu":
             sample_weights = counted_if_alike(sample_weights, self.margin.buffers(), ranks)
         rows = slots = correction = kernels = None
-        on_device = self.weight.device.type != "cpu" or self._kernels == "interpret" and not self.class_rows.travels
+        on_device = self.weight.device.type != "cpu" or (self._kernels == "interpret" and not self.class_rows.travels)
         if self._kernels != "off" and on_device:
             kernels = self.kernels_for(options, batch.embeddings)
         self.class_rows.kernels = kernels

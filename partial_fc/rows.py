@@ -72,7 +72,11 @@ class ClassRows:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy gets an optimizer, gradients and storages of its own
-        return {**vars(self), **dict.fromkeys(("optimizer", "grad_rows", "pads", "behind", "store", "sent")), "storages": {}}
+        return {
+            **vars(self),
+            **dict.fromkeys(("optimizer", "grad_rows", "pads", "behind", "store", "sent")),
+            "storages": {},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

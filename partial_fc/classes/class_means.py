@@ -81,7 +81,7 @@ def _class_means(loss: Changeable, batches: Batches, lo: int, hi: int, valid: ra
 
     valid: the labels that batches may have.
     """
-    weight, ranks = weight_rows(loss), loss.class_rows.shards.ranks
+    weight, ranks, device = weight_rows(loss), loss.class_rows.shards.ranks, loss.class_rows.device
     dtype = torch.promote_types(weight.dtype, torch.float32)
     store = loss.class_rows.store
     if store is None:
@@ -90,13 +90,14 @@ def _class_means(loss: Changeable, batches: Batches, lo: int, hi: int, valid: ra
         sums = store.scratch(hi - lo, (loss.embedding_size,), dtype)
     counts = weight.new_zeros(hi - lo, dtype=torch.int64)
     for embeddings, labels in _equal_batches(loss, batches, sums):
-        batch = exchange(embeddings, [LabelSet(None, labels)], ranks, look=True, device=weight.device)[0]
+        batch = exchange(embeddings, [LabelSet(None, labels)], ranks, look=True, device=device)[0]
         if check_batch(batch, loss.embedding_size, valid, loss.ignore_index, loss.on_nonfinite):
             continue
         rows = torch.where(batch.labels == loss.ignore_index, -1, batch.labels - lo)
         own = ((rows >= 0) & (rows < hi - lo)).nonzero()[:, 0]
-        sums.index_add_(0, rows[own], batch.embeddings[own])
-        counts.index_add_(0, rows[own], torch.ones_like(own))
+        places = rows[own].to(sums.device)
+        sums.index_add_(0, places, batch.embeddings[own].to(sums.device))
+        counts.index_add_(0, places, torch.ones_like(places))
     if ranks.replica_group is not None:
         for each in (sums, counts):
             with naming_the_missing("the sum of class means", ranks.replica_group):
@@ -109,8 +110,8 @@ def _equal_batches(loss: Changeable, batches: Batches, like: Tensor) -> Iterator
 
     If one rank's iterator raises, that rank raises the exception, and the others raise a RuntimeError that names it.
     """
-    ranks = loss.class_rows.shards.ranks
-    empty = like.new_empty(0, loss.embedding_size), torch.empty(0, dtype=torch.int64, device=like.device)
+    ranks, device = loss.class_rows.shards.ranks, loss.class_rows.device
+    empty = like.new_empty(0, loss.embedding_size, device=device), torch.empty(0, dtype=torch.int64, device=device)
     iterator, failure = iter(batches), None
     while True:
         mine = None
@@ -122,7 +123,7 @@ def _equal_batches(loss: Changeable, batches: Batches, like: Tensor) -> Iterator
         except Exception as error:
             failure = error
         state = 2 if failure is not None else int(mine is not None)  # 2: failed, 1: has a batch, 0: at its end
-        everyone = [each for (each,) in meet("init_from_embeddings", ranks, like.device, (state,))]
+        everyone = [each for (each,) in meet("init_from_embeddings", ranks, device, (state,))]
         if failure is not None:
             raise failure
         if 2 in everyone:

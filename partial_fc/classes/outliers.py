@@ -68,7 +68,7 @@ def outliers(head: Changeable, embeddings: Tensor, labels: Tensor, *, threshold:
     length of an embedding, or of a center of a class that has samples, is not finite.
     """
     rows = UnitRows(head.class_rows, embeddings.dtype if isinstance(embeddings, Tensor) else None)
-    ranks, device = rows.ranks, rows.weight.device
+    ranks, device = rows.ranks, rows.device
     problem = _problem(rows, embeddings, labels, threshold, head.ignore_index)
     everyone = check_query(head.class_rows, 1, rows.num_classes, DEFAULT_TILE_BYTES, embeddings, problem)
     counts = everyone[ranks.replica * ranks.world : (ranks.replica + 1) * ranks.world]
@@ -126,8 +126,8 @@ def _problem(rows: UnitRows, embeddings: Any, labels: Any, threshold: Any, ignor
         return f"labels must be an int64 tensor [N], not {given}"
     if isinstance(embeddings, Tensor) and len(labels) != len(embeddings):
         return f"there are {len(embeddings)} embeddings and {len(labels)} labels"
-    if labels.device != rows.weight.device:
-        return f"the head is on {rows.weight.device}, labels on {labels.device}"
+    if labels.device != rows.device:
+        return f"the head is on {rows.device}, labels on {labels.device}"
     bad = ((labels != ignored) & ((labels < 0) | (labels >= rows.num_classes))).nonzero()
     if len(bad):
         at = int(bad[0, 0])

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from on_gpu import ALONE, CLASSES, NAME, RANKS, WIDTH, Place, Pools, on_both, run
+from on_gpu import ALONE_ON_HOST, CLASSES, RANKS_ON_HOST, WIDTH, Place, Pools, on_both
 
 from partial_fc import (
     ArcFace,
-    CenterLoss,
     FileRows,
-    HostRows,
     PartialFC,
     RowOptimizer,
     RowWiseAdagrad,
@@ -22,8 +19,6 @@ from partial_fc import (
     SphereFace2,
     SubCenterArcFace,
     clip_grad_norm_,
-    load_checkpoint,
-    save_checkpoint,
 )
 
 SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3})
@@ -50,7 +45,8 @@ CASES: dict[str, tuple[dict[str, Any], tuple[Any, dict[str, Any]]]] = {
 }
 
 
-def built(place: Place, storage: Any, given: dict[str, Any]) -> PartialFC:
+def built(place: Place, folder: str | None, given: dict[str, Any]) -> PartialFC:
+    storage = FileRows(folder) if place.storage is not None and folder is not None else place.storage
     margin: Callable[[], Any] = given.get("margin", lambda: ArcFace(scale=16.0))
     more = {"sample_rate": 0.2, **{name: value for name, value in given.items() if name != "margin"}}
     return PartialFC(WIDTH, CLASSES, margin(), seed=3, group=place.group, device=place.device, storage=storage, **more)
@@ -58,7 +54,7 @@ def built(place: Place, storage: Any, given: dict[str, Any]) -> PartialFC:
 
 def trained(place: Place, name: str, folder: str | None, accumulation: int, clip: bool) -> Any:
     given, (cls, options) = CASES[name]
-    head = built(place, HostRows() if folder is None else FileRows(folder), given)
+    head = built(place, folder, given)
     rows = RowOptimizer(cls, head, **options)
     assert head.weight.device.type == "cpu" and head.class_rows.device.type == place.device.type
     losses, gradients = [], []
@@ -84,7 +80,17 @@ def trained(place: Place, name: str, folder: str | None, accumulation: int, clip
     return losses, gradients, head.weight.float(), found.cosines, near.cosines
 
 
+ON_RANKS = ("SGD", "AdamW", "Softmax", "hard negatives", "all rows, in backward")
+
+
+@pytest.mark.parametrize("name", ON_RANKS)
+def test_rows_of_two_ranks(gpu_ranks: Pools, ranks: Pools, tmp_path: Any, name: str) -> None:
+    on_both(
+        gpu_ranks, ranks, RANKS_ON_HOST, trained, name, str(tmp_path), 2 - ("backward" in name), "backward" not in name
+    )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_rows_on_the_host_train_as_on_cpus(gpu_ranks: Pools, ranks: Pools, name: str) -> None:
     half = {"rtol": 0.02, "atol": 0.02} if name.startswith("bf16") else {}
-    on_both(gpu_ranks, ranks, ALONE, trained, name, None, 1, "backward" not in name, **half)
+    on_both(gpu_ranks, ranks, ALONE_ON_HOST, trained, name, None, 1, "backward" not in name, **half)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from on_gpu import ALONE, CLASSES, LAYOUTS, RANKS, WIDTH, Place, Pools, on_both
+from on_gpu import ALONE, CLASSES, LAYOUTS, ON_HOST, RANKS, RANKS_ON_HOST, WIDTH, Place, Pools, on_both
 from torch import nn
 
 from partial_fc import (
@@ -35,7 +36,7 @@ Made = tuple[PartialFC, RowOptimizer]
 
 def trained(place: Place, rate: float = 0.5, steps: int = 1, **options: Any) -> Made:
     """A head and its optimizer after some steps."""
-    options = {"device": place.device, "group": place.group, "init_std": 1.0, **options}
+    options = {"device": place.device, "group": place.group, "storage": place.storage, "init_std": 1.0, **options}
     head = PartialFC(WIDTH, CLASSES, sample_rate=rate, **options)
     optimizer = RowOptimizer(torch.optim.AdamW, head, lr=0.1)
     for step in range(steps):
@@ -110,7 +111,7 @@ def state_dicts(place: Place) -> list[Any]:
     head, optimizer = trained(place)
     other, its_optimizer = trained(place, steps=0)
     other.load_state_dict(head.state_dict())
-    its_optimizer.load_state_dict(optimizer.state_dict())
+    its_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch's would have one memory for both
     return [step_of(place, *pair, 1) for pair in ((head, optimizer), (other, its_optimizer))] + [
         head.weight,
         other.weight,
@@ -233,7 +234,23 @@ def test_files(gpu_ranks: Pools, ranks: Pools, layout: str, name: str, tmp_path:
     on_both(gpu_ranks, ranks, layout, WITH_FILES[name], str(tmp_path))
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != ALONE])
+OF_ROWS = ("queries", "changes of classes", "class means", "state dicts", "a watch of a head")
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+@pytest.mark.parametrize("layout", ON_HOST)
+def test_tools_for_rows_on_the_host(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
+    scenario, arguments = SCENARIOS[name]
+    on_both(gpu_ranks, ranks, layout, scenario, *arguments)
+
+
+@pytest.mark.parametrize("name", WITH_FILES)
+@pytest.mark.parametrize("layout", ON_HOST)
+def test_files_of_rows_on_the_host(gpu_ranks: Pools, ranks: Pools, layout: str, name: str, tmp_path: Path):
+    on_both(gpu_ranks, ranks, layout, WITH_FILES[name], str(tmp_path))
+
+
+@pytest.mark.parametrize("layout", [*(layout for layout in LAYOUTS if layout != ALONE), RANKS_ON_HOST])
 def test_joined_batches(gpu_ranks: Pools, ranks: Pools, layout: str):
     on_both(gpu_ranks, ranks, layout, joined)
 

@@ -15,16 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pretend_gpu import NAME, PretendGpu
+from pretend_gpu import NAME, PretendGpu, group_of_both
 from runner import Ranks, seed
 from shards import whole
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._pytree import tree_leaves, tree_map
 
+from partial_fc import HostRows
 from partial_fc.distributed.ranks import Group
+from partial_fc.tiers.kinds import Storage
 
 ALONE, RANKS, REPLICAS = "one process", "two ranks", "two replicas"
+ALONE_ON_HOST, RANKS_ON_HOST = "one process, rows on the host", "two ranks, rows on the host"
+ON_HOST = (ALONE_ON_HOST, RANKS_ON_HOST)  # rows of a head on the device; its group is for tensors of the CPU, too
 LAYOUTS = (ALONE, RANKS, REPLICAS)
 
 CLASSES, WIDTH = 150, 6  # three tiles of 64 class rows, where a tile is as small as it may be
@@ -48,6 +52,7 @@ class Place:
     rank: int
     world: int
     group: Group
+    storage: Storage | None = None
 
     def batch(self, step: int, classes: int = CLASSES, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """This rank's embeddings `[n, D]`, which require grad, and labels; another number of them on each rank."""
@@ -85,7 +90,10 @@ def _place(rank: int, world: int, layout: str, device: torch.device) -> Place:
     group = None
     if layout == REPLICAS:
         group = init_device_mesh(device.type, (2, 1), mesh_dim_names=("replicate", "shard"))
-    return Place(device, rank, world, group)
+    storage = HostRows() if layout in ON_HOST and device.type == NAME else None
+    if layout == RANKS_ON_HOST and device.type == NAME:
+        group = group_of_both()
+    return Place(device, rank, world, group, storage)
 
 
 def on_both(
@@ -98,7 +106,7 @@ def on_both(
     atol: float = 3e-5,
 ) -> None:
     """Run it on both; the results are finite and equal, but for what float32 loses: the device takes other sums."""
-    if layout == ALONE:
+    if layout in (ALONE, ALONE_ON_HOST):
         on_cpu = [run(0, 1, scenario, layout, "cpu", arguments)]
     else:
         on_cpu = ranks(2).run(run, scenario, layout, "cpu", arguments)

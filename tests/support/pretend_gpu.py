@@ -16,7 +16,7 @@ and is in `gpu.mistakes` even if somebody catches it:
     a tensor of the CPU for a collective of a group of the device, as NCCL refuses it; and the other way round
 
 A group is the device's if its backend is `pretend`: all ranks after `join`, and the groups of a DeviceMesh. One of
-`dist.new_group(backend="gloo")` is for data of the host.
+`dist.new_group(backend="gloo")` is for data of the host, one of `backend=BOTH` for either, as "cpu:gloo,cuda:nccl".
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from device_counts import (
     wait_of,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import backend_registration
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,6 +54,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import partial_fc
 
 NAME, BACKEND = "gpu", "pretend"
+BOTH = f"cpu:gloo,{NAME}:{BACKEND}"
 PACKAGE = str(Path(partial_fc.__file__).parent) + os.sep
 OUTSIDE = (str(Path(torch.__file__).parent) + os.sep, __file__)
 
@@ -62,6 +64,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 _kept: list[Any] = []  # what must live as long as the process
+_of_both: set[str] = set()  # names of groups for tensors of the CPU, too
 _on_host: dict[str, dist.ProcessGroup] = {}  # by the name of a group of the device: a group of the same ranks for CPUs
 
 
@@ -165,6 +168,13 @@ def _backend(options: Any, unused: Any) -> Any:
     return gloo
 
 
+def group_of_both() -> dist.ProcessGroup:
+    """A group of all ranks that exchanges tensors of the device and of the CPU."""
+    made = dist.new_group(backend=BOTH)
+    _of_both.add(made.group_name)
+    return made
+
+
 class GpuTensor(Tensor):
     """A tensor of the device. values: of the CPU; views have views of them."""
 
@@ -266,6 +276,8 @@ class PretendGpu(TorchDispatchMode):
     # ------------------------------------------------------------------------------------------------ one operator
 
     def _dispatch(self, func: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if FakeTensor in types and not any(issubclass(each, GpuTensor) for each in types):
+            return func(*args, **kwargs)  # shapes that DTensors of the CPU try
         if not all(each in PLAIN or issubclass(each, GpuTensor) for each in types):
             return NotImplemented  # DTensors and the like, which come again with their local parts
         tensors = tensors_in((args, kwargs))
@@ -328,6 +340,8 @@ class PretendGpu(TorchDispatchMode):
         if name and name not in _on_host:
             if here:
                 raise self._refuse(f"a tensor of the device for {func} of a group of the host")
+            return func(*args, **kwargs)
+        if name and any_on_host and not here and name in _of_both:
             return func(*args, **kwargs)
         if name and any_on_host:
             raise self._refuse(f"a tensor of the CPU for {func} of a group of the device")
