@@ -42,6 +42,7 @@ from partial_fc.sharded_module import Reduction, SharedArguments, check_choice
 from partial_fc.softmax.tiles import compute_dtypes
 from partial_fc.step_record import DEFAULT_MAX_SKIPS, OnNonfinite, Validate
 from partial_fc.tiers.kinds import Storage
+from partial_fc.tiers.travel import to_device
 
 if TYPE_CHECKING:
     from partial_fc.head import PartialFC
@@ -173,8 +174,8 @@ class CenterLoss(ChangeableLoss):
         sum_over_replicas(totals, self.shards.ranks, "the sum of moves of centers")
         if self._takes_every_target:
             totals = _every_sum(rows, totals)
-        centers = local_part(self.centers.detach())
-        moves = totals[:, :-1] * (self.alpha / (1 + totals[:, -1:]))
+        centers, home = local_part(self.centers.detach()), self.class_rows.home
+        rows, moves = rows.to(home), (totals[:, :-1] * (self.alpha / (1 + totals[:, -1:]))).to(home)
         centers.index_copy_(0, rows, (centers.index_select(0, rows) - moves).to(centers.dtype))
 
     def _own_targets(self, batch: GlobalBatch, scatter: bool) -> _OwnTargets:
@@ -216,7 +217,7 @@ class CenterLoss(ChangeableLoss):
     def _takes_every_target(self) -> bool:
         """Whether targets of other ranks stay among this rank's and count nothing: how many are its own would have to
         be waited for."""
-        return self.update == "paper" and self.class_rows.device.type != "cpu"
+        return self.update == "paper" and self.class_rows.home.type != "cpu"
 
     def _mesh_rows(self, batch: GlobalBatch) -> Tensor:
         """On a 2-D mesh: own rows that targets of any replica are of, so that all replicas hold sums of the same rows.
@@ -239,10 +240,10 @@ class CenterLoss(ChangeableLoss):
     @torch.no_grad()
     def _differences(self, own: _OwnTargets) -> Tensor:
         """x − c `[P, D]` of own targets, in the dtype of the statistics."""
-        stored = self.class_rows.store is not None
-        self.class_rows.catch_up(torch.cat((own.row, own.mesh_rows)) if stored else own.row)
-        centers, dtype = local_part(self.centers.detach()), own.label_weights.dtype
-        return own.batch.embeddings.index_select(0, own.sample).to(dtype).sub_(centers.index_select(0, own.row))
+        of_class, row = self.class_rows, own.row.to(self.class_rows.home)
+        of_class.catch_up(row if of_class.store is None else torch.cat((row, own.mesh_rows.to(row.device))))
+        centers = to_device(local_part(self.centers.detach()).index_select(0, row), of_class.device)
+        return own.batch.embeddings.index_select(0, own.sample).to(own.label_weights.dtype).sub_(centers)
 
     @torch.no_grad()
     def _note(self, differences: Tensor, own: _OwnTargets) -> None:
@@ -312,7 +313,7 @@ class CenterLoss(ChangeableLoss):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CenterLoss:
         super()._apply(fn, recurse)
         if self._pending is not None:
-            device = local_part(self.centers).device
+            device = self.class_rows.device
             self._pending = self._pending[0].to(device), self._pending[1].to(device)
         return self
 

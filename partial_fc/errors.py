@@ -20,8 +20,9 @@ def built_before_group() -> RuntimeError:
 
 def rows_that_cannot_travel(owner: str, kinds: str) -> ValueError:
     return ValueError(
-        f"this {owner} is on the CPU, but its process group exchanges tensors of {kinds} alone: leave device= out or "
-        'give it that of this rank, or name a backend for the CPU as well, init_process_group("cpu:gloo,cuda:nccl")'
+        f"rows of this {owner} are on the CPU, but its process group exchanges tensors of {kinds} alone: leave device= "
+        "out or give it that of this rank, without storage=, or name a backend for the CPU as well, "
+        'init_process_group("cpu:gloo,cuda:nccl")'
     )
 
 

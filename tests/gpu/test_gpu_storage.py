@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from on_gpu import ALONE_ON_HOST, CLASSES, RANKS_ON_HOST, WIDTH, Place, Pools, on_both
+from on_gpu import ALONE_ON_HOST, CLASSES, NAME, RANKS_ON_HOST, WIDTH, Place, Pools, on_both, run
 
 from partial_fc import (
     ArcFace,
+    CenterLoss,
     FileRows,
+    HostRows,
     PartialFC,
     RowOptimizer,
     RowWiseAdagrad,
@@ -94,3 +97,76 @@ def test_rows_of_two_ranks(gpu_ranks: Pools, ranks: Pools, tmp_path: Any, name: 
 def test_rows_on_the_host_train_as_on_cpus(gpu_ranks: Pools, ranks: Pools, name: str) -> None:
     half = {"rtol": 0.02, "atol": 0.02} if name.startswith("bf16") else {}
     on_both(gpu_ranks, ranks, ALONE_ON_HOST, trained, name, None, 1, "backward" not in name, **half)
+
+
+def centered(place: Place, update: str) -> Any:
+    center = CenterLoss(
+        WIDTH, CLASSES, update=update, seed=3, group=place.group, device=place.device, storage=place.storage
+    )
+    rows = RowOptimizer(torch.optim.SGD, center, lr=0.1) if update == "gradient" else center
+    found = []
+    for step in range(4):
+        x, labels = place.batch(step)
+        loss = center(x, labels)
+        loss.backward()
+        rows.step()
+        if update == "gradient":
+            rows.zero_grad()
+        found += [loss.detach(), x.grad]
+    center.class_rows.catch_up()
+    return found, center.centers
+
+
+@pytest.mark.parametrize("update", ["paper", "gradient"])
+@pytest.mark.parametrize("layout", [ALONE_ON_HOST, RANKS_ON_HOST])
+def test_centers_on_the_host_move_as_on_cpus(gpu_ranks: Pools, ranks: Pools, layout: str, update: str) -> None:
+    on_both(gpu_ranks, ranks, layout, centered, update)
+
+
+def clipped(place: Place) -> Any:
+    """Clipping beside a backbone on the device."""
+    backbone = torch.nn.Linear(WIDTH, WIDTH, device=place.device)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.copy_(place.filled(*parameter.shape))
+    head = built(place, None, {})
+    both = torch.optim.SGD(backbone.parameters(), lr=0.1), RowOptimizer(torch.optim.SGD, head, lr=0.1)
+    found = []
+    for step in range(3):
+        x, labels = place.batch(step)
+        head(backbone(x), labels).backward()
+        found.append(clip_grad_norm_(backbone.parameters(), head, max_norm=0.5))
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
+    both[1].catch_up()
+    return found, [*backbone.parameters()], head.weight
+
+
+@pytest.mark.parametrize("layout", [ALONE_ON_HOST, RANKS_ON_HOST])
+def test_one_norm_of_a_backbone_there_and_of_rows_on_the_host(gpu_ranks: Pools, ranks: Pools, layout: str) -> None:
+    on_both(gpu_ranks, ranks, layout, clipped)
+
+
+def refused(place: Place) -> list[str]:
+    said = []
+    for build in (
+        lambda: PartialFC(WIDTH, CLASSES, sample_rate=0.2, device=place.device, storage=HostRows()),
+        lambda: PartialFC(WIDTH, CLASSES, device=place.device, storage=HostRows(), group=place.group)(*place.batch(0)),
+        lambda: PartialFC(
+            WIDTH, CLASSES, sample_rate=0.2, device=place.device, storage=HostRows(), group=place.group
+        ).cpu(),
+    ):
+        try:
+            build()
+        except (RuntimeError, ValueError) as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_rows_on_the_host_need(gpu_ranks: Pools) -> None:
+    first, second = gpu_ranks(2).run(run, refused, RANKS_ON_HOST, NAME, ())
+    assert first == second
+    group, whole, moved = first
+    assert re.search("its process group exchanges tensors of .* alone", group) and "cpu:gloo" in group
+    assert "update_in_backward=True" in whole and "keep their device" in moved

@@ -42,7 +42,6 @@ from partial_fc.softmax.draws import Draws
 from partial_fc.tiers import pages
 from partial_fc.tiers import store as store_module
 from partial_fc.tiers.initial import initial_rows
-from partial_fc.tiers.kinds import checked_storage
 from partial_fc.tiers.store import scratch_like
 
 C, D, N = 300, 6, 8
@@ -440,8 +439,6 @@ def test_what_a_storage_cannot_be(tmp_path):
         head_of("files")
     with pytest.raises(TypeError, match="path of a folder"):
         head_of(FileRows(3))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="computes on the CPU"):
-        checked_storage(HostRows(), "cuda")
     on_meta = head_of(HostRows(), device="meta")
     assert "keep their device and dtype" in message_of(on_meta.to_empty, device="cpu")
     with pytest.raises(ValueError, match="faiss"):
