@@ -30,6 +30,7 @@ SAVERS: dict[str, dict[str, Any]] = {
     "plain SGD": {"optimizer": "sgd"},
     "skipped rows that stand still": {"skipped_rows": "still"},
     "rows in files": {"storage": "files"},
+    "rows in host memory": {"storage": "host"},
 }
 
 
@@ -130,7 +131,10 @@ class _Search:
             return requested["sample_rate"] < 1 and requested["skipped_rows"] != "still"
         if "storage" in changes:
             streams = requested["sample_rate"] < 1 or requested["update_in_backward"]
-            return requested["device"] == "cpu" and streams and requested["storage"] != "files"
+            of_cpu = requested["device"] == "cpu"
+            if changes["storage"] == "host":  # on a CPU that is the memory which is short
+                return streams and not of_cpu and requested["storage"] is None
+            return streams and of_cpu and requested["storage"] != "files"
         return requested["dtype"] not in HALF
 
     def fewer_samples(self) -> Change | None:

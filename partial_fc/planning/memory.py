@@ -48,6 +48,19 @@ def _initial_block(z: Sizes) -> int:
 
 def items(z: Sizes) -> tuple[Item, ...]:
     """Return every large tensor of a rank with its bytes in each phase."""
+    return _on_device(z) if z.storage and not z.cpu else _items(z)
+
+
+def _on_device(z: Sizes) -> tuple[Item, ...]:
+    """Return those on a GPU whose rows are on the host: rows, state and their update are not among them."""
+    away = {"weights", "initial rows", "optimizer state", "blocks of the optimizer", "heap"}
+    rest = [item for item in _items(replace(z, storage=None, states=0, moves=None, wide=None)) if item.name not in away]
+    rows = z.S if z.window else z.T  # all rows come tile by tile
+    travelling = dict.fromkeys(("select", "forward", "combine", "backward"), rows * z.D * z.w)
+    return Item("rows of the step", "S·D, from the host" if z.window else "T·D, from the host", travelling), *rest
+
+
+def _items(z: Sizes) -> tuple[Item, ...]:
     step = PHASES[1:]
     shard = z.C_local * z.D * (z.storage != "files")
     master = 4 * (z.wide == "master")

@@ -109,8 +109,8 @@ def plan(
         autocast: dtype of the matrix products under torch.autocast, None without it.
         memory: bytes that a rank may use for the head; `fit` of the result then says whether that is enough and what to
             change if not.
-        storage: "host" or "files": as `HostRows()` or `FileRows(...)` of `PartialFC`, on "cpu"; `tier` of the result
-            then has what is kept there. sample_block: as of `PartialFC`.
+        storage: "host" or "files": as `HostRows()` or `FileRows(...)` of `PartialFC`; `tier` of the result then has
+            what is kept there. sample_block: as of `PartialFC`.
         disk: bytes per second that the disk reads and writes, for all ranks that share it.
         device: type of device; on "cpu" tiles are smaller, and large buffers are held from step to step.
 
@@ -130,7 +130,7 @@ def _plan(arguments: dict[str, Any]) -> Plan:
     mode = "kept" if z.kept else "tiled"
     fixed = arguments, z.C_local, z.S, z.T, mode, z.logits, items(z), operations(z), traffic(z), collectives(z)
     tier = None if kept is None else tier_of(z, kept, block, disk)
-    return Plan(*fixed, search=search(z), skipped_rows=z.skipped, with_kernels=predict(z), tier=tier)
+    return Plan(*fixed, search=search(z), skipped_rows=z.skipped, with_kernels=() if kept else predict(z), tier=tier)
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -195,8 +195,6 @@ def _check_choices(arguments: dict[str, Any]) -> None:
     device, storage = arguments["device"], arguments["storage"]
     if storage not in (None, "host", "files"):
         raise ValueError(f'storage must be None, "host" or "files", not {storage!r}')
-    if storage is not None and device != "cpu":
-        raise ValueError(f'storage is for heads on the CPU: give device="cpu", not {device!r}')
     try:
         torch.device(device)
     except (RuntimeError, TypeError) as error:

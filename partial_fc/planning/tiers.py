@@ -19,7 +19,8 @@ Kept = Literal["host", "files"]
 @dataclass(frozen=True)
 class Tier:
     """Bytes of one rank. seconds: a step's reading and writing at the disk's bandwidth, None where none was given; it
-    is hidden where a step takes longer, but for the rows of the batch's labels."""
+    is hidden where a step takes longer, but for the rows of the batch's labels. bus: of a step, between host and GPU in
+    each direction: rows there, their gradient back; 0 on a CPU."""
 
     kind: Kept
     stored: int
@@ -27,6 +28,7 @@ class Tier:
     parts: int
     part_bytes: int
     seconds: float | None
+    bus: int
 
 
 def tier_of(z: Sizes, kind: Kept, block: int, disk: int | None) -> Tier:
@@ -37,7 +39,8 @@ def tier_of(z: Sizes, kind: Kept, block: int, disk: int | None) -> Tier:
     drawn = z.window * z.C_local / z.C if z.window else z.S  # at r = 1 rows follow each other
     parts = math.ceil(drawn / block + z.S - min(z.S, drawn)) if z.window else 1
     seconds = None if disk is None else 2 * moved * z.world / disk
-    return Tier(kind, z.C_local * row, moved, parts, block * z.D * z.w, seconds)
+    bus = 0 if z.cpu else z.S * z.D * z.w
+    return Tier(kind, z.C_local * row, moved, parts, block * z.D * z.w, seconds, bus)
 
 
 def tier_lines(made: Tier) -> list[str]:
@@ -50,6 +53,8 @@ def tier_lines(made: Tier) -> list[str]:
         f"  {'when every row was touched':32}{made.stored / 2**30:>8.2f} GiB",
         f"  {'read, and written, in a step':32}{made.moved / 2**20:>8.2f} MiB, {where}",
     ]
+    if made.bus:
+        lines.append(f"  {'to the GPU, and back, in a step':32}{made.bus / 2**20:>8.2f} MiB")
     if made.seconds is not None:
         lines.append(f"  {'at that bandwidth':32}{made.seconds:>8.3f} s of a step, hidden if it takes longer")
     return lines

@@ -90,7 +90,7 @@ def forward(
     index = index if centers == 1 else rows_of_classes(index, centers)
     kind = X.device.type
     kernels = selection.kernels is not None and selection.kernels.rows
-    row_tiles = KernelRows if kernels else RowTiles if kind == "cpu" else RowsAtOnce
+    row_tiles: Callable[..., RowTiles] = KernelRows if kernels else RowTiles if kind == "cpu" else RowsAtOnce
     if weight.device != X.device:
         row_tiles, bias = partial(StreamedRows, device=X.device), None if bias is None else bias.to(X.device)
     prefix = "" if selection.rows is None else "selected "

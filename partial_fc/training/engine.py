@@ -49,6 +49,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     cpu = train.cpu or not torch.cuda.is_available()
     deepspeed = train.deepspeed is not None or _is_true("ACCELERATE_USE_DEEPSPEED")
     group = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=train.timeout))
+    if config.head.storage is not None and not cpu:
+        group.backend = "cpu:gloo,cuda:nccl"  # rows on the host travel between ranks, too
     options: dict[str, Any] = {
         "cpu": cpu,
         "mixed_precision": train.mixed_precision,
@@ -60,7 +62,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     }
     if deepspeed:
         _check_deepspeed(train)
-        group.backend = "gloo" if cpu else "nccl"
+        group.backend = "gloo" if cpu else group.backend or "nccl"
         options.update(cpu=False, mixed_precision="no")
         if not _is_true(
             "ACCELERATE_USE_DEEPSPEED"

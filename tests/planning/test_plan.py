@@ -684,7 +684,6 @@ def test_rows_in_files():
     ("more", "words"),
     [
         ({"storage": "disk"}, "storage must be"),
-        ({"storage": "host", "device": "cuda"}, 'give device="cpu"'),
         ({"storage": "host", "sample_rate": 1.0}, "update_in_backward"),
         ({"sample_block": 0}, "sample_block must be"),
         ({"disk": 0}, "bytes per second"),
@@ -702,5 +701,22 @@ def test_the_command_plans_rows_in_files(capsys):
     printed = capsys.readouterr().out
     assert "FileRows, blocks of 100 classes" in printed
     assert "rows in files, per rank" in printed
-    with pytest.raises(UserError, match="on the CPU"):
-        plan_command([*sizes.split()[:-1], "cuda", "--storage", "host"])
+    plan_command([*sizes.split()[:-1], "cuda", "--storage", "host"])
+    printed = capsys.readouterr().out
+    assert "rows in host memory, per rank" in printed and "to the GPU, and back, in a step" in printed
+
+
+def test_rows_on_the_host_of_a_gpu():
+    sizes = {"sample_rate": 0.001, "autocast": torch.bfloat16, "device": "cuda"}
+    inside = plan(100_000_000, 512, 1, 4096, **sizes)
+    made = plan(100_000_000, 512, 1, 4096, **sizes, storage="host")
+    assert made.tier is not None and made.tier.stored == 100_000_000 * 512 * 2 * 4
+    assert made.tier.bus == made.rows * 512 * 4 == item(made, "rows of the step")
+    assert not {"weights", "optimizer state", "blocks of the optimizer"} & {each.name for each in made.items}
+    assert inside.peak > 400e9 and made.peak < 10e9
+    assert made.with_kernels == ()
+    fit = plan(100_000_000, 512, 1, 4096, **sizes, memory=60 << 30).fit
+    assert fit is not None and not fit.fits
+    assert {"storage": "host"} in [each.arguments for each in fit.changes]
+    in_backward = plan(1_000_000, 512, 1, 64, device="cuda", storage="host", update_in_backward=True)
+    assert item(in_backward, "rows of the step") < 300e6 < 1_000_000 * 512 * 4  # a tile, not all

@@ -122,7 +122,7 @@ def plan_parser() -> argparse.ArgumentParser:
         "--storage",
         choices=("host", "files"),
         default=None,
-        help="where rows and optimizer state are, with --device cpu: as HostRows or FileRows (default: in memory)",
+        help="where rows and optimizer state are: as HostRows or FileRows (default: in the memory of the device)",
     )
     parser.add_argument(
         "--sample_block",
