@@ -20,7 +20,6 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -139,7 +138,7 @@ def _calls(kind: str, z: Sizes, planned: Collective, ranks: Ranks, device: torch
         return all_gather(tiny, ranks.group)
 
     if kind == "status":
-        row = torch.full((len(fields(Status)),), NO_LABEL, device=device)
+        row = torch.full((len(Status._fields),), NO_LABEL, device=device)
 
         def gather_status() -> object:
             return all_gather_mesh(row, ranks).tolist()
