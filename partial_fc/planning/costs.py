@@ -27,6 +27,7 @@ from torch import nn
 from partial_fc.batch.status import HALF, Status
 from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES
+from partial_fc.distributed.ranks import MOST_GATHERED
 from partial_fc.distributed.shards import shard_bounds
 from partial_fc.optim import skipped_rows as moved_later
 from partial_fc.optim.adam_moves import AdamMoves
@@ -122,6 +123,11 @@ class Sizes:
     def held(self) -> bool:
         """Whether selected rows are gathered once, into the memory that their gradient takes over."""
         return self.gathered and self.w == self.s
+
+    @property
+    def reduced(self) -> bool:
+        """Whether statistics are reduced on the way between ranks, rather than gathered."""
+        return (3 + (not self.bounded)) * self.N * self.s * self.world > MOST_GATHERED
 
     @property
     def overlap(self) -> bool:
@@ -324,12 +330,22 @@ def collectives(z: Sizes) -> tuple[Collective, ...]:
     others = z.world - 1
     gradient = z.N_local * z.D * z.s
     statistics = (3 + (not z.bounded)) * z.N * z.s
-    gathers = {"status": 8 * len(Status._fields), "payload": payload_bytes(z), "statistics": statistics}
+    gathers = {"status": 8 * len(Status._fields), "payload": payload_bytes(z)}
+    if not z.reduced:
+        gathers["statistics"] = statistics
     found = [Collective(f"{name} (all-gather)", own, own * others, own * others) for name, own in gathers.items()]
+    if z.reduced:
+        found.append(all_reduce("statistics", statistics, z.world))
     scatter = Collective(
         "embedding gradient (reduce-scatter)", gradient * z.world, gradient * others, gradient * others
     )
     return (*found, scatter)
+
+
+def all_reduce(name: str, own: int, world: int) -> Collective:
+    """Return an all-reduce, which in a ring is a reduce-scatter and an all-gather."""
+    sent = 2 * own * (world - 1) // world
+    return Collective(f"{name} (all-reduce)", own, sent, sent)
 
 
 # ---------------------------------------------------------------------------------------------------- hard negatives

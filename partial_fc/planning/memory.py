@@ -233,7 +233,8 @@ def _collective_buffers(z: Sizes) -> dict[str, int]:
         return {"combine": 7 * z.N * z.s}
     return {
         "gather": (1 + z.world) * payload_bytes(z),
-        "combine": (4 + 7 * z.world) * z.N * z.s,  # this rank's, those of all ranks, three temporaries of [world, N]
+        # this rank's, those of all ranks, three temporaries of [world, N]
+        "combine": (4 + 7 * (1 if z.reduced else z.world)) * z.N * z.s,
         "backward": z.N_local * z.D * z.s,
     }
 
