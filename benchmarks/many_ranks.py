@@ -2,8 +2,8 @@
 
     python benchmarks/many_ranks.py [--quick] [--out runs/many_ranks]       writes results.json, the tables and the plot
 
-    draws       this rank's part of the windows of a whole cycle, at full size: what its operators make, how many they
-                are, and the bytes that it keeps
+    draws       this rank's part of the windows of a whole cycle, at full size: the classes whose places it looks up,
+                the operators that this takes in pieces as on a GPU, and the bytes that it keeps
     a step      forward, backward, update of a sampled head with all 65,536 samples and few classes: its collectives and
                 operators. The fake group answers each collective with this rank's own numbers
     plan        memory and bytes at D = 512, which are computed and not measured
@@ -21,16 +21,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing import get_context
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from partial_fc import ArcFace, PartialFC, RowOptimizer, clip_grad_norm_, plan
+from partial_fc import ArcFace, PartialFC, RowOptimizer, clip_grad_norm_, cycle_table, plan
+from partial_fc.cycle_table import PIECE_ELSEWHERE, make_table
 from partial_fc.distributed.shards import shard_bounds
-from partial_fc.sampling import Windows, window_size
+from partial_fc.sampling import Windows, permutation_of, window_size
 
 RANKS = (8, 64, 256, 1024)
 CLASSES = (100_000_000, 1_000_000_000)
@@ -83,22 +86,32 @@ class Counted(TorchDispatchMode):
 
 
 def draws(classes: int, world: int) -> dict[str, Any]:
-    """Of a cycle, by the rank in the middle."""
-    windows = Windows().fit(classes, RATE, 0, *shard_bounds(classes, world // 2, world), CPU, 1)
-    rows = 0
-    with Counted() as counted:
-        for step in range(windows.steps):
-            rows += len(windows.rows(step))
+    """Of a cycle, by the rank in the middle. Its table is made of tensors without numbers, at full size; what a step
+    reads of it is counted at a small one."""
+    lo, hi = shard_bounds(classes, world // 2, world)
+    size = window_size(classes, RATE)
+    permutation = permutation_of(classes, 0, 0)
+    permutation.positions_of(torch.arange(1))  # what lies outside, of √C numbers, is found once a cycle, with them
+    pieces_of_a_gpu = patch.object(cycle_table, "PIECE", PIECE_ELSEWHERE)
+    with pieces_of_a_gpu, FakeTensorMode(allow_non_fake_inputs=True), Counted() as making:
+        make_table(permutation, size, lo, hi, CPU)
+    steps = -(-classes // size)
+    pieces = -(-(hi - lo) // PIECE_ELSEWHERE)
+    small = Windows().fit(1000 * pieces, RATE, 0, 0, 999 * pieces, CPU, 1)
+    with patch.object(cycle_table, "PIECE", 999):
+        small.rows(0)
+    with Counted() as reading:
+        for step in range(small.steps):
+            small.rows(step)
     return {
         "classes": classes,
         "world": world,
-        "own classes": windows.key[4] - windows.key[3],
-        "window": window_size(classes, RATE),
-        "rows a step": rows / windows.steps,
-        "places looked up a step": (windows.key[4] - windows.key[3]) / windows.steps,
-        "numbers made a step": counted.numbers / windows.steps,
-        "operators a step": counted.operators / windows.steps,
-        "bytes kept": 4 * (windows.key[4] - windows.key[3]),
+        "own classes": hi - lo,
+        "window": size,
+        "places looked up a step": (hi - lo) / steps,
+        "numbers made a step": making.numbers / steps,
+        "operators a step": making.operators / steps + reading.operators / small.steps,
+        "bytes kept": 4 * (hi - lo),
     }
 
 
@@ -181,7 +194,7 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
     drawn = [
         (
             f"{d['classes'] / 1e6:,g}M",
-            *(_count(d[key]) for key in ("world", "own classes", "window", "rows a step", "places looked up a step")),
+            *(_count(d[key]) for key in ("world", "own classes", "window", "places looked up a step")),
             f"{d['operators a step']:.1f}",
             _size(d["bytes kept"]),
         )

@@ -6,8 +6,6 @@ round to the beginning, and the next cycle has another permutation. So every cla
 `ceil(C / w)` steps, no window holds a class twice, and all ranks evaluate one function of (seed, step).
 
     own classes [C_local]  ──  once a cycle, the step of each (cycle_table.py)  ──>  a step's rows here, about w / k
-
-A rank that has all classes, or many beside those of a window, draws windows one by one instead (`draw_window`).
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ from torch import Tensor
 from partial_fc.cycle_table import CycleTable, make_table
 from partial_fc.permutation import ROUNDS, Permutation
 
-SMALL_SHARD = 1 << 22  # so many own classes are looked at once a cycle on a CPU, however small a window is
-MOST_WINDOWS = 64  # and of larger shards as many as so many windows have
+SMALL_SHARD = 1 << 22  # so many own classes are looked at once a cycle on a CPU, however small a window is; more, if
+MOST_WINDOWS = 64  # they are not more than so many windows have. Else windows are drawn, as where a rank has all classes
 _MASK64 = (1 << 64) - 1
 
 

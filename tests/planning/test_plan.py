@@ -133,6 +133,19 @@ def test_the_network_by_hand():
     assert (gradient.own, gradient.sent, gradient.received) == (40 * 8 * 4, 30 * 8 * 4, 30 * 8 * 4)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_statistics_of_many_ranks_are_reduced(dtype):
+    numbers = (3 + (dtype is torch.float16)) * 65_536
+    for world in (8, 64, 1024):
+        made = plan(10_000_000, 128, world, 65_536, 0.1, autocast=dtype)
+        (statistics,) = (c for c in made.collectives if c.name == "statistics (all-reduce)")
+        assert statistics.own == 4 * numbers and statistics.sent == 2 * 4 * numbers * (world - 1) // world
+        assert 2 * statistics.sent < 10e6
+        (table,) = (item for item in made.items if item.name == "steps of a cycle")
+        assert table.largest == 4 * -(-10_000_000 // world)
+    assert [c.name for c in plan(10_000, 128, 8, 1024, 0.1).collectives][2] == "statistics (all-gather)"
+
+
 def _bytes_put_in(rank: int, world: int) -> list[int]:
     """What each collective of a training step is given on this rank."""
     head = PartialFC(8, 100)
