@@ -19,8 +19,8 @@ from torch import Tensor
 from partial_fc.cycle_table import CycleTable, make_table
 from partial_fc.permutation import ROUNDS, Permutation
 
-SMALL_SHARD = 1 << 22  # so many own classes are looked at once a cycle on a CPU, however small a window is; more, if
-MOST_WINDOWS = 64  # they are not more than so many windows have. Else windows are drawn, as where a rank has all classes
+SMALL_SHARD = 1 << 22  # so many own classes are looked at once a cycle on a CPU, however small a window is
+MOST_WINDOWS = 64  # and more, as many as so many windows have; else, and on a rank with all classes, windows are drawn
 _MASK64 = (1 << 64) - 1
 
 
