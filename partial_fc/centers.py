@@ -33,7 +33,8 @@ from partial_fc.distributed.derivatives import executes, first_derivative
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import real
 from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Group, all_gather, all_gather_mesh, start_reduce_scatter, sum_over_replicas
+from partial_fc.distributed.ranks import Group, all_gather_mesh, start_reduce_scatter, sum_over_replicas
+from partial_fc.distributed.sums import sum_over_ranks
 from partial_fc.nonfinite.check_gradients import check_step
 from partial_fc.nonfinite.wiring import follow_in_eval
 from partial_fc.optim.protocol import settle
@@ -384,7 +385,7 @@ class _CenterDistance(torch.autograd.Function):
         if own.reduction != "none":
             return all_gather_mesh((losses * own.sample_weights[own.sample]).sum(), batch.ranks).sum()
         of_all = add_to_rows(torch.zeros_like(own.sample_weights), own.sample, losses).mul_(own.sample_weights)
-        return all_gather(of_all, batch.ranks.group).sum(0)[batch.local].clone()
+        return sum_over_ranks(of_all, batch.ranks.group)[batch.local].clone()
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

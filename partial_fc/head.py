@@ -27,7 +27,7 @@ from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.kernels.choice import Kernels
 from partial_fc.optim.kernel_moves import taken_directions
-from partial_fc.sampling import draw_window, mix, select_rows
+from partial_fc.sampling import mix, select_rows
 from partial_fc.softmax.cross_entropy import sharded_cross_entropy
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes
@@ -132,10 +132,11 @@ class PartialFC(HeadState):
             if ranks.replica_group is not None or batch.label_weights is not None:
                 positives = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
             positives = self.with_hard_negatives(positives) if self._hard_negatives else positives
+            drawn = self.num_classes, self._sample_rate, self.seed, shards.lo, shards.hi, self.weight.device
+            windows = self._windows.fit(*drawn, self._sample_block)
             if self.weight.device.type == "cpu":  # elsewhere the host must not wait
-                drawn = {"seed": self.seed, "step": self.forward_count, "block": self._sample_block}
-                window = draw_window(self.num_classes, self._sample_rate, device=self.weight.device, **drawn)
-                rows = select_rows(window, positives.to(window.device), shards.lo, shards.hi)
+                labels = positives.to(self.weight.device)
+                rows = select_rows(windows.rows(self.forward_count), labels, shards.lo, shards.hi)
             else:
                 rows, slots = self._select_at_once(positives, options)
             if self._sampling_correction != "none":

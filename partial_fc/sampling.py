@@ -1,27 +1,26 @@
 """Which classes take part in a step: the same draw on every rank, at every world size, on CPU and CUDA.
 
 A forward needs its positives (classes of the batch) and a window of `w = round(r · C)` classes drawn from all. Windows
-walk a keyed permutation of the class ids: training forward `t` of a cycle takes `[t · w, (t + 1) · w)`, the last window
-of a cycle wraps round to its beginning, and the next cycle uses another permutation. So every class is drawn at least
-once in `ceil(C / w)` steps, no window holds a class twice, and a step costs O(w) integer operations and no
-communication: every rank evaluates the same function of (seed, step).
+walk a keyed permutation of the class ids: forward `t` of a cycle takes `[t · w, (t + 1) · w)`, the last window wraps
+round to the beginning, and the next cycle has another permutation. So every class is drawn at least once in
+`ceil(C / w)` steps, no window holds a class twice, and all ranks evaluate one function of (seed, step).
 
-The permutation is a Feistel network with additions modulo `a` and `b` on pairs (p // b, p % b), `a·b >= C > a·b - a`
-(Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Fewer than `a` of its values lie outside `[0, C)`.
-Where each ends if the permutation is applied until it comes back inside ("cycle walking") is put in a table of at most
-`sqrt(C)` entries once a cycle, so that a step has no loop that depends on the data.
+    own classes [C_local]  ──  once a cycle, the step of each (cycle_table.py)  ──>  a step's rows here, about w / k
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-ROUNDS = 6  # even; four are enough for what looks random; six leave a margin and cost 30 operations a class
+from partial_fc.cycle_table import CycleTable, make_table
+from partial_fc.permutation import ROUNDS, Permutation
+
+SMALL_SHARD = 1 << 22  # so many own classes are looked at once a cycle on a CPU, however small a window is
+MOST_WINDOWS = 64  # and more, as many as so many windows have; else, and on a rank with all classes, windows are drawn
 _MASK64 = (1 << 64) - 1
 
 
@@ -36,62 +35,10 @@ def mix(*values: int) -> int:
     return state >> 1
 
 
-def keyed_below(values: Tensor, key: int, bound: int) -> Tensor:
-    """A keyed hash of each value, in `[0, bound)`; `bound <= 2**31`. Integers wrap alike on CPU and CUDA."""
-    h = (values + (key & 0x7FFFFFFF)) * 0x2545F4914F6CDD1D
-    h ^= h >> 29
-    h *= 0x27D4EB2F165667C5
-    h >>= 33
-    h &= 0x7FFFFFFF
-    h *= bound
-    h >>= 31
-    return h
-
-
-@dataclass(frozen=True)
-class Permutation:
-    """A keyed permutation of `range(size)`, evaluated where it is needed and never stored."""
-
-    size: int
-    key: int
-
-    @property
-    def _sides(self) -> tuple[int, int]:
-        a = max(1, math.isqrt(self.size))
-        return a, -(-self.size // a)
-
-    def _walk_once(self, positions: Tensor) -> Tensor:
-        """The network itself: a permutation of `range(a * b)`."""
-        a, b = self._sides
-        left, right = positions // b, positions % b
-        for i in range(ROUNDS):
-            left = left + keyed_below(right, mix(self.key, i), a)
-            left -= a * (left >= a)
-            left, right, a, b = right, left, b, a
-        return left * b + right
-
-    def outside(self) -> Tensor:
-        """Return where cycle walking takes each value in `[size, a * b)`. On the CPU, once a permutation."""
-        a, b = self._sides
-        start = torch.arange(self.size, a * b)
-        values = self._walk_once(start)
-        # a value that comes back to its start is on a cycle that never gets inside; nothing inside leads to it either
-        while bool((walking := (values >= self.size) & (values != start)).any()):
-            values = torch.where(walking, self._walk_once(values), values)
-        return torch.where(values == start, 0, values)
-
-    def __call__(self, positions: Tensor, outside: Tensor) -> Tensor:
-        """Return the permuted ids of `positions` (int64). outside: the table of `outside()` on the same device."""
-        ids = self._walk_once(positions)
-        if len(outside):
-            ids = torch.where(ids >= self.size, outside[(ids - self.size).clamp_(min=0)], ids)
-        return ids
-
-
 @lru_cache(maxsize=8)
-def _cycle(num_classes: int, seed: int, cycle: int, device: torch.device) -> tuple[Permutation, Tensor]:
-    permutation = Permutation(num_classes, mix(seed, cycle))
-    return permutation, permutation.outside().to(device)
+def permutation_of(size: int, seed: int, cycle: int) -> Permutation:
+    """Return that of a cycle."""
+    return Permutation(size, tuple(mix(mix(seed, cycle), i) for i in range(ROUNDS)))
 
 
 def window_size(num_classes: int, sample_rate: float, block: int = 1) -> int:
@@ -100,24 +47,74 @@ def window_size(num_classes: int, sample_rate: float, block: int = 1) -> int:
 
 
 def draw_window(
-    num_classes: int, sample_rate: float, *, seed: int, step: int, device: torch.device, steps: int = 1, block: int = 1
+    num_classes: int, sample_rate: float, *, seed: int, step: int, device: torch.device, block: int = 1
 ) -> Tensor:
     """Return the class ids `[round(r * C)]` that `step` draws, distinct, unsorted: the same on every rank.
 
-    steps: of one cycle, one after another. block: so many consecutive ids at a time; from C on they are no class.
+    block: so many consecutive ids at a time; from C on they are no class.
     """
     blocks, size = -(-num_classes // block), window_size(num_classes, sample_rate, block) // block
-    steps_in_cycle = -(-blocks // size)
-    permutation, outside = _cycle(blocks, seed, step // steps_in_cycle, device)
-    start = step % steps_in_cycle * size
-    ids = permutation(torch.arange(start, start + steps * size, device=device) % blocks, outside)
+    cycle, place = divmod(step, -(-blocks // size))
+    positions = torch.arange(place * size, (place + 1) * size, device=device) % blocks
+    ids = permutation_of(blocks, seed, cycle).at(positions)
     return ids if block == 1 else (ids[:, None] * block + torch.arange(block, device=device)).flatten()
 
 
-def select_rows(window: Tensor, labels: Tensor, lo: int, hi: int) -> Tensor:
-    """Return this rank's share of `window` united with its positives, as sorted local rows `[S]`.
+class Windows:
+    """This rank's part of the windows of one head: those of the class ids `[lo, hi)`."""
 
-    window, labels: class ids in any order and number; those outside `[lo, hi)` belong to other ranks or to nobody.
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] = ()
+        self.tables: dict[int, CycleTable] = {}  # by cycle: of this one, and of the next one where somebody asked
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"key": (), "tables": {}}
+
+    def fit(
+        self, num_classes: int, sample_rate: float, seed: int, lo: int, hi: int, device: torch.device, block: int
+    ) -> Windows:
+        """Be those of a head as it is now, and return them. What was found before is forgotten if anything differs."""
+        key = (num_classes, sample_rate, seed, lo, hi, device, block)
+        if self.key != key:
+            self.key, self.tables, local = key, {}, hi - lo
+            self.blocks, self.size = -(-num_classes // block), window_size(num_classes, sample_rate, block) // block
+            self.steps = -(-self.blocks // self.size)  # of a cycle
+            small = local < num_classes and local <= max(SMALL_SHARD, MOST_WINDOWS * self.size * block)
+            self.tabled = self.steps <= local and (small or device.type != "cpu")
+        return self
+
+    def rows(self, step: int) -> Tensor:
+        """Return the local rows of the step's window, int64; sorted, if they come from a table."""
+        num_classes, sample_rate, seed, lo, hi, device, block = self.key
+        if not self.tabled:
+            ids = draw_window(num_classes, sample_rate, seed=seed, step=step, device=device, block=block)
+            return ids[(ids >= lo) & (ids < hi)] - lo
+        cycle, place = divmod(step, self.steps)
+        table = self.table(cycle)
+        if cycle - 1 in self.tables:
+            self.tables = {cycle: table}
+        bounds = table.bounds if isinstance(table.bounds, Tensor) else table.bounds.values()
+        ranges = [(place + 1, place + 2)]
+        if place in (0, self.steps - 1) and self.blocks % self.size:  # both have the first places of the cycle
+            ranges.append((0, 1))
+        found = [table.rows[i:j] for a, b in ranges for i, j in bounds[:, (a, b)].tolist()]
+        rows = torch.cat(found).long()
+        return rows if len(ranges) == 1 else rows.sort().values
+
+    def table(self, cycle: int) -> CycleTable:
+        """Return that of a cycle; once it is made, it is known until another is asked for."""
+        found = self.tables.get(cycle)
+        if found is None:
+            _, _, seed, lo, hi, device, block = self.key
+            found = make_table(permutation_of(self.blocks, seed, cycle), self.size, lo, hi, device, block)
+            self.tables = {cycle: found, **{c: t for c, t in self.tables.items() if abs(c - cycle) == 1}}
+        return found
+
+
+def select_rows(window: Tensor, labels: Tensor, lo: int, hi: int) -> Tensor:
+    """Return the local rows of `window` united with this rank's positives, sorted `[S]`.
+
+    labels: class ids in any order and number; those outside `[lo, hi)` belong to other ranks or to nobody.
     """
-    ids = torch.cat((window, labels.reshape(-1)))
-    return torch.unique(ids[(ids >= lo) & (ids < hi)]) - lo
+    ids = labels.reshape(-1)
+    return torch.unique(torch.cat((window, ids[(ids >= lo) & (ids < hi)] - lo)))

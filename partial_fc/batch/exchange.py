@@ -111,13 +111,13 @@ def _exchange_status(
 
     Raises the same ValueError on every rank if any of them has a batch that cannot be gathered, or invalid weights.
     """
-    first = tuple(Status(*row) for row in all_gather_mesh(mine[0], ranks, BATCH).tolist())
+    first = tuple(map(Status._make, all_gather_mesh(mine[0], ranks, BATCH).tolist()))
     if any(row.problem or row.together != first[0].together for row in first):
         refusals.raise_problem(first, problem, [each.name for each in sets], agreed, ranks, mine.device)
     status = [first]
     if len(sets) > 1:
         others = all_gather_mesh(mine[1:], ranks, BATCH).transpose(0, 1).tolist()
-        status += [tuple(Status(*row) for row in table) for table in others]
+        status += [tuple(map(Status._make, table)) for table in others]
     for each, rows in zip(sets, status, strict=True):
         if any(row.bad_weight or row.agreed != rows[0].agreed for row in rows):
             refusals.raise_finding(rows, ranks, each.name)
@@ -146,8 +146,10 @@ def exchange_payload(
     everyone = all_gather(buffer, group, PAYLOAD)
     out = []
     for part, offset, size in zip(parts, offsets, sizes, strict=True):
-        rows = [everyone[r, offset : offset + n * size] for r, n in enumerate(counts)]
-        out.append(torch.cat(rows).view(part.dtype).view(sum(counts), *part.shape[1:]))
+        even = everyone[:, offset : offset + longest * size].reshape(-1)
+        if min(counts) < longest:
+            even = torch.cat([part[: n * size] for part, n in zip(even.view(len(counts), -1), counts, strict=True)])
+        out.append(even.view(part.dtype).view(sum(counts), *part.shape[1:]))
     return out
 
 

@@ -61,8 +61,8 @@ def looked_at(batch: GlobalBatch) -> GlobalBatch:
         labels = batch.mesh_labels[start : start + row.samples].cpu()
         start += row.samples
         found: Any = Status(*inspect(_nothing(labels), [LabelSet(None, labels)], "", False, True)[0].tolist())
-        extremes = {name: getattr(found, name) for name in vars(found) if name.startswith(("small", "larg", "second"))}
-        status.append(replace(row, **extremes))
+        extremes = [name for name in Status._fields if name.startswith(("small", "larg", "second"))]
+        status.append(row._replace(**{name: getattr(found, name) for name in extremes}))
     return replace(batch, status=tuple(status), looked=True)
 
 

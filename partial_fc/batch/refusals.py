@@ -207,8 +207,9 @@ def describe_no_tensor(embeddings: object) -> str:
 def bad_label_in(batch: Any, valid: range, ignore_index: int) -> str:
     """Return the first label of a `GlobalBatch` that is no class, in words; "" if there is none."""
     for flat, row in enumerate(batch.status):
-        for label, at in row.extremes():
-            if label != ignore_index and label not in valid:
+        places = row.smallest_at, row.second_smallest_at, row.largest_at, row.second_largest_at
+        for label, at in zip(row.labels, places, strict=True):
+            if label not in (ignore_index, NO_LABEL) and label not in valid:
                 return f"{origin_of(batch, flat)}: {describe_bad_label(label, at, row, valid, ignore_index)}"
     return ""
 

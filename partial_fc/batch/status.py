@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ HALF = (torch.bfloat16, torch.float16)
 NO_LABEL = 2**62  # stands for a smallest or largest label where there is none
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """One rank's local batch and one of its label sets. Indices are flat. Before `problem` stands what `inspect`
     counts, after it what it searches for; `NO_COUNTS` and `NO_FINDINGS` have as many numbers."""
 
@@ -65,11 +64,10 @@ class Status:
         """What must be the same on every rank before anything else is looked at."""
         return self.operation, self.names, self.facts, self.statistics
 
-    def extremes(self) -> tuple[tuple[int, int], ...]:
-        """Return (label, flat index) of the smallest and largest labels."""
-        low = (self.smallest, self.smallest_at), (self.second_smallest, self.second_smallest_at)
-        high = (self.largest, self.largest_at), (self.second_largest, self.second_largest_at)
-        return tuple((label, at) for label, at in (*low, *high) if label != NO_LABEL)
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The smallest and largest labels, NO_LABEL where there is none."""
+        return self.smallest, self.second_smallest, self.largest, self.second_largest
 
 
 NO_COUNTS = [operation_number(BATCH)] + [0] * 8  # the fields before `problem`

@@ -16,7 +16,7 @@ from torch import Tensor
 from partial_fc.batch import refusals
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.loss_weights import weigh_batch, weigh_labels, without_bad_labels
-from partial_fc.batch.status import as_matrix
+from partial_fc.batch.status import NO_LABEL, as_matrix
 
 
 class Targets(NamedTuple):
@@ -74,7 +74,7 @@ def check_batch(batch: GlobalBatch, embedding_size: int, valid: range, ignore_in
     width = batch.status[0].width
     if width != embedding_size:
         raise ValueError(f"embeddings have width {width}, the head has embedding_size {embedding_size}")
-    if any(label != ignore_index and label not in valid for row in batch.status for label, _ in row.extremes()):
+    if any(label not in valid for row in batch.status for label in row.labels if label not in (ignore_index, NO_LABEL)):
         raise ValueError(refusals.bad_label_in(batch, valid, ignore_index))
     if any(row.nonfinite_at >= 0 for row in batch.status):
         return refusals.report_nonfinite(batch, on_nonfinite)

@@ -33,7 +33,7 @@ from partial_fc.margins.state import load_state, misfit, state_of
 from partial_fc.margins.variants import ArcFace
 from partial_fc.optim.protocol import settle
 from partial_fc.optim.stored_rows import stated_rows
-from partial_fc.sampling import draw_window, window_size
+from partial_fc.sampling import window_size
 from partial_fc.sharded_module import Reduction, SharedArguments, check_choice
 from partial_fc.softmax.corrections import Correction, log_weights
 from partial_fc.softmax.draws import Draws, Slots
@@ -142,7 +142,7 @@ class HeadState(HeadPredictions):
         self.selected_rows = None  # local rows of the last forward
         self._last_labels = None  # of its batch, on all ranks
         self._workspace = Workspace()
-        self._draws: Draws | None = None
+        self._windows = Draws()  # of the coming steps
         self._measured = None
         checked = checked_class_weights(class_weights, self.num_classes, self._device)
         self.register_buffer("class_weights", checked, persistent=False)
@@ -228,8 +228,8 @@ class HeadState(HeadPredictions):
         ids = self.selected
         drawn = in_batch = torch.ones_like(ids, dtype=torch.bool)
         if self.selected_rows is not None and self._last_labels is not None:
-            of_step = self._draw_of(self.forward_count - 1)
-            drawn = torch.isin(ids, draw_window(self.num_classes, self._sample_rate, **of_step).to(ids.device))
+            of_window = self._windows.rows(self.forward_count - 1).to(ids.device)
+            drawn = torch.isin(ids - self.shards.lo, of_window)
             labels = self._last_labels
             in_batch = torch.isin(ids, labels.where(labels != self.ignore_index, -1))
         counted = {"window": drawn, "batch": in_batch & ~drawn, "hard": ~(in_batch | drawn)}
@@ -269,29 +269,15 @@ class HeadState(HeadPredictions):
             raise RuntimeError("metrics are known after a forward of a head that was built with metrics=True")
         return self._measured.summary(self.margin)
 
-    def _draw_of(self, step: int) -> dict[str, Any]:
-        """Return what the window of a step depends on besides the number of classes and the sampling rate."""
-        return {"seed": self.seed, "step": step, "device": self.class_rows.home, "block": self._sample_block}
-
     def rows_ahead(self) -> Callable[[], Tensor] | None:
         """Return what draws the local rows of the window of the forward after this one; None in evaluation."""
-        classes, rate, of_step = self.num_classes, self._sample_rate, self._draw_of(self.forward_count + 1)
-        lo, hi = self.shards.lo, self.shards.hi
-
-        def rows() -> Tensor:
-            ids = draw_window(classes, rate, **of_step)
-            return ids[(ids >= lo) & (ids < hi)] - lo
-
-        return rows if self.training else None
+        return functools.partial(self._windows.rows, self.forward_count + 1) if self.training else None
 
     def _select_at_once(self, positives: Tensor, options: LossOptions) -> tuple[Tensor, Slots | None]:
         """Return this rank's rows of the forward, and the slots behind its window, without a wait for the device."""
-        draws = Draws(self.num_classes, self._sample_rate, self.seed, self.shards, positives.device, self._sample_block)
-        if self._draws is None or self._draws.key != draws.key:
-            self._draws = draws
         # with slots nothing but the exponential may depend on the logits of single rows
         slots = not (options.ruled or options.binary or options.label_smoothing or options.margin.binary)
-        return self._draws.select(self.forward_count, positives, slots)
+        return self._windows.select(self.forward_count, positives, slots)
 
     def _correct(
         self,

@@ -26,7 +26,8 @@ from partial_fc.classes.queries import DEFAULT_TILE_BYTES, UnitRows
 from partial_fc.classes.query_arguments import check_query, unit_factors
 from partial_fc.distributed.given import real
 from partial_fc.distributed.operation import operation
-from partial_fc.distributed.ranks import all_gather, sum_over_replicas
+from partial_fc.distributed.ranks import sum_over_replicas
+from partial_fc.distributed.sums import sum_over_ranks
 
 WHAT = "outliers"
 
@@ -156,4 +157,4 @@ def _to_centers(x: Tensor, ids: Tensor, rows: UnitRows) -> Tensor:
 def _back(values: Tensor, now: tuple[int, ...], rows: UnitRows) -> Tensor:
     """Return, for this rank's samples of a round, what their owners know; it is 0 on all others."""
     start = sum(now[: rows.ranks.rank])
-    return all_gather(values, rows.ranks.group, WHAT).sum(0)[start : start + now[rows.ranks.rank]]
+    return sum_over_ranks(values, rows.ranks.group, WHAT)[start : start + now[rows.ranks.rank]]

@@ -171,14 +171,14 @@ class _Inquiry(threading.Thread):
         store.set(f"{REACHED}/{self.rank}", self.what)
         absent = self._wait(store, REACHED, self.members, time.monotonic() + GRACE)
         self.missing = absent
-        self.where = {r: bytes(store.get(f"{REACHED}/{r}")).decode() for r in self.members if r not in absent}
+        present = [rank for rank in self.members if rank not in absent]
+        self.where = dict(zip(present, _read(store, [f"{REACHED}/{rank}" for rank in present]), strict=True))
         store.set(f"{CONCLUDED}/{self.rank}", json.dumps(sorted(absent)))
         if not absent:
             self._read_conclusions(store)
         for rank in sorted(self.missing):
             self.seen[rank] = ", and ".join(filter(None, (failure_of(rank, store), _state_of(rank, store))))
         if self.rank == 0:  # it may host the store: keep it until the others have read from it
-            present = [rank for rank in self.members if rank not in absent]
             self._wait(store, CONCLUDED, present, time.monotonic() + SETTLE)
 
     def _wait(self, store: Any, key: str, ranks: list[int], deadline: float) -> set[int]:
@@ -186,7 +186,7 @@ class _Inquiry(threading.Thread):
         absent = set(ranks)
         one_absent_since = None
         while True:
-            absent = {rank for rank in absent if not store.check([f"{key}/{rank}"])}
+            absent = _absent(store, key, sorted(absent))
             self.answered.set()
             now = time.monotonic()
             if len(absent) == 1 and one_absent_since is None:
@@ -205,6 +205,23 @@ class _Inquiry(threading.Thread):
             if store.check([key]):
                 self.missing.update(json.loads(store.get(key)))
         self.late = self.rank in self.missing
+
+
+def _absent(store: Any, key: str, ranks: list[int]) -> set[int]:
+    """Return the ranks that have not written `key`. One question where all have, and few for each that has not: every
+    rank asks the one store."""
+    if not ranks or store.check([f"{key}/{rank}" for rank in ranks]):
+        return set()
+    if len(ranks) == 1:
+        return set(ranks)
+    half = len(ranks) // 2
+    return _absent(store, key, ranks[:half]) | _absent(store, key, ranks[half:])
+
+
+def _read(store: Any, keys: list[str]) -> list[str]:
+    """Return what stands under keys that are there: by one question where this kind of store can answer it."""
+    found = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
+    return [bytes(value).decode() for value in found]
 
 
 # ---------------------------------------------------------------------------------------------------- the message

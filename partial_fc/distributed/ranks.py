@@ -18,6 +18,7 @@ from torch.profiler import record_function
 
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.named_ranks import NamedRanks
+from partial_fc.distributed.padding import padded_rows
 
 Group = dist.ProcessGroup | DeviceMesh | None
 
@@ -25,6 +26,7 @@ Group = dist.ProcessGroup | DeviceMesh | None
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+MOST_GATHERED = 1 << 20  # bytes of all ranks: more numbers that are only added up are reduced on the way (sums.py)
 IN_BACKWARD = "the sum of the embeddings' gradients in backward"
 
 
@@ -81,12 +83,7 @@ def start_reduce_scatter(grad: Tensor, ranks: Ranks, counts: tuple[int, ...]) ->
     if ranks.group is None:
         return lambda: grad
     longest = max(counts)
-    if min(counts) == longest:
-        padded = grad.contiguous()
-    else:
-        padded = grad.new_zeros(len(counts), longest, grad.shape[1])
-        for row, part in zip(padded, grad.split(counts), strict=True):
-            row[: len(part)] = part
+    padded = grad.contiguous() if min(counts) == longest else padded_rows(grad, counts)
     out = grad.new_empty(longest, grad.shape[1])
     with naming_the_missing(IN_BACKWARD, ranks.group):
         work = _reduce_scatter_single(out.view(-1), padded.view(-1), group=ranks.group, async_op=True)

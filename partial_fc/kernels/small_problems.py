@@ -25,7 +25,7 @@ from partial_fc.kernels.choice import Case
 from partial_fc.kernels.logits import LOG2E, SMALL, STREAM, STREAM_ROWS, TILE, Operands, Sums
 from partial_fc.kernels.rows import Blocks, catch_up_rows, gather_rows, project_rows
 from partial_fc.kernels.update import Memory, Numbers, Through, step_rows
-from partial_fc.sampling import keyed_below
+from partial_fc.permutation import keyed_below
 
 SEED = 1904
 GUARD = 7.0  # stands where nothing is to be written

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.distributed.ranks import all_gather
-from partial_fc.sampling import keyed_below
+from partial_fc.permutation import keyed_below
 
 
 @dataclass

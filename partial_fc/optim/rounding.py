@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from partial_fc.permutation import keyed_below
 from partial_fc.rows import ClassRows
-from partial_fc.sampling import keyed_below, mix
+from partial_fc.sampling import mix
 
 
 def round_at_random(values: Tensor, ids: Tensor, key: int) -> Tensor:

@@ -16,7 +16,7 @@ the formulas and what they leave out.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -27,6 +27,7 @@ from torch import nn
 from partial_fc.batch.status import HALF, Status
 from partial_fc.classes.head_state import DEFAULT_LOGITS_BUDGET
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES
+from partial_fc.distributed.ranks import MOST_GATHERED
 from partial_fc.distributed.shards import shard_bounds
 from partial_fc.optim import skipped_rows as moved_later
 from partial_fc.optim.adam_moves import AdamMoves
@@ -41,7 +42,7 @@ from partial_fc.optim.optimizer_class import (
     trial,
 )
 from partial_fc.optim.row_state import SkippedRowsChoice
-from partial_fc.sampling import window_size
+from partial_fc.sampling import Windows, window_size
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes, tile_rows, tile_size
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -71,6 +72,7 @@ class Sizes:
     D: int
     T: int  # rows of a tile
     window: int  # classes drawn across ranks; 0 without sampling
+    tabled: bool  # a rank finds once a cycle in which step each of its classes is drawn
     world: int
     w: int
     s: int
@@ -123,6 +125,11 @@ class Sizes:
         return self.gathered and self.w == self.s
 
     @property
+    def reduced(self) -> bool:
+        """Whether statistics are reduced on the way between ranks, rather than gathered."""
+        return (3 + (not self.bounded)) * self.N * self.s * self.world > MOST_GATHERED
+
+    @property
     def overlap(self) -> bool:
         """Whether backward passes over the tiles twice, and reduces the embeddings' gradient during the second pass."""
         return self.kept and self.world > 1 and not self.in_backward
@@ -161,6 +168,7 @@ def sizes(
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         stats, product = compute_dtypes(none, none)
     logits = logits_bytes(N, rows, product)
+    drawn = Windows().fit(C, sample_rate, 0, lo, hi, torch.device(device), sample_block)
     device = torch.device(device).type
     named: tuple[Any, dict[str, Any]] = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else (optimizer, {})
     cls, options = named
@@ -174,6 +182,7 @@ def sizes(
         D=D,
         T=min(tile_size(rows, tile_rows(N, D, device), 1, device), max(rows, 1)),
         window=window,
+        tabled=bool(window) and drawn.tabled,
         world=world_size,
         w=dtype.itemsize,
         s=stats.itemsize,
@@ -321,12 +330,22 @@ def collectives(z: Sizes) -> tuple[Collective, ...]:
     others = z.world - 1
     gradient = z.N_local * z.D * z.s
     statistics = (3 + (not z.bounded)) * z.N * z.s
-    gathers = {"status": 8 * len(fields(Status)), "payload": payload_bytes(z), "statistics": statistics}
+    gathers = {"status": 8 * len(Status._fields), "payload": payload_bytes(z)}
+    if not z.reduced:
+        gathers["statistics"] = statistics
     found = [Collective(f"{name} (all-gather)", own, own * others, own * others) for name, own in gathers.items()]
+    if z.reduced:
+        found.append(all_reduce("statistics", statistics, z.world))
     scatter = Collective(
         "embedding gradient (reduce-scatter)", gradient * z.world, gradient * others, gradient * others
     )
     return (*found, scatter)
+
+
+def all_reduce(name: str, own: int, world: int) -> Collective:
+    """Return an all-reduce, which in a ring is a reduce-scatter and an all-gather."""
+    sent = 2 * own * (world - 1) // world
+    return Collective(f"{name} (all-reduce)", own, sent, sent)
 
 
 # ---------------------------------------------------------------------------------------------------- hard negatives

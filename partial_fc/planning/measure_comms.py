@@ -2,7 +2,7 @@
 
     status [24] int64              all-gather       sizes, and what is wrong with the batch; the host waits for it
     payload [n, D], [n]            all-gather       embeddings and labels
-    statistics [3, N]              all-gather       sum, target and its cosine of every sample
+    statistics [3, N]              all-gather       sum, target and its cosine of every sample; of many ranks all-reduce
     embedding gradient [N, D]      reduce-scatter
     clip norm, flags [4] float64   all-reduce
     backbone gradient [P]          all-reduce       in buckets, as DDP sends them
@@ -20,7 +20,6 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from partial_fc.distributed.groups import backends_of, device_of, ranks_of
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, start_reduce_scatter
 from partial_fc.head import PartialFC
 from partial_fc.planning.comms_report import Comms, Measured
-from partial_fc.planning.costs import Collective, Sizes, collectives, sizes
+from partial_fc.planning.costs import Collective, Sizes, all_reduce, collectives, sizes
 
 BUCKET = 25 << 20  # bytes of DDP's buckets
 MOST_BYTES = 256 << 20  # of class rows when the head is measured
@@ -114,16 +113,10 @@ def planned(z: Sizes, backbone_parameters: int) -> tuple[Collective, ...]:
     """Return the collectives of a step: the head's, the norm for clipping, DDP's; none on a single rank."""
     if z.world == 1:
         return ()
-    found = [*collectives(z), _all_reduce("clip norm", 32, z.world)]
+    found = [*collectives(z), all_reduce("clip norm", 32, z.world)]
     if backbone_parameters:
-        found.append(_all_reduce("backbone gradient", 4 * backbone_parameters, z.world))
+        found.append(all_reduce("backbone gradient", 4 * backbone_parameters, z.world))
     return tuple(found)
-
-
-def _all_reduce(name: str, own: int, world: int) -> Collective:
-    """Return an all-reduce, which in a ring is a reduce-scatter and an all-gather."""
-    sent = 2 * own * (world - 1) // world
-    return Collective(f"{name} (all-reduce)", own, sent, sent)
 
 
 Call = Callable[[], object]
@@ -139,7 +132,7 @@ def _calls(kind: str, z: Sizes, planned: Collective, ranks: Ranks, device: torch
         return all_gather(tiny, ranks.group)
 
     if kind == "status":
-        row = torch.full((len(fields(Status)),), NO_LABEL, device=device)
+        row = torch.full((len(Status._fields),), NO_LABEL, device=device)
 
         def gather_status() -> object:
             return all_gather_mesh(row, ranks).tolist()
@@ -150,6 +143,8 @@ def _calls(kind: str, z: Sizes, planned: Collective, ranks: Ranks, device: torch
         return lambda: exchange_payload(parts, (n,) * world, n, ranks.group), gather_tiny
     if kind == "statistics":
         found = torch.zeros(planned.own // 4, device=device)
+        if z.reduced:
+            return lambda: dist.all_reduce(found, group=ranks.group), lambda: dist.all_reduce(tiny, group=ranks.group)
         return lambda: all_gather(found, ranks.group), gather_tiny
     if kind == "embedding gradient":
         grad = torch.zeros(n * world, z.D, device=device)

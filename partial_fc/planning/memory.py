@@ -16,15 +16,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from partial_fc.cycle_table import PIECE, PIECE_ELSEWHERE
 from partial_fc.optim import skipped_rows
 from partial_fc.optim.adam_moves import AdamMoves
 from partial_fc.optim.row_optimizer import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE
 from partial_fc.planning.costs import Sizes, payload_bytes, search
-from partial_fc.softmax.draws import MOST_DRAWN
 from partial_fc.tiers.initial import PAIRS, TEMPORARIES, rows_at_a_time
 
 PHASES = ("build", "gather", "select", "forward", "combine", "backward", "update")
-WINDOW_TEMPORARIES = 41  # most bytes per class of the window that `draw_window` holds: five numbers and a mask
+WINDOW_TEMPORARIES = 41  # most bytes per class while its place in a permutation is found: five numbers and a mask
 ROUNDING_TEMPORARIES = 24  # most bytes per number that stochastic rounding of a block holds
 
 
@@ -90,6 +90,7 @@ def _items(z: Sizes) -> tuple[Item, ...]:
         Item("rows of a tile", "T·D, several", tiles),
         Item("embeddings and their gradient", "N·D, several", _embeddings(z)),
         Item("selection", "row numbers and lengths", _selection(z)),
+        *([Item("steps of a cycle", "C_local, int32", dict.fromkeys(step, _table(z)))] if z.tabled else []),
         *_skipped_rows(z),
         *_hard_negatives(z),
         Item("collectives' buffers", "", _collective_buffers(z)),
@@ -197,9 +198,19 @@ def _selection(z: Sizes) -> dict[str, int]:
 
 
 def _drawing(z: Sizes) -> int:
-    # elsewhere than on a CPU windows are drawn for several steps at a time
-    drawn = z.window if z.cpu else max(z.window, min(z.C_local * z.world, MOST_DRAWN))
-    return max(WINDOW_TEMPORARIES * drawn, 8 * (2 * (z.window + z.N * (1 + z.hard)) + 4 * z.S)) if z.window else 0
+    """Bytes while the step's rows are selected; in the first step of a cycle its table is made beside the last one."""
+    if not z.window:
+        return 0
+    if z.tabled:
+        making = WINDOW_TEMPORARIES * min(z.C_local, PIECE if z.cpu else PIECE_ELSEWHERE) + _table(z)
+    else:
+        making = WINDOW_TEMPORARIES * z.window
+    return max(making, 8 * (2 * (-(-z.window * z.C_local // z.C) + z.N * (1 + z.hard)) + 4 * z.S))
+
+
+def _table(z: Sizes) -> int:
+    """Bytes of the table which step of a cycle draws which of the rank's classes (cycle_table.py)."""
+    return 4 * z.C_local * z.tabled
 
 
 def _skipped_rows(z: Sizes) -> tuple[Item, ...]:
@@ -235,7 +246,8 @@ def _collective_buffers(z: Sizes) -> dict[str, int]:
         return {"combine": 7 * z.N * z.s}
     return {
         "gather": (1 + z.world) * payload_bytes(z),
-        "combine": (4 + 7 * z.world) * z.N * z.s,  # this rank's, those of all ranks, three temporaries of [world, N]
+        # this rank's, those of all ranks, three temporaries of [world, N]
+        "combine": (4 + 7 * (1 if z.reduced else z.world)) * z.N * z.s,
         "backward": z.N_local * z.D * z.s,
     }
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from partial_fc.distributed.ranks import all_gather
+from partial_fc.distributed.ranks import MOST_GATHERED, all_gather
+from partial_fc.distributed.sums import sum_over_ranks
 from partial_fc.margins.positives import Positives
 from partial_fc.softmax.at_once import RowsAtOnce
 from partial_fc.softmax.biases import biases_of
+from partial_fc.softmax.combination import COMBINATION, combine_by_sums
 from partial_fc.softmax.further_sums import FurtherSums
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.kernel_rows import KernelRows
@@ -177,7 +179,7 @@ def apply_margin(
     """
     margin = options.margin
     if margin.sees_all or margin.has_rule:
-        cosines = all_gather(cosines, selection.ranks.group).sum(0)
+        cosines = sum_over_ranks(cosines, selection.ranks.group)
     with torch.set_grad_enabled(needs_grad):
         cosine = cosines.detach().requires_grad_(needs_grad)
         norm = targets.of_samples(norms).detach().requires_grad_(needs_grad)
@@ -253,13 +255,16 @@ class TileSums:
 
 
 def combine(sums: TileSums, z: Tensor, cosines: Tensor, selection: Selection) -> dict[str, Tensor]:
-    """Return by name what the ranks found together: one all-gather. total: of the largest maximum."""
+    """Return by name what the ranks found together. total: of the largest maximum."""
     parts = {"total": sums.total[:, 0], "z": z, "cosines": cosines}
     if sums.further is not None:
         parts |= sums.further.parts(z, cosines, sums.state.rows.count)
     if selection.ranks.group is None:
         return parts
-    everyone = all_gather(torch.cat(list(parts.values())), selection.ranks.group, "the combination of the softmax")
+    own = torch.cat(list(parts.values()))
+    if own.nbytes * selection.ranks.world > MOST_GATHERED:
+        return combine_by_sums(parts, selection.ranks.group)
+    everyone = all_gather(own, selection.ranks.group, COMBINATION)
     found = dict(zip(parts, everyone.split([len(p) for p in parts.values()], dim=1), strict=True))
     if "maximum" in found:
         largest = found["maximum"].amax(0)

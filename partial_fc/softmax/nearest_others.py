@@ -1,7 +1,7 @@
 """The inter-top-k penalty: the k nearest other classes of a sample count as nearer than they are, by an angle.
 
     tiles of cosines, targets left out   [N, T]      a product of their own, before the one that is summed
-    the k + 1 largest so far             [N, k + 1]  ── all-gather ──>  those of all ranks
+    the k + 1 largest so far             [N, k + 1]  ── all-gather ──>  those of all ranks; of many ranks by all-to-all
     near                                 [N, 1]      half-way between the k-th and the next: what is above is penalised
     Rule (ruled.py)                      cos θ_j  ->  cos(θ_j − penalty), below an angle of 0 continued monotonically
 
@@ -20,11 +20,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from partial_fc.distributed.ranks import all_gather
+from partial_fc.distributed.ranks import MOST_GATHERED, Ranks, all_gather
+from partial_fc.distributed.sums import shared_out
 from partial_fc.softmax.inputs import LossOptions, Selection
 from partial_fc.softmax.row_tiles import RowTiles, TargetRows
 from partial_fc.softmax.ruled import Rule, mask_targets
 from partial_fc.softmax.tiles import tile_logits, tile_of
+
+SEARCH = "the search for the nearest other classes"
 
 
 def with_penalty(
@@ -37,7 +40,7 @@ def with_penalty(
     product: torch.dtype,
     tile: int,
 ) -> Rule:
-    """Return the rule with the penalty before it; a collective of N · (k + 1) numbers.
+    """Return the rule with the penalty before it; collectives of N · (k + 1) numbers.
 
     x `[N, D]`: unit embeddings. rule: the margin's own, or None. product: dtype of matrix products. tile: rows of a
     tile, the same as in the forward and backward.
@@ -57,9 +60,25 @@ def with_penalty(
             cosines = cosines.masked_fill(cosines > options.interclass_filter, -torch.inf)
         best = torch.cat((best, cosines), 1).topk(k + 1, dim=1).values
     rows.measured = True
-    everyone = all_gather(best, selection.ranks.group, "the search for the nearest other classes")
-    best = everyone.transpose(0, 1).flatten(1).topk(k + 1, dim=1).values
-    near = (best[:, k - 1 : k] + best[:, k:]) / 2
+    near = _over_ranks(best, selection.ranks)
     if rule is None:  # a margin without a rule leaves cosines as they are
         rule = Rule(options.margin.frozen(), near)
     return replace(rule, near=near, penalty=options.inter_topk_penalty)
+
+
+def _over_ranks(best: Tensor, ranks: Ranks) -> Tensor:
+    """Return `[N, 1]`, half-way between the last two of the k + 1 largest of all ranks, of which each has `[N, k + 1]`.
+
+    Of many ranks each looks at its share of the samples.
+    """
+    if ranks.group is None or best.nbytes * ranks.world <= MOST_GATHERED:
+        return _half_way(all_gather(best, ranks.group, SEARCH))
+    padded = torch.nn.functional.pad(best, (0, 0, 0, -len(best) % ranks.world))
+    mine = _half_way(shared_out(padded, ranks.group, SEARCH))
+    return all_gather(mine, ranks.group, SEARCH).flatten(0, 1)[: len(best)]
+
+
+def _half_way(everyone: Tensor) -> Tensor:
+    """everyone: `[ranks, n, k + 1]`."""
+    last = everyone.transpose(0, 1).flatten(1).topk(everyone.shape[2], dim=1).values[:, -2:]
+    return last.mean(1, keepdim=True)

@@ -278,7 +278,7 @@ def test_the_status_waits_for_no_device():
     x, labels = torch.empty(4, D, device="meta"), torch.empty(4, 2, dtype=torch.int64, device="meta")
     weights = torch.empty(4, 2, device="meta"), torch.empty(4, device="meta")
     sets = [LabelSet("a", labels, *weights), LabelSet("b", labels[:, 0])]
-    assert inspect(x, sets, "", wants_grad=True, look=True).shape == (2, len(Status.__dataclass_fields__))
+    assert inspect(x, sets, "", wants_grad=True, look=True).shape == (2, len(Status._fields))
 
 
 # ---------------------------------------------------------------------------------------------------- errors agree

@@ -6,19 +6,35 @@ from typing import Any
 
 import pytest
 import torch
+from device_counts import tensors_in
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from partial_fc import PartialFC
-from partial_fc.sampling import Permutation, draw_window, mix, select_rows, window_size
+from partial_fc import PartialFC, cycle_table
+from partial_fc.distributed.shards import shard_bounds
+from partial_fc.sampling import Windows, draw_window, mix, permutation_of, select_rows, window_size
 
 CPU = torch.device("cpu")
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that make tensors, and the numbers in these."""
+
+    count = numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.count += 1
+        self.numbers += sum(each.numel() for each in tensors_in(made))
+        return made
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 99, 1000, 65_537])
 @pytest.mark.parametrize("key", [0, 12345])
 def test_permutations_hold_every_id_once(size, key):
-    permutation = Permutation(size, key)
-    ids = permutation(torch.arange(size), permutation.outside())
+    permutation = permutation_of(size, key, 7)
+    ids = permutation.at(torch.arange(size))
     assert torch.equal(ids.sort().values, torch.arange(size))
+    assert torch.equal(permutation.positions_of(ids), torch.arange(size))
 
 
 def test_the_draw_never_changes():
@@ -71,9 +87,49 @@ def test_draws_look_random():
 
 
 def test_rows_are_positives_and_window_within_the_shard():
-    rows = select_rows(torch.tensor([40, 12, 3, 19]), torch.tensor([[12, 10], [-1, 25]]), lo=10, hi=20)
+    rows = select_rows(torch.tensor([9, 2]), torch.tensor([[12, 10], [-1, 25]]), lo=10, hi=20)
     assert rows.tolist() == [0, 2, 9]
-    assert select_rows(torch.tensor([40]), torch.tensor([3]), lo=10, hi=10).tolist() == []
+    assert select_rows(torch.tensor([], dtype=torch.int64), torch.tensor([3]), lo=10, hi=10).tolist() == []
+
+
+@pytest.mark.parametrize("block", [1, 7])
+@pytest.mark.parametrize(("classes", "rate"), [(101, 0.1), (997, 0.3), (60, 0.5), (10, 0.01), (7, 0.9), (1000, 0.999)])
+def test_ranks_find_their_part_of_the_window_that_all_would_draw(classes, rate, block, monkeypatch):
+    """By a table of the steps of their own classes, in pieces, or from the window itself; of two cycles and a half."""
+    monkeypatch.setattr(cycle_table, "PIECE", 37)
+    for world in (1, 2, 3, 8):
+        parts = [
+            Windows().fit(classes, rate, 5, *shard_bounds(classes, rank, world), CPU, block) for rank in range(world)
+        ]
+        assert not (world == 1 and parts[0].tabled)
+        for step in range(min(5 * parts[0].steps // 2 + 1, 40)):
+            window = draw_window(classes, rate, seed=5, step=step, device=CPU, block=block)
+            found = [part.rows(step) + part.key[3] for part in parts]
+            assert torch.equal(torch.cat(found).sort().values, window[window < classes].sort().values)
+            for part, ids in zip(parts, found, strict=True):
+                assert not part.tabled or torch.equal(ids, ids.sort().values)
+                assert len(part.tables) <= part.tabled
+
+
+def test_what_a_rank_does_for_a_window_shrinks_with_the_ranks():
+    """Counted over a cycle: numbers that operators make, and operators, which are those of one piece a rank."""
+    made, operators = [], []
+    permutation_of(1 << 20, 0, 0).positions_of(torch.arange(1))  # what lies outside, √C numbers, is known from here on
+    for world in (8, 64, 512):
+        windows = Windows().fit(1 << 20, 0.1, 0, *shard_bounds(1 << 20, 3, world), CPU, 1)
+        with Operators() as found:
+            for step in range(windows.steps):
+                windows.rows(step)
+        made.append(found.numbers)
+        operators.append(found.count)
+    assert operators[0] == operators[1] == operators[2]
+    assert made[0] > 7 * made[1] > 40 * made[2]
+
+
+def test_small_windows_of_large_shards_are_drawn_as_they_are():
+    windows = Windows().fit(10**9, 1e-6, 0, 0, 5 * 10**8, CPU, 1)
+    assert not windows.tabled and len(windows.rows(3)) < 1000 and not windows.tables
+    assert Windows().fit(10**9, 0.1, 0, 0, 5 * 10**8, CPU, 1).tabled
 
 
 def _labels(rank: int, step: int) -> list[int]:

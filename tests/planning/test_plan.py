@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +126,24 @@ def test_skipped_rows_are_those_of_the_optimizer():
 
 def test_the_network_by_hand():
     status, payload, statistics, gradient = plan(1000, 8, 4, 40).collectives
-    assert (status.own, status.sent) == (8 * len(fields(Status)), 3 * status.own)
+    assert (status.own, status.sent) == (8 * len(Status._fields), 3 * status.own)
     assert payload.own == 10 * 8 * 4 + 10 * 8
     assert payload.sent == payload.received == 3 * payload.own
     assert (statistics.own, statistics.sent) == (3 * 40 * 4, 3 * 3 * 40 * 4)
     assert (gradient.own, gradient.sent, gradient.received) == (40 * 8 * 4, 30 * 8 * 4, 30 * 8 * 4)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_statistics_of_many_ranks_are_reduced(dtype):
+    numbers = (3 + (dtype is torch.float16)) * 65_536
+    for world in (8, 64, 1024):
+        made = plan(10_000_000, 128, world, 65_536, 0.1, autocast=dtype)
+        (statistics,) = (c for c in made.collectives if c.name == "statistics (all-reduce)")
+        assert statistics.own == 4 * numbers and statistics.sent == 2 * 4 * numbers * (world - 1) // world
+        assert 2 * statistics.sent < 10e6
+        (table,) = (item for item in made.items if item.name == "steps of a cycle")
+        assert table.largest == 4 * -(-10_000_000 // world)
+    assert [c.name for c in plan(10_000, 128, 8, 1024, 0.1).collectives][2] == "statistics (all-gather)"
 
 
 def _bytes_put_in(rank: int, world: int) -> list[int]:
