@@ -337,7 +337,7 @@ def _rank(config: dict[str, Any]) -> int:
         return code
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     text = f"rank {rank} of {world} (on {host}) {how}"
-    ray.get(board.say.remote(f"partial-fc on Ray: {text}\n"))
+    ray.get(board.say.remote(f"\npartial-fc on Ray: {text}\n"))  # behind the progress bar
     raise RuntimeError(text)
 
 
