@@ -29,7 +29,7 @@ from partial_fc.engines import ray as on_ray
 from partial_fc.engines.ray import Board, main, parse
 from partial_fc.training.run import RunFolder
 
-pytestmark = pytest.mark.timeout(900)  # several starts of Ray's processes, on machines with other work
+pytestmark = pytest.mark.timeout(1800)  # several starts of Ray's processes, on machines with other work
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -176,13 +176,13 @@ def history(tiny: Path) -> list[tuple[float, ...]]:
 def on_workers(tiny: Path, out: Path, *settings: str, options: str = "", workers: str = "2") -> dict[str, Any]:
     """The launch file with these settings and options, as arguments of `start`."""
     command = ["launch/ray.sh", str(tiny), "--output.folder", str(out), *settings]
-    return {"command": command, "WORKERS": workers, "RAY_OPTIONS": f"--storage {tiny.parent / 'ray'} {options}"}
+    return {"command": command, "WORKERS": workers, "RAY_OPTIONS": f"--storage {tiny.parent / 'ray'} --wait 1200 {options}"}
 
 
 @pytest.mark.slow
 def test_ranks_on_ray_train_what_others_train(cluster, tiny, history):
     out = tiny.parent / "out"
-    told = succeed(**on_workers(tiny, out), timeout=600)
+    told = succeed(**on_workers(tiny, out), timeout=1500)
     assert told.count("Results are in") == 1
     assert tell_tale(out) == history
 
@@ -191,7 +191,7 @@ def test_ranks_on_ray_train_what_others_train(cluster, tiny, history):
 def test_a_rank_is_killed_and_ray_starts_all_of_them_again(cluster, tiny, history):
     out = tiny.parent / "killed"
     fault = f"kill:backward@step=6,rank=1,once={tiny.parent / 'once'}"
-    told = succeed(**on_workers(tiny, out), PARTIAL_FC_FAULTS=fault, timeout=600)
+    told = succeed(**on_workers(tiny, out), PARTIAL_FC_FAULTS=fault, timeout=1500)
     assert re.search(r"partial-fc on Ray: rank 1 of 2 \(on .*\) was killed by SIGKILL", told), told[-3000:]
     assert "resuming after epoch 1, step 4" in told
     assert tell_tale(out) == history
@@ -204,16 +204,16 @@ def test_a_run_on_ray_is_asked_to_stop_and_goes_on(cluster, tiny):
     forked.succeed("train", str(tiny), "--output.folder", str(whole), *epochs)
     process = start(**on_workers(tiny, out, *epochs))
     try:
-        wait_for_step(out, 4, timeout=600)
+        wait_for_step(out, 4, timeout=1500)
         process.send_signal(signal.SIGTERM)
-        code, _, err = finish(process, 600)
+        code, _, err = finish(process, 1500)
     finally:
         if process.poll() is None:
             process.kill()
     saved = RunFolder(out).checkpointer().steps()[-1]
     assert code == 75 and f"partial-fc: stopped after step {saved} (SIGTERM), which is saved" in err, err[-3000:]
     assert saved == len(losses(out)) < len(losses(whole))
-    succeed(**on_workers(tiny, out, *epochs), timeout=600)
+    succeed(**on_workers(tiny, out, *epochs), timeout=1500)
     assert logged(out) == logged(whole)
 
 
@@ -228,7 +228,7 @@ def test_a_run_on_ray_is_asked_to_stop_and_goes_on(cluster, tiny):
 )
 def test_a_mistake_is_one_line(cluster, tiny, settings, options, workers, message):
     out = tiny.parent / "mistake"
-    code, _, err = finish(start(**on_workers(tiny, out, *settings, options=options, workers=workers)), 600)
+    code, _, err = finish(start(**on_workers(tiny, out, *settings, options=options, workers=workers)), 1500)
     assert code == 2 and err.count(message) == 1, err[-3000:]
     assert not out.exists()
 
@@ -241,16 +241,16 @@ def test_the_example_goes_on_after_a_worker_is_killed(cluster, tmp_path):
         return dict(re.findall(r"epoch (\d): (loss [\d.]+ on \d workers)", told))
 
     arguments = ["4", "300", "2"]
-    whole = succeed([sys.executable, "examples/ray_train.py", str(tmp_path / "whole"), *arguments], timeout=600)
+    whole = succeed([sys.executable, "examples/ray_train.py", str(tmp_path / "whole"), *arguments], timeout=1500)
     process = start([sys.executable, "examples/ray_train.py", str(tmp_path / "killed"), *arguments])
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 1500
     while not list((tmp_path / "killed").glob("checkpoints/step-*/manifest.json")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     workers = [each for each in psutil.process_iter() if each.cmdline()[:1] == ["ray::RayTrainWorker"]]
     mine = [each for each in workers if each.environ().get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]]
     mine[-1].kill()
-    code, out, err = finish(process, 600)
+    code, out, err = finish(process, 1500)
     assert code == 0, err[-3000:]
     assert len(of_output(whole)) == 4
     assert {**of_output(whole), **of_output(out + err)} == of_output(whole)
@@ -265,9 +265,9 @@ def test_a_node_is_lost_and_fewer_workers_go_on(cluster, tiny, history):
     out = tiny.parent / "elastic"
     process = start(**on_workers(tiny, out, *epochs, workers="1:2"))
     try:
-        wait_for_step(out, 4, timeout=600)
+        wait_for_step(out, 4, timeout=1500)
         cluster.remove_node(cluster.nodes_of_ranks[1], allow_graceful=False)
-        code, _, err = finish(process, 800)
+        code, _, err = finish(process, 1500)
     finally:
         if process.poll() is None:
             process.kill()
