@@ -132,19 +132,19 @@ def test_a_rank_dies_with_its_worker(tmp_path):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes with a CPU each, and a head with none."""
-    pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
     folder = tempfile.mkdtemp(prefix="ray-")  # a short path: it has sockets
     variables = {
         "RAY_TMPDIR": folder,
         "HOME": folder,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
+        "RAY_raylet_start_wait_time_s": "600",
         "PYTHONPATH": str(ROOT),
     }
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
+    from ray.cluster_utils import Cluster  # reads them
+
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     made.nodes_of_ranks = [made.add_node(num_cpus=1) for _ in range(2)]
     os.environ["RAY_ADDRESS"] = made.address
