@@ -126,6 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with PreemptionGuard() as guard:
             return _run(options, command, guard)
+    except ray.exceptions.RayError as error:  # of the board: the cluster is going down
+        return _give_up(f"Ray is lost: {' '.join(str(error).split())}", 1)
     except KeyboardInterrupt:
         return 130
     finally:
@@ -197,7 +199,7 @@ def _run(options: RayOptions, command: list[str], guard: PreemptionGuard) -> int
             since, reminded = time.monotonic(), 0.0
             continue
         seconds = time.monotonic() - since
-        if asked or seconds >= options.wait:
+        if seconds >= (min(REMIND_EVERY, options.wait) if asked else options.wait):
             reason = "stopped before there were workers" if asked else f"no workers within {options.wait:g} s"
             return _give_up(f"{reason}: {_shortage(options)}", PreemptionGuard.EXIT_CODE if asked else 2)
         if seconds - reminded >= REMIND_EVERY:
@@ -297,7 +299,8 @@ def _rank(config: dict[str, Any]) -> int:
 
     context, board = ray.train.get_context(), config["board"]
     rank, world = context.get_world_rank(), context.get_world_size()
-    ray.get(board.asked.remote())
+    if ray.get(board.asked.remote()):
+        return PreemptionGuard.EXIT_CODE
     folder, host = config["folder"], socket.gethostname()
     if not Path(folder).is_dir():
         missing = f"{folder}, where the command was given, does not exist on {host}"
@@ -335,6 +338,8 @@ def _rank(config: dict[str, Any]) -> int:
     reader.join(10)
     if code in FINAL:
         return code
+    if asked and code == -signal.SIGTERM:  # in its first seconds, before it could save anything
+        return PreemptionGuard.EXIT_CODE
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     text = f"rank {rank} of {world} (on {host}) {how}"
     ray.get(board.say.remote(f"\npartial-fc on Ray: {text}\n"))  # behind the progress bar
