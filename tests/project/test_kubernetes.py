@@ -22,7 +22,7 @@ from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import Traine
 from launched import ROOT, finish, losses, start, succeed, succeed_together, tell_tale, tiny_run, wait_for_step
 from runner import free_port
 
-pytestmark = pytest.mark.timeout(400)  # two or three starts of two ranks each, on machines with other work
+pytestmark = pytest.mark.timeout(900)  # two or three starts of two ranks each, on machines with other work
 
 FOLDER = ROOT / "launch" / "kubernetes"
 VERSIONS = ("1.33", kubernetes_validate.latest_version())  # the oldest that docs name, the newest that is known
@@ -178,7 +178,7 @@ PODS = {"job": pods_of_job, "trainjob": pods_of_train_job}
 @pytest.mark.parametrize("kind", ["job", pytest.param("trainjob", marks=pytest.mark.slow)])
 def test_pods_train_what_others_train(tiny, history, kind):
     out = tiny.parent / kind
-    succeed_together(PODS[kind](tiny, out))
+    succeed_together(PODS[kind](tiny, out), 300)
     assert tell_tale(out) == history
 
 
@@ -191,7 +191,7 @@ def test_a_pod_that_is_drained_stops_all_of_them_and_they_go_on(tiny):
     try:
         wait_for_step(out, 4)
         pods[1].send_signal(signal.SIGTERM)
-        ended = [finish(pod) for pod in pods]
+        ended = [finish(pod, 300) for pod in pods]
     finally:
         for pod in pods:
             if pod.poll() is None:
@@ -200,7 +200,7 @@ def test_a_pod_that_is_drained_stops_all_of_them_and_they_go_on(tiny):
     saved = len(losses(out))
     assert f"stopped after step {saved} (requested on another rank), which is saved" in ended[0][2]
     assert saved < len(losses(whole))
-    succeed_together(pods_of_job(tiny, out, *epochs))
+    succeed_together(pods_of_job(tiny, out, *epochs), 300)
     assert tell_tale(out) == tell_tale(whole)
 
 
