@@ -13,6 +13,7 @@ master's store, before any engine starts, and every rank raises the same error.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from partial_fc.engines import mpi
 from partial_fc.training.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+VARIABLES = ("PARTIAL_FC_CACHE", "PARTIAL_FC_FAULTS", "PARTIAL_FC_KERNELS", "PARTIAL_FC_TOKEN", "PARTIAL_FC_TRUST")
 MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 WAIT = timedelta(seconds=300)  # until the slowest rank has started
 
@@ -60,6 +62,7 @@ def find_ranks() -> None:
                 "WORLD_SIZE"
             )
     _check_range(given)
+    problem = problem or _misspelled()
     if given.get("WORLD_SIZE", 1) > 1:
         ranks = _exchange("ranks", {"problem": problem, "world": given["WORLD_SIZE"]})
         worlds = [each["world"] for each in ranks]
@@ -214,6 +217,17 @@ def _first_host() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- checks
+
+
+def _misspelled() -> str | None:
+    """Return a message if a variable of the environment is nearly one that this project reads."""
+    for name in sorted(os.environ):
+        if name.startswith("PARTIAL_FC_") and name not in VARIABLES:
+            ends = {known.removeprefix("PARTIAL_FC_"): known for known in VARIABLES}
+            near = difflib.get_close_matches(name.removeprefix("PARTIAL_FC_"), ends, 1, 0.7)
+            if near:
+                return f"the environment variable {name} is not known; spell it {ends[near[0]]}, or unset it"
+    return None
 
 
 def _read_variables() -> dict[str, int]:

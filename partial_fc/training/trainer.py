@@ -40,6 +40,7 @@ from partial_fc.training.results import describe_environment, write_results
 from partial_fc.training.run import DATA, UNREADABLE, RunFolder
 from partial_fc.training.run_evaluation import RunEvaluation
 from partial_fc.training.run_parts import build_parts
+from partial_fc.training.shared_folder import check_same_start, check_shared
 from partial_fc.training.step_log import StepLog
 
 
@@ -60,7 +61,10 @@ class Trainer:
         self.guard = guard or PreemptionGuard()
         self.faults = Faults.of_environment(self.rank)
         self.progress = Progress()
+        check_same_start(self.folder.path, resume, self.accelerator)
         self.on_main(self.folder.check_run if resume else self.folder.check_free)
+        if resume:
+            check_shared(self.folder.path, self.accelerator)
         self.data: DataSplits = open_data(config.data, config.seed)
         self.data.check_evaluation()
         self.evaluation = RunEvaluation(
@@ -116,6 +120,7 @@ class Trainer:
         else:
             self._import_class_weights()
             self.on_main(self.claim_folder)  # last, so that a mistake in the settings leaves no folder behind
+            check_shared(self.folder.path, self.accelerator)
 
     def _import_class_weights(self) -> None:
         """Load the class weights that the settings name."""

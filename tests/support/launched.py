@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,14 @@ def succeed_together(processes: list[subprocess.Popen[str]], timeout: float = 15
 def losses(run: Path) -> list[float]:
     """The loss of every step that a run has logged."""
     return [row["loss"] for row in RunFolder(run).history()]
+
+
+def wait_for_step(out: Path, step: int, timeout: float = 200) -> None:
+    """Return when a run has logged that step."""
+    deadline = time.monotonic() + timeout
+    while len(losses(out)) < step:
+        assert time.monotonic() < deadline, f"step {step} does not come"
+        time.sleep(0.05)
 
 
 def tell_tale(run: Path) -> list[tuple[float, ...]]:

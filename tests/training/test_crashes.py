@@ -25,7 +25,7 @@ import forked
 import psutil
 import pytest
 import torch
-from launched import MPIRUN_OPTIONS, finish, losses, start, succeed, tell_tale, tiny_run
+from launched import MPIRUN_OPTIONS, finish, losses, start, succeed, tell_tale, tiny_run, wait_for_step
 from runner import free_port
 
 from partial_fc import Checkpointer
@@ -100,13 +100,6 @@ def of_mark(mark: str) -> list[psutil.Process]:
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
-
-
-def wait_for_step(out: Path, step: int, timeout: float = 200) -> None:
-    deadline = time.monotonic() + timeout
-    while len(losses(out)) < step:
-        assert time.monotonic() < deadline, f"step {step} does not come"
-        time.sleep(0.05)
 
 
 def can_be_used(port: str) -> bool:

@@ -23,6 +23,7 @@ from partial_fc.training.errors import UserError
 TORCH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 STEP = {"SLURM_STEP_ID": "3", "SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
 STEP |= {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "gpu3", "SLURM_TASKS_PER_NODE": "4,2"}
+MISSPELLED = "the environment variable PARTIAL_FC_KERNEL is not known; spell it PARTIAL_FC_KERNELS, or unset it"
 
 
 @pytest.fixture
@@ -161,6 +162,7 @@ def test_srun_with_pmi_is_srun(variables):
             {**STEP, "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "gpu[3-4]", "PATH": ""},
             "first host of Slurm's node list 'gpu[3-4]'",
         ),
+        ({"PARTIAL_FC_KERNEL": "off"}, MISSPELLED),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -171,6 +173,13 @@ def test_a_contradiction_is_one_line(variables, capsys, tmp_path, given, expecte
     assert out == "" and len(err.splitlines()) == (1 if found.shows_errors() else 0) and not list(tmp_path.iterdir())
     with pytest.raises(UserError, match=re.escape(expected)):
         found.find_ranks()
+
+
+def test_the_variables_of_the_project_are_known():
+    """Each that the package reads can be misspelled."""
+    text = "".join(path.read_text() for path in (ROOT / "partial_fc").rglob("*.py"))
+    assert set(re.findall(r"PARTIAL_FC_[A-Z]{2,}", text)) >= set(found.VARIABLES)
+    assert set(re.findall(r'"(PARTIAL_FC_[A-Z]{2,})"', text)) == set(found.VARIABLES)
 
 
 def test_plan_needs_no_ranks(variables, capsys):
@@ -248,6 +257,8 @@ def step(rank: int, **more: str) -> dict[str, str]:
             None,
             "LOCAL_RANK is set to 0, and Slurm says 1 (rank 1 of 2); unset LOCAL_RANK",
         ),
+        ([{}, {"PARTIAL_FC_KERNEL": "off"}], None, MISSPELLED),
+        ([{}, {"PARTIAL_FC_TEST_MARK": "of a test"}], None, "fine"),
         ([{}, {}], [2, 2], "fine"),
         ([{}, {}], [1, 1], "LOCAL_RANK is 1 on rank 1, which sees 1 GPU; start as many processes"),
         ([{}, {}], [2, 0], "mixed devices: rank 1 sees no GPU, but rank 0 does"),
