@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +76,8 @@ def serving(folder: Path) -> Iterator[Server]:
 
 def launch(ranks: int, *arguments: str, **variables: str) -> tuple[int, str]:
     """The exit code and all that `torchrun` and its ranks have said."""
-    command = ["torchrun", "--nproc_per_node", str(ranks), "--master_port", str(free_port()), "-m", "partial_fc"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    command += ["--master_port", str(free_port()), "-m", "partial_fc"]
     code, out, err = finish(start([*command, *arguments], **variables), WAIT)
     return code, out + err
 
@@ -116,7 +116,6 @@ def test_a_run_killed_and_resumed_and_a_server_that_is_lost(tmp_path):
         assert [value for _, value in curve("loss")] == pytest.approx([loss for _, loss in losses], rel=1e-4)
         evaluated = [(int(row["step"]), row["holdout/eer"]) for row in history if "loss" not in row]
         assert curve("holdout/eer") == pytest.approx(evaluated) and len(evaluated) == 2
-        assert [step for step, _ in curve("holdout/tar_at_1e-1")] == [step for step, _ in evaluated]
         files = server.ask(f"artifacts/list?run_id={link['run_id']}")["files"]
         assert [each["path"] for each in files] == ["plots", "report.html"]
         assert files[1]["file_size"] == (run / "report.html").stat().st_size

@@ -21,6 +21,7 @@ from partial_fc.training.errors import UserError
 from partial_fc.training.faults import VARIABLE
 from partial_fc.training.run import RunFolder
 from partial_fc.training.trackers import Last, settings, trackers
+from partial_fc.training.trackers.kinds import MLflow
 from partial_fc.training.trackers.secrets import without_secrets
 from partial_fc.training.trackers.sender import Sender
 
@@ -113,6 +114,15 @@ def test_texts_lose_keys_and_passwords(monkeypatch):
     assert without_secrets(text) == "POST https://server:1/x failed with *** (abc)"
 
 
+def test_mlflow_gets_names_that_it_accepts():
+    row = {"loss": 1.0, "my set/tar@1e-3": 0.5, "größe: x/eer": 0.1}
+    assert MLflow().row(row) == {"loss": 1.0, "my set/tar_at_1e-3": 0.5, "größe_ x/eer": 0.1}
+    assert MLflow().settings({"data.mix": ["a"], "train.clip_norm": None}) == {
+        "data.mix": "['a']",
+        "train.clip_norm": None,
+    }
+
+
 # ---------------------------------------------------------------------------------------------------- one tracker
 
 
@@ -184,7 +194,7 @@ def test_a_run_that_was_killed_goes_on_in_the_same_tracked_run_on_fewer_ranks(ti
     assert [row[1] for row in rows if row[0] <= 4] == [
         {k: v for k, v in row.items() if k != "step"} for row in history if row["step"] <= 4
     ]
-    assert rows[-1][1]["holdout/tar@1e-1"] == history[-1]["holdout/tar@1e-1"]
+    assert rows[-1][1]["holdout/eer"] == history[-1]["holdout/eer"]
     assert sorted(name for row in noted(file, "images") for name in row[1]) == sorted(
         f"plots/{path.stem}" for path in (run / "plots").glob("*.png")
     )
@@ -198,7 +208,7 @@ def test_a_run_that_was_killed_goes_on_in_the_same_tracked_run_on_fewer_ranks(ti
     assert [event.value for event in board.Scalars("loss")] == pytest.approx(
         [row["loss"] for row in history if "loss" in row]
     )
-    assert [event.step for event in board.Scalars("holdout/tar_1e-1")] == [4, 8]
+    assert [event.step for event in board.Scalars("holdout/eer")] == [4, 8]
     assert "plots/training" in board.Tags()["images"] and board.Images("plots/training")[0].step == STEPS
     assert len(list((run / "tensorboard").glob("*/hparams.yml"))) == 1, "settings are stored at the start alone"
 
