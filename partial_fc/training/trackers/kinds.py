@@ -7,7 +7,7 @@
     kind.finish             closes the tracked run with the outcome that it had
 
 A resumed run repeats steps. TensorBoard is told where the run goes on and drops what it has of later steps
-(`repeats`). The others keep their first values of repeated steps, which are the same: they are not sent again.
+(`repeats`). The others keep the rows that they have of repeated steps, which are not sent again.
 """
 
 from __future__ import annotations

@@ -113,7 +113,9 @@ def test_a_run_killed_and_resumed_and_a_server_that_is_lost(tmp_path):
         history = RunFolder(run).history()
         losses = [(int(row["step"]), row["loss"]) for row in history if "loss" in row]
         assert [step for step, _ in losses] == [step for step, _ in curve("loss")], "each step once"
-        assert [value for _, value in curve("loss")] == pytest.approx([loss for _, loss in losses], rel=1e-4)
+        # those of steps 5 to 7 are of the killed run: on two ranks, with the batch statistics of smaller local batches
+        once = {step: value for step, value in curve("loss") if step not in (5, 6, 7)}
+        assert once == pytest.approx({step: loss for step, loss in losses if step in once}, rel=1e-6)
         evaluated = [(int(row["step"]), row["holdout/eer"]) for row in history if "loss" not in row]
         assert curve("holdout/eer") == pytest.approx(evaluated) and len(evaluated) == 2
         files = server.ask(f"artifacts/list?run_id={link['run_id']}")["files"]
