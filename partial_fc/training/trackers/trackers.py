@@ -27,7 +27,7 @@ from partial_fc.training.trackers.sender import Sender
 from partial_fc.training.trackers.settings import OwnTracker
 
 TRACKERS = "trackers.json"
-START = 60.0  # seconds for a tracker to start; at most half of the time that other ranks wait for
+START = 120.0  # seconds for trackers to start; at most three quarters of the time that other ranks wait
 END = {"FINISHED": 60.0, "FAILED": 5.0, "KILLED": 10.0}  # seconds for what is still to be sent
 
 
@@ -78,7 +78,7 @@ class Trackers:
         self.folder = folder
         self.project = project
         self.name = name
-        self.wait = min(START, timeout / 2)
+        self.wait = min(START, 0.75 * timeout)
         self._open: list[_Open] = []
 
     def prepare(self) -> None:

@@ -34,7 +34,7 @@ STEPS = 8
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs of four steps, saved after each; two identities are held out, and evaluated after each."""
     folder = tmp_path_factory.mktemp("tiny")
-    config = tiny_run(folder, train={"epochs": 2, "batch_size": 8}, data={"holdout_identities": 2})
+    config = tiny_run(folder, train={"epochs": 2, "batch_size": 8, "timeout": 300.0}, data={"holdout_identities": 2})
     config.write_text(config.read_text() + "evaluation: {every: 1}\n")
     return config
 

@@ -54,7 +54,7 @@ def test_a_run_and_its_continuation(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     run = tmp_path / "run"
-    config = tiny_run(tmp_path, train={"epochs": 2})
+    config = tiny_run(tmp_path, train={"epochs": 2, "timeout": 600.0})
     arguments = ["train", str(config), "--output.folder", str(run), "--output.trackers", "[wandb]"]
     assert main([*arguments, "--output.project", "tests"]) == 0
     found = records(run)
