@@ -56,8 +56,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         "mixed_precision": train.mixed_precision,
         "gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=train.accumulation),
         "step_scheduler_with_optimizer": False,
-        "log_with": config.output.trackers,
-        "project_dir": config.output.folder,
         "kwargs_handlers": [group],
     }
     if deepspeed:

@@ -7,7 +7,8 @@ checkpoints/         step-000000120/ ..., the newest few
 history.jsonl        a line every few steps: step, epoch, loss, target_angle (radians), learning_rate, ...;
                      and a line per evaluation
 unreadable.txt       images that could not be read, if any
-tensorboard/         or the files of other trackers
+trackers.json        which runs of the trackers this one is, so that a resumed run continues them
+tensorboard/         or wandb/, ...: the files of trackers
 metrics.json         figures of verification, identification and protocols
 curves.json          the same with curves and histograms, as a list, for `partial-fc report`
 pictures.json        the hardest pairs and the nearest classes, as images
@@ -25,13 +26,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from accelerate.utils import LoggerType
 
 from partial_fc import Checkpointer
 from partial_fc.training.data import what_changed
 from partial_fc.training.errors import UserError, check_at_least
 from partial_fc.training.saved import CHECKPOINTS
 from partial_fc.training.saved import CONFIG as CONFIG
+from partial_fc.training.trackers import NAMES, TRACKERS, OwnTracker, check_installed, check_names, check_own
 
 HISTORY, UNREADABLE, METRICS = "history.jsonl", "unreadable.txt", "metrics.json"
 CURVES, DATA, PLOTS = "curves.json", "data.json", "plots"
@@ -45,17 +46,28 @@ class OutputConfig:
     folder: str = "runs/run"
     """Run folder to make; it must not be in use."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Experiment trackers of Accelerate to log to, by name."""
+    """Experiment trackers to log to, by name: tensorboard, wandb, mlflow; [] for none."""
+    own_tracker: OwnTracker | None = None
+    """One more tracker, a subclass of accelerate.tracking.GeneralTracker by its import path, with its arguments."""
+    project: str = "partial_fc"
+    """Project of the run in the trackers; in MLflow the experiment."""
+    run_name: str | None = None
+    """Name of the run in the trackers; null for the name of the run folder."""
     log_every: int = 10
     """Optimizer steps between two logged points."""
 
     def check(self) -> None:
         """UserError for values that no run can have."""
         check_at_least("output.log_every", self.log_every, 1)
-        known = [str(each) for each in LoggerType]
-        unknown = [name for name in self.trackers if name not in known]
-        if unknown:
-            raise UserError(f"--output.trackers names {', '.join(unknown)}; choose among {', '.join(known)}")
+        check_names(self.trackers)
+        check_own(self.own_tracker)
+        for name, value in (("project", self.project), ("run_name", self.run_name)):
+            if value is not None and not value.strip():
+                raise UserError(f"--output.{name} is empty; leave it out for its default")
+
+    def check_trackers(self) -> None:
+        """UserError for a tracker that is not installed: on the main process, before training."""
+        check_installed(self.trackers)
 
 
 class RunFolder:
@@ -277,4 +289,5 @@ def _left_by_claim(path: Path) -> bool:
     if path.name == PLOTS:
         return path.is_dir() and not any(path.iterdir())
     of_data = path.name == DATA or (path.name.startswith("labels") and path.suffix == ".csv")
-    return of_data or (path.name.startswith(f".{CONFIG}.") and path.name.endswith(".tmp"))
+    of_trackers = path.name in (TRACKERS, *NAMES)
+    return of_data or of_trackers or (path.name.startswith(f".{CONFIG}.") and path.name.endswith(".tmp"))

@@ -8,7 +8,7 @@ each evaluation        step, epoch, "set/figure"
 from __future__ import annotations
 
 import time
-from typing import Any
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,8 @@ from partial_fc import PartialFC
 from partial_fc.distributed.shards import local_part
 from partial_fc.training.config import RunConfig, flat
 from partial_fc.training.micro_batches import Progress
-from partial_fc.training.run import RunFolder
+from partial_fc.training.run import PLOTS, RunFolder
+from partial_fc.training.trackers import Last, Trackers
 
 LOGGED_AS = {"CurricularFace": "curricular"}  # others by their name in lower case
 
@@ -34,15 +35,26 @@ class StepLog:
         self.accelerator = accelerator
         self.progress = progress
         self.steps_per_epoch = steps_per_epoch
+        output = config.output
+        self.trackers = Trackers(
+            output.trackers,
+            output.own_tracker,
+            folder=folder.path,
+            project=output.project,
+            name=output.run_name or folder.path.absolute().name,
+            timeout=config.train.timeout,
+        )
         self._waited = 0.0  # progress.waited at the last logged step
         self._rows_waited = 0.0  # the same of the head's storage
         self._since = time.monotonic()  # time of the last logged step
 
+    def open_trackers(self, *, resumed: bool) -> None:
+        """Start the trackers, on the main process; with `resumed`, before the history is rewound. Raises UserError."""
+        has = Last.of(self.folder.history()) if resumed else Last()
+        self.trackers.start(flat(self.config), resumed=self.progress.step if resumed else None, has=has)
+
     def begin(self) -> None:
-        """Open the trackers, and start measuring time."""
-        self.accelerator.init_trackers(
-            "tensorboard", config={k: v if v is not None else "none" for k, v in _scalars(self.config).items()}
-        )
+        """Start measuring time."""
         self._waited = self.progress.waited
         self._since = time.monotonic()
 
@@ -78,12 +90,16 @@ class StepLog:
         """Log the figures of an evaluation after the newest step."""
         self._write(figures)
 
+    def results(self, report: Path) -> None:
+        """Send the plots and the report, on the main process."""
+        self.trackers.results(sorted((self.folder.path / PLOTS).glob("*.png")), report, self.progress.step)
+
     def _write(self, row: dict[str, float]) -> None:
         step = self.progress.step
         epoch = step / self.steps_per_epoch
         if self.accelerator.is_main_process:
             self.folder.append_history({"step": step, "epoch": epoch, **row})
-        self.accelerator.log({"epoch": epoch, **row}, step=step)
+            self.trackers.row({"epoch": epoch, **row}, step)
 
     def _waits(self, head: PartialFC) -> dict[str, float]:
         """Return the share of the time since the last logged step that this rank has waited for its loader, and, where
@@ -123,11 +139,3 @@ class StepLog:
             for n, value in (*head.margin.named_buffers(), *head.margin.named_parameters())
         }
         return {f"{name_of_margin}_{name}": value.reshape(()) for name, value in found.items() if value.numel() == 1}
-
-
-def _scalars(config: RunConfig) -> dict[str, Any]:
-    """Return the settings by their dotted names, as values that trackers accept."""
-    return {
-        name: value if isinstance(value, int | float | str | bool | None) else str(value)
-        for name, value in flat(config).items()
-    }

@@ -65,6 +65,7 @@ class Trainer:
         self.on_main(self.folder.check_run if resume else self.folder.check_free)
         if resume:
             check_shared(self.folder.path, self.accelerator)
+        self.on_main(config.output.check_trackers)
         self.data: DataSplits = open_data(config.data, config.seed)
         self.data.check_evaluation()
         self.evaluation = RunEvaluation(
@@ -115,6 +116,7 @@ class Trainer:
             best=direction(config.evaluation.best),
             timeout=config.train.timeout,
         )
+        self.on_main(self.log.trackers.prepare)
         if resume:
             self._resume()
         else:
@@ -137,11 +139,13 @@ class Trainer:
             raise UserError(f"--head.weights: {error}") from error
 
     def claim_folder(self) -> None:
-        """Make the run folder, with the records of the data and the settings; called on the main process."""
+        """Make the run folder, with the records of the data and the settings, and start the trackers; called on the
+        main process."""
         self.folder.claim(self._write_settings)
 
     def _write_settings(self, path: Path) -> None:
         self._write_data_records()
+        self.log.open_trackers(resumed=False)  # one that fails leaves a folder that is still free
         save_config(self.config, path)
 
     def _write_data_records(self) -> None:
@@ -362,6 +366,7 @@ class Trainer:
             raise UserError(f"cannot resume: {error}") from error
         self.on_main(self._check_data)
         self.on_main(lambda: self.folder.update_data_folder(self.config.data.folder))
+        self.on_main(lambda: self.log.open_trackers(resumed=True))
         self.on_main(self._rewind_history)
 
     def _rewind_history(self) -> None:
@@ -408,7 +413,7 @@ class Trainer:
         title = f"{self.config.backbone.name} with {losses} on {self.data.train.num_identities:,} identities"
         backbone = f"{self.config.backbone.name}, {self.counts}"
         environment = {"engine": self.engine.name, "backbone": backbone, **describe_environment(self.accelerator)}
-        return write_results(
+        report = write_results(
             self.folder,
             title,
             evaluations,
@@ -418,9 +423,13 @@ class Trainer:
             self.folder.history(),
             self.results,
         )
+        self.log.results(report)
+        return report
 
-    def close(self) -> None:
-        """Destroy the process group in order; otherwise gloo sometimes aborts at exit."""
+    def close(self, stopped: bool = False) -> None:
+        """Destroy the process group in order; otherwise gloo sometimes aborts at exit. Then close the trackers, for
+        which other ranks do not wait. stopped: the run was asked to stop."""
         self.accelerator.wait_for_everyone()
         self.engine.close()
         self.accelerator.end_training()
+        self.log.trackers.close("KILLED" if stopped else "FINISHED")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from partial_fc import CenterLoss, PartialFC, RowOptimizer, Softmax
+from partial_fc import CenterLoss, PartialFC, RankMissing, RowOptimizer, Softmax
 
 D, C = 4, 10
 BAD_ON_ONE: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
@@ -83,3 +85,33 @@ def test_on_the_meta_device_nothing_is_exchanged(ranks):
 def on_meta(rank: int, world: int) -> str:
     error = build(PartialFC, {"device": "meta", "sample_rate": 2.0 if rank else 1.0})
     return "" if error is None else str(error)
+
+
+def while_others_step(rank: int, world: int) -> str:
+    head = PartialFC(D, C)
+    if rank == 1:
+        error = build(PartialFC, {"sample_rate": 2.0})
+    else:
+        with pytest.raises(RankMissing) as caught:
+            head(torch.randn(2, D), torch.zeros(2, dtype=torch.int64))
+        error = caught.value
+    PartialFC(D, C)  # the group goes on
+    return str(error)
+
+
+def test_a_rank_that_fails_while_others_step_raises_its_own_error_at_once(ranks):
+    stepping, failing = ranks(2).run(while_others_step, timeout=60)
+    assert "rank 1 is in the building of a head" in stepping
+    assert failing.startswith("sample_rate")
+
+
+def while_others_do_not_come(rank: int, world: int) -> str:
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    error = build(PartialFC, {"sample_rate": 2.0}, group) if rank == 1 else None
+    dist.barrier()
+    return str(error)
+
+
+def test_a_rank_that_fails_alone_raises_its_own_error_after_the_timeout(ranks):
+    none, failing = ranks(2).run(while_others_do_not_come, timeout=120)
+    assert none == "None" and failing.startswith("sample_rate")

@@ -43,6 +43,7 @@ PAGES = [
     "faults.md",
     "nonfinite.md",
     "backbones.md",
+    "trackers.md",
 ]
 
 

@@ -199,7 +199,7 @@ WRONG = {
     "alpha without effect": ("--center.alpha 0.1", "--center.alpha is 0.1, which has no effect"),
     "alpha": ("--center.weight 0.1 --center.alpha 2", "alpha must be in (0, 1]"),
     "momentum": ("--optimizer.momentum -1", "momentum"),
-    "tracker": ("--output.trackers [nonsense]", "nonsense"),
+    "tracker": ("--output.trackers [nonsense]", "names nonsense, choose among tensorboard, wandb, mlflow"),
     "power": ("--schedule.power -1", "schedule.power"),
     "seed": ("--seed 99999999999999999999999", "2**62"),
     "backbone": ("--backbone.name vgg", "small"),

@@ -185,6 +185,7 @@ def train(arguments: list[str]) -> None:
     parser = train_parser()
     config, resume, check = _resolve(parser, arguments)
     if check:
+        config.output.check_trackers()
         folder = RunFolder(config.output.folder)
         if resume:
             folder.check_run()
@@ -213,7 +214,10 @@ def train(arguments: list[str]) -> None:
             trainer.train()
             evaluations = trainer.evaluate()
         except Preempted:
-            trainer.close()
+            trainer.close(stopped=True)
+            raise
+        except BaseException:
+            trainer.log.trackers.close("FAILED")
             raise
         _finish(trainer, evaluations)
 
