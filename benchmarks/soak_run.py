@@ -159,7 +159,9 @@ class Disk:
         self._ballast = folder / "ballast"
 
     def __enter__(self) -> Disk:
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if os.path.ismount(self.folder):  # of a soak that was killed
+            subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
         mount = ["mount", "-t", "tmpfs", "-o", f"size={self.megabytes}m", "tmpfs", str(self.folder)]
         with contextlib.suppress(FileNotFoundError):
             self.real = subprocess.run(mount, capture_output=True).returncode == 0

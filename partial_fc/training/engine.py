@@ -259,6 +259,23 @@ class Engine:
         named = {"backbone": BackboneState(self.model), "optimizer": OptimizerState(self.model, self.optimizer)}
         return named if self.accelerator.scaler is None else {**named, "scaler": self.accelerator.scaler}
 
+    def rebuild_buckets(self, image_shape: tuple[int, int, int]) -> None:
+        """Let DDP put gradients into the buckets that it has after the first step. Before a checkpoint is loaded.
+
+        DDP orders its buckets anew after the first backward, by the order in which gradients came. Where an element is
+        in a bucket says in which order three ranks or more add it up: so a resumed run, whose DDP is new, would have
+        other last digits in its first step. The gradients, batch statistics and random numbers of this backward are
+        cleared, or loaded over.
+        """
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model.train()
+            images = torch.zeros(2, *image_shape, device=self.accelerator.device)  # batch normalisation needs two
+            with naming_the_missing("a backward before the checkpoint is loaded"):
+                with self.autocast():
+                    embeddings = self.model(images)
+                embeddings.sum().backward()
+            self.optimizer.zero_grad()
+
     def broadcast_buffers(self) -> None:
         """Broadcast rank 0's batch statistics to all ranks, as DDP does before a forward."""
         if self.accelerator.num_processes > 1:
