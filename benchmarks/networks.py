@@ -296,7 +296,7 @@ class Networks:
             case.event(stage)
             stage.clock = time.monotonic()
             stage.started[0].go_on()
-        if case.names is None or case.returns is not None or (case.launcher == "elastic" and case.heals):
+        if case.names is None or case.returns is not None:
             found = self._ends_well(stage)
         else:
             found = self._ends_in_error(stage)
@@ -322,27 +322,32 @@ class Networks:
             problems.append(f"ended with {codes}: " + "; ".join(each.tail() for each in stage.started))
         words = {node: said(stage, node) for node in case.names or {}}
         problems += [each for node in words for each in wrong_in(stage, node, words[node])]
+        words = {node: found for node, found in words.items() if found}
         ended = max((each.ended or 0.0) for each in stage.started) - stage.clock
         return {"problems": problems, "said": words, "ended": ended, "well": True, "again": again(stage)}
 
     def _ends_in_error(self, stage: Stage) -> dict[str, Any]:
         """Every node that is left names those that are out of reach; then the run is started again."""
-        case, problems = stage.case, []
+        case = stage.case
         assert case.names is not None
         left = [stage.started[node] for node in case.names]
-        limit = STARTS * 2 if case.at_start else case.timeout + TELLS + LEAVES
+        restarts = case.launcher == "elastic"  # and has to meet again, or to find that it cannot
+        limit = STARTS * 2 if case.at_start or restarts else case.timeout + TELLS + LEAVES
 
         def ended() -> bool:
-            if case.heals is not None and time.monotonic() > stage.clock + case.heals:
-                stage.switch.mend()
             return all(each.ended is not None for each in left)
 
+        if case.heals is not None:
+            self._wait(stage, lambda: ended() or time.monotonic() > stage.clock + case.heals, case.heals + 1)
+            stage.switch.mend()
         self._wait(stage, ended, limit)
-        if case.heals is not None and all(each.code == 0 for each in left):  # whole again just in time
+        words = {node: found for node in case.names if (found := said(stage, node))}
+        if case.heals is not None and all(each.code == 0 for each in left):
+            # whole again in time, or the launchers have started the ranks again
             last = max(each.ended or 0.0 for each in left) - stage.clock
-            return {"problems": [], "said": {}, "ended": last, "well": True, "again": None}
-        words = {node: said(stage, node) for node in case.names}
-        problems += [each for node in words for each in wrong_in(stage, node, words[node])]
+            problems = [each for node in words for each in wrong_in(stage, node, words[node])]
+            return {"problems": problems, "said": words, "ended": last, "well": True, "again": again(stage)}
+        problems = [each for node in case.names for each in wrong_in(stage, node, words.get(node, {}))]
         leaves = {node: stage.started[node].ended for node in case.names}
         problems += [f"node {node} did not end within {limit:.0f} s" for node, at in leaves.items() if at is None]
         after = {node: None if at is None else at - stage.clock for node, at in leaves.items()}

@@ -239,6 +239,8 @@ def step(rank: int, **more: str) -> dict[str, str]:
     ("given", "gpus", "expected"),
     [
         ([{}, {}], None, "fine"),
+        # the agent of the second node was started when that of the first had restarted its rank
+        ([{"TORCHELASTIC_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "0"}], None, "fine"),
         ([{}, {"WORLD_SIZE": "3"}], None, "WORLD_SIZE is 2 on rank 0, but 3 on rank 1"),
         ([step(0), step(1)], None, "fine"),
         ([step(0, RANK="0"), step(1, RANK="1", WORLD_SIZE="2")], None, "fine"),
