@@ -48,7 +48,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     train = config.train
     cpu = train.cpu or not torch.cuda.is_available()
     deepspeed = train.deepspeed is not None or _is_true("ACCELERATE_USE_DEEPSPEED")
-    group = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=train.timeout))
+    group = group_options(train.timeout)
     options: dict[str, Any] = {
         "cpu": cpu,
         "mixed_precision": train.mixed_precision,
@@ -72,6 +72,15 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     elif _is_true("ACCELERATE_USE_FSDP"):
         _set_fsdp(accelerator, train)
     return accelerator
+
+
+def group_options(timeout: float) -> InitProcessGroupKwargs:
+    """Return what the process group is to have. timeout: in seconds.
+
+    Accelerate leaves out what equals its own default, 600 s, although torch's default for gloo is 1,800 s: so the
+    number has a microsecond more than any that is set.
+    """
+    return InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout, microseconds=1))
 
 
 def _is_true(variable: str) -> bool:
