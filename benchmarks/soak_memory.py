@@ -58,6 +58,11 @@ class Memory:
                     resident, own = found.rss / 2**20, (found.rss - found.shared) / 2**20
                     self.samples.append((seconds, run, rank, process.pid, resident, own))
 
+    def drop(self, run: str, watch: Watch, began: float) -> None:
+        """Forget what was sampled of a run after its last step, where its last step was not known before."""
+        last = watch.moved - began
+        self.samples = [each for each in self.samples if each[1] != run or each[0] < last]
+
     def lives(self, rank: int) -> list[Life]:
         """The settled samples of each process of a rank that has enough, in the order of time."""
         of: dict[tuple[str, int], Life] = {}

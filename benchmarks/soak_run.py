@@ -147,7 +147,7 @@ class Watch:
     def rows(self) -> list[dict[str, Any]]:
         """Without what is of the clock."""
         rows = [json.loads(line) for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return [{key: value for key, value in row.items() if key != "data_wait"} for row in rows]
+        return [{key: value for key, value in row.items() if key not in ("data_wait", "row_wait")} for row in rows]
 
 
 class Disk:
