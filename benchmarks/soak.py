@@ -2,7 +2,11 @@
 disturbed.
 
     python benchmarks/soak.py --minutes 60 --seed 0      about an hour on two cores; the report is in runs/soak
+    python benchmarks/soak.py --minutes 60 --rows files --out runs/soak-files      the same with rows in files
     python benchmarks/soak.py --minutes 2                at a size that says nothing of the metric; also a slow test
+
+The same command goes on with a soak that was stopped: after each round its state is in its folder, and a round that was
+not over is begun again. After `--part` minutes (120) it begins no other round and ends with 75.
 
 Two ranks on the CPU. First the run is left alone (the reference). Then it is trained again in rounds, until the time is
 up, while
@@ -18,10 +22,17 @@ up, while
 
 and is started again, by `launch/torchrun.sh` (by hand) and `launch/torchrun_elastic.sh` (which restarts by itself) in
 turn, with and without asynchronous checkpoints and loading processes. Batches whose images cannot be read are the same
-in all runs, so that *every* logged figure of *every* step must be equal, and the final metrics.
+in all runs, so that *every* logged figure of *every* step must be equal, and the final metrics. With `--rows files` half
+of the classes are drawn in each step, the others make their steps later (`skipped_rows="dense"`), in all runs; the runs
+that are disturbed have class rows in files on the small file system, which the run on its own has in memory, and all
+checkpoints are asynchronous. No run is asked to stop then: a save brings rows up to date, and one more of them than the
+undisturbed run makes changes the last digits (docs/optimizers.md).
+
+The resident memory of both ranks is looked at all the time (soak_memory.py): it must not grow, neither in the life of a
+process nor over the soak.
 
 Exit code 1, and why in the report, if a run ends or restarts without a fault, takes longer than it may, leaves a
-process behind, or differs from the reference in any figure.
+process behind, grows, or differs from the reference in any figure.
 """
 
 from __future__ import annotations
@@ -35,7 +46,8 @@ import sys
 import time
 from pathlib import Path
 
-from soak_report import Fault, Results, write_report
+from soak_memory import Memory
+from soak_report import Fault, Results, Round, write_report
 from soak_run import Disk, Launch, Watch, free_port, send
 
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")
@@ -46,10 +58,7 @@ ASKED = {
     "asked, rank SIGUSR1": signal.SIGUSR1,
 }
 STOPS = {"killed": signal.SIGKILL, "killed at start": signal.SIGKILL, "slow": signal.SIGSTOP, "hung": signal.SIGSTOP}
-TIMEOUT, PATIENCE = 20, 30  # seconds: of the process group; of torchrun, between SIGTERM and SIGKILL
-MAY_TAKE = (
-    TIMEOUT + PATIENCE + 120
-)  # from a fault to the next new step; the last is for starting, on a machine with other work
+PATIENCE, STARTS = 30, 120  # seconds: of torchrun, between SIGTERM and SIGKILL; to start, on a machine with other work
 CHECKPOINT_STEPS = 10
 
 
@@ -59,15 +68,20 @@ class Soak:
 
     def __init__(self, asked: argparse.Namespace, out: Path, disk: Disk) -> None:
         self.minutes, self.seed, self.out, self.disk = asked.minutes, asked.seed, out, disk
+        self.in_files, self.part, self.timeout = asked.rows == "files", asked.part, asked.timeout
+        self.may_take = asked.timeout + PATIENCE + STARTS  # seconds from a fault to the next new step
         self.quick, self.random = asked.minutes < 10, random.Random(asked.seed)
         self.epochs = asked.epochs or (8 if self.quick else max(12, int(asked.minutes)))
-        self.began = time.monotonic()
+        self.began = self.part_began = time.monotonic()
         self.results = Results()
+        self.memory = Memory()
         self.open: Fault | None = None
         self.armed: Fault | None = None
         self.starts, self._told = 0, 0.0
         self._decks: dict[str, list[str]] = {"sent": [], "in phase": []}
         asked_ways = [self.random.choice(list(ASKED))] if self.quick else list(ASKED)
+        if self.in_files:
+            asked_ways = []  # they save at a step at which the undisturbed run lets rows wait: other last digits
         self.sent_kinds = ["killed", "slow", "hung", "full disk", *asked_ways] + (
             [] if self.quick else ["killed at start"]
         )
@@ -77,6 +91,41 @@ class Soak:
             self.sent_kinds.remove("full disk")
             self.armed_kinds.append("full disk")
         self.spoilt = self._spoilt()
+        self._asked = {name: value for name, value in vars(asked).items() if name not in ("out", "part")}
+        self._state = out / "state.json"
+        if self._state.exists():
+            self._go_on()
+
+    # -------------------------------------------------------------------------------------------------- in parts
+
+    def _go_on(self) -> None:
+        """With what is in the folder, as if no time had passed since."""
+        state = json.loads(self._state.read_text())
+        if state["asked"] != self._asked:
+            sys.exit(
+                f"{self.out} holds a soak of other settings, {state['asked']}: go on with these, or give another --out"
+            )
+        self.began -= state["seconds"]
+        version, numbers, gauss = state["random"]
+        self.random.setstate((version, tuple(numbers), gauss))
+        self.starts, self._decks = state["starts"], state["decks"]
+        self.results = Results.from_json(state["results"])
+        self.memory = Memory(state["memory"])
+
+    def save(self) -> None:
+        """After a round, or the undisturbed run."""
+        state = {
+            "asked": self._asked,
+            "seconds": time.monotonic() - self.began,
+            "random": self.random.getstate(),
+            "starts": self.starts,
+            "decks": self._decks,
+            "results": self.results.as_json(),
+            "memory": self.memory.samples,
+        }
+        temporary = self._state.with_suffix(".tmp")
+        temporary.write_text(json.dumps(state))
+        temporary.replace(self._state)
 
     # ------------------------------------------------------------------------------------------------ what is run
 
@@ -96,8 +145,10 @@ class Soak:
         small = ["--data.identities", "60", "--train.batch_size", "64"] if self.quick else []
         settings = [
             "configs/quickstart.yaml", "--output.folder", str(folder), "--train.epochs", str(self.epochs), "--output.log_every", "1",
-            "--train.checkpoint_steps", str(CHECKPOINT_STEPS), "--train.timeout", str(TIMEOUT), *small, *more,
+            "--train.checkpoint_steps", str(CHECKPOINT_STEPS), "--train.timeout", str(self.timeout), *small, *more,
         ]  # fmt: skip
+        if self.in_files:
+            settings += ["--head.sample_rate", "0.5", "--head_skipped_rows", "dense"]
         environment = {
             "NPROC": "2",
             "MASTER_PORT": str(free_port()),
@@ -107,13 +158,18 @@ class Soak:
         return Launch(script, settings, environment, log)
 
     def reference(self) -> Watch:
-        """The run that nothing disturbs."""
+        """The run that nothing disturbs, which an earlier part may have made."""
         folder, log = self.out / "undisturbed", self.out / "undisturbed.log"
-        launch = self._launch("launch/torchrun.sh", folder, log)
         watch = Watch(folder)
+        if self._state.exists():
+            watch.look()
+            return watch
+        shutil.rmtree(folder, ignore_errors=True)
+        launch = self._launch("launch/torchrun.sh", folder, log)
         try:
             while launch.code() is None:
                 watch.look()
+                self.memory.look(launch.ranks(), watch, time.monotonic() - self.began, "undisturbed")
                 self.tell(f"undisturbed run, step {watch.step}")
                 time.sleep(0.2)
         finally:
@@ -121,26 +177,33 @@ class Soak:
         watch.look()
         if launch.code() != 0:
             sys.exit(f"the undisturbed run failed, see {log}:\n{launch.tail()}")
+        self.memory.drop("undisturbed", watch, self.began)
+        self.save()
         return watch
 
-    def soak(self, reference: Watch) -> None:
-        """Rounds until the time is up."""
-        rounds = 0
+    def soak(self, reference: Watch) -> bool:
+        """Rounds until the time is up; whether it is."""
         while not self.results.problems and not self.over():
-            rounds += 1
+            if time.monotonic() - self.part_began > 60 * self.part:
+                return False
+            rounds = len(self.results.rounds) + 1
             watch = Watch(self.disk.folder / f"round-{rounds}")
-            self.results.rounds.append(watch)
             while not self.run_once(watch, rounds, reference.step) and not self.results.problems:
                 pass
             self.disk.room()
             if not self.results.problems:
                 self.compare(watch, reference)
+            self.results.rounds.append(Round.of(watch, self.began))
             kept = self.out / watch.folder.name
-            kept.mkdir()
+            kept.mkdir(exist_ok=True)
             for name in ("history.jsonl", "metrics.json", "unreadable.txt"):
                 if (watch.folder / name).exists():
                     shutil.copy(watch.folder / name, kept / name)
             shutil.rmtree(watch.folder, ignore_errors=True)
+            if not self.results.problems:
+                self.save()
+        self.results.problems += self.memory.problems()
+        return True
 
     def over(self) -> bool:
         """Whether there are to be no more faults: the time is up, and all that can happen has happened."""
@@ -176,8 +239,10 @@ class Soak:
             "--data.workers",
             self.random.choice("01"),
             "--train.asynchronous_checkpoints",
-            self.random.choice(["true", "false"]),
+            "true" if self.in_files else self.random.choice(["true", "false"]),
         ]
+        if self.in_files:
+            variety += ["--head.storage", "FileRows", "--head.storage.folder", str(self.disk.folder / "rows")]
         faults = self.arm(rounds, watch.step, last)
         launch = self._launch(
             script, watch.folder, self.out / f"round-{rounds}.log", "--start_or_resume", *variety, faults=faults
@@ -189,7 +254,7 @@ class Soak:
             while True:
                 code = launch.code()
                 watch.look()
-                launch.ranks()
+                self.memory.look(launch.ranks(), watch, time.monotonic() - self.began, f"round {rounds}", last)
                 if self.armed is not None and Path(self.armed.once).exists():
                     self.happen(self.armed, watch)
                     self.armed = None
@@ -224,10 +289,10 @@ class Soak:
         if fault is not None:
             if watch.step > fault.step and (fault.restarts or fault.kind == "slow"):
                 self.survived()
-            elif now - fault.clock > MAY_TAKE:
-                self.problem(f"{fault}: no new step after {MAY_TAKE} s", launch)
-        elif now - max(since, watch.moved) > MAY_TAKE:
-            self.problem(f"nothing moved for {MAY_TAKE} s at step {watch.step}, without a fault", launch)
+            elif now - fault.clock > self.may_take:
+                self.problem(f"{fault}: no new step after {self.may_take} s", launch)
+        elif now - max(since, watch.moved) > self.may_take:
+            self.problem(f"nothing moved for {self.may_take} s at step {watch.step}, without a fault", launch)
 
     def ended(self, code: int, launch: Launch, watch: Watch) -> bool:
         """The launcher has; whether the run is complete."""
@@ -293,6 +358,7 @@ class Soak:
             return ""
         self._decks["in phase"].pop()
         self.armed = Fault(kind, rounds, self.random.randrange(2), once=str(self.out / f"happened-{self.starts}"))
+        Path(self.armed.once).unlink(missing_ok=True)  # of a round that is begun again
         return f"{action}:{phase}@step={target},rank={self.armed.rank},once={self.armed.once}"
 
     def send(self, launch: Launch, watch: Watch, rounds: int) -> None:
@@ -349,17 +415,28 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--epochs", type=int, default=None, help="of the run (one a minute, at least 12, if not given)")
-    parser.add_argument("--out", default="runs/soak", help="where the report goes; must not exist")
+    parser.add_argument("--rows", choices=("memory", "files"), default="memory", help="where class rows are")
+    parser.add_argument(
+        "--timeout", type=int, default=20, help="train.timeout in seconds: more on a machine with much other work"
+    )
+    parser.add_argument("--part", type=float, default=120, help="begin no round after so many minutes of this command")
+    parser.add_argument("--out", default="runs/soak", help="where the report goes; a soak that is there goes on")
     asked = parser.parse_args()
     out = Path(asked.out).absolute()
-    out.mkdir(parents=True)
+    if out.exists() and any(out.iterdir()) and not (out / "asked").exists():
+        parser.error(f"{out} holds something else")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "asked").write_text(" ".join(sys.argv[1:]) + "\n")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and with it all that it has started
     with Disk(out / "disk", 96) as disk:
         soak = Soak(asked, out, disk)
         reference = soak.reference()
-        soak.soak(reference)
+        complete = soak.soak(reference)
+    if not complete:
+        print("this part is over: the same command goes on", file=sys.stderr)
+        return 75
     soak.results.minutes = (time.monotonic() - soak.began) / 60
-    print(write_report(soak.results, reference, soak.began, out))
+    print(write_report(soak.results, reference, soak.memory, out))
     return 1 if soak.results.problems else 0
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from soak_memory import Memory
 from soak_run import Watch
 
 COLOURS = {"killed": "#c0392b", "slow": "#7f8c8d", "hung": "#8e44ad", "asked": "#1f6f8b", "full": "#d68910"}
@@ -42,17 +43,38 @@ class Fault:
 
 
 @dataclass
+class Round:
+    """A disturbed run: of every row of its history that was seen, also of steps that were computed again, the seconds
+    since the soak began, the step and the loss."""
+
+    name: str
+    seen: list[tuple[float, int, float]]
+
+    @classmethod
+    def of(cls, watch: Watch, began: float) -> Round:
+        return cls(watch.folder.name, [(when - began, step, loss) for when, step, loss in watch.seen])
+
+
+@dataclass
 class Results:
     """Of all rounds."""
 
     faults: list[Fault] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    rounds: list[Watch] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
     evaluations: list[list[dict[str, Any]]] = field(default_factory=list)
     spoilt: tuple[int, int] = (0, 0)
     restarts: int = 0
     lost: int = 0
     minutes: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Results:
+        faults, rounds = [Fault(**each) for each in found["faults"]], [Round(**each) for each in found["rounds"]]
+        return cls(**{**found, "faults": faults, "rounds": rounds, "spoilt": tuple(found["spoilt"])})
 
 
 def table(faults: list[Fault]) -> str:
@@ -91,7 +113,7 @@ def metrics(results: Results, undisturbed: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_report(results: Results, reference: Watch, began: float, out: Path) -> str:
+def write_report(results: Results, reference: Watch, memory: Memory, out: Path) -> str:
     """report.md, report.json and report.png in `out`; the text of the first."""
     undisturbed = json.loads((reference.folder / "metrics.json").read_text())["evaluations"]
     trained = len(results.evaluations) * reference.step
@@ -109,32 +131,34 @@ def write_report(results: Results, reference: Watch, began: float, out: Path) ->
 read none of its images, and {part} were trained on without three of them.
 
 {table(results.faults)}
-{metrics(results, undisturbed)}"""
+{metrics(results, undisturbed)}
+{memory.table()}"""
     (out / "report.md").write_text(text)
     found = {
         **{name: getattr(results, name) for name in ("minutes", "problems", "restarts", "lost", "spoilt")},
         "rounds": len(results.rounds),
+        "memory": memory.figures(),
         "steps": reference.step,
         "faults": [asdict(fault) for fault in results.faults],
         "undisturbed": undisturbed,
         "evaluations": results.evaluations,
     }
     (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
-    plot(results, reference, began, out / "report.png")
+    plot(results, reference, memory, out / "report.png")
     return text
 
 
-def plot(results: Results, reference: Watch, began: float, path: Path) -> None:
-    """Above, how far the rounds came by the time, with the faults; below, the loss of every step that was computed,
-    however often."""
+def plot(results: Results, reference: Watch, memory: Memory, path: Path) -> None:
+    """Above, how far the rounds came by the time, with the faults; then the loss of every step that was computed,
+    however often; below, the memory of the ranks."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    above, below = figure.subplots(2, 1)
-    for watch in results.rounds:
+    figure = Figure(figsize=(11, 12), layout="constrained")
+    above, below, lowest = figure.subplots(3, 1)
+    for each in results.rounds:
         above.plot(
-            [(when - began) / 60 for when, _, _ in watch.seen],
-            [step for _, step, _ in watch.seen],
+            [when / 60 for when, _, _ in each.seen],
+            [step for _, step, _ in each.seen],
             color="#9aa5b1",
             linewidth=1,
         )
@@ -151,7 +175,7 @@ def plot(results: Results, reference: Watch, began: float, path: Path) -> None:
         )
     above.set(xlabel="minutes since the soak began", ylabel="step", title="Steps of the disturbed runs, and the faults")
     above.legend(loc="lower right", fontsize=8)
-    seen = [(step, loss) for watch in results.rounds for _, step, loss in watch.seen]
+    seen = [(step, loss) for each in results.rounds for _, step, loss in each.seen]
     label = "disturbed runs, steps computed again included"
     below.scatter([step for step, _ in seen], [loss for _, loss in seen], color="#c0392b", s=9, label=label)
     rows = reference.rows()
@@ -164,4 +188,5 @@ def plot(results: Results, reference: Watch, began: float, path: Path) -> None:
     )
     below.set(xlabel="step", ylabel="loss", title="Loss")
     below.legend(fontsize=8)
+    memory.plot(lowest)
     figure.savefig(path, dpi=110)

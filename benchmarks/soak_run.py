@@ -147,7 +147,7 @@ class Watch:
     def rows(self) -> list[dict[str, Any]]:
         """Without what is of the clock."""
         rows = [json.loads(line) for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return [{key: value for key, value in row.items() if key != "data_wait"} for row in rows]
+        return [{key: value for key, value in row.items() if key not in ("data_wait", "row_wait")} for row in rows]
 
 
 class Disk:
@@ -159,7 +159,9 @@ class Disk:
         self._ballast = folder / "ballast"
 
     def __enter__(self) -> Disk:
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if os.path.ismount(self.folder):  # of a soak that was killed
+            subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
         mount = ["mount", "-t", "tmpfs", "-o", f"size={self.megabytes}m", "tmpfs", str(self.folder)]
         with contextlib.suppress(FileNotFoundError):
             self.real = subprocess.run(mount, capture_output=True).returncode == 0

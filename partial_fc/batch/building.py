@@ -17,6 +17,7 @@ from partial_fc.batch.facts import Agreed, digest_of
 from partial_fc.batch.refusals import agree
 from partial_fc.distributed.forwards import WIRING
 from partial_fc.distributed.groups import device_of, device_of_rows, ranks_of
+from partial_fc.distributed.machines import know_store_host
 from partial_fc.distributed.own_gpu import check_own_gpus
 from partial_fc.distributed.ranks import Ranks
 
@@ -39,6 +40,7 @@ def agree_to_build(mine: Agreed, ranks: Ranks, device: torch.device) -> None:
     """Raise the same error on every rank unless all have the same facts. A collective. device: of the rows."""
     check_own_gpus(ranks, device, BUILDING)
     agree(mine, ranks, device_of(ranks), BUILDING)
+    know_store_host()  # all ranks are registered
 
 
 def together(constructor: Constructor[Built, Arguments]) -> Constructor[Built, Arguments]:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from partial_fc.distributed.host_groups import host_group_of
-from partial_fc.distributed.inquiry import register_process
+from partial_fc.distributed.machines import register_process
 from partial_fc.distributed.ranks import Group, Ranks
 
 

@@ -5,11 +5,11 @@
     conclude   members of the group without a note are missing, and the conclusion is written to the store. If no note
                is absent, the other ranks' conclusions are used: some of them may have failed because of a rank in
                another group
+    probe      if nobody is missing at all, the machines try to reach each other (machines.py)
     report     the message and the ranks of a `RankMissing`, which missing.py raises
 
-None of this uses collectives, which would fail as well. If the store does not respond, the rank that hosts it is
-missing. Each rank registers its process in the store when it builds its first head (one message): a rank on the same
-machine can then tell whether that process has exited, is stopped or is running.
+None of this uses collectives, which would fail as well. If the store does not respond, what is missing is the rank that
+hosts it, or its machine, or the network to that: ranks know beforehand which machine it is (machines.py).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import os
 import re
 import threading
 import time
-import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
 
 from partial_fc.distributed.failures import failure_of, tell_own
-from partial_fc.distributed.store import SILENCE, default_store, machine_id, own_connection, tcp_store
+from partial_fc.distributed.machines import PROBE, Process, machines_of, probe, process_of, state_of, store_host
+from partial_fc.distributed.store import SILENCE, default_store, own_connection, tcp_store
 
 GRACE = 10.0  # seconds to wait for the notes of ranks that were still computing when the collective failed
 SETTLE = 1.0  # seconds to wait for the last note, once all ranks but one have written theirs
@@ -35,13 +36,13 @@ POLL = 0.05  # seconds between two looks at the store
 # keys in the store, each followed by "/" and a global rank
 REACHED = "partial_fc/reached"  # the collective that this rank reached, and that failed
 CONCLUDED = "partial_fc/concluded"  # JSON list of the ranks that this rank found missing
-PROCESS = "partial_fc/process"  # JSON [machine, pid, start time]
 
 CAUSES = (
     "Usual causes there: it ran other code (under `if rank == 0`, or a batch was left out), its data ended before the "
     "others' (use JoinedBatches), it raised an exception (see its own output), it was killed (out of memory?) or "
     "stopped, or it is slower than the timeout."
 )
+MACHINE = "Its machine may have failed, or the network to it."
 TOGETHER = (
     "Every rank of the group must call each of them, in the same order, and none of them under `if rank == 0`. (The "
     "exchange of a batch is that of a forward, head(embeddings, labels), or of gather.)"
@@ -59,49 +60,6 @@ _OWN_ERRORS = re.compile(
     r"|invalid usage|invalid argument|[Uu]nhandled cuda|Duplicate GPU|CUDA error"
 )
 _TIMEOUT = re.compile(r"[Tt]imed out (?:after )?waiting (?:for )?(\d+) ?ms")
-
-
-# --------------------------------------------------------------------------------------------------- processes of ranks
-
-_registered_in: weakref.ref[dist.ProcessGroup] | None = None  # the default group whose store has this process
-
-
-def register_process() -> None:
-    """Write to the store which process this rank is, once per default process group."""
-    global _registered_in
-    world = dist.group.WORLD
-    if world is None or (_registered_in is not None and _registered_in() is world):
-        return
-    _registered_in = weakref.ref(world)
-    process = [machine_id(), os.getpid(), _stat(os.getpid())[1]]
-    try:
-        default_store().set(f"{PROCESS}/{dist.get_rank()}", json.dumps(process))
-    except (RuntimeError, OSError, NotImplementedError):
-        return  # the store cannot be written to: a later message will not contain the state of the process
-
-
-def _stat(pid: int) -> tuple[str, str]:
-    """Return (state, start time) of a process as in /proc, ("", "") if there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
-
-
-def _state_of(rank: int, store: Any) -> str:
-    """Return the state of a rank's process in words; "" if it is on another machine or was not registered."""
-    key = f"{PROCESS}/{rank}"
-    if not store.check([key]):
-        return ""
-    machine, pid, started = json.loads(store.get(key))
-    if not machine or machine != machine_id():
-        return ""
-    state, since = _stat(pid)
-    if not state or since != started or state in "ZX":
-        return f"its process (pid {pid}) has exited"
-    return f"its process (pid {pid}) {'is stopped' if state in 'Tt' else 'is running, but elsewhere in its program'}"
 
 
 # ---------------------------------------------------------------------------------------------- which ranks are missing
@@ -144,6 +102,8 @@ class _Inquiry(threading.Thread):
     where: the collective that each rank of `members` came to
     missing: global ranks of `members` without a note, or those that other ranks found missing
     seen: the error that each missing rank has noted, and the state of its process, in words
+    processes: of all ranks of which one is of interest for the message
+    apart: pairs of ranks whose machines do not reach each other, though no rank is missing
     late: other ranks found this rank missing
     """
 
@@ -156,6 +116,8 @@ class _Inquiry(threading.Thread):
         self.answered = threading.Event()  # the store has responded, or failed
         self.missing: set[int] = set()
         self.seen: dict[int, str] = {}
+        self.processes: dict[int, Process] = {}
+        self.apart: list[tuple[int, int]] = []
         self.late = False
         self.failure: Exception | None = None
 
@@ -176,8 +138,16 @@ class _Inquiry(threading.Thread):
         store.set(f"{CONCLUDED}/{self.rank}", json.dumps(sorted(absent)))
         if not absent:
             self._read_conclusions(store)
-        for rank in sorted(self.missing):
-            self.seen[rank] = ", and ".join(filter(None, (failure_of(rank, store), _state_of(rank, store))))
+        for rank in sorted(self.missing) or self.members:
+            process = process_of(rank, store)
+            if process is not None:
+                self.processes[rank] = process
+            if rank in self.missing:
+                state = "" if process is None else state_of(process)
+                self.seen[rank] = ", and ".join(filter(None, (failure_of(rank, store), state)))
+        if not self.missing:
+            with suppress(OSError):  # this machine has lost its address
+                self.apart = probe(self.rank, self.processes, store)
         if self.rank == 0:  # it may host the store: keep it until the others have read from it
             self._wait(store, CONCLUDED, present, time.monotonic() + SETTLE)
 
@@ -242,7 +212,7 @@ def explain_failure(
     inquiry.start()
     inquiry.answered.wait(SILENCE)
     if inquiry.answered.is_set():
-        inquiry.join(GRACE + 2 * SETTLE + SILENCE)
+        inquiry.join(GRACE + 2 * SETTLE + 3 * PROBE + SILENCE)
     timeout = _TIMEOUT.search(str(error))
     how = (
         f"waited {int(timeout[1]) / 1000:g} s, the timeout"
@@ -255,8 +225,12 @@ def explain_failure(
         return f"rank {inquiry.rank} (this rank) reached {what} {late}. {END}", missing
     if missing:
         seen = "".join(f"; rank {rank}: {state}" for rank, state in inquiry.seen.items() if state)
-        return f"{names_of(missing)} did not reach {what} ({how}{seen}). {CAUSES} {END}", missing
+        places = _places_of({rank: inquiry.processes[rank] for rank in missing if rank in inquiry.processes})
+        causes = f"{CAUSES} {MACHINE}" if places else CAUSES
+        return f"{names_of(missing)} did not reach {what} ({how}{seen}{places}). {causes} {END}", missing
     if inquiry.failure is None and inquiry.answered.is_set() and not inquiry.is_alive():
+        if inquiry.apart:
+            return f"all ranks live, but {_apart_of(inquiry)}: {what} failed ({how}). {END}", []
         if len(set(inquiry.where.values())) > 1:
             return f"{come_apart(inquiry.where)} {END}", []
         return f"all ranks reached {what}, but the connection between them failed ({how}): check the network. {END}", []
@@ -269,6 +243,12 @@ def _explain_by_store(inquiry: _Inquiry, what: str, how: str) -> tuple[str, list
         store = tcp_store(default_store())
     except NotImplementedError:
         store = None
+    host = store_host()
+    if store is not None and host is not None and host[1].is_elsewhere:
+        ranks, process = host
+        there = f"the store there, at {store.host}:{store.port}, does not respond"
+        unknown = "What runs there has ended or hangs, or the machine or the network to it has failed."
+        return f"{names_of(ranks)} on {process.place} did not reach {what} ({how}; {there}). {unknown} {END}", ranks
     agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if store is None or inquiry.rank == 0 or agent_hosts_it:
         address = "" if store is None else f" at {store.host}:{store.port}"
@@ -277,6 +257,25 @@ def _explain_by_store(inquiry: _Inquiry, what: str, how: str) -> tuple[str, list
     state = "is gone" if inquiry.failure else "does not respond"
     hosted = f"the store that it hosts at {store.host}:{store.port} {state}"
     return f"rank 0 did not reach {what} ({how}; {hosted}). {CAUSES} {END}", [0]
+
+
+def _places_of(processes: dict[int, Process]) -> str:
+    """Return on which other machines the ranks are, each with "; " before it."""
+    of: dict[str, list[int]] = {}
+    for rank, process in sorted(processes.items()):
+        if process.is_elsewhere and process.host:
+            of.setdefault(process.place, []).append(rank)
+    return "".join(f"; {names_of(them)} {'is' if len(them) == 1 else 'are'} on {it}" for it, them in of.items())
+
+
+def _apart_of(inquiry: _Inquiry) -> str:
+    """Return which machines do not reach each other."""
+    machines, processes = machines_of(inquiry.processes), inquiry.processes
+    pairs = (
+        " and ".join(f"{names_of(machines[rank])} on {processes[rank].place}" for rank in pair)
+        for pair in inquiry.apart
+    )
+    return f"there is no connection between {', nor between '.join(pairs)}"
 
 
 def come_apart(where: dict[int, str]) -> str:

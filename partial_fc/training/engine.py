@@ -48,7 +48,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     train = config.train
     cpu = train.cpu or not torch.cuda.is_available()
     deepspeed = train.deepspeed is not None or _is_true("ACCELERATE_USE_DEEPSPEED")
-    group = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=train.timeout))
+    group = group_options(train.timeout)
     if config.head.storage is not None and not cpu:
         group.backend = "cpu:gloo,cuda:nccl"  # rows on the host travel between ranks, too
     options: dict[str, Any] = {
@@ -72,6 +72,15 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     elif _is_true("ACCELERATE_USE_FSDP"):
         _set_fsdp(accelerator, train)
     return accelerator
+
+
+def group_options(timeout: float) -> InitProcessGroupKwargs:
+    """Return what the process group is to have. timeout: in seconds.
+
+    Accelerate leaves out what equals its own default, 600 s, although torch's default for gloo is 1,800 s: so the
+    number has a microsecond more than any that is set.
+    """
+    return InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout, microseconds=1))
 
 
 def _is_true(variable: str) -> bool:
@@ -258,6 +267,23 @@ class Engine:
         """Return the parts of a checkpoint, in the form of the unwrapped module, so that any engine can load them."""
         named = {"backbone": BackboneState(self.model), "optimizer": OptimizerState(self.model, self.optimizer)}
         return named if self.accelerator.scaler is None else {**named, "scaler": self.accelerator.scaler}
+
+    def rebuild_buckets(self, image_shape: tuple[int, int, int]) -> None:
+        """Let DDP put gradients into the buckets that it has after the first step. Before a checkpoint is loaded.
+
+        DDP orders its buckets anew after the first backward, by the order in which gradients came. Where an element is
+        in a bucket says in which order three ranks or more add it up: so a resumed run, whose DDP is new, would have
+        other last digits in its first step. The gradients, batch statistics and random numbers of this backward are
+        cleared, or loaded over.
+        """
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model.train()
+            images = torch.zeros(2, *image_shape, device=self.accelerator.device)  # batch normalisation needs two
+            with naming_the_missing("a backward before the checkpoint is loaded"):
+                with self.autocast():
+                    embeddings = self.model(images)
+                embeddings.sum().backward()
+            self.optimizer.zero_grad()
 
     def broadcast_buffers(self) -> None:
         """Broadcast rank 0's batch statistics to all ranks, as DDP does before a forward."""

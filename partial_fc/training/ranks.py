@@ -263,7 +263,7 @@ def _exchange(what: str, value: dict[str, object]) -> list[dict[str, int]]:
     rank = int(os.environ["RANK"])
     world = int(os.environ["WORLD_SIZE"])
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    key = f"partial_fc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}"
+    key = f"partial_fc/{what}"  # each start has its store; agents that join later have counted fewer restarts
     try:
         if not _stores:
             _stores.append(next(iter(dist.rendezvous("env://", rank, world, timeout=WAIT)))[0])

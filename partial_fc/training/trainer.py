@@ -356,6 +356,9 @@ class Trainer:
 
     def _resume(self) -> None:
         self.checkpointer.claim()
+        # of the first rank, whose word all act on: a folder that is shared may show others less
+        if run_on_main_for_all(lambda: max(self.checkpointer.steps(), default=0), self.accelerator):
+            self.engine.rebuild_buckets(self.data.train.image_shape)
         try:
             self._saved = self.checkpointer.load(**self._checkpoint_parts())
             self.accelerator.print(f"resuming after epoch {self.progress.epoch}, step {self.progress.step}")

@@ -31,7 +31,7 @@ from partial_fc import (
     naming_the_missing,
     save_checkpoint,
 )
-from partial_fc.distributed import inquiry
+from partial_fc.distributed import inquiry, machines
 from partial_fc.distributed.inquiry import is_peer_error
 
 D, C, VICTIM = 6, 10, 1
@@ -234,6 +234,11 @@ def test_other_errors_pass_as_they_are():
     assert without_group.value is gone, "without a process group nobody can be missing"
 
 
+def state_in(store: Any, rank: int) -> str:
+    process = machines.process_of(rank, store)
+    return "" if process is None else machines.state_of(process)
+
+
 def one_that_is_named_already(rank: int, world: int) -> tuple[bool, list[str]]:
     """A RankMissing passes through wider blocks; this process is known to the store once."""
     inner = RankMissing("rank 5 did not come", (5,))
@@ -245,7 +250,7 @@ def one_that_is_named_already(rank: int, world: int) -> tuple[bool, list[str]]:
     PartialFC(D, C)
     dist.barrier()
     store = inquiry.default_store()
-    return same, [inquiry._state_of(r, store) for r in range(world)]
+    return same, [state_in(store, r) for r in range(world)]
 
 
 def test_a_named_error_passes_and_processes_are_known(ranks):
@@ -262,20 +267,20 @@ def test_the_state_of_processes_is_seen(tmp_path):
 
     def seen(started: str) -> str:
         store.set(
-            f"{inquiry.PROCESS}/7",
-            json.dumps([inquiry.machine_id(), process.pid, started]),
+            f"{machines.PROCESS}/7",
+            json.dumps([machines.machine_id(), process.pid, started]),
         )
-        return inquiry._state_of(7, store)
+        return state_in(store, 7)
 
     assert process.pid is not None and Path(f"/proc/{process.pid}").exists()
-    started = inquiry._stat(process.pid)[1]
+    started = machines.stat_of(process.pid)[1]
     assert "is running, but elsewhere" in seen(started)
     assert "has exited" in seen("1"), "another process has its number"
     os.kill(process.pid, signal.SIGSTOP)
-    while inquiry._stat(process.pid)[0] != "T":
+    while machines.stat_of(process.pid)[0] != "T":
         time.sleep(0.01)
     assert "is stopped" in seen(started)
     process.kill()
     process.join()
     assert "has exited" in seen(started)
-    assert inquiry._state_of(8, store) == ""
+    assert state_in(store, 8) == ""

@@ -295,6 +295,16 @@ def test_fewer_ranks(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_three_ranks_go_on_with_the_same_last_digits(tiny, tmp_path):
+    """Three ranks add up in an order that DDP chooses after its first backward, which a resumed run has not made."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    forked.succeed("train", str(tiny), "--output.folder", str(whole), ranks=3)
+    assert killed(tiny, out, "kill:forward@step=7,rank=2", ranks=3) == (6, 6)
+    succeed(by_hand(tiny, out), **ports(3))
+    assert tell_tale(out) == tell_tale(whole) and len(losses(out)) == STEPS
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["agent", "agent and rank"])
 def test_elastic_nodes_go_on_with_fewer(tiny, tmp_path, what):
     """Two agents of a rank each on one machine; that which does not hold the meeting point is killed, alone or with its

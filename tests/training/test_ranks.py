@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +19,7 @@ from runner import free_port
 from partial_fc.training import ranks as found
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import HeadConfig, to_config
+from partial_fc.training.engine import group_options
 from partial_fc.training.errors import UserError
 
 TORCH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -248,6 +250,8 @@ def step(rank: int, **more: str) -> dict[str, str]:
     ("given", "gpus", "expected"),
     [
         ([{}, {}], None, "fine"),
+        # the agent of the second node was started when that of the first had restarted its rank
+        ([{"TORCHELASTIC_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "0"}], None, "fine"),
         ([{}, {"WORLD_SIZE": "3"}], None, "WORLD_SIZE is 2 on rank 0, but 3 on rank 1"),
         ([step(0), step(1)], None, "fine"),
         ([step(0, RANK="0"), step(1, RANK="1", WORLD_SIZE="2")], None, "fine"),
@@ -339,3 +343,13 @@ def test_mpi4py_is_missing(tmp_path):
     )
     where = os.pathsep.join((str(tmp_path), environment()["PYTHONPATH"]))
     assert "pip install 'partial_fc[mpi]'" in alone(tmp_path, PYTHONPATH=where)
+
+
+# ---------------------------------------------------------------------------------------------------- the timeout
+
+
+@pytest.mark.parametrize("seconds", [20.0, 600.0, 1800.0])
+def test_the_group_gets_the_timeout_of_the_settings(seconds):
+    """Also one that equals a default of Accelerate, which passes on only what differs from that."""
+    passed_on = group_options(seconds).to_kwargs()["timeout"]
+    assert timedelta(0) <= passed_on - timedelta(seconds=seconds) < timedelta(milliseconds=1)
