@@ -17,6 +17,7 @@ from torch import Tensor
 from partial_fc import PartialFC
 from partial_fc.distributed.shards import local_part
 from partial_fc.training.config import RunConfig, flat
+from partial_fc.training.files import naming
 from partial_fc.training.micro_batches import Progress
 from partial_fc.training.run import RunFolder
 
@@ -83,7 +84,8 @@ class StepLog:
         epoch = step / self.steps_per_epoch
         if self.accelerator.is_main_process:
             self.folder.append_history({"step": step, "epoch": epoch, **row})
-        self.accelerator.log({"epoch": epoch, **row}, step=step)
+        with naming(self.folder.path):  # a tracker that writes there does not say which file
+            self.accelerator.log({"epoch": epoch, **row}, step=step)
 
     def _waits(self, head: PartialFC) -> dict[str, float]:
         """Return the share of the time since the last logged step that this rank has waited for its loader, and, where
