@@ -96,9 +96,15 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------------------ finding
 
     def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, ascending. Reads the folder; not a collective."""
-        found = (STEP.fullmatch(path.parent.name) for path in self.folder.glob(f"step-*/{MANIFEST}"))
-        return sorted(int(match[1]) for match in found if match)
+        """Return the steps of the complete checkpoints, ascending. Reads the folder; not a collective.
+
+        OSError if the disk cannot tell.
+        """
+        try:
+            found = [match for name in os.listdir(self.folder) if (match := STEP.fullmatch(name))]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(int(match[1]) for match in found if _exists(self.folder / match[0] / MANIFEST))
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint of a step, which need not exist yet; for `load_checkpoint`."""
@@ -107,13 +113,14 @@ class Checkpointer:
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint, None if there is none. Damaged ones are skipped with a warning.
 
-        Reads the folder; not a collective. A save that is still running does not count.
+        Reads the folder; not a collective. A save that is still running does not count. OSError if the disk cannot
+        read what is there: that is no reason to go on from an earlier checkpoint, or from none.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
                 problem = find_damage(self.path(step), read_manifest(self.path(step)))
-            except (OSError, ValueError) as error:
+            except (FileNotFoundError, ValueError) as error:
                 problem = error
             if problem is None:
                 self._own.update(s for s in steps if s <= step)
@@ -227,7 +234,7 @@ class Checkpointer:
         return path
 
     def _retain(self, step: int) -> None:
-        """Remove this run's checkpoints that are neither among the newest nor among the best. Errors are ignored."""
+        """Remove this run's checkpoints that are neither among the newest nor among the best. An error is logged."""
         own = [s for s in self.steps() if s in self._own or s == step]
         keep = set(own[-self.keep_last :])
         if self.keep_best:
@@ -235,7 +242,11 @@ class Checkpointer:
         for old in own:
             if old not in keep:
                 # remove the manifest first: from then on the folder is not a checkpoint, even if the rest stays
-                (self.path(old) / MANIFEST).unlink(missing_ok=True)
+                try:
+                    (self.path(old) / MANIFEST).unlink(missing_ok=True)
+                except OSError as error:  # the new checkpoint is complete all the same
+                    log.warning("%s cannot be removed: %s", self.path(old), error.strerror or error)
+                    continue
                 shutil.rmtree(self.path(old), ignore_errors=True)
 
     def _ranked(self, steps: list[int]) -> list[int]:
@@ -250,6 +261,15 @@ class Checkpointer:
         except (OSError, ValueError):  # a damaged checkpoint must not make the current save fail
             return None
         return metric
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is a file; OSError if the disk cannot tell, where `Path.exists` may say no."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _is_incomplete_save(path: Path) -> bool:

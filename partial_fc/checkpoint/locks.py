@@ -75,7 +75,7 @@ def exclusive(folder: Path, timeout: float) -> Iterator[None]:
         try:
             yield
         finally:
-            held.file.close()
+            held.close()
     finally:
         of_threads.release()
 
@@ -139,19 +139,19 @@ class _Held:
                 )
                 return
             holder = self._holder()
-            self.file.close()
+            self.close()
             raise BlockingIOError(
                 f"{folder} is being written by another run{holder}; wait for it to end, stop it, "
                 "or choose another folder"
             ) from None
-        self.file.truncate(0)
         here = {
             "process": os.getpid(),
             "host": socket.gethostname(),
             "since": datetime.datetime.now().isoformat(" ", "seconds"),
         }
-        json.dump(here, self.file)
-        self.file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the folder is locked all the same
+            self.file.truncate(0)
+            os.write(self.file.fileno(), json.dumps(here).encode())  # nothing is left that a close would write again
 
     def _holder(self) -> str:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -162,4 +162,9 @@ class _Held:
 
     def __del__(self) -> None:
         if hasattr(self, "file"):  # not if it could not be opened
+            self.close()
+
+    def close(self) -> None:
+        """Unlock the folder, whatever the disk says of the file."""
+        with contextlib.suppress(OSError):
             self.file.close()

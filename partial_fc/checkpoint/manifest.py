@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from partial_fc.checkpoint.safe_reader import SafeReader, is_plain_name
+from partial_fc.checkpoint.safe_reader import SafeReader, cannot_be_read, is_plain_name
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -97,12 +97,17 @@ def _files(data: Path) -> dict[str, int]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a complete checkpoint. FileNotFoundError if there is none, ValueError if it is damaged."""
+    """Return the manifest of a complete checkpoint.
+
+    FileNotFoundError if there is none, ValueError if it is damaged, OSError that names it if the disk cannot read it.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         data, names = manifest["data"], manifest["names"]
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no complete checkpoint at {folder} (it has no {MANIFEST})") from None
+    except OSError as error:
+        raise cannot_be_read(folder / MANIFEST, error) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
     if not isinstance(manifest, dict):

@@ -72,6 +72,11 @@ def is_plain_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
+def cannot_be_read(path: Path, error: OSError) -> OSError:
+    """Return an error of the disk as one that names the file."""
+    return type(error)(f"{path} cannot be read: {error.strerror or error}")
+
+
 # what unpickling a damaged file raises
 _DAMAGED = (
     pickle.UnpicklingError,
@@ -99,7 +104,8 @@ class SafeReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the metadata.
 
-        Raises FileNotFoundError if there is none, ValueError if it is damaged or names a file outside its folder.
+        Raises FileNotFoundError if there is none, ValueError if it is damaged or names a file outside its folder,
+        OSError that names it if the disk cannot read it.
         """
         if self._metadata is None:
             self._metadata = self._read_metadata(Path(self.path) / ".metadata")
@@ -130,6 +136,8 @@ class SafeReader(FileSystemReader):
             assert isinstance(metadata.state_dict_metadata, dict), "it has no table of tensors"
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete") from None
+        except OSError as error:
+            raise cannot_be_read(path, error) from error
         except _DAMAGED as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         for file in files:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 PAGE = mmap.PAGESIZE
 MOST_PARTS = 1024  # IOV_MAX of Linux
+MOST_CHECKED = 256 << 20  # bytes whose addresses are held at a time
 START_WRITING, WAIT_FOR_WRITES = 2, 4  # SYNC_FILE_RANGE_WRITE, SYNC_FILE_RANGE_WAIT_AFTER
 
 
@@ -54,6 +55,16 @@ def read_in(addresses: Tensor) -> None:
         if found != len(part):  # it stops at the first page that cannot be read
             number = ctypes.get_errno() if found < 0 and ctypes.get_errno() != errno.EFAULT else errno.EIO
             raise OSError(number, os.strerror(number))
+
+
+def check(address: int, length: int) -> None:
+    """Read the pages of a mapped range; OSError where one cannot be read. Where this process may not read its own
+    memory by a system call, nothing is checked."""
+    if not length or not reads_itself():
+        return
+    first = address // PAGE * PAGE
+    for start in range(first, address + length, MOST_CHECKED):
+        read_in(torch.arange(start, min(start + MOST_CHECKED, address + length), PAGE, device="cpu"))
 
 
 def first_of_pages(places: Tensor, length: int) -> Tensor:

@@ -12,6 +12,7 @@ no row is ever stale, whatever the thread does. It only decides when pages come 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import mmap
@@ -39,6 +40,7 @@ from partial_fc.tiers.wiring import WHOLE_GRADIENT
 log = logging.getLogger("partial_fc")
 
 BLOCK_BYTES = 256 << 10  # room is reserved, and written, in blocks of a file
+READ_AT_ONCE = 256 << 20  # of a file of which all is read
 MOST_ASKED = 4 << 30  # of a file of so many bytes it costs less to ask which pages are in memory than to read them
 READING = "the reading of class rows"
 WAY = ". Go on from the newest checkpoint, with a folder on a disk that is sound and has room"
@@ -158,15 +160,17 @@ class RowStore:
         try:
             self._wait()
             if index is None:
+                self._check_all()
                 for first, part in self._parts(touched=False) if self.untouched else ():
                     self._touch(first + part)
                 return
-            if self.untouched:
-                new = index[~self.touched.index_select(0, index)]
-                if len(new):
-                    self._touch(new.unique())
+            new = index[~self.touched.index_select(0, index)] if self.untouched else index[:0]
+            if len(new):
+                self._reserve(list(self.tensors.values()), new)
             if self.folder is not None:
                 self._read_in(index if self._here is None else index[~_among(index, self._here)])
+            if len(new):
+                self._touch(new.unique())
             if self.folder is not None and ahead:
                 self._pending = self._worker().submit(self._ahead, self.upcoming(), self._last)
                 self._last = index
@@ -213,6 +217,14 @@ class RowStore:
         with _Naming(self.folder, "holds class rows that cannot be read"):
             for rows in self.tensors.values():
                 rows.read_in(index)
+
+    def _check_all(self) -> None:
+        """Read the pages of all rows in that memory has not: an access of one that cannot be read would end the
+        process. Where files are larger than memory, some will have gone when they are used; then they are read from the
+        disk twice, which is as much again."""
+        with _Naming(self.folder, "holds class rows that cannot be read"):
+            for rows in self.tensors.values():
+                rows.read_all_in()
 
     def _ahead(self, draw: Callable[[], Tensor] | None, last: Tensor | None) -> Tensor | None:
         """In the thread: read in what the next forward draws, and begin to write what the last one has moved. Return
@@ -312,6 +324,28 @@ class _Rows:
             return
         for place in places.tolist():
             os.pread(self.file, 1, place)
+
+    def read_all_in(self) -> None:
+        """Read all pages that memory has not, but holes; OSError if one cannot be read."""
+        if self.file is None:
+            return
+        address, place = self.tensor.data_ptr(), 0
+        while place < self.size:
+            try:
+                place = os.lseek(self.file, place, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # none behind it
+                    return
+                raise
+            end = min(os.lseek(self.file, place, os.SEEK_HOLE), self.size)
+            for start in range(place // pages.PAGE * pages.PAGE, end, READ_AT_ONCE):
+                missing = ~pages.resident(address + start, min(READ_AT_ONCE, end - start))
+                if pages.reads_itself():
+                    pages.read_in(missing.nonzero()[:, 0] * pages.PAGE + (address + start))
+                else:
+                    for page in missing.nonzero()[:, 0].tolist():
+                        os.pread(self.file, 1, start + page * pages.PAGE)
+            place = end
 
     def write_behind(self, last: Tensor | None) -> None:
         """Begin to write the blocks of the rows `[n]`; OSError if earlier writes of the file have failed."""

@@ -10,19 +10,24 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from partial_fc import naming_the_missing
-from partial_fc.training.errors import Preempted, UserError
+from partial_fc.training.errors import Preempted, UserError, words
 
 Returned = TypeVar("Returned")
 
 
 def run_on_all(action: Callable[[], Returned], accelerator: Accelerator) -> Returned:
-    """Run `action` on every rank and return its result; a UserError of any rank is raised on every rank."""
+    """Run `action` on every rank and return its result.
+
+    A UserError of any rank is raised on every rank, and so is an OSError, as one that names the file and the cause.
+    """
     result = None
     message = None
     try:
         result = action()
     except UserError as error:
         message = str(error)
+    except OSError as error:  # of a disk: the other ranks would wait for this one
+        message = words(error)
     raise_on_all(message, accelerator)
     return result  # type: ignore[return-value]
 

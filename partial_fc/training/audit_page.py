@@ -23,6 +23,7 @@ from torch import Tensor
 
 from partial_fc.training.audit import MIN_PAIRS, Audit, Pair, quantiles
 from partial_fc.training.data import IdentityDataset, UnreadableImage
+from partial_fc.training.files import write_atomically
 from partial_fc.training.report.page import png_uri, render
 from partial_fc.training.run import RunFolder
 
@@ -70,7 +71,7 @@ def write_audit(
         "nearest_mean": _distribution(audit.means.cosine),
         "row_to_mean": _distribution(audit.to_mean),
     }
-    (path / "audit.json").write_text(json.dumps({**figures, "environment": environment}, indent=2) + "\n")
+    write_atomically(path / "audit.json", json.dumps({**figures, "environment": environment}, indent=2) + "\n")
     panels = (
         ("rows: to the nearest other class", audit.rows.cosine.numpy(), audit.rows.threshold),
         ("means: to the nearest other class", audit.means.cosine.numpy(), audit.means.threshold),
@@ -97,10 +98,11 @@ def _nearest_cells(c: int, audit: Audit, names: Sequence[str]) -> tuple[int, str
 
 
 def _write_csv(path: Path, heading: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+    with io.StringIO(newline="") as text:
+        writer = csv.writer(text)
         writer.writerow(heading)
         writer.writerows(rows)
+        write_atomically(path, text.getvalue())
 
 
 def _distribution(values: Tensor) -> dict[str, float]:
@@ -144,7 +146,7 @@ def _write_page(folder: Path, audit: Audit, dataset: IdentityDataset, title: str
         environment=environment,
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page)
     return path
 
 

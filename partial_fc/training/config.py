@@ -20,6 +20,7 @@ from partial_fc.training.data import DataConfig
 from partial_fc.training.data.augment import AugmentConfig
 from partial_fc.training.errors import UserError, check_at_least
 from partial_fc.training.evaluation import EvaluationConfig
+from partial_fc.training.files import on_disk
 from partial_fc.training.heads import CenterConfig, HeadConfig, MarginSettings, StorageSettings
 from partial_fc.training.optimizers import Optimizers, OptimizerSettings, default_optimizer
 from partial_fc.training.run import OutputConfig
@@ -183,7 +184,8 @@ def to_config(parser: SettingsParser, arguments: list[str]) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved settings as YAML."""
-    path.write_text(yaml.safe_dump(plain_settings(config), sort_keys=False))
+    with on_disk(path) as file:
+        file.write(yaml.safe_dump(plain_settings(config), sort_keys=False).encode())
 
 
 def flat(config: RunConfig) -> dict[str, Any]:

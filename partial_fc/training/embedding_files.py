@@ -133,7 +133,8 @@ def _write_parquet(file: Any, rows: Embedded, about: Mapping[str, Any]) -> None:
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """Return the metadata of a part; None if the file is missing, damaged, or has none."""
+    """Return the metadata of a part; None if the file is missing, damaged, or has none. UserError if the disk cannot
+    read it."""
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
@@ -142,6 +143,12 @@ def read_about(path: Path) -> dict[str, Any] | None:
         return dict(json.loads(metadata[ABOUT.encode()]))
     except UserError:
         raise
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno is None:  # a reader's word for a damaged file
+            return None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception:  # readers raise almost anything for a damaged file
         return None
 

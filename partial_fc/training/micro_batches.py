@@ -20,7 +20,7 @@ from partial_fc.distributed.groups import ranks_of
 from partial_fc.distributed.meeting import meet
 from partial_fc.training.all_ranks import raise_on_all
 from partial_fc.training.data.loader import Batch, BatchLoader
-from partial_fc.training.errors import UserError
+from partial_fc.training.errors import UserError, words
 from partial_fc.training.faults import Faults
 from partial_fc.training.run import UNREADABLE, RunFolder
 
@@ -57,9 +57,9 @@ class Progress:
 class MicroBatches:
     """The micro-batches of `loader` that all ranks can use, counted in `progress`. Every rank must iterate alike.
 
-    A rank's UserError is raised on all ranks. If some rank could read fewer than two images of its micro-batch, all
-    ranks skip theirs. If `asked_to_stop` returns True on any rank, the iteration ends after the current step, and
-    `stopping` is True.
+    A rank's UserError, and what it has given to `fail`, is raised on all ranks. If some rank could read fewer than two
+    images of its micro-batch, all ranks skip theirs. If `asked_to_stop` returns True on any rank, the iteration ends
+    after the current step, and `stopping` is True.
     """
 
     def __init__(
@@ -80,7 +80,16 @@ class MicroBatches:
         self.faults = faults
         self.asked_to_stop = asked_to_stop
         self.stopping = False
+        self._failed: str | None = None
         self.begin_epoch()
+
+    def fail(self, error: OSError) -> None:
+        """Note an error of this rank's disk between two collectives; all ranks raise it with the next micro-batch."""
+        self._failed = self._failed or words(error)
+
+    def raise_failure(self) -> None:
+        """Raise on every rank, as UserError, what one of them has noted. Every rank must call it."""
+        raise_on_all(self._failed, self.accelerator)
 
     def begin_epoch(self) -> None:
         """Reset the counts of readable and unreadable images."""
@@ -130,12 +139,12 @@ class MicroBatches:
         while True:
             self.faults.at("data", progress.step + 1)
             batch = None
-            message = None
+            message = self._failed
             began = time.monotonic()
             try:
                 batch = next(batches, None)
             except UserError as error:
-                message = str(error)
+                message = message or str(error)
             progress.waited += time.monotonic() - began
             batch = self.faults.make_unreadable(batch, progress.epoch * len(self.loader) + progress.batches)
             count = _FAILED if message else _ENDED if batch is None else len(batch.labels)
@@ -147,7 +156,10 @@ class MicroBatches:
                 return
             if batch is None or count == _ENDED:
                 return
-            self.folder.record_unreadable(batch.unreadable)
+            try:
+                self.folder.record_unreadable(batch.unreadable)
+            except OSError as error:
+                self.fail(error)
             self.read += len(batch.labels)
             self.unreadable += len(batch.unreadable)
             self.first_unreadable = self.first_unreadable or next(iter(batch.unreadable), None)

@@ -8,8 +8,10 @@ all figures                             ── main process ──>  metrics.jso
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
-from contextlib import closing
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from partial_fc.training.backbones.mirrored import embeddings_of
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.data.loader import BatchLoader, rank_loader
-from partial_fc.training.errors import UserError
+from partial_fc.training.errors import UserError, words
 from partial_fc.training.evaluation import Evaluation, evaluate_embeddings
 from partial_fc.training.interval import during_training, split_history
 from partial_fc.training.protocols.result import Result
@@ -94,8 +96,8 @@ def run_tasks(
     work = split_work(accelerator, config.evaluation.tile)
     results = [task.measure(embed, **work, device=accelerator.device) for task in tasks]
     for task, result in zip(tasks, results, strict=True):
-        if pictures and isinstance(task, Verification) and accelerator.is_main_process:
-            note_pairs(folder.path, task.name, task.images, result.hardest)
+        if pictures and isinstance(task, Verification):
+            run_on_main(partial(note_pairs, folder.path, task.name, task.images, result.hardest), accelerator)
     return results
 
 
@@ -152,7 +154,10 @@ def embed_images(
                 bar.update()
                 if asked_to_stop():
                     break
-                folder.record_unreadable(batch.unreadable)
+                try:
+                    folder.record_unreadable(batch.unreadable)
+                except OSError as error:  # of this rank's disk: the others take it up below
+                    raise UserError(words(error)) from error
                 if len(batch.labels):
                     images = batch.images.to(device, non_blocking=batch.images.is_pinned())
                     with accelerator.autocast():
@@ -200,10 +205,21 @@ def claim_output(out: RunFolder, accelerator: Accelerator) -> None:
     run_on_main(claim, accelerator)
 
 
-def remove_if_empty(out: RunFolder, accelerator: Accelerator) -> None:
-    """After an error, remove a folder that `claim_output` has made and nothing was written to."""
-    if accelerator.is_main_process and not any(out.path.iterdir()):
-        out.path.rmdir()
+@contextmanager
+def output_folder(out: RunFolder, accelerator: Accelerator) -> Iterator[None]:
+    """Claim a folder for results as `claim_output` does; after an error it is removed with what was written to it.
+
+    Every rank must enter it.
+    """
+    claim_output(out, accelerator)
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, UserError):  # raised on all ranks; the others may be waiting elsewhere after any other one
+            accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.rmtree(out.path, ignore_errors=True)
+        raise
 
 
 def write_results(

@@ -17,6 +17,7 @@ plots/  report.html  plots, and the page that shows all of this
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -29,7 +30,8 @@ import yaml
 
 from partial_fc import Checkpointer
 from partial_fc.training.data import what_changed
-from partial_fc.training.errors import UserError, check_at_least
+from partial_fc.training.errors import UserError, check_at_least, words
+from partial_fc.training.files import append, write_atomically
 from partial_fc.training.saved import CHECKPOINTS
 from partial_fc.training.saved import CONFIG as CONFIG
 from partial_fc.training.trackers import NAMES, TRACKERS, OwnTracker, check_installed, check_names, check_own
@@ -102,21 +104,30 @@ class RunFolder:
         try:
             (self.path / PLOTS).mkdir(parents=True, exist_ok=True)
             temporary = self.path / f".{CONFIG}.{os.getpid()}.tmp"
-            save_config(temporary)
             try:
-                os.link(temporary, self.path / CONFIG)  # of two runs that start at once, it succeeds for one
-            except OSError as error:
-                if error.errno not in NO_LINKS:
-                    raise
-                with (self.path / CONFIG).open("x") as file:
-                    file.write(temporary.read_text())
-            temporary.unlink()
-        except FileExistsError:
-            raise UserError(
-                f"{self.path} is in use by another run that has just started; choose another --output.folder"
-            ) from None
+                save_config(temporary)
+                self._publish(temporary)
+                for left in self.path.glob(f".{CONFIG}.*.tmp"):  # of a process that was killed, or that comes too late
+                    left.unlink(missing_ok=True)
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"the run folder {self.path} cannot be made: {error.strerror}") from error
+            if isinstance(error, FileExistsError | FileNotFoundError) and (self.path / CONFIG).exists():
+                raise UserError(
+                    f"{self.path} is in use by another run that has just started; choose another --output.folder"
+                ) from None
+            raise UserError(f"the run folder {self.path} cannot be made: {words(error)}") from error
+
+    def _publish(self, temporary: Path) -> None:
+        """Give the settings their name, which they have then as a whole; FileExistsError if another run has it."""
+        try:
+            os.link(temporary, self.path / CONFIG)  # of two runs that start at once, it succeeds for one
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            (self.path / CONFIG).touch(exist_ok=False)
+            os.replace(temporary, self.path / CONFIG)
 
     def check_run(self) -> None:
         """Raise UserError unless a run was started here."""
@@ -132,7 +143,7 @@ class RunFolder:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+            write_atomically(path, json.dumps(now, indent=1) + "\n")
             return
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); remove it to continue with the data as they are") from error
@@ -148,9 +159,7 @@ class RunFolder:
         settings = yaml.safe_load(path.read_text())
         if settings["data"]["folder"] != data_folder:
             settings["data"]["folder"] = data_folder
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
-            os.replace(temporary, path)
+            write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
 
     def checkpointer(
         self,
@@ -203,9 +212,8 @@ class RunFolder:
         return self.checkpointer().latest()
 
     def append_history(self, row: dict[str, float]) -> None:
-        """Append a row to history.jsonl."""
-        with (self.path / HISTORY).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append a row to history.jsonl. OSError that names it."""
+        append(self.path / HISTORY, json.dumps(row) + "\n")
 
     def history(self, up_to_step: int | None = None) -> list[dict[str, float]]:
         """Return the rows of history.jsonl; an incomplete last line, left by a crash or a full disk, is ignored."""
@@ -220,18 +228,15 @@ class RunFolder:
     def rewind_history(self, step: int) -> int:
         """Remove the rows after `step`, which a resumed run logs again; return how many steps were logged after it."""
         rows = self.history()
-        temporary = self.path / f"{HISTORY}.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-        os.replace(temporary, self.path / HISTORY)
+        write_atomically(self.path / HISTORY, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         return max(0, int(rows[-1]["step"]) - step) if rows else 0
 
     def record_unreadable(self, names: list[str]) -> None:
         """Record images that could not be read. All ranks append to one file; an image is recorded once per rank."""
         new = [name for name in dict.fromkeys(names) if name not in self._recorded_unreadable]
         if new:
+            append(self.path / UNREADABLE, "".join(f"{name}\n" for name in new))
             self._recorded_unreadable.update(new)
-            with (self.path / UNREADABLE).open("a") as file:
-                file.writelines(f"{name}\n" for name in new)
 
     def print_unreadable(self) -> None:
         """Print how many images could not be read, if there are any."""
@@ -247,10 +252,10 @@ class RunFolder:
         return set(path.read_text().splitlines()) if path.exists() else set()
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        (self.path / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+        write_atomically(self.path / METRICS, json.dumps(metrics, indent=2) + "\n")
 
     def write_curves(self, evaluations: list[dict[str, Any]]) -> None:
-        (self.path / CURVES).write_text(json.dumps(evaluations) + "\n")
+        write_atomically(self.path / CURVES, json.dumps(evaluations) + "\n")
 
 
 def describe_checkpoint(which: str, found: Path) -> str:
@@ -288,6 +293,8 @@ def _left_by_claim(path: Path) -> bool:
     """Return whether `path` was left by a process that was killed during `claim`, before its run existed."""
     if path.name == PLOTS:
         return path.is_dir() and not any(path.iterdir())
-    of_data = path.name == DATA or (path.name.startswith("labels") and path.suffix == ".csv")
-    of_trackers = path.name in (TRACKERS, *NAMES)
-    return of_data or of_trackers or (path.name.startswith(f".{CONFIG}.") and path.name.endswith(".tmp"))
+    hidden = path.name.startswith(".") and path.suffix == ".tmp"
+    name = path.name[1 : -len(".tmp")] if hidden else path.name
+    of_data = name == DATA or (name.startswith("labels") and name.endswith(".csv"))
+    of_trackers = name in (TRACKERS, *NAMES)
+    return of_data or of_trackers or (hidden and name.startswith(CONFIG))

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from partial_fc import PreemptionGuard, RandomState, gather, import_weights, naming_the_missing
-from partial_fc.training.all_ranks import run_on_main, run_on_main_for_all
+from partial_fc.training.all_ranks import run_on_all, run_on_main, run_on_main_for_all
 from partial_fc.training.config import RunConfig, save_config
 from partial_fc.training.data import DataSplits, open_data
 from partial_fc.training.data.labels import LABELS, LabelMap
@@ -208,7 +208,7 @@ class Trainer:
     def train(self) -> None:
         """Train the remaining epochs. Raises Preempted on every rank if one was asked to stop."""
         config = self.config
-        self.log.begin()
+        run_on_all(self.log.begin, self.accelerator)
         self.accelerator.print(f"backbone {config.backbone.name}: {self.counts}")
         total = self.steps_per_epoch * config.train.epochs
         used = self.steps_per_epoch * config.train.batch_size
@@ -234,6 +234,7 @@ class Trainer:
             for epoch in range(self.progress.epoch, config.train.epochs):
                 with naming_the_missing(f"a step of epoch {epoch + 1}"):  # for the collectives of the backbone's engine
                     self._train_epoch(epoch, bar)
+                self.micro_batches.raise_failure()
                 if self.micro_batches.stopping:
                     self._save_and_stop()
                 self.progress.end_epoch()
@@ -268,7 +269,10 @@ class Trainer:
                     losses, last = self._forward_backward(batch.to(self.accelerator.device))
                     norm = self._step() if last else None
             self.progress.step += 1
-            self.log.step(losses, norm, self.head, float(self.schedules[0].get_last_lr()[0]))
+            try:
+                self.log.step(losses, norm, self.head, float(self.schedules[0].get_last_lr()[0]))
+            except OSError as error:  # of the main process; the others hear of it with the next micro-batch
+                self.micro_batches.fail(error)
             bar.update()
             if self.progress.step % self.config.output.log_every == 0:
                 bar.set_postfix(epoch=epoch + 1, loss=f"{float(losses['loss']):.3f}")
@@ -322,10 +326,11 @@ class Trainer:
                     self.evaluation.measure(self.engine, pictures=last)
             except Preempted:
                 self._save_and_stop()  # the resumed run evaluates first
-            self.log.figures(self.evaluation.figures)
+            run_on_all(lambda: self.log.figures(self.evaluation.figures), self.accelerator)
             self._since += time.monotonic() - before  # progress.seconds does not count evaluations
             save = save or best is not None
         if save:
+            self.micro_batches.raise_failure()  # a run that goes on from here would lack what could not be written
             figures = self.evaluation.figures if self.evaluation.is_current else {}
             self._save(None if best is None else figures.get(best))
 
@@ -392,10 +397,13 @@ class Trainer:
         return self.evaluation.results
 
     def write_results(self, evaluations: list[Evaluation]) -> Path | None:
-        """Write metrics.json, plots and the report on the main process; return the path of the report there."""
-        self.accelerator.wait_for_everyone()
-        if not self.main:
-            return None
+        """Write metrics.json, plots and the report on the main process; return the path of the report there.
+
+        Every rank must call it. UserError on every rank if they cannot be written.
+        """
+        return run_on_all(lambda: self._write_results(evaluations) if self.main else None, self.accelerator)
+
+    def _write_results(self, evaluations: list[Evaluation]) -> Path:
         training = {
             "backbone_parameters": self.counts.parameters,
             "backbone_operations_an_image": self.counts.operations,

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partial_fc.tiers import pages
 from partial_fc.weights.rank_paths import in_folder, in_order, warn_of_unusual_split
 from partial_fc.weights.torch_file import find_weight, load_file, module_state, optimizer_state
 
@@ -105,7 +106,9 @@ class RankFiles:
         for path, start, stop in zip(self._paths, self._starts, self._starts[1:], strict=False):
             lo, hi = max(a, start), min(b, stop)
             if lo < hi:
-                out[lo - a : hi - a] = take(path)[lo - start : hi - start]
+                part = take(path)[lo - start : hi - start]
+                _check_pages(path, part)
+                out[lo - a : hi - a] = part
         return out
 
     # ------------------------------------------------------------------------------------------------ one file
@@ -175,6 +178,15 @@ class RankFiles:
         if ("exp_avg" in names) != ("exp_avg_sq" in names):
             names = [name for name in names if not name.startswith("exp_avg")]
         return names
+
+
+def _check_pages(path: Path, part: Tensor) -> None:
+    """OSError if the disk cannot read a part of a mapped file; copying it would end the process."""
+    places = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    try:
+        pages.check(part.data_ptr(), places * part.itemsize)
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
 
 
 class _State:

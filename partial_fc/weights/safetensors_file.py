@@ -7,6 +7,7 @@
 
     read     SafetensorsRows(path, name).rows(a, b)      reads only these rows
     write    create, then write_rows in each process     a temporary file of full size; each process writes its own rows
+             hold, delete_left                           what a killed process has left is deleted by the next
              publish                                     rename it atomically once everything is on the disk
 
 The `safetensors` library is not used. It cannot write a tensor in parts, so one process would have to hold the matrix
@@ -18,18 +19,26 @@ A file is not trusted: lengths, shapes and offsets are checked against each othe
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 LARGEST_HEADER = 100_000_000  # the limit of the format
 METADATA = "__metadata__"
@@ -194,6 +203,34 @@ def temporary_name(path: Path, token: int | None = None) -> Path:
     return path.with_name(f".{path.name}.{secrets.randbits(48) if token is None else token:012x}.tmp")
 
 
+def delete_left(path: Path) -> None:
+    """Delete the temporary files for `path` of processes that were killed: those that nobody holds."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 12}.tmp"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            if _locked(file):
+                left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold(temporary: Path) -> Iterator[None]:
+    """Hold a temporary file, so that no other process deletes it, where the file system has locks."""
+    with temporary.open("rb") as file:
+        _locked(file)
+        yield
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Return whether a lock of this open file could be taken. Unlike a POSIX lock, it does not end when another
+    descriptor of this process is closed."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process has it, or there are no such locks
+        return False
+    return True
+
+
 def create(path: Path, tensors: Mapping[str, tuple[Shape, torch.dtype]], metadata: Mapping[str, str]) -> None:
     """Create a file with the header of these tensors (name -> shape, dtype) and space for their data, in one process.
 
@@ -213,7 +250,7 @@ def create(path: Path, tensors: Mapping[str, tuple[Shape, torch.dtype]], metadat
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("xb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        _write(file, len(text).to_bytes(8, "little") + text)
         size = 8 + len(text) + end
         try:
             os.posix_fallocate(file.fileno(), 0, size)
@@ -221,6 +258,13 @@ def create(path: Path, tensors: Mapping[str, tuple[Shape, torch.dtype]], metadat
             if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise
             file.truncate(size)  # space cannot be reserved: a full disk fails when rows are written
+
+
+def _write(file: FileIO, data: bytes | bytearray) -> None:
+    """Write all of it. One call of write may write less."""
+    view = memoryview(data)
+    while len(view):
+        view = view[file.write(view) :]
 
 
 class RowWriter:
@@ -254,9 +298,7 @@ class RowWriter:
         buffer = bytearray(rows.nbytes)
         torch.frombuffer(buffer, dtype=rows.dtype).view(rows.shape).copy_(rows.detach())
         self._file.seek(entry.start + first * entry.shape[1:].numel() * rows.dtype.itemsize)
-        view = memoryview(buffer)
-        while len(view):
-            view = view[self._file.write(view) :]
+        _write(self._file, buffer)
 
 
 def check_free(path: Path, overwrite: bool) -> None:

@@ -44,6 +44,8 @@ from partial_fc.weights.safetensors_file import (
     SafetensorsRows,
     check_free,
     create,
+    delete_left,
+    hold,
     publish,
     read_header,
     temporary_name,
@@ -76,6 +78,7 @@ def export_weights(path: str | os.PathLike[str], rows_of: HeadOrCenters, *, over
     temporary = temporary_name(path, token)
     parameters = rows_of.class_rows.parameters
     first = ranks.rank == ranks.replica == 0
+    held = contextlib.ExitStack()
     metadata = describe(
         "head" if isinstance(rows_of, PartialFC) else "center",
         rows_of.num_classes,
@@ -86,7 +89,9 @@ def export_weights(path: str | os.PathLike[str], rows_of: HeadOrCenters, *, over
     def prepare() -> None:
         if first:
             check_free(path, overwrite)
+            delete_left(path)
             create(temporary, {name: (p.shape, p.dtype) for name, p in parameters.items()}, metadata)
+            held.enter_context(hold(temporary))
 
     def write() -> None:
         if ranks.replica:
@@ -110,6 +115,7 @@ def export_weights(path: str | os.PathLike[str], rows_of: HeadOrCenters, *, over
         for action in (prepare, write, finish):
             _on_every_rank(ranks, functools.partial(_naming, path, action))
     finally:
+        held.close()
         if first:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)

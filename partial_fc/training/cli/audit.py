@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from partial_fc import load_checkpoint
-from partial_fc.training.all_ranks import run_on_all
+from partial_fc.training.all_ranks import run_on_all, run_on_main
 from partial_fc.training.audit import Thresholds, audit_head
 from partial_fc.training.audit_page import DRIFT, DUPLICATES, NEVER_UPDATED, write_audit
 from partial_fc.training.cli.parser import CommandParser, add_on_error, add_traceback, add_workers, check_at_least
@@ -19,7 +19,7 @@ from partial_fc.training.config import RunConfig, to_config
 from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
 from partial_fc.training.ranks import check_devices
-from partial_fc.training.results import claim_output, describe_environment, load_backbone, remove_if_empty
+from partial_fc.training.results import describe_environment, load_backbone, output_folder
 from partial_fc.training.run import CONFIG, RunFolder
 from partial_fc.training.settings_parser import SettingsParser
 
@@ -75,12 +75,8 @@ def audit_command(arguments: list[str], train_parser: SettingsParser) -> None:
         cpu=config.train.cpu or not torch.cuda.is_available(), mixed_precision=config.train.mixed_precision
     )
     out = RunFolder(options.output or run.path / "audit")
-    claim_output(out, accelerator)
-    try:
+    with output_folder(out, accelerator):
         _audit(run, out, config, Thresholds(options.threshold, options.mean_threshold), accelerator)
-    except BaseException:
-        remove_if_empty(out, accelerator)
-        raise
     accelerator.end_training()
 
 
@@ -98,9 +94,11 @@ def _audit(run: RunFolder, out: RunFolder, config: RunConfig, thresholds: Thresh
             f"the head of {run.path} does not fit the {dataset.num_identities:,} classes of the data set: {error}"
         ) from error
     audit = audit_head(head, backbone, dataset, accelerator, config, thresholds)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def write() -> None:
         print(audit.summary())
         title = f"Audit of {run.path.name}: {dataset.num_identities:,} classes"
         report = write_audit(out, audit, dataset, title, {**describe_environment(accelerator), "run": str(run.path)})
         print(f"\nResults are in {out.path} ({DUPLICATES}, {NEVER_UPDATED}, {DRIFT}); look at {report}")
+
+    run_on_main(write, accelerator)

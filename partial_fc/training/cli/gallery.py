@@ -13,11 +13,12 @@ what `partial-fc embed` wrote.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ from partial_fc.training.enrol_data import (
     some_identities,
 )
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import replacing
 from partial_fc.training.gallery import Answer, Enrolment, Gallery
 from partial_fc.training.run import check_new_file
 
@@ -324,28 +326,33 @@ def search_command(arguments: list[str]) -> None:
 
 def _answer(gallery: Gallery, queries: Iterator[Enrolment], options: argparse.Namespace, labelled: bool) -> None:
     """Search for all queries; print the answers, or of a data set how many were right, and write them if asked."""
-    file = None if options.results is None else Path(options.results).open("w", encoding="utf-8")  # noqa: SIM115
-    counts = dict.fromkeys(("right", "wrong", "nobody", "stranger found", "stranger refused"), 0)
-    enrolled = set(gallery.identities)
-    try:
-        for enrolment in queries:
-            answers = gallery.search(enrolment.embeddings, options.k)
-            for place, answer in enumerate(answers):
-                if options.threshold is not None:
-                    answer = Answer(answer.matches, options.threshold)
-                picture = None if enrolment.pictures is None else enrolment.pictures[place]
-                if labelled:
-                    counts[_outcome(answer, enrolment.identities[place], enrolled)] += 1
-                else:
-                    print(_line(picture, answer))
-                if file is not None:
-                    file.write(json.dumps(_record(picture, enrolment.identities[place], answer), ensure_ascii=False))
-                    file.write("\n")
-    finally:
-        if file is not None:
-            file.close()
+    writing = contextlib.nullcontext() if options.results is None else replacing(Path(options.results))
+    with writing as file:
+        counts = _answers(gallery, queries, options, labelled, file)
     if labelled:
         print(_summary(counts))
+
+
+def _answers(
+    gallery: Gallery, queries: Iterator[Enrolment], options: argparse.Namespace, labelled: bool, file: IO[bytes] | None
+) -> dict[str, int]:
+    """Print and write the answers; return how many of each kind there are."""
+    counts = dict.fromkeys(("right", "wrong", "nobody", "stranger found", "stranger refused"), 0)
+    enrolled = set(gallery.identities)
+    for enrolment in queries:
+        answers = gallery.search(enrolment.embeddings, options.k)
+        for place, answer in enumerate(answers):
+            if options.threshold is not None:
+                answer = Answer(answer.matches, options.threshold)
+            picture = None if enrolment.pictures is None else enrolment.pictures[place]
+            if labelled:
+                counts[_outcome(answer, enrolment.identities[place], enrolled)] += 1
+            else:
+                print(_line(picture, answer))
+            if file is not None:
+                record = _record(picture, enrolment.identities[place], answer)
+                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    return counts
 
 
 def _outcome(answer: Answer, identity: str, enrolled: set[str]) -> str:

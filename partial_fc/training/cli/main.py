@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from partial_fc.training.evaluation import Evaluation
+    from partial_fc.training.protocols.result import Result
     from partial_fc.training.trainer import Trainer
 
 MISSING = "partial-fc needs the application's packages ({name} is missing): pip install 'partial_fc[train]'"
@@ -296,12 +297,12 @@ def evaluate(arguments: list[str]) -> None:
     check_devices(config.train.cpu)
     from accelerate import Accelerator
 
-    from partial_fc.training.all_ranks import run_on_all
+    from partial_fc.training.all_ranks import run_on_all, run_on_main
     from partial_fc.training.results import (
-        claim_output,
         describe_environment,
         evaluate_sets,
         load_backbone,
+        output_folder,
         run_tasks,
         write_results,
     )
@@ -314,13 +315,8 @@ def evaluate(arguments: list[str]) -> None:
     )
     backbone = load_backbone(run, config, shape, checkpoint).to(accelerator.device)
     out = RunFolder(asked.output or run.path / f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}")
-    claim_output(out, accelerator)
-    if accelerator.is_main_process:
-        out.record_unreadable([name for each in sets.values() for name in each.skipped])
-    evaluations = evaluate_sets(backbone, sets, accelerator, config, out)
-    results = run_tasks(backbone, tasks, accelerator, config, out)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def write(evaluations: list[Evaluation], results: list[Result]) -> None:
         for text in [each.summary() for each in evaluations] + [each.summary() for each in results]:
             print(text)
         figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path)}
@@ -329,6 +325,13 @@ def evaluate(arguments: list[str]) -> None:
         report = write_results(out, title, evaluations, figures, config, describe_environment(accelerator), [], results)
         out.print_unreadable()
         print(f"\nResults are in {out.path}; look at {report}")
+
+    with output_folder(out, accelerator):
+        left_out = [name for each in sets.values() for name in each.skipped]
+        run_on_main(lambda: out.record_unreadable(left_out), accelerator)
+        evaluations = evaluate_sets(backbone, sets, accelerator, config, out)
+        results = run_tasks(backbone, tasks, accelerator, config, out)
+        run_on_main(lambda: write(evaluations, results), accelerator)
     accelerator.end_training()
 
 

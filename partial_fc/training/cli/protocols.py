@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from partial_fc.training.all_ranks import run_on_all
+from partial_fc.training.all_ranks import run_on_all, run_on_main
 from partial_fc.training.cli.parser import (
     CommandParser,
     add_checkpoint,
@@ -34,6 +34,7 @@ from partial_fc.training.cli.parser import (
 from partial_fc.training.config import to_config
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import replacing, write_array
 from partial_fc.training.interval import direction
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.task_files import (
@@ -47,10 +48,9 @@ from partial_fc.training.protocols.task_files import (
 from partial_fc.training.protocols.tasks import Task, TemplatePairs, first_twice
 from partial_fc.training.ranks import check_devices
 from partial_fc.training.results import (
-    claim_output,
     describe_environment,
     load_backbone,
-    remove_if_empty,
+    output_folder,
     run_tasks,
     split_work,
     write_results,
@@ -272,33 +272,23 @@ def protocol_command(command: str, parser: Callable[[], SettingsParser], argumen
     checkpoint = run_on_all(lambda: run.find_checkpoint(options.checkpoint, better), accelerator)
     backbone = run_on_all(lambda: load_backbone(run, config, shape, checkpoint), accelerator).to(accelerator.device)
     out = RunFolder(options.output or run.path / _folder_name(command, tasks))
-    results = _measure_into(out, lambda: run_tasks(backbone, tasks, accelerator, config, out), accelerator)
-    if accelerator.is_main_process:
+
+    def write(results: list[Result]) -> None:
         _print_results(results, tasks, scores)
         title = f"{config.backbone.name} of {run.path.name} on {', '.join(task.name for task in tasks)}"
         figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path)}
         figures["checkpoint"] = describe_checkpoint(options.checkpoint, checkpoint)
         report = write_results(out, title, [], figures, config, describe_environment(accelerator), [], results)
         print(f"\nResults are in {out.path}; look at {report}")
+
+    with output_folder(out, accelerator):
+        results = run_tasks(backbone, tasks, accelerator, config, out)
+        run_on_main(lambda: write(results), accelerator)
     accelerator.end_training()
 
 
 def _folder_name(command: str, tasks: list[Task]) -> str:
     return f"{command}-{'-'.join(task.name for task in tasks)}"
-
-
-def _measure_into(out: RunFolder, measure: Callable[[], list[Result]], accelerator: Accelerator) -> list[Result]:
-    """Make the folder `out` and return what `measure` returns; an error before the first file removes the folder."""
-    claim_output(out, accelerator)
-    try:
-        results = measure()
-    except BaseException as error:
-        if isinstance(error, UserError):  # raised on all ranks; the others may be waiting elsewhere after any other one
-            accelerator.wait_for_everyone()
-        remove_if_empty(out, accelerator)
-        raise
-    accelerator.wait_for_everyone()
-    return results
 
 
 def _print_results(results: list[Result], tasks: list[Task], scores: str | None) -> None:
@@ -308,10 +298,11 @@ def _print_results(results: list[Result], tasks: list[Task], scores: str | None)
     if scores is not None:
         assert isinstance(tasks[0], TemplatePairs) and tasks[0].scores is not None
         values = tasks[0].scores.numpy()
-        if scores.endswith(".npy"):
-            np.save(scores, values)
-        else:
-            np.savetxt(scores, values, fmt="%.9g")
+        with replacing(Path(scores)) as file:
+            if scores.endswith(".npy"):
+                write_array(file, values)
+            else:
+                np.savetxt(file, values, fmt="%.9g")
         print(f"scores of {len(values):,} pairs, in their order, are in {scores}")
 
 
@@ -347,13 +338,16 @@ def _evaluate_embeddings_file(command: str, options: argparse.Namespace) -> None
             )
         return results
 
-    results = _measure_into(out, measure, accelerator)
-    if accelerator.is_main_process:
+    def write(results: list[Result]) -> None:
         _print_results(results, tasks, getattr(options, "scores", None))
         title = f"{file.name} on {', '.join(task.name for task in tasks)}"
         figures = {"run": options.run}
         report = write_results(out, title, [], figures, None, describe_environment(accelerator), [], results)
         print(f"\nResults are in {out.path}; look at {report}")
+
+    with output_folder(out, accelerator):
+        results = measure()
+        run_on_main(lambda: write(results), accelerator)
     accelerator.end_training()
 
 

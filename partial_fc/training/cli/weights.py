@@ -38,6 +38,8 @@ from partial_fc.weights.safetensors_file import (
     SafetensorsRows,
     check_free,
     create,
+    delete_left,
+    hold,
     publish,
     read_header,
     temporary_name,
@@ -124,8 +126,10 @@ def _export(
     metadata = describe(kind, shape[0], shape[-1], margin)
     temporary = temporary_name(path)
     try:
+        delete_left(path)
         create(temporary, {tensor: (shape, dtype) for tensor, (_, shape, dtype) in tensors.items()}, metadata)
         with (
+            hold(temporary),
             RowWriter(temporary) as writer,
             _progress_bar("exporting", sum(shape[0] for _, shape, _ in tensors.values())) as bar,
         ):

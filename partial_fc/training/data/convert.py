@@ -23,8 +23,8 @@ from partial_fc.training.data.decode import read_header
 from partial_fc.training.data.formats.detect import CONVERSION_STATE, open_source
 from partial_fc.training.data.splits import what_changed
 from partial_fc.training.data.writers import FORMATS, Writer, make_writer
-from partial_fc.training.errors import UserError
-from partial_fc.training.files import sync_folder, write_atomically
+from partial_fc.training.errors import UserError, words
+from partial_fc.training.files import naming, sync_folder, write_atomically
 
 __all__ = ["FORMATS", "PART", "convert", "is_finished"]
 
@@ -54,10 +54,11 @@ def convert(
     try:
         lock.acquire()
     except OSError as error:
-        raise UserError(f"{folder} cannot be written to: {error}") from error
+        raise UserError(f"{folder} cannot be written to: {words(error)}") from error
     try:
         state = state or {**job, "done": 0, "part": 0, "left_out": [], "writer": {}}
-        return _convert(source, folder, format, on_error, part, state)
+        with naming(folder):
+            return _convert(source, folder, format, on_error, part, state)
     finally:
         lock.release()
 
@@ -176,7 +177,7 @@ def _read_state(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; give a new or empty folder")
-    if all(each.name == LOCK for each in folder.iterdir()):
+    if all(each.name in (LOCK, f".{CONVERSION_STATE}.tmp") for each in folder.iterdir()):
         return None
     path = folder / CONVERSION_STATE
     try:

@@ -104,7 +104,9 @@ def _read(file: Path, stamp: bytes) -> Arrays | None:
 
 def _write(file: Path, stamp: bytes, arrays: Arrays) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    for left in file.parent.glob(f"{file.stem}.*.tmp"):  # of a process that was killed: this one holds the lock
+        left.unlink(missing_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as out:
             np.savez(out, allow_pickle=False, stamp=np.frombuffer(stamp, dtype=np.uint8), **arrays)

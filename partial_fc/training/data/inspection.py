@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from partial_fc.training.data.dataset import EncodedIdentities, IdentityDataset, UnreadableImage
 from partial_fc.training.data.decode import decode_into, read_header
+from partial_fc.training.files import replacing
 
 SHOWN = 10
 PLOT_ENDINGS = {".png": ["Software"], ".svg": ["Date", "Creator"], ".pdf": ["CreationDate", "Creator", "Producer"]}
@@ -201,4 +202,5 @@ def plot_counts(path: Path, found: Inspection, title: str) -> None:
     axes.set_title(f"{title}: {int(counts.sum()):,} images of {len(counts):,} identities", fontsize=10)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120, metadata=dict.fromkeys(PLOT_ENDINGS[path.suffix]))
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=120, metadata=dict.fromkeys(PLOT_ENDINGS[path.suffix]))

@@ -15,6 +15,7 @@ labels.csv in a run folder has a line for every identity of the data set:
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import write_atomically
 
 LABELS = "labels.csv"
 
@@ -51,12 +53,13 @@ class LabelMap:
 
     def write(self, path: Path) -> None:
         """Write labels.csv. Names may contain any character."""
-        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            lines = csv.writer(file)
+        with io.StringIO(newline="") as text:
+            lines = csv.writer(text)
             lines.writerow(("label", "identity", "source_label", "images"))
             identities = zip(self.labels.tolist(), self.names, self.images.tolist(), strict=True)
             for source_label, (label, name, images) in enumerate(identities):
                 lines.writerow(("" if label < 0 else label, name, source_label, images))
+            write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def with_enough_images(identities: Sequence[int], image_labels: Tensor, least: int) -> list[int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from partial_fc.training.data.formats.embedded_glyphs import GlyphIdentities
+from partial_fc.training.files import on_disk
 
 PEOPLE = 50
 STRANGERS = 250
@@ -45,6 +46,7 @@ def _write(folder: Path, dataset: GlyphIdentities, places: Iterable[int]) -> int
     for place in places:
         path = folder / dataset.identity_names[int(dataset.labels[place])] / f"{place % each}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(dataset.load(place)[0].numpy()).save(path)
+        with on_disk(path) as file:
+            Image.fromarray(dataset.load(place)[0].numpy()).save(file, "PNG")
         count += 1
     return count

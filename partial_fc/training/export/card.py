@@ -19,6 +19,7 @@ from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.export.check import TRAINING
 from partial_fc.training.export.quantised import Compared
 from partial_fc.training.export.spec import USAGE
+from partial_fc.training.files import naming
 from partial_fc.training.run import DATA, METRICS
 
 TO_FILL_IN = "**TO FILL IN**"
@@ -67,8 +68,9 @@ def run_metrics(run: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        with naming(path):
+            return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
 
 

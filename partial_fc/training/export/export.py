@@ -42,6 +42,7 @@ from partial_fc.training.export.onnx import run_onnx, write_onnx
 from partial_fc.training.export.output_folder import check_free, publish, work_folder
 from partial_fc.training.export.quantised import CALIBRATION, Compared, compare_accuracy, write_int8
 from partial_fc.training.export.spec import FORMAT, MODEL_CONFIG, describe, model_config
+from partial_fc.training.files import read_through
 from partial_fc.training.protocols.task_files import image_shape
 from partial_fc.training.run import CONFIG, RunFolder
 from partial_fc.training.settings_parser import SettingsParser
@@ -145,11 +146,14 @@ def load_exported_backbone(folder: str | Path) -> nn.Module:
     if not path.is_file():
         raise UserError(f"{folder} has no {SAFETENSORS}; give a folder that `partial-fc export-backbone` wrote")
     try:
+        read_through(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     if metadata.get("partial_fc_format") != str(FORMAT):
         raise UserError(f"{path} has format {metadata.get('partial_fc_format')}, this version reads {FORMAT}")
     try:

@@ -1,12 +1,15 @@
 """An output folder that is written as a whole or not at all.
 
 check_free       the folder must not exist, and it must be possible to create it
-work_folder      a hidden folder on the same disk, to write into; deleted at the end unless it was published
+work_folder      a folder in a hidden one on the same disk, to write into; deleted at the end unless it was published.
+                 The hidden one is locked while its process lives: the next call deletes what a killed one has left
 publish          renames the hidden folder to the output folder
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -14,7 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from partial_fc.checkpoint.locks import FolderLock
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import naming
 
 
 def check_free(out: Path) -> Path:
@@ -32,15 +37,35 @@ def check_free(out: Path) -> Path:
 
 @contextmanager
 def work_folder(out: Path, parent: Path) -> Iterator[Path]:
-    """Yield a new hidden folder in `parent`; it is deleted at the end unless `publish` has renamed it."""
+    """Yield a new folder below `parent`; it is deleted at the end unless `publish` has renamed it.
+
+    OSError that names `out` or a file in it.
+    """
+    _delete_left(out, parent)
     try:
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
+        hidden = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
     except OSError as error:
         raise UserError(f"the output folder {out} cannot be created: {error.strerror}") from error
+    lock = FolderLock(hidden)
     try:
-        yield work
+        with naming(out):
+            lock.acquire()
+            work = hidden / "files"
+            work.mkdir()
+            yield work
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        lock.release()
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _delete_left(out: Path, parent: Path) -> None:
+    """Delete the hidden folders for `out` of processes that were killed."""
+    for left in parent.glob(f".{glob.escape(out.name)}-????????"):
+        lock = FolderLock(left)
+        with contextlib.suppress(OSError):  # another process is writing there
+            lock.acquire()
+            shutil.rmtree(left, ignore_errors=True)
+        lock.release()
 
 
 def publish(work: Path, out: Path) -> None:

@@ -20,7 +20,7 @@ from types import TracebackType
 import numpy as np
 
 from partial_fc.training.errors import UserError
-from partial_fc.training.files import on_disk
+from partial_fc.training.files import on_disk, save_array
 from partial_fc.training.gallery.enrolment import Enrolment, MeanRows, image_rows
 from partial_fc.training.gallery.index import (
     FLAT_BELOW,
@@ -192,8 +192,7 @@ class Change:
         name = None
         if len(self._removed):
             name, self.manifest = self.manifest.new_name("removed", "npy")
-            with on_disk(self.folder / name) as file:
-                np.save(file, self._removed, allow_pickle=False)
+            save_array(self.folder / name, self._removed)
         self.manifest = replace(self.manifest, removed=name)
 
     # ------------------------------------------------------------------------------------------------ codes

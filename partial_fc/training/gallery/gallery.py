@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from partial_fc.checkpoint.locks import LOCK, exclusive
-from partial_fc.training.errors import UserError
+from partial_fc.training.errors import UserError, words
 from partial_fc.training.gallery.calibration import (
     Calibration,
     accepted_share,
@@ -412,5 +412,5 @@ def _as_user_error(folder: Path) -> Iterator[None]:
         raise UserError(f"{text}; it did not end within {WAIT:.0f} seconds: try again") from error
     except OSError as error:
         raise UserError(
-            f"the gallery {folder} could not be read or written ({error.strerror or error}); it is as it was before"
+            f"the gallery {folder} could not be read or written ({words(error)}); it is as it was before"
         ) from error

@@ -7,6 +7,7 @@ Only what changed is read and moved in the index. Numbers rise; `owners` are pla
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -247,12 +248,14 @@ def _chosen_rows(segment: Segment, which: npt.NDArray[np.bool_]) -> Iterator[Row
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
+    if isinstance(error, OSError) and error.strerror:
+        return UserError(f"{path} cannot be read: {error.strerror}")
     return UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore it from a copy")
 
 
 def _array(path: Path, dtype: np.dtype[np.generic], ndim: int) -> npt.NDArray[np.generic]:
     try:
-        array: npt.NDArray[np.generic] = np.load(path, allow_pickle=False)
+        array: npt.NDArray[np.generic] = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         if array.dtype != dtype or array.ndim != ndim:
             raise ValueError(f"it holds {array.dtype} in {array.ndim} dimensions")
     except FileNotFoundError:

@@ -24,7 +24,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from partial_fc.tiers import pages
 from partial_fc.training.errors import UserError
 from partial_fc.training.files import on_disk
 
@@ -141,10 +143,13 @@ class Segment:
         if found != size:
             raise UserError(f"{path} is damaged: it has {found:,} bytes and had {size:,}; restore it from a copy")
         try:
+            _read_descriptions(pa, path)
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             if not reader.schema.equals(_schema(pa, dimension)):
                 raise ValueError("its columns are not those of a gallery")
             self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            for batch in self._batches:
+                self._check_columns(batch)
             for batch in self._batches:
                 batch.validate(full=True)
             numbers = [batch.column("row").to_numpy() for batch in self._batches]
@@ -153,6 +158,10 @@ class Segment:
                 raise ValueError("its rows are not those that were written")
         except (pa.ArrowException, ValueError) as error:
             raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore it from a copy") from error
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         self._starts = np.cumsum([0, *(len(batch) for batch in self._batches)])
 
     def __len__(self) -> int:
@@ -185,9 +194,23 @@ class Segment:
         splits = np.searchsorted(places, self._starts)
         for batch, (first, after) in enumerate(itertools.pairwise(splits.tolist())):
             if after > first:
-                found[first:after] = self._embeddings(batch)[places[first:after] - self._starts[batch]]
+                found[first:after] = self._chosen(batch, places[first:after] - self._starts[batch])
         self._check_unit(found)
         return found
+
+    def _chosen(self, batch: int, places: Integers) -> Floats:
+        """Return some embeddings of a batch."""
+        embeddings = self._embeddings(batch)
+        address, size = embeddings.ctypes.data, self.dimension * embeddings.itemsize
+        if pages.reads_itself():
+            inside = np.append(np.arange(0, size, pages.PAGE), size - 1)
+            touched = (address + places[:, None] * size + inside).ravel()
+            try:
+                pages.read_in(torch.from_numpy(np.unique(touched // pages.PAGE) * pages.PAGE))
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
+        chosen: Floats = embeddings[places]
+        return chosen
 
     def _embeddings(self, batch: int) -> Floats:
         embeddings: Floats = self._batches[batch].column("embedding").flatten().to_numpy().reshape(-1, self.dimension)
@@ -203,6 +226,7 @@ class Segment:
         """Yield the rows in batches; UserError for embeddings that are not of unit length."""
         for number, batch in enumerate(self._batches):
             embeddings = self._embeddings(number)
+            self._check_pages(embeddings.ctypes.data, embeddings.nbytes)
             self._check_unit(embeddings)
             coded = batch.column("code").null_count == 0 and len(batch) > 0
             yield Rows(
@@ -227,7 +251,35 @@ class Segment:
     def _value(self, column: str, number: int) -> Any:
         place = int(np.searchsorted(self.numbers, number))
         batch = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self._batches[batch].column(column)[place - int(self._starts[batch])].as_py()
+        value = self._batches[batch].column(column)[place - int(self._starts[batch])]
+        if value.is_valid and (data := value.as_buffer()) is not None:
+            self._check_pages(data.address, data.size)
+        return value.as_py()
+
+    def _check_columns(self, batch: Any) -> None:
+        """Raise UserError if what is always read of a batch cannot be read: all but embeddings and thumbnails."""
+        for name in batch.schema.names:
+            if name != "embedding":
+                buffers = batch.column(name).buffers()
+                for buffer in buffers[:2] if name == "thumbnail" else buffers:
+                    if buffer is not None:
+                        self._check_pages(buffer.address, buffer.size)
+
+    def _check_pages(self, address: int, length: int) -> None:
+        """Raise UserError for a page that the disk cannot read; an access would end the process."""
+        try:
+            pages.check(address, length)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
+
+
+def _read_descriptions(pa: Any, path: Path) -> None:
+    """Read what describes the batches of a file, with the numbers of their rows, before it is mapped: OSError where the
+    disk cannot, which would end the process in mapped memory."""
+    with pa.OSFile(str(path)) as file:
+        reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=[0]))
+        for number in range(reader.num_record_batches):
+            reader.get_batch(number)
 
 
 class Stored(Sequence[Any]):

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from partial_fc.training.files import replacing
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")  # with more curves than colours, the line style distinguishes them
 DPI = 120
@@ -40,7 +42,8 @@ def figure(path: Path | str, width: float, height: float) -> Iterator[Figure]:
         canvas = FigureCanvasAgg(drawn)
         yield drawn
         # Without matplotlib's version in the metadata, equal data give equal files.
-        canvas.print_png(Path(path), metadata={"Software": None})
+        with replacing(Path(path)) as file:
+            canvas.print_png(file, metadata={"Software": None})
 
 
 def colour_and_line(number: int) -> tuple[str, str]:

@@ -22,6 +22,7 @@ import yaml
 from partial_fc.training.config import CLASS_OPTIONS
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
+from partial_fc.training.files import write_atomically
 from partial_fc.training.interval import split_history
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.report.formatting import DASH, figure_cell, flatten, is_share, leaves
@@ -129,7 +130,7 @@ def write_comparison(runs: Sequence[Run], path: Path) -> None:
         differing=_differing_settings(runs),
         plots=_plots(runs),
     )
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page)
 
 
 def _tables(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:

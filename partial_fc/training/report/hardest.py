@@ -29,7 +29,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from partial_fc import PartialFC
+from partial_fc.training.all_ranks import run_on_main
 from partial_fc.training.data import IdentityDataset, UnreadableImage
+from partial_fc.training.files import told, write_atomically
 from partial_fc.training.report.page import png_uri
 
 PICTURES = "pictures.json"
@@ -173,21 +175,23 @@ def note_hardest(
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     mine = hardest_pairs(embeddings, labels, tile=tile, **place, device=accelerator.device)
     genuine, impostor = (_gathered(pairs, accelerator) for pairs in mine)
-    if not accelerator.is_main_process:
-        return
-    hardest_first = {"genuine": sorted(genuine), "impostor": sorted(impostor, key=_most_similar_first)}
-    shown = {
-        kind: [(cosine, int(indices[a]), int(indices[b])) for cosine, a, b in one_per_identities(pairs, labels)]
-        for kind, pairs in hardest_first.items()
-    }
-    note_pairs(folder, name, dataset, shown)
+
+    def note() -> None:
+        hardest_first = {"genuine": sorted(genuine), "impostor": sorted(impostor, key=_most_similar_first)}
+        shown = {
+            kind: [(cosine, int(indices[a]), int(indices[b])) for cosine, a, b in one_per_identities(pairs, labels)]
+            for kind, pairs in hardest_first.items()
+        }
+        note_pairs(folder, name, dataset, shown)
+
+    run_on_main(note, accelerator)
 
 
 def note_pairs(folder: Path, name: str, dataset: IdentityDataset, pairs: Mapping[str, Sequence[Pair]]) -> None:
     """Add "genuine" and "impostor" pairs of images of a data set to pictures.json; only one process may call it."""
     pictures = read_pictures(folder)
     pictures["sets"][name] = {kind: [_pictured(dataset, *pair) for pair in of_kind] for kind, of_kind in pairs.items()}
-    (folder / PICTURES).write_text(json.dumps(pictures))
+    write_atomically(folder / PICTURES, json.dumps(pictures))
 
 
 def note_confusions(folder: Path, head: PartialFC, dataset: IdentityDataset, accelerator: Accelerator) -> None:
@@ -198,12 +202,15 @@ def note_confusions(folder: Path, head: PartialFC, dataset: IdentityDataset, acc
     if not 1 < head.num_classes <= MOST_CLASSES:
         return
     pairs = nearest_class_pairs(head, accelerator)
-    if accelerator.is_main_process:
+
+    def note() -> None:
         pictures = read_pictures(folder)
         labels = dataset.labels
         first = {each: int((labels == each).nonzero()[0]) for pair in pairs for each in pair[1:]}
         pictures["confusions"] = [_pictured(dataset, cosine, first[a], first[b]) for cosine, a, b in pairs]
-        (folder / PICTURES).write_text(json.dumps(pictures))
+        write_atomically(folder / PICTURES, json.dumps(pictures))
+
+    run_on_main(note, accelerator)
 
 
 def read_pictures(folder: Path) -> dict[str, Any]:
@@ -212,7 +219,10 @@ def read_pictures(folder: Path) -> dict[str, Any]:
     `sets`: name -> "genuine" and "impostor" -> pairs; `confusions`: pairs of classes.
     """
     path = folder / PICTURES
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"sets": {}, "confusions": []}
+    if not path.is_file():
+        return {"sets": {}, "confusions": []}
+    with told(path, again="remove it"):
+        found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 

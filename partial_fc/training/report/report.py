@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from partial_fc.training.evaluation import FARS, Evaluation, percent
+from partial_fc.training.files import write_atomically
 from partial_fc.training.report.formatting import DASH, figure_cell, flatten, is_share, leaves
 from partial_fc.training.report.hardest import read_pictures
 from partial_fc.training.report.page import png_uri, render
@@ -92,7 +93,7 @@ def write_report(
         environment=environment,
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page)
     return path
 
 

@@ -20,6 +20,7 @@ from partial_fc.training.data import find_format, open_source, writers
 from partial_fc.training.data.convert import FORMATS, convert
 from partial_fc.training.data.formats.detect import CONVERSION_STATE
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import FileSystem
 
 ROOT = Path(__file__).parents[3]
 CONTENT = samples(identities=4, images=3)
@@ -105,11 +106,11 @@ def test_pictures_are_on_the_disk_before_a_part_is_noted(tmp_path, monkeypatch, 
     """Every time that all is written to the disk: the pictures there are, and what is noted of them."""
     seen = []
 
-    def sync():
+    def sync(self):
         pictures = sum(path.suffix == ".jpg" for path in (tmp_path / "dest").rglob("*"))
         seen.append((pictures, json.loads((tmp_path / "dest" / CONVERSION_STATE).read_text())["done"]))
 
-    monkeypatch.setattr(os, "sync", sync)
+    monkeypatch.setattr(FileSystem, "sync", sync)
     convert(open_source(WRITERS["list"](tmp_path / "source", CONTENT)), tmp_path / "dest", dest, part=5)
     assert seen == [(5, 0), (10, 5), (12, 10)]
 

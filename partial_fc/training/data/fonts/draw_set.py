@@ -11,7 +11,6 @@ A character is an identity; each typeface's design of it is an independent sampl
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -35,7 +34,8 @@ from partial_fc.training.data.fonts.font_files import (
 from partial_fc.training.data.fonts.settings import GlyphSettings
 from partial_fc.training.data.fonts.write_set import write_set
 from partial_fc.training.data.formats.packed import is_packed, read_index
-from partial_fc.training.errors import UserError
+from partial_fc.training.errors import UserError, words
+from partial_fc.training.files import save_array, write_atomically
 
 Progress = Callable[[str, int], Any]
 """`progress(what, total)` returns a progress bar with `update()` and `close()`."""
@@ -97,12 +97,14 @@ def _claim(out: Path, made_from: dict[str, Any]) -> Path:
     try:
         if note.is_file():
             _check_same(json.loads(note.read_text()), made_from, out)
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif out.exists() and (not out.is_dir() or any(each != work for each in out.iterdir())):
             raise UserError(f"{out} is in use; choose another --out")
         else:
-            work.mkdir(parents=True)
-            note.write_text(json.dumps(made_from))
-    except (OSError, json.JSONDecodeError) as error:
+            work.mkdir(parents=True, exist_ok=True)
+            write_atomically(note, json.dumps(made_from))
+    except OSError as error:
+        raise UserError(f"{out} cannot be used ({words(error)})") from error
+    except ValueError as error:
         raise UserError(f"{out} cannot be used ({error}); remove it or choose another --out") from error
     return work
 
@@ -156,12 +158,9 @@ def _draw_design(
         dropped += drawn.dropped
         dropped["the image of another character of the font"] += int((~new).sum())
     order = codes.argsort()
-    np.save(work / f"codes-{number:03d}.npy", codes[order])
-    np.save(work / f"pictures-{number:03d}.npy", images[order])
-    note = _note_of(work, number)
-    temporary = note.with_suffix(".partly")
-    temporary.write_text(json.dumps({"faces": asdict(design)["faces"], "dropped": dropped}))
-    os.replace(temporary, note)
+    save_array(work / f"codes-{number:03d}.npy", codes[order])
+    save_array(work / f"pictures-{number:03d}.npy", images[order])
+    write_atomically(_note_of(work, number), json.dumps({"faces": asdict(design)["faces"], "dropped": dropped}))
 
 
 def _note_of(work: Path, number: int) -> Path:

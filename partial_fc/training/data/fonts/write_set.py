@@ -24,6 +24,7 @@ from partial_fc.training.data.fonts.draw_face import digest
 from partial_fc.training.data.fonts.settings import GlyphSettings
 from partial_fc.training.data.formats.packed import IMAGES, LABELS, SOURCES, write_index
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import naming, read_through, reserve, save_array
 
 Mask = npt.NDArray[np.bool_]
 
@@ -61,18 +62,20 @@ def write_set(
     images = np.lib.format.open_memmap(
         out / IMAGES, mode="w+", dtype=np.uint8, shape=(len(order), 1, settings.size, settings.size)
     )
+    reserve(out / IMAGES, (out / IMAGES).stat().st_size)
     begin = 0
     for number, mask in enumerate(in_set):
-        drawn = np.load(work / f"pictures-{number:03d}.npy", mmap_mode="r")
+        drawn = _pictures(work, number)
         chosen = np.flatnonzero(mask)
         for start in range(0, len(chosen), CHUNK):
             some = chosen[start : start + CHUNK]
             images[place[begin + start : begin + start + len(some)], 0] = drawn[some]
         begin += len(chosen)
         tick()
-    images.flush()
-    np.save(out / LABELS, labels[order])
-    np.save(out / SOURCES, sources[order])
+    with naming(out / IMAGES):
+        images.flush()
+    save_array(out / LABELS, labels[order])
+    save_array(out / SOURCES, sources[order])
     write_index(
         out,
         [f"U+{code:04X}" for code in identities.tolist()],
@@ -129,7 +132,7 @@ def _usable(
     Of equal images a training design keeps its own.
     """
     usable = [np.ones(len(of_design), bool) for of_design in codes]
-    images = [np.load(work / f"pictures-{number:03d}.npy", mmap_mode="r") for number in range(len(codes))]
+    images = [_pictures(work, number) for number in range(len(codes))]
     seen: set[tuple[int, bytes]] = set()
     repeated = 0
     for number in [*training, *held_out]:
@@ -160,3 +163,11 @@ def _common(one: Codes, other: Codes) -> Iterator[tuple[Codes, Codes]]:
     _, rows, other_rows = np.intersect1d(one, other, assume_unique=True, return_indices=True)
     for start in range(0, len(rows), CHUNK):
         yield rows[start : start + CHUNK], other_rows[start : start + CHUNK]
+
+
+def _pictures(work: Path, number: int) -> npt.NDArray[np.uint8]:
+    """Map the images of a design."""
+    path = work / f"pictures-{number:03d}.npy"
+    read_through(path)
+    drawn: npt.NDArray[np.uint8] = np.load(path, mmap_mode="r")
+    return drawn

@@ -14,8 +14,8 @@ An identity or a source that is held out is never trained on:
 from __future__ import annotations
 
 import functools
+import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from partial_fc.training.data.dataset import IdentityDataset
+from partial_fc.tiers import pages
+from partial_fc.training.data.dataset import IdentityDataset, UnreadableImage
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import write_atomically
 
 INDEX, IMAGES, LABELS, SOURCES = "packed.json", "images.npy", "labels.npy", "sources.npy"
 FORMAT = "partial_fc packed identities, 1"
@@ -64,8 +66,8 @@ class PackedIdentities(IdentityDataset):
     def __init__(self, folder: str | Path, split: PackedSplit = "train") -> None:
         self.folder = Path(folder)
         index = read_index(folder)
-        labels = np.asarray(_open(self.folder, LABELS)).astype(np.int64)
-        sources = np.asarray(_open(self.folder, SOURCES)).astype(np.int64)
+        labels = _read(self.folder, LABELS).astype(np.int64)
+        sources = _read(self.folder, SOURCES).astype(np.int64)
         held_identity = np.zeros(len(index["identities"]), bool)
         held_source = np.zeros(len(index["sources"]), bool)
         try:
@@ -109,7 +111,12 @@ class PackedIdentities(IdentityDataset):
         return other
 
     def load(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(self._images[self.positions[index]]))
+        image = self._images[self.positions[index]]
+        try:
+            pages.check(image.ctypes.data, image.nbytes)
+        except OSError as error:
+            raise UnreadableImage(self.name_of(index), f"{self.folder / IMAGES}: {error.strerror}") from error
+        return torch.from_numpy(np.array(image))
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
@@ -148,9 +155,16 @@ def write_index(
         "held_out": dict(held_out),
         "identities": list(identities),
     }
-    temporary = folder / (INDEX + ".partly")
-    temporary.write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, folder / INDEX)
+    write_atomically(folder / INDEX, json.dumps(index, ensure_ascii=False))
+
+
+def _read(folder: Path, name: str) -> npt.NDArray[Any]:
+    """Return an array of the folder."""
+    try:
+        array: npt.NDArray[Any] = np.load(io.BytesIO((folder / name).read_bytes()), allow_pickle=False)
+        return array
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{folder / name} cannot be read ({error}); make the data set again") from error
 
 
 def _open(folder: Path, name: str) -> npt.NDArray[Any]:
