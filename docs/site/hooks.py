@@ -168,7 +168,7 @@ def page_of(path: PurePosixPath) -> str:
     if path.suffix == ".md":
         return text
     language = LANGUAGES.get(path.suffix, "text")
-    return f"# {path}\n\n~~~~~~~~ {{ .{language} linenums=1 }}\n{text}\n~~~~~~~~\n"
+    return f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n~~~~~~~~ {{ .{language} linenums=1 }}\n{text}\n~~~~~~~~\n"
 
 
 # -------------------------------------------------------------------------------------------------------- notebooks

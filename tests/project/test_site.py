@@ -104,7 +104,7 @@ def test_the_navigation_has_the_readers_tasks(site):
     tabs = hooks.navigation((DOCS / "index.md").read_text())
     assert [next(iter(tab)) for tab in tabs] == ["Start", "How to", "Reference", "Understand", "Project"]
     home = (site / "index.html").read_text()
-    for name in ("quickstart.html", "own-loop.html", "api/heads.html", "design.html", "repository/CHANGELOG.md.html"):
+    for name in ("quickstart.html", "own-loop.html", "api/heads.html", "design.html", "repository/CHANGELOG.html"):
         assert f'href="{name}"' in home.replace("./", ""), name
 
 
