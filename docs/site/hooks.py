@@ -168,7 +168,8 @@ def page_of(path: PurePosixPath) -> str:
     if path.suffix == ".md":
         return text
     language = LANGUAGES.get(path.suffix, "text")
-    return f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n~~~~~~~~ {{ .{language} linenums=1 }}\n{text}\n~~~~~~~~\n"
+    head = f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n"
+    return f"{head}~~~~~~~~ {{ .{language} linenums=1 }}\n{text}\n~~~~~~~~\n"
 
 
 # -------------------------------------------------------------------------------------------------------- notebooks

@@ -58,7 +58,7 @@ def test_the_reference_has_every_public_name():
         for module, block, line in re.findall(IMPORT, path.read_text(), re.MULTILINE)
         for name in re.findall(r"\w+", block or line)
     }
-    assert len(exported) > 80 and len(used) > 60
+    assert len(exported) > 80 and len(used) > 50
     missing = {name for name in exported | used if not any(is_entry_of(entry, name) for entry in entries)}
     assert not missing, f"without an entry in docs/api/: {sorted(missing)}"
 
