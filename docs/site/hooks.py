@@ -31,7 +31,8 @@ COPIES = "repository"
 """Where copies of files outside docs/ are in the site."""
 
 LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yml": "yaml", ".toml": "toml", ".json": "json"}
-LANGUAGES |= {".yaml": "yaml", "": "text"}
+LANGUAGES |= {".yaml": "yaml"}
+PICTURES = (".png", ".svg", ".jpg")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -40,11 +41,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for notebook in sorted(DOCS.rglob("*.ipynb")):
-        for name, content in notebook_files(notebook.relative_to(DOCS).as_posix(), notebook.read_text()):
+    notebooks = [PurePosixPath(path.relative_to(ROOT).as_posix()) for path in sorted(DOCS.rglob("*.ipynb"))]
+    for path in [*notebooks, *linked_files()]:
+        for name, content in page_of(path):
             files.append(File.generated(config, name, content=content))
-    for path in linked_files():
-        files.append(File.generated(config, copy_of(path), content=page_of(path)))
     return files
 
 
@@ -88,8 +88,7 @@ def navigation(index: str) -> list[dict[str, Any]]:
 
 def site_name(link: str) -> str:
     """The name in the site of a page that docs/index.md links."""
-    path = PurePosixPath(os.path.normpath(f"docs/{link}"))
-    return path.relative_to("docs").as_posix().replace(".ipynb", ".md") if inside(path) else copy_of(path)
+    return name_of(PurePosixPath(os.path.normpath(f"docs/{link}")))
 
 
 # ------------------------------------------------------------------------------------------------------------ links
@@ -99,17 +98,19 @@ def inside(path: PurePosixPath) -> bool:
     return path.parts[0] == "docs"
 
 
-def copy_of(path: PurePosixPath) -> str:
-    """The name in the site of the copy of a file of the repository."""
-    return f"{COPIES}/{path}" if path.suffix == ".md" else f"{COPIES}/{path}.md"
+def name_of(path: PurePosixPath) -> str:
+    """The name in the site of a file of the repository; what is no picture is a page."""
+    if path.suffix == ".ipynb":
+        path = path.with_suffix(".md")
+    if inside(path):
+        return path.relative_to("docs").as_posix()
+    return f"{COPIES}/{path}" if path.suffix in (".md", *PICTURES) else f"{COPIES}/{path}.md"
 
 
 def source_of(name: str) -> PurePosixPath | None:
     """The file of the repository that a page of the site was made from, where that has links; else None."""
-    if not name.startswith(f"{COPIES}/"):
-        return PurePosixPath("docs") / name
-    path = PurePosixPath(name).relative_to(COPIES)
-    return path if (ROOT / path).is_file() else None
+    path = PurePosixPath(name).relative_to(COPIES) if name.startswith(f"{COPIES}/") else PurePosixPath("docs") / name
+    return next((each for each in (path, path.with_suffix(".ipynb")) if (ROOT / each).is_file()), None)
 
 
 def links(markdown: str) -> Iterator[re.Match[str]]:
@@ -126,13 +127,12 @@ def target_of(link: str, source: PurePosixPath) -> PurePosixPath:
 
 def linked_files() -> list[PurePosixPath]:
     """Files outside docs/ that its pages link, and that those link in turn."""
-    waiting = [PurePosixPath(path.relative_to(ROOT).as_posix()) for path in sorted(DOCS.rglob("*.md"))]
+    pages = sorted(path for path in DOCS.rglob("*") if path.suffix in (".md", ".ipynb"))
+    waiting = [PurePosixPath(path.relative_to(ROOT).as_posix()) for path in pages]
     found: list[PurePosixPath] = []
     while waiting:
         source = waiting.pop()
-        if source.suffix != ".md":
-            continue
-        for link in links((ROOT / source).read_text()):
+        for link in links(markdown_of(source)):
             path = target_of(link[1], source)
             if not inside(path) and path not in found and (ROOT / path).is_file():
                 found.append(path)
@@ -149,41 +149,58 @@ def rewritten(markdown: str, source: PurePosixPath | None, name: str) -> str:
         path = target_of(link[1], source)
         if path.parts[0] == ".." or not (ROOT / path).exists():
             continue  # MkDocs reports it
-        there = path.relative_to("docs").as_posix().replace(".ipynb", ".md") if inside(path) else copy_of(path)
         text = markdown[end : link.start()]
         if text.endswith(f"[{path.name}]("):  # on the site a page goes by its title
             text = text.removesuffix(f"{path.name}](") + f"{title_of(path)}]("
-        parts += [text, os.path.relpath(there, here)]
+        parts += [text, os.path.relpath(name_of(path), here)]
         end = link.end()
     return "".join([*parts, markdown[end:]])
 
 
 def title_of(path: PurePosixPath) -> str:
-    heading = re.search(r"^# (.*)$", (ROOT / path).read_text(), re.M) if path.suffix == ".md" else None
+    heading = re.search(r"^# (.*)$", markdown_of(path), re.M)
     return heading[1] if heading else path.name
 
 
-def page_of(path: PurePosixPath) -> str:
-    text = (ROOT / path).read_text()
-    if path.suffix == ".md":
-        return text
+# ------------------------------------------------------------------------------------------------------------ pages
+
+
+def markdown_of(path: PurePosixPath) -> str:
+    """The text of a page, or of a notebook without its code; empty for other files."""
+    if path.suffix == ".ipynb":
+        cells = json.loads((ROOT / path).read_text())["cells"]
+        return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return (ROOT / path).read_text() if path.suffix == ".md" else ""
+
+
+def page_of(path: PurePosixPath) -> Iterator[tuple[str, str | bytes]]:
+    """The page of a file and the pictures that it shows, by their names in the site."""
+    name = name_of(path)
+    if path.suffix in PICTURES:
+        yield name, (ROOT / path).read_bytes()
+    elif path.suffix == ".ipynb":
+        yield from notebook_files(name, (ROOT / path).read_text())
+    else:
+        yield name, (ROOT / path).read_text() if path.suffix == ".md" else code_page(path)
+
+
+def code_page(path: PurePosixPath) -> str:
     language = LANGUAGES.get(path.suffix, "text")
     head = f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n"
-    return f"{head}~~~~~~~~ {{ .{language} linenums=1 }}\n{text}\n~~~~~~~~\n"
-
-
-# -------------------------------------------------------------------------------------------------------- notebooks
+    return f"{head}~~~~~~~~ {{ .{language} linenums=1 }}\n{(ROOT / path).read_text()}\n~~~~~~~~\n"
 
 
 def notebook_files(name: str, text: str) -> Iterator[tuple[str, str | bytes]]:
-    """The page of a notebook and the pictures that it shows, by their names in the site."""
-    stem, parts, pictures = name.removesuffix(".ipynb"), [], 0
+    """The page `name` of a notebook and the pictures that it shows, by their names in the site."""
+    stem, parts, pictures = name.removesuffix(".md"), [], 0
     for cell in json.loads(text)["cells"]:
         body = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             parts.append(body)
         elif cell["cell_type"] == "code" and body.strip():
-            parts.append(f"```python\n{body}\n```")
+            magic = re.match(r"%%(?:bash\b.*|writefile .*?(\.\w+))\n", body)  # of IPython: a cell that is no Python
+            language = "python" if magic is None else LANGUAGES.get(magic[1] or ".sh", "text")
+            parts.append(f"```{language}\n{body.removeprefix(magic[0] if magic and not magic[1] else '')}\n```")
             for output in cell["outputs"]:
                 data = output.get("data", {})
                 if "image/png" in data:
@@ -193,4 +210,4 @@ def notebook_files(name: str, text: str) -> Iterator[tuple[str, str | bytes]]:
                     parts.append(f"![what the cell above draws]({PurePosixPath(picture).name})")
                 elif printed := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
                     parts.append(f"```text\n{printed}\n```")
-    yield f"{stem}.md", "\n\n".join(parts) + "\n"
+    yield name, "\n\n".join(parts) + "\n"

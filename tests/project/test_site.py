@@ -10,14 +10,12 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag
 
 import pytest
-from browser import Browser, find_browser
 
 pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
 pytestmark = pytest.mark.timeout(700)  # the build, eight seconds of a processor, on machines with other work
@@ -140,23 +138,18 @@ def test_a_notebook_becomes_a_page_with_what_it_printed_and_drew():
         {"cell_type": "markdown", "source": ["# Title\n", "Words."]},
         {"cell_type": "code", "source": ["print(1)"], "outputs": [printed, drawn]},
         {"cell_type": "code", "source": [], "outputs": []},
+        {"cell_type": "code", "source": ["%%bash -e\n", "ls"], "outputs": []},
+        {"cell_type": "code", "source": ["%%writefile run.yaml\n", "a: 1"], "outputs": []},
     ]
-    made = dict(hooks.notebook_files("notebooks/one.ipynb", json.dumps({"cells": cells})))
+    made = dict(hooks.notebook_files("notebooks/one.md", json.dumps({"cells": cells})))
     assert made["notebooks/one-1.png"] == b"hello"
     assert made["notebooks/one.md"] == (
-        "# Title\nWords.\n\n```python\nprint(1)\n```\n\n```text\n1\n2\n```\n\n![what the cell above draws](one-1.png)\n"
+        "# Title\nWords.\n\n```python\nprint(1)\n```\n\n```text\n1\n2\n```\n\n![what the cell above draws](one-1.png)\n\n"
+        "```bash\nls\n```\n\n```yaml\n%%writefile run.yaml\na: 1\n```\n"
     )
 
 
 # ------------------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if find_browser() is None:
-        pytest.skip("no browser is installed (Debian: apt-get install chromium)")
-    with Browser() as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("name", ["index", "losses", "edges", "quickstart", "api/heads", "api/settings"])
