@@ -70,8 +70,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def navigation(index: str) -> list[dict[str, Any]]:
-    """The navigation that docs/index.md describes: {"Start": ["install.md", {"Come from ...": [...]}]}, titles being
-    those of the pages."""
+    """The navigation that docs/index.md describes, {"Start": ["install.md", {"Come from ...": [...]}]}: links in the
+    first column of its tables. Titles are those of the pages."""
     tabs: list[dict[str, Any]] = []
     rows: list[Any] = []
     for line in index.splitlines():
@@ -81,8 +81,8 @@ def navigation(index: str) -> list[dict[str, Any]]:
                 tabs.append({heading[2]: rows})
             else:
                 tabs[-1][next(iter(tabs[-1]))].append({heading[2]: rows})
-        elif row := re.match(r"\| \[[^]]*\]\(([^)#]+)\)", line):
-            rows.append(site_name(row[1]))
+        elif row := re.match(r"\|([^|]*)\|", line):
+            rows += [site_name(link) for link in re.findall(r"\]\(([^)#]+)\)", row[1])]
     return [tab for tab in tabs if any(tab.values())]
 
 

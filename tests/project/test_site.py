@@ -115,11 +115,11 @@ text
 |---|---|
 | [a.md](a.md) | A |
 ### More
-| [b](notebooks/b.ipynb) | B |
+| notebooks: [b](notebooks/b.ipynb), [e](../e.ipynb) | B, [not this](c.md) |
 | [C](../CHANGELOG.md) | C |
 """
     assert hooks.navigation(index) == [
-        {"Start": ["a.md", {"More": ["notebooks/b.md", "repository/CHANGELOG.md"]}]},
+        {"Start": ["a.md", {"More": ["notebooks/b.md", "repository/e.md", "repository/CHANGELOG.md"]}]},
     ]
     text = "[losses.md](losses.md#x) `[a](../README.md)` [t](../tests/conftest.py) [w](https://a.org)\n```\n[k](../LICENSE)\n```\n"
     assert hooks.rewritten(text, hooks.source_of("gpu.md"), "gpu.md") == text.replace(
