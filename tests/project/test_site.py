@@ -48,22 +48,34 @@ def site(tmp_path_factory) -> Path:
 
 
 class Parts(HTMLParser):
-    """Anchors of a page, what it links, and what it loads."""
+    """Anchors of a page, what it links, what it loads, and its text but for code."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.anchors: set[str] = set()
         self.links: list[str] = []
         self.loaded: list[str] = []
+        self.text = ""
+        self.code = 0
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         given = dict(attributes)
+        self.code += tag in CODE
         self.anchors |= {value for name in ("id", "name") if (value := given.get(name))}
         if tag == "a" and (link := given.get("href")):
             self.links.append(link)
         elif tag in ("img", "script", "link", "iframe", "source"):
             self.loaded += [value for name in ("src", "href", "srcset") if (value := given.get(name))]
+
+    def handle_endtag(self, tag: str) -> None:
+        self.code -= tag in CODE
+
+    def handle_data(self, text: str) -> None:
+        self.text += "" if self.code else f"{text}\n"
+
+
+CODE = ("code", "pre", "script", "style")
 
 
 def test_every_link_of_the_site_leads_somewhere_and_nothing_comes_from_elsewhere(site):
@@ -86,6 +98,17 @@ def test_every_link_of_the_site_leads_somewhere_and_nothing_comes_from_elsewhere
     assert not outside and checked > 3000
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", sheet.read_text()), sheet
+
+
+def test_no_list_table_or_emphasis_is_left_as_it_was_written(site):
+    """MkDocs wants more blank lines and deeper indents than the host does."""
+    assert re.search(LEFT, "a\n- b") and re.search(LEFT, "| a | b |") and re.search(LEFT, "**a**")
+    for path in sorted(site.rglob("*.html")):
+        found = re.search(LEFT, Parts(path.read_text()).text)
+        assert not found, f"{path.relative_to(site)}: {found}"
+
+
+LEFT = re.compile(r"^[ ]*- \w.*$|^[ ]*\|.*$|\*\*.*|^.*\]\(.*$|^:::.*$", re.MULTILINE)
 
 
 def test_the_reference_shows_docstrings_and_arguments(site):
