@@ -3,7 +3,7 @@
 #
 # If no virtual environment is active, it makes one in .venv, with the versions of constraints.txt. In an active one it
 # installs what is missing and keeps an existing torch, of any build. A second run installs nothing.
-# To choose a CPU or CUDA build of torch, see "Choosing a torch build" in README.md.
+# To choose a CPU or CUDA build of torch, see "Choosing a torch build" in docs/install.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -72,8 +72,8 @@ class CenterLoss(ChangeableLoss):
             ranks, or for this process alone where there is no process group.
         seed: of initial centers; must agree between ranks, as alpha and update must.
         init_std: standard deviation of initial centers.
-        ignore_index, reduction, scale_embedding_grad, validate, on_nonfinite, max_skips, device, dtype, storage: as of
-            `PartialFC`.
+
+    The other arguments are those of `PartialFC`.
 
     Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64 (or `[N_local, L]` within a `GlobalBatch`);
     N_local may be 0.

@@ -40,7 +40,8 @@ class PartialFC(HeadState):
         embedding_size: D, width of the embeddings.
         num_classes: C, classes over all ranks; may be smaller than the number of ranks.
         margin: what happens to target logits, and the scale; by default `ArcFace(scale=64.0, margin=0.5)`.
-        sample_rate, sample_block: r, share of classes drawn for a step (1: all), so many ids at a time (docs/tiers.md).
+        sample_rate: r, share of classes drawn for a step; 1 for all.
+        sample_block: how many consecutive ids are drawn at a time (docs/tiers.md).
         group: a ProcessGroup or 1-D DeviceMesh to split classes over, or a 2-D mesh (replicate, shard); None for all
             ranks, or this process alone without a group. The backbone's gradients must be averaged over the same ranks.
         seed: of initial weights and draws; must agree between ranks.
@@ -69,7 +70,9 @@ class PartialFC(HeadState):
             `check_gradients` and docs/nonfinite.md.
         max_skips: how many steps in a row may be skipped before NonFiniteError is raised; None for any number.
         kernels: "auto" for kernels in Triton where they serve, "off", or "interpret" (docs/kernels.md).
-        device, dtype, storage: of the weights; float32 unless the default is another; `HostRows()`, `FileRows(folder)`.
+        device: of the weights.
+        dtype: of the weights; float32 unless the default is another.
+        storage: `HostRows()` or `FileRows(folder)` for rows in host memory or in files (docs/tiers.md).
 
     Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64; N_local may be 0. The loss is 0-d, or `[N_local]`
     for "none". Raises ValueError for bad arguments or inputs, the same on every rank; RuntimeError for wrong wiring.

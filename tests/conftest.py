@@ -1,4 +1,4 @@
-"""For all tests: ranks that are started once, seeded random numbers, a cache of their own."""
+"""For all tests: ranks that are started once, a browser, seeded random numbers, a cache of their own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from browser import Browser, find_browser
 from runner import Ranks, seed
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
@@ -58,3 +59,11 @@ def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return line
 
     return error_of
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if find_browser() is None:
+        pytest.skip("no browser is installed (Debian: apt-get install chromium)")
+    with Browser() as opened:
+        yield opened

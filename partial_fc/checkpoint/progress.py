@@ -12,7 +12,8 @@ class Progress:
     Count in it, and go on from it after `load_checkpoint`: `progress.epoch += 1`. It must be equal on all ranks.
 
     Args:
-        epoch, step: whole numbers; what they count is up to the loop.
+        epoch: a whole number; what it counts is up to the loop.
+        step: likewise.
 
     load_state_dict raises ValueError for a state without them.
     """

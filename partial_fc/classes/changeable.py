@@ -184,7 +184,8 @@ class ChangeableLoss(ShardedLoss):
                 the same way. "mean" is not possible with K centers per class, which have no common order.
             weights: `[C]`, at least 0, the weight of each class in a mean (such as its number of samples); default:
                 equal weights.
-            optimizers, margin: as for `expand`; the margin for the C' classes.
+            optimizers: as for `expand`.
+            margin: as for `expand`, for the C' classes.
 
         Rows that are not merged keep weight and state bit for bit. Merged rows are summed in float32 or better, in the
         order of old ids, so the result is the same at every world size. Scalar optimizer state, running statistics of

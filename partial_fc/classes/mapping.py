@@ -85,9 +85,12 @@ class ClassMoves:
 def class_mapping(num_classes: int, *, merge: Iterable[Sequence[int]] = (), drop: Iterable[int] = ()) -> Tensor:
     """Return a mapping for `remap` that merges and drops classes: `[C]` int64, the new id of each class, -1 if dropped.
 
-    merge: groups of ids, such as `[(5, 9), (1, 7, 8)]`; each group becomes one class, at the place of its first id.
-    drop: ids. All other classes keep their order, and new ids have no gaps. `mapping[labels]` converts labels. Raises
-    ValueError for an id that is out of range or named twice.
+    Args:
+        num_classes: C, classes before.
+        merge: groups of ids, such as `[(5, 9), (1, 7, 8)]`; each group becomes one class, at the place of its first id.
+        drop: ids. All other classes keep their order, and new ids have no gaps.
+
+    `mapping[labels]` converts labels. Raises ValueError for an id that is out of range or named twice.
     """
     num_classes = whole("num_classes", num_classes, least=1)
     goes_to: dict[int, int] = {}  # id -> first id of its group, or -1

@@ -68,7 +68,8 @@ def check_margin(
         worlds: the world sizes to check.
         tolerance: the largest difference allowed in loss, gradients and buffers, all in float64.
         timeout: seconds to wait for a rank.
-        inter_topk, inter_topk_penalty: of the head, as for `PartialFC`.
+        inter_topk: of the head, as for `PartialFC`.
+        inter_topk_penalty: of the head, likewise.
 
     Raises AssertionError that names the world size, the step and the differing value, or RuntimeError with the
     traceback of a rank that failed.

@@ -69,9 +69,11 @@ class RankMissing(RuntimeError):
     """A rank did not reach a collective: it has exited, was killed or stopped, is slower than the timeout, or has come
     to another collective.
 
-    ranks: global ranks that are missing; empty if they could not be determined, and where all ranks came, but to
-    different collectives. Raised on every remaining rank. The process group cannot be used afterwards: the process
-    should end.
+    Raised on every remaining rank. The process group cannot be used afterwards: the process should end.
+
+    Args:
+        ranks: global ranks that are missing; empty if they could not be determined, and where all ranks came, but to
+            different collectives.
     """
 
     def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:

@@ -22,19 +22,21 @@ class Margin(nn.Module):
     effect of a margin that was built so; running statistics stay. What a head's parameters are made for (`centers`,
     `bias`) cannot change.
 
-    normalize: take embeddings and class weights at unit length, so that logits are cosines; else as they are.
-    normalize_embeddings: where `normalize` is, False leaves embeddings as they are and normalises class weights alone:
-        what stands for a cosine is then ‖x‖ cos θ everywhere.
-    bias: whether the head adds a bias a class (only where nothing is normalised).
-    centers: K rows a class, of which the nearest to a sample counts.
-    sees_all: `target` gets the cosines of all targets on every rank (one more small collective), not only those of the
-        rank's own classes (0 elsewhere). Always so where `negative` is defined.
-    binary: (a, b) if every class is a binary decision instead of one softmax over all: the loss is then
-        a · softplus(−z_y) + b · Σ softplus(z_j) over the other selected classes, z the logits.
-    has_rule, has_penalty: whether it defines `negative`, `penalty`; set by themselves.
-    by_class: whether it holds a number for each class, so that other classes need another instance (`PartialFC.expand`,
-    `remap`).
-    scale: factor s of all logits.
+    Attributes:
+        normalize: take embeddings and class weights at unit length, so that logits are cosines; else as they are.
+        normalize_embeddings: where `normalize` is, False leaves embeddings as they are and normalises class weights
+            alone: what stands for a cosine is then ‖x‖ cos θ everywhere.
+        bias: whether the head adds a bias a class (only where nothing is normalised).
+        centers: K rows a class, of which the nearest to a sample counts.
+        sees_all: `target` gets the cosines of all targets on every rank (one more small collective), not only those of
+            the rank's own classes (0 elsewhere). Always so where `negative` is defined.
+        binary: (a, b) if every class is a binary decision instead of one softmax over all: the loss is then
+            a · softplus(−z_y) + b · Σ softplus(z_j) over the other selected classes, z the logits.
+        has_rule: whether it defines `negative`; set by itself.
+        has_penalty: whether it defines `penalty`; set by itself.
+        by_class: whether it holds a number for each class, so that other classes need another instance
+            (`PartialFC.expand`, `remap`).
+        scale: factor s of all logits.
     """
 
     normalize: bool = True

@@ -100,19 +100,20 @@ def plan(
     """Return what a head of these sizes needs on each rank. Nothing is allocated.
 
     Args:
-        num_classes, embedding_size, sample_rate, logits_budget, dtype, hard_negatives: as of `PartialFC`.
         world_size: number of ranks that the classes are split over.
         batch_size: N, samples of the global batch.
         optimizer: "sgd", "sgd-momentum", "adam", "adamw", "rmsprop", "adagrad", or a class with its
             default options.
-        update_in_backward, low_precision, skipped_rows: as of `RowOptimizer`.
         autocast: dtype of the matrix products under torch.autocast, None without it.
         memory: bytes that a rank may use for the head; `fit` of the result then says whether that is enough and what to
             change if not.
         storage: "host" or "files": as `HostRows()` or `FileRows(...)` of `PartialFC`; `tier` of the result then has
-            what is kept there. sample_block: as of `PartialFC`.
+            what is kept there.
         disk: bytes per second that the disk reads and writes, for all ranks that share it.
         device: type of device; on "cpu" tiles are smaller, and large buffers are held from step to step.
+
+    `update_in_backward`, `low_precision` and `skipped_rows` are those of `RowOptimizer`, the other arguments those of
+    `PartialFC`.
 
     Raises ValueError for invalid arguments.
     """

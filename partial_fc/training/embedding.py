@@ -98,9 +98,12 @@ class Embedder:
     ) -> Embedder:
         """Open the backbone of a run folder, or of a folder that export-backbone wrote; or one of its files.
 
-        flip: add the embedding of the mirror image, as in evaluation. checkpoint: of a run: newest, best, or a step.
-        runtime: what runs an exported backbone; auto takes the safetensors by torch if they are there, else the ONNX
-        file by onnxruntime, on the CPU. max_pixels: images of more are refused before they are decoded.
+        Args:
+            flip: add the embedding of the mirror image, as in evaluation.
+            checkpoint: of a run: newest, best, or a step.
+            runtime: what runs an exported backbone; auto takes the safetensors by torch if they are there, else the
+                ONNX file by onnxruntime, on the CPU.
+            max_pixels: images of more are refused before they are decoded.
 
         Raises UserError if there is no backbone, if it is damaged, or if a package is missing.
         """

@@ -52,7 +52,8 @@ class RankFiles:
         key: name of the weight in each file, for layouts other than those above; "a/b" for nested dicts.
 
     Attributes:
-        shape, dtype: of the whole matrix `[C, D]`.
+        shape: of the whole matrix, `[C, D]`.
+        dtype: of its numbers.
         state: momentum and similar state of the same rows, by their names in torch's optimizers; only state that all
             files have for all their rows.
         step: the number of steps of that optimizer, if the files have it.

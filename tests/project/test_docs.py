@@ -1,7 +1,9 @@
-"""The documentation: links lead somewhere, the index names all pages, files that CONTRIBUTING.md names exist."""
+"""The documentation: links lead somewhere, the index names all pages, the reference all public names, and files that
+CONTRIBUTING.md names exist."""
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 import partial_fc
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 
 def anchors(text: str) -> set[str]:
@@ -19,10 +22,13 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if link.startswith("https://"):
+        if "://" in link:
+            assert re.fullmatch(r"https://([a-z\d-]+\.)+[a-z]{2,}(/[\w./%~@:+-]*)?(\?[\w=&.-]+)?(#[\w.-]+)?", link), (
+                link
+            )
             continue
         target, _, anchor = link.partition("#")
         path = page.parent / target if target else page
@@ -31,8 +37,41 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_index_names_every_page():
-    listed = re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs/index.md").read_text())
-    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md")
+    """In the first column of a table: these links are the navigation of the site (docs/site/hooks.py)."""
+    cells = re.findall(r"^\|([^|]*)\|", (DOCS / "index.md").read_text(), re.MULTILINE)
+    listed = [link for cell in cells for link in re.findall(r"\]\(([\w/-]+\.(?:md|ipynb))\)", cell)]
+    pages = [path for kind in ("*.md", "*.ipynb") for path in DOCS.rglob(kind) if path != DOCS / "index.md"]
+    assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in pages)
+
+
+def test_the_reference_has_every_public_name():
+    """Those that packages export, and those that the pages and examples import."""
+    entries = re.findall(r"^::: ([\w.]+)", "\n".join(page.read_text() for page in DOCS.glob("api/*.md")), re.MULTILINE)
+    assert len(entries) == len(set(entries))
+    exported = {
+        f"{package}.{name}"
+        for package in ("partial_fc", *(f"partial_fc.training.{part}" for part in PUBLIC))
+        for name in importlib.import_module(package).__all__
+    }
+    used = {
+        f"{module}.{name}"
+        for path in [*PAGES, *sorted((ROOT / "examples").glob("*.py"))]
+        for module, block, line in re.findall(IMPORT, path.read_text(), re.MULTILINE)
+        for name in re.findall(r"\w+", block or line)
+    }
+    assert len(exported) > 80 and len(used) > 50
+    missing = {name for name in exported | used if not any(is_entry_of(entry, name) for entry in entries)}
+    assert not missing, f"without an entry in docs/api/: {sorted(missing)}"
+
+
+def is_entry_of(entry: str, name: str) -> bool:
+    """Whether they are the same, or `name` is imported from a module of the package that exports it."""
+    package, _, last = entry.rpartition(".")
+    return entry == name or (name.startswith(f"{package}.") and name.endswith(f".{last}"))
+
+
+PUBLIC = ("data", "export", "gallery", "protocols")
+IMPORT = r"^from (partial_fc[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))"
 
 
 def test_files_that_contributing_names_exist():

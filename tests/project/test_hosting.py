@@ -22,7 +22,9 @@ def test_the_workflow_runs_what_exists_with_the_versions_that_are_stated():
     jobs = workflow["jobs"]
     commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     named = {path for text in commands for path in re.findall(r"(?<![\w/])\.ci/[\w.]+", text)}
-    assert named == {".ci/run", ".ci/versions.py"} and all((ROOT / path).is_file() for path in named)
+    named |= {path for text in commands for path in re.findall(r"(?<![\w/])launch/\w+", text)}
+    assert named == {".ci/run", ".ci/versions.py", "launch/docs"} and all((ROOT / path).is_file() for path in named)
+    assert "\nlaunch/docs\n" in (ROOT / ".ci/run").read_text() and "--strict" in (ROOT / "launch/docs").read_text()
     matrix = jobs["versions"]["strategy"]["matrix"]["include"]
     project = (ROOT / "pyproject.toml").read_text()
     assert {row["python"] for row in matrix} == set(re.findall(r"Python :: (3\.\d+)\"", project))

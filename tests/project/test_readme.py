@@ -1,4 +1,4 @@
-"""README.md is true: its Python runs, its commands and files exist, its diff is the example."""
+"""README.md and the first pages are true: their Python runs, commands and files exist, the diff is the example."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from partial_fc.training.cli.main import train_parser
 from partial_fc.training.config import to_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+FIRST = ["README.md", "docs/install.md", "docs/quickstart.md", "docs/own-loop.md", "docs/application.md"]
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -21,18 +23,37 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    return [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    lines = [
+        line for page in FIRST for block in blocks("bash", (ROOT / page).read_text()) for line in block.splitlines()
+    ]
+    return [shlex.split(line, comments=True) for line in dict.fromkeys(lines) if line.strip()]
 
 
-def test_the_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
+def test_the_first_lines_of_the_documentation_run():
+    """With a head of 2,000 classes instead of two million."""
+    torch.manual_seed(0)
+    backbone = torch.nn.Linear(8, 512)
+    names = {
+        "torch": torch,
+        "backbone": backbone,
+        "optimizer": torch.optim.SGD(backbone.parameters(), lr=0.1),
+        "images": torch.randn(4, 8),
+        "labels": torch.randint(0, 2000, (4,)),
+    }
+    before = backbone.weight.detach().clone()
+    (block,) = blocks("python", (ROOT / "docs/index.md").read_text())
+    exec(compile(block.replace("2_000_000", "2_000"), "index.md", "exec"), names)
+    assert not torch.equal(backbone.weight, before)
+
+
+def test_the_loop_in_one_process_says_what_took_part(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
+    exec(compile(blocks("python", (ROOT / "docs/own-loop.md").read_text())[0], "own-loop.md", "exec"), {})
     assert "of 1000 classes took part" in capsys.readouterr().out
 
 
 PAGES = [
+    "own-loop.md",
     "margins.md",
     "cost-model.md",
     "losses.md",
@@ -82,6 +103,7 @@ def test_the_commands_can_be_given(command):
 
 def test_the_diff_is_the_example():
     example = (ROOT / "examples/ddp.py").read_text()
+    assert blocks("diff") == blocks("diff", (ROOT / "docs/own-loop.md").read_text())
     added = [line[1:].strip() for line in blocks("diff")[0].splitlines() if line.startswith("+")]
     assert len(added) == 7
     for line in added:

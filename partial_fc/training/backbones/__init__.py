@@ -66,11 +66,15 @@ def build_backbone(
 ) -> nn.Module:
     """Build the backbone `name` for images of `image_shape` (C, H, W), with `embedding_size` outputs per image.
 
-    dropout: probability of the dropout before the last layer.
-    gradient_checkpointing: store only the inputs of blocks and recompute the blocks in the backward pass. Gradients
-    are the same, memory is less; batch statistics count a batch once.
-    channels_last: give the images to convolutions as [n, H, W, C] in memory, which is faster on GPUs. Weights keep
-    their layout, so every engine and checkpoint accepts them.
+    Args:
+        name: one of the registered names, or `timm:NAME` or `hf:NAME`; `partial-fc backbones` lists them.
+        image_shape: (C, H, W) of the images.
+        embedding_size: D, numbers of an embedding.
+        dropout: probability of the dropout before the last layer.
+        gradient_checkpointing: store only the inputs of blocks and recompute the blocks in the backward pass. Gradients
+            are the same, memory is less; batch statistics count a batch once.
+        channels_last: give the images to convolutions as [n, H, W, C] in memory, which is faster on GPUs. Weights keep
+            their layout, so every engine and checkpoint accepts them.
 
     Raises UserError for an unknown name, for sizes that are not positive, and for options that the backbone does not
     have.

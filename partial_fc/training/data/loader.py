@@ -131,13 +131,14 @@ def _outlive_signals(worker: int) -> None:
 class BatchLoader:
     """Iterates over `dataset` in global batches of `batch_size` samples, and yields the part of rank `rank` of `world`.
 
-    sampler: the order of the images, made for this batch size. Without it they are shuffled, or with `shuffle` False in
-        the order of the data set.
-    augment: None leaves images unchanged.
-    on_error: "skip" skips unreadable images and names them in `Batch.unreadable`; "raise" raises UserError.
-    workers: processes that load images, each `prefetch` batches ahead; None chooses for one rank on a CPU
-        (`choose_workers`).
-    pin: put batches into pinned memory, for a GPU.
+    Args:
+        sampler: the order of the images, made for this batch size. Without it they are shuffled, or with `shuffle`
+            False in the order of the data set.
+        augment: None leaves images unchanged.
+        on_error: "skip" skips unreadable images and names them in `Batch.unreadable`; "raise" raises UserError.
+        workers: processes that load images, each `prefetch` batches ahead; None chooses for one rank on a CPU
+            (`choose_workers`).
+        pin: put batches into pinned memory, for a GPU.
 
     With `drop_last`, raises UserError for a batch with fewer samples than ranks, or a data set smaller than one batch.
     """

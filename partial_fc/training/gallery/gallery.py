@@ -92,13 +92,16 @@ class Gallery:
     ) -> Gallery:
         """Make a gallery in a folder that is new or empty, of embeddings `[n, D]` of images of `identities` `[n]`.
 
-        pictures, thumbnails: of each image, as in `Enrolment`.
-        backbone: a digest that names the backbone's weights, such as `Embedder.digest`; `check_backbone` compares it.
-        per_identity: "mean" keeps one row for an identity, the direction of the sum of its unit embeddings; "all" keeps
-            a row for each image, and an identity is as near as its nearest image.
-        preprocessing: what else the embeddings depend on (`Embedder.preprocessing`), compared likewise.
-        source: where the backbone is, a note for commands that are not told.
-        index: "exact", "codes", or "auto": exact up to `index.FLAT_BELOW` rows.
+        Args:
+            pictures: of each image, as in `Enrolment`.
+            thumbnails: of each image, as in `Enrolment`.
+            backbone: a digest that names the backbone's weights, such as `Embedder.digest`; `check_backbone` compares
+                it.
+            per_identity: "mean" keeps one row for an identity, the direction of the sum of its unit embeddings; "all"
+                keeps a row for each image, and an identity is as near as its nearest image.
+            preprocessing: what else the embeddings depend on (`Embedder.preprocessing`), compared likewise.
+            source: where the backbone is, a note for commands that are not told.
+            index: "exact", "codes", or "auto": exact up to `index.FLAT_BELOW` rows.
 
         Raises UserError for a folder in use, and for embeddings or names that cannot be enrolled.
         """
@@ -301,8 +304,9 @@ class Gallery:
     ) -> None:
         """Enrol embeddings `[n, D]` of images of `identities` `[n]`; all of them, or none.
 
-        existing: what to do about identities that are enrolled already: "refuse" raises UserError that names them,
-        "extend" adds the images to theirs, "replace" removes theirs first.
+        Args:
+            existing: what to do about identities that are enrolled already: "refuse" raises UserError that names them,
+                "extend" adds the images to theirs, "replace" removes theirs first.
         """
         self.add_from([Enrolment(embeddings, identities, pictures, thumbnails)], existing=existing)
 

@@ -103,8 +103,9 @@ def identify_embeddings(
 ) -> Result:
     """Search `probes` `[p, D]` in `gallery` `[g, D]` and `distractors` `[m, D]`; labels are integers.
 
-    distractor_labels: only used to check that no distractor is an identity of the probes or of the gallery.
-    device: where tiles are computed, by default the device of the embeddings.
+    Args:
+        distractor_labels: only used to check that no distractor is an identity of the probes or of the gallery.
+        device: where tiles are computed, by default the device of the embeddings.
 
     `tile` probes and gallery images are compared at a time. Calls `reduce` three times, with one number per probe.
     Embeddings need not be normalised.

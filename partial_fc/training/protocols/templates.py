@@ -176,10 +176,12 @@ def pool_templates(
 ) -> tuple[Tensor, Tensor]:
     """Pool `embeddings` `[n, D]` of images; return (template ids `[T]` in rising order, unit embeddings `[T, D]`).
 
-    templates, media: ids of each image `[n]`. The images of one medium within a template are averaged, the media are
-    summed.
-    weights: factor for the embedding of each image `[n]`, such as a detector's score.
-    normalize_images: scale the embeddings of images to unit length first, so that their length has no influence.
+    Args:
+        templates: the template of each image, ids `[n]`.
+        media: the medium of each image, ids `[n]`. The images of one medium within a template are averaged, the media
+            are summed.
+        weights: factor for the embedding of each image `[n]`, such as a detector's score.
+        normalize_images: scale the embeddings of images to unit length first, so that their length has no influence.
 
     Raises UserError for lengths that differ, or embeddings that are not finite.
     """
@@ -225,8 +227,10 @@ def score_templates(
 ) -> tuple[Result, Tensor]:
     """Score pairs of templates; return (figures, cosine of each pair `[P]` float32).
 
-    ids: template ids `[T]` in rising order, of `embeddings` `[T, D]`, as `pool_templates` returns them.
-    pairs: template ids `[P, 2]`; same: bool `[P]`.
+    Args:
+        ids: template ids `[T]` in rising order, of `embeddings` `[T, D]`, as `pool_templates` returns them.
+        pairs: template ids `[P, 2]`.
+        same: bool `[P]`, whether the pair is of one identity.
 
     A pair with a template that is not in `ids` (none of its images could be read) is skipped and counted; its score is
     NaN. `block` pairs are scored at a time, on `device` (default: where the embeddings are). Calls `reduce` three
