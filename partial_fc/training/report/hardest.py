@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from partial_fc import PartialFC
 from partial_fc.training.data import IdentityDataset, UnreadableImage
+from partial_fc.training.files import told
 from partial_fc.training.report.page import png_uri
 
 PICTURES = "pictures.json"
@@ -207,12 +208,17 @@ def note_confusions(folder: Path, head: PartialFC, dataset: IdentityDataset, acc
 
 
 def read_pictures(folder: Path) -> dict[str, Any]:
-    """Return the content of pictures.json, empty if there is no such file.
+    """Return the content of pictures.json, empty if there is no such file. UserError if it is damaged.
 
     `sets`: name -> "genuine" and "impostor" -> pairs; `confusions`: pairs of classes.
     """
     path = folder / PICTURES
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"sets": {}, "confusions": []}
+    if not path.is_file():
+        return {"sets": {}, "confusions": []}
+    with told(path, again="remove it, and evaluate the run again"):
+        found: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(found["sets"], dict) or not isinstance(found["confusions"], list):
+            raise ValueError("it does not list pictures")
     return found
 
 

@@ -102,7 +102,7 @@ def _claim(out: Path, made_from: dict[str, Any]) -> Path:
         else:
             work.mkdir(parents=True)
             note.write_text(json.dumps(made_from))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{out} cannot be used ({error}); remove it or choose another --out") from error
     return work
 

@@ -123,7 +123,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
             )
         lists = isinstance(index["identities"], list) and isinstance(index["sources"], list)
         valid = lists and isinstance(index["held_out"], dict)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); make the data set again") from error
     if not valid:
         raise UserError(f"{path} lacks the lists of identities and sources; make the data set again")
@@ -158,5 +158,5 @@ def _open(folder: Path, name: str) -> npt.NDArray[Any]:
     try:
         array: npt.NDArray[Any] = np.load(folder / name, mmap_mode="r", allow_pickle=False)
         return array
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises almost anything for a damaged file
         raise UserError(f"{folder / name} cannot be read ({error}); make the data set again") from error
