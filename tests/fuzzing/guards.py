@@ -186,6 +186,7 @@ class Trial:
     def restore(self) -> None:
         for each, fact in self.facts.items():
             if each != self.path and self.fact(each) != fact:
+                each.parent.mkdir(parents=True, exist_ok=True)
                 each.write_bytes(self.content[each])
                 self.facts[each] = self.fact(each)
 

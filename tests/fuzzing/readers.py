@@ -15,6 +15,8 @@ import functools
 import io
 import json
 import pickle
+import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +28,10 @@ import torch
 from PIL import Image
 
 from partial_fc import (
-    Checkpointer,
+    MarginSchedule,
     PartialFC,
+    Progress,
+    RandomState,
     RankFiles,
     RowOptimizer,
     import_weights,
@@ -255,9 +259,54 @@ def read_metadata(folder: Path) -> None:
     read_checkpoint(folder)
 
 
-def checkpoints_of_run(folder: Path) -> None:
+class Given:
+    """What a checkpoint is to hold."""
+
+    def __init__(self, state: Any) -> None:
+        self.state_dict = lambda: state
+
+
+def checkpoint_values(folder: Path) -> None:
+    """The plain values of a checkpoint as JSON; `written_values` makes the checkpoint."""
+    folder.mkdir(exist_ok=True)
     head = PartialFC(D, C, seed=1)
-    Checkpointer(folder / "many", keep_last=2).save(step=3, head=head)
+    values = {
+        "head": head.state_dict()["_extra_state"], "random": RandomState().state_dict(),
+        "progress": Progress(1, 2).state_dict(),
+        "schedule": MarginSchedule(head, start=0.1, end=0.2, end_step=3).state_dict(),
+    }  # fmt: skip
+    state = values["random"]["ranks"][0]
+    state["python"] = "[3, [" + "1, " * 624 + "624], null]"  # shorter
+    state["torch"] = torch.Generator().get_state().numpy().tobytes().hex()
+    state.pop("numpy", None)
+    (folder / "values.json").write_text(json.dumps(values))
+    written_values(folder)
+
+
+def written_values(folder: Path) -> None:
+    shutil.rmtree(folder / "c", ignore_errors=True)
+    try:
+        values = json.loads((folder / "values.json").read_text())
+        head = {"weight": torch.zeros(C, D), "_extra_state": values["head"]}
+        others = {name: Given(value) for name, value in values.items() if name != "head"}
+        save_checkpoint(folder / "c", head=Given(head), **others)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        shutil.rmtree(folder / "c", ignore_errors=True)  # it cannot be written, and is none
+
+
+def read_values(folder: Path) -> None:
+    head = PartialFC(D, C)
+    schedule = MarginSchedule(head, start=0.1, end=0.2, end_step=3)
+    before = head.weight.detach().clone()
+    states = torch.get_rng_state(), random.getstate()
+    try:
+        load_checkpoint(folder / "c", head=head, random=RandomState(), progress=Progress(), schedule=schedule)
+    except BaseException:
+        assert torch.equal(head.weight, before), "weights are not as they were"
+        raise
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
 
 
 def exported_rows(folder: Path) -> None:
@@ -486,6 +535,7 @@ READERS: dict[str, Reader] = {
     "rows-of-images": Reader(rows_of_images, "rows.npy", lambda f: read_embeddings(f / "rows.npy")),
     "checkpoint-manifest": Reader(checkpoint, "c/manifest.json", read_checkpoint),
     "checkpoint-metadata": Reader(checkpoint, "c/data-0001/.metadata", read_metadata, sizes_agree),
+    "checkpoint-values": Reader(checkpoint_values, "values.json", read_values, written_values),
     "checkpoint-data": Reader(checkpoint, "c/data-0001/__0_0.distcp", read_checkpoint, sizes_agree),
     "safetensors": Reader(exported_rows, "rows.safetensors", read_rows),
     "rank-file": Reader(

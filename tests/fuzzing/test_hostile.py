@@ -6,11 +6,15 @@ tests/fuzzing/found/READER/          what it found, as it was found
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from guards import Trial, guard
@@ -33,6 +37,59 @@ def damaged(seeds: list[bytes], name: str) -> list[bytes]:
                 data[draw.randrange(len(data))] = draw.choice((0, 0xFF, 0x80, ord("9"), ord("-"), draw.randrange(256)))
         found.append(bytes(data))
     return found
+
+
+ODD: tuple[Any, ...] = (None, True, -1, 2**70, 1.5, "x", "../x", [], ["x"], {}, {"x": 1})
+MOST = {"checkpoint-values": 60}  # changed files, spread over the content: each of them makes a checkpoint
+MOST_OF_OTHERS = 240
+
+
+def with_odd_values(data: bytes) -> list[bytes]:
+    """A JSON file, or one with JSON in each line, with one value after the other replaced or left out."""
+    try:
+        content = [json.loads(line) for line in data.splitlines()] if b"\n{" in data else json.loads(data)
+    except ValueError:
+        return []
+    found = []
+    for place in places(content):
+        for odd in (*ODD, LEFT_OUT):
+            changed = copy.deepcopy(content)
+            *way, last = place
+            inner = changed
+            for step in way:
+                inner = inner[step]
+            if odd is LEFT_OUT:
+                del inner[last]
+            else:
+                inner[last] = odd
+            lines = [json.dumps(each) for each in changed] if b"\n{" in data else [json.dumps(changed)]
+            found.append(("\n".join(lines) + "\n").encode())
+    found += [json.dumps(odd).encode() for odd in ODD]
+    return found
+
+
+LEFT_OUT = object()
+
+
+def places(content: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to each value."""
+    if isinstance(content, dict | list):
+        for key in content if isinstance(content, dict) else range(min(2, len(content))):
+            yield (*way, key)
+            yield from places(content[key], (*way, key))
+
+
+@pytest.mark.parametrize("name", [name for name, reader in READERS.items() if ".json" in reader.file])
+@pytest.mark.filterwarnings("ignore")  # of torch, about odd states
+def test_odd_values_of_a_json_file_are_read_or_refused(tmp_path, name):
+    trial = Trial(READERS[name], tmp_path)
+    wrong: dict[str, bytes] = {}
+    changed = with_odd_values(trial.seeds[0])
+    assert changed
+    for data in changed[:: -(-len(changed) // MOST.get(name, MOST_OF_OTHERS))]:
+        if said := trial.of(data):
+            wrong.setdefault(said, data[:3000])
+    assert not wrong, "\n".join(f"{said}\n    {data!r}" for said, data in wrong.items())
 
 
 @pytest.mark.parametrize("name", READERS)
