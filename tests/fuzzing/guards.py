@@ -60,13 +60,14 @@ class Guard:
     """The audit hook of this process; it looks only while `folder` is set."""
 
     def __init__(self) -> None:
-        self.folder = ""
+        self.folder, self.reads_elsewhere = "", False
         self.known: set[str] = set()
         self.seen: list[str] = []
         self.thread = 0
         sys.addaudithook(self.hook)
 
-    def arm(self, folder: Path) -> None:
+    def arm(self, folder: Path, reads_elsewhere: bool = False) -> None:
+        self.reads_elsewhere = reads_elsewhere
         self.known = {name.partition(".")[0] for name in sys.modules} | set(sys.stdlib_module_names)
         self.seen, self.thread, self.folder = [], threading.get_ident(), str(folder.resolve())
 
@@ -119,7 +120,7 @@ class Guard:
         writes = (
             event != "open" or bool(set(mode or "") & set("wax+")) or bool((flags or 0) & (os.O_WRONLY | os.O_RDWR))
         )
-        if not writes and real.startswith((*CODE, *SYSTEM)):
+        if not writes and (self.reads_elsewhere or real.startswith((*CODE, *SYSTEM))):
             return ""
         return f"{event} {real} {mode or ''}"
 
@@ -173,7 +174,7 @@ class Trial:
         try:
             self.path.write_bytes(data)
             self.reader.agree(self.here)
-            guarding.arm(self.here)
+            guarding.arm(self.here, self.reader.reads_elsewhere)
             said = _outcome(self.reader, self.here)
         finally:
             seen = guarding.disarm()

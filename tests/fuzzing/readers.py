@@ -85,6 +85,7 @@ class Reader:
     # makes what else the folder says of the file agree with it, where it is checked before the file is read
     agree: Callable[[Path], None] = lambda folder: None
     others: tuple[Callable[[Path], None], ...] = ()  # other valid contents of the file
+    reads_elsewhere: bool = False  # a list may name images by absolute paths
     names: bool = True  # whether refusals name the file; an image's are worded by who decodes it
 
 
@@ -507,10 +508,10 @@ READERS: dict[str, Reader] = {
     "tar": Reader(
         tar, "faces-000.tar", lambda f: images_of(TarIdentities([f / "faces-000.tar"], 8, 3)), others=(tar_json,)
     ),
-    "list-txt": Reader(named_list, "faces.txt", on_list("faces.txt")),
-    "list-csv": Reader(listed("faces.csv", "{},{}".format), "faces.csv", on_list("faces.csv")),
-    "list-tsv": Reader(listed("faces.tsv", "{}\t{}".format), "faces.tsv", on_list("faces.tsv")),
-    "list-lst": Reader(listed("faces.lst", lambda p, y: f"7\t{y}.000\t{p}"), "faces.lst", on_list("faces.lst")),
+    "list-txt": Reader(named_list, "faces.txt", on_list("faces.txt"), reads_elsewhere=True),
+    "list-csv": Reader(listed("faces.csv", "{},{}".format), "faces.csv", on_list("faces.csv"), reads_elsewhere=True),
+    "list-tsv": Reader(listed("faces.tsv", "{}\t{}".format), "faces.tsv", on_list("faces.tsv"), reads_elsewhere=True),
+    "list-lst": Reader(listed("faces.lst", lambda p, y: f"7\t{y}.000\t{p}"), "faces.lst", on_list("faces.lst"), reads_elsewhere=True),
     "names": Reader(named_list, "names.json", on_list("faces.txt")),
     "packed-index": Reader(packed, "packed.json", read_packed),
     "packed-images": Reader(packed, "images.npy", read_packed),
