@@ -36,6 +36,16 @@ class RandomState:
                 dist.all_gather_object(ranks, take_random_state())
         return {"ranks": ranks}
 
+    def check_state(self, state: Any) -> None:
+        """Raise ValueError unless the generators of every rank can take their state."""
+        try:
+            for each in state["ranks"]:
+                _set(each, random.Random(), torch.Generator())
+            if not state["ranks"]:
+                raise ValueError("it is of no rank")
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"it is no state of random generators: {error}") from error
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         ranks = state_dict["ranks"]
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -58,15 +68,20 @@ def take_random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    version, words, gauss = json.loads(state["python"])
-    random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(_from_text(state["torch"]))
     numpy = sys.modules.get("numpy")
-    if numpy is not None and "numpy" in state:
-        name, keys, *rest = json.loads(state["numpy"])
-        numpy.random.set_state((name, numpy.array(keys, dtype="uint32"), *rest))
+    _set(state, random, torch.default_generator, None if numpy is None else numpy.random)
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(_from_text(state["cuda"]))
+
+
+def _set(state: dict[str, Any], python: Any, of_torch: torch.Generator, of_numpy: Any = None) -> None:
+    """Set generators on the CPU. of_numpy: None to leave NumPy's out, or `numpy.random`."""
+    version, words, gauss = json.loads(state["python"])
+    python.setstate((version, tuple(words), gauss))
+    of_torch.set_state(_from_text(state["torch"]))
+    if of_numpy is not None and "numpy" in state:
+        name, keys, *rest = json.loads(state["numpy"])
+        of_numpy.set_state((name, sys.modules["numpy"].array(keys, dtype="uint32"), *rest))
 
 
 def _to_text(state: Tensor) -> str:

@@ -231,6 +231,8 @@ def _check_state(stateful: Stateful, skeleton: Any, what: str) -> None:
             check(skeleton)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
+        except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:  # of values of other kinds
+            raise ValueError(f"{what} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _empty_like_parameter(optimizer: torch.optim.Optimizer, key: str, stored: Any) -> Tensor | None:

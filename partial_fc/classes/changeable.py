@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from partial_fc.classes.class_means import Batches
 from partial_fc.classes.interface import Change
 from partial_fc.classes.mapping import Mapped
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES, Neighbours, nearest_classes, topk
+from partial_fc.distributed.given import as_whole
 from partial_fc.distributed.operation import operation
 from partial_fc.distributed.shards import ClassShards
 from partial_fc.margins.base import Margin
@@ -72,8 +73,20 @@ class ChangeableLoss(ShardedLoss):
 
     # ------------------------------------------------------------------------------------------------ saved state
 
+    # whole numbers of the extra state that every state has
+    counts: ClassVar[tuple[str, ...]] = ("class_changes",)
+
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state dict is of another kind of loss; its tensors are not read."""
+        if "_extra_state" not in state:
+            return
+        extra = state["_extra_state"]
+        if not isinstance(extra, dict):
+            raise ValueError(f"its extra state is {type(extra).__name__}, not a table")
+        for name in dict.fromkeys((*self.counts, "class_changes", "skips")):
+            number = extra.get(name, None if name in self.counts else 0)
+            if as_whole(number) is None or number < 0:
+                raise ValueError(f"its extra state has {number!r} for {name}, which is a count")
 
     def _load_from_state_dict(
         self,
@@ -119,7 +132,7 @@ class ChangeableLoss(ShardedLoss):
         if assign:
             return "assign=True would put other tensors in the place of its parameters; load without it"
         try:
-            self.check_state({"_extra_state": extra})
+            self.check_state({} if extra is None else {"_extra_state": extra})
         except ValueError as error:
             return str(error)
         if rows.shards.ranks.group is None and not any(isinstance(value, DTensor) for value in given.values()):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc.batch.building import together
+from partial_fc.checkpoint.save_load import PLACEHOLDER
 from partial_fc.classes.hard_negatives import UNKNOWN, HardNegatives, Search, check_hard_negatives
 from partial_fc.classes.head_arguments import check_head_arguments, checked_block
 from partial_fc.classes.interface import Change
@@ -71,6 +72,7 @@ class HeadState(HeadPredictions):
     _last_labels: Tensor | None
     _measured: Measured | None
 
+    counts = ("step",)
     FACTS: ClassVar[dict[str, str]] = {
         **HardNegatives.FACTS,
         **{name: name for name in ("label_smoothing", "interclass_filter", "forward_count")},
@@ -385,9 +387,11 @@ class HeadState(HeadPredictions):
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state dict is that of a head with another margin; its tensors are not read."""
         extra = state.get("_extra_state")
-        reason = misfit(self.margin, extra) if isinstance(extra, dict) else ""
-        if reason:
+        if isinstance(extra, Tensor) or (isinstance(extra, dict) and PLACEHOLDER in extra):
+            return  # the step alone, before classes could change
+        if isinstance(extra, dict) and (reason := misfit(self.margin, extra)):
             raise ValueError(reason)
+        super().check_state(state)
 
     # ----------------------------------------------------------------------------------------------- changes of classes
 

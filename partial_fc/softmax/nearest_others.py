@@ -55,7 +55,7 @@ def with_penalty(
         cosines = tile_logits(scaled, w, None, memory)
         mask_targets(cosines, targets, a, centers)
         if centers > 1:
-            cosines = cosines.reshape(len(x), -1, centers).amax(2)
+            cosines = cosines.reshape(len(x), (b - a) // centers, centers).amax(2)
         if options.interclass_filter is not None:
             cosines = cosines.masked_fill(cosines > options.interclass_filter, -torch.inf)
         best = torch.cat((best, cosines), 1).topk(k + 1, dim=1).values

@@ -171,15 +171,27 @@ def add_config(parser: SettingsParser) -> None:
 
 def to_config(parser: SettingsParser, arguments: list[str]) -> RunConfig:
     """Return the settings that `arguments` name, checked."""
+    file = arguments[arguments.index("--config") + 1] if "--config" in arguments[:-1] else ""
     try:
         given = parser.parse_args(arguments, defaults=False)
-    except jsonargparse.ArgumentError as error:
-        if "parsing config" in str(error) and "--config" in arguments[:-1]:  # the message does not say which file
-            raise UserError(f"{arguments[arguments.index('--config') + 1]}: {error}") from error
+    except jsonargparse.ArgumentError as error:  # the message does not say which file
+        if file and ("parsing config" in str(error) or _is_refused(parser, file)):
+            raise UserError(f"{file}: {error}") from error
         raise
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{file} is no file of settings: {error}") from error
     config = settings_from(RunConfig, given)
     config.check()
     return config
+
+
+def _is_refused(parser: SettingsParser, file: str) -> bool:
+    """Return whether a file of settings is refused without anything else on the command line."""
+    try:
+        parser.parse_args(["--config", file], defaults=False)
+    except (jsonargparse.ArgumentError, UserError):
+        return True
+    return False
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -195,10 +195,11 @@ class EmbeddingFiles:
             raise UserError(
                 f"the embeddings in {path} are unfinished; run the same `partial-fc embed` again, which goes on"
             )
-        files = [part_path(path, number, index["files"]) for number in range(index["finished"]["parts"])]
-        missing = [file for file in files if not file.is_file()]
-        if missing:
-            raise UserError(f"{missing[0]} is missing; run the same `partial-fc embed` again, which makes it")
+        files = []
+        for number in range(index["finished"]["parts"]):  # which may be any number
+            files.append(part_path(path, number, index["files"]))
+            if not files[-1].is_file():
+                raise UserError(f"{files[-1]} is missing; run the same `partial-fc embed` again, which makes it")
         return cls(path, files, index["dimension"], index["backbone"], index["preprocessing"], index.get("source"))
 
     def parts(self) -> Iterator[Embedded]:
@@ -222,6 +223,8 @@ def read_index(folder: Path) -> dict[str, Any]:
             raise UserError(f"{path} has the format {index['format']!r}; this version reads {FORMAT!r}: embed again")
         if index["files"] not in ENDINGS or type(index["part"]) is not int or type(index["dimension"]) is not int:
             raise ValueError("it does not describe embeddings")
+        if index["part"] < 1 or index["dimension"] < 1:
+            raise ValueError("it counts less than one image, or number")
         if "finished" in index and type(index["finished"]["parts"]) is not int:
             raise ValueError("it does not say how many parts there are")
         if not isinstance(index["preprocessing"], dict) or not isinstance(index["backbone"], str):

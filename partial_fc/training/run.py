@@ -31,7 +31,7 @@ import yaml
 from partial_fc import Checkpointer
 from partial_fc.training.data import what_changed
 from partial_fc.training.errors import UserError, check_at_least, words
-from partial_fc.training.files import append, write_atomically
+from partial_fc.training.files import append, told, write_atomically
 from partial_fc.training.saved import CHECKPOINTS
 from partial_fc.training.saved import CONFIG as CONFIG
 from partial_fc.training.trackers import NAMES, TRACKERS, OwnTracker, check_installed, check_names, check_own
@@ -140,14 +140,12 @@ class RunFolder:
         Raises UserError that says what has changed if they differ.
         """
         path = self.path / DATA
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             write_atomically(path, json.dumps(now, indent=1) + "\n")
             return
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); remove it to continue with the data as they are") from error
-        if changed := what_changed(before, now):
+        with told(path, again="remove it to continue with the data as they are"):
+            changed = what_changed(json.loads(path.read_text(encoding="utf-8")), now)
+        if changed:
             raise UserError(
                 f"the data have changed since the run began: {changed}; restore them, start a new run, or remove "
                 f"{path} to continue with the data as they are"

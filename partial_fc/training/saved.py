@@ -74,7 +74,7 @@ def describe_backbone(checkpoint: Path) -> str:
     try:
         settings = yaml.safe_load((checkpoint.parent.parent / CONFIG).read_text(encoding="utf-8"))["backbone"]
         return f"the run's backbone is {settings['name']} with embeddings of {settings['embedding_size']}"
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
         return ""
 
 

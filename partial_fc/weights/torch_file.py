@@ -34,20 +34,11 @@ def load_file(path: Path) -> Any:
                 "is your own, load it in the program that wrote it and save only the weight tensor"
             ) from error
         raise ValueError(f"{path} is damaged or not a torch.save file") from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        UnicodeDecodeError,
-    ) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is truncated or not a torch.save file ({first_line}); copy it again") from error
     except OSError as error:
         raise type(error)(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # torch.load of a damaged or foreign file raises nearly anything
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is truncated or not a torch.save file ({first_line}); copy it again") from error
 
 
 def module_state(content: Any) -> dict[str, Any]:

@@ -101,7 +101,11 @@ def share_of(
 
 def taken_of(chosen: Tensor, labels: Tensor, classes: int, rate: float) -> Tensor:
     """The probability with which each of the chosen classes takes part: 1 for those of the batch, else w/C."""
-    share = max(1, round(rate * classes)) / classes
+    return taken_with(chosen, labels, max(1, round(rate * classes)) / classes)
+
+
+def taken_with(chosen: Tensor, labels: Tensor, share: float) -> Tensor:
+    """The same with the share of the classes that are drawn."""
     return torch.full((len(chosen),), share, dtype=torch.float64).masked_fill_(torch.isin(chosen, labels), 1.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,10 @@ class DenseSGD:
             self.buffer = torch.zeros_like(w)
         self.buffer[rows] = self.momentum * self.buffer[rows] + grad[rows] + self.weight_decay * w[rows]
         w[rows] -= self.lr * self.buffer[rows]
+
+    def change(self, mixed: Callable[[Tensor], Tensor]) -> None:
+        """The state of rows that are made of these."""
+        self.buffer = None if self.buffer is None else mixed(self.buffer)
 
 
 @dataclass
@@ -46,3 +51,7 @@ class DenseAdamW:
         w[rows] *= 1 - self.lr * self.weight_decay
         unbiased = second[rows] / (1 - self.beta2**self.count)
         w[rows] -= self.lr * (first[rows] / (1 - self.beta1**self.count)) / (unbiased.sqrt() + self.eps)
+
+    def change(self, mixed: Callable[[Tensor], Tensor]) -> None:
+        """The state of rows that are made of these."""
+        self.moments = [mixed(moment) for moment in self.moments]

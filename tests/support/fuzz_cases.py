@@ -10,18 +10,31 @@ they do the same whatever is found, so that a case that differs costs no restart
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy
 import torch
-import torch.distributed as dist
 from common import local
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import partial_fc
-from partial_fc import CenterLoss, PartialFC, RowOptimizer, clip_grad_norm_, gather, margins
+from partial_fc import (
+    CenterLoss,
+    FileRows,
+    HostRows,
+    MarginSchedule,
+    PartialFC,
+    RowOptimizer,
+    clip_grad_norm_,
+    gather,
+    margins,
+)
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Numbers = dict[str, Any]
@@ -30,7 +43,7 @@ Numbers = dict[str, Any]
 @dataclass(frozen=True)
 class Case:
     world: int = 1  # 0: one process without a process group
-    mesh: bool = False  # at world 4: two replicas of two shards
+    replicas: int = 1  # of a 2-D mesh (replicate, shard), where there are more; divides the world size
     classes: int = 5
     width: int = 4
     counts: tuple[int, ...] = (3,)  # samples of each rank
@@ -46,6 +59,14 @@ class Case:
     smoothing: float = 0.0
     beyond: float | None = None  # interclass_filter
     corrected: bool = False  # sampling_correction
+    nearest: int = 0  # inter_topk
+    nearer_by: float = 0.1  # inter_topk_penalty, radians
+    hard: int = 0  # hard_negatives
+    hard_every: int = 2  # hard_negatives_every
+    block: int = 1  # sample_block
+    storage: str | None = None  # host | file: HostRows, FileRows
+    kernels: bool = False  # in Triton's interpreter
+    autocast: bool = False  # the head's forward under autocast to bfloat16
     class_weights: bool = False
     reduction: str = "mean"
     scale_embedding_grad: bool = True
@@ -61,8 +82,14 @@ class Case:
     optimizer: str = "sgd"  # sgd | adamw | plain (torch's own SGD on the parameters)
     momentum: float = 0.0
     decay: float = 0.0
+    nesterov: bool = False  # of sgd with momentum
+    skipped: str = "still"  # skipped_rows
+    rate_falls: bool = False  # the learning rate of a step is 0.6 of that of the step before
     early: bool = False  # update_in_backward
     low: str | None = None  # low_precision
+    # (argument, start, end, shape) of a MarginSchedule over the steps
+    schedule: tuple[str, float, float, str] | None = None
+    change: str | None = None  # expand | remap-mean | remap-first: of the classes, before the second step
     micro: int = 1
     steps: int = 1
     clip: float | None = None
@@ -81,6 +108,55 @@ class Case:
     @property
     def lr(self) -> float:
         return 0.02 if self.optimizer == "adamw" else 0.3
+
+    def lr_of(self, step: int) -> float:
+        return self.lr * (0.6**step if self.rate_falls else 1.0)
+
+    def at(self, step: int) -> Case:
+        """The case as it is in a step: classes after a change, arguments of the margin after the schedule."""
+        found = self
+        if self.schedule is not None:
+            argument, start, end, shape = self.schedule
+            found = replace(found, settings={**self.settings, argument: scheduled(start, end, shape, step, self.steps)})
+        return replace(found, classes=len_after(self)) if self.change and step else found
+
+    def __repr__(self) -> str:
+        """What differs from the defaults, which is all that is needed to run it again."""
+        given = (f for f in fields(self) if f.name == "world" or getattr(self, f.name) != default_of(f))
+        return f"Case({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+
+
+def default_of(each: Any) -> Any:
+    return each.default_factory() if each.name == "settings" else each.default
+
+
+def scheduled(start: float, end: float, shape: str, step: int, steps: int) -> float:
+    """The argument of the margin in a step: after so many steps of a schedule that ends with the last."""
+    u = step / steps
+    if shape == "step":
+        u = 0.5 * (step >= 1) + 0.5 * (step >= 2)
+    if shape == "exponential" and u < 1:
+        u = 1 - math.exp(u * math.log(1e-3 / (1 + 1e-6)))
+    return end if u == 1 else start + (end - start) * u
+
+
+def mapping_of(case: Case) -> list[int]:
+    """The new id of each old class: some are dropped, some merged, all are renumbered."""
+    generator = torch.Generator().manual_seed(case.seed + 9)
+    groups = torch.randint(0, max(1, case.classes * 3 // 4), (case.classes,), generator=generator)
+    groups[torch.rand(case.classes, generator=generator) < 0.15] = -1
+    groups[0] = 0  # one class at least
+    kept = sorted(set(groups.tolist()) - {-1}, key=lambda group: (group * 7919) % 101)
+    return [kept.index(group) if group >= 0 else -1 for group in groups.tolist()]
+
+
+ADDED = 3  # classes, by "expand"
+MOST = 1000  # classes
+
+
+def len_after(case: Case) -> int:
+    """How many classes there are after the change."""
+    return case.classes + ADDED if case.change == "expand" else max(mapping_of(case)) + 1
 
 
 CENTER_LR, CENTER_ALPHA, CENTER_FACTOR = 0.25, 0.5, 0.1
@@ -138,9 +214,9 @@ def class_weights_of(case: Case) -> Tensor | None:
     if not case.class_weights:
         return None
     generator = torch.Generator().manual_seed(case.seed + 7)
-    weights = torch.rand(case.classes, generator=generator, dtype=torch.float64) + 0.2
-    weights[torch.rand(case.classes, generator=generator) < 0.1] = 0.0
-    return weights
+    weights = torch.rand(MOST, generator=generator, dtype=torch.float64) + 0.2
+    weights[torch.rand(MOST, generator=generator) < 0.1] = 0.0
+    return weights[: case.classes]  # the same for a class whatever their number
 
 
 def class_counts_of(case: Case) -> list[int]:
@@ -164,13 +240,20 @@ def plain(tensor: Tensor | None) -> Any:
     return (tensor.double() if tensor.is_floating_point() else tensor).numpy().copy()
 
 
+def mesh_of(case: Case) -> Any:
+    if case.replicas == 1:
+        return None
+    shape = (case.replicas, case.world // case.replicas)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+
+
 class Trainer:
     """Head, center loss and optimizers of a case on one rank."""
 
     def __init__(self, rank: int, case: Case) -> None:
         self.case = case
         partial_fc.softmax.tiles.TILE_BYTES["cpu"] = 1 if case.small_tiles else 4 << 20  # 1: tiles of 64 rows
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if case.mesh else None
+        mesh = mesh_of(case)
         self.margin, self.drawn = margin_of(case), list[Any]()
         dtype = DTYPES[case.weight_dtype]
         options: dict[str, Any] = {
@@ -180,11 +263,32 @@ class Trainer:
             "seed": case.seed,
         }
         options |= {"scale_embedding_grad": case.scale_embedding_grad, "group": mesh, "dtype": dtype, "init_std": 1.0}
-        self.head = PartialFC(
-            case.width, case.classes, self.margin, case.sample_rate, logits_budget=case.budget, label_smoothing=case.smoothing,
-            interclass_filter=case.beyond, class_weights=class_weights_of(case), metrics=case.metrics,
-            sampling_correction="importance" if case.corrected else "none", **options,
-        )  # fmt: skip
+        more: dict[str, Any] = {
+            "logits_budget": case.budget,
+            "label_smoothing": case.smoothing,
+            "interclass_filter": case.beyond,
+            "class_weights": class_weights_of(case),
+            "metrics": case.metrics,
+            "sampling_correction": "importance" if case.corrected else "none",
+            "inter_topk": case.nearest,
+            "inter_topk_penalty": case.nearer_by,
+            "hard_negatives": case.hard,
+            "hard_negatives_every": case.hard_every,
+            "sample_block": case.block,
+            "kernels": "interpret" if case.kernels else "off",
+        }
+        self.initial = None  # rows that a store has not yet filled
+        if case.storage is not None:
+            self.initial = PartialFC(case.width, case.classes, margin_of(case), **options).weight.detach()
+            more["storage"] = HostRows() if case.storage == "host" else FileRows(tempfile.gettempdir())
+        self.head = PartialFC(case.width, case.classes, self.margin, case.sample_rate, **more, **options)
+        self.schedule = None
+        if case.schedule is not None:
+            argument, start, end, shape = case.schedule
+            when: dict[str, Any] = {"milestones": [1, 2]} if shape == "step" else {"end_step": case.steps}
+            self.schedule = MarginSchedule(
+                self.head, start=start, end=end, argument=argument, shape=shape, **when  # type: ignore[arg-type]
+            )  # fmt: skip
         self.optimizer: torch.optim.Optimizer
         if case.optimizer == "plain":
             self.optimizer = torch.optim.SGD(
@@ -192,8 +296,9 @@ class Trainer:
             )
         else:
             kind: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[case.optimizer]
-            more = {"momentum": case.momentum} if case.optimizer == "sgd" else {}
+            sgd = {"momentum": case.momentum, "nesterov": case.nesterov} if case.optimizer == "sgd" else {}
             low: Any = case.low
+            skipped: Any = case.skipped
             self.optimizer = RowOptimizer(
                 kind,
                 self.head,
@@ -201,8 +306,8 @@ class Trainer:
                 weight_decay=case.decay,
                 update_in_backward=case.early,
                 low_precision=low,
-                skipped_rows="still",
-                **more,
+                skipped_rows=skipped,
+                **sgd,
             )
         self.center = None
         if case.center is not None:
@@ -210,7 +315,7 @@ class Trainer:
             if case.center == "gradient":
                 self.center_optimizer = RowOptimizer(torch.optim.SGD, self.center, lr=CENTER_LR)
         if isinstance(self.margin, margins.ElasticFace):
-            draw = self.margin._margins
+            draw: Callable[..., Tensor] = self.margin._margins
 
             def remembered(cosine: Tensor, positives: margins.Positives) -> Tensor:
                 drawn = draw(cosine, positives)
@@ -222,8 +327,12 @@ class Trainer:
         self.here = slice(start, start + case.counts[rank])
 
     def parameters(self) -> dict[str, Any]:
-        """This rank's rows, and what all ranks hold alike."""
-        found = {"weight": plain(self.head.weight), "bias": plain(self.head.bias)}
+        """This rank's rows as they lie in memory, and what all ranks hold alike."""
+        weight = local(self.head.weight.detach())
+        if self.initial is not None:
+            touched = self.head.class_rows.store.touched.view(-1, *[1] * (weight.ndim - 1))
+            weight = torch.where(touched, weight, local(self.initial))
+        found = {"weight": plain(weight), "bias": plain(self.head.bias)}
         found["offset"] = plain(self.margin.get_parameter("offset")) if self.margin.binary else None
         found["centers"] = None if self.center is None else plain(self.center.centers)
         found["state"] = {name: float(b) for name, b in self.margin.named_buffers() if b.ndim == 0}
@@ -246,7 +355,7 @@ class Trainer:
         return found
 
     def micro_batch(self, step: int, micro: int) -> Numbers:
-        case, everything = self.case, global_batch(self.case, step, micro)
+        case, everything = self.case, global_batch(self.case.at(step), step, micro)
         batch = everything.of(self.here)
         x = batch.x.clone().requires_grad_(not case.frozen)
         before = [
@@ -265,7 +374,8 @@ class Trainer:
                 ),
             )
         self.drawn.clear()
-        loss = self.head(*arguments)
+        with torch.autocast("cpu", torch.bfloat16) if case.autocast else nullcontext():
+            loss = self.head(*arguments)
         by_center = None if self.center is None else self.center(*arguments)
         factors = batch.factors if case.reduction == "none" else everything.factors[0]
         total = (loss * factors).sum() + (0 if by_center is None else CENTER_FACTOR * (by_center * factors).sum())
@@ -291,7 +401,10 @@ class Trainer:
 
     def step(self, step: int) -> Numbers:
         case = self.case
+        for group in self.optimizer.param_groups:
+            group["lr"] = case.lr_of(step)
         found: Numbers = {
+            "changed": self.change() if case.change and step == 1 else None,
             "micro": [self.micro_batch(step, micro) for micro in range(case.micro)],
             "grads": self.gradients(),
             "norm": None,
@@ -306,22 +419,54 @@ class Trainer:
             else:
                 self.center_optimizer.step()
                 self.center_optimizer.zero_grad()
+        if self.schedule is not None:
+            self.schedule.step()
+        if case.kernels and case.classes > 1 and self.here.start != self.here.stop:
+            assert not self.head.kernels_in_use.startswith("none"), self.head.kernels_in_use
         return found | {"after": self.parameters()}
+
+    def change(self) -> Numbers:
+        """Change the classes, and return what the rows are then."""
+        case, after = self.case, self.case.at(1)
+        others = [self.optimizer] if case.optimizer == "plain" else []
+        margin = margin_of(after) if case.margin == "AdaptiveMargin" else None
+        if case.change == "expand":
+            added = class_weights_of(after)
+            self.head.expand(
+                ADDED, optimizers=others, margin=margin, class_weights=None if added is None else added[-ADDED:]
+            )
+        else:
+            merge: Any = "mean" if case.change == "remap-mean" else "first"
+            self.head.remap(torch.tensor(mapping_of(case)), merge=merge, optimizers=others, margin=margin)
+        self.margin = self.head.margin
+        if case.hard:
+            self.head.refresh_hard_negatives()
+        return self.parameters()
+
+    def end(self) -> Numbers | None:
+        """All rows up to date, where those that were not selected make their steps late."""
+        if self.case.skipped != "dense":
+            return None
+        assert isinstance(self.optimizer, RowOptimizer)
+        self.optimizer.catch_up()
+        return self.parameters()
 
 
 def run_case(rank: int, world: int, case: Case) -> Numbers:
     trainer = Trainer(rank, case)
-    return {"before": trainer.parameters(), "steps": [trainer.step(step) for step in range(case.steps)]}
+    return numbers_of(trainer, trainer.parameters())
+
+
+def numbers_of(trainer: Trainer, before: Numbers) -> Numbers:
+    steps = [trainer.step(step) for step in range(trainer.case.steps)]
+    return {"before": before, "steps": steps, "end": trainer.end()}
 
 
 def ordered(results: list[Numbers], case: Case, of: Any) -> Any:
     """The rows of all shards one after another, where each rank holds some; replicas hold the same."""
-    parts = [of(result) for result in (results[:2] if case.mesh else results)]
-    if case.mesh:
-        for mine, other in zip(parts, map(of, results[2:]), strict=True):
+    shards = case.ranks // case.replicas
+    parts = [of(result) for result in results]
+    for replica in range(1, case.replicas):
+        for mine, other in zip(parts, parts[replica * shards : (replica + 1) * shards], strict=False):
             assert numpy.array_equal(mine, other), "replicas differ"
-    return numpy.concatenate(parts)
-
-
-def in_group() -> bool:
-    return dist.is_initialized()
+    return numpy.concatenate(parts[:shards])

@@ -14,22 +14,28 @@ matrix products, u_w and u_e of weights and embeddings:
                          stored in u_w or u_e
     a weight             some u_w of itself and of what is added to it
 
-Where a result jumps (a filter's threshold, the nearest center, a rule for harder classes) and an input is within its
-own error of the jump, both sides are right: `NearJump`.
+Where a result jumps (a filter's threshold, the nearest center or classes, a rule for harder classes, a margin past π)
+and an input is within its own error of the jump, both sides are right: `NearJump`.
+
+Rows that make their steps late (skipped="dense") are compared with torch's own optimizer over all rows, whose gradient
+is zero where a row was not selected: the selected ones after each step, all at the end. A change of classes is compared
+with the rows and the optimizer's state before it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 from dense_centers import DenseCenters, center_losses
-from dense_losses import Loss, reduced, share_of, taken_of, unit
+from dense_losses import Loss, reduced, share_of, taken_with, unit
 from dense_optimizers import DenseAdamW, DenseSGD
 from fuzz_cases import (
+    ADDED,
     CENTER_ALPHA,
     CENTER_FACTOR,
     CENTER_LR,
@@ -39,12 +45,15 @@ from fuzz_cases import (
     class_counts_of,
     class_weights_of,
     global_batch,
+    mapping_of,
     ordered,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 SAFETY = 4.0
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
+LATE_ADAM = 1e-7  # the sum of the moves that a row has missed is approximated (docs/optimizers.md)
+FLATTEST = 0.05  # sine of the smallest angle to a class that counts as nearer
 
 
 class NearJump(Exception):
@@ -61,8 +70,13 @@ class Bounds:
     def __post_init__(self) -> None:
         wide = "float64" in (self.case.weight_dtype, self.case.embedding_dtype)
         self.u = UNIT["float64" if wide else "float32"]
-        self.u_p = 0.0 if wide or self.case.weight_dtype != "bfloat16" else UNIT["bfloat16"]
+        half = self.case.weight_dtype == "bfloat16" or self.case.autocast
+        self.u_p = UNIT["bfloat16"] if half and not wide else 0.0
         self.u_w, self.u_e = UNIT[self.case.weight_dtype], UNIT[self.case.embedding_dtype]
+        if (
+            self.case.skipped == "dense"
+        ):  # rows that make their steps late have their own rounding, and the reference none
+            self.u = max(self.u, self.u_w, LATE_ADAM / 64 if self.case.optimizer == "adamw" else 0.0)
 
     def near(self, what: str, mine: Any, expected: Tensor, allowed: Tensor | float) -> None:
         mine = torch.as_tensor(numpy.asarray(mine), dtype=torch.float64)
@@ -87,17 +101,26 @@ class Bounds:
 class Losses:
     """Losses `[N]` of a batch over the chosen classes `[S]`, before they are weighted, and bounds of their errors."""
 
-    def __init__(self, case: Case, bounds: Bounds, x: Tensor, w: Tensor, state: dict[str, float]) -> None:
+    def __init__(
+        self, case: Case, bounds: Bounds, x: Tensor, w: Tensor, state: dict[str, float], class_weights: Tensor | None
+    ) -> None:
         settings = dict(case.settings)
         if case.margin == "AdaptiveMargin":
             settings["class_counts"] = class_counts_of(case)
         self.case, self.bounds, self.x, self.w = case, bounds, x, w
         self.dense = Loss(
-            case.margin, settings, case.smoothing, beyond=case.beyond, class_weights=class_weights_of(case), state=dict(state)
+            case.margin, settings, case.smoothing, beyond=case.beyond, class_weights=class_weights, state=dict(state),
+            nearest=case.nearest, nearer_by=case.nearer_by,
         )  # fmt: skip
         self.heaviest = 1.0 if self.dense.class_weights is None else max(1.0, float(self.dense.class_weights.max()))
         self.k = (x.shape[1] + len(x) + len(w) + 16) * bounds.u * SAFETY
         self.slope = self.factor = 1.0
+        self.turning = 0.0  # how fast the slope of a penalised cosine changes
+
+    @property
+    def keeps_lengths(self) -> bool:
+        """Whether logits are in proportion to the embeddings' lengths."""
+        return not self.case.settings.get("normalize_embeddings", True)
 
     def of(
         self, share: Tensor, classes: Tensor, drawn: Tensor | None, bias: Tensor | None, offset: Tensor | None
@@ -113,12 +136,17 @@ class Losses:
             self.delta = float(size * (self.k + 3 * self.bounds.u_p)) + self._of_correction()
             return losses
         self.error = self.k + 3 * self.bounds.u_p  # of a cosine
+        self.left_out = (share > 0) | self._skipped(share)
+        self.steep = self._penalty()
         self._jumps(share)
         self.slope, self.factor, turn = self._slopes()
+        self.slope = self.slope * self.steep
         sine = (1 - self.dense.own.detach() ** 2).clamp(min=0).sqrt()
         angles = torch.where(share > 0, self.k / sine.clamp(min=math.sqrt(2 * self.k)), 0.0)
         angle = angles.amax() if angles.numel() else 0.0
         scale = self.dense.scale
+        if self.keeps_lengths and self.dense.norm.numel():
+            scale = scale * float(self.dense.norm.detach().amax())
         self.delta = float(scale * (self.slope * self.error + self.factor * (angle + self.k)) + turn)
         self.delta += self._of_correction()
         if self.case.margin == "SphereFace2":
@@ -159,6 +187,27 @@ class Losses:
                 return 1.0, 1.0, self.dense.scale * self._rise * self.k * s["u_a"]
         return 1.0, 1.0, 0.0
 
+    def _penalty(self) -> float:
+        """The largest slope of cosines that count as nearer, by the cosines themselves."""
+        case, cosines = self.case, self.dense.cosines.detach()
+        if not case.nearest or not cosines.numel():
+            return 1.0
+        candidates = cosines.masked_fill(self.left_out, -math.inf)
+        found = candidates.topk(min(case.nearest + 1, candidates.shape[1]), dim=1).values
+        if found.shape[1] > case.nearest:  # the last that counts, and the next
+            last, following = found[:, case.nearest - 1], found[:, case.nearest]
+            self._far(last - following, following > -math.inf)
+        counted = found[:, : case.nearest]
+        counted = counted[counted > -math.inf]
+        if not len(counted):
+            return 1.0
+        angles = torch.acos(counted.clamp(-1, 1))
+        flattest = float(torch.sin(angles).amin())
+        if flattest < FLATTEST:
+            raise NearJump
+        self.turning = math.sin(case.nearer_by) / flattest**3
+        return max(1.0, float((torch.sin(angles - case.nearer_by).abs() / torch.sin(angles)).amax()))
+
     @property
     def _rise(self) -> float:
         """MagFace's margin by the length."""
@@ -176,10 +225,23 @@ class Losses:
             if self.case.smoothing > 0 and bool(self._skipped(share).all(1).any()):
                 raise NearJump  # a sample without any class
         if self.case.margin == "CurricularFace":
-            self._far(dense.cosines - dense.aim, others)
+            self._far((dense.penalised(self.left_out) - dense.aim) / self.steep, others)
+        if self.keeps_lengths and bool((dense.norm == 0).any()):
+            raise NearJump  # ‖x‖ has no slope at 0
+        self._past_pi(share)
         if self.case.margin == "MagFace":
             for end in (self.case.settings["l_a"], self.case.settings["u_a"]):
                 self._far(dense.norm / end - 1, torch.ones_like(dense.norm, dtype=torch.bool))
+
+    def _past_pi(self, share: Tensor) -> None:
+        """Of a target at π, of an easy margin at a right angle; a cosine of nothing is 0 to the last bit."""
+        dense, s = self.dense, self.dense.settings
+        mine = (share > 0) & (dense.norm > 0)[:, None]
+        if s.get("past_pi", "monotonic") in ("sine", "joined"):
+            added = s.get("m2", s.get("margin"))
+            self._far(dense.own + math.cos(added), mine)
+        if s.get("easy_margin"):
+            self._far(dense.own, mine)
 
     def _far(self, distance: Tensor, where: Tensor) -> None:
         if bool((distance.detach().abs()[where] <= 4 * max(self.error, 1e-14)).any()):
@@ -204,6 +266,8 @@ class Losses:
         slope = max(self.slope, self.factor) * self.dense.scale
         norm, rows = self.dense.norm.detach(), self.dense.row_norm.detach()
         by_x = total * slope * torch.where(norm > 1e-12, 1 / norm, 0.0)
+        if self.keeps_lengths:
+            by_x, slope = 2 * total * slope, slope * norm
         if self.case.margin == "MagFace":
             s = self.case.settings
             by_x = by_x + self.heaviest * (2 * self.dense.scale * self._rise + s["penalty_weight"] / s["l_a"] ** 2)
@@ -219,6 +283,7 @@ class Losses:
             + self.factor * math.sqrt(self.k) * (self.x.shape[1] == 1)
             + self.k
             + self._by_angle
+            + self.turning * (self.k + 3 * self.bounds.u_p)
             + 8 * self.bounds.u_p,
             4.0,
         )
@@ -244,11 +309,14 @@ class Check:
     """Walks through the steps of a case with what the ranks found."""
 
     def __init__(self, case: Case, results: list[Numbers]) -> None:
-        self.case, self.results, self.bounds = case, results, Bounds(case)
+        self.whole, self.case, self.results, self.bounds = case, case.at(0), results, Bounds(case)
         self.weight, self.bias, self.offset, self.centers, self.state = self.parameters([r["before"] for r in results])
         self.rules: dict[str, tuple[Any, Any]] = {}
+        self.theirs: dict[str, TorchRule] = {}
+        self.allowed: dict[str, Tensor] = {}  # errors of rows that make their steps late, and of those in float32
         self.early_off: dict[str, Tensor] = {}
         self.master = self.weight.clone()
+        self.class_weights, self.forwards, self.neighbours = class_weights_of(case), 0, None
         if self.offset is not None:
             self.check_start()
 
@@ -270,22 +338,29 @@ class Check:
     def check_start(self) -> None:
         """SphereFace2's offset balances one own and all other classes at right angles."""
         s, b = self.case.settings, float(self.offset)
-        others = max(1, (self.case.classes if self.case.sample_rate == 1 or self.case.corrected else self.window) - 1)
+        every = self.case.sample_rate == 1 or self.case.corrected
+        others = max(1, (self.case.classes if every else self.window) - 1)
         own, other = (s["scale"] * (2 * 0.5 ** s["t"] - 1 + sign * s["margin"]) + b for sign in (-1, 1))
         pull, push = s["balance"] / (1 + math.exp(own)), (1 - s["balance"]) * others / (1 + math.exp(-other))
         assert math.isclose(pull, push, rel_tol=1e-4), f"the offset {b} does not balance"
 
     @property
     def window(self) -> int:
-        return max(1, round(self.case.sample_rate * self.case.classes))
+        """Classes that a forward draws; those of the last block may be none."""
+        return max(1, round(self.case.sample_rate * -(-self.case.classes // self.case.block))) * self.case.block
 
     def run(self) -> float:
         for step in range(self.case.steps):
             self.step(step, [r["steps"][step] for r in self.results])
+        if self.case.skipped == "dense":
+            self.check_end([r["end"] for r in self.results])
         return self.bounds.worst
 
     def step(self, step: int, found: list[Numbers]) -> None:
-        case = self.case
+        case = self.case = self.whole.at(step)
+        if case.change and step == 1:
+            self.check_change(f"step {step}", [f["changed"] for f in found])
+        self.rate = case.lr_of(step)
         sums = Sums(
             torch.zeros_like(self.weight), torch.zeros(case.classes, dtype=torch.float64), torch.zeros(1, dtype=torch.float64),
             torch.zeros(case.classes, dtype=torch.float64), torch.zeros(case.classes, dtype=torch.float64),
@@ -300,7 +375,7 @@ class Check:
         self.check_gradients(f"step {step}", found, sums, rows)
         before, bias_before, center_before = self.weight, self.bias, self.centers
         self.check_update(f"step {step}", found, sums, rows)
-        if case.sample_rate < 1:
+        if case.sample_rate < 1 and case.skipped == "still":
             assert torch.equal(self.weight[~touched], before[~touched]), "a row that was not selected moved"
             assert self.bias is None or torch.equal(self.bias[~touched], bias_before[~touched]), (
                 "a bias that was not selected moved"
@@ -320,10 +395,10 @@ class Check:
             None if t is None else t.clone().requires_grad_()
             for t in (self.weight[chosen], self._chosen(chosen), self.offset)
         )
-        dense = Losses(case, bounds, x, w, self.state)  # type: ignore[arg-type]
+        dense = Losses(case, bounds, x, w, self.state, self.class_weights)  # type: ignore[arg-type]
         if case.corrected:
-            of_batch = batch.labels[batch.labels != case.ignore]
-            dense.dense.taken = taken_of(chosen, of_batch, case.classes, case.sample_rate)
+            rate = self.window / (-(-case.classes // case.block) * case.block)
+            dense.dense.taken = taken_with(chosen, self.always(batch), rate)
         drawn = self.drawn(found, batch, chosen, x, w)  # type: ignore[arg-type]
         losses = dense.of(share[:, chosen], chosen, drawn, bias, offset)
         of_center = part.double() if batch.sample_weights is None else part * batch.sample_weights
@@ -365,7 +440,7 @@ class Check:
         assert torch.equal(chosen, chosen.unique()), (
             f"{what}: selected classes are not distinct and ascending over the ranks"
         )
-        shards = case.ranks // (2 if case.mesh else 1)
+        shards = case.ranks // case.replicas
         chunk = -(-case.classes // shards)
         for rank, f in enumerate(found):
             shard = rank % shards
@@ -375,11 +450,37 @@ class Check:
         if case.sample_rate == 1:
             assert len(chosen) == case.classes
             return chosen
-        positives = batch.labels[batch.labels != case.ignore].unique()
-        assert bool(torch.isin(positives, chosen).all()), f"{what}: a positive was not selected"
-        low, high = max(self.window, len(positives)), min(self.window + len(positives), case.classes)
+        if case.hard and self.forwards and self.forwards % case.hard_every == 0:
+            self.neighbours = self.search()
+        self.forwards += 1
+        always = self.always(batch)
+        assert bool(torch.isin(always, chosen).all()), f"{what}: a positive, or a hard negative, was not selected"
+        whole = case.classes if self.window >= case.classes else self.window - (-case.classes % case.block)
+        low, high = max(whole, len(always)), min(self.window + len(always), case.classes)
         assert low <= len(chosen) <= high, f"{what}: {len(chosen)} classes are selected, the window has {self.window}"
+        drawn = chosen[~torch.isin(chosen, always)] // case.block  # blocks are drawn whole
+        of_blocks = torch.arange(case.classes)[torch.isin(torch.arange(case.classes) // case.block, drawn)]
+        assert bool(torch.isin(of_blocks, chosen).all()), f"{what}: a part of a block was drawn"
         return chosen
+
+    def always(self, batch: Batch) -> Tensor:
+        """Classes that take part whatever is drawn: those of the batch, and their hard negatives."""
+        positives = batch.labels[batch.labels != self.case.ignore].unique()
+        if self.neighbours is None:
+            return positives
+        return torch.cat((positives, self.neighbours[positives].flatten())).unique()
+
+    def search(self) -> Tensor:
+        """`[C, K]`: the nearest other classes of each class; NearJump where the K-th is as near as the next."""
+        rows = unit(self.weight.detach())[0].reshape(len(self.weight), -1, self.case.width)
+        cosines = torch.einsum("iad,jbd->ijab", rows, rows).amax((2, 3)).fill_diagonal_(-2.0)
+        best = cosines.topk(min(self.case.hard + 1, len(cosines) - 1), dim=1)
+        if best.values.shape[1] > self.case.hard:
+            gap = best.values[:, self.case.hard - 1] - best.values[:, self.case.hard]
+            rounded = self.bounds.u if self.case.weight_dtype == "float64" else max(self.bounds.u, UNIT["float32"])
+            if bool((gap < 16 * (self.case.width + 16) * rounded).any()):
+                raise NearJump
+        return best.indices[:, : self.case.hard]
 
     def drawn(self, found: list[Numbers], batch: Batch, chosen: Tensor, x: Tensor, w: Tensor) -> Tensor | None:
         """`[N, S]`: margins that ElasticFace drew for each sample's targets; draws are its own, what is made of them is
@@ -387,10 +488,10 @@ class Check:
         case = self.case
         if case.margin != "ElasticFace":
             return None
-        flat = numpy.concatenate([f["drawn"] for f in (found[::2] if case.mesh else found[:1])])
+        flat = numpy.concatenate([f["drawn"] for f in found[:: case.ranks // case.replicas]])
         if not case.settings["plus"]:
             for f in found:
-                assert case.mesh or numpy.array_equal(f["drawn"], flat)
+                assert case.replicas > 1 or numpy.array_equal(f["drawn"], flat)
         labels = batch.labels if batch.labels.ndim == 2 else batch.labels[:, None]
         given = torch.as_tensor(flat).view(labels.shape)
         table = torch.zeros(len(labels), case.classes, dtype=torch.float64)
@@ -566,6 +667,7 @@ class Check:
     def check_update(self, what: str, found: list[Numbers], sums: Sums, rows: Tensor) -> None:
         case, bounds, old = self.case, self.bounds, (self.weight, self.bias, self.offset)
         self.weight, self.bias, self.offset, self.centers, self.state = self.parameters([f["after"] for f in found])
+        late = case.skipped == "dense"
         for name, before, now, grad, off in (
             ("weight", old[0], self.weight, sums.weight, sums.weight_off.view(-1, *[1] * (old[0].ndim - 1))),
             ("bias", old[1], self.bias, sums.bias, sums.bias_off),
@@ -574,34 +676,142 @@ class Check:
             if before is None:
                 continue
             at = torch.tensor([0]) if name == "offset" else rows
+            moving = torch.arange(len(before)) if late else at
             start = self.master if name == "weight" and case.low == "master" else before
-            expected, size = self.moved(name, start, grad, at)
+            expected, size = self.moved(name, start, grad, moving)
             u = max(bounds.u_w, UNIT["float32"]) if case.low is None and name != "offset" else UNIT["float32"]
             u = bounds.u_w if case.weight_dtype == "float64" else u
             clipped = (
                 0.0 if case.clip is None else (grad.numel() + 64) * UNIT["float32"] * (case.weight_dtype != "float64")
             )
             allowed = 16 * case.steps * (u * (start.abs() + size) + (clipped + (u if case.clip else 0.0)) * size)
+            if late and case.optimizer == "adamw":
+                allowed = allowed + LATE_ADAM * size
             if case.low is not None and name != "offset":
                 allowed = allowed + 2 * bounds.u_w * (start.abs() + size)
             if case.early:
                 self.early_off[name] = case.momentum * self.early_off.get(name, torch.zeros_like(off)) + off
-                allowed = allowed + case.lr * self.early_off[name]
+                allowed = allowed + self.rate * self.early_off[name]
             if name == "weight" and case.low == "master":
                 self.master = expected
-            bounds.near(f"{what}: {name} after it", now[at], expected[at], (allowed + torch.zeros_like(before))[at])
+            before_it = self.allowed.get(name, torch.zeros_like(before))
+            allowed = allowed + before_it
+            bounds.near(f"{what}: {name} after it", now[at], expected[at], allowed[at])
+            if late and name != "offset":  # the others lie where they were, and move when they are next used
+                self.allowed[name] = allowed.index_fill(0, at, 0.0)
+                now.copy_(expected.index_copy(0, at, now[at]))
+            if (
+                name == "weight" and case.low == "master"
+            ):  # nobody sees its error; gradients are clipped in their own dtype
+                clipping = bounds.u_w * size if case.clip else 0.0
+                self.allowed[name] = before_it + 16 * u * (start.abs() + size) + clipping
 
     def moved(self, name: str, w: Tensor, grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(what the optimizer makes of rows, the size of what it adds), by its formulas."""
         case, out = self.case, w.clone()
+        if case.skipped == "dense":
+            if name not in self.theirs:
+                self.theirs[name] = TorchRule(case)
+            self.theirs[name].step(out, grad, self.rate)
         if case.optimizer == "adamw":
-            rule, _ = self.rules.setdefault(name, (DenseAdamW(case.lr, weight_decay=case.decay), None))
+            rule, _ = self.rules.setdefault(name, (DenseAdamW(self.rate, weight_decay=case.decay), None))
+            rule.lr = self.rate
+            if case.skipped != "dense":
+                rule.step(out, grad, rows)
+            return out, torch.full_like(w, 4 * self.rate)
+        rule, sizes = self.rules.setdefault(
+            name, tuple(DenseSGD(self.rate, case.momentum, case.decay) for _ in range(2))
+        )
+        rule.lr = sizes.lr = self.rate
+        if case.skipped != "dense":
             rule.step(out, grad, rows)
-            return out, torch.full_like(w, 4 * case.lr)
-        rule, sizes = self.rules.setdefault(name, tuple(DenseSGD(case.lr, case.momentum, case.decay) for _ in range(2)))
-        rule.step(out, grad, rows)
         sizes.step(w.abs(), grad.abs(), rows)  # the same sums of absolute values
-        return out, case.lr * sizes.buffer
+        return out, 2 * self.rate * sizes.buffer
+
+    def check_end(self, found: list[Numbers]) -> None:
+        """All rows where torch's optimizer over all rows has them."""
+        weight, bias, *_ = self.parameters(found)
+        for name, mine, expected in (("weight", weight, self.weight), ("bias", bias, self.bias)):
+            if mine is not None:
+                self.bounds.near(f"{name} at the end", mine, expected, self.allowed[name] + 0.0)
+
+    def check_change(self, what: str, found: list[Numbers]) -> None:
+        """Classes after a change, with their optimizer state."""
+        case, bounds = self.whole, self.bounds
+        before = {"weight": self.weight, "bias": self.bias}
+        self.weight, self.bias, self.offset, _, _ = self.parameters(found)
+        after = {"weight": self.weight, "bias": self.bias}
+        if case.change == "expand":
+            table = torch.cat((torch.eye(case.classes), torch.zeros(ADDED, case.classes))).double()
+            self.class_weights = class_weights_of(self.case)
+        else:
+            mapping = torch.tensor(mapping_of(case))
+            table = (mapping[None] == torch.arange(self.case.classes)[:, None]).double()
+            if case.change == "remap-first":
+                table *= table.cumsum(1) == 1
+            table /= table.sum(1, keepdim=True)
+            if self.class_weights is not None:
+                self.class_weights = table @ self.class_weights
+
+        def mixed(rows: Tensor) -> Tensor:
+            return torch.einsum("ij,j...->i...", table, rows)
+
+        old = slice(0, case.classes if case.change == "expand" else None)
+        for name, rows in before.items():
+            if rows is None:
+                continue
+            off = 4 * bounds.u_w * mixed(rows.abs())
+            if name in self.allowed:
+                self.allowed[name] = mixed(self.allowed[name])
+                off = off + self.allowed[name]
+            if case.skipped == "dense":  # all rows are up to date now
+                self.allowed[name] = torch.zeros_like(after[name])
+            elif case.change == "expand":
+                assert torch.equal(after[name][old], rows), f"{what}: expand changed a {name}"
+            bounds.near(f"{what}: {name} after the change", after[name][old], mixed(rows)[old], off[old])
+            if name in self.early_off:
+                self.early_off[name] = mixed(self.early_off[name])
+            for rule in (*self.rules.get(name, ()), self.theirs.get(name)):
+                if rule is not None:
+                    rule.change(mixed)
+        if case.low == "master":
+            fresh = self.weight[case.classes :] if case.change == "expand" else self.weight[:0]
+            self.master = torch.cat((mixed(self.master)[old], fresh))
+        self.neighbours = self.search() if case.hard else None
+
+
+class TorchRule:
+    """torch's own optimizer over all rows, float64, one step at a time."""
+
+    def __init__(self, case: Case) -> None:
+        self.parameter: nn.Parameter | None = None
+        self.case = case
+
+    def step(self, w: Tensor, grad: Tensor, rate: float) -> None:
+        """Move `w` in place."""
+        case = self.case
+        if self.parameter is None:
+            self.parameter = nn.Parameter(w.clone())
+            options: dict[str, Any] = {"lr": rate, "weight_decay": case.decay}
+            if case.optimizer == "adamw":
+                self.optimizer: torch.optim.Optimizer = torch.optim.AdamW([self.parameter], **options)
+            else:
+                options |= {"momentum": case.momentum, "nesterov": case.nesterov}
+                self.optimizer = torch.optim.SGD([self.parameter], **options)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.parameter.data.copy_(w)
+        self.parameter.grad = grad
+        self.optimizer.step()
+        w.copy_(self.parameter.detach())
+
+    def change(self, mixed: Callable[[Tensor], Tensor]) -> None:
+        assert self.parameter is not None
+        state = self.optimizer.state.pop(self.parameter, {})
+        self.parameter = nn.Parameter(mixed(self.parameter.detach()))
+        self.optimizer.param_groups[0]["params"] = [self.parameter]
+        self.optimizer.state[self.parameter] = {
+            name: mixed(value) if isinstance(value, Tensor) and value.ndim else value for name, value in state.items()
+        }
 
 
 def check(case: Case, results: list[Numbers]) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fuzz_cases import Batch, Case, Numbers, Trainer, global_batch
+from fuzz_cases import Batch, Case, Numbers, Trainer, global_batch, numbers_of
 
 from partial_fc import gather
 
@@ -97,4 +97,4 @@ def run_faulty(rank: int, world: int, case: Case, faults: tuple[Fault, ...]) -> 
     trainer = Trainer(rank, case)
     before = trainer.parameters()
     said = attempt(trainer, global_batch(case, 0, 0).of(trainer.here), faults, rank)
-    return {"said": said, "before": before, "steps": [trainer.step(step) for step in range(case.steps)]}
+    return {"said": said, **numbers_of(trainer, before)}

@@ -95,7 +95,7 @@ def _files_of(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
         parts = [folder / name for name in names if Path(name).name == name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{found} is not an index of weights (weight_map: name -> file)") from error
     if len(parts) != len(names) or not parts:
         raise UserError(f"the index {found} must name files in its own folder, and at least one")

@@ -24,7 +24,7 @@ from partial_fc.training.data.formats.detect import CONVERSION_STATE, open_sourc
 from partial_fc.training.data.splits import what_changed
 from partial_fc.training.data.writers import FORMATS, Writer, make_writer
 from partial_fc.training.errors import UserError, words
-from partial_fc.training.files import naming, sync_folder, write_atomically
+from partial_fc.training.files import naming, sync_folder, told, write_atomically
 
 __all__ = ["FORMATS", "PART", "convert", "is_finished"]
 
@@ -152,7 +152,7 @@ def is_finished(dest: str | Path) -> bool:
     """Return whether the folder holds a finished conversion, of whatever source and format."""
     try:
         state = json.loads((Path(dest) / CONVERSION_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # `convert` reports a damaged state
+    except (OSError, ValueError, RecursionError):  # `convert` reports a damaged state
         return False
     return isinstance(state, dict) and "finished" in state
 
@@ -180,17 +180,14 @@ def _read_state(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     if all(each.name in (LOCK, f".{CONVERSION_STATE}.tmp") for each in folder.iterdir()):
         return None
     path = folder / CONVERSION_STATE
-    try:
+    missing = f"{folder} is not empty and holds no conversion; give a new or empty folder"
+    with told(path, again="remove the folder and convert again", missing=missing):
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not empty and holds no conversion; give a new or empty folder") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove the folder and convert again") from error
-    stage = "a finished" if "finished" in state else "an unfinished"
-    if state["format"] != job["format"]:
-        finish = "" if "finished" in state else "finish it, or "
-        raise UserError(f"{folder} holds {stage} conversion to {state['format']}; {finish}give another folder")
-    changed = what_changed({"source": state["source"]}, {"source": job["source"]})
+        stage = "a finished" if "finished" in state else "an unfinished"
+        if state["format"] != job["format"]:
+            finish = "" if "finished" in state else "finish it, or "
+            raise UserError(f"{folder} holds {stage} conversion to {state['format']}; {finish}give another folder")
+        changed = what_changed({"source": state["source"]}, {"source": job["source"]})
     if changed:
         raise UserError(f"{folder} holds {stage} conversion of other data ({changed}); give another folder")
     return state

@@ -120,7 +120,8 @@ def _check(manifest: Manifest) -> None:
     numbers += [number for entry in manifest.segments for number in (entry.size, entry.rows)]
     if manifest.codes is not None:
         numbers += [manifest.codes.size, manifest.codes.candidates, manifest.codes.rows]
-    if not all(type(number) is int and number >= 0 for number in numbers) or manifest.dimension < 1:
+    counted = all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+    if not counted or not 1 <= manifest.dimension < 1 << 31:
         raise ValueError("a count is not one")
     if manifest.per_identity not in ("mean", "all") or manifest.index not in ("auto", "exact", "codes"):
         raise ValueError("it has rows or an index of no known kind")

@@ -86,7 +86,7 @@ def read_run(path: str, name: str) -> Run:
             history=history,
             evaluated=evaluated or during.get("rows", []),
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(
             f"the run {path} cannot be read ({type(error).__name__}: {error}); omit it, or evaluate it again"
         ) from error

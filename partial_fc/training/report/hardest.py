@@ -214,15 +214,17 @@ def note_confusions(folder: Path, head: PartialFC, dataset: IdentityDataset, acc
 
 
 def read_pictures(folder: Path) -> dict[str, Any]:
-    """Return the content of pictures.json, empty if there is no such file.
+    """Return the content of pictures.json, empty if there is no such file. UserError if it is damaged.
 
     `sets`: name -> "genuine" and "impostor" -> pairs; `confusions`: pairs of classes.
     """
     path = folder / PICTURES
     if not path.is_file():
         return {"sets": {}, "confusions": []}
-    with told(path, again="remove it"):
+    with told(path, again="remove it, and evaluate the run again"):
         found: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(found["sets"], dict) or not isinstance(found["confusions"], list):
+            raise ValueError("it does not list pictures")
     return found
 
 

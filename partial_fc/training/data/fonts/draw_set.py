@@ -104,7 +104,7 @@ def _claim(out: Path, made_from: dict[str, Any]) -> Path:
             write_atomically(note, json.dumps(made_from))
     except OSError as error:
         raise UserError(f"{out} cannot be used ({words(error)})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{out} cannot be used ({error}); remove it or choose another --out") from error
     return work
 

@@ -168,7 +168,7 @@ def _check_conversion_finished(path: Path) -> None:
         state = json.loads((folder / CONVERSION_STATE).read_text(encoding="utf-8"))
     except OSError:
         return
-    except ValueError:
+    except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
         raise UserError(

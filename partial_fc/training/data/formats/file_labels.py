@@ -40,7 +40,7 @@ def read_names(path: Path, numbers: list[str]) -> list[str]:
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
         chosen = [names[int(number)] for number in numbers if int(number) >= 0]
-    except (ValueError, IndexError, TypeError, KeyError) as error:
+    except (OSError, ValueError, IndexError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"{path} is not a list of the names of {len(numbers):,} identities ({error}); fix or remove it"
         ) from error

@@ -77,7 +77,8 @@ class PackedIdentities(IdentityDataset):
         except (IndexError, ValueError) as error:
             raise UserError(f"the packed data set {folder} is damaged ({error}); make it again") from error
         shape = self._images.shape
-        if len(shape) != 4 or self._images.dtype != np.uint8 or not len(labels) == len(sources) == shape[0]:
+        negative = (labels < 0).any() or (sources < 0).any()
+        if len(shape) != 4 or self._images.dtype != np.uint8 or not len(labels) == len(sources) == shape[0] or negative:
             raise UserError(
                 f"the packed data set {folder} is damaged: {IMAGES}, {LABELS} and {SOURCES} do not match; make it again"
             )
@@ -128,9 +129,9 @@ def read_index(folder: str | Path) -> dict[str, Any]:
             raise UserError(
                 f"{path} has the format {index['format']!r}; this version reads {FORMAT!r}: make the data set again"
             )
-        lists = isinstance(index["identities"], list) and isinstance(index["sources"], list)
-        valid = lists and isinstance(index["held_out"], dict)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        lists = [part[name] for part in (index, index["held_out"]) for name in ("identities", "sources")]
+        valid = all(isinstance(each, list) for each in lists)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); make the data set again") from error
     if not valid:
         raise UserError(f"{path} lacks the lists of identities and sources; make the data set again")
@@ -172,5 +173,5 @@ def _open(folder: Path, name: str) -> npt.NDArray[Any]:
     try:
         array: npt.NDArray[Any] = np.load(folder / name, mmap_mode="r", allow_pickle=False)
         return array
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises almost anything for a damaged file
         raise UserError(f"{folder / name} cannot be read ({error}); make the data set again") from error
