@@ -139,6 +139,7 @@ def cluster() -> Iterator[Any]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
         "RAY_raylet_start_wait_time_s": "600",
+        "RAY_agent_register_timeout_ms": "600000",
         "PYTHONPATH": str(ROOT),
     }
     before = {name: os.environ.get(name) for name in variables}
