@@ -139,6 +139,7 @@ def cluster() -> Iterator[Any]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
         "RAY_raylet_start_wait_time_s": "600",
+        "RAY_agent_register_timeout_ms": "600000",
         "PYTHONPATH": str(ROOT),
     }
     before = {name: os.environ.get(name) for name in variables}
@@ -176,7 +177,11 @@ def history(tiny: Path) -> list[tuple[float, ...]]:
 def on_workers(tiny: Path, out: Path, *settings: str, options: str = "", workers: str = "2") -> dict[str, Any]:
     """The launch file with these settings and options, as arguments of `start`."""
     command = ["launch/ray.sh", str(tiny), "--output.folder", str(out), *settings]
-    return {"command": command, "WORKERS": workers, "RAY_OPTIONS": f"--storage {tiny.parent / 'ray'} --wait 1200 {options}"}
+    return {
+        "command": command,
+        "WORKERS": workers,
+        "RAY_OPTIONS": f"--storage {tiny.parent / 'ray'} --wait 1200 {options}",
+    }
 
 
 @pytest.mark.slow
@@ -211,7 +216,8 @@ def test_a_run_on_ray_is_asked_to_stop_and_goes_on(cluster, tiny):
         if process.poll() is None:
             process.kill()
     saved = RunFolder(out).checkpointer().steps()[-1]
-    assert code == 75 and f"partial-fc: stopped after step {saved} (SIGTERM), which is saved" in err, err[-3000:]
+    # one of the ranks may get the signal a step before the other
+    assert code == 75 and f"partial-fc: stopped after step {saved} (" in err and "which is saved" in err, err[-3000:]
     assert saved == len(losses(out)) < len(losses(whole))
     succeed(**on_workers(tiny, out, *epochs), timeout=1500)
     assert logged(out) == logged(whole)
@@ -254,7 +260,8 @@ def test_the_example_goes_on_after_a_worker_is_killed(cluster, tmp_path):
     assert code == 0, err[-3000:]
     assert len(of_output(whole)) == 4
     assert {**of_output(whole), **of_output(out + err)} == of_output(whole)
-    assert "'epoch': 4, 'workers': 2" in out and "step-000000004" in out
+    assert "complete" in out and (tmp_path / "killed" / "checkpoints" / "step-000000004" / "manifest.json").exists()
+    assert len(re.findall("Started training worker group", out + err)) == 2, "started again once, by the kill alone"
 
 
 @pytest.mark.slow
