@@ -56,8 +56,9 @@ class Server:
             return False
 
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def ask(self, path: str) -> Any:
         with urllib.request.urlopen(f"{self.address}/api/2.0/mlflow/{path}", timeout=60) as answer:

@@ -69,7 +69,7 @@ def test_a_run_and_its_continuation(tmp_path, monkeypatch, capfd):
     assert [sent[row["step"]]["loss"] for row in history] == [row["loss"] for row in history]
     (artifact,) = of_kind(found, "artifact")
     assert artifact.type == "report" and "report.html" in [each.path for each in artifact.manifest.contents]
-    assert "plots/training" in sent[6]
+    assert sent[6]["plots/training._type"] == "images/separated"
 
     # the run is resumed from its end: one more start in the same tracked run, which has all of its rows already
     assert main(["train", "--resume", str(run)]) == 0
@@ -81,15 +81,3 @@ def test_a_run_and_its_continuation(tmp_path, monkeypatch, capfd):
     assert KEY not in said.out + said.err
     for path in run.rglob("*"):
         assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
-
-
-def test_without_a_key_it_is_said_before_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("NETRC", str(tmp_path / "no netrc"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    run = tmp_path / "run"
-    config = tiny_run(tmp_path, train={"epochs": 1})
-    assert main(["train", str(config), "--output.folder", str(run), "--output.trackers", "[wandb]"]) == 2
-    assert "the tracker wandb does not start: nobody is logged in: run `wandb login`" in capsys.readouterr().err
-    assert not run.exists()
