@@ -209,8 +209,8 @@ class Started:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        with self.log.open("a") as file:
-            for line in self.process.stdout:
+        with self.process.stdout as pipe, self.log.open("a") as file:
+            for line in pipe:
                 if "step/s" in line or "it/s" in line or not line.strip():
                     continue  # progress
                 self.lines.append((time.monotonic(), line.rstrip("\n")))
@@ -252,6 +252,9 @@ class Started:
                 each.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
+        deadline = time.monotonic() + 5
+        while self.ended is None and time.monotonic() < deadline:  # until all was read
+            time.sleep(0.05)
 
     def tail(self) -> str:
         return "\n".join(text for _, text in self.lines[-30:])

@@ -31,6 +31,7 @@ from partial_fc.distributed.store import SILENCE, default_store, own_connection,
 
 GRACE = 10.0  # seconds to wait for the notes of ranks that were still computing when the collective failed
 SETTLE = 1.0  # seconds to wait for the last note, once all ranks but one have written theirs
+MACHINES = 8  # at most, that a message names
 POLL = 0.05  # seconds between two looks at the store
 
 # keys in the store, each followed by "/" and a global rank
@@ -235,7 +236,9 @@ def explain_failure(
             return f"all ranks live, but {_apart_of(inquiry)}: {what} failed ({how}). {END}", []
         if len(set(inquiry.where.values())) > 1:
             return f"{come_apart(inquiry.where)} {END}", []
-        return f"all ranks reached {what}, but the connection between them failed ({how}): check the network. {END}", []
+        places = _places_of(inquiry.processes)
+        failed = f"all ranks reached {what}, but the connection between them failed ({how}{places})"
+        return f"{failed}: check the network, which holds again where it was cut. {END}", []
     return _explain_by_store(inquiry, what, how)
 
 
@@ -262,12 +265,14 @@ def _explain_by_store(inquiry: _Inquiry, what: str, how: str) -> tuple[str, list
 
 
 def _places_of(processes: dict[int, Process]) -> str:
-    """Return on which other machines the ranks are, each with "; " before it."""
+    """Return on which other machines the ranks are, each with "; " before it; of many machines the first."""
     of: dict[str, list[int]] = {}
     for rank, process in sorted(processes.items()):
         if process.is_elsewhere and process.host:
             of.setdefault(process.place, []).append(rank)
-    return "".join(f"; {names_of(them)} {'is' if len(them) == 1 else 'are'} on {it}" for it, them in of.items())
+    said = [f"; {names_of(them)} {'is' if len(them) == 1 else 'are'} on {it}" for it, them in of.items()]
+    more = [f"; others are on {len(said) - MACHINES} more machines"] if len(said) > MACHINES else []
+    return "".join(said[:MACHINES] + more)
 
 
 def _apart_of(inquiry: _Inquiry) -> str:

@@ -124,6 +124,32 @@ def test_machines_without_a_connection_are_named_where_all_ranks_live():
         assert "different collectives" not in message
 
 
+def whole_again(rank: int, world: int) -> Any:
+    """The network was cut for as long as the timeout: when all ask, everything is in reach."""
+    pretend(rank)
+    inquiry.SETTLE = 0.3
+    PartialFC(6, 10)
+    dist.barrier()
+    lost = RuntimeError("[.../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 2000ms for recv operation")
+    found = inquiry.explain_failure(lost, BATCH, None, 2.0)
+    dist.barrier()
+    return found
+
+
+def test_machines_are_named_where_the_network_is_whole_again():
+    for rank, (message, missing) in answers(2, whole_again).items():
+        assert missing == [] and message.startswith(
+            f"all ranks reached {BATCH}, but the connection between them failed"
+        )
+        assert f"; rank {1 - rank} is on node-{1 - rank} (127.0.0.{2 - rank}))" in message
+
+
+def test_a_message_names_a_few_of_many_machines():
+    processes = {rank: Process(f"m{rank}", 1, "1", f"node-{rank}", f"10.0.0.{rank}") for rank in range(1, 101)}
+    words = inquiry._places_of(processes)
+    assert words.count("; rank") == 8 and words.endswith("; others are on 92 more machines")
+
+
 def test_a_record_of_an_older_version_is_read():
     """Ranks of two versions may share a store for a while."""
     process = Process(*json.loads('["machine", 5, "77"]'))
