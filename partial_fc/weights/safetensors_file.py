@@ -192,6 +192,8 @@ class SafetensorsRows:
                 _fill(file, memoryview(buffer))
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+        except OSError as error:
+            raise type(error)(f"{self.path} cannot be read: {error.strerror or error}") from error
         return torch.frombuffer(buffer, dtype=self.dtype).view(b - a, *row_shape)
 
 
@@ -214,9 +216,13 @@ def delete_left(path: Path) -> None:
 @contextlib.contextmanager
 def hold(temporary: Path) -> Iterator[None]:
     """Hold a temporary file, so that no other process deletes it, where the file system has locks."""
-    with temporary.open("rb") as file:
+    file = temporary.open("rb")
+    try:
         _locked(file)
         yield
+    finally:
+        with contextlib.suppress(OSError):  # nothing was written by this descriptor
+            file.close()
 
 
 def _locked(file: BinaryIO) -> bool:

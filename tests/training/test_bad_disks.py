@@ -22,8 +22,12 @@ from partial_fc.training import files
 from partial_fc.training.all_ranks import run_on_all
 from partial_fc.training.data import index_cache
 from partial_fc.training.data.formats.packed import IMAGES, LABELS, SOURCES, write_index
+from partial_fc.training.embedding_files import read_about
 from partial_fc.training.errors import UserError
+from partial_fc.training.export.card import run_metrics
 from partial_fc.training.export.output_folder import check_free, publish, work_folder
+from partial_fc.training.gallery.loaded import removed_numbers
+from partial_fc.training.gallery.manifest import Manifest
 from partial_fc.training.run import RunFolder
 from partial_fc.weights.safetensors_file import hold, temporary_name
 
@@ -124,6 +128,19 @@ def test_a_checkpoint_that_the_disk_cannot_read_is_no_reason_to_begin_anew(tmp_p
             checkpointer.load(head=head)
     assert checkpointer.latest() == tmp_path / "step-000000001"
     assert Checkpointer(tmp_path / "none").latest() is None
+
+
+def test_what_the_disk_cannot_read_is_neither_damaged_nor_missing(tmp_path, monkeypatch):
+    (tmp_path / "part-000000.npz").mkdir()
+    with pytest.raises(UserError, match=r"part-000000\.npz cannot be read: Is a directory"):
+        read_about(tmp_path / "part-000000.npz")
+    assert read_about(tmp_path / "part-000001.npz") is None
+    monkeypatch.setattr(Path, "read_bytes", fails(errno.EIO))
+    monkeypatch.setattr(Path, "read_text", fails(errno.EIO))
+    with pytest.raises(UserError, match=rf"removed-00000001\.npy cannot be read: {BROKEN}"):
+        removed_numbers(tmp_path, Manifest(4, "mean", "b", removed="removed-00000001.npy"))
+    with pytest.raises(OSError, match=rf"{BROKEN}: '.*metrics\.json'"):
+        run_metrics(tmp_path, {"step": 1})
 
 
 def test_an_export_deletes_what_a_killed_one_has_left(tmp_path):
