@@ -110,7 +110,8 @@ def _importing(package: str, name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UserError(
-            f"the backbone {name!r} needs {package} ({error.name} is missing): pip install {package}"
+            f"the backbone {name!r} needs {package} ({error.name} is missing): pip install {package}, "
+            "or 'partial_fc[models]' for all of them"
         ) from error
     except Exception as error:  # such as RuntimeError of a torchvision built for another torch, OSError of a library
         raise UserError(
