@@ -223,7 +223,6 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
                     "ranks",
                     "classes of the rank",
                     "window of all",
-                    "rows a step",
                     "places looked up a step",
                     "operators a step",
                     "kept",

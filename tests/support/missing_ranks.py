@@ -18,13 +18,19 @@ from partial_fc import RankMissing
 
 
 def _serve(
-    rank: int, world: int, port: int, pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world: int,
+    port: int,
+    pipe: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    seconds: float,
 ) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     seed(1000 + rank)
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=0.6 * seconds))
     try:
         pipe.send(function(rank, world, *arguments))
     except BaseException:
@@ -33,15 +39,22 @@ def _serve(
         pipe.recv()  # until the test ends this process
 
 
-def answers(world: int, function: Callable[..., Any], *arguments: Any, silent: tuple[int, ...] = ()) -> dict[int, Any]:
-    """What `function(rank, world, *arguments)` returned on each rank but the silent ones, in processes of their own."""
+def answers(
+    world: int, function: Callable[..., Any], *arguments: Any, silent: tuple[int, ...] = (), seconds: float = 200.0
+) -> dict[int, Any]:
+    """What `function(rank, world, *arguments)` returned on each rank but the silent ones, in processes of their own.
+
+    seconds: how long an answer may take, with the start of the ranks.
+    """
     context, port = forking(), free_port()
     pipes, processes = [], []
     try:
         for rank in range(world):
             here, there = context.Pipe()
             processes.append(
-                context.Process(target=_serve, args=(rank, world, port, there, function, arguments), daemon=True)
+                context.Process(
+                    target=_serve, args=(rank, world, port, there, function, arguments, seconds), daemon=True
+                )
             )
             processes[-1].start()
             there.close()
@@ -49,7 +62,7 @@ def answers(world: int, function: Callable[..., Any], *arguments: Any, silent: t
         found = {}
         for rank, pipe in enumerate(pipes):
             if rank not in silent:
-                assert pipe.poll(200), f"no answer from rank {rank}"
+                assert pipe.poll(seconds), f"no answer from rank {rank}"
                 found[rank] = pipe.recv()
                 assert not isinstance(found[rank], str), found[rank]  # a traceback
         return found
