@@ -85,7 +85,8 @@ class ChangeableLoss(ShardedLoss):
             raise ValueError(f"its extra state is {type(extra).__name__}, not a table")
         for name in dict.fromkeys((*self.counts, "class_changes", "skips")):
             number = extra.get(name, None if name in self.counts else 0)
-            if as_whole(number) is None or number < 0:
+            count = as_whole(number)
+            if count is None or count < 0:
                 raise ValueError(f"its extra state has {number!r} for {name}, which is a count")
 
     def _load_from_state_dict(

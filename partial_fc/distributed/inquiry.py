@@ -1,7 +1,9 @@
 """After a failed collective: which ranks did not reach it?
 
     note       each rank that reached the collective and saw it fail writes a note to the process group's store
-    wait       for the notes of the other ranks: up to GRACE, but only SETTLE once a single note is absent
+    wait       for the notes of the other ranks: up to GRACE, but only SETTLE once a single note is absent, or once a
+               rank is known to have exited: in a ring its neighbours alone hear of it at once, and the ranks behind
+               them when those have ended, so that many notes may be absent though one rank is missing
     conclude   members of the group without a note are missing, and the conclusion is written to the store. If no note
                is absent, the other ranks' conclusions are used: some of them may have failed because of a rank in
                another group
@@ -19,14 +21,23 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
 
 from partial_fc.distributed.failures import failure_of, tell_own
-from partial_fc.distributed.machines import PROBE, Process, machines_of, probe, process_of, state_of, store_host
+from partial_fc.distributed.machines import (
+    PROBE,
+    Process,
+    has_exited,
+    machines_of,
+    probe,
+    process_of,
+    state_of,
+    store_host,
+)
 from partial_fc.distributed.store import SILENCE, default_store, own_connection, tcp_store
 
 GRACE = 10.0  # seconds to wait for the notes of ranks that were still computing when the collective failed
@@ -37,6 +48,7 @@ POLL = 0.05  # seconds between two looks at the store
 # keys in the store, each followed by "/" and a global rank
 REACHED = "partial_fc/reached"  # the collective that this rank reached, and that failed
 CONCLUDED = "partial_fc/concluded"  # JSON list of the ranks that this rank found missing
+EXITED = "partial_fc/exited"  # the process of this rank has exited, as another rank knows
 
 CAUSES = (
     "Usual causes there: it ran other code (under `if rank == 0`, or a batch was left out), its data ended before the "
@@ -60,6 +72,7 @@ _OWN_ERRORS = re.compile(
     r"enforce fail|op\.preamble|ncclInvalidUsage|ncclInvalidArgument|ncclUnhandledCudaError|ncclInternalError"
     r"|invalid usage|invalid argument|[Uu]nhandled cuda|Duplicate GPU|CUDA error"
 )
+_CLOSED_BY = re.compile(r"[Cc]onnection (?:was )?(?:closed|reset) by (?:remote )?peer \[([^\]]+)\]")
 _TIMEOUT = re.compile(r"[Tt]imed out (?:after )?waiting (?:for )?(\d+) ?ms")
 
 
@@ -108,9 +121,11 @@ class _Inquiry(threading.Thread):
     processes: of all ranks of which one is of interest for the message
     apart: pairs of ranks whose machines do not reach each other, though no rank is missing
     late: other ranks found this rank missing
+    closed_by: the address from which a connection was closed, or ""
+    gone: those among several absent ranks that have exited; the others may wait for them, and are not missing
     """
 
-    def __init__(self, rank: int, what: str, members: list[int]) -> None:
+    def __init__(self, rank: int, what: str, members: list[int], closed_by: str = "") -> None:
         super().__init__(daemon=True, name="partial_fc missing ranks")
         self.rank = rank
         self.what = what
@@ -122,6 +137,8 @@ class _Inquiry(threading.Thread):
         self.processes: dict[int, Process] = {}
         self.apart: list[tuple[int, int]] = []
         self.late = False
+        self.closed_by = closed_by
+        self.gone: set[int] = set()
         self.failure: Exception | None = None
 
     def run(self) -> None:
@@ -134,11 +151,11 @@ class _Inquiry(threading.Thread):
 
     def _ask(self, store: Any) -> None:
         store.set(f"{REACHED}/{self.rank}", self.what)
-        absent = self._wait(store, REACHED, self.members, time.monotonic() + GRACE)
-        self.missing = absent
+        absent = self._wait(store, REACHED, self.members, time.monotonic() + GRACE, self._some_have_exited)
+        self.missing = self.gone or absent
         present = [rank for rank in self.members if rank not in absent]
         self.where = dict(zip(present, _read(store, [f"{REACHED}/{rank}" for rank in present]), strict=True))
-        store.set(f"{CONCLUDED}/{self.rank}", json.dumps(sorted(absent)))
+        store.set(f"{CONCLUDED}/{self.rank}", json.dumps(sorted(self.missing)))
         if not absent:
             self._read_conclusions(store)
         for rank in sorted(self.missing) or self.members:
@@ -154,10 +171,18 @@ class _Inquiry(threading.Thread):
         if self.rank == 0:  # it may host the store: keep it until the others have read from it
             self._wait(store, CONCLUDED, present, time.monotonic() + SETTLE)
 
-    def _wait(self, store: Any, key: str, ranks: list[int], deadline: float) -> set[int]:
-        """Wait until all `ranks` have written `key`, or time is up; return the ranks that have not."""
+    def _wait(
+        self,
+        store: Any,
+        key: str,
+        ranks: list[int],
+        deadline: float,
+        enough: Callable[[Any, set[int]], bool] | None = None,
+    ) -> set[int]:
+        """Wait until all `ranks` have written `key`, or time is up, or the absent ones are known `enough`; return the
+        ranks that have not."""
         absent = set(ranks)
-        one_absent_since = None
+        one_absent_since, look = None, time.monotonic() + SETTLE
         while True:
             absent = _absent(store, key, sorted(absent))
             self.answered.set()
@@ -167,7 +192,27 @@ class _Inquiry(threading.Thread):
             settled = one_absent_since is not None and now > one_absent_since + SETTLE
             if not absent or now > deadline or settled:
                 return absent
+            if enough is not None and len(absent) > 1 and now > look:
+                look = now + SETTLE
+                if enough(store, absent):
+                    return absent
             time.sleep(POLL)
+
+    def _some_have_exited(self, store: Any, absent: set[int]) -> bool:
+        """Return whether absent ranks have exited, as far as any rank knows; note which, and tell the others."""
+        for rank in absent - self.processes.keys():
+            process = process_of(rank, store)
+            if process is not None:
+                self.processes[rank] = process
+        there = [rank for rank in absent if rank in self.processes]
+        gone = {rank for rank in there if has_exited(self.processes[rank])}
+        by_address = [rank for rank in there if self.closed_by and self.processes[rank].address == self.closed_by]
+        if len(by_address) == 1 and self.processes[by_address[0]].is_elsewhere:
+            gone.update(by_address)
+        for rank in gone:
+            store.set(f"{EXITED}/{rank}", "")
+        self.gone = gone | (absent - _absent(store, EXITED, sorted(absent)))
+        return bool(self.gone)
 
     def _read_conclusions(self, store: Any) -> None:
         """All ranks reached the collective: one failed because of a rank in another group, or this rank was late."""
@@ -211,7 +256,8 @@ def explain_failure(
         tell_own(error, what)
         return None
     members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    inquiry = _Inquiry(dist.get_rank(), what, members)
+    closed_by = _CLOSED_BY.search(str(error))
+    inquiry = _Inquiry(dist.get_rank(), what, members, closed_by[1] if closed_by else "")
     inquiry.start()
     inquiry.answered.wait(SILENCE)
     if inquiry.answered.is_set():

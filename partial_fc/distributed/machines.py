@@ -129,13 +129,21 @@ def stat_of(pid: int) -> tuple[str, str]:
     return fields[0], fields[19]
 
 
+def has_exited(process: Process) -> bool:
+    """Return whether a process has ended; False if it is on another machine."""
+    if not process.machine or process.is_elsewhere:
+        return False
+    state, since = stat_of(process.pid)
+    return not state or since != process.started or state in "ZX"
+
+
 def state_of(process: Process) -> str:
     """Return the state of a process in words; "" if it is on another machine."""
     if not process.machine or process.is_elsewhere:
         return ""
-    state, since = stat_of(process.pid)
-    if not state or since != process.started or state in "ZX":
+    if has_exited(process):
         return f"its process (pid {process.pid}) has exited"
+    state, _ = stat_of(process.pid)
     how = "is stopped" if state in "Tt" else "is running, but elsewhere in its program"
     return f"its process (pid {process.pid}) {how}"
 

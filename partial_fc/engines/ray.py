@@ -178,7 +178,8 @@ def _run(options: RayOptions, command: list[str], guard: PreemptionGuard) -> int
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    remote: Any = ray.remote  # its annotations do not know actors of this kind
+    board = remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     ended: list[tuple[int, str]] = []
     fit = threading.Thread(target=lambda: ended.append(_fit(options, command, board)), daemon=True)
     fit.start()
@@ -219,13 +220,16 @@ def _fit(options: RayOptions, command: list[str], board: Any) -> tuple[int, str]
     least, most = options.workers
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(options.wait))  # Ray's 60 s are soon over
     passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
+    # the annotations do not say that the function may return something, and workers may be a range
+    rank: Any = _rank
+    workers: Any = most if least == most else (least, most)
     try:
-        result = TorchTrainer(
-            _rank,
+        result: Any = TorchTrainer(
+            rank,
             train_loop_config={"command": command, "folder": os.getcwd(), "environment": passed, "board": board},
             torch_config=_rank_variables(),
             scaling_config=ScalingConfig(
-                num_workers=most if least == most else (least, most),
+                num_workers=workers,
                 use_gpu=options.gpus > 0,
                 resources_per_worker={"CPU": options.cpus, **({"GPU": options.gpus} if options.gpus else {})},
             ),

@@ -234,11 +234,7 @@ def fault(rank: int, world: int, what: int) -> tuple[str, tuple[int, ...], str, 
 @pytest.mark.parametrize(
     "what",
     [
-        pytest.param(
-            signal.SIGKILL,
-            id="killed",
-            marks=pytest.mark.xfail(reason="its neighbours give up before the others hear of it: docs/many-ranks.md"),
-        ),
+        pytest.param(signal.SIGKILL, id="killed"),
         pytest.param(signal.SIGSTOP, id="stopped"),
     ],
 )

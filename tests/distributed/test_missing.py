@@ -192,6 +192,17 @@ def test_a_rank_that_was_killed_or_has_ended_is_named_before_the_timeout(world, 
         )
 
 
+@pytest.mark.slow
+def test_one_of_many_is_named_although_its_neighbours_alone_hear_of_it():
+    """The others wait for these neighbours, which do not end here, until the timeout: they are not missing."""
+    results = answers(8, victim_of, 3, int(signal.SIGKILL), silent=(3,))
+    assert sorted(results) == [0, 1, 2, 4, 5, 6, 7]
+    for message, missing, _, _ in results.values():
+        assert missing == (3,) and "has exited" in message, message
+    assert any("before the timeout" in message for message, *_ in results.values())
+    assert any("the timeout;" in message for message, *_ in results.values())
+
+
 def on_a_mesh(rank: int, world: int) -> tuple[str, tuple[int, ...], str]:
     """Rank 3 stays away: its shard's other rank misses it, and the replicas of both hear why these do not come."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
