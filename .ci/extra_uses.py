@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -51,10 +52,14 @@ def core() -> None:
     step()
 
 
-def train() -> None:
+def trained(folder: str, *options: str) -> None:
     settings = ["--data.identities", "20", "--train.epochs", "1", "--train.batch_size", "50"]
-    small = ["--backbone.embedding_size", "16", "--output.folder", "run"]
-    command("train", str(ROOT / "configs/quickstart.yaml"), *settings, *small)
+    small = ["--backbone.embedding_size", "16", "--output.folder", folder]
+    command("train", str(ROOT / "configs/quickstart.yaml"), *settings, *small, *options)
+
+
+def train() -> None:
+    trained("run")
     assert Path("run/report.html").is_file() and Path("run/plots/roc.png").is_file()
     assert list(Path("run/tensorboard").rglob("events.out.tfevents.*"))
 
@@ -101,6 +106,21 @@ def serve() -> None:
             service.send_signal(signal.SIGINT)
 
 
+def wandb() -> None:
+    os.environ["WANDB_MODE"] = "offline"
+    trained("tracked", "--output.trackers", "[wandb]")
+    assert list(Path("tracked").glob("wandb/*/*.wandb"))
+
+
+def mlflow() -> None:
+    os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///runs.db"
+    trained("tracked", "--output.trackers", "[mlflow]", "--output.project", "uses")
+    from mlflow import MlflowClient
+
+    link = json.loads(Path("tracked/trackers.json").read_text())["mlflow"]["link"]
+    assert "loss" in MlflowClient("sqlite:///runs.db").get_run(link["run_id"]).data.metrics
+
+
 def mpi() -> None:
     """Without an MPI library, which is the machine's, it says so; with one it starts a process group."""
     from partial_fc.engines import mpi
@@ -115,6 +135,14 @@ def mpi() -> None:
         torch.distributed.destroy_process_group()
     else:
         assert mpi.MISSING in said, said
+
+
+def ray() -> None:
+    """Two ranks on a cluster of this machine alone."""
+    options = ["--workers", "2", "--cpus", "0.5", "--restarts", "0", "--storage", str(Path("ray").absolute())]
+    ranks = [sys.executable, "-m", "partial_fc.engines.ray", *options, "--address", "local", __file__, "core"]
+    done = subprocess.run(ranks, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def examples() -> None:
@@ -148,6 +176,23 @@ def kernels() -> None:
 
     assert not triton_problem() and triton.__version__
     step(kernels="auto")
+
+
+def fuzz() -> None:
+    """Ends the process, with 0 unless an input does harm."""
+    import atheris
+
+    from partial_fc.weights.safetensors_file import read_header
+
+    read, path = atheris.instrument_func(read_header), Path("rows.safetensors")
+
+    def try_one(data: bytes) -> None:
+        path.write_bytes(data)
+        with contextlib.suppress(OSError, ValueError):
+            read(path)
+
+    atheris.Setup([sys.argv[0], "-runs=200"], try_one)
+    atheris.Fuzz()
 
 
 def faiss() -> None:
@@ -185,6 +230,15 @@ def deepspeed() -> None:
     assert import_deepspeed().__version__ and DeepSpeedHead
 
 
+def docs() -> None:
+    site = ["--config-file", str(ROOT / "docs/site/mkdocs.yml"), "--site-dir", str(Path("site").absolute())]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", *site]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Path("site/index.html").is_file()
+
+
 def notebooks() -> None:
     import nbformat
     from nbclient import NotebookClient
@@ -205,15 +259,20 @@ USES: dict[str, Callable[[], None]] = {
         export,
         gallery,
         serve,
+        wandb,
+        mlflow,
         mpi,
+        ray,
         examples,
         glyphs,
         optimizers,
         kernels,
+        fuzz,
         faiss,
         models,
         engines,
         deepspeed,
+        docs,
         notebooks,
     )
 }

@@ -1,6 +1,7 @@
 """Write constraints-hashes.txt: the versions of constraints.txt with the hash of the file that pip takes for each.
 
     python .ci/hashes.py           asks the package index and writes the file
+    python .ci/hashes.py --new     asks only for versions that have no hash yet, and keeps the other lines
     python .ci/hashes.py --check   only compares the two files' versions; asks nobody
 
 pip itself says which files those are (`pip install --dry-run --report`). It takes the files for the Python and the
@@ -36,8 +37,8 @@ def pins() -> dict[str, str]:
     return {same_name(name): version for name, _, version in (line.partition("==") for line in lines)}
 
 
-def hashed() -> dict[str, str]:
-    """Name -> version of constraints-hashes.txt. Exits with a line that is no version with a hash."""
+def hashed() -> dict[str, tuple[str, str]]:
+    """Name -> (version, hash) of constraints-hashes.txt. Exits with a line that is no version with a hash."""
     found = {}
     for line in HASHES.read_text().splitlines():
         if line.startswith("#"):
@@ -45,21 +46,24 @@ def hashed() -> dict[str, str]:
         match = LINE.fullmatch(line)
         if match is None:
             sys.exit(f"{HASHES.name} has a line that is no version with a hash: {line}")
-        found[same_name(match[1])] = match[2]
+        found[same_name(match[1])] = match[2], match[3]
     return found
 
 
 def differences() -> list[str]:
     """What the two files do not agree on, in words."""
-    wanted, found = pins(), hashed()
+    wanted, found = pins(), {name: version for name, (version, _) in hashed().items()}
     names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     return [f"{name}: {wanted.get(name)} in {PINS.name}, {found.get(name)} in {HASHES.name}" for name in names]
 
 
-def ask() -> dict[str, str]:
-    """Name -> SHA-256 of the file that pip would install for each pin."""
+def ask(versions: dict[str, str]) -> dict[str, str]:
+    """Name -> SHA-256 of the file that pip would install for each of these versions."""
+    if not versions:
+        return {}
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--dry-run", "--ignore-installed"]
-    command += ["--no-deps", "--quiet", "--report", "-", "--requirement", str(PINS)]
+    command += ["--no-deps", "--quiet", "--report", "-"]
+    command += [f"{name}=={version}" for name, version in versions.items()]
     report = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     found = {}
     for each in report["install"]:
@@ -67,10 +71,14 @@ def ask() -> dict[str, str]:
     return found
 
 
-def write() -> None:
+def write(keep: bool) -> None:
+    """Write the file; with `keep`, versions that it has already keep their hashes."""
     from sysconfig import get_platform
 
-    sums = ask()
+    kept = hashed() if keep else {}
+    wanted = pins()
+    sums = {name: sha for name, (version, sha) in kept.items() if wanted.get(name) == version}
+    sums |= ask({name: version for name, version in wanted.items() if name not in sums})
     head = HEAD.format(python="{}.{}".format(*sys.version_info), machine=get_platform())
     lines = [line for line in PINS.read_text().splitlines() if line and not line.startswith("#")]
     text = [f"{line} --hash=sha256:{sums[same_name(line.partition('==')[0])]}" for line in lines]
@@ -80,6 +88,6 @@ def write() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--check"]:
-        write()
+        write(keep=sys.argv[1:] == ["--new"])
     if problems := differences():
         sys.exit("\n".join(problems))

@@ -33,6 +33,12 @@ MODULES = {  # import -> package, where the names differ
     "yaml": "pyyaml",
 }
 UNIMPORTED = "not imported"
+UNPINNED = {
+    "mlflow": "asks for pyarrow before 26 and, by mlflow-skinny, importlib_metadata before 10",
+    "triton": "comes with a torch for CUDA, in the version that it was built with",
+    "timm": "needs the torchvision of the build of torch",
+}
+"""Packages that constraints.txt leaves out, and why, as the page says it."""
 
 
 def name_of(requirement: str) -> str:
@@ -126,8 +132,12 @@ def test_every_requirement_is_pinned_and_every_pin_has_a_hash():
     hashes: dict[str, Any] = runpy.run_path(str(ROOT / ".ci/hashes.py"))
     pins = hashes["pins"]()
     wanted = {name_of(each) for extra in EXTRAS.values() for each in own_packages(extra)}
-    # a torch for CUDA brings the triton that it was built with; timm's torchvision must fit the build of torch
-    assert {name for name in wanted if hashes["same_name"](name) not in pins} == {"timm", "triton"}
+    assert {name for name in wanted if hashes["same_name"](name) not in pins} == UNPINNED.keys()
+    assert re.findall(r"^- `(\w+)` ", PAGE.partition("\n## With hashes")[2], re.MULTILINE) == list(UNPINNED)
+    assert all(f"- `{name}` {reason}" in PAGE for name, reason in UNPINNED.items())
+    unpinned: dict[str, tuple[str, ...]] = runpy.run_path(str(ROOT / ".ci/extras.py"))["UNPINNED"]
+    for each in unpinned["mlflow"]:
+        assert f"{each} {pins[hashes['same_name'](each)]}" in PAGE, f"does mlflow still refuse this {each}?"
     assert hashes["differences"]() == [], "run python .ci/hashes.py"
 
 
