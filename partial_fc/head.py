@@ -145,7 +145,7 @@ class PartialFC(HeadState):
             if self._sampling_correction != "none":
                 correction = self._correct(rows.to(positives.device), slots, positives, options, dtypes)
         current = self.class_rows.take(rows)
-        rows = self.class_rows.send(rows)
+        rows = rows if rows is None or self.class_rows.sent is None else self.class_rows.sent[0]
         chosen = Selection(
             batch=batch,
             rows=rows,

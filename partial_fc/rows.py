@@ -27,7 +27,7 @@ from partial_fc.batch.row_sums import Pads, add_rows
 from partial_fc.distributed.dtensors import local_part, same_storage, wrap_rows
 from partial_fc.distributed.shards import ClassShards
 from partial_fc.step_record import StepRecord
-from partial_fc.tiers.travel import to_device
+from partial_fc.tiers.travel import brought_home, sent
 
 UpdateRows = Callable[..., bool]  # moves local rows a to b by their gradients, one tensor a parameter (in_backward.py)
 
@@ -151,24 +151,12 @@ class ClassRows:
         elif self.store is not None:
             self.store.ready(index)
         taken = None if self.behind is None or index is None else self.behind.take(index)
-        if index is None or not self.travels:
-            return taken
-        taken = taken or {name: local_part(p.detach()).index_select(0, index) for name, p in self.parameters.items()}
-        return {name: to_device(rows, self.device) for name, rows in taken.items()}
-
-    def send(self, index: Tensor | None) -> Tensor | None:
-        """Return the local rows `index` of a forward on the device of the loss."""
-        if index is None or not self.travels:
-            return index
-        self.sent = index.to(self.device), index
-        return self.sent[0]
+        return sent(self, index, taken) if self.travels and index is not None else taken
 
     def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads | None = None) -> None:
         """Add the gradients `values[k] [S, ...]` of the local rows `[S]`, sorted but for pads."""
         if self.travels:
-            sent, self.sent = self.sent, None
-            rows = sent[1] if sent is not None and sent[0] is rows else rows.to(self.home)
-            values = [each.to(self.home) for each in values]
+            rows, values = brought_home(self, rows, values)
         before = self.gradients()
         if self.grad_rows is not None and len(before) == len(values):
             rows, values, pads = add_rows(self.grad_rows, before, rows, values, stale=self.used, pads=self.pads)

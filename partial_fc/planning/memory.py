@@ -205,7 +205,8 @@ def _drawing(z: Sizes) -> int:
         making = WINDOW_TEMPORARIES * min(z.C_local, PIECE if z.cpu else PIECE_ELSEWHERE) + _table(z)
     else:
         making = WINDOW_TEMPORARIES * z.window
-    return max(making, 8 * (2 * (-(-z.window * z.C_local // z.C) + z.N * (1 + z.hard)) + 4 * z.S))
+    own = -(-z.window * z.C_local // z.C)
+    return max(making, 8 * (3 * own + 2 * z.N * (1 + z.hard) + 4 * z.S))
 
 
 def _table(z: Sizes) -> int:

@@ -121,8 +121,7 @@ class Trainer:
             self._resume()
         else:
             self._import_class_weights()
-            self.on_main(self.claim_folder)  # last, so that a mistake in the settings leaves no folder behind
-            check_shared(self.folder.path, self.accelerator)
+            self.take_folder()  # last, so that a mistake in the settings leaves no folder behind
 
     def _import_class_weights(self) -> None:
         """Load the class weights that the settings name."""
@@ -137,6 +136,11 @@ class Trainer:
                 self.head.refresh_hard_negatives()  # the rows are worth a search before training moves them
         except (OSError, ValueError) as error:
             raise UserError(f"--head.weights: {error}") from error
+
+    def take_folder(self) -> None:
+        """Make the run folder, which all ranks must see."""
+        self.on_main(self.claim_folder)
+        check_shared(self.folder.path, self.accelerator)
 
     def claim_folder(self) -> None:
         """Make the run folder, with the records of the data and the settings, and start the trackers; called on the

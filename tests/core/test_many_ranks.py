@@ -103,6 +103,7 @@ def test_the_sum_has_the_same_bits_on_all_ranks(ranks: Any) -> None:
         assert len(calls_a["all_gather"]) == len(calls_b["all_gather"]) + 1
 
 
+@pytest.mark.slow
 def test_a_step_sends_and_launches_no_more_with_more_ranks(tmp_path: Path) -> None:
     """One of 8 to 1,024 ranks of torch's fake process group: the command of docs/many-ranks.md, at small sizes."""
     command = [sys.executable, str(ROOT / "benchmarks" / "many_ranks.py"), "--quick", "--out", str(tmp_path)]

@@ -130,7 +130,7 @@ def on_the_cpu(rank: int, world: int) -> str:
     with (
         gpus(4, current=rank),
         mock.patch("partial_fc.distributed.groups.current_device", return_value=torch.device("cpu")),
-        pytest.raises(ValueError, match="is on the CPU") as error,
+        pytest.raises(ValueError, match="are on the CPU") as error,
     ):
         PartialFC(4, 6, device="cpu")
     return str(error.value)

@@ -289,7 +289,7 @@ def test_options_that_cannot_work_are_refused(option):
 
 def test_what_only_a_gpu_has_is_left_out_of_trials_on_the_cpu(monkeypatch):
     """Rows that say they are on a GPU: the class gets the option, and what is tried on the CPU does without."""
-    monkeypatch.setattr(ClassRows, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(ClassRows, "home", torch.device("cuda", 0))
     optimizer = build("exact", torch.optim.Adam, capturable=True)[1]
     assert optimizer.inner.defaults["capturable"] and optimizer.param_groups[0]["capturable"]
     template = optimizer.state_template()

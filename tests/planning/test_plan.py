@@ -592,13 +592,15 @@ def test_tensors_of_rows_that_are_brought_up_to_date_in_place(changes, monkeypat
 def check_tensors(changes: dict[str, Any]) -> None:
     made = plan(**{"num_classes": 6000, "embedding_size": 64, "world_size": 1, "batch_size": 64, **changes})
     found = allocated(made)
+    table = sum(each.largest for each in made.items if each.name == "steps of a cycle")  # none alone on a CPU
     for phase in ("select", "forward", "backward", "update"):
         if phase in found and (phase != "select" or any(i.name == "steps of each row" for i in made.items)):
             # in half precision the CPU has temporaries of its own, which differ from one processor to another
             # and weights that stand still without a gradient (RMSprop) are not copied when their row is moved
             rel = 0.06 if changes.get("dtype") not in (BF16, F16) else 0.1
-            assert made.phases[phase] == pytest.approx(found[phase], rel=rel), phase
-    assert made.peak == pytest.approx(max(found.values()), rel=0.02)
+            own = made.phases[phase] - (2 if phase == "select" else 1) * table  # there beside that of the cycle before
+            assert own == pytest.approx(found[phase], rel=rel), phase
+    assert made.peak - table == pytest.approx(max(found.values()), rel=0.02)
 
 
 MEASURED: dict[str, dict[str, Any]] = {

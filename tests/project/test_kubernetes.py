@@ -175,6 +175,7 @@ def pods_of_train_job(tiny: Path, out: Path, *more: str) -> list[subprocess.Pope
 PODS = {"job": pods_of_job, "trainjob": pods_of_train_job}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["job", pytest.param("trainjob", marks=pytest.mark.slow)])
 def test_pods_train_what_others_train(tiny, history, kind):
     out = tiny.parent / kind

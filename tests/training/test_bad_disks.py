@@ -203,6 +203,7 @@ def line_of(outcome: Outcome, *codes: int) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_history_on_a_full_disk_ends_all_ranks_in_words(disk, tmp_path):
     run = tmp_path / "run"
     command = [

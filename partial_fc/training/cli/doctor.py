@@ -51,7 +51,7 @@ def doctor_command(arguments: list[str]) -> int:
     from partial_fc.training.trainer import Trainer
 
     class Unclaimed(Trainer):
-        def claim_folder(self) -> None:
+        def take_folder(self) -> None:
             """Do nothing: doctor makes no run folder."""
 
     with tempfile.TemporaryDirectory() as folder:  # the trainer needs a free folder; the run's own may exist

@@ -164,7 +164,7 @@ def _read(folder: Path, name: str) -> npt.NDArray[Any]:
     try:
         array: npt.NDArray[Any] = np.load(io.BytesIO((folder / name).read_bytes()), allow_pickle=False)
         return array
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises almost anything for a damaged file
         raise UserError(f"{folder / name} cannot be read ({error}); make the data set again") from error
 
 
