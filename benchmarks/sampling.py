@@ -14,7 +14,7 @@ Started again, it goes on: a finished run is not run again, an interrupted one i
 that was run with other settings is refused. --minutes begins no run that would end later, by the longest one so far.
 
 The grid takes many hours. --known is the results.json of parts that were run elsewhere: a run that it has, with these
-settings, is not run again and stands in the tables too. benchmarks/results/sampling.json has those of docs/sampling.md.
+settings, is not run again and stands in the tables too; if not given, benchmarks/results/sampling.json if it is there.
 """
 
 from __future__ import annotations
