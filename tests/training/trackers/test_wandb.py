@@ -50,6 +50,7 @@ def rows(found: list[Any]) -> dict[int, dict[str, Any]]:
     }
 
 
+@pytest.mark.slow  # alone in its process: what else has used wandb there decides where it writes
 def test_a_run_and_its_continuation(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
