@@ -87,6 +87,7 @@ ON_RANKS = ("SGD", "AdamW", "Softmax", "hard negatives", "all rows, in backward"
 
 
 @pytest.mark.parametrize("name", ON_RANKS)
+@pytest.mark.slow
 def test_rows_of_two_ranks(gpu_ranks: Pools, ranks: Pools, tmp_path: Any, name: str) -> None:
     on_both(
         gpu_ranks, ranks, RANKS_ON_HOST, trained, name, str(tmp_path), 2 - ("backward" in name), "backward" not in name
@@ -118,7 +119,7 @@ def centered(place: Place, update: str) -> Any:
 
 
 @pytest.mark.parametrize("update", ["paper", "gradient"])
-@pytest.mark.parametrize("layout", [ALONE_ON_HOST, RANKS_ON_HOST])
+@pytest.mark.parametrize("layout", [ALONE_ON_HOST, pytest.param(RANKS_ON_HOST, marks=pytest.mark.slow)])
 def test_centers_on_the_host_move_as_on_cpus(gpu_ranks: Pools, ranks: Pools, layout: str, update: str) -> None:
     on_both(gpu_ranks, ranks, layout, centered, update)
 
@@ -143,7 +144,7 @@ def clipped(place: Place) -> Any:
     return found, [*backbone.parameters()], head.weight
 
 
-@pytest.mark.parametrize("layout", [ALONE_ON_HOST, RANKS_ON_HOST])
+@pytest.mark.parametrize("layout", [ALONE_ON_HOST, pytest.param(RANKS_ON_HOST, marks=pytest.mark.slow)])
 def test_one_norm_of_a_backbone_there_and_of_rows_on_the_host(gpu_ranks: Pools, ranks: Pools, layout: str) -> None:
     on_both(gpu_ranks, ranks, layout, clipped)
 

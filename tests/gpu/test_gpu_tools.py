@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from on_gpu import ALONE, CLASSES, LAYOUTS, ON_HOST, RANKS, RANKS_ON_HOST, WIDTH, Place, Pools, on_both
+from on_gpu import ALONE, ALONE_ON_HOST, CLASSES, LAYOUTS, RANKS, RANKS_ON_HOST, WIDTH, Place, Pools, on_both
 from torch import nn
 
 from partial_fc import (
@@ -238,14 +238,14 @@ OF_ROWS = ("queries", "changes of classes", "class means", "state dicts", "a wat
 
 
 @pytest.mark.parametrize("name", OF_ROWS)
-@pytest.mark.parametrize("layout", ON_HOST)
+@pytest.mark.parametrize("layout", [ALONE_ON_HOST, pytest.param(RANKS_ON_HOST, marks=pytest.mark.slow)])
 def test_tools_for_rows_on_the_host(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
     scenario, arguments = SCENARIOS[name]
     on_both(gpu_ranks, ranks, layout, scenario, *arguments)
 
 
 @pytest.mark.parametrize("name", WITH_FILES)
-@pytest.mark.parametrize("layout", ON_HOST)
+@pytest.mark.parametrize("layout", [ALONE_ON_HOST, pytest.param(RANKS_ON_HOST, marks=pytest.mark.slow)])
 def test_files_of_rows_on_the_host(gpu_ranks: Pools, ranks: Pools, layout: str, name: str, tmp_path: Path):
     on_both(gpu_ranks, ranks, layout, WITH_FILES[name], str(tmp_path))
 

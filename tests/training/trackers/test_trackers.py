@@ -170,6 +170,7 @@ def test_last_steps_of_a_history():
 # ---------------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_in_the_same_tracked_run_on_fewer_ranks(tiny, tmp_path):
     run, file = tmp_path / "run", tmp_path / "told"
     arguments = ["train", str(tiny), "--output.folder", str(run), "--start_or_resume", *own(file)]
@@ -213,6 +214,7 @@ def test_a_run_that_was_killed_goes_on_in_the_same_tracked_run_on_fewer_ranks(ti
     assert len(list((run / "tensorboard").glob("*/hparams.yml"))) == 1, "settings are stored at the start alone"
 
 
+@pytest.mark.slow
 def test_a_tracker_that_does_not_start_is_one_line_on_all_ranks_without_secrets(tiny, tmp_path):
     run, file = tmp_path / "run", tmp_path / "told"
     arguments = ["train", str(tiny), "--output.folder", str(run)]
