@@ -110,7 +110,7 @@ class ClassRows:
     @property
     def travels(self) -> bool:
         """Whether rows are brought from the host to the device of the loss, and their gradients back."""
-        return self.device != self.home
+        return self.device.type != self.home.type
 
     def hold(self, parameters: dict[str, nn.Parameter], shared: dict[str, nn.Parameter], shards: ClassShards) -> None:
         """Take these parameters: after construction, a move to another device, a change of dtype or of the classes."""

@@ -127,7 +127,8 @@ class ShardedModule(nn.Module):
         self.class_rows = ClassRows(type(self).__name__, shards, sampled=sampled, seed=self.seed, record=record)
         self._storage = storage
         if storage is not None and self._device.type != "meta":  # there a head has no rows, and never gets any
-            self.class_rows.store = RowStore(storage, shards.lo, shards.local, self._device)
+            device = torch.empty(0, device=self._device).device  # with its number, as those of tensors have
+            self.class_rows.store = RowStore(storage, shards.lo, shards.local, device)
 
     # ------------------------------------------------------------------------------------------------ parameters
 

@@ -214,7 +214,7 @@ class UnitRows:
 
     def unit(self, rows: Tensor, buffer: Tensor, first: int) -> Tensor:
         """Return `rows [m, K, D]` of the classes from id `first` on, at unit length unless plain, in `buffer`."""
-        rows = to_device(rows, self.device) if rows.device != self.device else rows
+        rows = to_device(rows, self.device)
         factors = unit_factors(rows.to(self.dtype) if rows.dtype != self.dtype else rows)
         bad = ~factors.isfinite().flatten(1).all(1)
         if self.bias is not None:

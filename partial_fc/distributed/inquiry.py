@@ -159,9 +159,7 @@ class _Inquiry(threading.Thread):
         if not absent:
             self._read_conclusions(store)
         for rank in sorted(self.missing) or self.members:
-            process = process_of(rank, store)
-            if process is not None:
-                self.processes[rank] = process
+            process = self._process(rank, store)
             if rank in self.missing:
                 state = "" if process is None else state_of(process)
                 self.seen[rank] = ", and ".join(filter(None, (failure_of(rank, store), state)))
@@ -200,11 +198,7 @@ class _Inquiry(threading.Thread):
 
     def _some_have_exited(self, store: Any, absent: set[int]) -> bool:
         """Return whether absent ranks have exited, as far as any rank knows; note which, and tell the others."""
-        for rank in absent - self.processes.keys():
-            process = process_of(rank, store)
-            if process is not None:
-                self.processes[rank] = process
-        there = [rank for rank in absent if rank in self.processes]
+        there = [rank for rank in absent if self._process(rank, store) is not None]
         gone = {rank for rank in there if has_exited(self.processes[rank])}
         by_address = [rank for rank in there if self.closed_by and self.processes[rank].address == self.closed_by]
         if len(by_address) == 1 and self.processes[by_address[0]].is_elsewhere:
@@ -213,6 +207,12 @@ class _Inquiry(threading.Thread):
             store.set(f"{EXITED}/{rank}", "")
         self.gone = gone | (absent - _absent(store, EXITED, sorted(absent)))
         return bool(self.gone)
+
+    def _process(self, rank: int, store: Any) -> Process | None:
+        """Return the process of a rank, which the store is asked for once; None if it was not registered."""
+        if rank not in self.processes and (found := process_of(rank, store)) is not None:
+            self.processes[rank] = found
+        return self.processes.get(rank)
 
     def _read_conclusions(self, store: Any) -> None:
         """All ranks reached the collective: one failed because of a rank in another group, or this rank was late."""

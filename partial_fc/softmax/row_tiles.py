@@ -58,6 +58,7 @@ class RowTiles:
     ) -> None:
         self.prefix = prefix  # of what it takes from the workspace
         self.weight = weight.reshape(-1, weight.shape[-1])
+        self.device = weight.device
         self.bias = bias
         self.index = index
         self.dtype = dtype
@@ -74,9 +75,7 @@ class RowTiles:
         """Return memory `[length, D]` for the gradient of the rows: that of the held directions if there are any."""
         if self.memory is not None:
             return self.memory
-        return self.workspace.take(
-            f"{self.prefix}rows", (length, self.weight.shape[1]), self.weight.dtype, self.weight.device
-        )
+        return self.workspace.take(f"{self.prefix}rows", (length, self.weight.shape[1]), self.weight.dtype, self.device)
 
     def release(self, grad: Tensor) -> None:
         """All tiles have written to the gradient: a second backward makes the directions again."""

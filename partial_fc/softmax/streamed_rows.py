@@ -20,10 +20,6 @@ class StreamedRows(RowTiles):
         self.device = device
         self.inverse = None if self.inverse is None else torch.empty_like(self.inverse, device=device)
 
-    def gradient_memory(self, length: int) -> Tensor:
-        shape = length, self.weight.shape[1]
-        return self.workspace.take(f"{self.prefix}rows", shape, self.weight.dtype, self.device)
-
     def part(self, a: int, b: int, out: Tensor | None = None) -> Tensor:
         return to_device(self.weight[a:b], self.device)
 

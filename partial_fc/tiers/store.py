@@ -315,12 +315,16 @@ class _Rows:
         """Read the pages of the rows `[n]` that memory has not; OSError if they cannot be read."""
         if self.file is None or not len(index):
             return
-        address = self.tensor.data_ptr()
         places = pages.first_of_pages(index * self.row_bytes, self.row_bytes)
         if self.size <= MOST_ASKED:
-            places = places[~pages.resident(address, self.size)[places // pages.PAGE]]
+            places = places[~pages.resident(self.tensor.data_ptr(), self.size)[places // pages.PAGE]]
+        self._read_pages(places)
+
+    def _read_pages(self, places: Tensor) -> None:
+        """Read the pages around these places `[n]` of the file; OSError if one cannot be read."""
+        assert self.file is not None
         if pages.reads_itself():
-            pages.read_in(places + address)
+            pages.read_in(places + self.tensor.data_ptr())
             return
         for place in places.tolist():
             os.pread(self.file, 1, place)
@@ -340,11 +344,7 @@ class _Rows:
             end = min(os.lseek(self.file, place, os.SEEK_HOLE), self.size)
             for start in range(place // pages.PAGE * pages.PAGE, end, READ_AT_ONCE):
                 missing = ~pages.resident(address + start, min(READ_AT_ONCE, end - start))
-                if pages.reads_itself():
-                    pages.read_in(missing.nonzero()[:, 0] * pages.PAGE + (address + start))
-                else:
-                    for page in missing.nonzero()[:, 0].tolist():
-                        os.pread(self.file, 1, start + page * pages.PAGE)
+                self._read_pages(missing.nonzero()[:, 0] * pages.PAGE + start)
             place = end
 
     def write_behind(self, last: Tensor | None) -> None:
