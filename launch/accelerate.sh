@@ -7,4 +7,5 @@
 #   (or zero3.yaml, fsdp2.yaml)
 # Needs `pip install '.[train]'`, for ZeRO also '.[deepspeed]'. Settings may follow the run's file.
 set -euo pipefail
+export PARTIAL_FC_LAUNCHER=$$  # exec keeps it
 exec accelerate launch --config_file "$1" -m partial_fc train "${@:2}"

@@ -7,6 +7,7 @@
 # (torch 2.13).
 set -euo pipefail
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export PARTIAL_FC_LAUNCHER=$$  # exec keeps it
 exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC:-gpu}" --max_restarts "${MAX_RESTARTS:-3}" \
     --rdzv_backend c10d --rdzv_id "${RDZV_ID:-partial_fc}" --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" \
     -m partial_fc train "$@" --start_or_resume

@@ -218,7 +218,10 @@ def _fit(options: RayOptions, command: list[str], board: Any) -> tuple[int, str]
     from ray.train.torch import TorchTrainer
 
     least, most = options.workers
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(options.wait))  # Ray's 60 s are soon over
+    # Ray asks for as many workers as it sees room for, also on a node that it has not yet noticed to be lost, and counts
+    # again when they do not start within this time. A fixed number is not counted again.
+    start = options.wait if least == most else min(60.0, options.wait / 4)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start))
     passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
     # the annotations do not say that the function may return something, and workers may be a range
     rank: Any = _rank
@@ -271,13 +274,13 @@ def _shortage(options: RayOptions) -> str:
 
 
 def _give_up(message: str, code: int) -> int:
-    """End although Ray Train still waits, which cannot be stopped."""
-    import ray
+    """End although Ray Train still waits, which cannot be stopped.
 
+    The cluster ends what belongs to a driver that is gone, and a cluster of this process goes with it. `ray.shutdown`
+    would do so too, but it ends the process with exit code 1 where the thread in Ray Train asks for something then.
+    """
     _print(f"error: {message}")
-    ray.shutdown()
-    sys.stderr.flush()
-    os._exit(code)  # the thread in Ray Train would keep the process
+    os._exit(code)
 
 
 def _error(message: str) -> int:

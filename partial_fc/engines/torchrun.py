@@ -14,6 +14,7 @@ by exit codes whether to start a job again needs more:
 
 from __future__ import annotations
 
+import os
 import sys
 
 from torch.distributed import run
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Ctrl-C gives 130. Other errors of torchrun itself, such as a rendezvous that fails, are not caught.
     """
+    os.environ["PARTIAL_FC_LAUNCHER"] = str(os.getpid())  # ranks that are started while it is killed find out by it
     try:
         run.main(sys.argv[1:] if arguments is None else arguments)
     except ChildFailedError as error:

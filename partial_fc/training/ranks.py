@@ -21,16 +21,25 @@ import subprocess
 from collections.abc import Mapping
 from datetime import timedelta
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from partial_fc.distributed.own_gpu import take_own_gpu
 from partial_fc.engines import mpi
-from partial_fc.training.errors import UserError
+from partial_fc.training.errors import Preempted, UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-VARIABLES = ("PARTIAL_FC_CACHE", "PARTIAL_FC_FAULTS", "PARTIAL_FC_KERNELS", "PARTIAL_FC_TOKEN", "PARTIAL_FC_TRUST")
+LAUNCHER = "PARTIAL_FC_LAUNCHER"  # set by launch/ and engines/torchrun.py: the process id of the launcher
+VARIABLES = (
+    "PARTIAL_FC_CACHE",
+    "PARTIAL_FC_FAULTS",
+    "PARTIAL_FC_KERNELS",
+    LAUNCHER,
+    "PARTIAL_FC_TOKEN",
+    "PARTIAL_FC_TRUST",
+)
 MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 WAIT = timedelta(seconds=300)  # until the slowest rank has started
 
@@ -42,10 +51,13 @@ _parent = os.getppid()
 def find_ranks() -> None:
     """Set torch's rank variables from those of the launcher.
 
-    Raises UserError, the same on every rank, if the variables are missing or contradict each other.
+    Raises UserError, the same on every rank, if the variables are missing or contradict each other, and Preempted if
+    the launcher has exited meanwhile: nothing would stop this rank, and the next run would meet it at its port.
     """
     if dist.is_initialized():
         return
+    if launcher_has_exited():
+        raise Preempted("stopped before the start: its launcher has exited")
     launcher = _launcher()
     problem = None
     if launcher == "mpirun":
@@ -102,8 +114,25 @@ def check_devices(cpu: bool) -> None:
 
 
 def launcher_has_exited() -> bool:
-    """Return whether the launcher of this rank has exited: torchrun, accelerate or deepspeed, which would stop it."""
-    return ("TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ) and os.getppid() != _parent
+    """Return whether the launcher of this rank has exited: torchrun, accelerate or deepspeed, which would stop it.
+
+    A rank that is started while its launcher is killed has never seen it as its parent: for this there is LAUNCHER.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "CROSS_SIZE" not in os.environ:
+        return False
+    number = os.environ.get(LAUNCHER, "")
+    return os.getppid() != _parent or (number.isdecimal() and not _lives(int(number)))
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or a system without /proc
+        return True
+    return state not in "ZX"  # it has exited, and its parent has not looked yet
 
 
 def shows_errors() -> bool:

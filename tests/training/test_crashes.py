@@ -221,6 +221,22 @@ def test_ranks_whose_launcher_is_killed_save_and_leave(tiny, undisturbed, tmp_pa
     assert RunFolder(out).checkpointer().steps()[-1] == len(losses(out))
 
 
+@pytest.mark.slow
+def test_ranks_whose_launcher_is_killed_before_they_have_started(tiny, undisturbed, tmp_path):
+    """No rank lives on with the port and the store that the next run uses."""
+    out, environment = tmp_path / "run", ports()
+    with disturbed(by_hand(tiny, out), **environment) as (process, mark):
+        while len(of_mark(mark)) < 3:  # the launcher and its ranks, which import torch for seconds
+            time.sleep(0.01)
+        process.kill()
+        _, err = process.communicate(timeout=150)
+        assert not of_mark(mark)
+    assert "partial-fc: stopped before the start: its launcher has exited" in err
+    assert not out.exists()
+    succeed(by_hand(tiny, out), **environment)
+    assert tell_tale(out) == undisturbed
+
+
 # ---------------------------------------------------------------------------------------------------- killed
 
 

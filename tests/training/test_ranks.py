@@ -184,6 +184,21 @@ def test_the_variables_of_the_project_are_known():
     assert set(re.findall(r'"(PARTIAL_FC_[A-Z]{2,})"', text)) == set(found.VARIABLES)
 
 
+def test_a_rank_finds_out_that_its_launcher_is_gone(variables, capsys):
+    """Also one that was never its child, or that nobody has waited for."""
+    variables({"TORCHELASTIC_RUN_ID": "none", found.LAUNCHER: str(os.getpid())})
+    assert not found.launcher_has_exited()
+    with subprocess.Popen([sys.executable, "-c", ""]) as launcher:
+        os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)
+        variables({found.LAUNCHER: str(launcher.pid)})
+        assert found.launcher_has_exited(), "a zombie"
+    assert found.launcher_has_exited()
+    assert main(["train"]) == 75
+    assert "stopped before the start: its launcher has exited" in capsys.readouterr().err
+    del os.environ["TORCHELASTIC_RUN_ID"]
+    assert not found.launcher_has_exited(), "started by hand within a run"
+
+
 def test_plan_needs_no_ranks(variables, capsys):
     variables({"RANK": "1"})
     assert main(["plan", "--num_classes", "1000", "--batch_size", "8"]) == 0
