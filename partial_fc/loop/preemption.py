@@ -10,6 +10,8 @@ its own signal), so only the first one counts. Ctrl-C is not changed.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterable
@@ -42,6 +44,8 @@ class PreemptionGuard:
     Args:
         signals: the signals to record.
         group: the ranks that agree; None for all, or for one process without a process group.
+        notice: a line that the first signal writes to standard error at once, since a step may take long; None for
+            none.
 
     Raises RuntimeError when entered outside the main thread, because Python handles signals only there.
     """
@@ -49,9 +53,16 @@ class PreemptionGuard:
     EXIT_CODE: ClassVar[int] = 75
     """EX_TEMPFAIL of sysexits.h: not an error, run it again."""
 
-    def __init__(self, signals: Iterable[signal.Signals] = SIGNALS, *, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        signals: Iterable[signal.Signals] = SIGNALS,
+        *,
+        group: dist.ProcessGroup | None = None,
+        notice: str | None = None,
+    ) -> None:
         self._signals = tuple(signals)
         self._group = group
+        self._notice = notice
         self._before: dict[signal.Signals, Any] = {}
         self.noted: signal.Signals | None = None
         """The first signal that this rank has received. Not a collective."""
@@ -71,7 +82,13 @@ class PreemptionGuard:
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.noted = self.noted or signal.Signals(number)
+        if self.noted is not None:
+            return
+        self.noted = signal.Signals(number)
+        if self._notice is not None:
+            with contextlib.suppress(OSError):  # standard error may be closed
+                # print() could be what the signal has interrupted, and is not reentrant; a bar may be on the line
+                os.write(2, f"\n{self._notice}\n".encode())
 
     def requested(self) -> bool:
         """Return whether any rank has received a signal, the same on every rank. Every rank must call it.

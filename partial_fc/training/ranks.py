@@ -113,6 +113,21 @@ def check_devices(cpu: bool) -> None:
     take_own_gpu()
 
 
+def device_line(cpu: bool) -> str:
+    """Return a line that says what this rank trains on. After `check_devices`.
+
+    cpu: the settings ask for the CPU.
+    """
+    if cpu:
+        return "training on the CPU, as --train.cpu says"
+    if not torch.cuda.is_available():
+        return f"no GPU found (torch {torch.__version__}): training on the CPU"
+    number = torch.cuda.current_device()
+    others = int(os.environ.get("WORLD_SIZE", "1")) - 1
+    more = f", and {others} more rank{'s' * (others > 1)}" if others > 0 else ""
+    return f"training on cuda:{number} ({torch.cuda.get_device_name(number)}){more}"
+
+
 def launcher_has_exited() -> bool:
     """Return whether the launcher of this rank has exited: torchrun, accelerate or deepspeed, which would stop it.
 

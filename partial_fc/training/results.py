@@ -301,7 +301,10 @@ def load_backbone(
     """
     checkpoint = checkpoint or folder.find_checkpoint()
     backbone = build_backbone(
-        config.backbone.name, image_shape=image_shape, embedding_size=config.backbone.embedding_size
+        config.backbone.name,
+        image_shape=image_shape,
+        embedding_size=config.backbone.embedding_size,
+        normalize_input=config.backbone.normalize_input,
     )
     try:
         load_checkpoint(checkpoint, backbone=backbone)

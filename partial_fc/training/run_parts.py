@@ -76,7 +76,7 @@ def build_parts(
     shape = train.image_shape
     named = None if resume else config.backbone.weights
     weights = None if named is None else run_on_main_for_all(lambda: str(checkpoint_in(named) or named), accelerator)
-    backbone = run_on_all(lambda: config.backbone.build(shape, weights), accelerator)
+    backbone = run_on_all(lambda: config.backbone.build(shape, weights, accelerator.print), accelerator)
     counts = count_backbone(backbone, shape)
     trained = Trained(
         build=_first_then_new(backbone, config, shape),

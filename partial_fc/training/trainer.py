@@ -34,7 +34,7 @@ from partial_fc.training.interval import direction, undisturbed
 from partial_fc.training.micro_batches import MIN_IMAGES, MicroBatches, Progress
 from partial_fc.training.mixing import mixed, sampler_of
 from partial_fc.training.protocols.result import Result
-from partial_fc.training.ranks import launcher_has_exited
+from partial_fc.training.ranks import device_line, launcher_has_exited
 from partial_fc.training.report.hardest import note_confusions
 from partial_fc.training.results import describe_environment, write_results
 from partial_fc.training.run import DATA, UNREADABLE, RunFolder
@@ -213,14 +213,20 @@ class Trainer:
         """Train the remaining epochs. Raises Preempted on every rank if one was asked to stop."""
         config = self.config
         run_on_all(self.log.begin, self.accelerator)
+        self.accelerator.print(device_line(config.train.cpu))
         self.accelerator.print(f"backbone {config.backbone.name}: {self.counts}")
         total = self.steps_per_epoch * config.train.epochs
         used = self.steps_per_epoch * config.train.batch_size
         count = len(self.data.train)
         if used < count:
-            self.accelerator.print(
-                f"an epoch uses {used:,} of {count:,} images, in complete steps; each epoch leaves out different ones"
-            )
+            text = f"an epoch uses {used:,} of {count:,} images, in complete steps; each epoch leaves out others"
+            drawn = self.loader.sampler.length  # other samplers than shuffled draw fewer than there are, by design
+            if drawn - used > drawn / 10:
+                text += (
+                    f" (a step takes {config.train.batch_size:,}, and {drawn - used:,} are left over; a smaller "
+                    "--train.batch_size leaves out fewer)"
+                )
+            self.accelerator.print(text)
         bar = tqdm(
             total=total,
             initial=self.progress.step,

@@ -47,6 +47,17 @@ def test_a_group_agrees_by_itself(ranks):
     assert ranks(3).run(ask_a_part) == [True, True, False]
 
 
+def test_the_first_signal_is_told_at_once(capfd):
+    with PreemptionGuard(notice="stopping soon"):
+        assert capfd.readouterr().err == ""
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert capfd.readouterr().err == "\nstopping soon\n"
+    with PreemptionGuard():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_signals_are_what_they_were_afterwards():
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))

@@ -54,6 +54,19 @@ def test_no_launcher_is_one_process(variables):
     assert found.shows_errors()
 
 
+def test_the_device_of_a_run_is_named(variables, monkeypatch):
+    variables({})
+    assert found.device_line(True) == "training on the CPU, as --train.cpu says"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert found.device_line(False) == f"no GPU found (torch {torch.__version__}): training on the CPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
+    assert found.device_line(False) == "training on cuda:1 (card 1)"
+    variables({"WORLD_SIZE": "3"})
+    assert found.device_line(False) == "training on cuda:1 (card 1), and 2 more ranks"
+
+
 def test_slurms_variables_become_torchs(variables, monkeypatch):
     variables(STEP)
     without_exchange(monkeypatch)

@@ -266,6 +266,19 @@ def test_a_traceback_is_shown_when_asked_for(tmp_path, capsys):
     assert "Traceback" in err and expected in err
 
 
+@pytest.mark.parametrize("command", ["train", "verify"])
+def test_a_gpu_that_is_too_small_is_told_what_needs_less(command, monkeypatch, capsys):
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(f"partial_fc.training.cli.main.{'train' if command == 'train' else 'protocol_command'}", fail)
+    assert main([command]) == 1
+    *before, last = capsys.readouterr().err.splitlines()
+    assert "Tried to allocate" in before[-1] and before[0].startswith("Traceback")
+    assert last.startswith(f"partial-fc: error: {command} ran out of GPU memory: set ")
+    assert ("--backbone.gradient_checkpointing true" in last) is (command == "train")
+
+
 def test_only_one_rank_speaks(tmp_path):
     code, _, err = finish(fork(*bad_run(tmp_path, "missing data")[0]))
     assert code != 0

@@ -63,7 +63,22 @@ def test_micro_batches_that_make_no_whole_step_are_left_out_and_counted(tmp_path
     assert trainer.progress.left_out == 2 * (unreadable + 2)
     count = len(trainer.data.train)
     taken = whole // accumulation * 64
-    assert taken < count and f"an epoch uses {taken:,} of {count:,} images" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert taken < count and f"an epoch uses {taken:,} of {count:,} images" in out
+    assert "a smaller" not in out, "few are left out"
+    assert out.startswith("training on the CPU, as --train.cpu says\n")
+
+
+def test_a_batch_that_leaves_out_many_images_is_told(tmp_path, monkeypatch, capsys):
+    trainer = Trainer(settings(tmp_path / "run", "--train.epochs", "1", "--train.batch_size", "400"))
+    count = len(trainer.data.train)
+    assert 440 < count < 800
+    monkeypatch.setattr(trainer, "_train_epoch", lambda epoch, bar: None)
+    monkeypatch.setattr(trainer, "_save", lambda metric=None: None)
+    trainer.train()
+    trainer.close()
+    left = f"(a step takes 400, and {count - 400} are left over; a smaller --train.batch_size leaves out fewer)"
+    assert left in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def build_backbone(
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
     channels_last: bool = False,
+    normalize_input: bool = False,
 ) -> nn.Module:
     """Build the backbone `name` for images of `image_shape` (C, H, W), with `embedding_size` outputs per image.
 
@@ -75,6 +76,8 @@ def build_backbone(
             are the same, memory is less; batch statistics count a batch once.
         channels_last: give the images to convolutions as [n, H, W, C] in memory, which is faster on GPUs. Weights keep
             their layout, so every engine and checkpoint accepts them.
+        normalize_input: give a model of timm or transformers its images with the mean and standard deviation that its
+            own configuration names, in place of [-1, 1]. They are buffers of the module, saved with its weights.
 
     Raises UserError for an unknown name, for sizes that are not positive, and for options that the backbone does not
     have.
@@ -92,6 +95,12 @@ def build_backbone(
         others = "".join(f", {prefix}NAME" for prefix in sorted(PREFIXES))
         raise UserError(f"unknown backbone {name!r}; choose one of: {', '.join(sorted(BACKBONES))}{others}")
     _apply_options(backbone, name, dropout, gradient_checkpointing, channels_last)
+    if normalize_input:
+        if not hasattr(backbone, "normalize_input"):
+            raise UserError(
+                f"the backbone {name!r} takes images in [-1, 1] as they are; leave --backbone.normalize_input out"
+            )
+        backbone.normalize_input()  # type: ignore[operator]
     return backbone
 
 

@@ -4,13 +4,15 @@
     hf:FOLDER      the model that the config.json of transformers in FOLDER describes
     hf:TYPE        a model type of transformers with its default sizes, such as hf:vit or hf:resnet
 
-images [n, C, H, W] -> the model's pooled features [n, F] -> batch norm -> dropout -> linear -> batch norm  [n, D]
+images [n, C, H, W] in [-1, 1] -> (x - mean) / std of the model's own configuration, if the settings say so
+  -> the model's pooled features [n, F] -> batch norm -> dropout -> linear -> batch norm  [n, D]
 
 Weights are initialised randomly; --backbone.weights names a file of pretrained ones. Nothing is downloaded, and no
 code in a folder is run.
 """
 
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,15 +23,30 @@ from torch import Tensor, nn
 
 from partial_fc.training.backbones import PREFIXES
 from partial_fc.training.backbones.precision import in_full_precision
+from partial_fc.training.backbones.weights import INPUT_STATISTICS
 from partial_fc.training.errors import UserError
+
+InputStatistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel of images in [0, 1]."""
+PROCESSOR = "preprocessor_config.json"
 
 
 class WithOutputStage(nn.Module):
-    """`trunk` with pooled features of size `features`, and the output stage of the ArcFace paper (section 3.2.2)."""
+    """`trunk` with pooled features of size `features`, and the output stage of the ArcFace paper (section 3.2.2).
 
-    def __init__(self, trunk: nn.Module, features: int, embedding_size: int) -> None:
+    own_input: what the configuration of the model says about its images, for `normalize_input`.
+    """
+
+    input_mean: Tensor
+    input_std: Tensor
+
+    def __init__(
+        self, trunk: nn.Module, features: int, embedding_size: int, own_input: InputStatistics | None = None
+    ) -> None:
         super().__init__()
         self.trunk = trunk
+        self.own_input = own_input
+        self.channels = 0
         self.class_token = has_class_token(trunk)
         self.norm = nn.BatchNorm1d(features)
         self.dropout = nn.Dropout(p=0.0)
@@ -53,7 +70,28 @@ class WithOutputStage(nn.Module):
                 "leave --backbone.gradient_checkpointing out"
             )
 
+    def normalize_input(self) -> None:
+        """Give the model its images with the mean and standard deviation of its own configuration.
+
+        Raises UserError if that has none, or has them for another number of channels.
+        """
+        if self.own_input is None:
+            raise UserError(
+                f"--backbone.normalize_input: the configuration of {type(self.trunk).__name__} has no mean and "
+                f"standard deviation of images; of transformers give a folder with {PROCESSOR}, which save_pretrained "
+                "of the model's AutoImageProcessor writes"
+            )
+        if self.channels != len(self.own_input[0]):
+            raise UserError(
+                f"--backbone.normalize_input: the configuration of {type(self.trunk).__name__} is for "
+                f"{len(self.own_input[0])} channels, and the images have {self.channels}; set --data.channels"
+            )
+        for name, values in zip(INPUT_STATISTICS, self.own_input, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
+
     def forward(self, images: Tensor) -> Tensor:
+        if hasattr(self, INPUT_STATISTICS[0]):
+            images = (images * 0.5 + 0.5 - self.input_mean) / self.input_std  # from [-1, 1]
         x = pooled(self.trunk, images, self.class_token)
         with in_full_precision(images.device):
             x = self.dropout(self.norm(x.to(self.fc.weight.dtype)))
@@ -83,7 +121,11 @@ def has_class_token(trunk: nn.Module) -> bool:
 
 
 def _with_output_stage(
-    trunk: nn.Module, name: str, image_shape: tuple[int, int, int], embedding_size: int
+    trunk: nn.Module,
+    name: str,
+    image_shape: tuple[int, int, int],
+    embedding_size: int,
+    own_input: InputStatistics | None,
 ) -> WithOutputStage:
     """Add the output stage; one image shows the number of features and the parameters that have no gradient."""
     training = trunk.training
@@ -100,7 +142,9 @@ def _with_output_stage(
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:  # for another task, such as a mask token; DDP would wait for its gradient
             parameter.requires_grad_(False)
-    return WithOutputStage(trunk.train(training), int(features.shape[1]), embedding_size)
+    backbone = WithOutputStage(trunk.train(training), int(features.shape[1]), embedding_size, own_input)
+    backbone.channels = image_shape[0]
+    return backbone
 
 
 @contextmanager
@@ -146,7 +190,9 @@ def timm_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: 
             trunk = timm.create_model(name, **settings)
     except Exception as error:  # an unknown tag, or the model's own code
         raise UserError(f"timm cannot build {name!r} for images of shape {image_shape}: {_reason(error)}") from error
-    return _with_output_stage(trunk, f"timm:{name}", image_shape, embedding_size)
+    about = getattr(trunk, "pretrained_cfg", None) or {}
+    own_input = _own_input(about.get("mean"), about.get("std"))
+    return _with_output_stage(trunk, f"timm:{name}", image_shape, embedding_size, own_input)
 
 
 def hf_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: int) -> WithOutputStage:
@@ -163,7 +209,13 @@ def hf_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: in
     except (OSError, ValueError, KeyError) as error:
         if needs_code:
             raise _code_refused(name) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        if "/" in name and not Path(name).exists():
+            raise UserError(
+                f"'hf:{name}': there is no folder {name}, and nothing is downloaded; save the model to a folder first, "
+                f'AutoModel.from_pretrained("{name}").save_pretrained(FOLDER), and name hf:FOLDER (docs/backbones.md)'
+            ) from error
+        # its list of hundreds of model types follows
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(" Should ")[0][:150]
         raise UserError(
             f"'hf:{name}' is neither a folder with a config.json of transformers nor one of its model types, such as "
             f"hf:vit (nothing is downloaded): {reason}"
@@ -181,7 +233,8 @@ def hf_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: in
             raise _code_refused(name) from error
         raise UserError(f"transformers cannot build 'hf:{name}': {_reason(error)}") from error
     _remove_dense_pooler(trunk)
-    return _with_output_stage(trunk, f"hf:{name}", image_shape, embedding_size)
+    own_input = _input_of_folder(Path(name))
+    return _with_output_stage(trunk, f"hf:{name}", image_shape, embedding_size, own_input)
 
 
 def _has_auto_map(name: str) -> bool:
@@ -208,6 +261,26 @@ def _remove_dense_pooler(trunk: nn.Module) -> None:
     pooler = getattr(trunk, "pooler", None)
     if hasattr(pooler, "dense") and "add_pooling_layer" in inspect.signature(type(trunk).__init__).parameters:
         trunk.register_module("pooler", None)
+
+
+def _own_input(mean: Any, std: Any) -> InputStatistics | None:
+    """Return the mean and standard deviation of each channel of images in [0, 1]; None if they are not such."""
+    try:
+        found = tuple(float(each) for each in mean), tuple(float(each) for each in std)
+    except (TypeError, ValueError):
+        return None
+    return found if len(found[0]) == len(found[1]) and min(found[1], default=0.0) > 0 else None
+
+
+def _input_of_folder(folder: Path) -> InputStatistics | None:
+    """Return what the image processor saved in a folder of transformers gives its model."""
+    try:
+        settings = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
+        if settings.get("do_normalize", True):
+            return _own_input(settings["image_mean"], settings["image_std"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    return None
 
 
 PREFIXES["timm:"] = timm_backbone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,9 @@ class BackboneConfig:
     same numbers."""
     channels_last: bool = False
     """Give convolutions their images as [n, H, W, C] in memory, which is faster on GPUs with half precision."""
+    normalize_input: bool = False
+    """For timm: and hf: models: give them images with the mean and standard deviation of their own configuration, as
+    their pretrained weights expect, in place of [-1, 1]."""
 
     def check(self) -> None:
         """UserError for values that no run can have."""
@@ -46,8 +50,16 @@ class BackboneConfig:
                 "state dict by torch.save, or safetensors"
             )
 
-    def build(self, image_shape: tuple[int, int, int], weights: str | None = None) -> nn.Module:
-        """Return the backbone for images of `image_shape` (C, H, W), with the weights of a file if one is given."""
+    def build(
+        self,
+        image_shape: tuple[int, int, int],
+        weights: str | None = None,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> nn.Module:
+        """Return the backbone for images of `image_shape` (C, H, W), with the weights of a file if one is given.
+
+        tell: gets a line about what was loaded.
+        """
         backbone = build_backbone(
             self.name,
             image_shape=image_shape,
@@ -55,7 +67,8 @@ class BackboneConfig:
             dropout=self.dropout,
             gradient_checkpointing=self.gradient_checkpointing,
             channels_last=self.channels_last,
+            normalize_input=self.normalize_input,
         )
         if weights is not None:
-            load_weights(backbone, weights)
+            tell(load_weights(backbone, weights))
         return backbone

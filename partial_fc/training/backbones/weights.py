@@ -29,16 +29,20 @@ _PREFIXES = ("module.", "_orig_mod.")
 _CLASSIFIERS = ("fc.", "head.", "classifier.", "head_dist.")
 _IN_FOLDERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SHOWN = 3
+INPUT_STATISTICS = ("input_mean", "input_std")
+"""Names of the buffers of a model that normalises its input (outside.py)."""
 
 
-def load_weights(backbone: nn.Module, path: str | Path) -> None:
+def load_weights(backbone: nn.Module, path: str | Path) -> str:
     """Load weights and batch statistics from the file, folder, run or checkpoint `path` into `backbone`.
+
+    Returns a line that says what was loaded, what was not used, and what keeps its random weights.
 
     Raises UserError, and changes nothing, for a file that cannot be read or does not fit. The message lists missing
     names, unknown names and shapes that differ.
     """
     state = read_weights(path)
-    target, state = _match(backbone, state)
+    target, state, unused = _match(backbone, state)
     own = target.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unknown = [name for name in state if name not in own]
@@ -56,6 +60,8 @@ def load_weights(backbone: nn.Module, path: str | Path) -> None:
         problems.append(f"different shapes: {_some(shapes)}")
     if any("position" in shape or "pos_embed" in shape for shape in shapes):
         problems.append("position embeddings are not interpolated: give the --data.image_size of the weights")
+    if any(name in INPUT_STATISTICS for name in (*missing, *unknown)):
+        problems.append("--backbone.normalize_input must be as it was for the weights")
     if problems and (found := checkpoint_in(path)) and (of_run := describe_backbone(found)):
         problems.append(of_run)
     if problems:
@@ -66,6 +72,22 @@ def load_weights(backbone: nn.Module, path: str | Path) -> None:
     with torch.no_grad():
         for name, value in state.items():
             own[name].copy_(value)
+    text = f"loaded {len(state):,} tensors from {path}"
+    if unused:
+        text += f"; not used, of its classifier or another task: {_some(unused)}"
+    return text if target is backbone else f"{text}; the output stage is random{_input_hint(backbone)}"
+
+
+def _input_hint(backbone: nn.Module) -> str:
+    """Return words for weights that expect other images than the model is given."""
+    expected = getattr(backbone, "own_input", None)
+    if expected is None or hasattr(backbone, INPUT_STATISTICS[0]) or all(v == 0.5 for each in expected for v in each):
+        return ""
+    mean, std = (", ".join(f"{value:g}" for value in each) for each in expected)
+    return (
+        f"; they expect images with mean {mean} and std {std}, and get them in [-1, 1]: set "
+        "--backbone.normalize_input true"
+    )
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -153,19 +175,22 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _match(backbone: nn.Module, state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the module that `state` is for, the backbone or the model inside it, and the tensors for that module."""
+def _match(backbone: nn.Module, state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
+    """Return the module that `state` is for, the backbone or the model inside it, the tensors for that module, and the
+    names of those that are not used."""
     trunk = getattr(backbone, "trunk", None)
     if not isinstance(trunk, nn.Module) or any(name.startswith("trunk.") for name in state):
-        return backbone, state
+        return backbone, state, []
     if hasattr(type(trunk), "from_pretrained"):
-        return trunk, _renamed_by_transformers(trunk, state)
+        return trunk, *_renamed_by_transformers(trunk, state)
     own = trunk.state_dict()
-    return trunk, {name: value for name, value in state.items() if name in own or not name.startswith(_CLASSIFIERS)}
+    unused = [name for name in state if name not in own and name.startswith(_CLASSIFIERS)]
+    return trunk, {name: value for name, value in state.items() if name not in unused}, unused
 
 
-def _renamed_by_transformers(trunk: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `state` with the names of `trunk`, a model of transformers, by loading it into a second such model.
+def _renamed_by_transformers(trunk: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return `state` with the names of `trunk`, a model of transformers, by loading it into a second such model; and
+    the names that are not used.
 
     Entries that do not fit are in the result as tensors without data, for the message of `load_weights`: tensors of
     another shape, and tensors for parts of the model that it does not have, such as further blocks. The file's
@@ -189,7 +214,8 @@ def _renamed_by_transformers(trunk: nn.Module, state: dict[str, Tensor]) -> dict
     # a model with a classifier has the backbone's names behind a prefix
     unknown = sorted({name.removeprefix(f"{loaded.base_model_prefix}.") for name in info["unexpected_keys"]})
     of_parts = [name for name in unknown if name.partition(".")[0] in parts and not name.endswith("mask_token")]
-    return renamed | dict.fromkeys(of_parts, torch.empty(0, device="meta"))
+    unused = [name for name in unknown if name not in of_parts]
+    return renamed | dict.fromkeys(of_parts, torch.empty(0, device="meta")), unused
 
 
 @contextmanager

@@ -22,6 +22,7 @@ MISSING = "partial-fc needs the application's packages ({name} is missing): pip 
 
 try:
     import jsonargparse
+    import torch
 
     from partial_fc import DivergenceError, NonFiniteError, PreemptionGuard
     from partial_fc.loop.preemption import SIGNALS
@@ -53,11 +54,17 @@ try:
     from partial_fc.training.interval import check_metric, direction
     from partial_fc.training.mixing import mixed, sampler_of
     from partial_fc.training.protocols.task_files import image_shape, open_tasks
-    from partial_fc.training.ranks import check_devices, find_ranks, shows_errors
+    from partial_fc.training.ranks import check_devices, device_line, find_ranks, shows_errors
     from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
     from partial_fc.training.settings_parser import SettingsParser
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(name=error.name))
+
+STOPPING = "partial-fc: stop requested; finishing the step and saving"
+LESS_MEMORY = (
+    "set --backbone.gradient_checkpointing true, then --train.accumulation 2, 4, ... (the same batch in parts), then a "
+    "smaller --data.image_size; docs/gpu.md has what each costs"
+)
 
 USAGE = """usage: partial-fc COMMAND ...
 
@@ -140,6 +147,11 @@ def main(arguments: list[str] | None = None) -> int:
         elif shows_errors():
             print(f"partial-fc: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:  # on the rank that has it; the others name it
+        traceback.print_exc()
+        smaller = LESS_MEMORY if arguments[0] in ("train", "doctor") else "set a smaller --batch_size, if it has one"
+        print(f"partial-fc: error: {arguments[0]} ran out of GPU memory: {smaller}", file=sys.stderr)
+        return 1
     except Preempted as stop:
         for each in SIGNALS:  # a launcher that sees that another rank has exited sends a signal to this one
             signal.signal(each, signal.SIG_IGN)
@@ -197,19 +209,20 @@ def train(arguments: list[str]) -> None:
         data = open_data(config.data, config.seed)
         data.check_evaluation()
         check_metric(config.evaluation, list(data.evaluation), open_tasks(config.evaluation, data.train.image_shape))
-        config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights)
+        config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights, print)
         if sampler_of(config, mixed(config, data.train)).length < config.train.batch_size:
             raise UserError(
                 f"{len(data.train)} training images are fewer than one batch of {config.train.batch_size}; lower "
                 "--train.batch_size"
             )
         identities = data.train.num_identities
+        print(device_line(config.train.cpu))
         print(f"settings, data and folder are fine: {len(data.train):,} images of {identities:,} identities")
         return
     check_devices(config.train.cpu)
     from partial_fc.training.trainer import Trainer
 
-    with PreemptionGuard() as guard:
+    with PreemptionGuard(notice=STOPPING if shows_errors() else None) as guard:
         trainer = Trainer(config, resume, guard)
         try:
             trainer.train()

@@ -162,6 +162,7 @@ def load_exported_backbone(folder: str | Path) -> nn.Module:
             metadata["architecture"],
             image_shape=(channels, height, width),
             embedding_size=int(metadata["embedding_size"]),
+            normalize_input=metadata.get("normalize_input") == "true",
         )
         backbone.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError) as error:
@@ -256,6 +257,7 @@ def _write_safetensors(
         "architecture": config.backbone.name,
         "embedding_size": str(config.backbone.embedding_size),
         "image_shape": json.dumps(shape),
+        "normalize_input": json.dumps(config.backbone.normalize_input),
         "config_sha256": identity["config_sha256"],
         "step": str(identity["step"]),
     }

@@ -16,6 +16,7 @@ from torch import nn
 from partial_fc.training.backbones import BACKBONES, build_backbone, register
 from partial_fc.training.backbones.counts import count_backbone
 from partial_fc.training.backbones.outside import pooled
+from partial_fc.training.backbones.settings import BackboneConfig
 from partial_fc.training.backbones.weights import load_weights, read_weights
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import to_config
@@ -561,6 +562,59 @@ def test_weights_that_transformers_saved_give_its_features(kind, tmp_path, capfd
     assert "LOAD REPORT" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_model_gets_its_images_as_its_own_configuration_says_if_asked(normalized, tmp_path):
+    """In place of the application's [-1, 1]; and the run says what the weights expect, and what was not used."""
+    model = saved_by_transformers(tmp_path, "ViTForImageClassification")
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    processor = {"do_normalize": True, "image_mean": mean.tolist(), "image_std": std.tolist()}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    settings = BackboneConfig(f"hf:{tmp_path}", 24, normalize_input=normalized)
+    said: list[str] = []
+    backbone = settings.build((3, 32, 32), str(tmp_path), said.append).eval()
+    count = len(backbone.trunk.state_dict())
+    assert said[0].startswith(f"loaded {count} tensors from {tmp_path}; not used, of its classifier or another task: ")
+    assert "classifier.bias, classifier.weight; the output stage is random" in said[0] and len(said) == 1
+    hint = "they expect images with mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225, and get them in [-1, 1]: set "
+    assert (hint + "--backbone.normalize_input true" in said[0]) is not normalized
+    pixels = torch.rand(2, 3, 32, 32)
+    expected = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1) if normalized else pixels * 2 - 1
+    got: list[torch.Tensor] = []
+    backbone.trunk.register_forward_pre_hook(lambda _, given: got.append(given[0]))
+    with torch.no_grad():
+        backbone(pixels * 2 - 1)
+        torch.testing.assert_close(got[0], expected, atol=1e-6, rtol=1e-5)
+        feature_of(model, expected)
+    others = BackboneConfig(f"hf:{tmp_path}", 24, normalize_input=not normalized)
+    torch.save(backbone.state_dict(), tmp_path / "run.pth")
+    with pytest.raises(UserError, match=r"input_mean, input_std; --backbone\.normalize_input must be as it was"):
+        others.build((3, 32, 32), str(tmp_path / "run.pth"))
+
+
+def test_a_model_without_a_mean_or_for_other_channels_does_not_normalize_its_input(tmp_path):
+    with pytest.raises(UserError, match=r"'small' takes images in \[-1, 1\] as they are; leave"):
+        BackboneConfig("small", normalize_input=True).build((3, 32, 32))
+    saved_by_transformers(tmp_path, "ResNetForImageClassification")
+    settings = BackboneConfig(f"hf:{tmp_path}", 24, normalize_input=True)
+    processor = tmp_path / "preprocessor_config.json"
+    for text in ("", "{", "[]", '{"image_mean": [0.5]}', '{"do_normalize": false, "image_mean": [1], "image_std": [1]}'):
+        processor.write_text(text)
+        with pytest.raises(UserError, match=r"has no mean and standard deviation of images; .*preprocessor_config\.json"):
+            settings.build((3, 32, 32))
+    processor.write_text('{"image_mean": [0.5], "image_std": [0.2]}')
+    with pytest.raises(UserError, match="is for 1 channels, and the images have 3"):
+        settings.build((3, 32, 32))
+
+
+def test_a_name_of_the_hub_says_how_to_save_the_model():
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match=r"there is no folder some/resnet-18, .*save_pretrained\(FOLDER\)") as caught:
+        build_backbone("hf:some/resnet-18", image_shape=(3, 32, 32), embedding_size=8)
+    assert len(str(caught.value)) < 300
+    with pytest.raises(UserError, match=r"Unrecognized model identifier: nosuch\.$"):
+        build_backbone("hf:nosuch", image_shape=(3, 32, 32), embedding_size=8)
+
+
 def test_weights_of_transformers_in_parts(tmp_path):
     model = saved_by_transformers(tmp_path, "Dinov2Model", max_shard_size="10KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
@@ -640,6 +694,7 @@ class TinyTimm(nn.Module):
     def __init__(self, in_chans: int) -> None:
         super().__init__()
         self.conv, self.bn, self.saving = nn.Conv2d(in_chans, 6, 3), nn.BatchNorm2d(6), False
+        self.pretrained_cfg = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.3)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.saving = enable
@@ -666,6 +721,9 @@ def test_models_of_timm_get_the_output_stage_and_count_a_batch_once(monkeypatch)
     timm.list_models = lambda pattern="*": [n for n in ("tiny", "tinier") if pattern.strip("*") in n]  # type: ignore[attr-defined]
     timm.create_model = create_model  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "timm", timm)
+    colour = build_backbone("timm:tiny", image_shape=(3, 16, 16), embedding_size=8, normalize_input=True)
+    assert colour.input_mean.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])  # type: ignore[operator]
+    asked.clear()
     models = []
     for saving in (False, True):
         torch.manual_seed(0)
