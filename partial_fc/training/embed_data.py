@@ -54,11 +54,15 @@ LEAST_PARTS = 4  # for each rank, of a smaller one
 
 @dataclass
 class Finished:
-    """What was embedded: images, how many of them were unreadable, and how long it took."""
+    """What was embedded, what was not, and how long it took."""
 
     images: int
+    """Images that have an embedding."""
     unreadable: int
+    """Images that could not be read, and what was skipped."""
     parts: int
+    skipped: int
+    """What the data set left out because there is no image in it, or no label, such as empty folders."""
     made: int
     """Images that were embedded now; the others were there."""
     seconds: float
@@ -156,13 +160,15 @@ def embed_data(
         lambda: _begin(embedder, dataset, out, accelerator.num_processes, reading, kind, part, lock), accelerator
     )
     try:
-        made = 0
+        missing: list[int] = []
         if "finished" not in index:
-            made = _make_parts(embedder, dataset, out, index, accelerator, reading, name)
-        finished = run_on_main_for_all(lambda: _finish(out, dataset, index), accelerator)
+            missing = _make_parts(embedder, dataset, out, index, accelerator, reading, name)
+        finished, made = run_on_main_for_all(
+            lambda: (_finish(out, dataset, index), sum(_images_in(out, part, index) for part in missing)), accelerator
+        )
     finally:
         lock.release()
-    return Finished(**finished, made=made, seconds=time.monotonic() - began)
+    return Finished(**finished, skipped=len(dataset.skipped), made=made, seconds=time.monotonic() - began)
 
 
 def _begin(
@@ -254,8 +260,8 @@ def _make_parts(
     accelerator: Accelerator,
     reading: Reading,
     name: str,
-) -> int:
-    """Write this rank's share of the parts that are missing; return how many images all ranks have embedded."""
+) -> list[int]:
+    """Write this rank's share of the parts that are missing; return the parts of all ranks."""
     missing = run_on_main_for_all(lambda: _missing_parts(folder, index), accelerator)
     own = missing[accelerator.process_index :: accelerator.num_processes]
     reading = replace(reading, batch_size=index["batch_size"])
@@ -267,7 +273,7 @@ def _make_parts(
     except OSError as error:
         message = f"{folder} cannot be written to ({error.strerror or error}); the same command goes on from here"
     raise_on_all(message, accelerator)
-    return sum(len(_span(part, index)) for part in missing)
+    return missing
 
 
 def _bar_name(name: str, accelerator: Accelerator) -> str:
@@ -302,6 +308,12 @@ def _is_made(path: Path, part: int, index: dict[str, Any]) -> bool:
     found = read_about(path)
     wanted = _about(part, index, [])
     return found is not None and all(found.get(key) == wanted[key] for key in ("of", "first", "images"))
+
+
+def _images_in(folder: Path, part: int, index: dict[str, Any]) -> int:
+    """Return how many images have their embedding in a part."""
+    about = read_about(part_path(folder, part, index["files"])) or {}
+    return len(_span(part, index)) - len(about.get("unreadable", []))
 
 
 def _missing_parts(folder: Path, index: dict[str, Any]) -> list[int]:

@@ -89,6 +89,8 @@ def run_tasks(
     """
 
     def embed(dataset: IdentityDataset, name: str, flip: bool) -> tuple[Tensor, Tensor]:
+        if dataset.skipped:
+            run_on_main(lambda: folder.record_unreadable(list(dataset.skipped)), accelerator)
         return embed_images(
             backbone, dataset, name, accelerator, config, folder, flip=flip, asked_to_stop=asked_to_stop
         )

@@ -237,11 +237,12 @@ class RunFolder:
             self._recorded_unreadable.update(new)
 
     def print_unreadable(self) -> None:
-        """Print how many images could not be read, if there are any."""
+        """Print how many images, and samples without one, could not be read, if there are any."""
         found = self.unreadable()
         if found:
             print(
-                f"{len(found)} images could not be read and were skipped; they are listed in {self.path / UNREADABLE}"
+                f"could not be read and skipped: {len(found):,} (images, or folders without one), listed in "
+                f"{self.path / UNREADABLE}"
             )
 
     def unreadable(self) -> set[str]:

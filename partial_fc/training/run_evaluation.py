@@ -45,7 +45,9 @@ class RunEvaluation:
         self.folder = folder
         self.progress = progress
         self.asked_to_stop = asked_to_stop
-        self.tasks = run_on_all(lambda: open_tasks(config.evaluation, data.train.image_shape), accelerator)
+        self.tasks = run_on_all(
+            lambda: open_tasks(config.evaluation, data.train.image_shape, config.data.on_error), accelerator
+        )
         check_metric(config.evaluation, list(self.sets), self.tasks)
         self._step = -1  # of the figures below; -1 before the first evaluation
         self._evaluations: list[Evaluation] = []

@@ -119,9 +119,7 @@ def can_be_used(port: str) -> bool:
         ("usr1:checkpoint@step=6", 6),  # while it saves, at the end of an epoch
     ],
 )
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_exactly(
-    tiny, alone, tmp_path, monkeypatch, capfd, fault, saved
-):
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_exactly(tiny, alone, tmp_path, monkeypatch, capfd, fault, saved):
     out = tmp_path / "run"
     command = ["train", str(tiny), "--output.folder", str(out), "--start_or_resume"]
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)]

@@ -88,11 +88,18 @@ def test_npz_holds_the_same(run, tmp_path):
 
 def test_unreadable_images_are_left_out_and_listed(run, tmp_path, capsys, mistake):
     data = image_folder(tmp_path / "data", 3, 4, damaged=2)
+    (data / "id003").mkdir()
     output = embed(run, tmp_path / "out", "--data", data, "--batch_size", 3)
-    assert "2 images could not be read; they are listed in" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "embeddings of 10 images" in out and "10 made now" in out
+    left_out = f"2 images could not be read; 1 skipped, such as a folder without an image: listed in {output}"
+    assert left_out in out
+    embed(run, tmp_path / "out", "--data", data)
+    assert f"they were there already\n{left_out}" in capsys.readouterr().out
     assert table(output)["id"] == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
     listed = (output / "unreadable.txt").read_text()
-    assert [line.split(" (")[0] for line in listed.splitlines()] == ["id000/0.png", "id001/0.png"]
+    assert [line.split(" (")[0] for line in listed.splitlines()] == ["id003", "id000/0.png", "id001/0.png"]
+    (data / "id003").rmdir()
     line = mistake("embed", run, "--data", data, "--output", tmp_path / "strict", "--on_error", "raise")
     assert "cannot read the image id000/0.png" in line and "pass --on_error skip" in line
 

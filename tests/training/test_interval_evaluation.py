@@ -322,6 +322,23 @@ def test_the_commands_give_what_the_run_gave(files, evaluated, tmp_path, capsys,
     assert not list(evaluated.glob("verify-*")), "a mistake leaves no folder behind"
 
 
+def test_sub_folders_without_an_image_are_skipped_as_in_training(files, evaluated, tmp_path, capsys, mistake):
+    sets = {name: shutil.copytree(files / "mega" / name, tmp_path / name) for name in ("gallery", "probes")}
+    (tmp_path / "probes/nothing").mkdir()
+    given = {
+        "identify": [f"--{name}={folder}" for name, folder in sets.items()],
+        "retrieve": [f"--query={sets['probes']}", f"--gallery={sets['gallery']}"],
+    }
+    for command, options in given.items():
+        out = tmp_path / command
+        assert main([command, str(evaluated), *options, "--output", str(out)]) == 0
+        assert (out / "unreadable.txt").read_text() == "nothing (there is no image in it)\n"
+        told = "could not be read and skipped: 1 (images, or folders without one), listed in"
+        assert told in capsys.readouterr().out
+        line = mistake(command, evaluated, *options, "--output", tmp_path / "strict", "--on_error", "raise")
+        assert "cannot read nothing (there is no image in it); fix or remove it, or pass --on_error skip" in line
+
+
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives_and_refuse_alike(files, evaluated, tmp_path):
     """Each command on two ranks; a hostile file is refused by both, in one line, and its payload does not run."""

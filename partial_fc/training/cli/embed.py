@@ -116,8 +116,13 @@ def _summary(finished: Finished, output: str, embedder: Embedder) -> str:
         text += "; they were there already"
     else:
         text += f"; {finished.made:,} made now, {finished.made / max(finished.seconds, 1e-9):,.0f} images a second"
-    if finished.unreadable:
-        text += f"\n{finished.unreadable:,} images could not be read; they are listed in {Path(output) / UNREADABLE}"
+    left_out = []
+    if unreadable := finished.unreadable - finished.skipped:
+        left_out.append(f"{unreadable:,} image{'s' * (unreadable > 1)} could not be read")
+    if finished.skipped:
+        left_out.append(f"{finished.skipped:,} skipped, such as a folder without an image")
+    if left_out:
+        text += f"\n{'; '.join(left_out)}: listed in {Path(output) / UNREADABLE}"
     return text
 
 

@@ -208,7 +208,8 @@ def train(arguments: list[str]) -> None:
             config.backbone.check_weights()
         data = open_data(config.data, config.seed)
         data.check_evaluation()
-        check_metric(config.evaluation, list(data.evaluation), open_tasks(config.evaluation, data.train.image_shape))
+        tasks = open_tasks(config.evaluation, data.train.image_shape, config.data.on_error)
+        check_metric(config.evaluation, list(data.evaluation), tasks)
         config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights, print)
         if sampler_of(config, mixed(config, data.train)).length < config.train.batch_size:
             raise UserError(
@@ -322,7 +323,9 @@ def evaluate(arguments: list[str]) -> None:
 
     accelerator = Accelerator(cpu=config.train.cpu)
     shape = image_shape(config)
-    tasks = [] if asked.data is not None else run_on_all(lambda: open_tasks(config.evaluation, shape), accelerator)
+    tasks = []
+    if asked.data is None:
+        tasks = run_on_all(lambda: open_tasks(config.evaluation, shape, asked.on_error), accelerator)
     checkpoint = run_on_all(
         lambda: run.find_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator
     )

@@ -224,6 +224,7 @@ def open_command_tasks(command: str, options: argparse.Namespace, shape: Shape) 
             options.probes,
             options.distractors,
             options.flip,
+            options.on_error,
         )
     else:
         try:
@@ -235,6 +236,7 @@ def open_command_tasks(command: str, options: argparse.Namespace, shape: Shape) 
                 options.label,
                 options.camera,
                 options.flip,
+                options.on_error,
             )
         except UserError as error:
             if "has no sub-folders" not in str(error):
@@ -279,6 +281,7 @@ def protocol_command(command: str, parser: Callable[[], SettingsParser], argumen
         figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path)}
         figures["checkpoint"] = describe_checkpoint(options.checkpoint, checkpoint)
         report = write_results(out, title, [], figures, config, describe_environment(accelerator), [], results)
+        out.print_unreadable()
         print(f"\nResults are in {out.path}; look at {report}")
 
     with output_folder(out, accelerator):

@@ -53,11 +53,12 @@ class Inspection:
     def summary(self) -> str:
         """Return the text for the terminal."""
         low, quarter, median, upper, high = np.percentile(self.counts, [0, 25, 50, 75, 100])
+        single = int((self.counts == 1).sum())
         lines = [
             f"identities            {len(self.counts):,}",
             f"images                {int(self.counts.sum()):,}",
             f"images per identity   {low:g} to {high:g}, median {median:g}, middle half {quarter:g} to {upper:g}",
-            f"with one image        {int((self.counts == 1).sum()):,} identities",
+            f"with one image        {single:,} identities" + ("; consider --data.min_images 2" if single else ""),
         ]
         if len(self.sizes):
             kinds = ", ".join(f"{count:,} {kind[1:]}" for kind, count in self.kinds.most_common())

@@ -106,17 +106,23 @@ class Labelled:
 
 
 def labelled_images(
-    folder: str | Path, image_shape: tuple[int, int, int], *, label: str | None = None, camera: str | None = None
+    folder: str | Path,
+    image_shape: tuple[int, int, int],
+    *,
+    label: str | None = None,
+    camera: str | None = None,
+    on_error: str = "skip",
 ) -> Labelled:
     """Open the images of `folder`: in identity sub-folders or, if `label` is given, in the folder itself.
 
     `label` and `camera` are regular expressions. The identity (the camera) of an image is what the first group of the
-    pattern matches in its file name, or the whole pattern if it has no group. Raises UserError for a folder that is
-    missing or has no images, and for a file name that a pattern does not match.
+    pattern matches in its file name, or the whole pattern if it has no group. on_error: "skip" leaves out sub-folders
+    without an image, which the data set then names in `skipped`. Raises UserError for a folder that is missing or has
+    no images, and for a file name that a pattern does not match.
     """
     root = Path(folder)
     if label is None:
-        images: IdentityDataset = _identity_folder(root, image_shape)
+        images: IdentityDataset = _identity_folder(root, image_shape, on_error)
         names = [images.identity_names[i] for i in images.labels.tolist()]
     else:
         try:
@@ -144,13 +150,13 @@ def numbers_of(*lists: Sequence[str]) -> list[Tensor]:
     return [torch.tensor([known.setdefault(name, len(known)) for name in names], dtype=torch.int64) for names in lists]
 
 
-def _identity_folder(root: Path, image_shape: tuple[int, int, int]) -> FolderIdentities:
+def _identity_folder(root: Path, image_shape: tuple[int, int, int], on_error: str) -> FolderIdentities:
     try:
-        return FolderIdentities(root, image_shape[1], image_shape[0], on_error="raise")
+        return FolderIdentities(root, image_shape[1], image_shape[0], on_error)
     except UserError as error:
         # the message is about the training data: name the image folder, drop the settings that do not apply here
         text = str(error).replace("data folder", "image folder").replace("; check --data.folder", "")
-        raise UserError(text.replace(", or pass --data.on_error skip", "")) from error
+        raise UserError(text.replace("--data.on_error", "--on_error")) from error
 
 
 def _match(pattern: str, file: str, what: str) -> str:

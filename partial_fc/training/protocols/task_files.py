@@ -74,15 +74,17 @@ def open_identification(
     probes: str | Path,
     distractors: str | Path | None = None,
     flip: bool = False,
+    on_error: str = "skip",
 ) -> Identification:
     """Open two or three folders of identity sub-folders; identities are matched by the name of their sub-folder.
 
+    on_error: "raise" refuses sub-folders without an image, which are skipped otherwise.
     Raises UserError for folders without images, if gallery and probes share no identity, or if a distractor is an
     identity of the others.
     """
-    gallery_images = labelled_images(gallery, shape)
-    probe_images = labelled_images(probes, shape)
-    distractor_images = None if distractors is None else labelled_images(distractors, shape)
+    gallery_images = labelled_images(gallery, shape, on_error=on_error)
+    probe_images = labelled_images(probes, shape, on_error=on_error)
+    distractor_images = None if distractors is None else labelled_images(distractors, shape, on_error=on_error)
     if distractor_images is not None:
         for other, what in ((probe_images, "probes"), (gallery_images, "gallery")):
             shared = sorted(set(distractor_images.names) & set(other.names))
@@ -107,13 +109,16 @@ def open_retrieval(
     label: str | None = None,
     camera: str | None = None,
     flip: bool = False,
+    on_error: str = "skip",
 ) -> Retrieval:
-    """Open one or two folders; `label` and `camera` are patterns of `labelled_images`.
+    """Open one or two folders; `label`, `camera` and `on_error` are those of `labelled_images`.
 
     Raises UserError for folders without images, or patterns that do not match.
     """
-    query_images = labelled_images(query, shape, label=label, camera=camera)
-    gallery_images = None if gallery is None else labelled_images(gallery, shape, label=label, camera=camera)
+    query_images = labelled_images(query, shape, label=label, camera=camera, on_error=on_error)
+    gallery_images = None
+    if gallery is not None:
+        gallery_images = labelled_images(gallery, shape, label=label, camera=camera, on_error=on_error)
     return Retrieval(name, query_images, gallery_images, flip)
 
 
@@ -125,8 +130,11 @@ def image_shape(config: RunConfig) -> Shape:
     return (config.data.channels or 3, size, size)
 
 
-def open_tasks(config: EvaluationConfig, shape: Shape) -> list[Task]:
-    """Open the protocols in a run's settings, in the order of the settings. Raises UserError as the functions above."""
+def open_tasks(config: EvaluationConfig, shape: Shape, on_error: str = "skip") -> list[Task]:
+    """Open the protocols in a run's settings, in the order of the settings. Raises UserError as the functions above.
+
+    on_error: what to do about sub-folders without an image.
+    """
     tasks: list[Task] = [open_verification(path, shape, config.flip) for path in config.verification]
     if config.templates is not None:
         tasks.append(_configured_templates(config, Path(config.templates), shape))
@@ -135,14 +143,27 @@ def open_tasks(config: EvaluationConfig, shape: Shape) -> list[Task]:
         distractors = root / "distractors"
         tasks.append(
             open_identification(
-                root.name, shape, root / "gallery", root / "probes", distractors if distractors.is_dir() else None
+                root.name,
+                shape,
+                root / "gallery",
+                root / "probes",
+                distractors if distractors.is_dir() else None,
+                on_error=on_error,
             )
         )
     if config.retrieval is not None:
         root = Path(config.retrieval)
         gallery = root / "bounding_box_test" if (root / "bounding_box_test").is_dir() else root / "gallery"
         tasks.append(
-            open_retrieval(root.name, shape, root / "query", gallery, config.label_pattern, config.camera_pattern)
+            open_retrieval(
+                root.name,
+                shape,
+                root / "query",
+                gallery,
+                config.label_pattern,
+                config.camera_pattern,
+                on_error=on_error,
+            )
         )
     return tasks
 

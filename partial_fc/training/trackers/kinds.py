@@ -76,6 +76,10 @@ class Kind:
         """Return the run's settings, by dotted names, with values that the tracker accepts."""
         return {k: v if isinstance(v, int | float | str | bool | None) else str(v) for k, v in settings.items()}
 
+    def configure(self, tracker: Any, settings: Mapping[str, Any]) -> None:
+        """Send the run's settings, by dotted names, to a tracked run that is new."""
+        tracker.store_init_configuration(self.settings(settings))
+
     def picture(self, tracker: Any, path: Path, step: int) -> None:
         """Send a PNG file."""
         tracker.log_images({f"{path.parent.name}/{path.stem}": [_image(path)]}, step=step)
@@ -104,6 +108,16 @@ class TensorBoard(Kind):
 
     def settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {k: "none" if v is None else v for k, v in super().settings(settings).items()}
+
+    def configure(self, tracker: Any, settings: Mapping[str, Any]) -> None:
+        try:
+            from torch.utils.tensorboard.summary import hparams
+        except ModuleNotFoundError:
+            from tensorboardX.summary import hparams
+        # Accelerate's way, add_hparams, makes a folder of its own, which TensorBoard shows as a second run
+        for part in hparams(self.settings(settings), {}):
+            tracker.writer.file_writer.add_summary(part)
+        tracker.writer.flush()
 
     def picture(self, tracker: Any, path: Path, step: int) -> None:
         import numpy as np

@@ -162,7 +162,7 @@ def _start(kind: Kind, place: Place, settings: Mapping[str, Any]) -> tuple[Any, 
     tracker: Any = kind.make(place)
     tracker.start()
     if not place.link:
-        tracker.store_init_configuration(kind.settings(settings))
+        kind.configure(tracker, settings)
     return tracker, kind.link(tracker)
 
 

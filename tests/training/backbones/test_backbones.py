@@ -597,9 +597,17 @@ def test_a_model_without_a_mean_or_for_other_channels_does_not_normalize_its_inp
     saved_by_transformers(tmp_path, "ResNetForImageClassification")
     settings = BackboneConfig(f"hf:{tmp_path}", 24, normalize_input=True)
     processor = tmp_path / "preprocessor_config.json"
-    for text in ("", "{", "[]", '{"image_mean": [0.5]}', '{"do_normalize": false, "image_mean": [1], "image_std": [1]}'):
+    for text in (
+        "",
+        "{",
+        "[]",
+        '{"image_mean": [0.5]}',
+        '{"do_normalize": false, "image_mean": [1], "image_std": [1]}',
+    ):
         processor.write_text(text)
-        with pytest.raises(UserError, match=r"has no mean and standard deviation of images; .*preprocessor_config\.json"):
+        with pytest.raises(
+            UserError, match=r"has no mean and standard deviation of images; .*preprocessor_config\.json"
+        ):
             settings.build((3, 32, 32))
     processor.write_text('{"image_mean": [0.5], "image_std": [0.2]}')
     with pytest.raises(UserError, match="is for 1 channels, and the images have 3"):

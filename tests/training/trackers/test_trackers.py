@@ -13,6 +13,7 @@ import forked
 import pytest
 from launched import tiny_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import record_writer
 
 from partial_fc.training.cli.main import main, train_parser
@@ -211,7 +212,9 @@ def test_a_run_that_was_killed_goes_on_in_the_same_tracked_run_on_fewer_ranks(ti
     )
     assert [event.step for event in board.Scalars("holdout/eer")] == [4, 8]
     assert "plots/training" in board.Tags()["images"] and board.Images("plots/training")[0].step == STEPS
-    assert len(list((run / "tensorboard").glob("*/hparams.yml"))) == 1, "settings are stored at the start alone"
+    assert not [path for path in (run / "tensorboard").iterdir() if path.is_dir()], "they would be runs of their own"
+    begun = HParamsPluginData.FromString(board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    assert begun.session_start_info.hparams["optimizer.lr"].number_value > 0
 
 
 @pytest.mark.slow
