@@ -1,7 +1,7 @@
 """The commands `partial-fc gallery ...`: enrol identities, search for them. They run in one process.
 
 partial-fc gallery build people --run runs/mine --data FOLDER
-partial-fc gallery calibrate people --run runs/mine --data HELD_OUT --far 1e-4
+partial-fc gallery calibrate people --split holdout --far 1e-3
 partial-fc gallery add people --images ada1.jpg ada2.jpg --identity Ada
 partial-fc gallery search people photo.jpg
 partial-fc gallery remove people Ada
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from partial_fc.training.cli.gallery_sources import SHOWN, Source, add_sources, open_backbone, open_source
 from partial_fc.training.cli.parser import CommandParser, add_traceback, check_at_least
-from partial_fc.training.data import UnreadableImage
+from partial_fc.training.data import UnreadableImage, open_data
 from partial_fc.training.data.safe_files import read_whole
 from partial_fc.training.embedding import Embedder
 from partial_fc.training.embedding_files import valid_text
@@ -36,9 +36,11 @@ from partial_fc.training.enrol_data import (
     some_identities,
 )
 from partial_fc.training.errors import UserError
+from partial_fc.training.export.export import config_of_run
 from partial_fc.training.files import replacing
 from partial_fc.training.gallery import Answer, Enrolment, Gallery
-from partial_fc.training.run import check_new_file
+from partial_fc.training.gallery.calibration import smallest_rate
+from partial_fc.training.run import CONFIG, RunFolder, check_new_file
 
 USAGE = """usage: partial-fc gallery COMMAND GALLERY ...
 
@@ -131,8 +133,22 @@ def build_command(arguments: list[str]) -> None:
     elif gallery.threshold is None:
         print(
             f"it has no threshold yet, so every search finds somebody: partial-fc gallery calibrate {options.gallery} "
-            "--data HELD_OUT --far 1e-4"
+            f"{_calibrated_by(source)}"
         )
+
+
+def _calibrated_by(source: Source) -> str:
+    """Return options for `calibrate`: the identities that the run has held out, with a FAR that so many allow."""
+    if source.where is not None and (Path(source.where) / CONFIG).is_file():
+        with contextlib.suppress(UserError, OSError):  # such as data that have moved
+            config = config_of_run(RunFolder(source.where))
+            for name, dataset in open_data(config.data, config.seed).evaluation.items():
+                labels = dataset.labels.numpy()
+                labels = labels[some_identities(labels)]
+                least = smallest_rate(len(labels) * (len(np.unique(labels)) - 1))
+                if name != "seen" and least is not None:  # "seen" are new images of identities that were trained on
+                    return f"--split {name} --far {max(least, 1e-4):g}"
+    return "--data HELD_OUT --far 1e-3, by identities that were not trained on"
 
 
 def _thumbnails(per_identity: str, none: bool) -> Callable[[str], bool]:

@@ -12,6 +12,7 @@ positive identification rate) is that share, measured.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,16 +100,32 @@ def template_histograms(unit: Tensor, labels: Tensor, *, mean: bool) -> PairHist
     return PairHistograms(every)
 
 
+def smallest_rate(count: int) -> float | None:
+    """Return the smallest share that so many comparisons, or searches, can set a threshold for, rounded up to two
+    digits; None if they are too few for any."""
+    if count <= MIN_FALSE_ACCEPTS:
+        return None
+    exact = MIN_FALSE_ACCEPTS / count
+    step = 10.0 ** (math.floor(math.log10(exact)) - 1)
+    rounded = math.ceil(exact / step - 1e-9) * step
+    return float(f"{rounded:.1e}") if rounded < 1 else None
+
+
+def _or_rate(option: str, count: int) -> str:
+    rate = smallest_rate(count)
+    return "" if rate is None else f", or ask for a larger share: {option} {rate:g}"
+
+
 def threshold_for_far(histograms: PairHistograms, far: float) -> float:
     """Return the lowest cosine that at most the share `far` of impostors reaches. UserError if there are too few."""
     if not 0 < far < 1:
         raise UserError(f"the false accept rate is {far}; give a share between 0 and 1, such as 1e-4")
     threshold = histograms.threshold_at_far(far)
     if threshold is None:
+        count = histograms.impostor_pairs
         raise UserError(
-            f"{histograms.impostor_pairs:,} comparisons with another identity are too few for a false accept rate of "
-            f"{far:g}: {MIN_FALSE_ACCEPTS} must be accepted; give more images, or a rate of at least "
-            f"{MIN_FALSE_ACCEPTS / histograms.impostor_pairs:.1e}"
+            f"{count:,} comparisons with another identity are too few for a false accept rate of {far:g}: "
+            f"{MIN_FALSE_ACCEPTS} must be accepted; give more images{_or_rate('--far', count)}"
         )
     return threshold
 
@@ -121,6 +138,7 @@ def threshold_for_fpir(best: Tensor, fpir: float) -> float:
         raise UserError(
             f"{len(best):,} images of strangers are too few for a false positive identification rate of {fpir:g}: "
             f"{MIN_FALSE_ACCEPTS} must find somebody; give images of more identities that are not enrolled"
+            f"{_or_rate('--fpir', len(best))}"
         )
     first_refused = best.sort(descending=True).values[int(len(best) * fpir + 1e-6)]
     return float(np.nextafter(np.float32(first_refused), np.float32(2)))

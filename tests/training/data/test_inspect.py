@@ -42,6 +42,7 @@ def test_what_is_wrong_is_counted_and_named(tmp_path, kind):
     for words in (
         "identities            4",
         "images                8",
+        "with one image        2 identities; consider --data.min_images 2",
         "5 jpg, 1 png",
         "20 x 20 (5)",
         "2 groups, 1 of them across",

@@ -69,8 +69,8 @@ def test_too_few_images_are_refused_and_the_threshold_stays(tmp_path):
     held.set_threshold(0.25)
     data = images(6, start=50)
     for arguments, words in (
-        ({"far": 1e-4}, r"90 comparisons .* too few .* 0.0001: 10 must be accepted; .* at least 1.1e-01"),
-        ({"fpir": 0.1}, "18 images of strangers are too few"),
+        ({"far": 1e-4}, r"90 comparisons .* too few .* 0.0001: 10 must be accepted; .* --far 0.12$"),
+        ({"fpir": 0.1}, r"18 images of strangers are too few .*, or ask for a larger share: --fpir 0.56$"),
         ({"far": 0.0}, "give a share between 0 and 1"),
         ({"far": float("nan")}, "give a share between 0 and 1"),
         ({"fpir": 1.5}, "give a share between 0 and 1"),

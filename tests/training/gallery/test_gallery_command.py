@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -113,6 +114,20 @@ def test_the_whole_way(run, data, tmp_path, capsys):
     assert (
         "6 identities" in said and "threshold 0.999, set by hand" in said and "flip False" in said and "id0005" in said
     )
+
+
+def test_the_hint_after_a_build_is_a_command_that_works(tmp_path, capsys):
+    """By the identities that the run has held out, with a share that so few allow."""
+    config = tiny_run(tmp_path, data={"holdout_identities": 3}, output={"folder": str(tmp_path / "run")})
+    assert main(["train", str(config)]) == 0
+    built(tmp_path / "g", tmp_path / "run", tmp_path / "images")
+    (hint,) = re.findall(r"partial-fc gallery (calibrate .*)", capsys.readouterr().out)
+    assert hint.endswith("--split holdout --far 0.21"), "24 images, each beside 2 other identities"
+    command(*hint.split())
+    assert "by 24 images of 3 identities (48 comparisons" in capsys.readouterr().out
+    (tmp_path / "images").rename(tmp_path / "moved")
+    built(tmp_path / "h", tmp_path / "run", tmp_path / "moved")
+    assert "--data HELD_OUT --far 1e-3, by identities that were not trained on" in capsys.readouterr().out
 
 
 def test_an_identity_that_looks_like_another_is_noted(run, data, tmp_path, capsys):
