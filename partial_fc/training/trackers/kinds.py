@@ -12,6 +12,7 @@ A resumed run repeats steps. TensorBoard is told where the run goes on and drops
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import uuid
@@ -110,12 +111,10 @@ class TensorBoard(Kind):
         return {k: "none" if v is None else v for k, v in super().settings(settings).items()}
 
     def configure(self, tracker: Any, settings: Mapping[str, Any]) -> None:
-        try:
-            from torch.utils.tensorboard.summary import hparams
-        except ModuleNotFoundError:
-            from tensorboardX.summary import hparams
+        # of the writer's own package, torch.utils.tensorboard or tensorboardX
+        summary = importlib.import_module(f"{type(tracker.writer).__module__.rpartition('.')[0]}.summary")
         # Accelerate's way, add_hparams, makes a folder of its own, which TensorBoard shows as a second run
-        for part in hparams(self.settings(settings), {}):
+        for part in summary.hparams(self.settings(settings), {}):
             tracker.writer.file_writer.add_summary(part)
         tracker.writer.flush()
 
