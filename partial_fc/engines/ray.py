@@ -218,8 +218,8 @@ def _fit(options: RayOptions, command: list[str], board: Any) -> tuple[int, str]
     from ray.train.torch import TorchTrainer
 
     least, most = options.workers
-    # Ray asks for as many workers as it sees room for, also on a node that it has not yet noticed to be lost, and counts
-    # again when they do not start within this time. A fixed number is not counted again.
+    # Ray asks for as many workers as it sees room for, also on a node that it has not yet noticed to be lost, and
+    # counts again when they do not start within this time. A fixed number is not counted again.
     start = options.wait if least == most else min(60.0, options.wait / 4)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start))
     passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
