@@ -192,12 +192,15 @@ def train(arguments: list[str]) -> None:
             folder.check_run()
         else:
             folder.check_free()
-            config.head.check_weights()
             config.backbone.check_weights()
         data = open_data(config.data, config.seed)
         data.check_evaluation()
         check_metric(config.evaluation, list(data.evaluation), open_tasks(config.evaluation, data.train.image_shape))
         config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights)
+        if not resume:
+            from partial_fc.training.run_parts import checked_weights
+
+            checked_weights(config, data.train)
         if sampler_of(config, mixed(config, data.train)).length < config.train.batch_size:
             raise UserError(
                 f"{len(data.train)} training images are fewer than one batch of {config.train.batch_size}; lower "
@@ -205,6 +208,7 @@ def train(arguments: list[str]) -> None:
             )
         identities = data.train.num_identities
         print(f"settings, data and folder are fine: {len(data.train):,} images of {identities:,} identities")
+        print(f"augmentation: {config.augment}")
         return
     check_devices(config.train.cpu)
     from partial_fc.training.trainer import Trainer
