@@ -329,7 +329,7 @@ def test_a_file_of_weights_gives_what_the_run_gives(files, evaluated, tmp_path, 
     checkpoint = RunFolder(evaluated).find_checkpoint()
     weights = tmp_path / "model.pt"
     torch.save(backbone_in(checkpoint), weights)
-    numbers = "--backbone.embedding_size 32 --data.image_size 32 --data.channels 3".split()
+    numbers = ["--backbone.embedding_size", "32", "--data.image_size", "32", "--data.channels", "3"]
     given = ["--backbone.name", "small", *numbers]
     for command, arguments in commands(files, weights).items():
         assert main([*arguments, *given]) == 0
