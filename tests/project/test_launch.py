@@ -298,6 +298,23 @@ def test_slurm_options_are_those_of_sbatch(file, tasks):
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("launch/torchrun.sh configs/quickstart.yaml", "no GPU is found here: set NPROC"),
+        ("launch/torchrun_elastic.sh configs/quickstart.yaml", "no GPU is found here: set NPROC"),
+        ("launch/mpirun.sh configs/quickstart.yaml", "RANKS: set RANKS to the number of processes"),
+        ("launch/ray.sh configs/quickstart.yaml", "WORKERS: set WORKERS to the number of processes"),
+        ("launch/accelerate_nodes.sh configs/accelerate/two_nodes.yaml x", "MACHINE_RANK: set MACHINE_RANK to the"),
+    ],
+)
+def test_a_number_that_is_missing_is_asked_for_in_one_line(command, words):
+    code, out, err = finish(start(command, CUDA_VISIBLE_DEVICES=""))
+    assert code != 0 and out == ""
+    (line,) = err.splitlines()
+    assert words in line
+
+
 def test_the_launch_files_name_their_arguments():
     for path in sorted((ROOT / "launch").glob("*.s*")):
         text = path.read_text()

@@ -239,8 +239,8 @@ def _finish(trainer: Trainer, evaluations: list[Evaluation]) -> None:
         trainer.folder.print_unreadable()
         print(f"\nResults are in {trainer.folder.path}; look at {report}")
         print(
-            f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER, with your own images in any format of "
-            "docs/data.md"
+            f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER (identities in sub-folders, .rec, tar, "
+            f"Parquet), or partial-fc export-backbone {trainer.folder.path}"
         )
     trainer.close()
 
