@@ -217,7 +217,11 @@ def test_slurm_queues_no_job_again_whose_owner_has_said_so(tiny, slurm):
 OWN_LOOP = """
 import signal, sys, time
 import torch, torch.distributed as dist
+from torch.utils.data import DataLoader
 from partial_fc import Checkpointer, PartialFC, PreemptionGuard, RowOptimizer
+def outlive_requests(worker):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 dist.init_process_group("gloo")
 head = PartialFC(4, 6)
 named = {"head": head, "head_optimizer": RowOptimizer(torch.optim.SGD, head, lr=0.1)}
@@ -225,8 +229,9 @@ checkpointer = Checkpointer(sys.argv[1])
 first = checkpointer.load(**named) + 1 if checkpointer.latest() else 0
 print(f"rank {dist.get_rank()} of {dist.get_world_size()} begins at {first}", flush=True)
 with PreemptionGuard() as guard:
-    for step in range(first, first + 2 if first else 10_000):
-        head(torch.ones(2, 4), torch.tensor([0, 1])).backward()
+    loader = DataLoader(torch.ones(20_000, 4), batch_size=2, num_workers=1, worker_init_fn=outlive_requests)
+    for step, batch in zip(range(first, first + 2 if first else 10_000), loader):
+        head(batch, torch.tensor([0, 1])).backward()
         named["head_optimizer"].step()
         named["head_optimizer"].zero_grad()
         if step == 2 and dist.get_rank() == 0:
@@ -253,7 +258,7 @@ def test_an_own_loop_under_slurm_is_one_world_and_is_queued_again(tmp_path, slur
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         step = {pid: args for pid, args in descendants(process.pid).items() if "srun" not in args}
-        assert len(step) == 4, f"two agents, two ranks: {step}"
+        assert len(step) == 6, f"two agents, two ranks, a worker of each: {step}"
         for pid in step:
             os.kill(pid, signal.SIGUSR1)
         code, told, err = finish(process)
@@ -262,6 +267,7 @@ def test_an_own_loop_under_slurm_is_one_world_and_is_queued_again(tmp_path, slur
             os.kill(pid, signal.SIGKILL)
         process.communicate()
     assert code == 75 and told.count(f"queued {slurm['SLURM_JOB_ID']} again") == 1, err
+    assert (tmp_path / "run").exists(), f"nothing was saved:\n{err}"
     assert sorted(re.findall(r"rank (\d of \d) begins at 0", told)) == ["0 of 2", "1 of 2"]
     again = succeed(command, **{**job, "SLURM_JOB_ID": str(free_port())})
     assert re.search(r"rank 1 of 2 begins at [1-9]", again) and "queued" not in again
@@ -277,6 +283,15 @@ def descendants(of: int) -> dict[int, str]:
             found[int(pid)] = " ".join(args)
     del found[of]
     return found
+
+
+def test_the_page_goes_through_the_file():
+    page = (ROOT / "docs/where-jobs-run.md").read_text()
+    slurm = page[page.index("## Slurm") :]
+    shown = re.findall(r"```bash\n(#SBATCH.*?)```", slurm, re.DOTALL)
+    assert len(shown) == 1 and (ROOT / "launch/slurm.sbatch").read_text().endswith(shown[0])
+    worker = re.search(r"```python\n(.*?)\n\n", slurm, re.DOTALL)
+    assert worker and re.sub(" +#.*", "", worker[1]) in OWN_LOOP
 
 
 @pytest.mark.parametrize(("file", "tasks"), [("slurm.sbatch", 8), ("slurm_own_loop.sbatch", 1)])
