@@ -82,7 +82,7 @@ def backbone_file(options: argparse.Namespace, path: str) -> BackboneFile | None
     width, side, channels = (n or option[1] for option, n in zip(OPTIONS, numbers, strict=True))
     config = RunConfig(
         backbone=BackboneConfig(name=name, embedding_size=width, weights=path),
-        data=DataConfig(image_size=side, channels=channels),
+        data=DataConfig(image_size=side, channels=channels),  # type: ignore[arg-type]  # it checks them
     )
     config.backbone.check()
     if not Path(path).exists():
