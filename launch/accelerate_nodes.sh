@@ -5,6 +5,8 @@
 # MASTER_PORT (default 29500) must be open on the first node. GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME select the
 # network interface.
 set -euo pipefail
+: "${MACHINE_RANK:?set MACHINE_RANK to the number of this node, from 0}"
+: "${MASTER_ADDR:?set MASTER_ADDR to the address of node 0}"
 export PARTIAL_FC_LAUNCHER=$$  # exec keeps it
 exec accelerate launch --config_file "$1" --machine_rank "$MACHINE_RANK" --main_process_ip "$MASTER_ADDR" \
     --main_process_port "${MASTER_PORT:-29500}" -m partial_fc train "${@:2}"

@@ -7,4 +7,5 @@
 # Needs `pip install '.[train,mpi]'`. As root, add --allow-run-as-root to MPIRUN_OPTIONS.
 # With MPICH: MPIRUN="mpirun -bind-to none", and mpi4py must find its library (set MPI4PY_LIBMPI).
 set -euo pipefail
+: "${RANKS:?set RANKS to the number of processes}"
 exec ${MPIRUN:-mpirun --bind-to none} -n "$RANKS" ${MPIRUN_OPTIONS:-} python -m partial_fc train "$@"

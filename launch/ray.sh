@@ -7,4 +7,5 @@
 # Needs `pip install '.[train,ray]'` on all nodes, and folders that all nodes share. RAY_OPTIONS: see
 # `python -m partial_fc.engines.ray --help`.
 set -euo pipefail
+: "${WORKERS:?set WORKERS to the number of processes}"
 exec python -m partial_fc.engines.ray --workers "$WORKERS" ${RAY_OPTIONS:-} -m partial_fc train "$@" --start_or_resume

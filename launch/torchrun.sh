@@ -6,6 +6,7 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 NPROC=8 launch/torchrun.sh configs/faces_10m.yaml ...
 # MASTER_PORT defaults to 29500.
 set -euo pipefail
+[[ -n "${NPROC:-}" ]] || python -c 'import torch; torch.cuda.is_available() or exit("no GPU is found here: set NPROC")'
 export PARTIAL_FC_LAUNCHER=$$  # exec keeps it
 exec torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${NPROC:-gpu}" \
     --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" -m partial_fc train "$@"

@@ -6,6 +6,7 @@
 # TORCH_DISABLE_SHARE_RDZV_TCP_STORE makes a new store for every restart; with the shared store, restarts sometimes hung
 # (torch 2.13).
 set -euo pipefail
+[[ -n "${NPROC:-}" ]] || python -c 'import torch; torch.cuda.is_available() or exit("no GPU is found here: set NPROC")'
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export PARTIAL_FC_LAUNCHER=$$  # exec keeps it
 exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC:-gpu}" --max_restarts "${MAX_RESTARTS:-3}" \

@@ -46,7 +46,8 @@ def set_rank_variables() -> None:
     """Set torch's rank variables from MPI.
 
     Raises RuntimeError, the same on every rank, if mpi4py is missing or finds no library, if it belongs to another MPI
-    than mpirun (so that every process would be alone), or if a rank variable is set to another value.
+    than mpirun or srun has started several tasks without MPI (so that every process would be alone), or if a rank
+    variable is set to another value.
     """
     started = "mpi4py.MPI" in sys.modules
     try:
@@ -64,6 +65,13 @@ def set_rank_variables() -> None:
             f"mpirun started {started_by_mpirun} processes, but MPI sees a world of {world}: "
             f"mpi4py uses another MPI ({library}) than this mpirun; "
             "use the mpirun of that one, or install mpi4py for this one"
+        )
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    if world == 1 and tasks != "1" and not any(name in os.environ for name in SIZES):
+        raise RuntimeError(
+            f"Slurm has {tasks} tasks, but MPI sees a world of 1, so that each would train alone: start torchrun by "
+            "srun and call torch.distributed.init_process_group (launch/slurm_own_loop.sbatch), or start the tasks by "
+            "mpirun, or by srun with your MPI's own --mpi"
         )
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     local = {"LOCAL_RANK": node.Get_rank(), "LOCAL_WORLD_SIZE": node.Get_size()}

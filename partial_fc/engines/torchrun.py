@@ -10,11 +10,14 @@ by exit codes whether to start a job again needs more:
     2          an error in the settings or data: running it again does not help
     128 + n    the first rank that failed was killed by signal n
     others     the code of the first rank that failed
+
+SIGUSR1 is taken for SIGTERM, which torchrun passes on to its ranks: Slurm sends it to all processes of a step.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from torch.distributed import run
@@ -30,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     Ctrl-C gives 130. Other errors of torchrun itself, such as a rendezvous that fails, are not caught.
     """
     os.environ["PARTIAL_FC_LAUNCHER"] = str(os.getpid())  # ranks that are started while it is killed find out by it
+    for each in SIGNALS:
+        if each != signal.SIGTERM:
+            signal.signal(each, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         run.main(sys.argv[1:] if arguments is None else arguments)
     except ChildFailedError as error:

@@ -3,6 +3,7 @@
     RUN/config.yaml, checkpoints/                    the backbone of a checkpoint, by torch
     EXPORTED/backbone.safetensors                    an exported one, by torch
     EXPORTED/backbone.onnx, preprocessing.json       the same, by onnxruntime
+    model.pt, and the backbone's name                weights from elsewhere, by torch
 
 bytes ── header: kind, pixels ──> refused if too large ── decode, resize ──> uint8 [n, C, H, W] ── x / 127.5 − 1 ──>
 images float32 [n, C, H, W] in [−1, 1] ── backbone, with `flip` also of the mirror images ──> embeddings float32 [n, D]
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from partial_fc.training.backbones.digest import weights_digest
 from partial_fc.training.backbones.mirrored import embeddings_of
+from partial_fc.training.backbones.settings import BackboneConfig
 from partial_fc.training.data import UnreadableImage, decode_picture
 from partial_fc.training.data.augment import to_float
 from partial_fc.training.data.decode import read_header
@@ -95,8 +97,13 @@ class Embedder:
         runtime: Runtime = "auto",
         device: torch.device | str = "cpu",
         max_pixels: int = MAX_PIXELS,
+        backbone: str | None = None,
+        embedding_size: int = 512,
+        image_shape: Shape = (3, 112, 112),
     ) -> Embedder:
         """Open the backbone of a run folder, or of a folder that export-backbone wrote; or one of its files.
+
+        With `backbone`, open a file of weights from elsewhere, such as insightface's model.pt.
 
         Args:
             flip: add the embedding of the mirror image, as in evaluation.
@@ -104,11 +111,17 @@ class Embedder:
             runtime: what runs an exported backbone; auto takes the safetensors by torch if they are there, else the
                 ONNX file by onnxruntime, on the CPU.
             max_pixels: images of more are refused before they are decoded.
+            backbone: the name of the backbone that the weights in `source` are of, such as iresnet50.
+            embedding_size: the width of its embeddings; with `backbone` only.
+            image_shape: (C, H, W) of the images that it takes; with `backbone` only.
 
         Raises UserError if there is no backbone, if it is damaged, or if a package is missing.
         """
         path = Path(source)
         rest: dict[str, Any] = {"flip": flip, "source": str(path.absolute()), "max_pixels": max_pixels}
+        if backbone is not None:
+            settings = BackboneConfig(name=backbone, embedding_size=embedding_size)
+            return _open_weights(cls, path, settings, image_shape, torch.device(device), rest)
         kind = _kind_of(path, runtime)
         if kind != "run" and checkpoint != "newest":
             raise UserError(f"{source} is an exported backbone, which has no checkpoints; leave --checkpoint out")
@@ -174,7 +187,8 @@ def _kind_of(path: Path, runtime: Runtime) -> Literal["run", "safetensors", "onn
         if path.suffix not in kinds or (path.suffix == ".safetensors" and path.name != SAFETENSORS):
             raise UserError(
                 f"{path} is no backbone; give the folder of a run, a folder that export-backbone wrote, or its "
-                f"{SAFETENSORS} or {ONNX}"
+                f"{SAFETENSORS} or {ONNX}; a file of weights from elsewhere needs the name of its backbone "
+                "(Embedder.open(..., backbone=), --backbone.name)"
             )
         if {"safetensors": "onnxruntime", "onnx": "torch"}[kinds[path.suffix]] == runtime:
             raise UserError(f"{path} is not run by {runtime}; leave --runtime out")
@@ -211,6 +225,27 @@ def _open_run(
         dimension=config.backbone.embedding_size,
         image_shape=shape,
         checkpoint=found,
+        device=device,
+        **rest,
+    )
+
+
+def _open_weights(
+    make: type[Embedder],
+    path: Path,
+    settings: BackboneConfig,
+    shape: Shape,
+    device: torch.device,
+    rest: dict[str, Any],
+) -> Embedder:
+    settings.check()
+    backbone = settings.build(shape, str(path)).float().eval()
+    digest = weights_digest(backbone.state_dict())
+    return make(
+        backbone.to(device),
+        digest=digest,
+        dimension=settings.embedding_size,
+        image_shape=shape,
         device=device,
         **rest,
     )

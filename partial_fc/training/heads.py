@@ -150,11 +150,6 @@ class HeadConfig:
         except (ValueError, ModuleNotFoundError, RuntimeError) as error:  # the last of a triton that cannot interpret
             raise UserError(f"--head: {error}") from error
 
-    def check_weights(self) -> None:
-        """UserError if the class weights to start from do not exist; a resumed run does not need them."""
-        if self.weights is not None:
-            self.weights_source(self.weights)
-
     def weights_source(self, path: str) -> Path:
         """Return what to import class weights from: the checkpoint that `path` is or holds, else the path itself.
 

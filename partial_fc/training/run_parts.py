@@ -23,9 +23,11 @@ from partial_fc.training.backbones.counts import Counts, count_backbone
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.engine import Engine, Trained, make_engine
+from partial_fc.training.errors import UserError
 from partial_fc.training.mixing import ExtraHeads, MixedIdentities
 from partial_fc.training.saved import checkpoint_in
 from partial_fc.training.schedules import build_schedules
+from partial_fc.weights.single_file import OtherShape, open_weights
 
 
 @dataclass
@@ -96,6 +98,33 @@ def build_parts(
         schedules += extra.schedules(schedules[1])
     margin_schedules = _margin_schedules(config, head, extra, steps_per_epoch)
     return RunParts(head, head_optimizer, extra, center, engine, counts, schedules, margin_schedules, watch)
+
+
+def checked_weights(config: RunConfig, main_set: IdentityDataset) -> str | None:
+    """Return what to import class weights from, as the settings name it; None if they name nothing. Reads no rows.
+
+    Raises UserError unless they fit the classes of the run's data set. Not a collective.
+    """
+    if config.head.weights is None:
+        return None
+    source = config.head.weights_source(config.head.weights)
+    images = torch.bincount(main_set.labels, minlength=main_set.num_identities)
+    margin = config.head.margin.build_margin(images)
+    try:
+        open_weights(source, PartialFC(config.backbone.embedding_size, len(images), margin, device="meta"), None)
+    except OtherShape as error:
+        data = config.data
+        advice = "give the --backbone.embedding_size and the margin's --head.margin.centers of the weights"
+        if error.other_classes:
+            advice = (
+                "the classes are those of the data set, less what --data.holdout_identities "
+                f"({data.holdout_identities} here), --data.min_images ({data.min_images}) and --data.identities "
+                f"({data.identities}) leave out: give the data and the settings that the weights were trained with"
+            )
+        raise UserError(f"--head.weights: {error.problem}; {advice}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--head.weights: {error}") from error
+    return str(source)
 
 
 def _margin_schedules(

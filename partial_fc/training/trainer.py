@@ -39,7 +39,7 @@ from partial_fc.training.report.hardest import note_confusions
 from partial_fc.training.results import describe_environment, write_results
 from partial_fc.training.run import DATA, UNREADABLE, RunFolder
 from partial_fc.training.run_evaluation import RunEvaluation
-from partial_fc.training.run_parts import build_parts
+from partial_fc.training.run_parts import build_parts, checked_weights
 from partial_fc.training.shared_folder import check_same_start, check_shared
 from partial_fc.training.step_log import StepLog
 
@@ -125,11 +125,10 @@ class Trainer:
 
     def _import_class_weights(self) -> None:
         """Load the class weights that the settings name."""
-        named = self.config.head.weights
-        if named is None:
-            return
         # of the first rank: a run that still saves may show each rank another checkpoint
-        source = run_on_main_for_all(lambda: str(self.config.head.weights_source(named)), self.accelerator)
+        source = run_on_main_for_all(lambda: checked_weights(self.config, self.main_set), self.accelerator)
+        if source is None:
+            return
         try:
             import_weights(source, self.head)
             if self.head.hard_negatives:
@@ -215,6 +214,7 @@ class Trainer:
         run_on_all(self.log.begin, self.accelerator)
         self.accelerator.print(device_line(config.train.cpu))
         self.accelerator.print(f"backbone {config.backbone.name}: {self.counts}")
+        self.accelerator.print(f"augmentation: {config.augment}")
         total = self.steps_per_epoch * config.train.epochs
         used = self.steps_per_epoch * config.train.batch_size
         count = len(self.data.train)

@@ -152,7 +152,7 @@ def import_weights(
     main = next(iter(parameters))
     if optimizer is not None and rows_of.class_rows.live_optimizer is not optimizer:
         raise ValueError("optimizer must be the RowOptimizer of this head")
-    found = _on_every_rank(ranks, lambda: _open(source, rows_of, key))
+    found = _on_every_rank(ranks, lambda: open_weights(source, rows_of, key))
     if optimizer is not None:
         _on_every_rank(ranks, lambda: _check_state(found, optimizer))
     if isinstance(found, SafeReader):
@@ -177,7 +177,7 @@ def import_weights(
 # ---------------------------------------------------------------------------------------------------- sources
 
 
-def _open(source: Source, rows_of: HeadOrCenters, key: str | None) -> dict[str, RowSource] | SafeReader:
+def open_weights(source: Source, rows_of: HeadOrCenters, key: str | None) -> dict[str, RowSource] | SafeReader:
     """Return parameter name -> RowSource, or the reader of a checkpoint. Make all checks that read no rows."""
     parameters = rows_of.class_rows.parameters
     main, shape = next((name, p.shape) for name, p in parameters.items())
@@ -234,17 +234,24 @@ def _checkpoint_keys(reader: SafeReader, rows_of: HeadOrCenters, key: str | None
     return keys
 
 
+class OtherShape(ValueError):
+    """A source has another shape than what it is for. The message says what to do in one's own loop."""
+
+    def __init__(self, what: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        self.problem = f"{what} has {described(found)}, but {described(wanted)} are expected"
+        self.other_classes = bool(found) and found[1:] == wanted[1:]
+        advice = ""
+        if self.other_classes:
+            advice = f"; build for {found[0]:,} classes, import, then call expand() or remap()"
+        elif len(found) == len(wanted):
+            advice = f"; the embedding size differs: build with embedding_size {found[-1]}"
+        super().__init__(self.problem + advice)
+
+
 def check_shape(found: torch.Size | tuple[int, ...], wanted: torch.Size | tuple[int, ...], what: str) -> None:
-    """ValueError, with both shapes and what to do, unless they are equal."""
-    found, wanted = tuple(found), tuple(wanted)
-    if found == wanted:
-        return
-    problem = f"{what} has {described(found)}, but {described(wanted)} are expected"
-    if found[1:] == wanted[1:] and found:
-        problem += f"; build for {found[0]:,} classes, import, then call expand() or remap()"
-    elif len(found) == len(wanted):
-        problem += f"; the embedding size differs: build with embedding_size {found[-1]}"
-    raise ValueError(problem)
+    """OtherShape, with both shapes and what to do, unless they are equal."""
+    if tuple(found) != tuple(wanted):
+        raise OtherShape(what, tuple(found), tuple(wanted))
 
 
 def _named(source: Source) -> str:

@@ -74,6 +74,14 @@ PUBLIC = ("data", "export", "gallery", "protocols")
 IMPORT = r"^from (partial_fc[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))"
 
 
+def test_the_page_names_what_may_change_when_a_run_resumes():
+    from partial_fc.training.config import FREE_ON_RESUME
+
+    page = (DOCS / "checkpoints.md").read_text()
+    section = page[page.index("## What may change when a run resumes") :].split("\n\n")[2]
+    assert re.findall(r"`([\w.*]+)`", section) == [f"{each}*" if each[-1] == "." else each for each in FREE_ON_RESUME]
+
+
 def test_files_that_contributing_names_exist():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     named = re.findall(r"`((?:partial_fc|tests|launch|docs|\.ci)/[\w./-]*)`", text)

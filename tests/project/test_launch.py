@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -137,22 +139,26 @@ def test_deepspeed(tiny, accelerated, file):
 
 # ---------------------------------------------------------------------------------------------------- Slurm
 
-# srun as far as a task can see it: it starts SLURM_NTASKS tasks with the variables of a step, and fails if one does
+# srun as far as a task can see it: it starts SLURM_NTASKS tasks with the variables of a step, and fails if one does. With
+# as many nodes as tasks, each task is on a node of its own.
 SRUN = f"""#!{sys.executable}
 import os, subprocess, sys
 command = [word for word in sys.argv[1:]]
 while command[0].startswith("--"):
     command.pop(0)
 tasks = int(os.environ["SLURM_NTASKS"])
+apart = os.environ.get("SLURM_JOB_NUM_NODES") == str(tasks)
 started = []
 for task in range(tasks):
-    step = {{"SLURM_STEP_ID": "0", "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task), "SLURM_NODEID": "0",
+    place, node = (0, task) if apart else (task, 0)
+    step = {{"SLURM_STEP_ID": "0", "SLURM_PROCID": str(task), "SLURM_LOCALID": str(place), "SLURM_NODEID": str(node),
             "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_TASKS_PER_NODE": str(tasks), "SLURM_STEP_NODELIST": "node[7-8]"}}
     started.append(subprocess.Popen(command, env={{**os.environ, **step}}))
 sys.exit(max(task.wait() for task in started))
 """
 SCONTROL = """#!/bin/sh
 [ "$1" = requeue ] && { echo "queued $2 again"; exit 0; }
+[ "$1 $2" = "show job" ] && { echo "JobId=$3 JobName=x"; echo "   Requeue=${REQUEUE:-1} Restarts=0"; exit 0; }
 [ "$*" = "show hostnames node[7-8]" ] || exit 1
 echo localhost
 echo node8
@@ -199,14 +205,129 @@ def test_slurm_queues_a_job_again_that_was_asked_to_stop(tiny, accelerated, slur
     assert tell_tale(out) == accelerated
 
 
-def test_slurm_options_are_those_of_sbatch():
-    lines = re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (ROOT / "launch/slurm.sbatch").read_text(), re.MULTILINE)
-    options = dict(lines)
+@pytest.mark.slow
+def test_slurm_queues_no_job_again_whose_owner_has_said_so(tiny, slurm):
+    """`scontrol update JobId=JOB Requeue=0` before the request to stop: it saves, and stays away."""
+    out = tiny.parent / "slurm_for_good"
+    command = f"bash launch/slurm.sbatch {tiny} --output.folder {out}"
+    code, told, _ = finish(start(command, **slurm, REQUEUE="0", PARTIAL_FC_FAULTS="usr1:forward@step=2,rank=1"))
+    assert code == 75 and "queued" not in told and tell_tale(out)[-1][0] == 2
+
+
+OWN_LOOP = """
+import signal, sys, time
+import torch, torch.distributed as dist
+from torch.utils.data import DataLoader
+from partial_fc import Checkpointer, PartialFC, PreemptionGuard, RowOptimizer
+def outlive_requests(worker):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+dist.init_process_group("gloo")
+head = PartialFC(4, 6)
+named = {"head": head, "head_optimizer": RowOptimizer(torch.optim.SGD, head, lr=0.1)}
+checkpointer = Checkpointer(sys.argv[1])
+first = checkpointer.load(**named) + 1 if checkpointer.latest() else 0
+print(f"rank {dist.get_rank()} of {dist.get_world_size()} begins at {first}", flush=True)
+with PreemptionGuard() as guard:
+    loader = DataLoader(torch.ones(20_000, 4), batch_size=2, num_workers=1, worker_init_fn=outlive_requests)
+    for step, batch in zip(range(first, first + 2 if first else 10_000), loader):
+        head(batch, torch.tensor([0, 1])).backward()
+        named["head_optimizer"].step()
+        named["head_optimizer"].zero_grad()
+        if step == 2 and dist.get_rank() == 0:
+            open(sys.argv[1] + ".steps", "w").close()
+        if guard.requested():
+            checkpointer.save(step, **named)
+            checkpointer.wait()
+            sys.exit(guard.EXIT_CODE)
+        time.sleep(0.01)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_an_own_loop_under_slurm_is_one_world_and_is_queued_again(tmp_path, slurm):
+    """Slurm's signal reaches every process of the step: torchrun takes it for a request to stop, too."""
+    (tmp_path / "train.py").write_text(OWN_LOOP)
+    job = {**slurm, "SLURM_JOB_NUM_NODES": "2", "NPROC": "1"}
+    command = f"bash launch/slurm_own_loop.sbatch {tmp_path / 'train.py'} {tmp_path / 'run'}"
+    process = start(command, **job)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run.steps").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        step = {pid: args for pid, args in descendants(process.pid).items() if "srun" not in args}
+        assert len(step) == 6, f"two agents, two ranks, a worker of each: {step}"
+        for pid in step:
+            os.kill(pid, signal.SIGUSR1)
+        code, told, err = finish(process)
+    finally:
+        for pid in descendants(process.pid) if process.poll() is None else ():
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+    assert code == 75 and told.count(f"queued {slurm['SLURM_JOB_ID']} again") == 1, err
+    assert (tmp_path / "run").exists(), f"nothing was saved:\n{err}"
+    assert sorted(re.findall(r"rank (\d of \d) begins at 0", told)) == ["0 of 2", "1 of 2"]
+    again = succeed(command, **{**job, "SLURM_JOB_ID": str(free_port())})
+    assert re.search(r"rank 1 of 2 begins at [1-9]", again) and "queued" not in again
+
+
+def descendants(of: int) -> dict[int, str]:
+    """Process -> command line of all that a process has started; torchrun's ranks have sessions of their own."""
+    table = subprocess.run(["ps", "-ewwo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    found = {of: ""}
+    for line in table.splitlines():  # parents come first
+        pid, parent, *args = line.split(maxsplit=2)
+        if int(parent) in found:
+            found[int(pid)] = " ".join(args)
+    del found[of]
+    return found
+
+
+def test_the_page_goes_through_the_file():
+    page = (ROOT / "docs/where-jobs-run.md").read_text()
+    slurm = page[page.index("## Slurm") :]
+    shown = re.findall(r"```bash\n(#SBATCH.*?)```", slurm, re.DOTALL)
+    assert len(shown) == 1 and (ROOT / "launch/slurm.sbatch").read_text().endswith(shown[0])
+    worker = re.search(r"```python\n(.*?)\n\n", slurm, re.DOTALL)
+    assert worker and re.sub(" +#.*", "", worker[1]) in OWN_LOOP
+
+
+@pytest.mark.parametrize(("file", "tasks"), [("slurm.sbatch", 8), ("slurm_own_loop.sbatch", 1)])
+def test_slurm_options_are_those_of_sbatch(file, tasks):
+    text = (ROOT / "launch" / file).read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
+    block = {"distribution"} if tasks > 1 else set()
     assert set(options) == {
-        "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "distribution", "requeue", "signal", "output",
+        "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "requeue", "signal", "output",
+        "open-mode", *block,
     }  # fmt: skip
-    assert options["ntasks-per-node"] == options["gpus-per-node"]  # a task a GPU
-    assert options["distribution"] == "block"  # neighbouring ranks on one node, as head.replicas wants them
+    assert options["ntasks-per-node"] == str(tasks) and options["gpus-per-node"] == "8"  # a task a GPU, or a node
+    assert options["open-mode"] == "append", "a job that is queued again would begin its log anew"
+    if block:
+        assert options["distribution"] == "block"  # neighbouring ranks on one node, as head.replicas wants them
+    assert re.findall(r"^##SBATCH --(\w+)", text, re.MULTILINE) == ["partition", "account"]
+    assert not re.search(r"^[^#\n].*\n(.*\n)*#SBATCH", text, re.MULTILINE), (
+        "sbatch reads options before the first command"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("launch/torchrun.sh configs/quickstart.yaml", "no GPU is found here: set NPROC"),
+        ("launch/torchrun_elastic.sh configs/quickstart.yaml", "no GPU is found here: set NPROC"),
+        ("launch/mpirun.sh configs/quickstart.yaml", "RANKS: set RANKS to the number of processes"),
+        ("launch/ray.sh configs/quickstart.yaml", "WORKERS: set WORKERS to the number of processes"),
+        ("launch/accelerate_nodes.sh configs/accelerate/two_nodes.yaml x", "MACHINE_RANK: set MACHINE_RANK to the"),
+    ],
+)
+def test_a_number_that_is_missing_is_asked_for_in_one_line(command, words):
+    code, out, err = finish(start(command, CUDA_VISIBLE_DEVICES=""))
+    assert code != 0 and out == ""
+    (line,) = err.splitlines()
+    assert words in line
 
 
 def test_the_launch_files_name_their_arguments():
@@ -215,8 +336,10 @@ def test_the_launch_files_name_their_arguments():
         if path.name == "env.sh":
             continue
         assert os.access(path, os.X_OK), path
-        assert "partial_fc train" in text.splitlines()[-1], f"{path.name} does not end in the entry point"
-        assert sum(line.strip() != "" and not line.startswith("#") for line in text.splitlines()) <= 6, (
+        last = text.replace("\\\n", "").splitlines()[-1]
+        entry = "partial_fc.engines.torchrun" if path.name == "slurm_own_loop.sbatch" else "partial_fc train"
+        assert entry in last, f"{path.name} does not end in the entry point"
+        assert sum(line.strip() != "" and not line.startswith("#") for line in text.splitlines()) <= 8, (
             f"{path.name} has grown logic"
         )
         assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0

@@ -84,6 +84,25 @@ def test_a_run_fits_its_world(path):
         assert config.train.cpu or config.train.mixed_precision == "bf16"
 
 
+@pytest.mark.parametrize("stem", ["folder", "faces_2m", "faces_10m", "insightface"])
+def test_faces_are_mirrored_and_nothing_else(stem):
+    assert str(load(CONFIGS / f"{stem}.yaml").augment) == "mirrored 0.5"
+
+
+def test_the_configuration_of_insightface_has_its_numbers():
+    """Those of configs/ms1mv3_r50.py of arcface_torch; its batch is that of a rank."""
+    config = load(CONFIGS / "insightface.yaml")
+    margin = config.head.margin.build_margin(torch.ones(2))
+    assert (margin.scale, margin.margin, margin.gradient, margin.past_pi) == (64.0, 0.5, "straight_through", "plain")
+    assert (config.backbone.name, config.backbone.embedding_size) == ("iresnet50", 512)
+    assert (config.head.sample_rate, config.train.batch_size, config.train.epochs) == (1.0, 8 * 128, 20)
+    assert config.optimizer.init_args == {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+    assert (config.schedule.shape, config.schedule.power, config.schedule.warmup_epochs) == ("polynomial", 1.0, 0)
+    bins = (CONFIGS / "insightface.yaml").read_text().partition("# evaluation:\n")[2].partition("output:")[0]
+    found = yaml.safe_load(re.sub("^#", "", bins, flags=re.MULTILINE))
+    assert found["every_steps"] == 2000 and len(found["verification"]) == 3
+
+
 @pytest.mark.parametrize("path", RUNS, ids=name)
 def test_its_backbone_takes_its_images(path):
     config = load(path)

@@ -23,9 +23,11 @@ from partial_fc import Checkpointer
 from partial_fc.training import run_evaluation
 from partial_fc.training.cli.main import main, train_parser
 from partial_fc.training.config import to_config
+from partial_fc.training.embedding import Embedder
 from partial_fc.training.errors import UserError
 from partial_fc.training.interval import check_metric, during_training, undisturbed
 from partial_fc.training.run import RunFolder
+from partial_fc.training.saved import backbone_in
 from partial_fc.training.trainer import Trainer
 
 EVERYTHING = ["verification", "templates", "identification", "retrieval"]
@@ -337,6 +339,52 @@ def test_sub_folders_without_an_image_are_skipped_as_in_training(files, evaluate
         assert told in capsys.readouterr().out
         line = mistake(command, evaluated, *options, "--output", tmp_path / "strict", "--on_error", "raise")
         assert "cannot read nothing (there is no image in it); fix or remove it, or pass --on_error skip" in line
+
+
+def test_a_file_of_weights_gives_what_the_run_gives(files, evaluated, tmp_path, capsys, mistake):
+    """The backbone of a trainer that knows no runs, by its name: every command, and Embedder.open."""
+    checkpoint = RunFolder(evaluated).find_checkpoint()
+    weights = tmp_path / "model.pt"
+    torch.save(backbone_in(checkpoint), weights)
+    numbers = ["--backbone.embedding_size", "32", "--data.image_size", "32", "--data.channels", "3"]
+    given = ["--backbone.name", "small", *numbers]
+    for command, arguments in commands(files, weights).items():
+        assert main([*arguments, *given]) == 0
+        (out,) = tmp_path.glob(f"model-{command}-*")
+        assert main([*commands(files, evaluated)[command], "--output", str(tmp_path / command)]) == 0
+        found, expected = (
+            json.loads((folder / "metrics.json").read_text())["protocols"] for folder in (out, tmp_path / command)
+        )
+        assert [each["figures"] for each in found] == [pytest.approx(each["figures"]) for each in expected]
+        assert "Configuration" not in (out / "report.html").read_text(), "settings of a run that never was"
+    data = ["--data", str(files / "mega" / "gallery")]
+    for source, more, out in ((weights, given, "ours"), (evaluated, [], "theirs")):
+        assert (
+            main(["evaluate", str(source), *more, "--data", str(files / "train"), "--output", str(tmp_path / out)]) == 0
+        )
+        assert main(["embed", str(source), *more, *data, "--output", str(tmp_path / f"e-{out}"), "--files", "npz"]) == 0
+    ours, theirs = (json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("ours", "theirs"))
+    assert ours["evaluations"] == theirs["evaluations"]
+    first, second = (next((tmp_path / f"e-{out}").glob("part-*.npz")) for out in ("ours", "theirs"))
+    assert np.array_equal(np.load(first)["embedding"], np.load(second)["embedding"])
+    embedder = Embedder.open(weights, backbone="small", embedding_size=32, image_shape=(3, 32, 32))
+    assert embedder.digest == Embedder.open(evaluated).digest
+    capsys.readouterr()
+    pairs = str(files / "lfw.bin")
+    for command in (
+        ["verify", weights, pairs],
+        ["evaluate", weights, *data],
+        ["embed", weights, *data, "--output", "x"],
+    ):
+        assert "say which backbone they are of, --backbone.name" in mistake(*command)
+        assert "do not fit the backbone" in mistake(*command, "--backbone.name", "small", *numbers[2:])
+        assert "there is no file of weights none.pt" in mistake(command[0], "none.pt", *command[2:], *given)
+        assert "is a run, which has its backbone's name" in mistake(command[0], evaluated, *command[2:], *given)
+        assert "is for a file of weights" in mistake(command[0], evaluated, *command[2:], *numbers)
+        assert "has no checkpoints" in mistake(*command, *given, "--checkpoint", "best")
+    assert "has no data set of its own" in mistake("evaluate", weights, *given)
+    with pytest.raises(UserError, match="backbone="):
+        Embedder.open(weights)
 
 
 @pytest.mark.slow

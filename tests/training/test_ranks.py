@@ -337,6 +337,18 @@ def test_ones_own_loop_finds_its_ranks_by_mpi():
     assert sorted(out.splitlines()) == ["0 2 0 2 127.0.0.1 2", "1 2 1 2 127.0.0.1 2"]
 
 
+def test_tasks_of_slurm_without_mpi_are_not_worlds_of_one():
+    """srun of an Open MPI that knows nothing of it; a step of one task in a job of several is one process."""
+    job = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    for step in ({}, {"SLURM_STEP_NUM_TASKS": "2"}):
+        code, _, err = finish(start([sys.executable, "-c", SHOW], **job, **step))
+        assert code == 1
+        (line,) = [line for line in err.splitlines() if line.startswith("RuntimeError: ")]
+        assert "Slurm has 2 tasks, but MPI sees a world of 1" in line and "launch/slurm_own_loop.sbatch" in line
+    code, out, err = finish(start([sys.executable, "-c", SHOW], **job, SLURM_STEP_NUM_TASKS="1"))
+    assert (code, out) == (0, "0 1 0 1 127.0.0.1 1\n"), err
+
+
 @pytest.mark.slow
 def test_variables_that_mpi_contradicts_are_refused_on_all_ranks():
     told = "from partial_fc.training import ranks\ntry:\n    ranks.find_ranks()\nexcept ranks.UserError as error:\n    print(error)"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from partial_fc import Checkpointer, PartialFC, Progress, import_weights, save_checkpoint
+from partial_fc import Checkpointer, PartialFC, Progress, export_weights, import_weights, save_checkpoint
 from partial_fc.distributed.groups import ranks_of
 from partial_fc.distributed.shards import ClassShards
 from partial_fc.training.backbones import build_backbone
@@ -76,6 +76,27 @@ def test_a_run_or_a_checkpoint_of_it_is_a_source_of_both(tmp_path, monkeypatch, 
     damaged.write_text("{")
     assert "checkpoint" in mistake(*start, "--backbone.weights", damaged.parent)
     assert main([*start, "--head.weights", str(run), "--backbone.weights", str(run)]) == 0  # the one before it
+
+
+def test_checking_compares_the_classes_of_weights_with_those_of_the_run(tmp_path, monkeypatch, mistake, capsys):
+    """Rows are not read, and the way out is one of the settings."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    _, head = small_run(tmp_path / "run")
+    start = ["train", *RUN, "--output.folder", str(tmp_path / "new"), "--head.weights"]
+    export_weights(tmp_path / "w.safetensors", head)
+    (tmp_path / "files").mkdir()
+    torch.save({"weight": head.weight.detach()}, tmp_path / "files" / "softmax_fc_gpu_0.pt")
+    for named in ("run", "w.safetensors", "files"):
+        assert main([*start, str(tmp_path / named), "--check"]) == 0
+        assert "augmentation: rotation 8, " in capsys.readouterr().out
+        for check in ([], ["--check"]):
+            text = mistake(*start, tmp_path / named, "--data.identities", "50", *check)
+            assert "60 classes of width 128, but 50 classes of width 128 are expected" in text
+            assert "--data.holdout_identities (0 here), --data.min_images (1) and --data.identities (50)" in text
+            assert "expand" not in text
+        text = mistake(*start, tmp_path / named, "--backbone.embedding_size", "64", "--check")
+        assert "but 60 classes of width 64 are expected; give the --backbone.embedding_size" in text
+    assert not (tmp_path / "new").exists()
 
 
 def test_large_margin_fine_tuning_goes_on_from_a_run(tmp_path, monkeypatch):

@@ -25,17 +25,27 @@ C, D, WIDTH, N, BEFORE, AFTER = 23, 8, 6, 6, 5, 4
 LR, TOTAL, WARMUP, DECAY = 0.1, 30, 3, 5e-4
 
 
-class PolyScheduler(torch.optim.lr_scheduler.LRScheduler):
-    """Linear warm-up, then (1 − share of the rest)²."""
+class PolynomialLRWarmup(torch.optim.lr_scheduler.LRScheduler):
+    """Linear warm-up, then a power of the share that is left, from step to step; it leaves the first step as it is."""
 
-    def __init__(self, optimizer: Any, base_lr: float, max_steps: int, warmup_steps: int) -> None:
-        self.base_lr, self.max_steps, self.warmup_steps = base_lr, max_steps, warmup_steps
-        super().__init__(optimizer)
+    def __init__(
+        self, optimizer: Any, warmup_iters: int, total_iters: int = 5, power: float = 1.0, last_epoch: int = -1
+    ) -> None:
+        self.warmup_iters, self.total_iters, self.power = warmup_iters, total_iters, power
+        super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
-        t, w = self.last_epoch, self.warmup_steps
-        factor = t / w if t < w else (1 - (t - w) / (self.max_steps - w)) ** 2
-        return [self.base_lr * factor for _ in self.optimizer.param_groups]
+        t, rest = self.last_epoch, self.total_iters - self.last_epoch
+        if 0 < t <= self.warmup_iters:
+            return [base * t / self.warmup_iters for base in self.base_lrs]
+        factor = (rest / (rest + 1)) ** self.power if 0 < t <= self.total_iters else 1.0
+        return [group["lr"] * factor for group in self.optimizer.param_groups]
+
+
+class Loader(list[tuple[Tensor, ...]]):
+    """Batches, with the sampler that the loop tells of the epoch."""
+
+    sampler = SimpleNamespace(set_epoch=lambda epoch: None)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -50,8 +60,9 @@ def their_loop(folder: Path, ranks: int) -> tuple[Tensor, Tensor, list[float]]:
     generator = torch.Generator().manual_seed(99)
     backbone = nn.Parameter(torch.randn(D, WIDTH, generator=generator).double())
     fc = nn.Parameter(0.01 * torch.randn(C, D, generator=generator).double())
-    opt = torch.optim.SGD([{"params": [backbone]}, {"params": [fc]}], lr=LR, momentum=0.9, weight_decay=DECAY)
-    scheduler = PolyScheduler(opt, LR, TOTAL, WARMUP)
+    groups: list[dict[str, Any]] = [{"params": [backbone]}, {"params": [fc], "lr": LR / 2}]
+    opt = torch.optim.SGD(groups, lr=LR, momentum=0.9, weight_decay=DECAY)
+    scheduler = PolynomialLRWarmup(opt, WARMUP, TOTAL)
     norms = []
     for step in range(BEFORE + AFTER):
         if step == BEFORE:
@@ -89,7 +100,7 @@ def write(folder: Path, ranks: int, backbone: Tensor, fc: Tensor, opt: Any, sche
 def our_loop(rank: int, world: int, folder: str) -> tuple[Tensor, Tensor]:
     """The page's first block builds; its second reads the files; its loop goes on, clipping the backbone alone."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    build, start, loop = blocks[0].partition("for global_step")
+    build, start, loop = blocks[0].partition("for epoch in")
     clip = "clip_grad_norm_(backbone.parameters(), head, max_norm=5, scaler=amp)"
     assert clip in loop
     loop = loop.replace(clip, "torch.nn.utils.clip_grad_norm_(backbone.parameters(), 5)")
@@ -104,19 +115,26 @@ def our_loop(rank: int, world: int, folder: str) -> tuple[Tensor, Tensor]:
         names: dict[str, Any] = {
             "backbone": backbone,
             "device": torch.device("cpu"),
-            "PolyScheduler": PolyScheduler,
-            "train_loader": [tuple(t[here] for t in batch(BEFORE + step)) for step in range(AFTER)],
+            "PolynomialLRWarmup": PolynomialLRWarmup,
+            "train_loader": Loader(tuple(t[here] for t in batch(BEFORE + step)) for step in range(AFTER)),
             "cfg": SimpleNamespace(
                 margin_list=(1.0, 0.5, 0.0), embedding_size=D, num_classes=C, sample_rate=1.0, lr=LR, fp16=False,
-                weight_decay=DECAY, total_step=TOTAL, warmup_step=WARMUP, gradient_acc=1, output=folder,
+                weight_decay=DECAY, total_step=TOTAL, warmup_step=WARMUP, gradient_acc=1, output=folder, num_epoch=2,
             ),
         }  # fmt: skip
         for block in (build, read, start + loop):
             exec(compile(block, PAGE.name, "exec"), names)
+        assert (names["start_epoch"], names["global_step"]) == (1, BEFORE + AFTER)
+        assert [each.last_epoch for each in names["lr_schedulers"]] == [BEFORE + AFTER] * 2
         (weight,) = (p.detach() for p in backbone.parameters())
         return weight.clone(), local(names["head"].weight.detach()).clone()
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_the_page_has_the_configuration():
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert block == (PAGE.parents[1] / "configs/insightface.yaml").read_text()
 
 
 def test_a_run_goes_on_as_there(ranks, tmp_path):

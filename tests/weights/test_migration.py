@@ -213,6 +213,20 @@ def test_options_of_the_files_are_told_of(tmp_path, caplog):
     assert "keeps" not in caplog.text
 
 
+@pytest.mark.parametrize("layout", ["softmax_fc", "bare", "bare old"])
+def test_options_that_no_file_has_are_left_alone(tmp_path, layout, capsys):
+    write(tmp_path / "run", layout)
+    assert main(["import", str(tmp_path / "run"), "--output", str(tmp_path / "start")]) == 0
+    out = capsys.readouterr().out
+    assert "head_optimizer with momentum_buffer; its options stay as they are: the files have none" in out
+    head = PartialFC(D, C, dtype=torch.float64)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.3, momentum=0.7, weight_decay=0.01)
+    before = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    load_checkpoint(tmp_path / "start", head=head, head_optimizer=optimizer)
+    assert {key: value for key, value in optimizer.param_groups[0].items() if key != "params"} == before
+    assert torch.equal(optimizer.state[head.weight]["momentum_buffer"], matrix(2))
+
+
 def test_momentum_of_a_head_with_a_bias_is_imported(tmp_path):
     write(tmp_path / "run", "checkpoint")
     assert main(["import", str(tmp_path / "run"), "--output", str(tmp_path / "start"), "--margin", "Softmax"]) == 0

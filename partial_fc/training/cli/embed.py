@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from partial_fc.training.all_ranks import run_on_all
+from partial_fc.training.cli.backbone_file import add_backbone_file, backbone_file
 from partial_fc.training.cli.data import add_source_options, open_from_options
 from partial_fc.training.cli.parser import (
     CommandParser,
@@ -45,7 +46,11 @@ def embed_parser() -> argparse.ArgumentParser:
         "Write the embeddings of all images of a data set, with the id, label, identity, path and norm of each. The "
         "same command goes on after a kill.",
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a run, or one that export-backbone wrote")
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="folder of a run, or one that export-backbone wrote; or, with --backbone.name, a file of weights",
+    )
     add_data(parser)
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder to make, or one in which the same command was stopped"
@@ -61,6 +66,7 @@ def embed_parser() -> argparse.ArgumentParser:
         help=f"images of a file, rounded up to whole batches (default {PART}, fewer for small data sets)",
     )
     add_backbone_options(parser)
+    add_backbone_file(parser)
     add_traceback(parser)
     return parser
 
@@ -99,7 +105,7 @@ def embed_command(arguments: list[str]) -> None:
     check_reading(options)
     check_at_least(options, "part", 1)
     accelerator = make_accelerator(options.run)
-    embedder = run_on_all(lambda: open_embedder(options.run, options, accelerator.device), accelerator)
+    embedder = run_on_all(lambda: _open(options, accelerator.device), accelerator)
     name, dataset = run_on_all(lambda: open_images(options, embedder), accelerator)
     reading = reading_of(options, dataset, accelerator)
     finished = embed_data(
@@ -108,6 +114,23 @@ def embed_command(arguments: list[str]) -> None:
     if accelerator.is_main_process:
         print(_summary(finished, options.output, embedder))
     accelerator.end_training()
+
+
+def _open(options: argparse.Namespace, device: torch.device) -> Embedder:
+    given = backbone_file(options, options.run)
+    if given is None:
+        return open_embedder(options.run, options, device)
+    if options.runtime == "onnxruntime":
+        raise UserError("a file of weights is run by torch; leave --runtime out")
+    settings = given.config.backbone
+    return Embedder.open(
+        given.path,
+        flip=options.flip,
+        device=device,
+        backbone=settings.name,
+        embedding_size=settings.embedding_size,
+        image_shape=given.shape,
+    )
 
 
 def _summary(finished: Finished, output: str, embedder: Embedder) -> str:
@@ -183,7 +206,7 @@ def open_images(options: argparse.Namespace, embedder: Embedder) -> tuple[str, I
 def _images_of_run(options: argparse.Namespace, run: Path) -> tuple[str, IdentityDataset]:
     """Return (name, one of the run's own sets)."""
     if not (run / CONFIG).is_file():
-        raise UserError("an exported backbone has no data set of its own; give one with --data")
+        raise UserError("an exported backbone, or a file of weights, has no data set of its own; give one with --data")
     for name, default in (("source_format", "auto"), ("image_column", None), ("label_column", None)):
         if getattr(options, name) != default:
             raise UserError(f"--{name} applies to the data set of --data; give --data, or leave --{name} out")

@@ -5,6 +5,7 @@ A user's mistake is reported in one line on the standard error of one rank, and 
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 import traceback
@@ -27,6 +28,7 @@ try:
     from partial_fc import DivergenceError, NonFiniteError, PreemptionGuard
     from partial_fc.loop.preemption import SIGNALS
     from partial_fc.training.cli.audit import audit_command
+    from partial_fc.training.cli.backbone_file import add_backbone_file, backbone_file
     from partial_fc.training.cli.backbones import backbones_command
     from partial_fc.training.cli.comms import comms_command
     from partial_fc.training.cli.data import add_source_options, data_command, open_from_options
@@ -35,6 +37,7 @@ try:
     from partial_fc.training.cli.export import export_command
     from partial_fc.training.cli.gallery import gallery_command
     from partial_fc.training.cli.parser import (
+        CommandParser,
         add_checkpoint,
         add_on_error,
         add_traceback,
@@ -204,13 +207,16 @@ def train(arguments: list[str]) -> None:
             folder.check_run()
         else:
             folder.check_free()
-            config.head.check_weights()
             config.backbone.check_weights()
         data = open_data(config.data, config.seed)
         data.check_evaluation()
         tasks = open_tasks(config.evaluation, data.train.image_shape, config.data.on_error)
         check_metric(config.evaluation, list(data.evaluation), tasks)
         config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights, print)
+        if not resume:
+            from partial_fc.training.run_parts import checked_weights
+
+            checked_weights(config, data.train)
         if sampler_of(config, mixed(config, data.train)).length < config.train.batch_size:
             raise UserError(
                 f"{len(data.train)} training images are fewer than one batch of {config.train.batch_size}; lower "
@@ -219,6 +225,7 @@ def train(arguments: list[str]) -> None:
         identities = data.train.num_identities
         print(device_line(config.train.cpu))
         print(f"settings, data and folder are fine: {len(data.train):,} images of {identities:,} identities")
+        print(f"augmentation: {config.augment}")
         return
     check_devices(config.train.cpu)
     from partial_fc.training.trainer import Trainer
@@ -245,8 +252,8 @@ def _finish(trainer: Trainer, evaluations: list[Evaluation]) -> None:
         trainer.folder.print_unreadable()
         print(f"\nResults are in {trainer.folder.path}; look at {report}")
         print(
-            f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER, with your own images in any format of "
-            "docs/data.md"
+            f"Next: partial-fc evaluate {trainer.folder.path} --data FOLDER (identities in sub-folders, .rec, tar, "
+            f"Parquet), or partial-fc export-backbone {trainer.folder.path}"
         )
     trainer.close()
 
@@ -277,12 +284,8 @@ def _resolve(parser: SettingsParser, arguments: list[str]) -> tuple[RunConfig, b
 
 def evaluate(arguments: list[str]) -> None:
     """`partial-fc evaluate RUN`: write figures, plots and a report of a trained backbone."""
-    parser = jsonargparse.ArgumentParser(
-        prog="partial-fc evaluate",
-        description="Verification and identification with the backbone of a run.",
-        exit_on_error=False,
-    )
-    parser.add_argument("run", help="folder of a run")
+    parser = CommandParser("evaluate", "Verification and identification with the backbone of a run.")
+    parser.add_argument("run", help="folder of a run; or, with --backbone.name, a file of weights")
     parser.add_argument(
         "--data",
         default=None,
@@ -292,6 +295,7 @@ def evaluate(arguments: list[str]) -> None:
     )
     add_source_options(parser)
     add_checkpoint(parser)
+    add_backbone_file(parser)
     parser.add_argument(
         "--output",
         default=None,
@@ -303,11 +307,16 @@ def evaluate(arguments: list[str]) -> None:
     add_traceback(parser)
     asked = parser.parse_args(arguments)
     check_at_least(asked, "workers", 0)
+    given = backbone_file(asked, asked.run)
     run = RunFolder(asked.run)
-    run.check_run()
-    config = to_config(train_parser(), ["--config", str(run.path / CONFIG)])
+    if given is None:
+        run.check_run()
+    elif asked.data is None:
+        raise UserError("a file of weights has no data set of its own; give one with --data")
+    config = to_config(train_parser(), ["--config", str(run.path / CONFIG)]) if given is None else given.config
     config.data.workers, config.data.on_error = asked.workers, asked.on_error
-    sets = _sets(config, asked)
+    shape = None if given is None else given.shape
+    sets = _sets(config, asked, shape)
     check_devices(config.train.cpu)
     from accelerate import Accelerator
 
@@ -321,24 +330,32 @@ def evaluate(arguments: list[str]) -> None:
         write_results,
     )
 
-    accelerator = Accelerator(cpu=config.train.cpu)
-    shape = image_shape(config)
-    tasks = []
-    if asked.data is None:
-        tasks = run_on_all(lambda: open_tasks(config.evaluation, shape, asked.on_error), accelerator)
-    checkpoint = run_on_all(
-        lambda: run.find_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator
-    )
-    backbone = load_backbone(run, config, shape, checkpoint).to(accelerator.device)
-    out = RunFolder(asked.output or run.path / f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}")
+    accelerator = Accelerator(cpu=config.train.cpu or not torch.cuda.is_available())
+    tasks, checkpoint = [], None
+    name = f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}"
+    if given is None:
+        size = image_shape(config)
+        if asked.data is None:
+            tasks = run_on_all(lambda: open_tasks(config.evaluation, size, asked.on_error), accelerator)
+        checkpoint = run_on_all(
+            lambda: run.find_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator
+        )
+        backbone, default = load_backbone(run, config, size, checkpoint), run.path / name
+    else:
+        backbone, default = given.load(accelerator), given.output(name)
+    backbone = backbone.to(accelerator.device)
+    out = RunFolder(asked.output or default)
 
     def write(evaluations: list[Evaluation], results: list[Result]) -> None:
         for text in [each.summary() for each in evaluations] + [each.summary() for each in results]:
             print(text)
         figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path)}
-        figures["checkpoint"] = describe_checkpoint(asked.checkpoint, checkpoint)
+        if checkpoint is not None:
+            figures["checkpoint"] = describe_checkpoint(asked.checkpoint, checkpoint)
         title = f"{config.backbone.name} of {run.path.name} on {', '.join((*sets, *(task.name for task in tasks)))}"
-        report = write_results(out, title, evaluations, figures, config, describe_environment(accelerator), [], results)
+        settings = config if given is None else None
+        environment = describe_environment(accelerator)
+        report = write_results(out, title, evaluations, figures, settings, environment, [], results)
         out.print_unreadable()
         print(f"\nResults are in {out.path}; look at {report}")
 
@@ -356,10 +373,12 @@ def audit(arguments: list[str]) -> None:
     audit_command(arguments, train_parser())
 
 
-def _sets(config: RunConfig, asked: jsonargparse.Namespace) -> dict[str, IdentityDataset]:
-    """Return the data sets to evaluate on, by name."""
+def _sets(
+    config: RunConfig, asked: argparse.Namespace, shape: tuple[int, int, int] | None
+) -> dict[str, IdentityDataset]:
+    """Return the data sets to evaluate on, by name. shape: of the images; None for that of the run."""
     if asked.data is not None:
-        return _named_sets(config, asked)
+        return _named_sets(asked, image_shape(config) if shape is None else shape)
     for name, default in (("source_format", "auto"), ("image_column", None), ("label_column", None), ("split", None)):
         if getattr(asked, name) != default:
             raise UserError(f"--{name} applies to the data set of --data; give --data, or leave --{name} out")
@@ -370,9 +389,8 @@ def _sets(config: RunConfig, asked: jsonargparse.Namespace) -> dict[str, Identit
     return sets
 
 
-def _named_sets(config: RunConfig, asked: jsonargparse.Namespace) -> dict[str, IdentityDataset]:
+def _named_sets(asked: argparse.Namespace, shape: tuple[int, int, int]) -> dict[str, IdentityDataset]:
     """Return the data set of --data: of a packed one its held-out splits, or all of it if it has none."""
-    shape = image_shape(config)
     if not is_packed(asked.data):
         return {Path(asked.data).name: open_from_options(asked.data, asked, shape[1], shape[0])}
     sets = packed_splits(asked.data, asked.split)
@@ -381,8 +399,8 @@ def _named_sets(config: RunConfig, asked: jsonargparse.Namespace) -> dict[str, I
     for each in sets.values():
         if each.image_shape != shape:
             raise UserError(
-                f"the images of {asked.data} have the shape {each.image_shape}, but those of the run {shape} "
-                "(channels, height, width); give a data set with images of the run's shape"
+                f"the images of {asked.data} have the shape {each.image_shape}, but the backbone takes {shape} "
+                "(channels, height, width); give a data set with images of that shape"
             )
     return {**sets}
 

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from partial_fc.training.all_ranks import run_on_all, run_on_main
+from partial_fc.training.cli.backbone_file import add_backbone_file, backbone_file
 from partial_fc.training.cli.parser import (
     CommandParser,
     add_checkpoint,
@@ -70,7 +71,9 @@ ANY_SHAPE = (3, 112, 112)  # where images are not decoded and their shape does n
 def protocol_parser(command: str) -> argparse.ArgumentParser:
     parser = CommandParser(command, DESCRIPTIONS[command])
     parser.add_argument(
-        "run", help="folder of a run; or a file of embeddings (.npy, .safetensors), one row per image in order"
+        "run",
+        help="folder of a run; or a file of embeddings (.npy, .safetensors), one row per image in order; or, with "
+        "--backbone.name, a file of weights",
     )
     _ADD_FILES[command](parser)
     if command != "verify":
@@ -85,12 +88,12 @@ def protocol_parser(command: str) -> argparse.ArgumentParser:
     else:
         parser.add_argument("--flip", action="store_true", help="add the embedding of the mirror image")
     add_checkpoint(parser)
+    add_backbone_file(parser)
     parser.add_argument(
         "--output",
         default=None,
         metavar="DIR",
-        help="new folder for metrics.json, report.html, ... (default RUN/COMMAND-NAME, or a folder beside the file of "
-        "embeddings)",
+        help="new folder for metrics.json, report.html, ... (default RUN/COMMAND-NAME, or a folder beside the file)",
     )
     parser.add_argument("--batch_size", type=int, default=512, help="images per forward, over all ranks (default 512)")
     parser.add_argument(
@@ -256,31 +259,41 @@ def protocol_command(command: str, parser: Callable[[], SettingsParser], argumen
     scores = getattr(options, "scores", None)
     if scores is not None and (Path(scores).suffix not in (".npy", ".txt") or Path(scores).exists()):
         raise UserError(f"--scores {scores}: give the name of a new file that ends with .npy or .txt")
-    if Path(options.run).suffix in (".npy", ".safetensors"):
+    given = backbone_file(options, options.run)
+    if given is None and Path(options.run).suffix in (".npy", ".safetensors"):
         _evaluate_embeddings_file(command, options)
         return
     run = RunFolder(options.run)
-    run.check_run()
-    config = to_config(parser(), ["--config", str(run.path / CONFIG)])
+    if given is None:
+        run.check_run()
+    config = to_config(parser(), ["--config", str(run.path / CONFIG)]) if given is None else given.config
     config.data.workers = options.workers
     config.data.on_error = options.on_error
     config.evaluation.batch_size = options.batch_size
     config.evaluation.tile = options.tile
     check_devices(config.train.cpu)
     accelerator = Accelerator(cpu=config.train.cpu or not torch.cuda.is_available())
-    shape = image_shape(config)
+    shape = image_shape(config) if given is None else given.shape
     tasks = run_on_all(lambda: open_command_tasks(command, options, shape), accelerator)
-    better = direction(config.evaluation.best)
-    checkpoint = run_on_all(lambda: run.find_checkpoint(options.checkpoint, better), accelerator)
-    backbone = run_on_all(lambda: load_backbone(run, config, shape, checkpoint), accelerator).to(accelerator.device)
-    out = RunFolder(options.output or run.path / _folder_name(command, tasks))
+    checkpoint = None
+    if given is None:
+        better = direction(config.evaluation.best)
+        checkpoint = run_on_all(lambda: run.find_checkpoint(options.checkpoint, better), accelerator)
+        backbone = run_on_all(lambda: load_backbone(run, config, shape, checkpoint), accelerator)
+        default = run.path / _folder_name(command, tasks)
+    else:
+        backbone, default = given.load(accelerator), given.output(_folder_name(command, tasks))
+    backbone = backbone.to(accelerator.device)
+    out = RunFolder(options.output or default)
 
     def write(results: list[Result]) -> None:
         _print_results(results, tasks, scores)
         title = f"{config.backbone.name} of {run.path.name} on {', '.join(task.name for task in tasks)}"
         figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path)}
-        figures["checkpoint"] = describe_checkpoint(options.checkpoint, checkpoint)
-        report = write_results(out, title, [], figures, config, describe_environment(accelerator), [], results)
+        if checkpoint is not None:
+            figures["checkpoint"] = describe_checkpoint(options.checkpoint, checkpoint)
+        settings = config if given is None else None
+        report = write_results(out, title, [], figures, settings, describe_environment(accelerator), [], results)
         out.print_unreadable()
         print(f"\nResults are in {out.path}; look at {report}")
 

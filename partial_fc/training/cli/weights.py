@@ -44,7 +44,7 @@ from partial_fc.weights.safetensors_file import (
     read_header,
     temporary_name,
 )
-from partial_fc.weights.single_file import SUFFIX, describe
+from partial_fc.weights.single_file import OPTIONS, SUFFIX, describe
 
 DEFAULT_MARGIN = MarginSettings("ArcFace")
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -261,9 +261,9 @@ def _import(output: Path, name: str, sources: dict[str, RowSource], kind: str, m
     files = f" from {len(main)} files" if isinstance(main, RankFiles) else ""
     print(f"{output}: {name}, {main.shape[0]:,} classes of width {main.shape[-1]}{files}")
     if optimizer:
-        group = optimizer["param_groups"][0]
-        options = {k: v for k, v in group.items() if k in ("lr", "momentum", "betas", "weight_decay")}
-        print(f"and {name}_optimizer with {', '.join(optimizer['state'][0])}; loading it also sets {options}")
+        options = {k: v for k, v in optimizer["param_groups"][0].items() if k in OPTIONS}
+        more = f"loading it also sets {options}" if options else "its options stay as they are: the files have none"
+        print(f"and {name}_optimizer with {', '.join(optimizer['state'][0])}; {more}")
 
 
 def _head_state(sources: dict[str, RowSource], settings: MarginSettings) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def _center_state(centers: RowSource) -> dict[str, Any]:
 
 
 def _optimizer_state(files: RankFiles, parameters: int) -> dict[str, Any]:
-    """Return the state dict of a `RowOptimizer` with the per-row state in the files, and their options if known.
+    """Return the state dict of a `RowOptimizer` with the per-row state in the files, and the options that they have.
 
     parameters: how many the head has. The files have state of its weight.
     """
@@ -316,7 +316,8 @@ def _optimizer_state(files: RankFiles, parameters: int) -> dict[str, Any]:
     }
     optimizer = RowOptimizer(cls, PartialFC(1, 1, NormFace()), **{**options, **known})
     state = optimizer.state_dict()
-    state["param_groups"][0]["params"] = list(range(parameters))
+    # only what the files say: loading sets these options, and leaves others as they are
+    state["param_groups"] = [{**known, "params": list(range(parameters))}]
     state["state"] = {0: {key: _ObservedRows(rows) for key, rows in files.state.items()}}
     if "exp_avg" in files.state:
         if files.step is None:

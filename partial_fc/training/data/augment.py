@@ -80,6 +80,21 @@ class AugmentConfig:
         if not 0 < low <= high < math.inf:
             raise UserError(f"augment.scale_min is {low} and scale_max is {high}; give 0 < scale_min <= scale_max")
 
+    def __str__(self) -> str:
+        """What is done, in one line: `rotation 8, translation 0.06, ...`; of what is off, nothing."""
+        if not self.enabled:
+            return "none"
+        parts = [(f"mirrored {self.flip_probability:g}", self.flip_probability)]
+        parts += [(f"{name} {(value := getattr(self, name)):g}", value) for name in ("rotation", "translation")]
+        scaled = (self.scale_min, self.scale_max) != (1, 1)
+        parts.append((f"scale {self.scale_min:g} to {self.scale_max:g}", float(scaled)))
+        parts.append((f"shear {self.shear:g}", self.shear))
+        parts.append((f"blur {self.blur_probability:g}", self.blur_probability * self.blur_sigma))
+        parts += [(f"{name} {(value := getattr(self, name)):g}", value) for name in ("contrast", "brightness")]
+        parts.append((f"erasing {self.erase_probability:g}", self.erase_probability * self.erase_size))
+        parts.append((f"noise {self.noise_std:g}", self.noise_std))
+        return ", ".join(text for text, strength in parts if strength) or "none"
+
     def keeps_pixels(self) -> bool:
         """Return whether images are at most mirrored, so that no pixel is interpolated."""
         return self.rotation == self.translation == self.shear == 0 and self.scale_min == self.scale_max == 1

@@ -31,6 +31,24 @@ def only(**settings: float) -> AugmentConfig:
     return dataclasses.replace(OFF, **settings)
 
 
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (OFF, "none"),
+        (AugmentConfig(enabled=False), "none"),
+        (only(flip_probability=0.5), "mirrored 0.5"),
+        (only(blur_probability=0.5, blur_sigma=0), "none"),
+        (
+            AugmentConfig(),
+            "rotation 8, translation 0.06, scale 0.9 to 1.1, shear 4, blur 0.3, contrast 0.2, brightness 0.1, "
+            "erasing 0.3, noise 0.05",
+        ),
+    ],
+)
+def test_what_is_done_in_one_line(config, line):
+    assert str(config) == line
+
+
 @pytest.fixture(scope="module")
 def glyphs() -> tuple[torch.Tensor, torch.Tensor]:
     data = GlyphIdentities("train", identities=10)

@@ -486,7 +486,7 @@ def test_a_run_is_evaluated_on_what_a_packed_set_holds_out(trained, tmp_path, he
     figures = json.loads((out / "metrics.json").read_text())["evaluations"]
     assert {each["name"]: each["images"] for each in figures} == names
     other = write_packed(tmp_path / "grey", channels=1)
-    assert "have the shape (1, 16, 16), but those of the run (3, 16, 16)" in mistake(
+    assert "have the shape (1, 16, 16), but the backbone takes (3, 16, 16)" in mistake(
         "evaluate", str(trained), "--data", str(other), "--output", str(tmp_path / "no")
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +18,36 @@ from partial_fc.training.data.formats.record_file import frame, pack, read_index
 from partial_fc.training.data.safe_files import LargeFiles
 from partial_fc.training.errors import UserError
 
+ROOT = Path(__file__).parents[3]
 CONTENT = samples(identities=4, images=3)
 WORD = struct.pack("<I", MAGIC)
 
 
 def opened(folder, **settings):
     return RecordIdentities(folder / "train.rec", 20, 3, **settings)
+
+
+def test_the_loader_of_the_page_gives_what_insightfaces_gives(tmp_path, monkeypatch):
+    """Its images or their mirror images, in [-1, 1], with their labels; two ranks share them."""
+    monkeypatch.chdir(tmp_path)
+    insightface(tmp_path / "ms1m", CONTENT)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    block = block.replace("batch_size=128", "batch_size=2").replace("num_workers=2", "num_workers=0")
+    seen = []
+    for rank in range(2):
+        names = {"rank": rank, "world": 2, "__name__": "page"}
+        exec(compile(block, "data.md", "exec"), names)
+        assert names["num_classes"] == 4
+        plain = names["faces"].data
+        for place in names["sampler"]:
+            image, label = names["faces"][place]
+            expected = plain.load(place).float() / 127.5 - 1
+            assert image.shape == (3, 112, 112) and int(label) == CONTENT[place][0]
+            assert torch.equal(image, expected) or torch.equal(image, expected.flip(2))
+            seen.append(place)
+        images, labels = next(iter(names["train_loader"]))
+        assert images.shape == (2, 3, 112, 112) and labels.dtype == torch.int64
+    assert sorted(seen) == list(range(len(CONTENT)))
 
 
 def test_records_are_joined_where_the_magic_number_was_cut_out(tmp_path):
