@@ -191,7 +191,7 @@ class RowState(OneGroup):
     @with_saving_hooks
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; row state as DTensors `[C, ...]` where there is a group. "rows" says whose they
-        are."""
+        are, "class" which optimizer's: before the first step there is no state to tell it by."""
         rows, parameters = self.class_rows, self.class_rows.everything
         rows.catch_up()
         state = {
@@ -200,7 +200,7 @@ class RowState(OneGroup):
             if p in self.state
         }
         group = {**self.param_groups[0], "params": list(range(len(parameters)))}
-        return {"state": state, "param_groups": [group], "rows": stated_rows(rows)}
+        return {"state": state, "param_groups": [group], "rows": stated_rows(rows), "class": type(self.inner).__name__}
 
     def state_template(self) -> dict[str, Any]:
         """Return a state dict with all state allocated, for `load_checkpoint` to read into before the first step."""
@@ -226,8 +226,14 @@ class RowState(OneGroup):
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state dict belongs to another class of optimizer; its tensors are not looked at."""
-        own = self._options()
+        own, name = self._options(), type(self.inner).__name__
         stored = checked_groups(state, len(self.class_rows.everything))["param_groups"][0]
+        theirs = state.get("class", name)  # states of 0.1.0, and of plain torch optimizers, do not say it
+        if theirs != name:
+            raise ValueError(
+                f"it is the state of another optimizer: of {theirs}, and {name} is built here; build "
+                f"RowOptimizer(torch.optim.{theirs}, ...), or go on with {name} from new state by not loading it"
+            )
         check_options(stored)
         check_kernels(stored, self.class_rows)
         # a stored tensor, such as a learning rate, is a placeholder in a skeleton
@@ -239,7 +245,6 @@ class RowState(OneGroup):
         for of_parameter in state["state"].values():
             unknown = sorted(set(of_parameter) - known)
             if unknown:
-                name = type(self.inner).__name__
                 raise ValueError(
                     f"it is the state of another optimizer: it has {', '.join(unknown)}, which {name} as built "
                     "here has not"

@@ -703,10 +703,29 @@ def test_the_state_of_another_optimizer(tmp_path):
     optimizer.step()
     optimizer.zero_grad()
     save_checkpoint(tmp_path, optimizer=optimizer)
-    with pytest.raises(
-        ValueError, match="optimizer: it is the state of another optimizer: it has momentum_buffer, which AdamW"
-    ):
+    with pytest.raises(ValueError, match="optimizer: it is the state of another optimizer: of SGD, and AdamW is built"):
         load_checkpoint(tmp_path, optimizer=RowOptimizer(torch.optim.AdamW, PartialFC(D, C)))
     other = RowOptimizer(torch.optim.SGD, PartialFC(D, C), lr=0.5)  # the momentum comes with the state, as in torch
     load_checkpoint(tmp_path, optimizer=other)
     assert other.param_groups[0]["momentum"] == 0.9
+
+
+def test_the_options_of_another_optimizer_before_its_first_step(tmp_path):
+    """There is no state to tell it by; a state of 0.1.0, or of torch's own optimizer, does not name its class."""
+    save_checkpoint(tmp_path, optimizer=RowOptimizer(torch.optim.AdamW, PartialFC(D, C)))
+    other = RowOptimizer(torch.optim.SGD, PartialFC(D, C), lr=1.0)
+    with pytest.raises(ValueError, match="it is the state of another optimizer: of AdamW, and SGD is built here"):
+        load_checkpoint(tmp_path, optimizer=other)
+    assert (other.param_groups[0]["lr"], other.param_groups[0]["weight_decay"]) == (1.0, 0)
+    theirs = RowOptimizer(torch.optim.AdamW, PartialFC(D, C))
+    load_checkpoint(tmp_path, optimizer=theirs)
+    head = PartialFC(D, C)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)
+    head(torch.randn(4, D), torch.arange(4)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    old = {key: value for key, value in optimizer.state_dict().items() if key != "class"}
+    other.load_state_dict(old)
+    assert other.param_groups[0]["momentum"] == 0.9
+    with pytest.raises(ValueError, match="it has momentum_buffer, which AdamW as built here has not"):
+        theirs.load_state_dict(old)
