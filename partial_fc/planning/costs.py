@@ -68,7 +68,7 @@ class Sizes:
     N: int  # samples of the global batch
     N_local: int
     C_local: int  # classes of the largest shard
-    S: int  # selected rows per step: C_local, or under sampling the expected number, which a step misses by about √S
+    S: int  # selected rows per step: C_local·centers, or under sampling the expected number, give or take about √S
     D: int
     T: int  # rows of a tile
     window: int  # classes drawn across ranks; 0 without sampling
@@ -88,9 +88,15 @@ class Sizes:
     cpu: bool
     C: int
     hard: int  # hard negatives of a class
+    centers: int  # rows of a class
     storage: str | None  # where rows are kept: in memory, "host" or "files"
     skipped: SkippedRowsChoice | None  # what becomes of rows that a step does not select; None without sampling
     moves: type[Moves] | None  # how those rows make steps later; None if they miss none
+
+    @property
+    def rows_local(self) -> int:
+        """Rows of the largest shard."""
+        return self.C_local * self.centers
 
     @property
     def current(self) -> int:
@@ -153,6 +159,7 @@ def sizes(
     storage: str | None = None,
     sample_block: int = 1,
     disk: int | None = None,
+    centers: int = 1,
 ) -> Sizes:
     """Return the sizes for the arguments of `plan.plan`. Raises ValueError if `RowOptimizer` rejects the optimizer."""
     C, D, N = num_classes, embedding_size, batch_size
@@ -164,6 +171,7 @@ def sizes(
         rows = min(local, math.ceil((window + (1 - window / C) * min(N * (1 + hard_negatives), C)) * local / C))
         if hard_negatives and torch.device(device).type != "cpu":  # a slot for each, whosever class it is
             rows = math.ceil(window * local / C) + N * (1 + hard_negatives)
+    rows *= centers  # until here classes
     none = torch.empty(0, dtype=dtype, device="cpu")
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         stats, product = compute_dtypes(none, none)
@@ -180,7 +188,7 @@ def sizes(
         C_local=local,
         S=rows,
         D=D,
-        T=min(tile_size(rows, tile_rows(N, D, device), 1, device), max(rows, 1)),
+        T=min(tile_size(rows, tile_rows(N, D, device), centers, device), max(rows, 1)),
         window=window,
         tabled=bool(window) and drawn.tabled,
         world=world_size,
@@ -198,6 +206,7 @@ def sizes(
         cpu=device == "cpu",
         C=C,
         hard=hard_negatives,
+        centers=centers,
         storage=storage,
         skipped=skipped if window else None,
         moves=moves if window else None,
@@ -369,12 +378,12 @@ def search(z: Sizes) -> Search | None:
     """Return what a search takes (classes/queries.py says how); None without hard negatives."""
     if not z.hard:
         return None
-    table, lists, rows = 4 * z.C * z.hard, z.C_local * z.hard, z.C_local * z.D * z.w
+    table, lists, rows = 4 * z.C * z.hard, z.C_local * z.hard, z.rows_local * z.D * z.w
     elements = DEFAULT_TILE_BYTES // z.s
     T = max(1, min(math.isqrt(elements), elements // z.D, z.C_local))  # rows of a tile, on either side
     selecting = min(DEFAULT_TILE_BYTES, 4 * T * T * z.s)
     memory = lists * (z.s + 8) + T * T * z.s + 2 * T * z.D * (z.s + z.w * (z.world > 1)) + selecting
-    operations = 2 * z.C_local * z.C * z.D
+    operations = 2 * z.rows_local * z.C * z.centers * z.D
     if z.world == 1:  # each tile is used by row and by column
         return Search(table, memory, operations // 2, ())
     others = z.world - 1

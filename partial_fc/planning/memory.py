@@ -62,7 +62,8 @@ def _on_device(z: Sizes) -> tuple[Item, ...]:
 
 def _items(z: Sizes) -> tuple[Item, ...]:
     step = PHASES[1:]
-    shard = z.C_local * z.D * (z.storage != "files")
+    rows = "C_local" if z.centers == 1 else "C_local·K"
+    shard = z.rows_local * z.D * (z.storage != "files")
     master = 4 * (z.wide == "master")
     logits = _tile_logits(z)
     tiles = {"forward": _tile_forward(z), "backward": _tile_backward(z)}
@@ -70,13 +71,13 @@ def _items(z: Sizes) -> tuple[Item, ...]:
     # glibc does not reuse all freed memory: up to as much again as tiles and blocks take (docs/cost-model.md), those of
     # the first step, too, in which no row has missed a step and rows and state are gathered
     first = 0 if z.in_backward else block_bytes(replace(z, moves=None), _block_elements(z))
-    heap = max(block, first) + max(logits[phase] + rows for phase, rows in tiles.items()) if z.cpu else 0
+    heap = max(block, first) + max(logits[phase] + of_rows for phase, of_rows in tiles.items()) if z.cpu else 0
     return (
-        Item("weights", "C_local·D", dict.fromkeys(PHASES, shard * z.w)),
+        Item("weights", f"{rows}·D", dict.fromkeys(PHASES, shard * z.w)),
         Item("initial rows", "a block of them", {"build": _initial_block(z) if z.cpu else 0}),
         Item(
             "optimizer state",
-            f"{z.states + bool(master)}·C_local·D",
+            f"{z.states + bool(master)}·{rows}·D",
             dict.fromkeys(step, shard * (z.states * z.q + master)),
         ),
         *([Item("which rows were touched", "C_local", dict.fromkeys(PHASES, z.C_local))] if z.storage else []),
@@ -206,7 +207,7 @@ def _drawing(z: Sizes) -> int:
     else:
         making = WINDOW_TEMPORARIES * z.window
     own = -(-z.window * z.C_local // z.C)
-    return max(making, 8 * (3 * own + 2 * z.N * (1 + z.hard) + 4 * z.S))
+    return max(making, 8 * (3 * own + 2 * z.N * (1 + z.hard) + 4 * z.S // z.centers))
 
 
 def _table(z: Sizes) -> int:
@@ -268,7 +269,7 @@ def _blocks(z: Sizes, block: int) -> dict[str, int]:
         kept = 1 + z.states - 2 * (z.moves is AdamMoves)
         moving -= min(z.S, moved_at_once(z)) * z.D * kept * z.wider
     selecting = max(moving, _lowered(z), _drawing(z))
-    return {"select": selecting - _drawing(z), "update": max(block, moving_bytes(z, z.C_local, in_place=True))}
+    return {"select": selecting - _drawing(z), "update": max(block, moving_bytes(z, z.rows_local, in_place=True))}
 
 
 def moving_bytes(z: Sizes, rows: int, *, in_place: bool) -> int:

@@ -73,7 +73,7 @@ class Plan:
 
     def __str__(self) -> str:
         of_step = [*_step_lines(self), *([] if self.tier is None else tier_lines(self.tier)), *lines(self.with_kernels)]
-        return "\n".join([*_head_lines(self), "", *_memory_lines(self), "", *of_step, *_fit_lines(self)])
+        return "\n".join([*_fit_lines(self), *_head_lines(self), "", *_memory_lines(self), "", *of_step])
 
 
 def plan(
@@ -96,13 +96,14 @@ def plan(
     storage: Kept | None = None,
     sample_block: int = 1,
     disk: int | None = None,
+    centers: int = 1,
 ) -> Plan:
     """Return what a head of these sizes needs on each rank. Nothing is allocated.
 
     Args:
         world_size: number of ranks that the classes are split over.
         batch_size: N, samples of the global batch.
-        optimizer: "sgd", "sgd-momentum", "adam", "adamw", "rmsprop", "adagrad", or a class with its
+        optimizer: "sgd", "sgd-momentum", "adam", "adamw", "rmsprop", "adagrad", in any case, or a class with its
             default options.
         autocast: dtype of the matrix products under torch.autocast, None without it.
         memory: bytes that a rank may use for the head; `fit` of the result then says whether that is enough and what to
@@ -110,6 +111,7 @@ def plan(
         storage: "host" or "files": as `HostRows()` or `FileRows(...)` of `PartialFC`; `tier` of the result then has
             what is kept there.
         disk: bytes per second that the disk reads and writes, for all ranks that share it.
+        centers: rows of a class, the sub-centers of `SubCenterArcFace`.
         device: type of device; on "cpu" tiles are smaller, and large buffers are held from step to step.
 
     `update_in_backward`, `low_precision` and `skipped_rows` are those of `RowOptimizer`, the other arguments those of
@@ -131,7 +133,8 @@ def _plan(arguments: dict[str, Any]) -> Plan:
     mode = "kept" if z.kept else "tiled"
     fixed = arguments, z.C_local, z.S, z.T, mode, z.logits, items(z), operations(z), traffic(z), collectives(z)
     tier = None if kept is None else tier_of(z, kept, block, disk)
-    return Plan(*fixed, search=search(z), skipped_rows=z.skipped, with_kernels=() if kept else predict(z), tier=tier)
+    kernels = () if kept or z.centers > 1 else predict(z)  # no kernel of logits serves sub-centers
+    return Plan(*fixed, search=search(z), skipped_rows=z.skipped, with_kernels=kernels, tier=tier)
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -139,7 +142,7 @@ def _plan(arguments: dict[str, Any]) -> Plan:
 
 def _check(arguments: dict[str, Any], memory: int | None) -> int | None:
     """Give every number of `arguments` one spelling, and return the memory. ValueError for what cannot be."""
-    for name in ("num_classes", "embedding_size", "world_size", "batch_size"):
+    for name in ("num_classes", "embedding_size", "world_size", "batch_size", "centers"):
         value = as_whole(arguments[name])
         if value is None or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, not {arguments[name]!r}")
@@ -177,6 +180,7 @@ def _check(arguments: dict[str, Any], memory: int | None) -> int | None:
 def _check_choices(arguments: dict[str, Any]) -> None:
     optimizer = arguments["optimizer"]
     if isinstance(optimizer, str):
+        optimizer = arguments["optimizer"] = optimizer.lower()
         known = optimizer in OPTIMIZERS
     else:
         known = isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)
@@ -227,6 +231,8 @@ def _head_lines(made: Plan) -> list[str]:
         words.append("updated in backward")
     if a["low_precision"]:
         words.append(f"low precision: {a['low_precision']}")
+    if a["centers"] > 1:
+        words.append(f"{a['centers']} sub-centers a class")
     if a["hard_negatives"]:
         words.append(f"{a['hard_negatives']} hard negatives a class")
     if a["storage"]:
@@ -251,7 +257,14 @@ def _memory_lines(made: Plan) -> list[str]:
             now = item.bytes.get(made.peak_phase, 0)
             sizes = f"{size(item.largest):>12}  {size(now) if now else '-':>12}"
             lines.append(f"  {item.name:32}{sizes}  {item.formula}".rstrip())
-    return [*lines, f"  {'peak, in ' + made.peak_phase:32}{'':>12}  {size(made.peak):>12}"]
+    gradient = next(item.largest for item in made.items if item.name in ("row gradients", "weight gradient"))
+    more = [] if made.arguments["update_in_backward"] else [f"gradients of earlier micro-batches ({size(gradient)})"]
+    more += ["the further tiles of logits of inter_topk"]
+    return [
+        *lines,
+        f"  {'peak, in ' + made.peak_phase:32}{'':>12}  {size(made.peak):>12}",
+        *(f"  not counted: {each}" for each in more),
+    ]
 
 
 def _step_lines(made: Plan) -> list[str]:
@@ -276,16 +289,21 @@ def _fit_lines(made: Plan) -> list[str]:
         return []
     room = f"{size(fit.memory)} ({fit.memory / 1e9:.3g} GB)"
     if fit.fits:
-        lines = ["", f"{size(made.peak)} fit into {room}; the backbone and its activations need memory besides"]
+        lines = [f"{size(made.peak)} fit into {room}; the backbone and its activations need memory besides"]
         if made.arguments["sample_rate"] < 1 and fit.largest_rate is not None:
             lines.append(f"  the largest that fits is {_change_line(fit.largest_rate)}")
-        return lines
-    lines = ["", f"{size(made.peak)} do not fit into {room}"]
+        return [*lines, ""]
+    lines = [f"{size(made.peak)} do not fit into {room}"]
     if not fit.changes:
         tried = f"a sampling rate, tiled logits, {', '.join(SAVERS)}, fewer samples, more ranks"
-        return [*lines, f"  none of the changes that were tried makes it fit: {tried}"]
+        return [*lines, f"  none of the changes that were tried makes it fit: {tried}", ""]
     none = "" if fit.largest_rate is not None else "no sampling rate makes it fit; "
-    return [*lines, f"  {none}each of these changes does:", *(f"    {_change_line(change)}" for change in fit.changes)]
+    return [
+        *lines,
+        f"  {none}each of these changes does:",
+        *(f"    {_change_line(change)}" for change in fit.changes),
+        "",
+    ]
 
 
 def _change_line(change: Change) -> str:

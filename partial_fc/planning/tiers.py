@@ -36,11 +36,12 @@ def tier_of(z: Sizes, kind: Kept, block: int, disk: int | None) -> Tier:
     write."""
     row = z.D * (z.w + z.states * z.q + 4 * (z.wide == "master"))
     moved = z.S * row
-    drawn = z.window * z.C_local / z.C if z.window else z.S  # at r = 1 rows follow each other
-    parts = math.ceil(drawn / block + z.S - min(z.S, drawn)) if z.window else 1
+    selected = z.S / z.centers
+    drawn = z.window * z.C_local / z.C if z.window else selected  # at r = 1 rows follow each other
+    parts = math.ceil(drawn / block + selected - min(selected, drawn)) if z.window else 1
     seconds = None if disk is None else 2 * moved * z.world / disk
     bus = 0 if z.cpu else z.S * z.D * z.w
-    return Tier(kind, z.C_local * row, moved, parts, block * z.D * z.w, seconds, bus)
+    return Tier(kind, z.rows_local * row, moved, parts, block * z.centers * z.D * z.w, seconds, bus)
 
 
 def tier_lines(made: Tier) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from watching import collectives
 
-from partial_fc import PartialFC, Plan, RowOptimizer, RowWiseAdagrad, SubCenterArcFace, plan
+from partial_fc import ArcFace, PartialFC, Plan, RowOptimizer, RowWiseAdagrad, SubCenterArcFace, plan
 from partial_fc.batch.status import Status
 from partial_fc.optim import adam_moves, moves
 from partial_fc.optim import row_optimizer as optim
@@ -297,6 +297,7 @@ def test_the_budget_counts_all_centers(over):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"centers": 0}, "centers must be an integer of at least 1, not 0"),
         ({"num_classes": 0}, "num_classes must be an integer of at least 1, not 0"),
         ({"embedding_size": 2.5}, "embedding_size must be an integer of at least 1, not 2.5"),
         ({"world_size": True}, "world_size must be an integer of at least 1, not True"),
@@ -498,6 +499,7 @@ def allocated(made: Plan) -> dict[str, int]:
     head = PartialFC(
         a["embedding_size"],
         a["num_classes"],
+        ArcFace() if a["centers"] == 1 else SubCenterArcFace(centers=a["centers"]),
         sample_rate=a["sample_rate"],
         logits_budget=a["logits_budget"],
         dtype=a["dtype"],
@@ -587,6 +589,40 @@ def test_tensors_of_rows_that_are_brought_up_to_date_in_place(changes, monkeypat
     assert [i for i in made.items if i.name == "row gradients"] == [i for i in still.items if i.name == "row gradients"]
     assert not [i for i in made.items if i.name == "rows and state, up to date"]
     assert item(made, "steps of each row") == 4 * 10_000
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("changes", [{}, {"logits_budget": 0}, {"sample_rate": 0.5}], ids=_id)
+def test_tensors_of_sub_centers(changes):
+    """As planned but for what the maximum over a class's rows takes in a tile."""
+    made = plan(2000, 64, 1, 64, centers=3, **changes)
+    found = allocated(made)
+    print({phase: (made.phases[phase], found[phase]) for phase in found})
+    assert item(made, "weights") == item(made, "optimizer state") == 3 * 2000 * 64 * 4
+    assert made.peak == pytest.approx(max(found.values()), rel=0.1)
+
+
+def test_sub_centers_by_hand(capsys):
+    """Rows of a class are K; what is counted by class stays."""
+    one, made = plan(10_000, 8, 2, 40, 0.1), plan(10_000, 8, 2, 40, 0.1, centers=3)
+    assert (made.classes, made.rows, made.logits) == (one.classes, 3 * one.rows, 3 * one.logits)
+    for name in ("weights", "optimizer state", "row gradients", "rows and state, up to date"):
+        assert item(made, name) == 3 * item(one, name), name
+    for name in ("steps of a cycle", "steps of each row", "embeddings and their gradient"):
+        assert item(made, name) == item(one, name), name
+    assert made.collectives == one.collectives
+    assert "3 sub-centers a class" in str(made) and "sub-centers" not in str(one)
+    sizes = "--num_classes 10000 --embedding_size 8 --world_size 2 --batch_size 40 --sample_rate 0.1".split()
+    plan_command([*sizes, "--centers", "3", "--optimizer", "AdamW"])
+    assert capsys.readouterr().out == f"{plan(10_000, 8, 2, 40, 0.1, 'AdamW', centers=3)}\n"
+
+
+def test_whether_it_fits_is_said_first():
+    assert " do not fit into " in str(plan(**GPUS, memory=10**9)).splitlines()[0]
+    fits = str(plan(**GPUS, sample_rate=0.1, memory=80 * 10**9)).splitlines()
+    assert " fit into 74.51 GiB" in fits[0] and fits[3].startswith("C = 29,000,000 classes")
+    assert any(line.startswith("  not counted: gradients of earlier micro-batches (") for line in fits)
+    assert "micro-batches" not in str(plan(**GPUS, update_in_backward=True))
 
 
 def check_tensors(changes: dict[str, Any]) -> None:

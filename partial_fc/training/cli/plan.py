@@ -72,7 +72,15 @@ def plan_parser() -> argparse.ArgumentParser:
         help="nearest classes of each class of the batch that take part in each step (default 0)",
     )
     parser.add_argument(
+        "--centers",
+        type=int,
+        default=1,
+        metavar="K",
+        help="sub-centers of each class, which has a row for each (default 1)",
+    )
+    parser.add_argument(
         "--optimizer",
+        type=str.lower,
         choices=tuple(OPTIMIZERS),
         default="sgd-momentum",
         help="optimizer of the head (default sgd-momentum)",
@@ -171,6 +179,7 @@ def plan_command(arguments: list[str]) -> None:
             storage=options.storage,
             sample_block=options.sample_block,
             disk=options.disk,
+            centers=options.centers,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
