@@ -99,6 +99,18 @@ class PairHistograms:
         weight = gap[before] / (gap[before] - gap[after])
         return float(far[before] + weight * (far[after] - far[before]))
 
+    def min_dcf(self, p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0) -> float:
+        """Return the least detection cost over all bin edges, as in NIST's speaker recognition evaluations.
+
+        The cost is c_miss · p_target · (1 - TAR) + c_fa · (1 - p_target) · FAR, over that of the better of accepting
+        all and rejecting all, so it is at most 1. All pairs are trials.
+        """
+        if not 0 < p_target < 1 or not (c_miss > 0 and c_fa > 0):
+            raise ValueError(f"p_target must be in (0, 1) and costs above 0, not {p_target!r}, {c_miss!r}, {c_fa!r}")
+        tar, far = self._rates()
+        miss, false_accept = c_miss * p_target, c_fa * (1 - p_target)
+        return float((miss * (1 - tar) + false_accept * far).min()) / min(miss, false_accept)
+
     def accuracy(self) -> tuple[float, float] | None:
         """Return mean and standard deviation (population) over 10 folds of the accuracy at the best threshold.
 

@@ -102,6 +102,29 @@ def test_eer_is_interpolated_within_a_bin():
     assert PairHistograms(counts).eer() == pytest.approx(0.4 * 10 / 11)
 
 
+def test_min_dcf_is_the_least_cost_over_all_thresholds():
+    embeddings, labels = faces()
+    cosines, genuine = all_pairs(embeddings, labels)
+    pairs = pair_histograms(embeddings, labels)
+    for p_target, c_miss, c_fa in ((0.01, 1.0, 1.0), (0.05, 1.0, 1.0), (0.5, 10.0, 1.0)):
+        false_accepts, true_accepts, _ = roc_curve(genuine, cosines, drop_intermediate=False)
+        costs = c_miss * p_target * (1 - true_accepts) + c_fa * (1 - p_target) * false_accepts
+        expected = costs.min() / min(c_miss * p_target, c_fa * (1 - p_target))
+        assert pairs.min_dcf(p_target, c_miss, c_fa) == pytest.approx(expected, rel=1e-2)
+        assert 0 < expected < 1
+    with pytest.raises(ValueError, match="p_target must be in"):
+        pairs.min_dcf(1.0)
+
+
+def test_min_dcf_by_hand():
+    counts = torch.zeros(2, FOLDS, BINS, dtype=torch.int64)
+    counts[0, 0, 400], counts[0, 0, 1000] = 30, 70
+    counts[1, 0, 500], counts[1, 0, 1000] = 999, 1
+    # Above bin 500: 0.3 missed and 0.001 accepted, 0.01 · 0.3 + 0.99 · 0.001 over 0.01.
+    assert PairHistograms(counts).min_dcf() == pytest.approx(0.3 + 0.099)
+    assert PairHistograms(counts.flip(0)).min_dcf() == 1, "no threshold is better than to reject all"
+
+
 def test_ten_fold_accuracy_is_that_of_a_naive_implementation():
     embeddings, labels = faces(identities=23, images=6)
     unit = F.normalize(embeddings, dim=1)
