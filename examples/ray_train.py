@@ -1,13 +1,15 @@
 """Ray Train: python examples/ray_train.py FOLDER [EPOCHS [IDENTITIES [WORKERS]]], FOLDER shared by all nodes"""
 
+import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,9 +49,12 @@ def train(config: dict[str, Any]) -> None:
         for buffer in backbone.buffers():
             dist.broadcast(buffer, 0)  # a checkpoint holds one copy of them
         checkpointer.save(progress.epoch, **run)
-        ray.train.report({"epoch": progress.epoch, "workers": world, "loss": loss.item()})
-        if rank == 0:
-            print(f"epoch {progress.epoch}: loss {loss.item():.6f} on {world} workers", flush=True)
+        metrics = {"epoch": progress.epoch, "workers": world, "loss": loss.item()}
+        with tempfile.TemporaryDirectory() as small:  # Ray keeps metrics beside a checkpoint alone: a file of rank 0
+            if rank == 0:
+                Path(small, "metrics.json").write_text(json.dumps(metrics))
+                print(f"epoch {progress.epoch}: loss {loss.item():.6f} on {world} workers", flush=True)
+            ray.train.report(metrics, Checkpoint.from_directory(small) if rank == 0 else None)
 
 
 def main(folder: str, epochs: int = 4, identities: int = 1000, workers: int = 2) -> None:
@@ -57,8 +62,8 @@ def main(folder: str, epochs: int = 4, identities: int = 1000, workers: int = 2)
     config = {"folder": folder, "epochs": epochs, "identities": identities}
     again = RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=3))
     scaling = ScalingConfig(num_workers=workers)
-    TorchTrainer(train, train_loop_config=config, scaling_config=scaling, run_config=again).fit()
-    print(f"complete; the newest checkpoints are in {folder}/checkpoints")
+    result = TorchTrainer(train, train_loop_config=config, scaling_config=scaling, run_config=again).fit()
+    print(f"complete, Ray has {result.metrics}; the newest checkpoints are in {folder}/checkpoints")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ class PartialFC(HeadState):
             the denominator has the mean of that over all; "none" as in the papers. For r < 1 (docs/losses.md).
         class_weights: `[C]`, as in `F.cross_entropy(weight=...)`, on every rank; a sample of several classes has the
             mean of their weights, by its label weights. A mean is divided by the sum of the samples' weights.
-        metrics: measure `metrics` in every forward; nothing is computed for them otherwise.
+        metrics: measure `metrics` in every forward; nothing is computed for them otherwise. `head.collect_metrics`
+            switches it between forwards, on all ranks alike.
         validate: look for bad labels, NaN and infinities "always", in the "first" batch and its step, or "never".
             Shapes are always checked. For a `GlobalBatch`, `gather` has looked.
         on_nonfinite: what all ranks do about a NaN or infinity in any rank's embeddings, loss or gradients: "raise"

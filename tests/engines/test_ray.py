@@ -267,6 +267,9 @@ def test_the_example_goes_on_after_a_worker_is_killed(cluster, tmp_path):
     code, out, err = finish(process, 1500)
     assert code == 0, err[-3000:]
     assert len(of_output(whole)) == 4
+    arrived = r"complete, Ray has \{'epoch': 4, 'workers': 2, 'loss': ([\d.]+)\}"
+    (loss,) = re.findall(arrived, whole)
+    assert of_output(whole)["4"] == f"loss {float(loss):.6f} on 2 workers" and re.findall(arrived, out) == [loss]
     assert {**of_output(whole), **of_output(out + err)} == of_output(whole)
     assert "complete" in out and (tmp_path / "killed" / "checkpoints" / "step-000000004" / "manifest.json").exists()
     assert len(re.findall("Started training worker group", out + err)) == 2, "started again once, by the kill alone"

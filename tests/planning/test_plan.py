@@ -612,8 +612,8 @@ def test_sub_centers_by_hand(capsys):
         assert item(made, name) == item(one, name), name
     assert made.collectives == one.collectives
     assert "3 sub-centers a class" in str(made) and "sub-centers" not in str(one)
-    sizes = "--num_classes 10000 --embedding_size 8 --world_size 2 --batch_size 40 --sample_rate 0.1".split()
-    plan_command([*sizes, "--centers", "3", "--optimizer", "AdamW"])
+    sizes = ["--num_classes", "10000", "--embedding_size", "8", "--world_size", "2", "--batch_size", "40"]
+    plan_command([*sizes, "--sample_rate", "0.1", "--centers", "3", "--optimizer", "AdamW"])
     assert capsys.readouterr().out == f"{plan(10_000, 8, 2, 40, 0.1, 'AdamW', centers=3)}\n"
 
 
