@@ -55,6 +55,8 @@ class Process(NamedTuple):
         return self.machine != machine_id()
 
 
+ENDED = ("", "Z", "X")  # states of a process: there is none, or nobody has waited for it yet
+
 _registered_in: weakref.ref[dist.ProcessGroup] | None = None  # the default group whose store has this process
 _store_host: tuple[list[int], Process] | None = None  # of that group: ranks on the store's machine, one's process
 
@@ -134,7 +136,7 @@ def has_exited(process: Process) -> bool:
     if not process.machine or process.is_elsewhere:
         return False
     state, since = stat_of(process.pid)
-    return not state or since != process.started or state in "ZX"
+    return state in ENDED or since != process.started
 
 
 def state_of(process: Process) -> str:

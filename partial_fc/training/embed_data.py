@@ -163,9 +163,7 @@ def embed_data(
         missing: list[int] = []
         if "finished" not in index:
             missing = _make_parts(embedder, dataset, out, index, accelerator, reading, name)
-        finished, made = run_on_main_for_all(
-            lambda: (_finish(out, dataset, index), sum(_images_in(out, part, index) for part in missing)), accelerator
-        )
+        finished, made = run_on_main_for_all(lambda: _finish(out, dataset, index, missing), accelerator)
     finally:
         lock.release()
     return Finished(**finished, skipped=len(dataset.skipped), made=made, seconds=time.monotonic() - began)
@@ -310,12 +308,6 @@ def _is_made(path: Path, part: int, index: dict[str, Any]) -> bool:
     return found is not None and all(found.get(key) == wanted[key] for key in ("of", "first", "images"))
 
 
-def _images_in(folder: Path, part: int, index: dict[str, Any]) -> int:
-    """Return how many images have their embedding in a part."""
-    about = read_about(part_path(folder, part, index["files"])) or {}
-    return len(_span(part, index)) - len(about.get("unreadable", []))
-
-
 def _missing_parts(folder: Path, index: dict[str, Any]) -> list[int]:
     for left in folder.glob(".part-*.tmp"):  # of a process that was killed
         left.unlink(missing_ok=True)
@@ -369,8 +361,11 @@ def _rows(dataset: IdentityDataset, places: Tensor, embeddings: Tensor) -> Embed
     )
 
 
-def _finish(folder: Path, dataset: IdentityDataset, index: dict[str, Any]) -> dict[str, int]:
-    """Note that all parts are there; return {"images", "unreadable", "parts"}. UserError if one is missing."""
+def _finish(
+    folder: Path, dataset: IdentityDataset, index: dict[str, Any], made: list[int]
+) -> tuple[dict[str, int], int]:
+    """Note that all parts are there; return {"images", "unreadable", "parts"}, and how many images have an embedding in
+    the parts `made`. UserError if one is missing."""
     missing = _missing_parts(folder, index)
     if missing:
         raise UserError(
@@ -378,11 +373,13 @@ def _finish(folder: Path, dataset: IdentityDataset, index: dict[str, Any]) -> di
             "run the same command again (with several machines, all of them must see the folder)"
         )
     if "finished" in index:
-        found: dict[str, int] = index["finished"]
-        return found
+        return index["finished"], 0
+    images = 0
     unreadable = [valid_text(name) for name in dataset.skipped]
     for part in _parts(index):
-        unreadable += (read_about(part_path(folder, part, index["files"])) or {}).get("unreadable", [])
+        of_part = (read_about(part_path(folder, part, index["files"])) or {}).get("unreadable", [])
+        unreadable += of_part
+        images += (len(_span(part, index)) - len(of_part)) * (part in made)
     if unreadable:
         write_atomically(folder / UNREADABLE, "".join(f"{name}\n" for name in unreadable).encode())
     finished = {
@@ -391,4 +388,4 @@ def _finish(folder: Path, dataset: IdentityDataset, index: dict[str, Any]) -> di
         "parts": len(_parts(index)),
     }
     write_index(folder, {**index, "finished": finished})
-    return finished
+    return finished, images

@@ -21,12 +21,13 @@ import subprocess
 from collections.abc import Mapping
 from datetime import timedelta
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from partial_fc.distributed.machines import ENDED, stat_of
 from partial_fc.distributed.own_gpu import take_own_gpu
+from partial_fc.distributed.store import machine_id
 from partial_fc.engines import mpi
 from partial_fc.training.errors import Preempted, UserError
 
@@ -136,18 +137,10 @@ def launcher_has_exited() -> bool:
     if "TORCHELASTIC_RUN_ID" not in os.environ and "CROSS_SIZE" not in os.environ:
         return False
     number = os.environ.get(LAUNCHER, "")
-    return os.getppid() != _parent or (number.isdecimal() and not _lives(int(number)))
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's, or a system without /proc
+    if os.getppid() != _parent:
         return True
-    return state not in "ZX"  # it has exited, and its parent has not looked yet
+    # without an id of the machine there is no /proc, which would tell
+    return number.isdecimal() and machine_id() != "" and stat_of(int(number))[0] in ENDED
 
 
 def shows_errors() -> bool:

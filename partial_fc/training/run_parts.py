@@ -100,18 +100,23 @@ def build_parts(
     return RunParts(head, head_optimizer, extra, center, engine, counts, schedules, margin_schedules, watch)
 
 
-def checked_weights(config: RunConfig, main_set: IdentityDataset) -> str | None:
+def head_without_memory(config: RunConfig, main_set: IdentityDataset) -> PartialFC:
+    """Return the head of the settings, as far as shapes go."""
+    images = torch.bincount(main_set.labels, minlength=main_set.num_identities)
+    margin = config.head.margin.build_margin(images)
+    return PartialFC(config.backbone.embedding_size, len(images), margin, device="meta")
+
+
+def checked_weights(config: RunConfig, head: PartialFC) -> str | None:
     """Return what to import class weights from, as the settings name it; None if they name nothing. Reads no rows.
 
-    Raises UserError unless they fit the classes of the run's data set. Not a collective.
+    Raises UserError unless they fit the head of the run. Not a collective.
     """
     if config.head.weights is None:
         return None
     source = config.head.weights_source(config.head.weights)
-    images = torch.bincount(main_set.labels, minlength=main_set.num_identities)
-    margin = config.head.margin.build_margin(images)
     try:
-        open_weights(source, PartialFC(config.backbone.embedding_size, len(images), margin, device="meta"), None)
+        open_weights(source, head, None)
     except OtherShape as error:
         data = config.data
         advice = "give the --backbone.embedding_size and the margin's --head.margin.centers of the weights"

@@ -126,7 +126,7 @@ class Trainer:
     def _import_class_weights(self) -> None:
         """Load the class weights that the settings name."""
         # of the first rank: a run that still saves may show each rank another checkpoint
-        source = run_on_main_for_all(lambda: checked_weights(self.config, self.main_set), self.accelerator)
+        source = run_on_main_for_all(lambda: checked_weights(self.config, self.head), self.accelerator)
         if source is None:
             return
         try:

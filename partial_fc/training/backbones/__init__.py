@@ -100,7 +100,7 @@ def build_backbone(
             raise UserError(
                 f"the backbone {name!r} takes images in [-1, 1] as they are; leave --backbone.normalize_input out"
             )
-        backbone.normalize_input()  # type: ignore[operator]
+        backbone.normalize_input(image_shape[0])  # type: ignore[operator]
     return backbone
 
 

@@ -46,7 +46,6 @@ class WithOutputStage(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.own_input = own_input
-        self.channels = 0
         self.class_token = has_class_token(trunk)
         self.norm = nn.BatchNorm1d(features)
         self.dropout = nn.Dropout(p=0.0)
@@ -70,8 +69,8 @@ class WithOutputStage(nn.Module):
                 "leave --backbone.gradient_checkpointing out"
             )
 
-    def normalize_input(self) -> None:
-        """Give the model its images with the mean and standard deviation of its own configuration.
+    def normalize_input(self, channels: int) -> None:
+        """Give the model its images, of so many channels, with the mean and standard deviation of its configuration.
 
         Raises UserError if that has none, or has them for another number of channels.
         """
@@ -81,10 +80,10 @@ class WithOutputStage(nn.Module):
                 f"standard deviation of images; of transformers give a folder with {PROCESSOR}, which save_pretrained "
                 "of the model's AutoImageProcessor writes"
             )
-        if self.channels != len(self.own_input[0]):
+        if channels != len(self.own_input[0]):
             raise UserError(
                 f"--backbone.normalize_input: the configuration of {type(self.trunk).__name__} is for "
-                f"{len(self.own_input[0])} channels, and the images have {self.channels}; set --data.channels"
+                f"{len(self.own_input[0])} channels, and the images have {channels}; set --data.channels"
             )
         for name, values in zip(INPUT_STATISTICS, self.own_input, strict=True):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
@@ -142,9 +141,7 @@ def _with_output_stage(
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:  # for another task, such as a mask token; DDP would wait for its gradient
             parameter.requires_grad_(False)
-    backbone = WithOutputStage(trunk.train(training), int(features.shape[1]), embedding_size, own_input)
-    backbone.channels = image_shape[0]
-    return backbone
+    return WithOutputStage(trunk.train(training), int(features.shape[1]), embedding_size, own_input)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from partial_fc.training.all_ranks import run_on_all
-from partial_fc.training.cli.backbone_file import add_backbone_file, backbone_file
+from partial_fc.training.cli.backbone_source import add_backbone_file, backbone_file
 from partial_fc.training.cli.data import add_source_options, open_from_options
 from partial_fc.training.cli.parser import (
     CommandParser,

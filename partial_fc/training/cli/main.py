@@ -28,7 +28,7 @@ try:
     from partial_fc import DivergenceError, NonFiniteError, PreemptionGuard
     from partial_fc.loop.preemption import SIGNALS
     from partial_fc.training.cli.audit import audit_command
-    from partial_fc.training.cli.backbone_file import add_backbone_file, backbone_file
+    from partial_fc.training.cli.backbone_source import BackboneOfRun, add_backbone_file, backbone_file
     from partial_fc.training.cli.backbones import backbones_command
     from partial_fc.training.cli.comms import comms_command
     from partial_fc.training.cli.data import add_source_options, data_command, open_from_options
@@ -54,11 +54,11 @@ try:
     from partial_fc.training.data import IdentityDataset, open_data
     from partial_fc.training.data.formats.packed import is_packed, packed_splits
     from partial_fc.training.errors import Preempted, UserError
-    from partial_fc.training.interval import check_metric, direction
+    from partial_fc.training.interval import check_metric
     from partial_fc.training.mixing import mixed, sampler_of
-    from partial_fc.training.protocols.task_files import image_shape, open_tasks
+    from partial_fc.training.protocols.task_files import open_tasks
     from partial_fc.training.ranks import check_devices, device_line, find_ranks, shows_errors
-    from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
+    from partial_fc.training.run import CONFIG, RunFolder
     from partial_fc.training.settings_parser import SettingsParser
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(name=error.name))
@@ -214,9 +214,9 @@ def train(arguments: list[str]) -> None:
         check_metric(config.evaluation, list(data.evaluation), tasks)
         config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights, print)
         if not resume:
-            from partial_fc.training.run_parts import checked_weights
+            from partial_fc.training.run_parts import checked_weights, head_without_memory
 
-            checked_weights(config, data.train)
+            checked_weights(config, head_without_memory(config, data.train))
         if sampler_of(config, mixed(config, data.train)).length < config.train.batch_size:
             raise UserError(
                 f"{len(data.train)} training images are fewer than one batch of {config.train.batch_size}; lower "
@@ -308,15 +308,12 @@ def evaluate(arguments: list[str]) -> None:
     asked = parser.parse_args(arguments)
     check_at_least(asked, "workers", 0)
     given = backbone_file(asked, asked.run)
-    run = RunFolder(asked.run)
-    if given is None:
-        run.check_run()
-    elif asked.data is None:
+    if given is not None and asked.data is None:
         raise UserError("a file of weights has no data set of its own; give one with --data")
-    config = to_config(train_parser(), ["--config", str(run.path / CONFIG)]) if given is None else given.config
+    source = BackboneOfRun(asked.run, train_parser(), asked.checkpoint) if given is None else given
+    config = source.config
     config.data.workers, config.data.on_error = asked.workers, asked.on_error
-    shape = None if given is None else given.shape
-    sets = _sets(config, asked, shape)
+    sets = _sets(config, asked, source.shape)
     check_devices(config.train.cpu)
     from accelerate import Accelerator
 
@@ -324,38 +321,26 @@ def evaluate(arguments: list[str]) -> None:
     from partial_fc.training.results import (
         describe_environment,
         evaluate_sets,
-        load_backbone,
         output_folder,
         run_tasks,
         write_results,
     )
 
     accelerator = Accelerator(cpu=config.train.cpu or not torch.cuda.is_available())
-    tasks, checkpoint = [], None
-    name = f"evaluation-{Path(asked.data).name if asked.data else 'heldout'}"
-    if given is None:
-        size = image_shape(config)
-        if asked.data is None:
-            tasks = run_on_all(lambda: open_tasks(config.evaluation, size, asked.on_error), accelerator)
-        checkpoint = run_on_all(
-            lambda: run.find_checkpoint(asked.checkpoint, direction(config.evaluation.best)), accelerator
-        )
-        backbone, default = load_backbone(run, config, size, checkpoint), run.path / name
-    else:
-        backbone, default = given.load(accelerator), given.output(name)
-    backbone = backbone.to(accelerator.device)
-    out = RunFolder(asked.output or default)
+    tasks = []
+    if asked.data is None:
+        tasks = run_on_all(lambda: open_tasks(config.evaluation, source.shape, asked.on_error), accelerator)
+    backbone = source.load(accelerator).to(accelerator.device)
+    name = Path(asked.data).name if asked.data else "heldout"
+    out = RunFolder(asked.output or source.output(f"evaluation-{name}"))
 
     def write(evaluations: list[Evaluation], results: list[Result]) -> None:
         for text in [each.summary() for each in evaluations] + [each.summary() for each in results]:
             print(text)
-        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path)}
-        if checkpoint is not None:
-            figures["checkpoint"] = describe_checkpoint(asked.checkpoint, checkpoint)
-        title = f"{config.backbone.name} of {run.path.name} on {', '.join((*sets, *(task.name for task in tasks)))}"
-        settings = config if given is None else None
+        figures = {"unreadable_images": len(out.unreadable()), **source.figures()}
+        title = f"{config.backbone.name} of {source.path.name} on {', '.join((*sets, *(task.name for task in tasks)))}"
         environment = describe_environment(accelerator)
-        report = write_results(out, title, evaluations, figures, settings, environment, [], results)
+        report = write_results(out, title, evaluations, figures, source.settings, environment, [], results)
         out.print_unreadable()
         print(f"\nResults are in {out.path}; look at {report}")
 
@@ -373,12 +358,10 @@ def audit(arguments: list[str]) -> None:
     audit_command(arguments, train_parser())
 
 
-def _sets(
-    config: RunConfig, asked: argparse.Namespace, shape: tuple[int, int, int] | None
-) -> dict[str, IdentityDataset]:
-    """Return the data sets to evaluate on, by name. shape: of the images; None for that of the run."""
+def _sets(config: RunConfig, asked: argparse.Namespace, shape: tuple[int, int, int]) -> dict[str, IdentityDataset]:
+    """Return the data sets to evaluate on, by name. shape: of the images."""
     if asked.data is not None:
-        return _named_sets(asked, image_shape(config) if shape is None else shape)
+        return _named_sets(asked, shape)
     for name, default in (("source_format", "auto"), ("image_column", None), ("label_column", None), ("split", None)):
         if getattr(asked, name) != default:
             raise UserError(f"--{name} applies to the data set of --data; give --data, or leave --{name} out")

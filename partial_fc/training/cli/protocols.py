@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from partial_fc.training.all_ranks import run_on_all, run_on_main
-from partial_fc.training.cli.backbone_file import add_backbone_file, backbone_file
+from partial_fc.training.cli.backbone_source import BackboneOfRun, add_backbone_file, backbone_file
 from partial_fc.training.cli.parser import (
     CommandParser,
     add_checkpoint,
@@ -32,15 +32,12 @@ from partial_fc.training.cli.parser import (
     add_workers,
     check_at_least,
 )
-from partial_fc.training.config import to_config
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import UserError
 from partial_fc.training.files import replacing, write_array
-from partial_fc.training.interval import direction
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.task_files import (
     Shape,
-    image_shape,
     open_identification,
     open_retrieval,
     open_templates,
@@ -50,13 +47,12 @@ from partial_fc.training.protocols.tasks import Task, TemplatePairs, first_twice
 from partial_fc.training.ranks import check_devices
 from partial_fc.training.results import (
     describe_environment,
-    load_backbone,
     output_folder,
     run_tasks,
     split_work,
     write_results,
 )
-from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
+from partial_fc.training.run import RunFolder
 from partial_fc.training.settings_parser import SettingsParser
 
 DESCRIPTIONS = {
@@ -263,37 +259,24 @@ def protocol_command(command: str, parser: Callable[[], SettingsParser], argumen
     if given is None and Path(options.run).suffix in (".npy", ".safetensors"):
         _evaluate_embeddings_file(command, options)
         return
-    run = RunFolder(options.run)
-    if given is None:
-        run.check_run()
-    config = to_config(parser(), ["--config", str(run.path / CONFIG)]) if given is None else given.config
+    source = BackboneOfRun(options.run, parser(), options.checkpoint) if given is None else given
+    config = source.config
     config.data.workers = options.workers
     config.data.on_error = options.on_error
     config.evaluation.batch_size = options.batch_size
     config.evaluation.tile = options.tile
     check_devices(config.train.cpu)
     accelerator = Accelerator(cpu=config.train.cpu or not torch.cuda.is_available())
-    shape = image_shape(config) if given is None else given.shape
-    tasks = run_on_all(lambda: open_command_tasks(command, options, shape), accelerator)
-    checkpoint = None
-    if given is None:
-        better = direction(config.evaluation.best)
-        checkpoint = run_on_all(lambda: run.find_checkpoint(options.checkpoint, better), accelerator)
-        backbone = run_on_all(lambda: load_backbone(run, config, shape, checkpoint), accelerator)
-        default = run.path / _folder_name(command, tasks)
-    else:
-        backbone, default = given.load(accelerator), given.output(_folder_name(command, tasks))
-    backbone = backbone.to(accelerator.device)
-    out = RunFolder(options.output or default)
+    tasks = run_on_all(lambda: open_command_tasks(command, options, source.shape), accelerator)
+    backbone = source.load(accelerator).to(accelerator.device)
+    out = RunFolder(options.output or source.output(_folder_name(command, tasks)))
 
     def write(results: list[Result]) -> None:
         _print_results(results, tasks, scores)
-        title = f"{config.backbone.name} of {run.path.name} on {', '.join(task.name for task in tasks)}"
-        figures = {"unreadable_images": len(out.unreadable()), "run": str(run.path)}
-        if checkpoint is not None:
-            figures["checkpoint"] = describe_checkpoint(options.checkpoint, checkpoint)
-        settings = config if given is None else None
-        report = write_results(out, title, [], figures, settings, describe_environment(accelerator), [], results)
+        title = f"{config.backbone.name} of {source.path.name} on {', '.join(task.name for task in tasks)}"
+        figures = {"unreadable_images": len(out.unreadable()), **source.figures()}
+        environment = describe_environment(accelerator)
+        report = write_results(out, title, [], figures, source.settings, environment, [], results)
         out.print_unreadable()
         print(f"\nResults are in {out.path}; look at {report}")
 

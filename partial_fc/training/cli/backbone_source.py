@@ -1,4 +1,8 @@
-"""A backbone in a file of weights, without a run: `partial-fc verify model.pt lfw.bin --backbone.name iresnet50`."""
+"""The backbone that a command is about: of a run, or in a file of weights, whose backbone its options name.
+
+partial-fc verify runs/mine lfw.bin
+partial-fc verify model.pt lfw.bin --backbone.name iresnet50
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,19 @@ from torch import nn
 
 from partial_fc.training.all_ranks import run_on_all
 from partial_fc.training.backbones.settings import BackboneConfig
-from partial_fc.training.config import RunConfig
+from partial_fc.training.config import RunConfig, to_config
 from partial_fc.training.data import DataConfig
 from partial_fc.training.errors import UserError
-from partial_fc.training.run import CONFIG
+from partial_fc.training.interval import direction
+from partial_fc.training.protocols.task_files import image_shape
+from partial_fc.training.results import load_backbone
+from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
+from partial_fc.training.settings_parser import SettingsParser
 
-WIDTH, SIDE, CHANNELS = 512, 112, 3
 OPTIONS = (
-    ("backbone.embedding_size", WIDTH, "N", "width of its embeddings"),
-    ("data.image_size", SIDE, "N", "side of the images that it takes"),
-    ("data.channels", CHANNELS, "N", "their channels: 1 for grey, 3 for colour"),
+    ("backbone.embedding_size", 512, "width of its embeddings"),
+    ("data.image_size", 112, "side of the images that it takes"),
+    ("data.channels", 3, "their channels: 1 for grey, 3 for colour"),
 )
 
 
@@ -33,9 +40,9 @@ class BackboneFile:
     shape: tuple[int, int, int]
 
     @property
-    def name(self) -> str:
-        """The name of the backbone."""
-        return self.config.backbone.name
+    def settings(self) -> RunConfig | None:
+        """The settings for a report: it was trained by others, of which nobody knows."""
+        return None
 
     def load(self, accelerator: Accelerator) -> nn.Module:
         """Return the backbone; UserError, on every rank, for weights that do not fit it."""
@@ -44,6 +51,43 @@ class BackboneFile:
     def output(self, what: str) -> Path:
         """Return where results go unless a folder is given: beside the file."""
         return self.path.with_name(f"{self.path.stem}-{what}")
+
+    def figures(self) -> dict[str, str]:
+        """Return where the weights are from, for a report."""
+        return {"run": str(self.path)}
+
+
+class BackboneOfRun:
+    """The same of a run. which: the checkpoint that is asked for.
+
+    Raises UserError if the folder holds no run.
+    """
+
+    def __init__(self, path: str, parser: SettingsParser, which: str) -> None:
+        self.run = RunFolder(path)
+        self.run.check_run()
+        self.path = self.run.path
+        self.config = to_config(parser, ["--config", str(self.path / CONFIG)])
+        self.shape = image_shape(self.config)
+        self.which = which
+        self.checkpoint: Path | None = None
+
+    @property
+    def settings(self) -> RunConfig | None:
+        return self.config
+
+    def load(self, accelerator: Accelerator) -> nn.Module:
+        """Return the backbone; UserError, on every rank, if there is no such checkpoint, or it does not fit."""
+        better = direction(self.config.evaluation.best)
+        self.checkpoint = run_on_all(lambda: self.run.find_checkpoint(self.which, better), accelerator)
+        return run_on_all(lambda: load_backbone(self.run, self.config, self.shape, self.checkpoint), accelerator)
+
+    def output(self, what: str) -> Path:
+        return self.path / what
+
+    def figures(self) -> dict[str, str]:
+        assert self.checkpoint is not None, "not loaded yet"
+        return {"run": str(self.path), "checkpoint": describe_checkpoint(self.which, self.checkpoint)}
 
 
 def add_backbone_file(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +98,9 @@ def add_backbone_file(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="take RUN for a file of weights, such as insightface's model.pt, of this backbone (partial-fc backbones)",
     )
-    for name, default, metavar, words in OPTIONS:
+    for name, default, words in OPTIONS:
         text = f"with --backbone.name: {words} (default {default})"
-        parser.add_argument(f"--{name}", type=int, default=None, metavar=metavar, help=text)
+        parser.add_argument(f"--{name}", type=int, default=None, metavar="N", help=text)
 
 
 def backbone_file(options: argparse.Namespace, path: str) -> BackboneFile | None:
