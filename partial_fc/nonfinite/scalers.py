@@ -10,6 +10,7 @@ before it is believed).
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -145,14 +146,20 @@ def scaled_and_stepped(rows: ClassRows) -> str:
     largest = float(largest_factor(rows))
     if largest < SUSPICIOUS:
         return ""
-    for scaler in all_scalers():
-        ids = _unscaled(scaler)
-        if ids is None or id(rows.live_optimizer) in ids or any(id(p) in _held(ids)[0] for p in rows.trainable):
-            continue
-        if largest * SUSPICIOUS >= scaler.get_scale() >= SUSPICIOUS:
-            return (
-                f"the loss of this {rows.owner} was scaled by a GradScaler ({scaler.get_scale():g}), and step() of its "
-                "optimizer was called directly, which would move the rows by the scaled gradient: call "
-                "scaler.step(optimizer), before scaler.update()"
-            )
-    return ""
+    scalers = [(scaler, ids) for scaler in all_scalers() if (ids := _unscaled(scaler)) is not None]
+    if any(_unscaled_rows(ids, rows) for _, ids in scalers):
+        return ""  # by the scaler that this step goes through; the others are those of other losses
+    scales = [scale for scaler, _ in scalers if largest * SUSPICIOUS >= (scale := scaler.get_scale()) >= SUSPICIOUS]
+    if not scales:
+        return ""
+    likely = min(scales, key=lambda scale: abs(math.log(scale / largest)))
+    return (
+        f"the loss of this {rows.owner} was scaled by a GradScaler ({likely:g}), and step() of its optimizer was "
+        "called directly, which would move the rows by the scaled gradient: call scaler.step(optimizer), before "
+        "scaler.update()"
+    )
+
+
+def _unscaled_rows(ids: set[int], rows: ClassRows) -> bool:
+    """Return whether one of the optimizers with these ids is that of the rows."""
+    return id(rows.live_optimizer) in ids or any(id(p) in _held(ids)[0] for p in rows.trainable)

@@ -183,6 +183,8 @@ def test_states_of_another_form_are_not_believed(monkeypatch):
 
 
 def stepped_directly(rank: int, world: int) -> list[str]:
+    other = torch.amp.GradScaler("cpu", init_scale=256.0)
+    other.scale(torch.ones(()))  # of another loss
     loop = Loop(rank)
     said = [message_of(loop.optimizers[name].step) for name in ("sampled", "exact", "center")]
     for name in ("sampled", "exact", "center"):
@@ -196,6 +198,15 @@ def test_a_step_past_the_scaler_is_refused(ranks):
         for text, owner in zip(said, ("PartialFC", "PartialFC", "CenterLoss"), strict=True):
             assert text.startswith(f"RuntimeError: the loss of this {owner} was scaled by a GradScaler (65536)"), text
             assert "call scaler.step(optimizer)" in text
+
+
+def test_a_second_scaler_beside_that_of_the_step_is_no_mistake():
+    other = torch.amp.GradScaler("cpu", init_scale=256.0)
+    other.scale(torch.ones(()))
+    loop = Loop()
+    loop.step()  # the scaler of the loop unscales before each optimizer
+    assert all(local(p.detach()).abs().max() < 100 for head in loop.heads.values() for p in head.parameters())
+    assert other.get_scale() == 256
 
 
 def test_rows_that_moved_past_the_scaler_say_so():
