@@ -8,4 +8,5 @@
 # Needs `pip install '.[train]'`, for ZeRO also '.[deepspeed]'. Settings may follow the run's file.
 set -euo pipefail
 export PARTIAL_FC_LAUNCHER=$$  # exec keeps it
-exec accelerate launch --config_file "$1" -m partial_fc train "${@:2}"
+exec accelerate launch --config_file "${1:?name its file, then that of the run; see the top of this file}" \
+    -m partial_fc train "${@:2}"

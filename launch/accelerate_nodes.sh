@@ -8,5 +8,6 @@ set -euo pipefail
 : "${MACHINE_RANK:?set MACHINE_RANK to the number of this node, from 0}"
 : "${MASTER_ADDR:?set MASTER_ADDR to the address of node 0}"
 export PARTIAL_FC_LAUNCHER=$$  # exec keeps it
-exec accelerate launch --config_file "$1" --machine_rank "$MACHINE_RANK" --main_process_ip "$MASTER_ADDR" \
-    --main_process_port "${MASTER_PORT:-29500}" -m partial_fc train "${@:2}"
+exec accelerate launch --config_file "${1:?name its file, then that of the run; see the top of this file}" \
+    --machine_rank "$MACHINE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "${MASTER_PORT:-29500}" \
+    -m partial_fc train "${@:2}"

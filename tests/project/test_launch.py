@@ -321,9 +321,11 @@ def test_slurm_options_are_those_of_sbatch(file, tasks):
         ("launch/mpirun.sh configs/quickstart.yaml", "RANKS: set RANKS to the number of processes"),
         ("launch/ray.sh configs/quickstart.yaml", "WORKERS: set WORKERS to the number of processes"),
         ("launch/accelerate_nodes.sh configs/accelerate/two_nodes.yaml x", "MACHINE_RANK: set MACHINE_RANK to the"),
+        ("launch/accelerate.sh", "1: name its file, then that of the run"),
+        ("launch/deepspeed.sh", "1: name its file, then that of the run"),
     ],
 )
-def test_a_number_that_is_missing_is_asked_for_in_one_line(command, words):
+def test_what_is_missing_is_asked_for_in_one_line(command, words):
     code, out, err = finish(start(command, CUDA_VISIBLE_DEVICES=""))
     assert code != 0 and out == ""
     (line,) = err.splitlines()
