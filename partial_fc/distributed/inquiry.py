@@ -17,7 +17,6 @@ hosts it, or its machine, or the network to that: ranks know beforehand which ma
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 import time
@@ -32,13 +31,22 @@ from partial_fc.distributed.machines import (
     PROBE,
     Process,
     has_exited,
+    is_stopped,
     machines_of,
     probe,
     process_of,
     state_of,
     store_host,
 )
-from partial_fc.distributed.store import SILENCE, default_store, own_connection, tcp_store
+from partial_fc.distributed.store import (
+    BUSY,
+    SILENCE,
+    agent_hosts_store,
+    default_store,
+    own_connection,
+    reach,
+    tcp_store,
+)
 
 GRACE = 10.0  # seconds to wait for the notes of ranks that were still computing when the collective failed
 SETTLE = 1.0  # seconds to wait for the last note, once all ranks but one have written theirs
@@ -176,18 +184,20 @@ class _Inquiry(threading.Thread):
         ranks: list[int],
         deadline: float,
         enough: Callable[[Any, set[int]], bool] | None = None,
+        settle: float | None = None,
     ) -> set[int]:
-        """Wait until all `ranks` have written `key`, or time is up, or the absent ones are known `enough`; return the
-        ranks that have not."""
+        """Wait until all `ranks` have written `key`, or time is up, or the absent ones are known `enough`, or there is
+        one absent for `settle` seconds (SETTLE, if not given); return the ranks that have not."""
         absent = set(ranks)
         one_absent_since, look = None, time.monotonic() + SETTLE
+        settle = SETTLE if settle is None else settle
         while True:
             absent = _absent(store, key, sorted(absent))
             self.answered.set()
             now = time.monotonic()
             if len(absent) == 1 and one_absent_since is None:
                 one_absent_since = now
-            settled = one_absent_since is not None and now > one_absent_since + SETTLE
+            settled = one_absent_since is not None and now > one_absent_since + settle
             if not absent or now > deadline or settled:
                 return absent
             if enough is not None and len(absent) > 1 and now > look:
@@ -217,7 +227,8 @@ class _Inquiry(threading.Thread):
     def _read_conclusions(self, store: Any) -> None:
         """All ranks reached the collective: one failed because of a rank in another group, or this rank was late."""
         others = [rank for rank in self.members if rank != self.rank]
-        self._wait(store, CONCLUDED, others, time.monotonic() + SETTLE)
+        # a rank of another group, too, concludes when it has waited for the notes of that
+        self._wait(store, CONCLUDED, others, time.monotonic() + GRACE + SETTLE, settle=GRACE + SETTLE)
         for rank in others:
             key = f"{CONCLUDED}/{rank}"
             if store.check([key]):
@@ -259,9 +270,9 @@ def explain_failure(
     closed_by = _CLOSED_BY.search(str(error))
     inquiry = _Inquiry(dist.get_rank(), what, members, closed_by[1] if closed_by else "")
     inquiry.start()
-    inquiry.answered.wait(SILENCE)
+    _await_answer(inquiry)
     if inquiry.answered.is_set():
-        inquiry.join(GRACE + 2 * SETTLE + 3 * PROBE + SILENCE)
+        inquiry.join(GRACE + 2 * SETTLE + 3 * PROBE + BUSY)
     timeout = _TIMEOUT.search(str(error))
     how = (
         f"waited {int(timeout[1]) / 1000:g} s, the timeout"
@@ -288,6 +299,20 @@ def explain_failure(
     return _explain_by_store(inquiry, what, how)
 
 
+def _await_answer(inquiry: _Inquiry) -> None:
+    """Wait until the store has answered or failed, or is known not to answer."""
+    if inquiry.answered.wait(SETTLE):
+        return
+    try:
+        reach(default_store())
+    except (OSError, NotImplementedError) as error:
+        inquiry.failure = error
+        return
+    host = store_host()
+    stopped = host is not None and not agent_hosts_store() and is_stopped(host[1])
+    inquiry.answered.wait(SILENCE if stopped else BUSY)
+
+
 def _explain_by_store(inquiry: _Inquiry, what: str, how: str) -> tuple[str, list[int]]:
     """Return the message and the ranks if the store has failed or does not respond."""
     try:
@@ -300,8 +325,7 @@ def _explain_by_store(inquiry: _Inquiry, what: str, how: str) -> tuple[str, list
         there = f"the store there, at {store.host}:{store.port}, does not respond"
         unknown = "What runs there has ended or hangs, or the machine or the network to it has failed."
         return f"{names_of(ranks)} on {process.place} did not reach {what} ({how}; {there}). {unknown} {END}", ranks
-    agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if store is None or inquiry.rank == 0 or agent_hosts_it:
+    if store is None or inquiry.rank == 0 or agent_hosts_store():
         address = "" if store is None else f" at {store.host}:{store.port}"
         unknown = f"which rank is unknown, because the store{address} does not respond"
         return f"a rank did not reach {what} ({how}; {unknown}). {CAUSES} {END}", []

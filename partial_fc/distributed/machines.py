@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from partial_fc.distributed.store import SILENCE, default_store, machine_id, tcp_store
+from partial_fc.distributed.store import SILENCE, agent_hosts_store, default_store, machine_id, tcp_store
 
 PROBE = 3.0  # seconds within which a connection between two machines must be made
 
@@ -56,6 +56,7 @@ class Process(NamedTuple):
 
 
 ENDED = ("", "Z", "X")  # states of a process: there is none, or nobody has waited for it yet
+STOPPED = ("T", "t")
 
 _registered_in: weakref.ref[dist.ProcessGroup] | None = None  # the default group whose store has this process
 _store_host: tuple[list[int], Process] | None = None  # of that group: ranks on the store's machine, one's process
@@ -73,7 +74,7 @@ def register_process() -> None:
         address, hosts_store = _connection(store)
         process = Process(machine_id(), os.getpid(), stat_of(os.getpid())[1], socket.gethostname(), address)
         store.set(f"{PROCESS}/{rank}", json.dumps(process))
-        if hosts_store and (beside := _ranks_beside(rank)):
+        if hosts_store and (rank == 0 or agent_hosts_store()) and (beside := _ranks_beside(rank)):
             store.set(STORE_HOST, json.dumps([beside, process]))
     # else the store cannot be written to: a later message will not contain the process
 
@@ -139,14 +140,18 @@ def has_exited(process: Process) -> bool:
     return state in ENDED or since != process.started
 
 
+def is_stopped(process: Process) -> bool:
+    """Return whether a process is stopped, as by SIGSTOP or a debugger; False if it is on another machine."""
+    return bool(process.machine) and not process.is_elsewhere and stat_of(process.pid)[0] in STOPPED
+
+
 def state_of(process: Process) -> str:
     """Return the state of a process in words; "" if it is on another machine."""
     if not process.machine or process.is_elsewhere:
         return ""
     if has_exited(process):
         return f"its process (pid {process.pid}) has exited"
-    state, _ = stat_of(process.pid)
-    how = "is stopped" if state in "Tt" else "is running, but elsewhere in its program"
+    how = "is stopped" if is_stopped(process) else "is running, but elsewhere in its program"
     return f"its process (pid {process.pid}) {how}"
 
 

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 
 SILENCE = 5.0  # seconds after which a store is considered not to respond
+# and after which one whose host takes connections is: torch's server looks up the name of every new peer, and a name
+# server that loses a question holds up all ranks for five seconds
+BUSY = 15.0
 
 
 def default_store() -> Any:
@@ -21,15 +24,26 @@ def default_store() -> Any:
 
 
 def own_connection(store: Any) -> Any:
-    """Return the same store on a connection of its own, because the existing one may be locked by a waiting thread."""
-    tcp = tcp_store(store)
-    if tcp is not None:
-        # fails within SILENCE if the host has exited; the store itself would retry for its whole timeout
-        socket.create_connection((tcp.host, tcp.port), SILENCE).close()
+    """Return the same store on a connection of its own, because the existing one may be locked by a waiting thread.
+
+    Where nobody takes connections it tries for the whole timeout of the store: `reach` knows sooner.
+    """
     if hasattr(store, "clone"):  # from torch 2.7 on
         store = store.clone()
         store.set_timeout(timedelta(seconds=SILENCE))
     return store
+
+
+def agent_hosts_store() -> bool:
+    """Return whether the store is in torchrun's agent; else it is in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def reach(store: Any) -> None:
+    """Raise OSError, within SILENCE, if nobody takes connections where the store is."""
+    tcp = tcp_store(store)
+    if tcp is not None:
+        socket.create_connection((tcp.host, tcp.port), SILENCE).close()
 
 
 def tcp_store(store: Any) -> Any:

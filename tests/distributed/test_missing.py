@@ -168,6 +168,30 @@ def test_a_stopped_rank_is_named_at_the_timeout(world, victim):
         )
 
 
+def asked_of_a_busy_store(rank: int, world: int) -> tuple[str, tuple[int, ...], str]:
+    """The store takes connections, and is busy for longer than SILENCE with something else."""
+    head = PartialFC(D, C)
+    dist.barrier()
+    set_timeout(SECONDS)
+    if rank == 1:
+        time.sleep(4 * SECONDS)
+        return "", (), ""
+    connect, inquiry.SETTLE, inquiry.SILENCE = inquiry.own_connection, 0.2, 0.3
+
+    def late(store: Any) -> Any:
+        time.sleep(1.5)
+        return connect(store)
+
+    inquiry.own_connection = late
+    return told(lambda: head(*data()))
+
+
+def test_a_store_that_is_busy_is_waited_for():
+    """torch's server stands still while it asks a name server for the name of a new peer."""
+    results = answers(3, asked_of_a_busy_store)
+    assert [results[rank][1] for rank in (0, 2)] == [(1,)] * 2, results
+
+
 @pytest.mark.parametrize(
     ("world", "victim", "number"),
     [
