@@ -51,7 +51,8 @@ def waiting(path: Path) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 _of_threads: dict[str, threading.Lock] = {}

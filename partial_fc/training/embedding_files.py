@@ -139,7 +139,8 @@ def read_about(path: Path) -> dict[str, Any] | None:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(json.loads(str(arrays["about"])))
-        metadata = arrow().parquet.read_schema(path).metadata or {}
+        with path.open("rb") as file:  # what Arrow says of a file that it opened itself is without the system's error
+            metadata = arrow().parquet.read_schema(file).metadata or {}
         return dict(json.loads(metadata[ABOUT.encode()]))
     except UserError:
         raise
@@ -267,7 +268,11 @@ def _in_blocks(columns: Mapping[str, npt.NDArray[Any]]) -> Iterator[Embedded]:
 
 
 def _read_parquet(path: Path) -> Iterator[Embedded]:
-    file = arrow().parquet.ParquetFile(path)
+    with path.open("rb") as file:
+        yield from _parquet_rows(arrow().parquet.ParquetFile(file))
+
+
+def _parquet_rows(file: Any) -> Iterator[Embedded]:
     start = 0
     for batch in file.iter_batches(READ_AT_ONCE):
         names = batch.schema.names

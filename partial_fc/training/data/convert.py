@@ -224,11 +224,19 @@ def _verify(
         )
     for place in np.unique(np.linspace(0, len(written) - 1, _COMPARED_IMAGES).astype(np.int64)).tolist():
         index = int(written[place])
-        if bytes(opened.encoded(place)) != bytes(source.encoded(index)):
+        if _again(opened, place, folder) != _again(source, index, Path()):
             raise UserError(
                 f"{folder}: {opened.name_of(place)} does not have the bytes of {source.name_of(index)}; remove the "
                 "folder and convert again"
             )
+
+
+def _again(data: EncodedIdentities, index: int, folder: Path) -> bytes:
+    """Return an image that was read or written before. folder: what its name begins with in a message."""
+    try:
+        return bytes(data.encoded(index))
+    except UnreadableImage as error:
+        raise UserError(f"{folder / error.path} cannot be read again ({error.reason})") from error
 
 
 def _save_state(folder: Path, state: dict[str, Any]) -> None:

@@ -149,7 +149,10 @@ class Gallery:
                     if not change.rows:
                         raise UserError("there is no image to enrol, so no gallery was made")
                     change.publish()
-        return cls.open(path)
+        try:
+            return cls.open(path)
+        except UserError as error:
+            raise UserError(f"the gallery was made, and cannot be opened: {error}") from error
 
     @classmethod
     def open(cls, folder: str | Path) -> Gallery:

@@ -276,7 +276,7 @@ class Segment:
 def _read_descriptions(pa: Any, path: Path) -> None:
     """Read what describes the batches of a file, with the numbers of their rows, before it is mapped: OSError where the
     disk cannot, which would end the process in mapped memory."""
-    with pa.OSFile(str(path)) as file:
+    with path.open("rb") as file:  # what Arrow says of a file that it opened itself is without the system's error
         reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=[0]))
         for number in range(reader.num_record_batches):
             reader.get_batch(number)

@@ -29,6 +29,7 @@ from partial_fc.training.data.formats.file_labels import NAMES, is_integer, numb
 from partial_fc.training.data.index_cache import Arrays, Strings, cached
 from partial_fc.training.data.safe_files import MAX_IMAGE_BYTES, LargeFiles
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import naming
 
 _MAX_LABEL_BYTES = 1 << 16
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
@@ -121,7 +122,7 @@ def _samples(path: Path, problems: list[str]) -> Iterator[Sample]:
     fields: dict[str, Any] = {}
     size = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as archive:
+        with naming(path), tarfile.open(path, "r:") as archive:
             for member in _members(archive, path, size, problems):
                 folder, _, base = member.name.rpartition("/")
                 stem, _, field = base.partition(".")
