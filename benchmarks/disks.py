@@ -117,7 +117,7 @@ WORKS = (
     ),
     Work("inspect", "a plot of a data set; indices in the cache", ("data", "inspect", "{base}/set-recordio", "--plot", "{work}/plot.png"), reads="{base}/set-recordio/*"),
     Work("export", "class weights", ("export", "{base}/run", "{work}/weights.safetensors"), reads="{base}/run/checkpoints/*"),
-    Work("import", "class weights to a checkpoint", ("import", "{base}/weights.safetensors", "--output", "{work}/imported"), reads="{base}/weights.safetensors"),
+    Work("import", "class weights to a checkpoint", ("import", "{base}/weights.safetensors", "--margin.scale", "16", "--output", "{work}/imported"), reads="{base}/weights.safetensors"),
     Work("import rank files", "class weights of another trainer", ("import", "{work}/ranks", "--output", "{work}/imported"), needs=("ranks",)),
     Work("export-backbone", "safetensors and a card", ("export-backbone", "{base}/run", "--output", "{work}/exported", "--formats", "safetensors"), reads="{base}/run/*"),
     Work("export-backbone onnx", "ONNX", ("export-backbone", "{base}/run", "--output", "{work}/exported"), seconds=240),
