@@ -175,7 +175,7 @@ class _Inquiry(threading.Thread):
             with suppress(OSError):  # this machine has lost its address
                 self.apart = probe(self.rank, self.processes, store)
         if self.rank == 0:  # it may host the store: keep it until the others have read from it
-            self._wait(store, CONCLUDED, present, time.monotonic() + SETTLE)
+            self._wait(store, CONCLUDED, present, time.monotonic() + GRACE, settle=SILENCE)
 
     def _wait(
         self,

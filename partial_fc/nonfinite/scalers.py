@@ -144,7 +144,7 @@ def scaled_and_stepped(rows: ClassRows) -> str:
     scale may be in it; then the scalers of the process are searched.
     """
     largest = float(largest_factor(rows))
-    if largest < SUSPICIOUS:
+    if not SUSPICIOUS <= largest < math.inf:
         return ""
     scalers = [(scaler, ids) for scaler in all_scalers() if (ids := _unscaled(scaler)) is not None]
     if any(_unscaled_rows(ids, rows) for _, ids in scalers):

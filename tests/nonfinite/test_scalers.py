@@ -226,6 +226,9 @@ def test_large_losses_and_scalers_of_others_are_no_mistake():
         (factor * head(torch.randn(4, D), LABELS)).backward()
         optimizer.step() if factor < 1e6 else optimizer.zero_grad()
         optimizer.zero_grad()
+    (float("inf") * head(torch.randn(4, D), LABELS)).backward()
+    assert message_of(optimizer.step).startswith("NonFiniteError")  # no scale is infinite
+    optimizer.zero_grad()
     del others
     (1e6 * head(torch.randn(4, D), LABELS)).backward()  # no scaler is there
     optimizer.step()
