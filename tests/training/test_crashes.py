@@ -122,13 +122,11 @@ def can_be_used(port: str) -> bool:
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_exactly(tiny, alone, tmp_path, monkeypatch, capfd, fault, saved):
     out = tmp_path / "run"
     command = ["train", str(tiny), "--output.folder", str(out), "--start_or_resume"]
-    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)]
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
     monkeypatch.setenv(VARIABLE, fault)
-    try:
-        assert main(command) == 75
-    finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
-            signal.signal(number, handler)
+    assert main(command) == 75
+    for number, handler in before.items():  # as in a process of its own
+        signal.signal(number, handler)
     name = "SIGTERM" if fault.startswith("term") else "SIGUSR1"
     err = capfd.readouterr().err
     told = err.index("partial-fc: stop requested; finishing the step and saving\n")
