@@ -40,7 +40,7 @@ from ranks import interleaved, over_ranks, ratio, run_ranks  # noqa: E402
 
 from partial_fc import DivergenceWatch, PartialFC, RowOptimizer, clip_grad_norm_  # noqa: E402
 from partial_fc.batch.status import LabelSet, inspect  # noqa: E402
-from partial_fc.nonfinite.check_gradients import max_over_ranks as agree  # noqa: E402
+from partial_fc.nonfinite.check_gradients import sum_of_flags  # noqa: E402
 from partial_fc.nonfinite.describe import not_finite  # noqa: E402
 
 INSPECTIONS = 100
@@ -74,7 +74,7 @@ def times(
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(samples // world, width, generator=generator).requires_grad_()
     labels = torch.randint(classes, (samples // world,), generator=generator)
-    sets, flags = [LabelSet(None, labels)], torch.zeros(2, dtype=torch.float64)
+    sets, flags = [LabelSet(None, labels)], torch.zeros(3, dtype=torch.float64)
     gradient = torch.randn(head.shards.local, width)
     torch.manual_seed(0)
     layers = [nn.Linear(width, width) for _ in range(max(1, watched // (width * (width + 1))))]
@@ -86,7 +86,7 @@ def times(
 
     def collective() -> None:
         for _ in range(INSPECTIONS):
-            agree(flags, head.shards.ranks).tolist()
+            sum_of_flags(flags, head.shards.ranks, "the agreement on a step").tolist()
 
     def watch_some() -> None:
         for _ in range(4):

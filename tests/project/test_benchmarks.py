@@ -3,6 +3,8 @@ head."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import math
 import os
@@ -25,6 +27,15 @@ from partial_fc.training.config import MarginSettings, save_config, to_config
 ROOT = Path(__file__).parents[2]
 CASES = {"exact", "sampled", "many", "skipped", "bf16", "memory", "memory_in_backward", "peers", "growth"}
 GPU_PARTS = ("proof", "waits", "two", "speed", "peers", "profile")
+
+
+def test_what_benchmarks_take_from_the_package_is_there():
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("partial_fc"):
+                module = importlib.import_module(str(node.module))
+                missing = [name.name for name in node.names if not hasattr(module, name.name)]
+                assert not missing, f"{path.name}, line {node.lineno}: {node.module} has no {missing}"
 
 
 @pytest.mark.slow
