@@ -23,7 +23,7 @@ from torch import Tensor
 
 from partial_fc.training.audit import MIN_PAIRS, Audit, Pair, quantiles
 from partial_fc.training.data import IdentityDataset, UnreadableImage
-from partial_fc.training.files import write_atomically
+from partial_fc.training.files import bytes_of, write_atomically
 from partial_fc.training.report.page import png_uri, render
 from partial_fc.training.run import RunFolder
 
@@ -142,7 +142,7 @@ def _write_page(folder: Path, audit: Audit, dataset: IdentityDataset, title: str
             {**class_entry(c), "cosine": f"{audit.to_mean[c]:.3f}", "nearest": f"{_nearest_cells(c, audit, names)[1]}"}
             for c in audit.drifted[:MAX_CLASSES]
         ],
-        cosines=png_uri((folder / "plots" / "cosines.png").read_bytes()),
+        cosines=png_uri(bytes_of(folder / "plots" / "cosines.png")),
         environment=environment,
     )
     path = folder / "report.html"

@@ -7,6 +7,7 @@ under it. Unknown settings and values of the wrong type are refused by name. The
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from partial_fc.training.data import DataConfig
 from partial_fc.training.data.augment import AugmentConfig
 from partial_fc.training.errors import UserError, check_at_least
 from partial_fc.training.evaluation import EvaluationConfig
-from partial_fc.training.files import on_disk
+from partial_fc.training.files import naming, on_disk, text_of
 from partial_fc.training.heads import CenterConfig, HeadConfig, MarginSettings, StorageSettings
 from partial_fc.training.optimizers import Optimizers, OptimizerSettings, default_optimizer
 from partial_fc.training.run import OutputConfig
@@ -173,7 +174,8 @@ def to_config(parser: SettingsParser, arguments: list[str]) -> RunConfig:
     """Return the settings that `arguments` name, checked."""
     file = arguments[arguments.index("--config") + 1] if "--config" in arguments[:-1] else ""
     try:
-        given = parser.parse_args(arguments, defaults=False)
+        with naming(Path(file)) if file else nullcontext():
+            given = parser.parse_args(arguments, defaults=False)
     except jsonargparse.ArgumentError as error:  # the message does not say which file
         if file and ("parsing config" in str(error) or _is_refused(parser, file)):
             raise UserError(f"{file}: {error}") from error
@@ -207,7 +209,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 def keep_still_rows(saved: Path, *resumed: RunConfig) -> None:
     """Let a run go on as it began if its settings were saved before head_skipped_rows: skipped rows stood still."""
-    if "head_skipped_rows" not in yaml.safe_load(saved.read_text()):
+    if "head_skipped_rows" not in yaml.safe_load(text_of(saved)):
         for config in resumed:
             if config.head.sample_rate < 1 and config.head_skipped_rows is None:
                 config.head_skipped_rows = "still"

@@ -41,6 +41,18 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def text_of(path: Path) -> str:
+    """Return what is in a text file; OSError that names it."""
+    with naming(path):
+        return path.read_text(encoding="utf-8")
+
+
+def bytes_of(path: Path) -> bytes:
+    """Return what is in a file; OSError that names it."""
+    with naming(path):
+        return path.read_bytes()
+
+
 @contextmanager
 def on_disk(path: Path) -> Iterator[IO[bytes]]:
     """Write a file; it is on the disk afterwards. OSError that names it."""

@@ -31,7 +31,7 @@ import yaml
 from partial_fc import Checkpointer
 from partial_fc.training.data import what_changed
 from partial_fc.training.errors import UserError, check_at_least, words
-from partial_fc.training.files import append, told, write_atomically
+from partial_fc.training.files import append, text_of, told, write_atomically
 from partial_fc.training.saved import CHECKPOINTS
 from partial_fc.training.saved import CONFIG as CONFIG
 from partial_fc.training.trackers import NAMES, TRACKERS, OwnTracker, check_installed, check_names, check_own
@@ -154,7 +154,7 @@ class RunFolder:
     def update_data_folder(self, data_folder: str | None) -> None:
         """Write the current folder of the data into the settings, so that later commands find the data."""
         path = self.path / CONFIG
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(text_of(path))
         if settings["data"]["folder"] != data_folder:
             settings["data"]["folder"] = data_folder
             write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
@@ -217,7 +217,7 @@ class RunFolder:
         """Return the rows of history.jsonl; an incomplete last line, left by a crash or a full disk, is ignored."""
         path = self.path / HISTORY
         try:
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            lines = text_of(path).splitlines(keepends=True) if path.exists() else []
             rows = [json.loads(line) for line in lines if line.endswith("\n")]
             return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -248,7 +248,7 @@ class RunFolder:
     def unreadable(self) -> set[str]:
         """Return the names of all images that could not be read so far."""
         path = self.path / UNREADABLE
-        return set(path.read_text().splitlines()) if path.exists() else set()
+        return set(text_of(path).splitlines()) if path.exists() else set()
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         write_atomically(self.path / METRICS, json.dumps(metrics, indent=2) + "\n")

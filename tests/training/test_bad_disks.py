@@ -15,17 +15,22 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from bad_disk import BadDisk, Outcome, Rule, compiler
+from data_files import folder_of, samples
 from launched import tiny_run
 
 from partial_fc import Checkpointer, PartialFC, export_weights
 from partial_fc.training import files
 from partial_fc.training.all_ranks import run_on_all
 from partial_fc.training.data import index_cache
+from partial_fc.training.data.formats.detect import open_source
 from partial_fc.training.data.formats.packed import IMAGES, LABELS, SOURCES, write_index
+from partial_fc.training.data.safe_files import LargeFiles, read_whole
+from partial_fc.training.data.splits import what_changed
 from partial_fc.training.embedding_files import read_about
 from partial_fc.training.errors import UserError
 from partial_fc.training.export.card import run_metrics
 from partial_fc.training.export.output_folder import check_free, publish, work_folder
+from partial_fc.training.files import bytes_of, text_of
 from partial_fc.training.gallery.loaded import removed_numbers
 from partial_fc.training.gallery.manifest import Manifest
 from partial_fc.training.run import RunFolder
@@ -80,6 +85,35 @@ def test_numpy_says_why_an_array_cannot_be_written(tmp_path):
         pytest.skip("no device that is full")
     with pytest.raises(OSError, match=f"{FULL}: '/dev/full'"):
         files.save_array(Path("/dev/full"), np.zeros(100_000))
+
+
+def test_what_was_open_already_is_named(tmp_path, monkeypatch):
+    """The system names a file that it cannot open, and none whose read fails."""
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+    files = LargeFiles([path])
+    with monkeypatch.context() as patch:
+        for name in ("read", "pread"):
+            patch.setattr(os, name, fails(errno.EIO))
+        patch.setattr(Path, "read_text", fails(errno.EIO))
+        patch.setattr(Path, "read_bytes", fails(errno.EIO))
+        for read in (text_of, bytes_of, read_whole, lambda _: files.read(0, 0, 1)):
+            with pytest.raises(OSError, match="Input/output error") as raised:
+                read(path)
+            assert raised.value.filename == str(path) and raised.value.errno == errno.EIO
+
+
+def test_an_image_that_the_disk_does_not_read_for_now_is_no_other_image(tmp_path):
+    data = open_source(folder_of(tmp_path / "data", samples()))
+    sound = data.fingerprint()
+    original = data.encoded_at
+
+    data.encoded_at = lambda position: original(position) if position else fails(errno.ESTALE)()
+    ill = data.fingerprint()
+    assert ill["pictures"] == "" != sound["pictures"]
+    assert what_changed({"training": ill}, {"training": sound}) is None
+    assert what_changed({"training": sound}, {"training": ill}) is None
+    assert "other content" in str(what_changed({"training": {**sound, "pictures": "0"}}, {"training": sound}))
 
 
 def test_what_goes_wrong_on_a_disk_is_told_to_all_ranks(tmp_path):

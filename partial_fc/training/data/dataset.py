@@ -142,14 +142,17 @@ class IdentityDataset(ABC):
         }
 
     def _digest_of_some_images(self) -> str:
-        """Return a digest that also changes if images are replaced by others of the same names and sizes."""
+        """Return a digest that also changes if images are replaced by others of the same names and sizes; "" if the
+        disk cannot read one of them, which may be for now."""
         digest = hashlib.blake2b(digest_size=16)
         if len(self) == 0:
             return digest.hexdigest()
         for index in np.unique(np.linspace(0, len(self) - 1, _COMPARED_IMAGES).astype(np.int64)).tolist():
             try:
                 digest.update(hashlib.blake2b(self.content(index), digest_size=16).digest())
-            except UnreadableImage:
+            except UnreadableImage as error:
+                if isinstance(error.__cause__, OSError):
+                    return ""
                 digest.update(b"unreadable")
         return digest.hexdigest()
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from partial_fc.training.files import naming
+
 MAX_IMAGE_BYTES = 256 * 2**20
 """Largest size of an encoded image, in bytes."""
 _MAX_OPEN_FILES = 128
@@ -39,9 +41,10 @@ def read_whole(path: str | Path) -> bytes:
             raise ValueError(f"{facts.st_size:,} bytes are too many for an image; the limit is {MAX_IMAGE_BYTES:,}")
         parts = []
         left = facts.st_size
-        while left > 0 and (part := os.read(descriptor, left)):
-            parts.append(part)
-            left -= len(part)
+        with naming(Path(path)):
+            while left > 0 and (part := os.read(descriptor, left)):
+                parts.append(part)
+                left -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
     finally:
         os.close(descriptor)
@@ -65,12 +68,13 @@ class LargeFiles:
                 f"({self.sizes[file]} bytes)"
             )
         descriptor = self._descriptor(file)
-        data = os.pread(descriptor, length, offset)
-        while len(data) < length:  # a file system may return less than was asked for
-            more = os.pread(descriptor, length - len(data), offset + len(data))
-            if not more:
-                raise ValueError(f"{self.paths[file].name} has become shorter since it was opened")
-            data += more
+        with naming(self.paths[file]):
+            data = os.pread(descriptor, length, offset)
+            while len(data) < length:  # a file system may return less than was asked for
+                more = os.pread(descriptor, length - len(data), offset + len(data))
+                if not more:
+                    raise ValueError(f"{self.paths[file].name} has become shorter since it was opened")
+                data += more
         # Checked after reading, so that a change before the end of the read is always noticed.
         self._check_unchanged(file, os.fstat(descriptor))
         return data

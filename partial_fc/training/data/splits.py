@@ -81,7 +81,8 @@ def what_changed(before: Mapping[str, Fingerprint], now: Mapping[str, Fingerprin
             ("digest", "files of the {} set have other names or sizes"),
             ("pictures", "images of the {} set have other content"),
         ):
-            if key in old and old[key] != new[key]:  # earlier versions did not store "pictures"
+            unknown = "" in (old.get(key, ""), new[key])  # earlier versions did not store "pictures"
+            if not unknown and old[key] != new[key]:
                 return words.format(name)
     return None
 

@@ -42,7 +42,7 @@ from partial_fc.training.export.onnx import run_onnx, write_onnx
 from partial_fc.training.export.output_folder import check_free, publish, work_folder
 from partial_fc.training.export.quantised import CALIBRATION, Compared, compare_accuracy, write_int8
 from partial_fc.training.export.spec import FORMAT, MODEL_CONFIG, describe, model_config
-from partial_fc.training.files import read_through
+from partial_fc.training.files import bytes_of, read_through
 from partial_fc.training.protocols.task_files import image_shape
 from partial_fc.training.run import CONFIG, RunFolder
 from partial_fc.training.settings_parser import SettingsParser
@@ -213,7 +213,7 @@ def _load(folder: RunFolder, config: RunConfig, shape: tuple[int, int, int]) -> 
     progress = stored_values(newest, "progress")
     identity = {
         "name": folder.path.resolve().name,
-        "config_sha256": hashlib.sha256((folder.path / CONFIG).read_bytes()).hexdigest(),
+        "config_sha256": hashlib.sha256(bytes_of(folder.path / CONFIG)).hexdigest(),
         "step": int(progress["step"]),
         "epoch": int(progress["epoch"]),
         "weights": weights_digest(backbone.state_dict()),

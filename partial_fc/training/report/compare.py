@@ -22,7 +22,7 @@ import yaml
 from partial_fc.training.config import CLASS_OPTIONS
 from partial_fc.training.errors import UserError
 from partial_fc.training.evaluation import Evaluation
-from partial_fc.training.files import write_atomically
+from partial_fc.training.files import bytes_of, text_of, write_atomically
 from partial_fc.training.interval import split_history
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.report.formatting import DASH, figure_cell, flatten, is_share, leaves
@@ -93,7 +93,7 @@ def read_run(path: str, name: str) -> Run:
 
 
 def _text_of(path: Path, default: str) -> str:
-    return path.read_text() if path.is_file() else default
+    return text_of(path) if path.is_file() else default
 
 
 def _result_table(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _plots(runs: Sequence[Run]) -> list[dict[str, str]]:
         picture = Path(folder) / "plot.png"
 
         def add(caption: str) -> None:
-            found.append({"caption": caption, "uri": png_uri(picture.read_bytes())})
+            found.append({"caption": caption, "uri": png_uri(bytes_of(picture))})
 
         for kind, name in dict.fromkeys((type(each), each.name) for run in runs for each in run.curves):
             of_set = [

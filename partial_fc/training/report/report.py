@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from partial_fc.training.evaluation import FARS, Evaluation, percent
-from partial_fc.training.files import write_atomically
+from partial_fc.training.files import bytes_of, write_atomically
 from partial_fc.training.report.formatting import DASH, figure_cell, flatten, is_share, leaves
 from partial_fc.training.report.hardest import read_pictures
 from partial_fc.training.report.page import png_uri, render
@@ -166,7 +166,7 @@ def _other_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _embedded_plots(folder: Path) -> list[dict[str, str]]:
     """Return the plots that exist, as captions and data URIs."""
     present = [(folder / name, caption) for name, caption in PLOTS.items() if (folder / name).is_file()]
-    return [{"caption": caption, "uri": png_uri(path.read_bytes())} for path, caption in present]
+    return [{"caption": caption, "uri": png_uri(bytes_of(path))} for path, caption in present]
 
 
 def _galleries(folder: Path, protocols: Collection[str]) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ from partial_fc.training.data.fonts.settings import GlyphSettings
 from partial_fc.training.data.fonts.write_set import write_set
 from partial_fc.training.data.formats.packed import is_packed, read_index
 from partial_fc.training.errors import UserError, words
-from partial_fc.training.files import save_array, write_atomically
+from partial_fc.training.files import save_array, text_of, write_atomically
 
 Progress = Callable[[str, int], Any]
 """`progress(what, total)` returns a progress bar with `update()` and `close()`."""
@@ -96,7 +96,7 @@ def _claim(out: Path, made_from: dict[str, Any]) -> Path:
     note = work / "made_from.json"
     try:
         if note.is_file():
-            _check_same(json.loads(note.read_text()), made_from, out)
+            _check_same(json.loads(text_of(note)), made_from, out)
         elif out.exists() and (not out.is_dir() or any(each != work for each in out.iterdir())):
             raise UserError(f"{out} is in use; choose another --out")
         else:
@@ -171,6 +171,6 @@ def _note_of(work: Path, number: int) -> Path:
 def _report_dropped(work: Path, designs: int, say: Callable[[str], None]) -> None:
     total: Counter[str] = Counter()
     for number in range(designs):
-        total.update(json.loads(_note_of(work, number).read_text())["dropped"])
+        total.update(json.loads(text_of(_note_of(work, number)))["dropped"])
     for reason, count in total.most_common():
         say(f"dropped {count:>9,} glyphs: {reason}")

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from partial_fc.training.data.safe_files import MAX_IMAGE_BYTES, LargeFiles
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import naming
 
 MAGIC = 0xCED7230A
 MAX_EXACT = 2**24
@@ -65,7 +66,7 @@ def read_index(path: Path, size: int) -> tuple[IntArray, IntArray]:
 
 
 def _bad_line(path: Path) -> str:
-    with path.open("rb") as lines:
+    with naming(path), path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             parts = line.split()
             if parts and (len(parts) != 2 or not all(part.isdigit() and len(part) <= 18 for part in parts)):

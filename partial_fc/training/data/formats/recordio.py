@@ -27,6 +27,7 @@ from partial_fc.training.data.formats.record_file import MAX_EXACT, IntArray, re
 from partial_fc.training.data.index_cache import Arrays, Strings, cached
 from partial_fc.training.data.safe_files import LargeFiles
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import bytes_of
 
 _MAX_RECORDS = 2**31
 
@@ -176,7 +177,7 @@ class RecordIdentities(EncodedIdentities):
         if not path.is_file():
             yield "there is no file `property`"
             return
-        text = path.read_text(errors="replace")[:200].strip()
+        text = bytes_of(path)[:200].decode(errors="replace").strip()
         with contextlib.suppress(ValueError):
             classes, *_ = (int(part) for part in text.split(","))
             if classes != self.num_identities:

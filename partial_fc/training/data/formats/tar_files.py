@@ -135,7 +135,7 @@ def _samples(path: Path, problems: list[str]) -> Iterator[Sample]:
                 _add_member(archive, member, field.lower(), fields)
     except tarfile.TarError as error:
         if key is None:
-            with path.open("rb") as file:
+            with naming(path), path.open("rb") as file:
                 start = file.read(6)
             if start.startswith(_COMPRESSED):
                 raise UserError(
@@ -172,7 +172,7 @@ def _wrong_end(path: Path, offset: int) -> str | None:
 
     The standard has two blocks of zeros at the end; some writers write one, which is accepted.
     """
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
         if len(block) < tarfile.BLOCKSIZE:
