@@ -21,7 +21,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from partial_fc.checkpoint.locks import FolderLock
-from partial_fc.checkpoint.manifest import MANIFEST, find_damage, naming_the_checkpoint, read_manifest
+from partial_fc.checkpoint.manifest import MANIFEST, find_damage, naming_the_checkpoint, read_manifest, remove_tree
 from partial_fc.checkpoint.save_load import Stateful, collect, load_checkpoint, write_checkpoint
 from partial_fc.checkpoint.snapshot import Snapshots
 from partial_fc.distributed.agreement import check_same, on_first_rank
@@ -212,7 +211,7 @@ class Checkpointer:
                     and not (path / MANIFEST).exists()
                     and _is_incomplete_save(path)
                 ):
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove_tree(path)
 
     def _admit(self, step: int) -> None:
         """Lock the folder, and check that no checkpoint of another run is at `step` or later."""
@@ -247,7 +246,7 @@ class Checkpointer:
                 except OSError as error:  # the new checkpoint is complete all the same
                     log.warning("%s cannot be removed: %s", self.path(old), error.strerror or error)
                     continue
-                shutil.rmtree(self.path(old), ignore_errors=True)
+                remove_tree(self.path(old))
 
     def _ranked(self, steps: list[int]) -> list[int]:
         """Return the steps that have a metric, the best one last."""

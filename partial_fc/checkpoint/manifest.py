@@ -48,6 +48,12 @@ def new_data_folder(folder: Path) -> str:
         return name
 
 
+def remove_tree(folder: Path) -> None:
+    """Remove a folder, as far as the disk allows. (rmtree's ignore_errors does not cover the closing of a folder.)"""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def publish(folder: Path, data: Path, note: dict[str, Any]) -> None:
     """Make `data` the data folder of the checkpoint, atomically. Then remove the previous one."""
     with naming_the_checkpoint(folder):
@@ -60,7 +66,7 @@ def publish(folder: Path, data: Path, note: dict[str, Any]) -> None:
         os.replace(temporary, folder / MANIFEST)
     for old in folder.glob("data-*"):
         if old.name != data.name and DATA.fullmatch(old.name) and old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)  # the new one is complete, so a failure here does not matter
+            remove_tree(old)  # the new one is complete, so a failure here does not matter
 
 
 def discard(folder: Path, data: Path) -> None:
@@ -76,7 +82,7 @@ def discard(folder: Path, data: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         published = True  # unknown: keep the data
     if not published:
-        shutil.rmtree(data, ignore_errors=True)
+        remove_tree(data)
         with contextlib.suppress(OSError):  # not empty: it holds an earlier checkpoint
             folder.rmdir()
 

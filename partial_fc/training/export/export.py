@@ -266,7 +266,7 @@ def _write_safetensors(
     try:
         save_file(copies, path, metadata)
     except SafetensorError as error:  # also for a full disk
-        raise UserError(f"{SAFETENSORS} cannot be written: {error}") from error
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def _embeddings(backbone: nn.Module, images: Tensor) -> list[Tensor]:
