@@ -162,4 +162,4 @@ def scaled_and_stepped(rows: ClassRows) -> str:
 
 def _unscaled_rows(ids: set[int], rows: ClassRows) -> bool:
     """Return whether one of the optimizers with these ids is that of the rows."""
-    return id(rows.live_optimizer) in ids or any(id(p) in _held(ids)[0] for p in rows.trainable)
+    return id(rows.live_optimizer) in ids or not _held(ids)[0].isdisjoint(map(id, rows.trainable))

@@ -8,7 +8,6 @@ all figures                             ── main process ──>  metrics.jso
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 import partial_fc
 from partial_fc import gather, load_checkpoint, naming_the_missing
+from partial_fc.checkpoint.manifest import remove_tree
 from partial_fc.training.all_ranks import raise_on_all, run_on_main, sum_ranks
 from partial_fc.training.backbones import build_backbone
 from partial_fc.training.backbones.mirrored import embeddings_of
@@ -220,7 +220,7 @@ def output_folder(out: RunFolder, accelerator: Accelerator) -> Iterator[None]:
         if isinstance(error, UserError):  # raised on all ranks; the others may be waiting elsewhere after any other one
             accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            shutil.rmtree(out.path, ignore_errors=True)
+            remove_tree(out.path)
         raise
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from partial_fc.checkpoint.locks import FolderLock
+from partial_fc.checkpoint.manifest import remove_tree
 from partial_fc.training.errors import UserError
 from partial_fc.training.files import naming
 
@@ -55,7 +55,7 @@ def work_folder(out: Path, parent: Path) -> Iterator[Path]:
             yield work
     finally:
         lock.release()
-        shutil.rmtree(hidden, ignore_errors=True)
+        remove_tree(hidden)
 
 
 def _delete_left(out: Path, parent: Path) -> None:
@@ -64,7 +64,7 @@ def _delete_left(out: Path, parent: Path) -> None:
         lock = FolderLock(left)
         with contextlib.suppress(OSError):  # another process is writing there
             lock.acquire()
-            shutil.rmtree(left, ignore_errors=True)
+            remove_tree(left)
         lock.release()
 
 
