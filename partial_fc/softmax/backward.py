@@ -116,7 +116,7 @@ class BackwardTiles:
     def exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return (e `[N, T]`, factor `[N, 1]`) of tile t: ∂L/∂logit = e · factor where the logit is no target."""
         saved, state, d = self.saved, self.state, self.d
-        e = tile_of(saved.kept, t, len(saved.x), state.tile)[:, : b - a]
+        e = tile_of(saved.kept, t, len(saved.x), state.tile, b - a)
         return e, d.from_zero if state.bounded else d.d_lse * (saved.maxima[t] - saved.lse[:, None]).exp_()
 
     def add_targets(self, dx: Tensor) -> None:

@@ -28,7 +28,7 @@ from partial_fc.softmax.row_tiles import RowTiles, TargetRows, inverse_of
 from partial_fc.softmax.ruled import Rule, nearest_centers, rows_of_classes
 from partial_fc.softmax.smoothing import Smoothing
 from partial_fc.softmax.streamed_rows import StreamedRows
-from partial_fc.softmax.tiles import row_dots, tile_logits, tile_of, tile_rows, tile_size
+from partial_fc.softmax.tiles import new_tile, row_dots, tile_logits, tile_rows, tile_size
 
 
 class SavedTensors(NamedTuple):
@@ -236,8 +236,8 @@ class TileSums:
         state = self.state
         w = state.rows.tile(a, b, state.product if state.smoothing is None else self.stats)
         bias = None if state.rows.bias is None else biases_of(state.rows, slice(a, b))
-        kept = tile_of(self.kept, t, self.samples, state.tile)[:, : b - a] if self.keep else None
-        where = kept if self.scratch is None else tile_of(self.scratch, 0, self.samples, state.tile)[:, : b - a]
+        kept = new_tile(self.kept, t, self.samples, state.tile, b - a) if self.keep else None
+        where = kept if self.scratch is None else new_tile(self.scratch, 0, self.samples, state.tile, b - a)
         assert where is not None
         added = bias if state.selection.correction is None else state.selection.correction.in_product(bias, a, b)
         values = tile_logits(self.scaled, w.to(state.product), added, where)

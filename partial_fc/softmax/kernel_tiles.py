@@ -25,7 +25,7 @@ from partial_fc.softmax.biases import biases_of
 from partial_fc.softmax.forward import ForwardState, SavedTensors, TileSums
 from partial_fc.softmax.further_sums import FurtherSums
 from partial_fc.softmax.other_tiles import OtherTiles
-from partial_fc.softmax.tiles import tile_of, tile_rows
+from partial_fc.softmax.tiles import new_tile, tile_rows
 
 STREAM_BYTES = 64 << 20  # of the float32 gradient of the rows of one launch
 MOST_LABELS = 8  # a sample: each is compared with every row
@@ -83,7 +83,7 @@ class KernelSums(TileSums):
         """Return the sums of a tile; its exponentials go to what is kept, relative to the largest logit so far."""
         if not self.keep:
             return self.operands.tile(w, a, column, None)
-        kept = tile_of(self.kept, t, self.samples, self.state.tile)[:, : b - a]
+        kept = new_tile(self.kept, t, self.samples, self.state.tile, b - a)
         # rows of a CPU's tile may begin anywhere
         e = kept if is_aligned(kept) else exponentials_like(kept, self.samples, b - a, kept.dtype)
         blocks, width = self.operands.blocks_of(b - a)
@@ -271,4 +271,5 @@ def power_of_two(number: int) -> int:
 
 def exponentials_like(x: Tensor, samples: int, rows: int, dtype: torch.dtype) -> Tensor:
     """Return memory `[N, T]` whose rows stand at multiples of 16 bytes."""
-    return x.new_empty(samples, -(-rows // 8) * 8, dtype=dtype)[:, :rows]
+    size = -(-rows // 8) * 8
+    return new_tile(x.new_empty(samples * size, dtype=dtype), 0, samples, size, rows)

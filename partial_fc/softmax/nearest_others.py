@@ -25,7 +25,7 @@ from partial_fc.distributed.sums import shared_out
 from partial_fc.softmax.inputs import LossOptions, Selection
 from partial_fc.softmax.row_tiles import RowTiles, TargetRows
 from partial_fc.softmax.ruled import Rule, mask_targets
-from partial_fc.softmax.tiles import tile_logits, tile_of
+from partial_fc.softmax.tiles import new_tile, tile_logits
 
 SEARCH = "the search for the nearest other classes"
 
@@ -49,7 +49,7 @@ def with_penalty(
     scaled, scratch = x.to(product), x.new_empty(len(x) * tile)
     best = x.new_full((len(x), k + 1), -torch.inf)
     for a, b in rows.tiles(tile):
-        memory = tile_of(scratch, 0, len(x), tile)[:, : b - a]
+        memory = new_tile(scratch, 0, len(x), tile, b - a)
         # through the statistics' dtype, as label smoothing takes tiles, where it is on
         w = rows.tile(a, b, x.dtype if options.label_smoothing else product).to(product)
         cosines = tile_logits(scaled, w, None, memory)

@@ -11,7 +11,7 @@ from partial_fc.softmax import float16
 from partial_fc.softmax.biases import biases_of
 from partial_fc.softmax.forward import ForwardState, SavedTensors
 from partial_fc.softmax.ruled import ruled_gradient
-from partial_fc.softmax.tiles import tile_logits, tile_of
+from partial_fc.softmax.tiles import new_tile, tile_logits
 
 
 def recomputed(
@@ -26,7 +26,7 @@ def recomputed(
     bias = None if state.rows.bias is None else biases_of(state.rows, slice(a, b))
     if correction is not None and not ruled:
         bias = correction.with_bias(bias, a, b)
-    logits = tile_logits(scaled, w, bias, tile_of(scratch, 0, len(saved.x), state.tile)[:, : b - a])
+    logits = tile_logits(scaled, w, bias, new_tile(scratch, 0, len(saved.x), state.tile, b - a))
     if ruled:
         return ruled_gradient(
             logits, a, state.options, state.rule, state.targets, lse, d.d_lse, d.d_every, state.smoothing,

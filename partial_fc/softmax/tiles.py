@@ -61,9 +61,17 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     return dots_at_once(a, b)
 
 
-def tile_of(memory: Tensor, t: int, samples: int, size: int) -> Tensor:
-    """Return the memory `[N, size]` of tile t."""
-    return memory[t * samples * size : (t + 1) * samples * size].view(samples, size)
+def tile_of(memory: Tensor, t: int, samples: int, size: int, rows: int) -> Tensor:
+    """Return the memory `[N, rows]` of tile t; each has memory for `size` rows."""
+    return memory[t * samples * size : (t + 1) * samples * size].view(samples, size)[:, :rows]
+
+
+def new_tile(memory: Tensor, t: int, samples: int, size: int, rows: int) -> Tensor:
+    """Return the memory of tile t, which is to be written."""
+    tile = tile_of(memory, t, samples, size, size)
+    if rows < size and memory.device.type == "cpu":
+        tile[:, rows:].zero_()  # torch's products in bfloat16 take what stands there times 0: of a NaN they make a NaN
+    return tile[:, :rows]
 
 
 class Workspace:
