@@ -71,6 +71,16 @@ METHODS = {
     "still_no_momentum": Method("still, rows without momentum, 10 × lr", f"{_STILL} {_NO_MOMENTUM}"),
     "dense_no_decay": Method("dense, rows without weight decay", f"{_DENSE} {_NO_DECAY}"),
     "still_no_decay": Method("still, rows without weight decay", f"{_STILL} {_NO_DECAY}"),
+    "block16": Method("dense, blocks of 16 classes", f"{_DENSE} --head.sample_block 16"),
+    "block128": Method("dense, blocks of 128 classes", f"{_DENSE} --head.sample_block 128"),
+    "bf16": Method("dense, rows in bfloat16", f"{_DENSE} --head.dtype bfloat16"),
+    **{
+        f"row_wise{lr}": Method(
+            f"RowWiseAdagrad, rate {lr}",
+            f"--head_optimizer RowWiseAdagrad --head_optimizer.lr {lr} --head_optimizer.weight_decay 0",
+        )
+        for lr in ("0.005", "0.02", "0.08")
+    },
     "still_lr2": Method("still, rows with 2 × lr", f"{_STILL} --head_lr_factor 2"),
     "still_lr5": Method("still, rows with 5 × lr", f"{_STILL} --head_lr_factor 5"),
 }
@@ -101,6 +111,9 @@ GRID = [
     *((method, rate) for method in ("importance", "hard", "still_importance") for rate in (0.1, 0.02, 0.005)),
     *((f"{kind}_no_{part}", 0.1) for part in ("momentum", "decay") for kind in ("dense", "still")),
     *((f"still_lr{factor}", rate) for rate in (0.1, 0.02) for factor in (2, 5)),
+    *((f"block{block}", rate) for rate in (0.1, 0.02) for block in (16, 128)),
+    ("bf16", 0.1),
+    *((f"row_wise{lr}", 0.1) for lr in ("0.005", "0.02", "0.08")),
 ]
 CASES = [Case("glyphs", *each) for each in GRID]
 LARGE_CASES = [Case(data, *each) for data in ("large", "places") for each in DECIDING]

@@ -6,7 +6,7 @@ import inspect
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -97,6 +97,9 @@ class HeadConfig:
     """Where class weights and the state of their optimizer are: HostRows for host memory of which only what was used is
     taken, FileRows with a folder for files (--head.storage FileRows --head.storage.folder FOLDER); null for memory of
     the device."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the class weights. bfloat16 takes half the memory, or disk; their optimizer then rounds at random, in
+    proportion, so that updates below the resolution of bfloat16 are not lost. Its state stays in float32."""
     interclass_filter: float | None = None
     """Cosine beyond which another class is taken for the sample's own under a second label, and is skipped; null to
     skip none."""
@@ -223,7 +226,7 @@ class HeadConfig:
         nearest = "inter_topk", "inter_topk_penalty"
         more = "label_smoothing", "interclass_filter", "sampling_correction", "logits_budget", "kernels"
         names = "sample_block", "init_std", *more, *nearest, *hard
-        return {name: getattr(self, name) for name in names}
+        return {"dtype": getattr(torch, self.dtype), **{name: getattr(self, name) for name in names}}
 
 
 def _check_rank_files(folder: Path) -> None:

@@ -112,6 +112,8 @@ class Optimizers:
         cls, options = self.head_class()
         if self.head_skipped_rows is not None:
             options = {**options, "skipped_rows": self.head_skipped_rows}
+        if head.weight.dtype == torch.bfloat16:
+            options = {**options, "low_precision": "stochastic"}
         try:
             return RowOptimizer(cls, head, **options)
         except (TypeError, ValueError) as error:
