@@ -25,8 +25,7 @@ turn, with and without asynchronous checkpoints and loading processes. Batches w
 in all runs, so that *every* logged figure of *every* step must be equal, and the final metrics. With `--rows files` half
 of the classes are drawn in each step, the others make their steps later (`skipped_rows="dense"`), in all runs; the runs
 that are disturbed have class rows in files on the small file system, which the run on its own has in memory, and all
-checkpoints are asynchronous. No run is asked to stop then: a save brings rows up to date, and one more of them than the
-undisturbed run makes changes the last digits (docs/optimizers.md).
+checkpoints are asynchronous.
 
 The resident memory of both ranks is looked at all the time (soak_memory.py): it must not grow, neither in the life of a
 process nor over the soak.
@@ -80,8 +79,6 @@ class Soak:
         self.starts, self._told = 0, 0.0
         self._decks: dict[str, list[str]] = {"sent": [], "in phase": []}
         asked_ways = [self.random.choice(list(ASKED))] if self.quick else list(ASKED)
-        if self.in_files:
-            asked_ways = []  # they save at a step at which the undisturbed run lets rows wait: other last digits
         self.sent_kinds = ["killed", "slow", "hung", "full disk", *asked_ways] + (
             [] if self.quick else ["killed at start"]
         )

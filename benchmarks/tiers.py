@@ -10,6 +10,8 @@ Two ranks (gloo, one thread each), SGD with momentum, fp32, N = 512, in new proc
     blocks    C = 100M, D = 64, r = 0.001, sample_block=1024: the same; then steps, over those of a head of 2M classes
               with as many selected rows
     growth    seconds of a step with as many selected rows, C = 0.5M to 8M, in blocks of 1,024
+    saves     C = 4M, D = 64, r = 0.0005, all rows touched, 20 steps between saves: seconds and bytes of a checkpoint of
+              what has changed, over those of a whole one; loading the last of four, over loading a whole one
 
 Memory is what is no page of a file (RssAnon of /proc) beyond that of a process that has imported torch. Prints one
 Markdown table; writes it to OUT/table.md and raw figures to OUT/results.json. Files of rows are below --folder, have no
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,15 +34,18 @@ import torch.distributed as dist
 from cases import status
 from ranks import interleaved, over_ranks, ratio, run_ranks
 
-from partial_fc import ArcFace, FileRows, PartialFC, RowOptimizer
+from partial_fc import ArcFace, Checkpointer, FileRows, PartialFC, RowOptimizer
 
 MIB = 1 << 20
 N = 512
-CASES = "cached", "rows", "blocks", "growth"
+CASES = "cached", "rows", "blocks", "growth", "saves"
 
 
-def stepping(C: int, D: int, rate: float, block: int, folder: str | None) -> tuple[Callable[[], None], PartialFC]:
-    """A step of a new head with random embeddings and labels."""
+Step = Callable[[], None]
+
+
+def stepping(C: int, D: int, rate: float, block: int, folder: str | None) -> tuple[Step, PartialFC, RowOptimizer]:
+    """A step of a new head with random embeddings and labels, the head and its optimizer."""
     storage = None if folder is None else FileRows(folder)
     head = PartialFC(D, C, ArcFace(), rate, sample_block=block, storage=storage)
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -52,7 +58,7 @@ def stepping(C: int, D: int, rate: float, block: int, folder: str | None) -> tup
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, head
+    return step, head, optimizer
 
 
 def in_turn(sizes: dict[str, tuple[int, float, int, str | None]], D: int, repetitions: int, warm_up: int) -> Any:
@@ -64,7 +70,7 @@ def in_turn(sizes: dict[str, tuple[int, float, int, str | None]], D: int, repeti
 def first_step(C: int, D: int, rate: float, block: int, folder: str, more: int) -> dict[str, Any]:
     """What a head costs until its first step is done, and then."""
     before, start = status("RssAnon"), time.perf_counter()
-    step, head = stepping(C, D, rate, block, folder)
+    step, head, _ = stepping(C, D, rate, block, folder)
     step()
     dist.barrier()
     first, after_first = time.perf_counter() - start, status("RssAnon") - before
@@ -83,6 +89,34 @@ def first_step(C: int, D: int, rate: float, block: int, folder: str, more: int) 
         "waited": store.waited - waited,
         "touched": store.count - store.untouched,
     }
+
+
+def saves(C: int, D: int, rate: float, steps: int, folder: str) -> dict[str, Any]:
+    """Seconds and bytes of checkpoints with the rows that have changed since the one before, and with all rows."""
+    step, head, optimizer = stepping(C, D, rate, 1, folder)
+    step()
+    head.class_rows.catch_up()
+    found: dict[str, Any] = {}
+    for kind, incremental in (("changed", True), ("whole", False)):
+        checkpointer = Checkpointer(Path(folder) / kind, keep_last=1, incremental=incremental)
+        checkpointer.save(0, head=head, optimizer=optimizer)
+        seconds = []
+        for number in range(1, 4):
+            for _ in range(steps):
+                step()
+            dist.barrier()
+            start = time.perf_counter()
+            checkpointer.save(number, head=head, optimizer=optimizer)
+            seconds.append(time.perf_counter() - start)
+        data = checkpointer.path(3) / "data-0001"
+        own = sum(file.stat().st_size for file in data.iterdir() if file.is_file())
+        dist.barrier()
+        start = time.perf_counter()
+        checkpointer.load(head=head, optimizer=optimizer)
+        found[kind] = {"save": statistics.median(seconds), "load": time.perf_counter() - start, "bytes": own}
+        checkpointer.release()
+        dist.barrier()
+    return found
 
 
 def measure(case: str, folder: str, repetitions: int, scale: int) -> list[dict[str, Any]]:
@@ -106,6 +140,16 @@ def measure(case: str, folder: str, repetitions: int, scale: int) -> list[dict[s
             {"case": case, "what": f"step at C = {int(C):,} over C = 500,000", "value": each.seconds / smallest,
              "unit": "×", "limit": 1.2}
             for C, each in times.items()
+        ]  # fmt: skip
+    if case == "saves":
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            each = run_ranks(2, saves, 4_000_000 // scale, 64, 0.0005 * min(scale, 100), 20, own)
+        most = {kind: {k: max(one[kind][k] for one in each) for k in each[0][kind]} for kind in each[0]}
+        units = {"bytes": "bytes written", "save": "seconds of a save", "load": "seconds of a load"}
+        return [
+            {"case": case, "what": f"{what}, changed rows over all rows ({most['whole'][k]:.3g})",
+             "value": most["changed"][k] / most["whole"][k], "unit": "×", "limit": None}
+            for k, what in units.items()
         ]  # fmt: skip
     C, block = (20_000_000, 1) if case == "rows" else (100_000_000, 1024)
     C, block, rate = C // scale, max(1, block // scale), 0.001
@@ -139,6 +183,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    given.folder.mkdir(parents=True, exist_ok=True)
     for case in given.only:
         rows += measure(case, str(given.folder), 2 if given.quick else given.repetitions, 1000 if given.quick else 1)
         print(rows[-1], flush=True)

@@ -178,6 +178,8 @@ class CenterLoss(ChangeableLoss):
         centers, home = local_part(self.centers.detach()), self.class_rows.home
         rows, moves = rows.to(home), (totals[:, :-1] * (self.alpha / (1 + totals[:, -1:]))).to(home)
         centers.index_copy_(0, rows, (centers.index_select(0, rows) - moves).to(centers.dtype))
+        if self.class_rows.store is not None:
+            self.class_rows.store.wrote()
 
     def _own_targets(self, batch: GlobalBatch, scatter: bool) -> _OwnTargets:
         dtype, _ = compute_dtypes(batch.embeddings, self.centers)

@@ -68,6 +68,7 @@ class ClassRows:
         self.sent: tuple[Tensor, Tensor] | None = None  # rows of the last forward, on the device and on the host
         self.behind: Any = None  # steps that rows have missed (optim/skipped_rows.py), or None
         self.kernels: Any = None  # that served the last forward (kernels/choice.py), or None
+        self.as_they_are = False  # a checkpoint is taken that has missed steps, too: nobody is to make them for it
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,6 +140,8 @@ class ClassRows:
 
         Whoever reads or writes rows outside a step calls it first, for all.
         """
+        if self.as_they_are:
+            return
         if self.store is not None:
             self.store.ready(index)
         if self.behind is not None:

@@ -24,11 +24,12 @@ import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from partial_fc.checkpoint.increments import Increments
 from partial_fc.checkpoint.locks import FolderLock
 from partial_fc.checkpoint.manifest import MANIFEST, find_damage, naming_the_checkpoint, read_manifest, remove_tree
 from partial_fc.checkpoint.save_load import Stateful, collect, load_checkpoint, write_checkpoint
@@ -54,6 +55,8 @@ class Checkpointer:
         best: whether the "max" or the "min" of the metric is best.
         timeout: seconds after which an asynchronous save fails if a rank does not respond; default: torch's (1800).
             Use the timeout of your process group.
+        incremental: of class rows in a `storage`, write those alone that may have changed since the checkpoint before,
+            and link to the files of that (docs/tiers.md). All others are written whole.
 
     Every rank must construct it, and all ranks must call save, load and wait together. It also works in one process
     without a process group.
@@ -72,6 +75,7 @@ class Checkpointer:
         asynchronous: bool = False,
         best: Literal["max", "min"] = "max",
         timeout: float | None = None,
+        incremental: bool = True,
     ) -> None:
         last, also = as_whole(keep_last), as_whole(keep_best)
         if last is None or also is None or last < 1 or also < 0:
@@ -84,6 +88,7 @@ class Checkpointer:
         self.keep_last, self.keep_best = last, also
         self.best = best
         self.asynchronous = asynchronous
+        self.incremental = incremental
         self._lock = FolderLock(self.folder)
         self._own: set[int] = set()  # steps that this object wrote or found
         self._damaged: set[int] = set()  # newer checkpoints that latest() skipped; they may be replaced
@@ -152,11 +157,22 @@ class Checkpointer:
         step = whole_if_any(step)
         check_same("(step, names to save)", (step, sorted(named)))
         on_first_rank(lambda: self._admit(step))
-        state = collect(named, self._snapshots.copy if self.asynchronous else None)
-        note = {"step": step, "metric": None if metric is None or math.isnan(metric) else float(metric)}
+        increments = Increments(named, self.path(step)) if self.incremental else None
+        state = collect(named, self._snapshots.copy if self.asynchronous else None, increments)
+        note: dict[str, Any] = {"step": step, "metric": None if metric is None or math.isnan(metric) else float(metric)}
+
+        if increments is not None:
+            note |= increments.note
 
         def write() -> None:
-            write_checkpoint(self.path(step), state, sorted(named), note=note, group=self._group)
+            try:
+                write_checkpoint(
+                    self.path(step), state, sorted(named), note=note, group=self._group, increments=increments
+                )
+            except BaseException:
+                if increments is not None:
+                    increments.abandon()
+                raise
             on_first_rank(lambda: self._retain(step), self._group)
 
         if self.asynchronous:

@@ -51,6 +51,7 @@ from torch.futures import Future
 from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.shards import local_part, shard_bounds
+from partial_fc.tiers.store import RowStoreError
 
 ROW_BLOCK_BYTES = 16 << 20  # smaller blocks are written more slowly (benchmarks/checkpoint.py)
 
@@ -98,7 +99,7 @@ class RowBlocks:
     def of_tensor(cls, tensor: DTensor, local: Tensor | None = None) -> RowBlocks:
         """Return this rank's rows of a row-sharded or replicated DTensor. local: a copy of them to write instead."""
         rows = local_part(tensor.detach()) if local is None else local
-        return cls(tensor.shape, rows.dtype, _rows_of_rank(tensor)[0], len(rows), lambda a, b: rows[a:b])
+        return cls(tensor.shape, rows.dtype, rows_of_rank(tensor)[0], len(rows), lambda a, b: rows[a:b])
 
     @classmethod
     def of_source(cls, source: RowSource) -> RowBlocks:
@@ -132,11 +133,11 @@ def splits_by_rows(tensor: DTensor) -> bool:
     """Whether a DTensor is sharded by rows or replicated, so that `RowBlocks` can write it. DCP writes others."""
     if not tensor.ndim or not all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in tensor.placements):
         return False
-    lo, hi = _rows_of_rank(tensor)
+    lo, hi = rows_of_rank(tensor)
     return hi - lo == len(local_part(tensor.detach()))
 
 
-def _rows_of_rank(tensor: DTensor) -> tuple[int, int]:
+def rows_of_rank(tensor: DTensor) -> tuple[int, int]:
     """Return the rows [lo, hi) that the placements give to this rank, by the chunk rule."""
     lo, hi = 0, tensor.shape[0]
     for dim, placement in enumerate(tensor.placements):
@@ -155,16 +156,19 @@ class _RowBlockPlanner(DefaultSavePlanner):
 
 class _Writer(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write as the base class does, but raise the OSError of a full disk instead of torch.save's error about it."""
+        """Write as the base class does, but raise the OSError of a full disk instead of torch.save's error about it,
+        and that of rows that cannot be read."""
         _use_up_a_warning()
         try:
             return super().write_data(plan, planner)
         except Exception as error:
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
+            while cause is not None and not isinstance(cause, OSError | RowStoreError):
                 cause = cause.__cause__ or cause.__context__
             if cause is None:
                 raise
+            if isinstance(cause, RowStoreError):
+                raise cause from None
             raise OSError(cause.errno, cause.strerror) from error
 
 
@@ -210,7 +214,21 @@ def stream(reader: SafeReader, name: str, take: Callable[[int, Tensor], None]) -
     stored = reader.read_metadata().state_dict_metadata.get(name)
     if not isinstance(stored, TensorStorageMetadata):
         raise ValueError(f"checkpoint {reader.path} has no tensor {name}")
-    _read({name: _AllRows(stored)}, reader, _StreamPlanner(take), use_group=False)
+    _read({name: _SomeRows(stored, 0, stored.size[0])}, reader, _StreamPlanner(take), use_group=False)
+
+
+def read_rows(reader: SafeReader, name: str, a: int, b: int) -> Tensor:
+    """Return rows a to b of a stored matrix, in this process only."""
+    stored = reader.read_metadata().state_dict_metadata.get(name)
+    if not isinstance(stored, TensorStorageMetadata):
+        raise ValueError(f"checkpoint {reader.path} has no tensor {name}")
+    out = torch.empty(b - a, *stored.size[1:], dtype=stored.properties.dtype, device="cpu")
+
+    def take(first: int, rows: Tensor) -> None:
+        out[first : first + len(rows)] = rows
+
+    _read({name: _SomeRows(stored, a, b)}, reader, _StreamPlanner(take), use_group=False)
+    return out
 
 
 def _read(state: dict[str, Any], reader: SafeReader, planner: DefaultLoadPlanner, use_group: bool) -> None:
@@ -226,17 +244,19 @@ def _first_failure(error: CheckpointException) -> str:
     return f"rank {rank}: {cause}" if dist.is_initialized() else str(cause)
 
 
-class _AllRows:
-    """Placeholder for all rows of a stored matrix in a load plan. It allocates nothing of that size."""
+class _SomeRows:
+    """Placeholder for rows a to b of a stored matrix in a load plan. It allocates nothing of that size."""
 
-    def __init__(self, stored: TensorStorageMetadata) -> None:
+    def __init__(self, stored: TensorStorageMetadata, a: int, b: int) -> None:
         self._size = stored.size
+        self._rows = a, b
 
     def size(self) -> torch.Size:
         return self._size
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size([0] * len(self._size)), self._size)]
+        (a, b), row = self._rows, self._size[1:]
+        return [ChunkStorageMetadata(torch.Size([a, *[0] * len(row)]), torch.Size([b - a, *row]))]
 
 
 class _StreamPlanner(DefaultLoadPlanner):
@@ -247,7 +267,7 @@ class _StreamPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        # the base class would replace `_AllRows`, which is not a tensor
+        # the base class would replace `_SomeRows`, which is not a tensor
         self.state_dict = state_dict
         self.original_state_dict = state_dict
         self.metadata = metadata

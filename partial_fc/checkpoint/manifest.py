@@ -1,6 +1,7 @@
 """The manifest of a checkpoint: it names the complete data folder and the sizes of its files.
 
     manifest.json    {"format": 1, "data": "data-0007", "files": {name: bytes}, "names": [...], ...}
+                     format 2 has "parts" of the data folder as well, and which class rows they have (increments.py)
 
 It is replaced atomically after everything else is on the disk, so it never names an incomplete data folder.
 """
@@ -19,8 +20,9 @@ from typing import Any
 
 from partial_fc.checkpoint.safe_reader import SafeReader, cannot_be_read, is_plain_name
 
-FORMAT = 1
+FORMAT, WITH_PARTS = 1, 2
 MANIFEST = "manifest.json"
+PART = re.compile(r"part-\d{4}")
 DATA = re.compile(r"data-\d{4,}")  # other folders named data-... belong to the user and stay
 VISIBLE_SECONDS = 10.0  # how long a shared file system may take to show rank 0 the files of other ranks
 
@@ -57,7 +59,7 @@ def remove_tree(folder: Path) -> None:
 def publish(folder: Path, data: Path, note: dict[str, Any]) -> None:
     """Make `data` the data folder of the checkpoint, atomically. Then remove the previous one."""
     with naming_the_checkpoint(folder):
-        manifest = {"format": FORMAT, "data": data.name, "files": _files(data), **note}
+        manifest = {"format": FORMAT, "data": data.name, "files": _files(data), **note}  # which may have a format
         temporary = folder / f"{MANIFEST}.tmp"
         with temporary.open("w") as file:
             json.dump(manifest, file)
@@ -99,7 +101,14 @@ def _files(data: Path) -> dict[str, int]:
                 "wrote; give a folder on a file system that all ranks share"
             )
         time.sleep(0.1)
-    return {file.name: file.stat().st_size for file in sorted(data.iterdir())}
+    own = {file.name: file for file in sorted(data.iterdir()) if file.is_file()}
+    for part in sorted(folder for folder in data.iterdir() if PART.fullmatch(folder.name)):
+        own |= {f"{part.name}/{file.name}": file for file in sorted(part.iterdir())}
+    return {name: file.stat().st_size for name, file in own.items()}
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:04d}"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -118,8 +127,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
     if not isinstance(manifest, dict):
         raise ValueError(f"{folder / MANIFEST} is damaged: it is not a JSON object")
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"checkpoint {folder} has format {manifest.get('format')}, this version reads {FORMAT}")
+    if manifest.get("format") not in (FORMAT, WITH_PARTS):
+        raise ValueError(
+            f"checkpoint {folder} has format {manifest.get('format')}, this version reads {FORMAT} and {WITH_PARTS}"
+        )
     if not isinstance(data, str) or not DATA.fullmatch(data) or not (folder / data).is_dir():
         raise ValueError(f"{folder / MANIFEST} names {data!r}, which is not a folder next to it")
     if (
@@ -128,13 +139,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         or not isinstance(manifest.get("files", {}), dict)
     ):
         raise ValueError(f"{folder / MANIFEST} is damaged: its names or files have the wrong type")
+    if manifest["format"] == WITH_PARTS:
+        parts = manifest.get("parts")
+        if not isinstance(parts, list) or not isinstance(manifest.get("rows"), dict):
+            raise ValueError(f"{folder / MANIFEST} is damaged: it does not say which rows its parts have")
+        for part in parts:
+            if not isinstance(part, str) or not PART.fullmatch(part) or not (folder / data / part).is_dir():
+                raise ValueError(f"{folder / MANIFEST} names {part!r}, which is no part of its data folder")
     return dict(manifest)
 
 
 def find_damage(folder: Path, manifest: dict[str, Any]) -> OSError | ValueError | None:
     """Return an error if a file named in the manifest is missing or has another size, else None. Reads no file."""
     for name, size in manifest.get("files", {}).items():
-        if not is_plain_name(name):
+        if not is_plain_name(name.split("/", 1)[1] if PART.match(name) and name[9:10] == "/" else name):
             return ValueError(
                 f"{folder / MANIFEST} names {name!r}, which is not a file in its data folder; "
                 "do not trust this checkpoint"

@@ -28,15 +28,17 @@ def check_to_save_here(named: Mapping[str, Any]) -> None:
     for name, thing in named.items():
         # such as those of a `JointOptimizer`, whose state dict is that of one of its parts
         for part in getattr(thing, "saved_beside", ()):
-            if not any(part is other or part is _wrapped(other) for other in named.values()):
+            if not any(part is other or part is unwrapped(other) for other in named.values()):
                 raise ValueError(
                     f"{name} cannot be saved alone: the state dict of a {type(thing).__name__} is that of the "
                     f"backbone's optimizer; name those of its heads, too: {name}={name}, head_optimizer={name}.heads[0]"
                 )
 
 
-def _wrapped(thing: Any) -> Any:
-    return getattr(thing, "optimizer", None) if isinstance(thing, torch.optim.Optimizer) else None
+def unwrapped(thing: Any) -> Any:
+    """Return the optimizer that another one, such as Accelerate's, wraps; else the thing itself."""
+    inner = getattr(thing, "optimizer", None) if isinstance(thing, torch.optim.Optimizer) else None
+    return thing if inner is None else inner
 
 
 def _check_methods(named: Mapping[str, Any], method: str, verb: str) -> None:

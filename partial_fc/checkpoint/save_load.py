@@ -29,12 +29,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from partial_fc.checkpoint.increments import DONE, MISSED, Copy, Increments, loaded_from
 from partial_fc.checkpoint.layout import RowBlocks, RowSource, read, splits_by_rows, stream, write
 from partial_fc.checkpoint.locks import FolderLock
 from partial_fc.checkpoint.manifest import (
+    WITH_PARTS,
     discard,
     find_damage,
     naming_the_checkpoint,
@@ -42,15 +44,13 @@ from partial_fc.checkpoint.manifest import (
     publish,
     read_manifest,
 )
-from partial_fc.checkpoint.named import check_to_load, check_to_save
+from partial_fc.checkpoint.named import check_to_load, check_to_save, unwrapped
+from partial_fc.checkpoint.parts import PLACEHOLDER as PLACEHOLDER
+from partial_fc.checkpoint.parts import StoredRows, link_parts
 from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.distributed.agreement import on_every_rank, on_first_rank
 from partial_fc.distributed.operation import operation
 from partial_fc.distributed.shards import local_part
-
-PLACEHOLDER = "__tensor__"  # {PLACEHOLDER: key} stands for a tensor in a skeleton
-
-Copy = Callable[[str, Tensor], Tensor]  # (name, tensor) -> the tensor to write instead
 
 
 class Stateful(Protocol):
@@ -97,19 +97,28 @@ def load_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
     folder = Path(path)
     manifest = on_every_rank(lambda: read_manifest(folder))
     reader = SafeReader(folder / manifest["data"])
-    metadata = on_every_rank(lambda: _verified_metadata(folder, manifest, reader).state_dict_metadata)
+    metadata, stored = on_every_rank(lambda: _verified(folder, manifest, reader))
     missing = sorted(set(named) - set(manifest["names"]))
     if missing:
         raise ValueError(f"checkpoint {folder} has no {', '.join(missing)}; it has {', '.join(manifest['names'])}")
     skeletons: dict[str, Any] = dict.fromkeys(named, 0)
     read(skeletons, reader)
+    made_up = set() if stored is None else stored.leave_out_missed(skeletons)
+    metadata = {k: v for k, v in metadata.items() if not any(k.startswith(f"{name}/{MISSED}/") for name in made_up)}
     tensors: dict[str, Tensor] = {}
     for name, stateful in named.items():
         _check_state(stateful, skeletons[name], f"checkpoint {folder}: {name}")
         tensors.update(_destinations(stateful, name, metadata, folder))
+    in_parts = [] if stored is None else [key for key in stored.described if not stored.is_plain(key, made_up)]
+    of_rows = {key: tensors.pop(key) for key in in_parts if key in tensors}
     read(tensors, reader)
-    for name, stateful in named.items():
-        stateful.load_state_dict(_restore(skeletons[name], tensors))
+    if stored is not None:
+        on_every_rank(lambda: stored.fill(of_rows, made_up))
+    # optimizers last: what rows have missed is about those that are loaded
+    for name in sorted(named, key=lambda name: isinstance(named[name], torch.optim.Optimizer)):
+        named[name].load_state_dict(_restore(skeletons[name], {**tensors, **of_rows}))
+    if stored is not None:
+        loaded_from(named, folder, manifest)
 
 
 def stored_tensors(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -120,7 +129,7 @@ def stored_tensors(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Size, 
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    metadata = _verified_metadata(folder, manifest, SafeReader(folder / manifest["data"])).state_dict_metadata
+    metadata, _ = _verified(folder, manifest, SafeReader(folder / manifest["data"]))
     return {k: (v.size, v.properties.dtype) for k, v in metadata.items() if isinstance(v, TensorStorageMetadata)}
 
 
@@ -132,7 +141,7 @@ def stored_values(path: str | os.PathLike[str], name: str) -> Any:
     if name not in manifest["names"]:
         raise ValueError(f"checkpoint {folder} has no {name}; it has {', '.join(manifest['names'])}")
     reader = SafeReader(folder / manifest["data"])
-    _verified_metadata(folder, manifest, reader)
+    _verified(folder, manifest, reader)
     read(skeleton, reader, alone=True)
     return skeleton[name]
 
@@ -140,30 +149,51 @@ def stored_values(path: str | os.PathLike[str], name: str) -> Any:
 def stream_tensor(path: str | os.PathLike[str], key: str, take: Callable[[int, Tensor], None]) -> None:
     """Call `take(first_row, rows)` for each stored block of the matrix `key`, in any order; one block in memory.
 
-    Not a collective. Raises FileNotFoundError, ValueError or OSError as `load_checkpoint` does.
+    Rows have made the steps that they had missed when they were saved. Not a collective.
+
+    Raises FileNotFoundError, ValueError or OSError as `load_checkpoint` does.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
     reader = SafeReader(folder / manifest["data"])
-    _verified_metadata(folder, manifest, reader)
-    stream(reader, key, take)
+    _, stored = _verified(folder, manifest, reader)
+    if stored is None or key not in stored.described:
+        stream(reader, key, take)
+        return
+    for a, b in stored.blocks(key, 0, stored.described[key].size[0]):
+        take(a, stored.made_up(key, a, b))
+
+
+def stored_rows(path: str | os.PathLike[str]) -> StoredRows | None:
+    """Return the class rows of a checkpoint that has them in parts (increments.py); None if it has none so."""
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    return _verified(folder, manifest, SafeReader(folder / manifest["data"]))[1]
 
 
 # ---------------------------------------------------------------------------------------------------- state dicts
 
 
-def collect(named: dict[str, Stateful], copy: Copy | None = None) -> dict[str, Any]:
+def collect(
+    named: dict[str, Stateful], copy: Copy | None = None, increments: Increments | None = None
+) -> dict[str, Any]:
     """Return name -> RowBlocks, tensor or skeleton of everything in `named`. copy: replaces each tensor by a copy.
+    increments: of which class rows only some are written, as they are.
 
     Raises TypeError for a value without a state dict, and for a state that could be written but not loaded again.
     """
     check_to_save(named)
     state: dict[str, Any] = {}
-    for name, stateful in named.items():
-        tensors: dict[str, Any] = {}
-        state[name] = _after_reload(flatten(stateful.state_dict(), name, tensors), name)
-        for key, tensor in tensors.items():
-            state[key] = _to_write(key, tensor, copy)
+    tensors: dict[str, Any] = {}
+    with contextlib.nullcontext() if increments is None else increments.as_they_are():
+        for name, stateful in named.items():
+            state[name] = _after_reload(flatten(stateful.state_dict(), name, tensors), name)
+    if increments is not None:
+        increments.decide(tensors)
+        state |= increments.ids()
+    for key, tensor in tensors.items():
+        rows = None if increments is None else increments.blocks(key, tensor, copy)
+        state[key] = _to_write(key, tensor, copy) if rows is None else rows
     return state
 
 
@@ -253,9 +283,10 @@ def _empty_like_parameter(optimizer: torch.optim.Optimizer, key: str, stored: An
 def _destinations(stateful: Stateful, name: str, metadata: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     """Return, for each stored tensor of `name`, the tensor to read it into."""
     here: dict[str, Tensor] = {}
+    bare = unwrapped(stateful)
     stored = [key for key in metadata if key.startswith(f"{name}/")]
     flatten(stateful.state_dict(), name, here)
-    template = getattr(stateful, "state_template", None)
+    template = getattr(bare, "state_template", None)
     if template is not None and not here.keys() >= set(stored):
         here.clear()
         flatten(template(), name, here)
@@ -266,7 +297,13 @@ def _destinations(stateful: Stateful, name: str, metadata: dict[str, Any], folde
             own = None
         if own is None and isinstance(stateful, torch.optim.Optimizer):
             own = _empty_like_parameter(stateful, key.removeprefix(f"{name}/"), metadata[key])
-        destinations[key] = _destination(key, metadata[key], own, folder, hasattr(stateful, "class_rows"))
+        if own is None and key == f"{name}/{DONE}" and hasattr(bare, "class_rows"):
+            rows = bare.class_rows
+            dtype = metadata[key].properties.dtype
+            own = rows.shards.wrap(torch.empty(rows.shards.local, dtype=dtype, device=rows.home))
+        if own is None and not metadata[key].chunks:
+            raise ValueError(f"checkpoint {folder}: {key} has class rows that this {type(stateful).__name__} has not")
+        destinations[key] = _destination(key, metadata[key], own, folder, hasattr(bare, "class_rows"))
     return destinations
 
 
@@ -303,6 +340,7 @@ def write_checkpoint(
     *,
     note: dict[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
+    increments: Increments | None = None,
 ) -> None:
     """Write the result of `collect` as the checkpoint at `folder`. note: extra entries of the manifest.
 
@@ -310,6 +348,9 @@ def write_checkpoint(
     """
     data = folder / on_first_rank(lambda: new_data_folder(folder), group)
     try:
+        if increments is not None and increments.before is not None:
+            before, parts = increments.before, increments.parts
+            on_first_rank(lambda: link_parts(before, parts, data), group)
         write(data, state, group)
         on_first_rank(lambda: publish(folder, data, {"names": names, **(note or {})}), group)
     except BaseException:
@@ -334,10 +375,15 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _verified_metadata(folder: Path, manifest: dict[str, Any], reader: SafeReader) -> Metadata:
-    """Return the metadata. ValueError or FileNotFoundError if a file is missing or not as it was written."""
+def _verified(folder: Path, manifest: dict[str, Any], reader: SafeReader) -> tuple[dict[str, Any], StoredRows | None]:
+    """Return what the checkpoint has by key, and its class rows if they are in parts. ValueError or FileNotFoundError
+    if a file is missing or not as it was written."""
     problem = find_damage(folder, manifest)
     if problem is not None:
         raise problem
     reader.check()
-    return reader.read_metadata()
+    if manifest["format"] != WITH_PARTS:
+        return reader.read_metadata().state_dict_metadata, None
+    stored = StoredRows(folder, manifest)
+    stored.check()
+    return stored.metadata(), stored

@@ -16,17 +16,21 @@ ROWS_AT_ONCE = 1 << 12
 
 def forget_oldest(behind: Any) -> None:
     """Do so for the rows of one loss, a `SkippedRows` that has counted as many steps as are kept."""
-    cut, done = behind.steps // 2, behind.done
-    for first in range(0, len(done), ROWS_AT_ONCE):
-        old = (done[first : first + ROWS_AT_ONCE] < cut).nonzero()[:, 0]
+    cut, done = (behind.steps - behind.first) // 2, behind.done
+    for start in range(0, len(done), ROWS_AT_ONCE):
+        old = (done[start : start + ROWS_AT_ONCE] < behind.first + cut).nonzero()[:, 0]
         if len(old):
-            old.add_(first)
+            old.add_(start)
             if behind.rows.store is not None:
                 behind.rows.store.ready(old, ahead=False)
             behind.catch_up(old)
-        done[first : first + ROWS_AT_ONCE].sub_(cut)
     for each in behind.parameters.values():
-        table, entries = each.moves.table, 0 if isinstance(each.moves, AdamMoves) else 1  # which dimension they are
-        each.moves.table = table.narrow(entries, cut, behind.steps + 1 - cut).clone()
-    behind.steps -= cut
+        table, entries = each.moves.table, dimension_of_steps(each.moves)
+        each.moves.table = table.narrow(entries, cut, table.shape[entries] - cut).clone()
+    behind.first += cut
     behind.tables = []
+
+
+def dimension_of_steps(moves: Any) -> int:
+    """Return which dimension of a table has an entry for each step."""
+    return 0 if isinstance(moves, AdamMoves) else 1

@@ -90,6 +90,8 @@ class RowOptimizer(RowState):
                     RowUpdate(self, parameter).apply(None, 0, len(parameter), local_part(parameter.grad))
             if not self.update_in_backward:
                 self._update_rows()
+        if rows.store is not None:
+            rows.store.wrote()
         return loss
 
     def _update_rows(self) -> None:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc.batch.status import HALF
+from partial_fc.checkpoint.increments import MISSED
 from partial_fc.distributed.dtensors import local_part
 from partial_fc.errors import log
+from partial_fc.optim import saved_steps
 from partial_fc.optim.moves import is_row_state
 from partial_fc.optim.optimizer_class import (
     LowPrecision,
@@ -200,7 +202,9 @@ class RowState(OneGroup):
             if p in self.state
         }
         group = {**self.param_groups[0], "params": list(range(len(parameters)))}
-        return {"state": state, "param_groups": [group], "rows": stated_rows(rows), "class": type(self.inner).__name__}
+        found = {"state": state, "param_groups": [group], "rows": stated_rows(rows), "class": type(self.inner).__name__}
+        missed = saved_steps.saved(rows.behind) if rows.as_they_are else None
+        return found if missed is None else {**found, MISSED: missed}
 
     def state_template(self) -> dict[str, Any]:
         """Return a state dict with all state allocated, for `load_checkpoint` to read into before the first step."""
@@ -234,6 +238,8 @@ class RowState(OneGroup):
                 f"it is the state of another optimizer: of {theirs}, and {name} is built here; build "
                 f"RowOptimizer(torch.optim.{theirs}, ...), or go on with {name} from new state by not loading it"
             )
+        if MISSED in state and (problem := saved_steps.problem_of(self.class_rows, state[MISSED])):
+            raise ValueError(problem)
         check_options(stored)
         check_kernels(stored, self.class_rows)
         # a stored tensor, such as a learning rate, is a placeholder in a skeleton
@@ -268,6 +274,17 @@ class RowState(OneGroup):
                 key: self._in_store(self._fitted(value, parameter), parameter, key) for key, value in state.items()
             }
         self.follow_skipped_rows()
+        if MISSED in state_dict:
+            self._miss(state_dict[MISSED])
+
+    def _miss(self, missed: dict[str, Any]) -> None:
+        """Take up steps that rows have missed; rows that are to stand still from here on make them now."""
+        rows = self.class_rows
+        behind = rows.behind or SkippedRows(rows, type(self.inner), self.param_groups[0], checked_form)
+        states = {name: self.state[parameter] for name, parameter in rows.parameters.items()}
+        saved_steps.restore(behind, missed, self.param_groups[0], states)
+        if rows.behind is None:
+            behind.catch_up()
 
     def _problem_of_state(self, state_dict: dict[str, Any]) -> str:
         """Return why a state dict cannot be loaded; "" if it can."""

@@ -42,6 +42,7 @@ class SkippedRows:
     """The steps that the rows of one loss have missed.
 
     steps: how many were counted since all rows were up to date. done: `[C_local]` int32, how many of them each has had.
+    first: how many the tables begin with (oldest.py).
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class SkippedRows:
         self.form_of = form_of
         self.form = form_of(cls, options)
         self.kinds = _kinds(options)
-        self.steps = 0
+        self.steps = self.first = 0
         self.done: Tensor | None = None
         self.parameters: dict[str, _Behind] = {}
         self.tables: list[Tensor] = []  # of the parameters, on the device of the rows
@@ -72,12 +73,9 @@ class SkippedRows:
         if not all(name in self.parameters and self.parameters[name].is_of(u) for name, u in updates.items()):
             if self.steps:
                 self.rows.catch_up()
-            self.parameters = {
-                name: _Behind(self.rows, self.form, u, Probe(self.cls, options, u.before))
-                for name, u in updates.items()
-            }
+            self.begin(options, updates)
         steps = {name: self.parameters[name].moves.find(self.parameters[name].probe, options) for name in updates}
-        self.seen = self._memory()
+        self.seen = self.memory()
         if not any(self.parameters[name].moves.moves(step) for name, step in steps.items()):
             return  # rows without a gradient stand still
         for name, behind in self.parameters.items():
@@ -89,8 +87,12 @@ class SkippedRows:
             self.done = torch.zeros(len(local), dtype=torch.int32, device=local.device)
         if selected is not None:
             self.done.index_fill_(0, selected, self.steps)
-        if self.steps >= self.form.MOST:
+        if self.steps - self.first >= self.form.MOST:
             forget_oldest(self)
+
+    def begin(self, options: Mapping[str, Any], updates: Mapping[str, Update]) -> None:
+        """Describe the steps of these parameters from here on."""
+        self.parameters = {n: _Behind(self, u, Probe(self.cls, options, u.before)) for n, u in updates.items()}
 
     @torch.no_grad()
     def catch_up(self, index: Tensor | None = None) -> None:
@@ -152,7 +154,7 @@ class SkippedRows:
     def _some_are_behind(self) -> bool:
         """Return whether rows may have missed steps. If somebody else wrote rows they are taken as they are, with a
         warning."""
-        if self.steps and self.seen != self._memory():
+        if self.steps and self.seen != self.memory():
             log.warning(
                 "rows of a %s were written between steps, without RowOptimizer.catch_up() before: they are taken as "
                 "they are, and steps that rows had missed until then are lost",
@@ -166,7 +168,7 @@ class SkippedRows:
         memory `outs` if there is any."""
         assert self.done is not None
         self.tables = self.tables or [each.table(self.rows.home) for each in self.parameters.values()]
-        place = self.done.index_select(0, index)
+        place = self.done.index_select(0, index).sub_(self.first) if self.first else self.done.index_select(0, index)
         memory: Sequence[list[Tensor] | None] = outs or [None] * len(self.tables)
         each = zip(self.parameters.values(), self.tables, memory, strict=True)
         return [behind.moved(index, table.index_select(0, place), out) for behind, table, out in each]
@@ -179,9 +181,11 @@ class SkippedRows:
 
     def forget(self) -> None:
         """Take all rows as they are."""
-        self.steps, self.done, self.tables, self.parameters, self.taken = 0, None, [], {}, None
+        if self.rows.store is not None:
+            self.rows.store.note(None)
+        self.steps, self.first, self.done, self.tables, self.parameters, self.taken = 0, 0, None, [], {}, None
 
-    def _memory(self) -> list[tuple[int, int]]:
+    def memory(self) -> list[tuple[int, int]]:
         """Return what changes when somebody else writes rows."""
         local = (local_part(p.detach()) for p in self.rows.parameters.values())
         return [(each.data_ptr(), each._version) for each in local]  # noqa: SLF001
@@ -190,11 +194,11 @@ class SkippedRows:
 class _Behind:
     """One parameter of the loss, its state, and what the steps that were counted do to a row of it."""
 
-    def __init__(self, rows: ClassRows, form: type[Moves], update: Update, probe: Probe) -> None:
-        self.rows = rows
+    def __init__(self, of: SkippedRows, update: Update, probe: Probe) -> None:
+        self.rows = of.rows
         self.parameter = update.parameter
         self.state = update.state
-        self.moves = form(row_keys(update))
+        self.moves: Moves = of.form(row_keys(update))
         self.probe = probe
 
     def is_of(self, update: Update) -> bool:

@@ -52,9 +52,8 @@ _stores: weakref.WeakSet[RowStore] = weakref.WeakSet()
 def scratch_like(tensor: Tensor) -> Tensor | None:
     """Return memory for a copy of a tensor where the tensor is itself, if it is in a store; else None."""
     for store in _stores:
-        for rows in store.tensors.values():
-            if len(tensor) and rows.tensor.data_ptr() == tensor.data_ptr() and rows.tensor.shape == tensor.shape:
-                return store.scratch(store.count, tuple(tensor.shape[1:]), tensor.dtype)
+        if store.rows_of(tensor) is not None:
+            return store.scratch(store.count, tuple(tensor.shape[1:]), tensor.dtype)
     return None
 
 
@@ -109,6 +108,9 @@ class RowStore:
         self._last: Tensor | None = None  # rows of the last forward
         self._here: Tensor | None = None  # rows whose pages the thread has read in, ascending
         self.waited = 0.0  # seconds in all for which forwards have waited for rows
+        self.saved: Any = None  # the checkpoint that has all rows but those of `changed`, or None (checkpoint/)
+        self.changed: Tensor | None = None  # [C_local], rows that may have changed since; None: any of them
+        self._versions: list[int] = []  # of the tensors, after the last writing that is known
         _stores.add(self)
 
     # ---------------------------------------------------------------------------------------------------- memory
@@ -152,6 +154,37 @@ class RowStore:
         other.touched.fill_(True)
         return other
 
+    def rows_of(self, tensor: Tensor) -> _Rows | None:
+        """Return the rows that a tensor is the memory of, or None."""
+        for rows in self.tensors.values():
+            if len(tensor) and rows.tensor.data_ptr() == tensor.data_ptr() and rows.tensor.shape == tensor.shape:
+                return rows
+        return None
+
+    # ---------------------------------------------------------------------------------------------------- changes
+
+    def begin_changes(self, saved: Any) -> None:
+        """Note from here on which rows change. saved: what has them all."""
+        self.saved, self.changed = saved, torch.zeros(self.count, dtype=torch.bool, device="cpu")
+        self.wrote()
+
+    def wrote(self) -> None:
+        """A step has written rows that were ready for it."""
+        self._versions = self._versions_now()
+
+    def note(self, index: Tensor | None) -> None:
+        """The local rows `index`, or all, may change; all, too, if somebody has written rows that were not ready."""
+        changed = self.changed  # a thread may take it away, whose writing of a checkpoint has failed
+        if changed is None:
+            return
+        if index is None or self._versions != self._versions_now():
+            self.saved = self.changed = None
+        else:
+            changed.index_fill_(0, index, True)
+
+    def _versions_now(self) -> list[int]:
+        return [rows.tensor._version for rows in self.tensors.values()]  # noqa: SLF001
+
     # ---------------------------------------------------------------------------------------------------- rows
 
     def ready(self, index: Tensor | None, *, ahead: bool = True) -> None:
@@ -159,6 +192,7 @@ class RowStore:
         they are those of a forward, after which others come."""
         try:
             self._wait()
+            self.note(index)
             if index is None:
                 self._check_all()
                 for first, part in self._parts(touched=False) if self.untouched else ():
@@ -174,6 +208,16 @@ class RowStore:
             if self.folder is not None and ahead:
                 self._pending = self._worker().submit(self._ahead, self.upcoming(), self._last)
                 self._last = index
+        except Exception as error:
+            if dist.is_initialized():
+                tell_own(error, READING)
+            raise
+
+    def readable(self, index: Tensor) -> None:
+        """Call it before the local rows `index` are read as they are. RowStoreError if they cannot be."""
+        try:
+            if self.folder is not None:
+                self._read_in(index)
         except Exception as error:
             if dist.is_initialized():
                 tell_own(error, READING)

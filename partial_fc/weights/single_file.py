@@ -15,7 +15,7 @@ import functools
 import os
 import secrets
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from partial_fc.centers import CenterLoss
 from partial_fc.checkpoint.layout import RowSource, block_rows, read
 from partial_fc.checkpoint.manifest import MANIFEST, read_manifest
 from partial_fc.checkpoint.safe_reader import SafeReader
-from partial_fc.checkpoint.save_load import stored_tensors
+from partial_fc.checkpoint.save_load import stored_rows, stored_tensors
 from partial_fc.distributed.agreement import on_every_rank
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.operation import operation
@@ -156,7 +156,7 @@ def import_weights(
     if optimizer is not None:
         _on_every_rank(ranks, lambda: _check_state(found, optimizer))
     if isinstance(found, SafeReader):
-        keys = _checkpoint_keys(found, rows_of, key)
+        keys = _checkpoint_keys(found.read_metadata().state_dict_metadata, Path(found.path).parent, rows_of, key)
         state = {stored: parameters[name].detach() for name, stored in keys.items()}
         _on_every_rank(ranks, lambda: read(state, found, alone=True))
     else:
@@ -188,9 +188,13 @@ def open_weights(source: Source, rows_of: HeadOrCenters, key: str | None) -> dic
     if path.is_dir() and (path / MANIFEST).exists():
         stored = stored_tensors(path)  # also checks that all files are complete
         reader = SafeReader(path / read_manifest(path)["data"])
-        for name, stored_key in _checkpoint_keys(reader, rows_of, key).items():
+        keys = _checkpoint_keys(stored, path, rows_of, key)
+        for name, stored_key in keys.items():
             check_shape(stored[stored_key][0], parameters[name].shape, f"{path}: {stored_key}")
-        return reader
+        in_parts = stored_rows(path)
+        if in_parts is None:
+            return reader
+        return {name: in_parts.source(stored_key) for name, stored_key in keys.items()}
     if path.is_dir() or path.suffix in (".pt", ".pth", ".bin"):
         files = RankFiles(path if path.is_dir() else [path], key=key)
         check_shape(files.shape, shape, str(path))
@@ -218,9 +222,8 @@ def open_weights(source: Source, rows_of: HeadOrCenters, key: str | None) -> dic
     return sources
 
 
-def _checkpoint_keys(reader: SafeReader, rows_of: HeadOrCenters, key: str | None) -> dict[str, str]:
-    """Return parameter name -> key in a checkpoint."""
-    stored = reader.read_metadata().state_dict_metadata
+def _checkpoint_keys(stored: Collection[str], path: Path, rows_of: HeadOrCenters, key: str | None) -> dict[str, str]:
+    """Return parameter name -> key in a checkpoint, of those that it has."""
     prefix = "head" if isinstance(rows_of, PartialFC) else "center"
     main, *others = rows_of.class_rows.parameters
     keys = {main: key} if key is not None else {name: f"{prefix}/{name}" for name in (main, *others)}
@@ -228,8 +231,7 @@ def _checkpoint_keys(reader: SafeReader, rows_of: HeadOrCenters, key: str | None
         if each not in stored:
             candidates = [name for name in sorted(stored) if name.endswith(("/weight", "/centers", "/bias"))]
             raise ValueError(
-                f"checkpoint {Path(reader.path).parent} has no tensor {each}; it has {', '.join(candidates)}: "
-                "choose one with key="
+                f"checkpoint {path} has no tensor {each}; it has {', '.join(candidates)}: choose one with key="
             )
     return keys
 

@@ -20,7 +20,7 @@ import partial_fc
 from partial_fc import ArcFace, PartialFC, RowOptimizer, clip_grad_norm_
 
 PACKAGE = Path(partial_fc.__file__).parent
-MOST_FILES, MOST_LINES = 24, 3240
+MOST_FILES, MOST_LINES = 24, 3250
 
 
 def files_of_a_step(rank: int, world: int) -> list[str]:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import partial_fc.classes.change
 import partial_fc.softmax.tiles
 from partial_fc import CenterLoss, PartialFC, RowOptimizer, Softmax
-from partial_fc.checkpoint.layout import _rows_of_rank, splits_by_rows
+from partial_fc.checkpoint.layout import rows_of_rank, splits_by_rows
 from partial_fc.classes.change import _held_by_a_graph
 from partial_fc.distributed.inside_torch import tells_backward, tells_graphs, tells_holders
 from partial_fc.distributed.wrapping import DDP, FSDP2
@@ -132,7 +132,7 @@ def rows_by_placement(rank: int, world: int) -> None:
         for rows in (1, 2, 5, 8, 9):
             whole = torch.arange(rows * 2.0).view(rows, 2)
             tensor = distribute_tensor(whole, mesh, placements)
-            lo, hi = _rows_of_rank(tensor)
+            lo, hi = rows_of_rank(tensor)
             assert splits_by_rows(tensor)
             assert torch.equal(whole[lo:hi], tensor.to_local())
     assert not splits_by_rows(distribute_tensor(torch.ones(4, 4), mesh, [Shard(1), Shard(0)]))

@@ -28,6 +28,8 @@ import torch
 from PIL import Image
 
 from partial_fc import (
+    Checkpointer,
+    HostRows,
     MarginSchedule,
     PartialFC,
     Progress,
@@ -70,6 +72,7 @@ from partial_fc.weights.safetensors_file import SafetensorsRows, read_header
 
 Image.init()  # Pillow looks for packages of rare formats once
 D, C = 4, 7
+PARTS = "c/step-000000011"
 SHAPE = (3, 8, 8)
 FINGERPRINT = {
     "images": 3, "identities": 2, "image_shape": [3, 8, 8], "listed": {"a": 2}, "names": "n", "labels": "l", "digest": "d",
@@ -241,11 +244,38 @@ def checkpoint(folder: Path) -> None:
 
 def sizes_agree(folder: Path) -> None:
     """The manifest knows the sizes of the files as they are."""
-    path = folder / "c" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    data = folder / "c" / manifest["data"]
-    manifest["files"] = {file.name: file.stat().st_size for file in data.iterdir()}
-    path.write_text(json.dumps(manifest))
+    for path in folder.glob("c/**/manifest.json"):
+        manifest = json.loads(path.read_text())
+        data = path.parent / manifest["data"]
+        files = [file for file in data.glob("**/*") if file.is_file()]
+        manifest["files"] = {str(file.relative_to(data)): file.stat().st_size for file in files}
+        path.write_text(json.dumps(manifest))
+
+
+def rows_and_momentum(storage: HostRows | None) -> dict[str, Any]:
+    head = PartialFC(D, 40, sample_rate=0.05, seed=1, storage=storage)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9)
+    return {"head": head, "head_optimizer": optimizer}
+
+
+def checkpoint_of_parts(folder: Path) -> None:
+    """Rows that changed, in two parts, and steps that they have missed."""
+    named = rows_and_momentum(HostRows())
+    checkpointer = Checkpointer(folder / "c", keep_last=1)
+    for step in range(12):
+        named["head"](torch.ones(2, D), torch.tensor([step, step + 1])).backward()
+        named["head_optimizer"].step()
+        named["head_optimizer"].zero_grad()
+        if step > 9:
+            checkpointer.save(step, **named)
+    checkpointer.release()
+
+
+def read_checkpoint_of_parts(folder: Path) -> None:
+    path = folder / "c" / "step-000000011"
+    stored_tensors(path)
+    load_checkpoint(path, head=rows_and_momentum(None)["head"])
+    load_checkpoint(path, **rows_and_momentum(None))
 
 
 def read_checkpoint(folder: Path) -> None:
@@ -538,6 +568,11 @@ READERS: dict[str, Reader] = {
     "checkpoint-metadata": Reader(checkpoint, "c/data-0001/.metadata", read_metadata, sizes_agree),
     "checkpoint-values": Reader(checkpoint_values, "values.json", read_values, written_values),
     "checkpoint-data": Reader(checkpoint, "c/data-0001/__0_0.distcp", read_checkpoint, sizes_agree),
+    "parts-manifest": Reader(checkpoint_of_parts, f"{PARTS}/manifest.json", read_checkpoint_of_parts),
+    "parts-metadata": Reader(
+        checkpoint_of_parts, f"{PARTS}/data-0001/part-0000/.metadata", read_checkpoint_of_parts, sizes_agree
+    ),
+    "parts-data": Reader(checkpoint_of_parts, f"{PARTS}/data-0001/__0_0.distcp", read_checkpoint_of_parts, sizes_agree),
     "safetensors": Reader(exported_rows, "rows.safetensors", read_rows),
     "rank-file": Reader(
         rank_file(False), "softmax_fc_gpu_0.pt", read_rank_file, others=(rank_file(True),)
