@@ -226,6 +226,9 @@ class Increments:
         """Return what this rank knows of the checkpoint before, and how many of its rows changed."""
         facts: dict[str, Any] = {"new": secrets.token_hex(8), "token": None, "before": None}
         stores = [loss.rows.store for loss in self.losses]
+        for store in stores:
+            if store is not None:
+                store.note(torch.empty(0, dtype=torch.int64, device="cpu"))  # has somebody else written rows?
         saved: list[SavedIn] = [store.saved for store in stores if store is not None and store.saved is not None]
         same = len(saved) == len(stores) and len({(s.checkpoint, s.token) for s in saved}) == 1
         if same and all(loss.versions() == s.versions for s, loss in zip(saved, self.losses, strict=True)):
@@ -303,7 +306,8 @@ def _losses(named: Mapping[str, Any]) -> Iterator[_Loss]:
     optimizers = {name: thing for name, thing in optimizers.items() if isinstance(thing, torch.optim.Optimizer)}
     for name, thing in named.items():
         rows = None if name in optimizers else getattr(thing, "class_rows", None)
-        if rows is None or (rows.store is None and (rows.behind is None or not rows.behind.steps)):
+        missing = rows is not None and rows.behind is not None and rows.behind.some_are_behind()
+        if rows is None or (rows.store is None and not missing):
             continue
         its = next((n for n, each in optimizers.items() if getattr(each, "class_rows", None) is rows), None)
         if its is not None or rows.behind is None:

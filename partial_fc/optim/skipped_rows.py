@@ -97,7 +97,7 @@ class SkippedRows:
     @torch.no_grad()
     def catch_up(self, index: Tensor | None = None) -> None:
         """Bring the local rows `index`, or all, to where the dense optimizer would have them now."""
-        if not self._some_are_behind():
+        if not self.some_are_behind():
             return
         assert self.done is not None
         for a, b in self._blocks(len(self.done) if index is None else len(index)):
@@ -118,7 +118,7 @@ class SkippedRows:
         They stay at hand for the update, so that nothing is written before it. Where they are large they are written.
         """
         self.taken = None
-        if not self._some_are_behind():
+        if not self.some_are_behind():
             return None
         if sum(each.nbytes(len(index)) for each in self.parameters.values()) > TAKEN_BYTES:
             self.catch_up(index)
@@ -146,12 +146,12 @@ class SkippedRows:
         """Return by parameter what the forward of these rows took: rows, under "", and their state. Nothing, if that
         was another forward; then the memory has them."""
         taken, self.taken = self.taken, None
-        if taken is not None and taken[0] is selected and self._some_are_behind():
+        if taken is not None and taken[0] is selected and self.some_are_behind():
             return taken[1]
         self.catch_up(selected)
         return {}
 
-    def _some_are_behind(self) -> bool:
+    def some_are_behind(self) -> bool:
         """Return whether rows may have missed steps. If somebody else wrote rows they are taken as they are, with a
         warning."""
         if self.steps and self.seen != self.memory():
