@@ -63,6 +63,7 @@ class _Loss:
         self.rows = rows
         self.optimizer = optimizer  # its name, if it is saved too
         self.tensors: dict[str, dict[str, Any]] = {}  # by key, as the manifest describes them
+        self.row_bytes = 0  # of all of them
         self.chosen: _Chosen | None = None  # local rows to write; None for all of them
         self.offset = self.total = 0  # of n among those of all ranks
 
@@ -78,6 +79,7 @@ class _Loss:
         if store is not None and held is None and key != f"{self.optimizer}/{DONE}":
             return
         initial = None if held is None else held.initial
+        self.row_bytes += tensor.shape[1:].numel() * tensor.itemsize
         self.tensors[key] = {
             "row": list(tensor.shape[1:]),
             "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -197,7 +199,8 @@ class Increments:
                 "tensors": described["tensors"] | {k: v for k, v in loss.tensors.items() if k.endswith(DONE)},
                 "counts": [*described["counts"], loss.total],
             }
-            log.info("checkpoint %s: %d rows of %s", self.checkpoint, loss.total, loss.name)
+            size = loss.total * loss.row_bytes
+            log.info("checkpoint %s: %d rows of %s, %d bytes", self.checkpoint, loss.total, loss.name, size)
         if linked:
             self.before, self.parts = Path(first["before"]), first["parts"]
         parts = [part_name(i) for i in range(len(self.parts))]
