@@ -65,6 +65,8 @@ class Case:
     """A node that is started again when another has named it: then the run must go on and end well by itself."""
     road: dict[str, float] = field(default_factory=dict)
     rate: str = ""
+    retries: int | None = None
+    """After how many tries the kernels of the nodes give a connection up (net.ipv4.tcp_retries2); 15 if not given."""
     at_start: bool = False
     """The event is before the run is started."""
 
@@ -156,8 +158,8 @@ CASES = [
     Case("elastic-cut", "cut for 60 s, twice the timeout", cut(*between(0, 1)), EACH_OTHER, launcher="elastic", heals=60),
     Case("elastic-vanish", "the second node loses its power, and is started again", vanish(1), {0: (1,)}, returns=1,
          launcher="elastic"),
-    Case("elastic-vanish-first", "the first node, which has the rendezvous, loses its power", vanish(0), {1: (0,)},
-         launcher="elastic"),
+    Case("elastic-vanish-first", "the first node, which has the rendezvous, loses its power; `tcp_retries2` is 8",
+         vanish(0), {1: (0,)}, launcher="elastic", retries=8),
     Case("cut-at-start", "cut when the run is started, for 60 s", cut(*between(0, 1)), heals=60, at_start=True),
     Case("cut-10min", "cut for 10 minutes, with the timeout as it is", cut(*between(0, 1)), EACH_OTHER, heals=600, timeout=600),
 ]  # fmt: skip
@@ -226,6 +228,7 @@ class Networks:
         expected = self.undisturbed(case.nodes)
         began = time.monotonic()
         with Nodes(self.name, case.nodes, case.network(self.name)) as nodes:
+            nodes.retries = case.retries
             stage = self._stage(case, nodes)
             try:
                 found = self._judge(stage, expected)

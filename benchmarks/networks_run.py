@@ -62,6 +62,7 @@ class Nodes:
         self.addresses = [f"{NET}.{node + 1}" for node in range(count)]
         self.network = network
         self.said: dict[str, Any] = {}  # by the network, when it was removed
+        self.retries: int | None = None  # net.ipv4.tcp_retries2 of each node, if not as it is
         self._over_etc = [Path("/etc/netns") / each for each in self.names]  # `ip netns exec` lays it over /etc
 
     def __enter__(self) -> Nodes:
@@ -95,7 +96,8 @@ class Nodes:
         """The words that run a line of bash on a node, as the first process of a machine with that node's name."""
         name = self.names[node]
         alone = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        return ["ip", "netns", "exec", name, *alone, "bash", "-c", f"hostname {name}; exec {line}"]
+        kernel = "" if self.retries is None else f"echo {self.retries} > /proc/sys/net/ipv4/tcp_retries2; "
+        return ["ip", "netns", "exec", name, *alone, "bash", "-c", f"{kernel}hostname {name}; exec {line}"]
 
 
 class Switch:
