@@ -633,7 +633,7 @@ def check_tensors(changes: dict[str, Any]) -> None:
         if phase in found and (phase != "select" or any(i.name == "steps of each row" for i in made.items)):
             # in half precision the CPU has temporaries of its own, which differ from one processor to another
             # and weights that stand still without a gradient (RMSprop) are not copied when their row is moved
-            rel = 0.06 if changes.get("dtype") not in (BF16, F16) else 0.1
+            rel = 0.07 if changes.get("dtype") not in (BF16, F16) else 0.1
             own = made.phases[phase] - (2 if phase == "select" else 1) * table  # there beside that of the cycle before
             assert own == pytest.approx(found[phase], rel=rel), phase
     assert made.peak - table == pytest.approx(max(found.values()), rel=0.02)
