@@ -509,7 +509,8 @@ def allocated(made: Plan) -> dict[str, int]:
     x = torch.randn(
         a["batch_size"], a["embedding_size"], dtype=torch.promote_types(a["dtype"], torch.float32), requires_grad=True
     )
-    labels = torch.randperm(a["num_classes"])[: a["batch_size"]]
+    # how many rows a step selects depends on them
+    labels = torch.randperm(a["num_classes"], generator=torch.Generator().manual_seed(0))[: a["batch_size"]]
     gc.collect()  # what others leave would be subtracted when it goes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         for _ in range(4):
@@ -633,7 +634,7 @@ def check_tensors(changes: dict[str, Any]) -> None:
         if phase in found and (phase != "select" or any(i.name == "steps of each row" for i in made.items)):
             # in half precision the CPU has temporaries of its own, which differ from one processor to another
             # and weights that stand still without a gradient (RMSprop) are not copied when their row is moved
-            rel = 0.07 if changes.get("dtype") not in (BF16, F16) else 0.1
+            rel = 0.06 if changes.get("dtype") not in (BF16, F16) else 0.1
             own = made.phases[phase] - (2 if phase == "select" else 1) * table  # there beside that of the cycle before
             assert own == pytest.approx(found[phase], rel=rel), phase
     assert made.peak - table == pytest.approx(max(found.values()), rel=0.02)
