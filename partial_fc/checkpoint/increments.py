@@ -133,7 +133,8 @@ class _Loss:
         return RowBlocks(torch.Size([self.total]), torch.int64, self.offset, len(chosen), take)
 
     def versions(self) -> tuple[int, ...]:
-        return _versions(self.rows)
+        """Return what changes if somebody writes to parameters as a whole; steps write to their local part."""
+        return tuple(p._version for p in self.rows.parameters.values() if isinstance(p, DTensor))  # noqa: SLF001
 
     def counts(self, since: bool) -> dict[str, int]:
         """Return how many rows this rank would write. since: there is a checkpoint that has all but those that
@@ -286,11 +287,6 @@ class _Chosen:
         found = self.flags[(first - 1) * FLAGS : last * FLAGS].nonzero()[:, 0] + (first - 1) * FLAGS
         start = a - int(self.before[first - 1])
         return found[start : start + b - a]
-
-
-def _versions(rows: Any) -> tuple[int, ...]:
-    """Return what changes if somebody writes to parameters as a whole; steps write to their local part."""
-    return tuple(p._version for p in rows.parameters.values() if isinstance(p, DTensor))  # noqa: SLF001
 
 
 def loaded_from(named: Mapping[str, Any], checkpoint: Path, manifest: Mapping[str, Any]) -> None:

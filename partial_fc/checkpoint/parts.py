@@ -134,10 +134,8 @@ class StoredRows:
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder = folder
         data = folder / manifest["data"]
-        self.own = SafeReader(data)
-        self.parts = [_Part(data / part) for part in manifest["parts"]]
-        self.parts.append(_Part(data))
-        self.parts[-1].reader = self.own
+        self.parts = [_Part(data / part) for part in (*manifest["parts"], "")]
+        self.own = self.parts[-1].reader
         self.losses: dict[str, Any] = manifest["rows"]
         self.of: dict[str, str] = {}  # key -> loss
         self.initial: dict[str, Initial] = {}

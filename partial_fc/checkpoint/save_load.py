@@ -95,9 +95,7 @@ def load_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
     """
     check_to_load(named)
     folder = Path(path)
-    manifest = on_every_rank(lambda: read_manifest(folder))
-    reader = SafeReader(folder / manifest["data"])
-    metadata, stored = on_every_rank(lambda: _verified(folder, manifest, reader))
+    manifest, reader, metadata, stored = on_every_rank(lambda: _opened(folder))
     missing = sorted(set(named) - set(manifest["names"]))
     if missing:
         raise ValueError(f"checkpoint {folder} has no {', '.join(missing)}; it has {', '.join(manifest['names'])}")
@@ -127,21 +125,16 @@ def stored_tensors(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Size, 
     Other keys look like "head_optimizer/state/0/momentum_buffer". Not a collective; loads no tensor. Raises
     FileNotFoundError or ValueError as `load_checkpoint` does.
     """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    metadata, _ = _verified(folder, manifest, SafeReader(folder / manifest["data"]))
+    _, _, metadata, _ = _opened(Path(path))
     return {k: (v.size, v.properties.dtype) for k, v in metadata.items() if isinstance(v, TensorStorageMetadata)}
 
 
 def stored_values(path: str | os.PathLike[str], name: str) -> Any:
     """Return the stored state of `name` with `{"__tensor__": key}` in place of each tensor. Not a collective."""
-    folder = Path(path)
     skeleton: dict[str, Any] = {name: 0}
-    manifest = read_manifest(folder)
+    manifest, reader, _, _ = _opened(Path(path))
     if name not in manifest["names"]:
-        raise ValueError(f"checkpoint {folder} has no {name}; it has {', '.join(manifest['names'])}")
-    reader = SafeReader(folder / manifest["data"])
-    _verified(folder, manifest, reader)
+        raise ValueError(f"checkpoint {Path(path)} has no {name}; it has {', '.join(manifest['names'])}")
     read(skeleton, reader, alone=True)
     return skeleton[name]
 
@@ -153,10 +146,7 @@ def stream_tensor(path: str | os.PathLike[str], key: str, take: Callable[[int, T
 
     Raises FileNotFoundError, ValueError or OSError as `load_checkpoint` does.
     """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    reader = SafeReader(folder / manifest["data"])
-    _, stored = _verified(folder, manifest, reader)
+    _, reader, _, stored = _opened(Path(path))
     if stored is None or key not in stored.described:
         stream(reader, key, take)
         return
@@ -166,9 +156,7 @@ def stream_tensor(path: str | os.PathLike[str], key: str, take: Callable[[int, T
 
 def stored_rows(path: str | os.PathLike[str]) -> StoredRows | None:
     """Return the class rows of a checkpoint that has them in parts (increments.py); None if it has none so."""
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    return _verified(folder, manifest, SafeReader(folder / manifest["data"]))[1]
+    return _opened(Path(path))[3]
 
 
 # ---------------------------------------------------------------------------------------------------- state dicts
@@ -375,15 +363,17 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _verified(folder: Path, manifest: dict[str, Any], reader: SafeReader) -> tuple[dict[str, Any], StoredRows | None]:
-    """Return what the checkpoint has by key, and its class rows if they are in parts. ValueError or FileNotFoundError
-    if a file is missing or not as it was written."""
+def _opened(folder: Path) -> tuple[dict[str, Any], SafeReader, dict[str, Any], StoredRows | None]:
+    """Return the manifest of a checkpoint, the reader of its own data, what it has by key, and its class rows if they
+    are in parts. ValueError or FileNotFoundError if a file is missing or not as it was written."""
+    manifest = read_manifest(folder)
     problem = find_damage(folder, manifest)
     if problem is not None:
         raise problem
+    if manifest["format"] == WITH_PARTS:
+        stored = StoredRows(folder, manifest)
+        stored.check()
+        return manifest, stored.own, stored.metadata(), stored
+    reader = SafeReader(folder / manifest["data"])
     reader.check()
-    if manifest["format"] != WITH_PARTS:
-        return reader.read_metadata().state_dict_metadata, None
-    stored = StoredRows(folder, manifest)
-    stored.check()
-    return stored.metadata(), stored
+    return manifest, reader, reader.read_metadata().state_dict_metadata, None

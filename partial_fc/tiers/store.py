@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +190,7 @@ class RowStore:
     def ready(self, index: Tensor | None, *, ahead: bool = True) -> None:
         """Call it before the local rows `index`, or all, are read or written. RowStoreError if they cannot be. ahead:
         they are those of a forward, after which others come."""
-        try:
+        with _telling():
             self._wait()
             self.note(index)
             if index is None:
@@ -208,20 +208,12 @@ class RowStore:
             if self.folder is not None and ahead:
                 self._pending = self._worker().submit(self._ahead, self.upcoming(), self._last)
                 self._last = index
-        except Exception as error:
-            if dist.is_initialized():
-                tell_own(error, READING)
-            raise
 
     def readable(self, index: Tensor) -> None:
         """Call it before the local rows `index` are read as they are. RowStoreError if they cannot be."""
-        try:
-            if self.folder is not None:
+        if self.folder is not None:
+            with _telling():
                 self._read_in(index)
-        except Exception as error:
-            if dist.is_initialized():
-                tell_own(error, READING)
-            raise
 
     def check(self, rows: Any, *, trains: bool) -> None:
         """Raise RowStoreError if the thread has found that rows cannot be read or written, RuntimeError if a training
@@ -427,6 +419,17 @@ def _runs(blocks: Tensor) -> list[tuple[int, int]]:
 def _memory_for_files() -> int:
     """Return how many bytes of one file the page cache may be expected to hold beside others."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """Tell the other ranks of an error of this one, which they would wait for."""
+    try:
+        yield
+    except Exception as error:
+        if dist.is_initialized():
+            tell_own(error, READING)
+        raise
 
 
 class _Naming:
