@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from partial_fc import ArcFace, CosFace, PartialFC, Softmax
-from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import local_part
 from partial_fc.kernels import choice, launch, logits
 
 WORSE = 1.5  # times the largest error of plain PyTorch

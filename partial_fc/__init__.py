@@ -18,7 +18,8 @@ from partial_fc.classes.predictions import Predictions
 from partial_fc.classes.queries import Neighbours
 from partial_fc.diagnosis.check_margin import check_margin
 from partial_fc.diagnosis.doctor import Report, doctor
-from partial_fc.distributed.missing import RankMissing, naming_the_missing
+from partial_fc.distributed.inquiry import RankMissing
+from partial_fc.distributed.ranks import naming_the_missing
 from partial_fc.errors import NonFiniteError
 from partial_fc.head import PartialFC
 from partial_fc.loop.divergence import DivergenceError, DivergenceWatch

@@ -26,14 +26,19 @@ from partial_fc.batch.building import together
 from partial_fc.batch.exchange import GlobalBatch, gradient_of_losses
 from partial_fc.batch.row_sums import add_to_rows
 from partial_fc.batch.status import as_matrix
-from partial_fc.batch.targets import sample_weights_of, targets_of
+from partial_fc.batch.targets import targets_of
 from partial_fc.classes.changeable import ChangeableLoss
 from partial_fc.classes.class_means import Batches
 from partial_fc.distributed.derivatives import executes, first_derivative
-from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import real
-from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Group, all_gather_mesh, start_reduce_scatter, sum_over_replicas
+from partial_fc.distributed.ranks import (
+    Group,
+    all_gather_mesh,
+    local_part,
+    naming_the_missing,
+    start_reduce_scatter,
+    sum_over_replicas,
+)
 from partial_fc.distributed.sums import sum_over_ranks
 from partial_fc.nonfinite.check_gradients import check_step
 from partial_fc.nonfinite.wiring import follow_in_eval
@@ -183,7 +188,7 @@ class CenterLoss(ChangeableLoss):
 
     def _own_targets(self, batch: GlobalBatch, scatter: bool) -> _OwnTargets:
         dtype, _ = compute_dtypes(batch.embeddings, self.centers)
-        found = targets_of(batch, self.num_classes, self.ignore_index, dtype)
+        found = targets_of(batch, self.num_classes, self.ignore_index, self.reduction, dtype)
         targets, label_weights = found.ids, found.weights
         counts = label_weights
         if batch.sample_weights is not None:
@@ -206,7 +211,7 @@ class CenterLoss(ChangeableLoss):
             row=row,
             label_weights=weights[0],
             counts=weights[1],
-            sample_weights=sample_weights_of(batch, found, self.num_classes, self.ignore_index, self.reduction),
+            sample_weights=found.of_samples,
             mesh_rows=self._mesh_rows(batch),
             every=every,
             reduction=self.reduction,

@@ -21,10 +21,9 @@ from torch.profiler import record_function
 
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.later import counted_if_alike
-from partial_fc.batch.targets import sample_weights_of, targets_of
+from partial_fc.batch.targets import targets_of
 from partial_fc.classes.head_state import HeadState
-from partial_fc.distributed.dtensors import local_part
-from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import local_part, naming_the_missing
 from partial_fc.kernels.choice import Kernels
 from partial_fc.optim.kernel_moves import taken_directions
 from partial_fc.sampling import mix, select_rows
@@ -32,48 +31,11 @@ from partial_fc.softmax.cross_entropy import sharded_cross_entropy
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes
 
+Picked = dict[str, Tensor]  # rows of a forward by parameter, up to date
+
 
 class PartialFC(HeadState):
     """A sharded classification head with its loss. Call `loss = head(embeddings, labels)` on every rank of its group.
-
-    Args:
-        embedding_size: D, width of the embeddings.
-        num_classes: C, classes over all ranks; may be smaller than the number of ranks.
-        margin: what happens to target logits, and the scale; by default `ArcFace(scale=64.0, margin=0.5)`.
-        sample_rate: r, share of classes drawn for a step; 1 for all.
-        sample_block: how many consecutive ids are drawn at a time (docs/tiers.md).
-        group: a ProcessGroup or 1-D DeviceMesh to split classes over, or a 2-D mesh (replicate, shard); None for all
-            ranks, or this process alone without a group. The backbone's gradients must be averaged over the same ranks.
-        seed: of initial weights and draws; must agree between ranks.
-        init_std: standard deviation of initial weights.
-        ignore_index: label of samples that take no part.
-        reduction: "mean" over the valid samples of the global batch (weighted; 0 without any), "sum", or "none": this
-            rank's weighted losses; the objective is the mean over ranks of what each makes of them (docs/losses.md).
-        scale_embedding_grad: multiply the embeddings' gradient by the number of ranks, by which DDP and FSDP divide.
-        logits_budget: bytes of kept logits `[N, S]` on a rank (default 1 GiB); beyond it backward computes them again.
-        label_smoothing: ε in [0, 1), as in `F.cross_entropy`, over the selected classes: all at r = 1.
-        interclass_filter: cosine in (-1, 1] beyond which another class is taken for the sample's own under a second
-            label and left out of the denominator (arXiv 2203.15565, section 3.4); None for no filter.
-        inter_topk: k, how many of the other classes that are nearest to a sample, of those selected, count as nearer by
-            `inter_topk_penalty`, an angle in radians in [0, π) (arXiv 2110.05042); 0 for none.
-        hard_negatives: K, nearest classes of each class of the batch that take part as well, at r < 1: searched every
-            `hard_negatives_every` training forwards, "exact" or by "faiss" (`hard_negatives_search`; docs/losses.md).
-        sampling_correction: "importance" takes a class that only the window drew for C/w classes (w = r·C), so that
-            the denominator has the mean of that over all; "none" as in the papers. For r < 1 (docs/losses.md).
-        class_weights: `[C]`, as in `F.cross_entropy(weight=...)`, on every rank; a sample of several classes has the
-            mean of their weights, by its label weights. A mean is divided by the sum of the samples' weights.
-        metrics: measure `metrics` in every forward; nothing is computed for them otherwise. `head.collect_metrics`
-            switches it between forwards, on all ranks alike.
-        validate: look for bad labels, NaN and infinities "always", in the "first" batch and its step, or "never".
-            Shapes are always checked. For a `GlobalBatch`, `gather` has looked.
-        on_nonfinite: what all ranks do about a NaN or infinity in any rank's embeddings, loss or gradients: "raise"
-            NonFiniteError, "skip" the step (`skipped` is True), or "log" bad embeddings and look at nothing else. See
-            `check_gradients` and docs/nonfinite.md.
-        max_skips: how many steps in a row may be skipped before NonFiniteError is raised; None for any number.
-        kernels: "auto" for kernels in Triton where they serve, "off", or "interpret" (docs/kernels.md).
-        device: of the weights.
-        dtype: of the weights; float32 unless the default is another.
-        storage: `HostRows()` or `FileRows(folder)` for rows in host memory or in files (docs/tiers.md).
 
     Shapes: embeddings `[N_local, D]` float, labels `[N_local]` int64; N_local may be 0. The loss is 0-d, or `[N_local]`
     for "none". Raises ValueError for bad arguments or inputs, the same on every rank; RuntimeError for wrong wiring.
@@ -115,27 +77,24 @@ class PartialFC(HeadState):
             loss, losses, self._measured = sharded_cross_entropy(x, weight, bias, offset, anchor, chosen, options, sink)
         return self._follow(loss, losses, batch)
 
-    def _select(
-        self, batch: GlobalBatch, options: LossOptions, scatter: bool
-    ) -> tuple[Selection, dict[str, Tensor] | None]:
+    def _select(self, batch: GlobalBatch, options: LossOptions, scatter: bool) -> tuple[Selection, Picked | None]:
         """Return the targets and this rank's rows that take part; those of each parameter, if not as in the shard."""
         shards, ranks = self.shards, batch.ranks
         dtypes = compute_dtypes(batch.embeddings, self.weight)
-        targets = targets_of(batch, self.num_classes, self.ignore_index, dtypes[0])
-        counts = self.num_classes, self.ignore_index, self.reduction, self.class_weights, self.label_smoothing > 0
-        sample_weights = sample_weights_of(batch, targets, *counts)
-        if self.training and sample_weights.device.type != "cpu":
-            sample_weights = counted_if_alike(sample_weights, self.margin.buffers(), ranks)
+        counts = self.num_classes, self.ignore_index, self.reduction, dtypes[0], self.class_weights
+        targets = targets_of(batch, *counts, within=self.label_smoothing > 0)
+        if self.training and targets.ids.device.type != "cpu":
+            alike = counted_if_alike(targets.of_samples, self.margin.buffers(), ranks)
+            targets = targets._replace(of_samples=alike)
         rows = slots = correction = kernels = None
         on_device = self.weight.device.type != "cpu" or (self._kernels == "interpret" and not self.class_rows.travels)
         if self._kernels != "off" and on_device:
             kernels = self.kernels_for(options, batch.embeddings)
         self.class_rows.kernels = kernels
         if self.training and self._sample_rate < 1:
-            positives = targets.ids  # of this replica; a label without weight is drawn nevertheless
-            if ranks.replica_group is not None or batch.label_weights is not None:
-                positives = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
-            positives = self.with_hard_negatives(positives) if self._hard_negatives else positives
+            positives = targets.ids
+            if ranks.replica_group is not None or batch.label_weights is not None or self._hard_negatives:
+                positives = self.classes_always_taken(batch, positives)
             drawn = self.num_classes, self._sample_rate, self.seed, shards.lo, shards.hi, self.weight.device
             windows = self._windows.fit(*drawn, self._sample_block)
             if self.weight.device.type == "cpu":  # elsewhere the host must not wait
@@ -147,25 +106,12 @@ class PartialFC(HeadState):
                 correction = self._correct(rows.to(positives.device), slots, positives, options, dtypes)
         current = self.class_rows.take(rows)
         rows = rows if rows is None or self.class_rows.sent is None else self.class_rows.sent[0]
+        keep = self._keeps_logits(batch, shards.local if rows is None else len(rows), options, kernels)
+        directions = None if kernels is None or current is None else taken_directions(current)
         chosen = Selection(
-            batch=batch,
-            rows=rows,
-            slots=slots,
-            picked=current is not None,
-            lo=shards.lo,
-            hi=shards.hi,
-            targets=targets.ids,
-            exists=targets.exists,
-            target_weights=targets.weights,
-            sample_weights=sample_weights,
-            keep_logits=self._keeps_logits(batch, shards.local if rows is None else len(rows), options, kernels),
-            scatter=scatter,
-            first_sample=sum(row.samples for row in batch.status[: ranks.replica * ranks.world]),
-            draw_key=mix(self.seed, self.forward_count),
-            correction=correction,
-            kernels=kernels,
-            directions=None if kernels is None or current is None else taken_directions(current),
-        )
+            batch, rows, slots, current is not None, shards.lo, shards.hi, targets, keep, scatter,
+            draw_key=mix(self.seed, self.forward_count), correction=correction, kernels=kernels, directions=directions,
+        )  # fmt: skip
         return chosen, current
 
     def _keeps_logits(self, batch: GlobalBatch, classes: int, options: LossOptions, kernels: Kernels | None) -> bool:

@@ -32,7 +32,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "manifest": ("checkpoint.manifest",),
     "means": ("classes.class_means",),
     "migration": ("weights.rank_files", "weights.rank_paths", "weights.torch_file"),
-    "missing": ("distributed.missing", "distributed.inquiry"),
+    "missing": ("distributed.ranks", "distributed.inquiry"),
     "moves": ("classes.mapping", "classes.moves"),
     "plan": ("planning.plan", "planning.advice", "planning.memory"),
     "preemption": ("loop.preemption",),

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from partial_fc import errors
 from partial_fc.batch.row_sums import Pads, add_rows
-from partial_fc.distributed.dtensors import local_part, same_storage, wrap_rows
+from partial_fc.distributed.ranks import local_part, wrap_rows
 from partial_fc.distributed.shards import ClassShards
 from partial_fc.step_record import StepRecord
 from partial_fc.tiers.travel import brought_home, sent
@@ -189,5 +189,5 @@ class ClassRows:
         if self.shards.ranks.group is None and dist.is_initialized():
             raise errors.built_before_group()
         for name, storage in self.storages.items():  # the local rows stay what they were
-            if not same_storage(self.parameters[name], storage):
+            if self.parameters[name].untyped_storage()._cdata != storage._cdata:
                 raise errors.assigned_data(self.owner, name)

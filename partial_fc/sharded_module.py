@@ -19,10 +19,9 @@ from partial_fc import errors
 from partial_fc.batch.building import agree_to_build
 from partial_fc.batch.facts import Agreed, comparable
 from partial_fc.distributed.anomaly import allow_anomaly_detection
-from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import as_whole, real, whole
 from partial_fc.distributed.groups import backends_of, device_of_rows, ranks_of
-from partial_fc.distributed.ranks import Group
+from partial_fc.distributed.ranks import Group, local_part
 from partial_fc.distributed.shards import ClassShards
 from partial_fc.distributed.tools import drawing_rows, meet_tool
 from partial_fc.distributed.wrapping import DDP, FSDP2, refuse

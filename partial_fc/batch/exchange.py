@@ -58,6 +58,11 @@ class GlobalBatch:
         return slice(start, start + self.counts[self.ranks.rank])
 
     @property
+    def first_sample(self) -> int:
+        """The place of this replica's first sample among those of all replicas."""
+        return sum(row.samples for row in self.status[: self.ranks.replica * self.ranks.world])
+
+    @property
     def most_samples(self) -> int:
         """N of the largest replica: what is summed over replicas tile by tile needs the same tiles on all of them."""
         world, samples = self.ranks.world, [row.samples for row in self.status]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import local_part
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,36 @@ def weigh_labels(labels: Tensor, named: Tensor, label_weights: Tensor) -> tuple[
     return exists, weights * exists
 
 
-def weigh_batch(
+def other_weights(
+    batch: GlobalBatch,
+    named: Tensor,
+    classes: int,
+    ignore_index: int,
+    mean: bool,
+    dtype: torch.dtype,
+    class_weights: Tensor | None,
+    within: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (which labels `[N, L]` are targets, the weight of each in its sample, the weights of the samples' losses
+    `[N]`, those whose sum a mean is divided by, of all replicas, whether all labels are classes or ignored, 0-d, where
+    nobody has looked at them).
+
+    named: which labels are not ignored. within: the loss itself has the class weights in it. mean: the fourth is
+    needed.
+    """
+    labels, fine = as_matrix(batch.labels), None
+    if not batch.looked:
+        named, fine = without_bad_labels(labels, named, classes)
+    exists, weights, one = named, named.to(dtype), None
+    if batch.label_weights is not None:
+        exists, weights = weigh_labels(labels, named, batch.label_weights.to(dtype))
+    elif labels.shape[1] == 1:
+        one = weights[:, 0]
+    of_batch = named, one, dtype, classes, ignore_index, class_weights, within, mean
+    return exists, weights, *_weigh_batch(batch, *of_batch), fine
+
+
+def _weigh_batch(
     batch: GlobalBatch,
     named: Tensor,
     one: Tensor | None,
@@ -41,8 +70,7 @@ def weigh_batch(
 ) -> tuple[Tensor, Tensor]:
     """Return the weights of the samples' losses `[N]`, and those whose sum a mean is divided by, of all replicas.
 
-    named: `[N, L]`, which labels are classes. one: 1 for samples that are not ignored, where it is known. within: the
-    loss itself has the class weights in it. mean: the second is needed.
+    named: `[N, L]`, which labels are classes. one: 1 for samples that are not ignored, where it is known.
     """
     counted = None if within else class_weights
     weights = _weigh(one, named, batch.labels, batch.label_weights, batch.sample_weights, dtype, counted)

@@ -49,7 +49,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.futures import Future
 
 from partial_fc.checkpoint.safe_reader import SafeReader
-from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import naming_the_missing
 from partial_fc.distributed.shards import local_part, shard_bounds
 from partial_fc.tiers.store import RowStoreError
 

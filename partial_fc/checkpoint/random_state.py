@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import naming_the_missing
 from partial_fc.sampling import mix
 
 

@@ -23,7 +23,7 @@ from partial_fc.batch.status import LabelSet
 from partial_fc.batch.targets import check_batch
 from partial_fc.classes.interface import Changeable
 from partial_fc.distributed.meeting import meet
-from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import naming_the_missing
 from partial_fc.distributed.shards import ClassShards, local_part
 from partial_fc.optim.row_state import MASTER
 from partial_fc.sampling import mix

@@ -30,9 +30,8 @@ from partial_fc.classes.changeable import ChangeableLoss
 from partial_fc.classes.interface import Change
 from partial_fc.classes.queries import nearest_classes
 from partial_fc.distributed.given import whole
-from partial_fc.distributed.missing import naming_the_missing
 from partial_fc.distributed.operation import operation
-from partial_fc.distributed.ranks import all_gather
+from partial_fc.distributed.ranks import all_gather, naming_the_missing
 from partial_fc.distributed.shards import ClassShards, shard_bounds
 from partial_fc.errors import NonFiniteError, log
 from partial_fc.sharded_module import check_choice

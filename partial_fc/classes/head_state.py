@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc.batch.building import together
+from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.checkpoint.save_load import PLACEHOLDER
 from partial_fc.classes.hard_negatives import UNKNOWN, HardNegatives, Search, check_hard_negatives
 from partial_fc.classes.head_arguments import check_head_arguments, checked_block
@@ -23,8 +24,7 @@ from partial_fc.classes.tables import (
     checked_class_weights,
     prepare_anew,
 )
-from partial_fc.distributed.dtensors import local_part
-from partial_fc.distributed.ranks import Group
+from partial_fc.distributed.ranks import Group, local_part
 from partial_fc.errors import log
 from partial_fc.kernels.choice import Case, Kernels, KernelsMode, choose, mode_of
 from partial_fc.kernels.launch import prepare
@@ -118,7 +118,52 @@ class HeadState(HeadPredictions):
         dtype: torch.dtype | None = None,
         storage: Storage | None = None,
     ) -> None:
-        """For the arguments see `PartialFC`."""
+        """Build the head, on every rank of its group.
+
+        Args:
+            embedding_size: D, width of the embeddings.
+            num_classes: C, classes over all ranks; may be smaller than the number of ranks.
+            margin: what happens to target logits, and the scale; by default `ArcFace(scale=64.0, margin=0.5)`.
+            sample_rate: r, share of classes drawn for a step; 1 for all.
+            sample_block: how many consecutive ids are drawn at a time (docs/tiers.md).
+            group: a ProcessGroup or 1-D DeviceMesh to split classes over, or a 2-D mesh (replicate, shard); None for
+                all ranks, or this process alone without a group. The backbone's gradients must be averaged over the
+                same ranks.
+            seed: of initial weights and draws; must agree between ranks.
+            init_std: standard deviation of initial weights.
+            ignore_index: label of samples that take no part.
+            reduction: "mean" over the valid samples of the global batch (weighted; 0 without any), "sum", or "none":
+                this rank's weighted losses; the objective is the mean over ranks of what each makes of them
+                (docs/losses.md).
+            scale_embedding_grad: multiply the embeddings' gradient by the number of ranks, by which DDP and FSDP
+                divide.
+            logits_budget: bytes of kept logits `[N, S]` on a rank (default 1 GiB); beyond it backward computes them
+                again.
+            label_smoothing: ε in [0, 1), as in `F.cross_entropy`, over the selected classes: all at r = 1.
+            interclass_filter: cosine in (-1, 1] beyond which another class is taken for the sample's own under a second
+                label and left out of the denominator (arXiv 2203.15565, section 3.4); None for no filter.
+            inter_topk: k, how many of the other classes that are nearest to a sample, of those selected, count as
+                nearer by `inter_topk_penalty`, an angle in radians in [0, π) (arXiv 2110.05042); 0 for none.
+            hard_negatives: K, nearest classes of each class of the batch that take part as well, at r < 1: searched
+                every `hard_negatives_every` training forwards, "exact" or by "faiss" (`hard_negatives_search`;
+                docs/losses.md).
+            sampling_correction: "importance" takes a class that only the window drew for C/w classes (w = r·C), so that
+                the denominator has the mean of that over all; "none" as in the papers. For r < 1 (docs/losses.md).
+            class_weights: `[C]`, as in `F.cross_entropy(weight=...)`, on every rank; a sample of several classes has
+                the mean of their weights, by its label weights. A mean is divided by the sum of the samples' weights.
+            metrics: measure `metrics` in every forward; nothing is computed for them otherwise. `head.collect_metrics`
+                switches it between forwards, on all ranks alike.
+            validate: look for bad labels, NaN and infinities "always", in the "first" batch and its step, or "never".
+                Shapes are always checked. For a `GlobalBatch`, `gather` has looked.
+            on_nonfinite: what all ranks do about a NaN or infinity in any rank's embeddings, loss or gradients: "raise"
+                NonFiniteError, "skip" the step (`skipped` is True), or "log" bad embeddings and look at nothing else.
+                See `check_gradients` and docs/nonfinite.md.
+            max_skips: how many steps in a row may be skipped before NonFiniteError is raised; None for any number.
+            kernels: "auto" for kernels in Triton where they serve, "off", or "interpret" (docs/kernels.md).
+            device: of the weights.
+            dtype: of the weights; float32 unless the default is another.
+            storage: `HostRows()` or `FileRows(folder)` for rows in host memory or in files (docs/tiers.md).
+        """
         margin = ArcFace() if margin is None else margin
         numbers = check_head_arguments(
             margin, sample_rate, label_smoothing, interclass_filter, inter_topk, inter_topk_penalty, logits_budget
@@ -274,6 +319,14 @@ class HeadState(HeadPredictions):
     def rows_ahead(self) -> Callable[[], Tensor] | None:
         """Return what draws the local rows of the window of the forward after this one; None in evaluation."""
         return functools.partial(self._windows.rows, self.forward_count + 1) if self.training else None
+
+    def classes_always_taken(self, batch: GlobalBatch, positives: Tensor) -> Tensor:
+        """Return the ids of the classes that take part besides a window, in any shape; −1 is none. positives: those of
+        the targets of this replica."""
+        if batch.ranks.replica_group is not None or batch.label_weights is not None:
+            # replicas select the same rows; a label without weight is drawn nevertheless
+            positives = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
+        return self.with_hard_negatives(positives) if self._hard_negatives else positives
 
     def _select_at_once(self, positives: Tensor, options: LossOptions) -> tuple[Tensor, Slots | None]:
         """Return this rank's rows of the forward, and the slots behind its window, without a wait for the device."""

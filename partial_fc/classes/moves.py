@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.classes.mapping import ClassMoves
-from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import naming_the_missing
 from partial_fc.distributed.shards import ClassShards, shard_bounds
 
 BLOCK_BYTES = 8 << 20

@@ -32,8 +32,7 @@ from partial_fc.classes import best_classes
 from partial_fc.classes.best_classes import BestClasses, largest
 from partial_fc.classes.query_arguments import QUERY, check_query, unit_factors
 from partial_fc.distributed.given import whole_if_any
-from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh
+from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, naming_the_missing
 from partial_fc.distributed.shards import local_part, shard_bounds
 from partial_fc.errors import NonFiniteError
 from partial_fc.rows import ClassRows

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.classes.interface import Change
-from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import local_part
 from partial_fc.margins.base import Margin
 
 

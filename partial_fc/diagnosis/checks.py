@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import naming_the_missing
 
 
 @dataclass(frozen=True)

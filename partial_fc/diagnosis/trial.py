@@ -23,8 +23,7 @@ from partial_fc.diagnosis.checks import Check, agreed, gather_objects
 from partial_fc.diagnosis.gradients import reach_checks, scale_check
 from partial_fc.diagnosis.undo import Undo
 from partial_fc.diagnosis.wiring import DEEPSPEED, FSDP2, Wiring, bare
-from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Ranks
+from partial_fc.distributed.ranks import Ranks, naming_the_missing
 from partial_fc.distributed.shards import local_part
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.optim.row_state import HALF

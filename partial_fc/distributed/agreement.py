@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from partial_fc.distributed.groups import device_of, ranks_of
 from partial_fc.distributed.meeting import AGREEMENT, meet
-from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import naming_the_missing
 
 Result = TypeVar("Result")
 

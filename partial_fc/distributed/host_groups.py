@@ -12,7 +12,7 @@ import weakref
 import torch.distributed as dist
 
 from partial_fc.distributed.inquiry import RankMissing
-from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import naming_the_missing
 
 NO_GROUP = (
     "a loss in a group of NCCL exchanges counts by a gloo group beside it, which could not be made: set "

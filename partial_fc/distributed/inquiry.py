@@ -8,7 +8,7 @@
                is absent, the other ranks' conclusions are used: some of them may have failed because of a rank in
                another group
     probe      if nobody is missing at all, the machines try to reach each other (machines.py)
-    report     the message and the ranks of a `RankMissing`, which missing.py raises
+    report     the message and the ranks of a `RankMissing`, which ranks.py raises
 
 None of this uses collectives, which would fail as well. If the store does not respond, what is missing is the rank that
 hosts it, or its machine, or the network to that: ranks know beforehand which machine it is (machines.py).

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from partial_fc.distributed.groups import backends_of
-from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Ranks
+from partial_fc.distributed.ranks import Ranks, naming_the_missing
 from partial_fc.distributed.store import default_store, machine_id
 
 KEY = "partial_fc/gpus"  # in the store, followed by the ranks that build a head, and the number of the building

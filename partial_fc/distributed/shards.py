@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from partial_fc.distributed.dtensors import local_part as local_part
-from partial_fc.distributed.dtensors import wrap_rows
 from partial_fc.distributed.groups import device_of
-from partial_fc.distributed.ranks import Ranks
+from partial_fc.distributed.ranks import Ranks, wrap_rows
+from partial_fc.distributed.ranks import local_part as local_part
 
 PICKLED = (
     "a head in a process group cannot be pickled (torch.save(model), multiprocessing), because its rows are on several "

@@ -15,8 +15,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import MOST_GATHERED, all_gather
+from partial_fc.distributed.ranks import MOST_GATHERED, all_gather, naming_the_missing
 
 
 def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None, what: str = "an exchange") -> Tensor:

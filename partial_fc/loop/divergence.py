@@ -27,8 +27,7 @@ from partial_fc.distributed.agreement import check_same
 from partial_fc.distributed.given import as_whole, whole
 from partial_fc.distributed.groups import device_of, ranks_of
 from partial_fc.distributed.meeting import meet
-from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import all_gather
+from partial_fc.distributed.ranks import all_gather, naming_the_missing
 from partial_fc.distributed.shards import local_part
 from partial_fc.loop.checksums import checksums, mixed
 from partial_fc.sharded import ShardedLoss

@@ -30,8 +30,7 @@ from torch import Tensor
 from partial_fc.distributed.given import whole
 from partial_fc.distributed.groups import current_device, device_of, ranks_of
 from partial_fc.distributed.meeting import meet
-from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Group, Ranks
+from partial_fc.distributed.ranks import Group, Ranks, naming_the_missing
 from partial_fc.distributed.texts import gather_texts
 
 Batch = TypeVar("Batch")

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from partial_fc.distributed.groups import device_of, ranks_of
-from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import naming_the_missing
 
 # Windows has no SIGUSR1
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import plain, real
+from partial_fc.distributed.ranks import local_part
 from partial_fc.margins.arguments import describe, given_of, remembering, remembering_classes, set_argument
 from partial_fc.margins.positives import Positives
 

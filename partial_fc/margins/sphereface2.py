@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from partial_fc.distributed.dtensors import local_part
 from partial_fc.distributed.given import real
+from partial_fc.distributed.ranks import local_part
 from partial_fc.margins.angles import nearer
 from partial_fc.margins.base import Margin, angle, at_least, require
 from partial_fc.margins.fixed import angular

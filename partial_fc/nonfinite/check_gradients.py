@@ -10,9 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.distributed.dtensors import local_part
-from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Ranks, sum_over_replicas
+from partial_fc.distributed.ranks import Ranks, local_part, naming_the_missing, sum_over_replicas
 from partial_fc.nonfinite.scalers import SUSPICIOUS, largest_factor, look_at_wiring, scaled_and_stepped
 from partial_fc.nonfinite.step_check import decide, local_flags, norms_of, others
 from partial_fc.nonfinite.wiring import refuse_alone

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.batch.status import as_matrix
-from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import local_part
 from partial_fc.distributed.texts import gather_texts
 from partial_fc.rows import ClassRows
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import local_part
 from partial_fc.nonfinite.wiring import refuse_alone
 from partial_fc.rows import ClassRows
 

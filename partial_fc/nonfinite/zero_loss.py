@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.distributed.derivatives import first_derivative
-from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import local_part
 from partial_fc.rows import ClassRows
 from partial_fc.step_record import StepRecord
 

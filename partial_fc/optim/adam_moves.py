@@ -72,15 +72,15 @@ class AdamMoves:
         n = 1 + len(self.keys)
         return torch.cat((self.table[:, :n], _terms(self.table[:, n:])), 1)
 
-    def move(self, values: list[Tensor], coefficients: Tensor, outs: list[Tensor] | list[None]) -> list[Tensor]:
+    def move(self, values: list[Tensor], coefficients: Tensor, outs: list[Tensor]) -> None:
         c = [column[:, None] for column in coefficients.unbind(1)]
         first = values[1 + self.keys.index(FIRST)]
         root = values[1 + self.scale].sqrt()
         b1, b2, b3, e1, e2, e3 = c[1 + len(self.keys) :]
         slope = (b1 / (root + e1)).add_(b2 / (root + e2)).add_(b3 / root.add_(e3))
-        weight = torch.addcmul(values[0] * c[0], first, slope, value=-1, out=outs[0])
-        pairs = zip(values[1:], c[1:], outs[1:], strict=False)
-        return [weight, *(torch.mul(value, factor, out=out) for value, factor, out in pairs)]
+        torch.addcmul(values[0] * c[0], first, slope, value=-1, out=outs[0])
+        for value, factor, out in zip(values[1:], c[1:], outs[1:], strict=False):
+            torch.mul(value, factor, out=out)
 
 
 def _terms(moments: Tensor) -> Tensor:

@@ -17,9 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from partial_fc import errors
-from partial_fc.distributed.dtensors import local_part
-from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import sum_over_replicas
+from partial_fc.distributed.ranks import local_part, naming_the_missing, sum_over_replicas
 from partial_fc.nonfinite.scalers import look_at_wiring
 from partial_fc.nonfinite.step_check import alike, decide, local_flags, norms_of, others
 from partial_fc.optim.shard_norms import NORM, largest_norm, norm_of_shards

@@ -35,9 +35,8 @@ class Moves(Protocol):
     def coefficients(self) -> Tensor:
         """Return the table for `move`, `[1 + steps, n]` in float64; the last entry changes nothing."""
 
-    def move(self, values: list[Tensor], coefficients: Tensor, outs: list[Tensor] | list[None]) -> list[Tensor]:
-        """Return weights and state `[S, D]` after the steps, in the memory `outs` if there is any. coefficients:
-        `[S, n]`, the row of each."""
+    def move(self, values: list[Tensor], coefficients: Tensor, outs: list[Tensor]) -> None:
+        """Write to `outs` weights and state `[S, D]` after the steps. coefficients: `[S, n]`, the row of each."""
 
 
 FormOf = Callable[[type[torch.optim.Optimizer], Mapping[str, Any]], type[Moves]]  # ValueError if there is none

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.batch.row_sums import Pads
-from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import local_part
 from partial_fc.kernels.choice import HALF_OR_SINGLE, WIDEST
 from partial_fc.kernels.small_problems import StepCase
 from partial_fc.kernels.trial import step_tried

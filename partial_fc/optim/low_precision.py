@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import local_part
 from partial_fc.optim.rounding import round_rows
 from partial_fc.optim.row_state import COUNT, MASTER, RowState
 

@@ -89,17 +89,16 @@ class LinearMoves:
         self.zeros = (self.table == 0).all(1).tolist()
         return self.table.transpose(0, 1).flatten(1)
 
-    def move(self, values: list[Tensor], coefficients: Tensor, outs: list[Tensor] | list[None]) -> list[Tensor]:
-        moved, size = [], len(values)
-        for to in range(size):
+    def move(self, values: list[Tensor], coefficients: Tensor, outs: list[Tensor]) -> None:
+        size = len(values)
+        for to, out in enumerate(outs):
             factors = [coefficients[:, to * size + source, None] for source in range(size)]
-            out = outs[to]
             total = values[to] if self.ones[to][to] else torch.mul(values[to], factors[to], out=out)
             for source in range(size):
                 if source != to and not self.zeros[to][source]:
                     total = torch.addcmul(total, values[source], factors[source], out=out)
-            moved.append(total if out is None or total is out else out.copy_(total))
-        return moved
+            if total is not out:
+                out.copy_(total)
 
 
 def is_row_state(value: Any, block: Tensor) -> bool:

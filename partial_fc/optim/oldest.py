@@ -28,7 +28,7 @@ def forget_oldest(behind: Any) -> None:
         table, entries = each.moves.table, dimension_of_steps(each.moves)
         each.moves.table = table.narrow(entries, cut, table.shape[entries] - cut).clone()
     behind.first += cut
-    behind.tables = []
+    behind.tables = {}
 
 
 def dimension_of_steps(moves: Any) -> int:

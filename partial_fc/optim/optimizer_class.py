@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import local_part
 from partial_fc.optim.adam_moves import FIRST, LARGEST, SECOND, AdamMoves
 from partial_fc.optim.forms import Moves
 from partial_fc.optim.moves import KERNELS, LinearMoves, Probe, is_row_state, on_cpu
@@ -192,7 +192,8 @@ def _fits(form: type[Moves], cls: type[torch.optim.Optimizer], options: dict[str
         table.extend(step)
         before = [values[""], *(values[key] if state else torch.zeros_like(values[""]) for key in keys)]
         of_rows = table.coefficients()[:1].expand(n, -1)
-        moved = table.move([v[:, None] for v in before], of_rows, [None] * len(before))
+        moved = [torch.empty_like(v)[:, None] for v in before]
+        table.move([v[:, None] for v in before], of_rows, moved)
         for key, found in zip(("", *keys), moved, strict=True):
             expected = after.get(key, torch.zeros_like(after[""]))
             if not torch.allclose(found[:, 0], expected, rtol=1e-9, atol=1e-12):

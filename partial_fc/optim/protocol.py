@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from partial_fc import errors
-from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import local_part
 from partial_fc.rows import ClassRows
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)

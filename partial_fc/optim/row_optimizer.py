@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from partial_fc.batch.status import HALF
-from partial_fc.distributed.dtensors import local_part
-from partial_fc.distributed.missing import naming_the_missing
+from partial_fc.distributed.ranks import local_part, naming_the_missing
 from partial_fc.nonfinite.check_gradients import check_own_step
 from partial_fc.optim.in_backward import begin_update, end_update
 from partial_fc.optim.kernel_step import KernelStep
@@ -40,18 +39,6 @@ class RowOptimizer(RowState):
 
     Schedulers, `GradScaler` and `zero_grad` work as with any torch optimizer. Under sampling `param_groups` holds a
     carrier whose gradient is that of the selected rows. State is allocated once, at the first step, for the shard.
-
-    Args:
-        update_in_backward: move rows inside backward, tile by tile, so that no gradient of the whole weight exists; for
-            sample_rate=1.0. step() is called as usual and does nothing more. Whatever needs the whole gradient first
-            (clipping, accumulation over micro-batches, a GradScaler) raises RuntimeError.
-        skipped_rows: what becomes of rows that a step does not select (sample_rate below 1). "dense", the default where
-            the class allows it: before a row is used again it makes the steps that it has missed, by its momentum and
-            decay, as if the class had stepped all rows (skipped_rows.py). "still": it keeps weight and state bit for
-            bit, as with SparseAdam.
-        low_precision: for weights in bfloat16 or float16, whose updates are often below their resolution: "master"
-            keeps float32 weights in the state; "stochastic" rounds at random in proportion, keyed by seed, step and
-            class id (bfloat16 only).
 
     Raises ValueError for a class whose update of a row depends on other rows (LAMB, LARS, Shampoo, Muon, Adafactor,
     L-BFGS): those rows are on other ranks, or not selected.
@@ -148,20 +135,18 @@ class RowUpdate:
         if self.kernel is not None and self.kernel(index, a, b, grad):
             return
         inner = self.optimizer.inner
-        if self.taken:
-            rows = self.taken[""][a:b]
-        else:
-            rows = _take(self.weight if self.wide is None else self.wide.source, index, a, b)
+        rows = self._part("", self.weight if self.wide is None else self.wide.source, index, a, b)
         block = nn.Parameter(rows.to(self.weight.dtype) if self.wide is None else rows.float())
         block.grad = grad.to(block.dtype)
         inner.param_groups[0]["params"] = [block]
         inner.state.clear()
         if self.before:
-            kept = {key: value[a:b].to(self.before[key].dtype) for key, value in self.taken.items() if key}
-            others = {key: value for key, value in self.before.items() if key not in kept}
-            inner.state[block] = kept | {key: _of_rows(value, index, a, b) for key, value in others.items()}
+            inner.state[block] = {key: self._part(key, value, index, a, b) for key, value in self.before.items()}
         inner.step()
-        self._put_back(block.detach(), index, a, b)
+        if self.wide is not None and self.wide.source is not self.weight:
+            _put(self.wide.source, block.detach(), index, a, b)
+        narrow = block.detach() if self.wide is None else self.wide.narrow(block.detach(), index, a, b)
+        _put(self.weight, narrow, index, a, b)
         for key, value in inner.state[block].items():
             if not is_row_state(value, block):  # scalar state
                 self.state[key] = value
@@ -172,12 +157,15 @@ class RowUpdate:
         inner.state.clear()
         inner.param_groups[0]["params"] = []
 
-    def _put_back(self, block: Tensor, index: Tensor | None, a: int, b: int) -> None:
-        if self.wide is not None:
-            if self.wide.source is not self.weight:
-                _put(self.wide.source, block, index, a, b)
-            block = self.wide.narrow(block, index, a, b)
-        _put(self.weight, block, index, a, b)
+    def _part(self, key: str, value: Any, index: Tensor | None, a: int, b: int) -> Any:
+        """Return of row state, or of the rows under "", those of the block; a copy of scalar state, because the step of
+        each block advances it."""
+        if key in self.taken:
+            return self.taken[key][a:b].to(value.dtype) if key else self.taken[key][a:b]
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value.clone() if isinstance(value, Tensor) else value
+        rows = local_part(value)
+        return rows[a:b] if index is None else rows.index_select(0, index)
 
 
 def row_blocks(count: int, weight: Tensor) -> Iterator[tuple[int, int]]:
@@ -188,19 +176,8 @@ def row_blocks(count: int, weight: Tensor) -> Iterator[tuple[int, int]]:
         yield a, min(a + size, count)
 
 
-def _take(tensor: Tensor, index: Tensor | None, a: int, b: int) -> Tensor:
-    return tensor[a:b] if index is None else tensor.index_select(0, index)
-
-
 def _put(tensor: Tensor, values: Tensor, index: Tensor | None, a: int, b: int) -> None:
     if index is not None:
         tensor.index_copy_(0, index, values)
     elif tensor[a:b].data_ptr() != values.data_ptr():  # else the class worked in place, on a view
         tensor[a:b] = values
-
-
-def _of_rows(value: Any, index: Tensor | None, a: int, b: int) -> Any:
-    """Return the rows of row state; a copy of scalar state, because the step of each block advances it."""
-    if isinstance(value, Tensor) and value.ndim:
-        return _take(local_part(value), index, a, b)
-    return value.clone() if isinstance(value, Tensor) else value

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from partial_fc.batch.status import HALF
 from partial_fc.checkpoint.increments import MISSED
-from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import local_part
 from partial_fc.errors import log
 from partial_fc.optim import saved_steps
 from partial_fc.optim.moves import is_row_state
@@ -65,7 +65,20 @@ class RowState(OneGroup):
         skipped_rows: SkippedRowsChoice | None = None,
         **options: Any,
     ) -> None:
-        """For the arguments see `RowOptimizer`."""
+        """Take the class rows of a head.
+
+        Args:
+            update_in_backward: move rows inside backward, tile by tile, so that no gradient of the whole weight exists;
+                for sample_rate=1.0. step() is called as usual and does nothing more. Whatever needs the whole gradient
+                first (clipping, accumulation over micro-batches, a GradScaler) raises RuntimeError.
+            skipped_rows: what becomes of rows that a step does not select (sample_rate below 1). "dense", the default
+                where the class allows it: before a row is used again it makes the steps that it has missed, by its
+                momentum and decay, as if the class had stepped all rows (skipped_rows.py). "still": it keeps weight and
+                state bit for bit, as with SparseAdam.
+            low_precision: for weights in bfloat16 or float16, whose updates are often below their resolution: "master"
+                keeps float32 weights in the state; "stochastic" rounds at random in proportion, keyed by seed, step and
+                class id (bfloat16 only).
+        """
         rows = check_arguments(optimizer_class, head, update_in_backward, low_precision, options)
         self.class_rows = rows
         self.initial_state = initial_state(optimizer_class, options)  # row state of a row that never had a gradient

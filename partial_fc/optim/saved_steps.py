@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.checkpoint.parts import MADE_UP
-from partial_fc.distributed.dtensors import local_part
+from partial_fc.distributed.ranks import local_part
 from partial_fc.optim.adam_moves import AdamMoves
 from partial_fc.optim.forms import Moves
 from partial_fc.optim.moves import LinearMoves
@@ -102,7 +102,8 @@ def make_up(state: Mapping[str, Any], name: str, values: Mapping[str, Tensor], d
     dtype = torch.promote_types(rows.dtype, torch.float32)
     coefficients = moves.coefficients().to(dtype).index_select(0, done - state["first"])
     given = [tensor.flatten(1).to(dtype) for tensor in (rows, *(values[key] for key in moves.keys))]
-    moved = moves.move(given, coefficients, [None] * len(given))
+    moved = [torch.empty_like(each) for each in given]
+    moves.move(given, coefficients, moved)
     named = zip(("", *moves.keys), moved, strict=True)
     found = {key: value.view_as(values[key]).to(values[key].dtype) for key, value in named}
     return {**values, **found, **({MASTER: moved[0].view_as(rows).to(rows.dtype)} if MASTER in values else {})}

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from partial_fc.batch.status import HALF
-from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import Ranks
+from partial_fc.distributed.ranks import Ranks, naming_the_missing
 from partial_fc.nonfinite.check_gradients import sum_of_flags
 
 NORM = "the norm of gradients over ranks"  # in a `RankMissing`

@@ -43,8 +43,8 @@ class Derivatives(NamedTuple):
 def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Derivatives:
     """Return them from ∂L/∂(reduced loss)."""
     selection, options, smoothing = state.selection, state.options, state.smoothing
-    z, lse = saved.target_logits, saved.lse[:, None]
-    d_loss = gradient_of_losses(grad.to(saved.x.dtype), selection.batch, selection.sample_weights, options.reduction)
+    z, lse, counted = saved.target_logits, saved.lse[:, None], state.selection.targets.of_samples
+    d_loss = gradient_of_losses(grad.to(saved.x.dtype), selection.batch, counted, options.reduction)
     d_every = d_norm = d_offset = None
     if selection.counts_once and smoothing is None and not options.binary:
         d_lse = d_loss[:, None]
@@ -74,10 +74,7 @@ class BackwardTiles:
     """Gradients of embeddings `[N, D]` and of this rank's rows, tile by tile, from exponentials that were kept."""
 
     def __init__(self, d: Derivatives, weight: Tensor, saved: SavedTensors, state: ForwardState) -> None:
-        self.d = d
-        self.weight = weight
-        self.saved = saved
-        self.state = state
+        self.d, self.weight, self.saved, self.state = d, weight, saved, state
         self.stats, self.weighted_dtype = saved.x.dtype, state.product
         if state.rows.count:
             self.target_rows, self.target_inverse = state.targets.directions
@@ -115,24 +112,22 @@ class BackwardTiles:
 
     def exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return (e `[N, T]`, factor `[N, 1]`) of tile t: ∂L/∂logit = e · factor where the logit is no target."""
-        saved, state, d = self.saved, self.state, self.d
-        e = tile_of(saved.kept, t, len(saved.x), state.tile, b - a)
-        return e, d.from_zero if state.bounded else d.d_lse * (saved.maxima[t] - saved.lse[:, None]).exp_()
+        saved, d = self.saved, self.d
+        e = tile_of(saved.kept, t, len(saved.x), self.state.tile, b - a)
+        return e, d.from_zero if self.state.bounded else d.d_lse * (saved.maxima[t] - saved.lse[:, None]).exp_()
 
     def add_targets(self, dx: Tensor) -> None:
         """Add the targets' share to the gradient of the embeddings' directions."""
         targets, d_cosine = self.state.targets, self.d.d_cosine[:, None]
-        if self.state.rows.count and targets.labels_each == 1:
-            dx.addcmul_(self.target_rows, d_cosine)
-        elif self.state.rows.count:
-            dx += targets.sum_of_samples(self.target_rows * d_cosine)
+        if self.state.rows.count:
+            share = None if targets.labels_each == 1 else targets.sum_of_samples(self.target_rows * d_cosine)
+            dx.addcmul_(self.target_rows, d_cosine) if share is None else dx.add_(share)
 
     def begin_rows(self) -> None:
-        """Begin the gradients of rows: `add_rows` for every tile, then `finish_rows`, which returns them."""
         self.dw = self.state.rows.gradient_memory(self.state.rows.count)
 
     def add_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
-        """Add rows a to b, but for the targets' share. weighted `[N, D]`: x times the factor and the scale."""
+        """Find those of rows a to b, but for the targets' share. weighted `[N, D]`: x times factor and scale."""
         out = self.dw[a:b]
         self.state.rows.through_lengths(self.product(e, weighted, a, b, out), w, a, b, out)
 

@@ -20,6 +20,14 @@ COMBINATION = "the combination of the softmax"
 LARGEST = ("maximum", "hardest")  # all others are sums
 
 
+def combine_maxima(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return by name what the ranks found together. found: by name what each of them found `[world, N]`."""
+    if "maximum" in found:
+        largest = found["maximum"].amax(0)
+        found["total"] = found["total"] * (found["maximum"] - largest).exp()
+    return {name: each.amax(0) if name in LARGEST else each.sum(0) for name, each in found.items()}
+
+
 def combine_by_sums(parts: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
     """Return by name what the ranks found together. parts: by name what this rank found."""
     found: dict[str, Tensor] = {}

@@ -26,28 +26,22 @@ from torch.profiler import record_function
 
 from partial_fc.batch.row_sums import Pads
 from partial_fc.distributed.derivatives import executes, first_derivative
-from partial_fc.distributed.missing import naming_the_missing
-from partial_fc.distributed.ranks import start_reduce_scatter
+from partial_fc.distributed.ranks import naming_the_missing, start_reduce_scatter
 from partial_fc.softmax.backward import BackwardTiles, derivatives, is_usual
 from partial_fc.softmax.decisions import offset_gradient
-from partial_fc.softmax.forward import Forwarded, ForwardState, SavedTensors, TileSums, forward
+from partial_fc.softmax.forward import Forwarded, ForwardState, SavedTensors, forward
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.kernel_tiles import KernelSums, KernelTiles
 from partial_fc.softmax.measured import Measured
+from partial_fc.softmax.other_sums import OtherSums
 from partial_fc.softmax.other_tiles import OtherTiles
 from partial_fc.softmax.tiles import compute_dtypes
 
 
 def sharded_cross_entropy(
-    embeddings: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    offset: Tensor | None,
-    anchor: Tensor | None,
-    selection: Selection,
-    options: LossOptions,
-    sink: RowGradientSink,
-) -> tuple[Tensor, Tensor, Measured]:
+    embeddings: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor | None, anchor: Tensor | None,
+    selection: Selection, options: LossOptions, sink: RowGradientSink,
+) -> tuple[Tensor, Tensor, Measured]:  # fmt: skip
     """Return (the loss, the losses `[N]` that it is the sum of, figures for metrics).
 
     Its backward gives the gradients of the first four arguments.
@@ -57,17 +51,16 @@ def sharded_cross_entropy(
     a scalar that requires grad where weight and bias are detached, because their rows' gradients go to the sink. The
     loss is a scalar that is the same on every rank, or `[N_local]` for reduction "none".
     """
-    inputs = (embeddings, weight, bias, offset, anchor)
+    inputs = embeddings, weight, bias, offset, anchor
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     dtypes = compute_dtypes(selection.batch.embeddings, weight)
     # the caller's hooks (activation checkpointing, offloading) are not for the small graphs of margins
     hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
     with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False), hooks:
         # detached: the state outlives backward and must not hold the parameters themselves
-        of_bias = None if bias is None else bias.detach()
-        sums_of = partial(KernelSums, streams=needs_grad) if selection.by_kernels else TileSums
-        forwarded = forward(selection, options, sink, weight.detach(), of_bias, dtypes, needs_grad, sums_of)
-    loss, losses, measured, *_ = forwarded
+        rows = weight.detach(), None if bias is None else bias.detach()
+        others = partial(KernelSums, streams=needs_grad) if selection.by_kernels else OtherSums
+        forwarded = loss, losses, measured, *_ = forward(selection, options, sink, *rows, dtypes, needs_grad, others)
     return ShardedCrossEntropy.apply(*inputs, forwarded) if needs_grad else loss, losses, measured
 
 
@@ -75,13 +68,10 @@ class ShardedCrossEntropy(torch.autograd.Function):
     """Gives a computed loss its place in the autograd graph."""
 
     @staticmethod
-    def forward(
-        ctx: Any, embeddings: Tensor, weight: Tensor, bias: Any, offset: Any, anchor: Any, forwarded: Forwarded
-    ) -> Tensor:
-        loss, _, _, saved, ctx.state = forwarded
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, offset: Any, anchor: Any, found: Forwarded) -> Tensor:
+        loss, _, _, saved, ctx.state = found
         ctx.save_for_backward(weight, bias, *saved)
-        ctx.embeddings = embeddings
-        ctx.offset_dtype = None if offset is None else offset.dtype
+        ctx.embeddings, ctx.offset_dtype = x, None if offset is None else offset.dtype
         return loss
 
     @staticmethod
@@ -119,9 +109,8 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
             _, grads = tiles.run(False, True)
     d_weight = d_bias = d_offset = None
     if grads and anchored:
-        assert selection.rows is not None
-        slots = selection.slots
-        sink.accumulate(selection.rows, grads, None if slots is None else Pads(slots.window, slots.pads))
+        pads = None if selection.slots is None else Pads(selection.slots.window, selection.slots.pads)
+        sink.accumulate(selection.rows, grads, pads)
     elif grads:
         d_weight, d_bias = grads[0] if want_w else None, grads[1] if want_b else None
     state.rows.weight = weight.new_empty(0)  # autograd has it as long as there may be another backward
@@ -132,11 +121,10 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
 
 def _send(dx: Tensor, state: ForwardState, dtype: torch.dtype) -> Callable[[], Tensor]:
     """Begin to sum the embeddings' gradient over ranks if `scatter`; call the result to get what autograd takes."""
-    selection = state.selection
     if state.options.scale_embedding_grad:
-        dx.mul_(selection.ranks.total)
-    if not selection.scatter:
+        dx.mul_(state.selection.ranks.total)
+    if not state.selection.scatter:
         return lambda: dx.to(dtype)
     with record_function("partial_fc::scatter"):
-        wait = start_reduce_scatter(dx, selection.ranks, selection.batch.counts)
+        wait = start_reduce_scatter(dx, state.selection.ranks, state.selection.batch.counts)
     return lambda: wait().to(dtype)

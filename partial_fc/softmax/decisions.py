@@ -22,7 +22,7 @@ def decision_losses(
     selection: Selection, weights: tuple[float, float], target_logits: Tensor, of_others: Tensor
 ) -> Tensor:
     """Return losses `[N]`. target_logits `[N, L]`; of_others `[N]`: Σ softplus of the other classes' logits."""
-    own = (selection.target_weights * softplus(-target_logits)).sum(1)
+    own = (selection.targets.weights * softplus(-target_logits)).sum(1)
     return weights[0] * own + weights[1] * of_others
 
 
@@ -35,8 +35,8 @@ def decision_derivatives(
     """
     a, b = weights
     d_others = d_loss * b
-    d_target = -d_loss[:, None] * a * selection.target_weights * torch.sigmoid(-target_logits)
-    d_offset = torch.where(selection.targets >= 0, d_target, 0.0).sum() + (d_others * active).sum()
+    d_target = -d_loss[:, None] * a * selection.targets.weights * torch.sigmoid(-target_logits)
+    d_offset = torch.where(selection.targets.ids >= 0, d_target, 0.0).sum() + (d_others * active).sum()
     return d_others[:, None], d_target, d_offset[None]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from partial_fc.batch.exchange import GlobalBatch
-from partial_fc.batch.row_sums import Pads
+from partial_fc.batch.targets import Targets
 from partial_fc.distributed.ranks import Ranks
 from partial_fc.kernels.choice import Kernels
 from partial_fc.margins.base import Margin
@@ -53,13 +53,9 @@ class Selection:
     picked: bool  # the loss gets these rows of weight and bias, not those of the shard
     lo: int  # first class id of the shard
     hi: int  # behind its last
-    targets: Tensor  # [N, L] class ids, -1 where there is no target
-    exists: Tensor  # [N, L] whether there is one
-    target_weights: Tensor  # [N, L], 0 where there is no target
-    sample_weights: Tensor  # [N]: what each sample's loss counts for in the reduced loss
+    targets: Targets
     keep_logits: bool  # for backward; else they are computed again
     scatter: bool  # backward returns the gradient of this rank's embeddings, not of the gathered ones
-    first_sample: int  # place of this replica's first sample among those of all replicas
     draw_key: int  # for what a margin draws: differs from forward to forward, the same on every rank
     correction: Correction | None = None  # of a sampled forward
     kernels: Kernels | None = None  # that serve it
@@ -68,11 +64,16 @@ class Selection:
     @property
     def counts_once(self) -> bool:
         """Whether a sample has one target of weight 1, or none and weight 0 itself."""
-        return self.targets.shape[1] == 1 and self.batch.label_weights is None
+        return self.targets.ids.shape[1] == 1 and self.batch.label_weights is None
 
     @property
     def ranks(self) -> Ranks:
         return self.batch.ranks
+
+    @property
+    def unusual(self) -> bool:
+        """Whether something besides biases is added to its logits, or they are those of kernels."""
+        return self.slots is not None or self.correction is not None or self.by_kernels
 
     @property
     def by_kernels(self) -> bool:
@@ -85,5 +86,5 @@ class RowGradientSink:
     """Where gradients of class rows go: into memory of `workspace`, then to one of the other two or to autograd."""
 
     workspace: Workspace
-    accumulate: Callable[[Tensor, list[Tensor], Pads | None], None]  # under sampling: local rows, gradients
+    accumulate: Callable[..., None]  # under sampling: local rows, gradients
     begin_update: Callable[[], UpdateRows] | None  # rows are updated inside backward, tile by tile

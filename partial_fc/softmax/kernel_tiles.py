@@ -22,8 +22,9 @@ from partial_fc.kernels.choice import Kernels
 from partial_fc.kernels.logits import LOG2E, Operands, Sums, is_aligned
 from partial_fc.softmax.backward import Derivatives
 from partial_fc.softmax.biases import biases_of
-from partial_fc.softmax.forward import ForwardState, SavedTensors, TileSums
+from partial_fc.softmax.forward import ForwardState, SavedTensors
 from partial_fc.softmax.further_sums import FurtherSums
+from partial_fc.softmax.other_sums import OtherSums
 from partial_fc.softmax.other_tiles import OtherTiles
 from partial_fc.softmax.tiles import new_tile, tile_rows
 
@@ -32,8 +33,8 @@ MOST_LABELS = 8  # a sample: each is compared with every row
 LN2 = math.log(2)
 
 
-class KernelSums(TileSums):
-    """As `TileSums`. streams: whether there will be a backward, for which the stream kernel does half of the work."""
+class KernelSums(OtherSums):
+    """As `OtherSums`. streams: whether there will be a backward, for which the stream kernel does half of the work."""
 
     def __init__(self, x: Tensor, state: ForwardState, keep: bool, in_place: bool, streams: bool) -> None:
         self.given, self.finished = (x, state, keep, in_place), False

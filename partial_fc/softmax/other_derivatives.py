@@ -21,7 +21,7 @@ def other_derivatives(
     if binary:
         d_lse, d_z, d_offset = decision_derivatives(selection, binary, d_loss, z, saved.lse)
     else:
-        weights, d_lse = selection.target_weights, d_loss
+        weights, d_lse = selection.targets.weights, d_loss
         if smoothing is not None:
             weights, of_all = smoothing.counted(weights, saved.smoothed)
             d_lse = d_loss * (weights.sum(1) + of_all)

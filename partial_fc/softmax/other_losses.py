@@ -36,7 +36,7 @@ def other_losses(
         if selection.counts_once:
             losses = lse - target_logits[:, 0]
         else:
-            losses = (selection.target_weights * (lse[:, None] - target_logits)).sum(1)
+            losses = (selection.targets.weights * (lse[:, None] - target_logits)).sum(1)
     if smoothing is not None:
         smoothed = smoothing.combined(found)
         losses = smoothing.losses(losses, lse, found["logits"], smoothed)
@@ -53,6 +53,6 @@ def _lse(found: dict[str, Tensor], target_logits: Tensor, selection: Selection) 
         lse = lse + found["maximum"]
     if target_logits.shape[1] == 1:
         return torch.logaddexp(lse, target_logits[:, 0])
-    of_targets = torch.where(selection.exists, target_logits, -torch.inf)
+    of_targets = torch.where(selection.targets.exists, target_logits, -torch.inf)
     lse = torch.cat((lse[:, None], of_targets), 1).logsumexp(1)
     return torch.where(lse == -torch.inf, 0.0, lse)  # an ignored sample behind a filter may have no class; NaN stays

@@ -46,23 +46,12 @@ class RowTiles:
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        index: Tensor | None,
-        normalize: bool,
-        dtype: torch.dtype,
-        workspace: Workspace,
-        needs_grad: bool,
-        prefix: str,
-    ) -> None:
-        self.prefix = prefix  # of what it takes from the workspace
-        self.weight = weight.reshape(-1, weight.shape[-1])
-        self.device = weight.device
-        self.bias = bias
-        self.index = index
-        self.dtype = dtype
-        self.workspace = workspace
+        self, weight: Tensor, bias: Tensor | None, index: Tensor | None, normalize: bool, dtype: torch.dtype,
+        workspace: Workspace, needs_grad: bool, prefix: str,
+    ) -> None:  # fmt: skip
+        self.weight, self.device = weight.reshape(-1, weight.shape[-1]), weight.device
+        self.bias, self.index, self.dtype = bias, index, dtype
+        self.workspace, self.prefix = workspace, prefix  # of what it takes from there
         self.count = len(self.weight) if index is None else len(index)
         self.inverse = weight.new_empty(self.count, 1, dtype=dtype) if normalize else None
         self.measured = False  # the lengths of all tiles are known
@@ -101,9 +90,7 @@ class RowTiles:
 
     def part(self, a: int, b: int, out: Tensor | None = None) -> Tensor:
         """Return rows a to b as they are `[b − a, D]`."""
-        if self.index is None:
-            return self.weight[a:b]
-        return torch.index_select(self.weight, 0, self.index[a:b], out=out)
+        return self.weight[a:b] if self.index is None else torch.index_select(self.weight, 0, self.index[a:b], out=out)
 
     def through_lengths(self, grad: Tensor, directions: Tensor, a: int, b: int, out: Tensor) -> None:
         """Write to `out [T, D]` the gradient of rows a to b, given that of their directions; both may be one memory."""
@@ -152,8 +139,8 @@ class TargetRows:
 
     @classmethod
     def locate(cls, selection: Selection, centers: int) -> TargetRows:
-        n, each = selection.targets.shape
-        local = selection.targets.reshape(-1)
+        n, each = selection.targets.ids.shape
+        local = selection.targets.ids.reshape(-1)
         local = local - selection.lo if selection.lo else local
         # classes of other ranks are spread over the rows, so that no row gets the zeros of all of them
         first = local.remainder(max(selection.hi - selection.lo, 1))
@@ -167,7 +154,7 @@ class TargetRows:
         sample = torch.arange(n, device=local.device)
         if each > 1:
             sample = sample.repeat_interleave(each)
-        return cls(each, sample, first, first, own, (), selection.exists)
+        return cls(each, sample, first, first, own, (), selection.targets.exists)
 
     def of_samples(self, values: Tensor) -> Tensor:
         """Return what `[N, ...]` holds for the sample of each target, `[P, ...]`."""

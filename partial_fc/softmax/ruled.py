@@ -7,7 +7,7 @@ with both, logits are always tiled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,18 +54,16 @@ class Rule:
 
 def rows_of_classes(classes: Tensor | None, centers: int) -> Tensor | None:
     """Return the rows `[n · K]` of the K sub-centers of each class `[n]`; None for all."""
-    if classes is None:
-        return None
+    if classes is None or centers == 1:
+        return classes
     return (classes[:, None] * centers + torch.arange(centers, device=classes.device)).reshape(-1)
 
 
-def nearest_centers(x: Tensor, rows: RowTiles, targets: TargetRows, centers: int) -> tuple[Tensor, TargetRows]:
-    """Return the cosines `[P]` of the targets to the nearest of their class's centers; targets that know which it
-    is."""
+def nearest_centers(x: Tensor, rows: RowTiles, targets: TargetRows, centers: int) -> Tensor:
+    """Return for each target the position `[P]` of that center of its class which is nearest to the sample."""
     positions = targets.first[:, None] + torch.arange(centers, device=x.device)
     directions = rows.at(positions.reshape(-1))[0].view(len(targets.first), centers, x.shape[1])
-    cosines, nearest = torch.linalg.vecdot(targets.of_samples(x)[:, None], directions).max(1)
-    return cosines, replace(targets, row=targets.first + nearest)
+    return targets.first + torch.linalg.vecdot(targets.of_samples(x)[:, None], directions).argmax(1)
 
 
 def ruled_logits(

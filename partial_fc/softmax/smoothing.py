@@ -32,19 +32,17 @@ class Smoothing:
     of_samples: Tensor | float  # [N] the mean over a sample's targets
 
     @classmethod
-    def of(cls, options: LossOptions, selection: Selection, classes: int, dtype: torch.dtype) -> Smoothing | None:
-        """Return what a forward needs, None without label smoothing. classes: of this rank's shard."""
-        if not options.label_smoothing:
-            return None
+    def of(cls, options: LossOptions, selection: Selection, dtype: torch.dtype) -> Smoothing:
+        """Return what a forward with label smoothing needs."""
         if options.class_weights is None:
             return cls(options.label_smoothing, options.ruled, None, 1.0, 1.0)
         weights = options.class_weights.to(dtype)
-        of_rows = weights[selection.lo : selection.lo + classes]
+        of_rows = weights[selection.lo : selection.hi]
         if selection.rows is not None:
             of_rows = of_rows[selection.rows]
-        of_targets = weights[selection.targets.clamp(min=0)]
-        total = selection.target_weights.sum(1)
-        of_samples = (of_targets * selection.target_weights).sum(1) / torch.where(total > 0, total, 1.0)
+        of_targets = weights[selection.targets.ids.clamp(min=0)]
+        total = selection.targets.weights.sum(1)
+        of_samples = (of_targets * selection.targets.weights).sum(1) / torch.where(total > 0, total, 1.0)
         of_rows = of_rows.repeat_interleave(options.margin.centers)
         return cls(options.label_smoothing, options.ruled, of_rows, of_targets, of_samples)
 

@@ -20,7 +20,9 @@ import partial_fc
 from partial_fc import ArcFace, PartialFC, RowOptimizer, clip_grad_norm_
 
 PACKAGE = Path(partial_fc.__file__).parent
-MOST_FILES, MOST_LINES = 24, 3250
+MOST_FILES, MOST_LINES = 22, 3000
+MOST_WITHOUT_MISSED_STEPS = 2700
+MISSED_STEPS = ("optim/skipped_rows.py", "optim/moves.py")
 
 
 def files_of_a_step(rank: int, world: int) -> list[str]:
@@ -67,6 +69,8 @@ def test_a_step_is_read_in_one_sitting(ranks: Callable[[int], Ranks]):
     _, lines = table(files)[-1]
     assert len(files) <= MOST_FILES, files
     assert lines <= MOST_LINES, table(files)
+    *_, (_, rest) = table([name for name in files if name not in MISSED_STEPS])
+    assert rest <= MOST_WITHOUT_MISSED_STEPS, table(files)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""Sums over the logits of this rank where a step is not the usual one.
+
+biases, corrections of sampling    added to the products of a tile
+slots                              pads among the rows of a sampled forward, elsewhere than on a CPU (draws.py)
+further sums                       of logits not bounded, or ruled; smoothing; decisions; metrics (further_sums.py)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from partial_fc.softmax.biases import biases_of
+from partial_fc.softmax.forward import ForwardState, TileSums
+from partial_fc.softmax.further_sums import FurtherSums
+from partial_fc.softmax.tiles import new_tile, tile_logits
+
+
+class OtherSums(TileSums):
+    """As `TileSums`. further: whatever else is to be found, or None."""
+
+    def __init__(self, x: Tensor, state: ForwardState, keep: bool, in_place: bool) -> None:
+        options, rows, product = state.options, state.rows, state.product
+        self.state = state
+        self.stats = x.dtype
+        self.samples = len(x)
+        self.total = x.new_zeros(len(x), 1) if options.binary or not rows.count else x.new_empty(len(x), 1)
+        self.keep, self.kept, self.streamed = keep, x.new_empty(0), x.new_empty(0)
+        tiles, size = -(-rows.count // state.tile), len(x) * state.tile
+        if keep:
+            self.memory = rows.workspace.take(f"{rows.prefix}logits", (size * tiles + 1,), product, x.device)
+            self.kept = self.memory[:-1]
+        # bounded exponentials may be computed in the products' dtype at once; their sum is in that of the statistics
+        work = product if state.bounded and not options.ruled else x.dtype
+        self.scratch = None if in_place else x.new_empty(size + 1, dtype=work)
+        self.memory = self.memory if self.scratch is None else self.scratch  # and a number more, behind the tiles
+        self.scaled = (x if options.ruled else x * options.scale).to(product)
+        self.further: FurtherSums | None = None
+        if options.ruled or options.binary or options.metrics or state.smoothing is not None or not state.bounded:
+            of_others = state.rule, state.smoothing, state.selection.correction, state.bounded
+            self.further = FurtherSums(x, options, state.targets, *of_others, kept=tiles if keep else 0)
+
+    def add(self, t: int, a: int, b: int) -> None:
+        """Add tile t: rows a to b."""
+        state = self.state
+        w = state.rows.tile(a, b, state.product if state.smoothing is None else self.stats)
+        bias = None if state.rows.bias is None else biases_of(state.rows, slice(a, b))
+        kept = new_tile(self.kept, t, self.samples, state.tile, b - a) if self.keep else None
+        where = kept if self.scratch is None else new_tile(self.scratch, 0, self.samples, state.tile, b - a)
+        assert where is not None
+        added = bias if state.selection.correction is None else state.selection.correction.in_product(bias, a, b)
+        values = tile_logits(self.scaled, w.to(state.product), added, where)
+        if not state.options.ruled:
+            self.memory.index_fill_(0, state.places[t], -torch.inf)  # targets count with their margin elsewhere
+            if state.selection.slots is not None:
+                state.selection.slots.mask(values, a, b)
+        if self.further is None:
+            total = values.exp_().sum(1, keepdim=True, dtype=self.stats)
+            self.total = total if t == 0 else self.total.add_(total)
+        else:
+            values, self.total = self.further.add(t, values, self.total, w, bias, a, b)
+        if kept is not None and values is not kept:
+            kept.copy_(values)
