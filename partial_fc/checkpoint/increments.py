@@ -19,7 +19,7 @@ import contextlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,19 @@ class SavedIn:
     checkpoint: Path
     token: str
     versions: tuple[int, ...]
+
+
+@contextlib.contextmanager
+def rows_as_they_are(of_losses: Iterable[Any]) -> Iterator[None]:
+    """Within it, state dicts of these `ClassRows` have rows that have missed steps, and touch none."""
+    losses = [*of_losses]
+    for rows in losses:
+        rows.as_they_are = True
+    try:
+        yield
+    finally:
+        for rows in losses:
+            rows.as_they_are = False
 
 
 class _Loss:
@@ -155,17 +168,6 @@ class Increments:
         self.parts: list[str] = []  # data folders that are linked to, relative to that of the checkpoint before
         self.before: Path | None = None  # its folder
         self.note: dict[str, Any] = {}
-
-    @contextlib.contextmanager
-    def as_they_are(self) -> Iterator[None]:
-        """Within it, state dicts have rows that have missed steps, and touch none."""
-        for loss in self.losses:
-            loss.rows.as_they_are = True
-        try:
-            yield
-        finally:
-            for loss in self.losses:
-                loss.rows.as_they_are = False
 
     def decide(self, tensors: Mapping[str, Any]) -> None:
         """Decide what is written, the same on every rank; a collective. From here on changes count for the next one."""

@@ -244,26 +244,57 @@ class StoredRows:
                     skeletons[optimizer].pop(MISSED, None)
         return left
 
-    def fill(self, tensors: Mapping[str, Tensor], made_up: set[str]) -> None:
-        """Read this rank's rows into its tensors. made_up: see `leave_out_missed`. ValueError, before anything has
-        changed, if there is damage that can be seen without them."""
+    def untouched(self, named: Mapping[str, Any], made_up: set[str]) -> dict[str, Any]:
+        """Return by name the `ClassRows` of losses in a storage that are loaded as they were saved, and of which nobody
+        has touched a row: those that the checkpoint has not either may stay so. made_up: see `leave_out_missed`."""
+        found = {loss: getattr(named.get(loss), "class_rows", None) for loss in self.losses}
+        fresh = {
+            loss: rows
+            for loss, rows in found.items()
+            if rows is not None and rows.store is not None and rows.store.untouched == rows.store.count
+            if self.losses[loss]["optimizer"] not in made_up
+        }
+        whole = {self.of[key] for key in self.described if any(self._has_all(part, key) for part in self.parts)}
+        return {loss: rows for loss, rows in fresh.items() if loss not in whole}
+
+    def _touch(self, loss: str, store: Any, tensors: Mapping[str, Tensor]) -> bool:
+        """Touch the rows of a storage that the checkpoint has; all, and return False, where others would have other
+        values than they had in the run that saved it."""
+        of_loss = [key for key in tensors if self.of[key] == loss]
+        held = {key: store.rows_of(local_part(tensors[key].detach())) for key in of_loss}
+        if not all(held[key] is None or held[key].initial == self.initial[key] for key in of_loss):
+            store.ready(None)
+            return False
+        for part in self.parts:
+            for a, b in part.ranges(loss, store.lo, store.lo + store.count):
+                store.ready(part.ids(loss, a, b)[1] - store.lo, ahead=False)
+        return True
+
+    def fill(
+        self, tensors: Mapping[str, Tensor], made_up: set[str], untouched: Mapping[str, Any] | None = None
+    ) -> None:
+        """Read this rank's rows into its tensors. made_up: see `leave_out_missed`. untouched: as the method of this
+        name returns it. ValueError, before anything has changed, if there is damage that can be seen without them."""
         for part in self.parts if tensors else ():
             for loss, entry in self.losses.items():
                 part.check_ids(loss, entry["classes"])
         for optimizer in made_up:
             self._missed[optimizer] = self._missed_steps(optimizer)
+        stay = {loss for loss, rows in (untouched or {}).items() if self._touch(loss, rows.store, tensors)}
         for key, tensor in tensors.items():
             if self.losses[self.of[key]]["optimizer"] not in made_up:
-                self._fill(key, tensor)
+                in_store = self.of[key] in stay and not key.endswith(DONE)
+                self._fill(key, tensor, initial=not in_store)
                 continue
             (lo, hi), local = _own_rows(tensor), local_part(tensor.detach())
             for a, b in self.blocks(key, lo, hi):
                 local[a - lo : b - lo].copy_(self.made_up(key, a, b))
 
-    def _fill(self, key: str, tensor: Tensor) -> None:
-        """Read this rank's rows of a tensor as they were saved: part by part, each over those before."""
+    def _fill(self, key: str, tensor: Tensor, initial: bool) -> None:
+        """Read this rank's rows of a tensor as they were saved: part by part, each over those before. initial: rows
+        that no part has get initial values."""
         loss, (lo, hi), local = self.of[key], _own_rows(tensor), local_part(tensor.detach())
-        if not self._has_all(self.parts[0], key):
+        if initial and not self._has_all(self.parts[0], key):
             for a, b in self.blocks(key, lo, hi):
                 local[a - lo : b - lo].copy_(self._initial(key, a, b))
         for part in self.parts:

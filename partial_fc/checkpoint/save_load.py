@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from partial_fc.checkpoint.increments import DONE, MISSED, Copy, Increments, loaded_from
+from partial_fc.checkpoint.increments import DONE, MISSED, Copy, Increments, loaded_from, rows_as_they_are
 from partial_fc.checkpoint.layout import RowBlocks, RowSource, read, splits_by_rows, stream, write
 from partial_fc.checkpoint.locks import FolderLock
 from partial_fc.checkpoint.manifest import (
@@ -104,17 +104,19 @@ def load_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
     made_up = set() if stored is None else stored.leave_out_missed(skeletons)
     metadata = {k: v for k, v in metadata.items() if not any(k.startswith(f"{name}/{MISSED}/") for name in made_up)}
     tensors: dict[str, Tensor] = {}
-    for name, stateful in named.items():
-        _check_state(stateful, skeletons[name], f"checkpoint {folder}: {name}")
-        tensors.update(_destinations(stateful, name, metadata, folder))
-    in_parts = [] if stored is None else [key for key in stored.described if not stored.is_plain(key, made_up)]
-    of_rows = {key: tensors.pop(key) for key in in_parts if key in tensors}
-    read(tensors, reader)
-    if stored is not None:
-        on_every_rank(lambda: stored.fill(of_rows, made_up))
-    # optimizers last: what rows have missed is about those that are loaded
-    for name in sorted(named, key=lambda name: isinstance(named[name], torch.optim.Optimizer)):
-        named[name].load_state_dict(_restore(skeletons[name], {**tensors, **of_rows}))
+    untouched = {} if stored is None else stored.untouched(named, made_up)
+    with rows_as_they_are(untouched.values()):
+        for name, stateful in named.items():
+            _check_state(stateful, skeletons[name], f"checkpoint {folder}: {name}")
+            tensors.update(_destinations(stateful, name, metadata, folder))
+        in_parts = [] if stored is None else [key for key in stored.described if not stored.is_plain(key, made_up)]
+        of_rows = {key: tensors.pop(key) for key in in_parts if key in tensors}
+        read(tensors, reader)
+        if stored is not None:
+            on_every_rank(lambda: stored.fill(of_rows, made_up, untouched))
+        # optimizers last: what rows have missed is about those that are loaded
+        for name in sorted(named, key=lambda name: isinstance(named[name], torch.optim.Optimizer)):
+            named[name].load_state_dict(_restore(skeletons[name], {**tensors, **of_rows}))
     if stored is not None:
         loaded_from(named, folder, manifest)
 
@@ -173,7 +175,7 @@ def collect(
     check_to_save(named)
     state: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
-    with contextlib.nullcontext() if increments is None else increments.as_they_are():
+    with rows_as_they_are(() if increments is None else (loss.rows for loss in increments.losses)):
         for name, stateful in named.items():
             state[name] = _after_reload(flatten(stateful.state_dict(), name, tensors), name)
     if increments is not None:

@@ -18,6 +18,7 @@ from partial_fc.classes.mapping import Mapped
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES, Neighbours, nearest_classes, topk
 from partial_fc.distributed.given import as_whole
 from partial_fc.distributed.operation import operation
+from partial_fc.distributed.ranks import local_part
 from partial_fc.distributed.shards import ClassShards
 from partial_fc.margins.base import Margin
 from partial_fc.nonfinite.zero_loss import zero_loss
@@ -117,8 +118,11 @@ class ChangeableLoss(ShardedLoss):
         loaded = {**state_dict, **{prefix + name: taken(rows, value) for name, value in given.items()}}
         missing_keys += sorted(key for key in absent & loaded.keys() if "." in key[len(prefix) :])
         unexpected_keys += sorted(more - loaded.keys())
-        loaded = {key: value for key, value in loaded.items() if key not in absent}
+        # what was read into the rows themselves is there: a copy onto itself would touch all of them
+        there = {prefix + n for n, v in given.items() if not assign and _is_its_memory(v, rows.parameters[n])}
+        loaded = {key: value for key, value in loaded.items() if key not in absent | there}
         super()._load_from_state_dict(loaded, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        missing_keys[:] = [key for key in missing_keys if key not in there]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.class_rows.check_group()
@@ -254,3 +258,9 @@ class ChangeableLoss(ShardedLoss):
         self.num_classes = shards.num_classes
         self.class_rows.hold(parameters, self._shared_parameters(), shards)
         self.class_changes += 1
+
+
+def _is_its_memory(value: Tensor, parameter: nn.Parameter) -> bool:
+    """Return whether a loaded value is the parameter itself, or shares its memory."""
+    ours, given = local_part(parameter.detach()), local_part(value.detach())
+    return (given.data_ptr(), given.shape, given.dtype) == (ours.data_ptr(), ours.shape, ours.dtype)

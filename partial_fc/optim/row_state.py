@@ -297,6 +297,8 @@ class RowState(OneGroup):
         states = {name: self.state[parameter] for name, parameter in rows.parameters.items()}
         saved_steps.restore(behind, missed, self.param_groups[0], states)
         if rows.behind is None:
+            if rows.store is not None:
+                rows.store.ready(None)
             behind.catch_up()
 
     def _problem_of_state(self, state_dict: dict[str, Any]) -> str:

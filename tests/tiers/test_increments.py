@@ -198,6 +198,40 @@ def made_again(seed: int, init_std: float) -> Made:
     return run
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("files", [False, True])
+def test_rows_that_nobody_has_touched_stay_so_when_a_run_goes_on(checkpointer, tmp_path, kind, files):
+    more, optimizer, skipped, low = KINDS[kind]
+    run, undisturbed = (made(HostRows(), optimizer, skipped, low, **more) for _ in range(2))
+    expected = trained(undisturbed, 9)
+    for step in range(0, 6, 2):
+        trained(run, 2, step)
+        checkpointer.save(step + 2, **run)
+    touched = run["head"].class_rows.store.touched
+    assert 0 < touched.sum() < C
+    loaded = made(FileRows(tmp_path / "rows") if files else HostRows(), optimizer, skipped, low, **more)
+    checkpointer.load(step=6, **loaded)
+    store = loaded["head"].class_rows.store
+    assert torch.equal(store.touched, touched)
+    assert store.untouched == int((~touched).sum())
+    checkpointer.save(7, **loaded)
+    assert counts(checkpointer, 7)[-1] == 0  # nothing has changed
+    assert trained(loaded, 3, 6) == expected[6:]
+    assert store.untouched
+    assert_equal(state_of(loaded["optimizer"]), state_of(undisturbed["optimizer"]))
+
+
+def test_rows_that_were_all_saved_are_all_there(checkpointer):
+    run = made(HostRows())
+    trained(run, 2)
+    run["head"].topk(torch.randn(2, D), 3)  # looks at all rows
+    checkpointer.save(2, **run)
+    loaded = made(HostRows())
+    checkpointer.load(**loaded)
+    assert not loaded["head"].class_rows.store.untouched
+    assert_equal(state_of(loaded["optimizer"]), state_of(run["optimizer"]))
+
+
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["linear", "Adam"])
 def test_steps_that_are_forgotten(tmp_path, monkeypatch, optimizer):
     for moves in (LinearMoves, AdamMoves):
