@@ -12,6 +12,7 @@ Two ranks (gloo, one thread each), SGD with momentum, fp32, N = 512, in new proc
     growth    seconds of a step with as many selected rows, C = 0.5M to 8M, in blocks of 1,024
     saves     C = 4M, D = 64, r = 0.0005, all rows touched, 20 steps between saves: seconds and bytes of a checkpoint of
               what has changed, over those of a whole one; loading the last of four, over loading a whole one
+    resumed   C = 100M, D = 64, r = 0.001, sample_block=1024, saved after ten steps: a new head that loads it
 
 Memory is what is no page of a file (RssAnon of /proc) beyond that of a process that has imported torch. Prints one
 Markdown table; writes it to OUT/table.md and raw figures to OUT/results.json. Files of rows are below --folder, have no
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -38,7 +40,7 @@ from partial_fc import ArcFace, Checkpointer, FileRows, PartialFC, RowOptimizer
 
 MIB = 1 << 20
 N = 512
-CASES = "cached", "rows", "blocks", "growth", "saves"
+CASES = "cached", "rows", "blocks", "growth", "saves", "resumed"
 
 
 Step = Callable[[], None]
@@ -119,6 +121,30 @@ def saves(C: int, D: int, rate: float, steps: int, folder: str) -> dict[str, Any
     return found
 
 
+def resumed(C: int, D: int, rate: float, block: int, steps: int, folder: str) -> dict[str, Any]:
+    """What it costs to go on from a checkpoint in a new head."""
+
+    def on_disk(head: PartialFC) -> int:
+        store = head.class_rows.store
+        assert store is not None
+        return sum(os.fstat(rows.file).st_blocks * 512 for rows in store.tensors.values() if rows.file is not None)
+
+    step, head, optimizer = stepping(C, D, rate, block, folder)
+    for _ in range(steps):
+        step()
+    checkpointer = Checkpointer(Path(folder) / "saved")
+    checkpointer.save(steps, head=head, optimizer=optimizer)
+    saved = on_disk(head)
+    dist.barrier()
+    before, start = status("RssAnon"), time.perf_counter()
+    step, head, optimizer = stepping(C, D, rate, block, folder)
+    checkpointer.load(head=head, optimizer=optimizer)
+    dist.barrier()
+    seconds = time.perf_counter() - start
+    checkpointer.release()
+    return {"seconds": seconds, "disk": on_disk(head) / saved, "bytes": saved, "memory": status("RssAnon") - before}
+
+
 def measure(case: str, folder: str, repetitions: int, scale: int) -> list[dict[str, Any]]:
     """The rows of the table of one case."""
     if case == "cached":
@@ -150,6 +176,17 @@ def measure(case: str, folder: str, repetitions: int, scale: int) -> list[dict[s
             {"case": case, "what": f"{what}, changed rows over all rows ({most['whole'][k]:.3g})",
              "value": most["changed"][k] / most["whole"][k], "unit": "×", "limit": None}
             for k, what in units.items()
+        ]  # fmt: skip
+    if case == "resumed":
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            each = run_ranks(2, resumed, 100_000_000 // scale, 64, 0.001, max(1, 1024 // scale), 10, own)
+        most = {key: max(one[key] for one in each) for key in each[0]}
+        return [
+            {"case": case, "what": "build and load", "value": most["seconds"], "unit": "s", "limit": None},
+            {"case": case, "what": f"its files over those of the run that saved it ({most['bytes']:.3g} bytes a rank)",
+             "value": most["disk"], "unit": "×", "limit": None},
+            {"case": case, "what": "memory of a rank, without pages of files", "value": most["memory"] / MIB,
+             "unit": "MiB", "limit": None},
         ]  # fmt: skip
     C, block = (20_000_000, 1) if case == "rows" else (100_000_000, 1024)
     C, block, rate = C // scale, max(1, block // scale), 0.001
