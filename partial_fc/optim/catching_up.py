@@ -1,7 +1,7 @@
 """What steps need not do about rows that have missed some: bring all of them up to date, and notice what cannot go on.
 
 write_moved      rows make their steps in memory, in blocks, for whoever reads or writes them outside a step
-check_kinds      options that were set in the middle of a run to what nobody knows to make up for
+are_of_same_kind options that were set in the middle of a run
 warn_of_writes   rows that somebody else has written
 """
 
@@ -57,12 +57,14 @@ def _put(class_rows: ClassRows, behind: Any, index: Tensor, values: list[Tensor]
         tensor.data.index_copy_(0, index, value.to(tensor.dtype))
 
 
-def check_kinds(behind: Any, options: Mapping[str, Any]) -> None:
-    """Raise ValueError if options were set with which nobody knows what a step does to a row without gradient."""
+def are_of_same_kind(behind: Any, options: Mapping[str, Any]) -> bool:
+    """Return whether those are zero, or the same choice, that were before; ValueError if nobody knows what a step with
+    them does to a row without gradient."""
     kinds, before = _kinds(options), _kinds(behind.options)
     if kinds != before and behind.form_of(behind.cls, options) is not behind.form:
         changed = {name: options[name] for name, kind in kinds.items() if kind != before.get(name)}
         raise ValueError(f"options of {behind.cls.__name__} were changed to another kind of update: {changed}")
+    return kinds == before
 
 
 def _kinds(options: Mapping[str, Any]) -> dict[str, Any]:

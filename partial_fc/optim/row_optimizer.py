@@ -92,7 +92,7 @@ class RowOptimizer(RowState):
         selected = rows.grad_rows if rows.sampled else None
         behind, updates, taken = rows.behind, {}, {}
         if behind is not None:
-            behind.check(self.param_groups[0])
+            behind.check(self.param_groups[0], self.state)
             taken = behind.of_update(selected)
         for (name, parameter), grad in zip(rows.parameters.items(), grads, strict=True):
             if grad is not None:

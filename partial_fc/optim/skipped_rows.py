@@ -65,11 +65,18 @@ class SkippedRows:
         self.tables: dict[str, Tensor] = {}  # of the parameters, on the device of the rows
         self.taken: tuple[Tensor, dict[str, dict[str, Tensor]]] | None = None
 
-    def check(self, options: Mapping[str, Any]) -> None:
-        """Raise ValueError if options were set with which nobody knows what a step does to a row without gradient."""
+    def check(self, options: Mapping[str, Any], states: Mapping[Any, Any]) -> None:
+        """Raise ValueError if options were set with which nobody knows what a step does to a row without gradient.
+
+        states: of the optimizer. Where they, or the kinds of the options, are no longer those that the tables describe,
+        all rows make their steps now, before anything moves.
+        """
+        same = all(states.get(each.parameter) is each.state for each in self.parameters.values())
         if any(value is not self.options.get(name) for name, value in options.items()):
-            catching_up.check_kinds(self, options)
+            same = catching_up.are_of_same_kind(self, options) and same
             self.options = dict(options)
+        if not same:
+            self.rows.catch_up()
 
     def count(self, options: Mapping[str, Any], updates: Mapping[str, Update], selected: Tensor | None) -> None:
         """A step was taken. updates: of the parameters that had a gradient, by name; selected: local rows `[S]`."""
@@ -79,16 +86,17 @@ class SkippedRows:
             self.begin(options, updates)
         steps = {name: self.parameters[name].moves.find(self.parameters[name].probe, options) for name in updates}
         self.seen = self.memory()
-        if not any(self.parameters[name].moves.moves(step) for name, step in steps.items()):
+        if any(self.parameters[name].moves.moves(step) for name, step in steps.items()):
+            for name, behind in self.parameters.items():
+                behind.moves.extend(steps.get(name))
+            self.steps += 1
+            self.tables = {}
+        if not self.steps:
             return  # rows without a gradient stand still
-        for name, behind in self.parameters.items():
-            behind.moves.extend(steps.get(name))
-        self.steps += 1
-        self.tables = {}
         if self.done is None:
             local = local_part(self.rows.main.detach())
             self.done = torch.zeros(len(local), dtype=torch.int32, device=local.device)
-        if selected is not None:
+        if selected is not None:  # they have made all their steps, and this one
             self.done.index_fill_(0, selected, self.steps)
         if self.steps - self.first >= self.form.MOST:
             forget_oldest(self)

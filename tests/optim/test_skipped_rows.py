@@ -152,6 +152,60 @@ def test_warm_up_of_momentum_and_decay_that_change():
     near(whole(head.weight), dense.parameter.detach(), 1e-9)
 
 
+def changed(what: str, step: int, optimizer: torch.optim.Optimizer) -> None:
+    """What somebody does to an optimizer before this step of a run with decay."""
+    group = optimizer.param_groups[0]
+    if (what == "rates of zero" and step % 4 > 1) or (what == "the rate zero at last" and step > 20):
+        group["lr"] = 0.0
+    elif what == "decay off and on":
+        group["weight_decay"] = 0.0 if 10 <= step < 30 else 0.02
+    elif what == "momentum from zero":
+        group["momentum"] = 0.9 if step >= 15 else 0.0
+    elif what == "momentum off and on":
+        group["momentum"] = 0.0 if 15 <= step < 25 else 0.9
+    elif what == "state forgotten" and step in (10, 30):
+        optimizer.state.clear()
+
+
+CHANGES = {
+    "rates of zero": [("SGD", {}), ("SGD", {"momentum": 0.9}), ("AdamW", {})],
+    "the rate zero at last": [("SGD", {}), ("AdamW", {})],
+    "decay off and on": [("SGD", {}), ("SGD", {"momentum": 0.9}), ("AdamW", {})],
+    "momentum from zero": [("SGD", {})],
+    "momentum off and on": [("SGD", {"momentum": 0.9})],
+    "state forgotten": [("SGD", {"momentum": 0.9}), ("AdamW", {})],
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "cls", "options"), [(what, *each) for what, cases in CHANGES.items() for each in cases]
+)
+def test_a_run_in_which_something_changes(what, cls, options, caplog):
+    """Rows make the steps that they have missed once, with the options that each of these steps had."""
+    given = {"lr": 0.1 if cls == "SGD" else 0.01, "weight_decay": 0.02, **options}
+    kind, head = getattr(torch.optim, cls), head_of(0.1)
+    dense, optimizer = Dense(whole(head.weight), kind, given), RowOptimizer(kind, head, skipped_rows="dense", **given)
+    bounds = (1e-9, 1e-9) if cls == "SGD" else (1e-5, 1e-4)
+    for step in range(STEPS):
+        x, labels = batch(step)
+        optimizer.zero_grad()
+        loss = head(x, labels)
+        loss.backward()
+        for each in (optimizer, dense.optimizer):
+            each.param_groups[0]["lr"] = given["lr"] * rate_of(step)
+            changed(what, step, each)
+        optimizer.step()
+        classes = selected_by_all(head)
+        of_dense = Loss()(x, dense.parameter[classes], positions(labels, classes, C), classes)
+        dense.optimizer.zero_grad()
+        of_dense.backward()
+        dense.optimizer.step()
+        near(loss.item(), of_dense.item(), bounds[0])
+    optimizer.catch_up()
+    near(whole(head.weight), dense.parameter.detach(), bounds[1])
+    assert "written between steps" not in caplog.text
+
+
 def dense_step(dense: Dense, step: int, head: PartialFC) -> float:
     dense.step(step, selected_by_all(head))
     return dense.losses[-1]
