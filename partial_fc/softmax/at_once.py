@@ -11,11 +11,12 @@ from torch import Tensor
 
 from partial_fc.batch.row_sums import add_to_rows
 from partial_fc.softmax.by_vectors import project
-from partial_fc.softmax.row_tiles import RowTiles, inverse_length
+from partial_fc.softmax.gathered_rows import GatheredRows
+from partial_fc.softmax.row_tiles import inverse_length
 
 
-class RowsAtOnce(RowTiles):
-    """As `RowTiles`. Where all rows take part, `held` has the dtype of the products."""
+class RowsAtOnce(GatheredRows):
+    """As `GatheredRows`. Where all rows take part, `held` has the dtype of the products."""
 
     def measure(self, product: torch.dtype, whole_gradient: bool) -> None:
         """whole_gradient: there will be a gradient of all rows at once, and so memory for it."""

@@ -38,7 +38,7 @@ class SavedTensors(NamedTuple):
     slope_cosine: Tensor  # [P] ∂(target logit)/∂(target cosine), 0 on ranks that do not own the class
     slope_norm: Tensor  # [P] ∂(target logit)/∂‖X‖, the same; empty where the margin does not depend on it
     slope_penalty: Tensor  # [N] ∂(the margin's penalty)/∂‖X‖, or empty
-    kept: Tensor  # [tiles, N, size] or empty
+    kept: Tensor  # flat, tile after tile of [N, size]; or empty
     maxima: Tensor  # [tiles, N, 1] or empty
     row_sum: Tensor  # [D + 1] or empty: sum of directions and biases, for label smoothing
     smoothed: Tensor  # [2, 1] or [2, N] or empty: how many classes label smoothing spreads over, their mean weight
@@ -67,21 +67,21 @@ Forwarded = tuple[Tensor, Tensor, Measured, SavedTensors, ForwardState]
 
 def forward(
     selection: Selection, options: LossOptions, sink: RowGradientSink, weight: Tensor, bias: Tensor | None,
-    dtypes: tuple[torch.dtype, torch.dtype], needs_grad: bool, sums_of_others: Callable[..., TileSums],
+    dtypes: tuple[torch.dtype, torch.dtype], needs_grad: bool, unusual_sums: Callable[..., TileSums],
 ) -> Forwarded:  # fmt: skip
     """Return (the reduced loss, the losses `[N]` that it is the sum of, figures for metrics, two parts for backward).
 
     weight: `[C_local, D]` or `[C_local, K, D]`. bias: `[C_local]`. dtypes: of the statistics, of the matrix products.
-    sums_of_others: makes sums where `TileSums` will not do.
+    unusual_sums: makes the sums over tiles where `TileSums` will not do.
     """
     margin, X, (stats, product) = options.margin, selection.batch.embeddings, dtypes
     norms = torch.linalg.vector_norm(X, dim=1, dtype=stats)
     x_inverse = inverse_of(norms)[:, None]
     x = X * x_inverse if margin.normalize and margin.normalize_embeddings else X.to(stats)
-    usual = X.device.type == weight.device.type == "cpu" and margin.centers == 1 and selection.kernels is None
-    if usual:
-        index, prefix = None if selection.picked else selection.rows, "" if selection.rows is None else "selected "
-        rows = RowTiles(weight, bias, index, margin.normalize, stats, sink.workspace, needs_grad, prefix)
+    on_cpu = X.device.type == weight.device.type == "cpu" and selection.kernels is None
+    if on_cpu and (selection.rows is None or selection.copied):
+        prefix = "" if selection.rows is None else "selected "
+        rows = RowTiles(weight, bias, margin.normalize, stats, sink.workspace, prefix)
     else:
         rows = other_rows(weight, bias, selection, options, sink, dtypes, needs_grad)
     most = tile_rows(selection.batch.most_samples, x.shape[1], X.device.type)
@@ -102,10 +102,10 @@ def forward(
         no_places = options.ruled or selection.by_kernels
         places = x.new_empty(0) if no_places else targets.places(rows.count, tile, apart=in_place)
         state = ForwardState(selection, options, sink, rows, targets, rule, tile, places, product, bounded, smoothing)
-        if plain and bias is None and not (options.metrics or selection.unusual):
+        if plain and bias is None and not (options.metrics or selection.alters_logits):
             sums = TileSums(x, state, keep)
         else:
-            sums = sums_of_others(x, state, keep, in_place)
+            sums = unusual_sums(x, state, keep, in_place)  # its state may have tiles of another size
         for t, (a, b) in enumerate(rows.tiles(sums.state.tile)):
             sums.add(t, a, b)
         rows.measured = True
@@ -216,7 +216,7 @@ class TileSums:
 
 
 def combine(sums: TileSums, z: Tensor, cosines: Tensor, selection: Selection) -> dict[str, Tensor]:
-    """Return by name what the ranks found together. total: of the largest maximum."""
+    """Return by name what the ranks found together. total: Σ exp, relative to the largest maximum of all ranks."""
     parts, group = {"total": sums.total[:, 0], "z": z, "cosines": cosines}, selection.ranks.group
     if sums.further is not None:
         parts |= sums.further.parts(z, cosines, sums.state.rows.count)

@@ -50,7 +50,7 @@ class Selection:
     batch: GlobalBatch
     rows: Tensor | None  # [S] local rows (classes), sorted but for slots; None for the whole shard
     slots: Slots | None  # behind the window of a sampled forward, elsewhere than on a CPU
-    picked: bool  # the loss gets these rows of weight and bias, not those of the shard
+    copied: bool  # weight and bias that the loss gets are copies of these rows, not the shard
     lo: int  # first class id of the shard
     hi: int  # behind its last
     targets: Targets
@@ -59,11 +59,11 @@ class Selection:
     draw_key: int  # for what a margin draws: differs from forward to forward, the same on every rank
     correction: Correction | None = None  # of a sampled forward
     kernels: Kernels | None = None  # that serve it
-    directions: tuple[Tensor, Tensor] | None = None  # of picked rows [S, D], and their 1/length [S, 1], if known
+    directions: tuple[Tensor, Tensor] | None = None  # of copied rows [S, D], and their 1/length [S, 1], if known
 
     @property
     def counts_once(self) -> bool:
-        """Whether a sample has one target of weight 1, or none and weight 0 itself."""
+        """Whether a sample has one label without a weight. Without a target the sample itself counts 0."""
         return self.targets.ids.shape[1] == 1 and self.batch.label_weights is None
 
     @property
@@ -71,8 +71,8 @@ class Selection:
         return self.batch.ranks
 
     @property
-    def unusual(self) -> bool:
-        """Whether something besides biases is added to its logits, or they are those of kernels."""
+    def alters_logits(self) -> bool:
+        """Whether something besides biases is added to products before their exponentials, or kernels make them."""
         return self.slots is not None or self.correction is not None or self.by_kernels
 
     @property

@@ -1,9 +1,9 @@
 """The class rows of a forward by kernels: one pass makes lengths and directions, one takes the gradient through them.
 
-    tile              rows [T, D], picked or not  ──>  directions in the products' dtype, 1/length      4 + 2 bytes
+    tile              rows [T, D], gathered or not ──>  directions in the products' dtype, 1/length      4 + 2 bytes
     through_lengths   gradient by directions      ──>  gradient by rows                                 2 + 4 + 4 bytes
 
-Bytes are those of an element: float32 rows, bfloat16 products. Where a kernel fails, `RowTiles` goes on in its place.
+Bytes are those of an element: float32 rows, bfloat16 products. Where a kernel fails, `GatheredRows` goes on.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from partial_fc.kernels.rows import gather_rows, project_rows
 from partial_fc.softmax.at_once import RowsAtOnce
-from partial_fc.softmax.row_tiles import RowTiles
+from partial_fc.softmax.gathered_rows import GatheredRows
 
 
 class KernelRows(RowsAtOnce):
-    """As `RowTiles`. `held` has the dtype of the products, and is written from the first row on, up to `filled`."""
+    """As `GatheredRows`. `held` has the dtype of the products, and is written from the first row on, up to `filled`."""
 
     filled = 0
     apart = False  # the directions have memory of their own, not that of the gradient
@@ -48,17 +48,17 @@ class KernelRows(RowsAtOnce):
         if gather_rows(rows, index, out, None if self.inverse is None else self.inverse[a:b]):
             return out
         self.held, self.filled = None, 0
-        return RowTiles.tile(self, a, b, dtype)
+        return GatheredRows.tile(self, a, b, dtype)
 
     def through_lengths(self, grad: Tensor, directions: Tensor, a: int, b: int, out: Tensor) -> None:
         index = None if self.index is None else self.index[a:b]
         rows = self.weight[a:b] if index is None else self.weight
         if self.inverse is None or not project_rows(grad, rows, index, self.inverse[a:b], out):
-            RowTiles.through_lengths(self, grad, directions, a, b, out)
+            GatheredRows.through_lengths(self, grad, directions, a, b, out)
 
     def release(self, grad: Tensor) -> None:
         self.filled = 0
-        RowTiles.release(self, grad)
+        GatheredRows.release(self, grad)
 
     @property
     def overlaps(self) -> bool:
@@ -66,7 +66,7 @@ class KernelRows(RowsAtOnce):
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self.inverse is None or not self.measured:
-            return RowTiles.at(self, positions)
+            return GatheredRows.at(self, positions)
         inverse = self.inverse.index_select(0, positions)
         rows = self.weight.index_select(0, positions if self.index is None else self.index[positions])
         return rows * inverse, inverse

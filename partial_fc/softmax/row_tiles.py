@@ -38,67 +38,55 @@ def tangent(grad: Tensor, direction: Tensor, inverse: Tensor, out: Tensor) -> Te
 
 
 class RowTiles:
-    """The selected class rows of this rank, tile by tile.
+    """The class rows of this rank that take part, tile by tile, while a tile is in the cache.
 
-    index: sorted rows of the flat weight `[C_local · K, D]`, or None for all. normalize: give directions; else rows as
-    they are. dtype: of the statistics. Rows that are picked out of the shard are gathered once a forward, into the
-    memory of their gradient. All is done tile by tile, while a tile is in the cache.
+    weight: `[S, D]` or `[S, K, D]`, these rows (else gathered_rows.py). normalize: give directions; else rows as they
+    are. dtype: of the statistics. prefix: of what it takes from the workspace.
     """
 
+    index: Tensor | None = None  # which rows of a larger weight they are
+
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, index: Tensor | None, normalize: bool, dtype: torch.dtype,
-        workspace: Workspace, needs_grad: bool, prefix: str,
+        self, weight: Tensor, bias: Tensor | None, normalize: bool, dtype: torch.dtype, workspace: Workspace,
+        prefix: str,
     ) -> None:  # fmt: skip
         self.weight, self.device = weight.reshape(-1, weight.shape[-1]), weight.device
-        self.bias, self.index, self.dtype = bias, index, dtype
-        self.workspace, self.prefix = workspace, prefix  # of what it takes from there
-        self.count = len(self.weight) if index is None else len(index)
+        self.bias, self.dtype, self.workspace, self.prefix = bias, dtype, workspace, prefix
+        self.count = len(self.weight)
         self.inverse = weight.new_empty(self.count, 1, dtype=dtype) if normalize else None
         self.measured = False  # the lengths of all tiles are known
-        self.held: Tensor | None = None  # directions of gathered rows
-        self.memory: Tensor | None = None  # of their gradient, if they are held there
-        if index is not None and needs_grad and weight.dtype == dtype:
-            self.held = self.memory = self.gradient_memory(self.count)
 
     def gradient_memory(self, length: int) -> Tensor:
-        """Return memory `[length, D]` for the gradient of the rows: that of the held directions if there are any."""
-        if self.memory is not None:
-            return self.memory
+        """Return memory `[length, D]` for the gradient of the rows."""
         return self.workspace.take(f"{self.prefix}rows", (length, self.weight.shape[1]), self.weight.dtype, self.device)
 
     def release(self, grad: Tensor) -> None:
-        """All tiles have written to the gradient: a second backward makes the directions again."""
-        self.held = self.memory = None
+        """All tiles have written to the gradient."""
 
     @property
     def overlaps(self) -> bool:
         """Whether the gradient is written over the directions that it is projected with."""
-        return self.held is not None
+        return False
 
     def tile(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
         """Return directions `[b − a, D]` of rows a to b."""
-        held = None if self.held is None else self.held[a:b]
-        if held is not None and self.measured:
-            return held.to(dtype)
-        part = self.part(a, b, held)
+        part = self.part(a, b)
         if self.inverse is None:
             return part.to(dtype)
         if not self.measured:
             self.inverse[a:b] = inverse_length(part, self.dtype)
-        out = torch.empty_like(part, dtype=dtype) if held is None else held
-        return torch.mul(part, self.inverse[a:b], out=out).to(dtype)
+        return torch.mul(part, self.inverse[a:b], out=torch.empty_like(part, dtype=dtype))
 
-    def part(self, a: int, b: int, out: Tensor | None = None) -> Tensor:
+    def part(self, a: int, b: int) -> Tensor:
         """Return rows a to b as they are `[b − a, D]`."""
-        return self.weight[a:b] if self.index is None else torch.index_select(self.weight, 0, self.index[a:b], out=out)
+        return self.weight[a:b]
 
     def through_lengths(self, grad: Tensor, directions: Tensor, a: int, b: int, out: Tensor) -> None:
         """Write to `out [T, D]` the gradient of rows a to b, given that of their directions; both may be one memory."""
         if self.inverse is not None:
             final = out if out.dtype == self.dtype else torch.empty_like(grad, dtype=self.dtype)
-            unit = directions if self.held is None else self.held[a:b]
-            if unit.dtype == self.dtype:
-                grad = tangent(grad.to(self.dtype), unit, self.inverse[a:b], out=final)
+            if directions.dtype == self.dtype:
+                grad = tangent(grad.to(self.dtype), directions, self.inverse[a:b], out=final)
             else:
                 grad = tangent_at(grad, self.part(a, b).to(self.dtype), self.inverse[a:b], out=final)
         if grad is not out:
@@ -118,7 +106,7 @@ class RowTiles:
 
     def single(self, positions: Tensor) -> Tensor:
         """Return single rows as they are `[P, D]`."""
-        return self.weight.index_select(0, positions if self.index is None else self.index[positions])
+        return self.weight.index_select(0, positions)
 
     def tiles(self, size: int) -> Iterator[tuple[int, int]]:
         for a in range(0, self.count, size):

@@ -20,7 +20,7 @@ class StreamedRows(RowTiles):
         self.device = device
         self.inverse = None if self.inverse is None else torch.empty_like(self.inverse, device=device)
 
-    def part(self, a: int, b: int, out: Tensor | None = None) -> Tensor:
+    def part(self, a: int, b: int) -> Tensor:
         return to_device(self.weight[a:b], self.device)
 
     def single(self, positions: Tensor) -> Tensor:
