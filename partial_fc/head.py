@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.batch.exchange import GlobalBatch
+from partial_fc.batch.facts import statistics_of
 from partial_fc.batch.later import counted_if_alike
 from partial_fc.batch.targets import targets_of
 from partial_fc.classes.head_state import HeadState
@@ -42,6 +43,7 @@ class PartialFC(HeadState):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # another margin is prepared as at construction, or refused
         super().__setattr__(name, self.fitting(value) if name == "margin" and name in self._modules else value)
 
     @torch._disable_dynamo  # collectives and sizes that depend on data: under torch.compile the head runs as it is
@@ -65,7 +67,7 @@ class PartialFC(HeadState):
         if self.training and self.class_rows.record.bad_forward:
             return self._zero_loss(x, batch, gradient_of_all_rows=all_rows)
         if self.training:
-            self.class_rows.record.remember(each for each in self.margin.buffers() if not each.ndim)
+            self.class_rows.record.remember(statistics_of(self.margin))
         weight, bias, anchor = local_part(self.weight), None if self.bias is None else local_part(self.bias), None
         if current is not None:
             weight, bias = current["weight"], current.get("bias")
@@ -84,7 +86,7 @@ class PartialFC(HeadState):
         counts = self.num_classes, self.ignore_index, self.reduction, dtypes[0], self.class_weights
         targets = targets_of(batch, *counts, within=self.label_smoothing > 0)
         if self.training and targets.ids.device.type != "cpu":
-            alike = counted_if_alike(targets.of_samples, self.margin.buffers(), ranks)
+            alike = counted_if_alike(targets.of_samples, statistics_of(self.margin), ranks)
             targets = targets._replace(of_samples=alike)
         rows = slots = correction = kernels = None
         on_device = self.weight.device.type != "cpu" or (self._kernels == "interpret" and not self.class_rows.travels)

@@ -37,7 +37,7 @@ def mix(*values: int) -> int:
 
 @lru_cache(maxsize=8)
 def permutation_of(size: int, seed: int, cycle: int) -> Permutation:
-    """Return that of a cycle."""
+    """Return the permutation that the windows of a cycle walk."""
     return Permutation(size, tuple(mix(mix(seed, cycle), i) for i in range(ROUNDS)))
 
 
@@ -73,7 +73,7 @@ class Windows:
     def fit(
         self, num_classes: int, sample_rate: float, seed: int, lo: int, hi: int, device: torch.device, block: int
     ) -> Windows:
-        """Be those of a head as it is now, and return them. What was found before is forgotten if anything differs."""
+        """Return this, made for a head as it is now: what was found before is forgotten if anything differs."""
         key = (num_classes, sample_rate, seed, lo, hi, device, block)
         if self.key != key:
             self.key, self.tables, local = key, {}, hi - lo

@@ -46,6 +46,7 @@ class ShardedLoss(ShardedModule):
         ranks, gathered = self.shards.ranks, isinstance(embeddings, GlobalBatch)
         own = [(self._parameters.get(key), p) for key, p in self.class_rows.parameters.items()]
         try:
+            # parameters replaced or hooked, or a mode of torch that no step runs in: check_use says what it is
             changed = any(now is not p or p._backward_hooks or p._post_accumulate_grad_hooks for now, p in own)
             if changed or [look() for look in surroundings()] != USUAL:
                 check_use(self)

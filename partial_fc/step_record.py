@@ -43,7 +43,8 @@ class StepRecord:
         self.counted = False  # the skipped step is in `skips`
         self.ever_checked = False
         self.backwards: list[BackwardPass] = []
-        self.statistics: list[tuple[Tensor, Tensor]] = []  # running statistics, and what they were before the step
+        # running statistics: the buffers and the name under which each stands, the tensor there before the step, a copy
+        self.statistics: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         self.untrained = ""  # why an update would leave rows where they are (nonfinite/wiring.py)
         self.half_unscaled = ""  # which gradients a GradScaler has not unscaled (nonfinite/scalers.py)
 
@@ -108,6 +109,6 @@ class StepRecord:
         self.checked = self.finished = self.ever_checked = True
         self.backwards, self.statistics = [], []
 
-    def remember(self, statistics: Iterable[Tensor]) -> None:
-        """A forward of the step is to move running statistics."""
-        self.statistics = self.statistics or [(each, each.clone()) for each in statistics]
+    def remember(self, places: Iterable[tuple[dict[str, Any], str]]) -> None:
+        """Note running statistics before the first forward of a step moves them: a bad step puts them back."""
+        self.statistics = self.statistics or [(b, n, b[n], b[n].clone()) for b, n in places]

@@ -169,5 +169,5 @@ def gradient_of_losses(grad: Tensor, batch: GlobalBatch, sample_weights: Tensor,
     """Return ∂objective/∂(unweighted loss_i) `[N]` from that of the loss, equal on all ranks, or `[N_local]`."""
     if reduction != "none":
         return grad * sample_weights
-    # each rank's scalar counts as averaged over the ranks
+    # engines average gradients over ranks, so that what one rank makes of its losses counts a share of them
     return of_all_samples(grad, batch.counts, batch.ranks) * sample_weights / batch.ranks.total

@@ -32,13 +32,14 @@ def later_bad_label(backwards: Iterable[BackwardPass], classes: int) -> str:
     return ""
 
 
-def counted_if_alike(sample_weights: Tensor, buffers: Iterable[Tensor], ranks: Ranks) -> Tensor:
+def counted_if_alike(sample_weights: Tensor, places: Sequence[tuple[dict[str, Any], str]], ranks: Ranks) -> Tensor:
     """Return the weights of samples `[N]`; infinite or NaN if the running statistics of the ranks differ. One small
-    collective where there are statistics, and no wait."""
-    moving = [each for each in buffers if not each.ndim]
-    if not moving or ranks.group is None:
+    collective where there are statistics, and no wait. places: as `statistics_of` returns them."""
+    if not places or ranks.group is None:
         return sample_weights
-    everyone = all_gather_mesh(_sum_of(moving), ranks, "the comparison of running statistics")
+    everyone = all_gather_mesh(
+        _sum_of([held[name] for held, name in places]), ranks, "the comparison of running statistics"
+    )
     return sample_weights / (everyone.amax() - everyone.amin() <= TOLERANCE * everyone.abs().amax())
 
 
@@ -50,7 +51,7 @@ def compare_statistics(statistics: Sequence[Tensor], ranks: Ranks, device: torch
 
 
 def _sum_of(statistics: Sequence[Tensor]) -> Tensor:
-    return torch.stack([each.double() for each in statistics]).sum()
+    return torch.stack([each.double().sum() for each in statistics]).sum()
 
 
 def looked_at(batch: GlobalBatch) -> GlobalBatch:

@@ -32,7 +32,8 @@ def targets_of(
     batch: GlobalBatch, classes: int, ignore_index: int, reduction: str, dtype: torch.dtype,
     class_weights: Tensor | None = None, within: bool = False,
 ) -> Targets:  # fmt: skip
-    """Return them; for a mean, weights of samples are divided by their sum over all ranks, and 0 where that is 0.
+    """Return the targets of a batch. For a mean, weights of samples are divided by their sum over all ranks; 0 if that
+    is.
 
     within: the loss itself has the class weights in it, as with label smoothing. A bad label in a batch that nobody has
     looked at makes all weights of samples infinite or NaN: the check of the step finds it.

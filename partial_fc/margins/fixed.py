@@ -14,7 +14,7 @@ from partial_fc.margins.positives import Positives
 
 
 def angular(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor:
-    """Return cos(factor · θ + added) `[P]`, continued monotonically past π; 1 below 0. added: radians."""
+    """Return cos(factor · θ + added) `[P]`, monotonic past π; 1 where the angle is below 0. added: radians."""
     if factor == 1 and isinstance(added, float) and 0 <= added < math.pi:
         return AddedAngle.apply(cosine, added)  # type: ignore[no-any-return]
     return by_arccosine(cosine, factor, added)

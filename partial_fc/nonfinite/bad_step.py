@@ -30,13 +30,13 @@ def refuse_step(
     overflow = not bad_loss and (not reason if already_skipped else bool(scalers))
     bad_label = bad_label_of(heads) if bad_loss else ""
     for rows in heads if bad_loss else ():
-        compare_statistics([each for each, _ in rows.record.statistics], rows.shards.ranks, rows.device)
+        compare_statistics([held[n] for held, n, *_ in rows.record.statistics], rows.shards.ranks, rows.device)
     if not (overflow or reason or bad_label):
         reason = describe(heads, parameters)
     for record in records:
         if not overflow:
-            for each, before in record.statistics:
-                each.copy_(before)
+            for held, name, there, before in record.statistics:
+                held[name] = there.copy_(before)  # a margin may have put another tensor in its place
         record.mark_checked()
         record.bad_step = True
         record.reason = reason

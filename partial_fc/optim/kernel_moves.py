@@ -18,8 +18,8 @@ Memory = dict[str, list[Tensor]]  # by parameter: of rows [S, ...] and of each p
 
 
 def take_by_kernels(behind: Any, index: Tensor, outs: Memory) -> dict[str, Tensor] | None:
-    """Write what `SkippedRows.move` writes; return "directions" `[S, D]` and "inverse", 1/length `[S, 1]`, of the rows,
-    or nothing if nobody takes them; None where no kernel did it."""
+    """Write what `SkippedRows.move` writes; return "directions" `[S, D]` and "inverse", 1/length `[S, 1]`, of the rows:
+    an empty dict if nobody wants them, None where no kernel served."""
     rows, dtype = behind.rows, behind.rows.kernels.directions
     directions, main = {}, local_part(rows.main.detach())
     if dtype is not None and main.ndim == 2 and any(each.parameter is rows.main for each in behind.parameters.values()):
@@ -46,7 +46,7 @@ def moved_by_kernel(behind: Any, index: Tensor, outs: Memory, directions: tuple[
 
 
 def _move(behind: Any, name: str, index: Tensor, outs: list[Tensor], directions: tuple[Tensor, Tensor] | None) -> bool:
-    """Do so for one parameter."""
+    """Write rows of one parameter; False where no kernel serves them."""
     rows, each = behind.rows, behind.parameters[name]
     tensors, linear = each.tensors(), isinstance(each.moves, LinearMoves)
     served = rows.kernels.rows and linear and len(tensors) <= 2 and each.dtype == torch.float32

@@ -85,6 +85,7 @@ class LinearMoves:
         return not torch.equal(step, self.identity)
 
     def coefficients(self) -> Tensor:
+        # for `move`, which comes after it
         self.ones = (self.table == 1).all(1).tolist()  # [to][from]; without decay half of the work is none
         self.zeros = (self.table == 0).all(1).tolist()
         return self.table.transpose(0, 1).flatten(1)

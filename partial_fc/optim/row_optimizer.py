@@ -131,7 +131,8 @@ class RowUpdate:
         self.kernel = None if optimizer.class_rows.kernels is None else KernelStep(self)
 
     def apply(self, index: Tensor | None, a: int, b: int, grad: Tensor) -> None:
-        """Step the local rows `index`, or a to b, by `grad`; views are stepped in place."""
+        """Step a block of rows by `grad`. index: these local rows, at the places a to b among the rows of the step;
+        None: the local rows a to b, which are stepped in place."""
         if self.kernel is not None and self.kernel(index, a, b, grad):
             return
         inner = self.optimizer.inner

@@ -84,11 +84,11 @@ class SkippedRows:
             if self.steps:
                 self.rows.catch_up()
             self.begin(options, updates)
-        steps = {name: self.parameters[name].moves.find(self.parameters[name].probe, options) for name in updates}
+        effects = {name: self.parameters[name].moves.find(self.parameters[name].probe, options) for name in updates}
         self.seen = self.memory()
-        if any(self.parameters[name].moves.moves(step) for name, step in steps.items()):
+        if any(self.parameters[name].moves.moves(effect) for name, effect in effects.items()):
             for name, behind in self.parameters.items():
-                behind.moves.extend(steps.get(name))
+                behind.moves.extend(effects.get(name))
             self.steps += 1
             self.tables = {}
         if not self.steps:
@@ -114,7 +114,8 @@ class SkippedRows:
     def take(self, index: Tensor) -> dict[str, Tensor] | None:
         """Return by parameter the local rows `index [S]` as they are now; None where the memory has them so.
 
-        They stay at hand for the update, so that nothing is written before it. Where they are large they are written.
+        The forward computes with them, and the update steps this very memory, so that nothing is written to the shard
+        before it. Where they are large they are written to it at once.
         """
         self.taken = None
         if not self.some_are_behind():
@@ -134,8 +135,8 @@ class SkippedRows:
         return {name: current.to(of[name].dtype) for name, current in rows.items()} | (directions or {})
 
     def of_update(self, selected: Tensor | None) -> dict[str, dict[str, Tensor]]:
-        """Return by parameter what the forward of these rows took: rows, under "", and their state. Nothing, if that
-        was another forward; then the memory has them."""
+        """Return by parameter what the forward of these rows took: rows, under "", and their state. {} if they are of
+        several forwards, or of another: then they are brought up to date in memory."""
         taken, self.taken = self.taken, None
         if taken is not None and taken[0] is selected and self.some_are_behind():
             return taken[1]

@@ -34,7 +34,7 @@ class Derivatives(NamedTuple):
 
     d_lse: Tensor  # [N, 1]; multiplies exp(logit − lse)
     from_zero: Tensor  # [N, 1] d_lse exp(−lse); multiplies exp(logit)
-    d_every: Tensor | None  # [N] ∂L/∂(every selected logit), of label smoothing, but for the weight of the class
+    d_every: Tensor | None  # [N] ∂L/∂(every selected logit), of label smoothing, to be multiplied by the class's weight
     d_cosine: Tensor  # [P] ∂L/∂(target cosine), 0 on ranks that do not own the class
     d_norm: Tensor | None  # [N] ∂L/∂‖X‖, by the margin
     d_offset: Tensor | None  # [1] ∂L/∂offset, of margins of binary decisions
@@ -119,15 +119,16 @@ class BackwardTiles:
     def add_targets(self, dx: Tensor) -> None:
         """Add the targets' share to the gradient of the embeddings' directions."""
         targets, d_cosine = self.state.targets, self.d.d_cosine[:, None]
-        if self.state.rows.count:
-            share = None if targets.labels_each == 1 else targets.sum_of_samples(self.target_rows * d_cosine)
-            dx.addcmul_(self.target_rows, d_cosine) if share is None else dx.add_(share)
+        if self.state.rows.count and targets.labels_each == 1:
+            dx.addcmul_(self.target_rows, d_cosine)
+        elif self.state.rows.count:
+            dx += targets.sum_of_samples(self.target_rows * d_cosine)
 
     def begin_rows(self) -> None:
         self.dw = self.state.rows.gradient_memory(self.state.rows.count)
 
     def add_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
-        """Find those of rows a to b, but for the targets' share. weighted `[N, D]`: x times factor and scale."""
+        """Write the gradients of rows a to b, without the targets' share. weighted `[N, D]`: x factor scale."""
         out = self.dw[a:b]
         self.state.rows.through_lengths(self.product(e, weighted, a, b, out), w, a, b, out)
 

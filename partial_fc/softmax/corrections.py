@@ -45,7 +45,7 @@ def log_weights(rows: Tensor, slots: Slots | None, always: Tensor, lo: int, shar
 
 @dataclass(frozen=True)
 class Correction:
-    """That of one forward."""
+    """The correction of one forward."""
 
     of_rows: Tensor  # [S · K] −ln π of each row, sub-centers as their class
     late: bool  # something else looks at the tile's logits first: a rule, a decision, a metric

@@ -59,8 +59,9 @@ def sharded_cross_entropy(
     with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False), hooks:
         # detached: the state outlives backward and must not hold the parameters themselves
         rows = weight.detach(), None if bias is None else bias.detach()
-        others = partial(KernelSums, streams=needs_grad) if selection.by_kernels else OtherSums
-        forwarded = loss, losses, measured, *_ = forward(selection, options, sink, *rows, dtypes, needs_grad, others)
+        unusual = partial(KernelSums, streams=needs_grad) if selection.by_kernels else OtherSums
+        forwarded = forward(selection, options, sink, *rows, dtypes, needs_grad, unusual)
+    loss, losses, measured, *_ = forwarded
     return ShardedCrossEntropy.apply(*inputs, forwarded) if needs_grad else loss, losses, measured
 
 
@@ -95,7 +96,7 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
     d, usual = derivatives(grad, saved, state), is_usual(bias, saved, state)
     others = KernelTiles if selection.by_kernels else OtherTiles
     tiles = BackwardTiles(d, weight, saved, state) if usual else others(d, weight, bias, saved, state)
-    state.rows.weight = weight.detach().reshape(-1, weight.shape[-1])
+    state.rows.weight = weight.detach().reshape(-1, weight.shape[-1])  # a first backward has let go of it
     # unless logits are tiled, the embedding gradients' sum over ranks travels while class gradients are computed
     overlap = want_x and want_rows and selection.scatter and saved.kept.numel() + saved.streamed.numel() > 0
     overlap = overlap and selection.ranks.group is not None and sink.begin_update is None
