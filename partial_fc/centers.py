@@ -181,6 +181,8 @@ class CenterLoss(ChangeableLoss):
         if self._takes_every_target:
             totals = _every_sum(rows, totals)
         centers, home = local_part(self.centers.detach()), self.class_rows.home
+        if self.class_rows.store is not None:
+            self.class_rows.store.note(rows.to(home))
         rows, moves = rows.to(home), (totals[:, :-1] * (self.alpha / (1 + totals[:, -1:]))).to(home)
         centers.index_copy_(0, rows, (centers.index_select(0, rows) - moves).to(centers.dtype))
         if self.class_rows.store is not None:

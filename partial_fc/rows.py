@@ -130,8 +130,7 @@ class ClassRows:
         for parameter in self.everything:
             parameter.grad = None
         if self.sampled:
-            empty = [local_part(p.detach())[:0] for p in self.parameters.values()]
-            self.trainable[:] = [*(self._carrier(values, None) for values in empty), *self.shared.values()]
+            self.trainable[:] = [*(self._carrier(p, None) for p in self.parameters.values()), *self.shared.values()]
         else:
             self.trainable[:] = self.everything
 
@@ -161,11 +160,14 @@ class ClassRows:
         if self.travels:
             rows, values = brought_home(self, rows, values)
         before = self.gradients()
+        if len(values) == len(self.parameters):  # frozen ones have no gradient
+            values = [v for v, p in zip(values, self.parameters.values(), strict=True) if p.requires_grad]
         if self.grad_rows is not None and len(before) == len(values):
             rows, values, pads = add_rows(self.grad_rows, before, rows, values, stale=self.used, pads=self.pads)
             self.used = False
-        self.grad_rows, self.pads = rows, pads
-        self.trainable[:] = [*(self._carrier(v, v) for v in values), *self.shared.values()]
+        self.grad_rows, self.pads, left = rows, pads, iter(values)
+        carriers = [self._carrier(p, next(left) if p.requires_grad else None) for p in self.parameters.values()]
+        self.trainable[:] = [*carriers, *self.shared.values()]
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients `[S, ...]` of `grad_rows`, one tensor a parameter, as clipping and scalers left them."""
@@ -176,10 +178,10 @@ class ClassRows:
         """The part of `trainable` that stands for the sharded parameters."""
         return self.trainable[: len(self.parameters)]
 
-    def _carrier(self, like: Tensor, grad: Tensor | None) -> nn.Parameter:
+    def _carrier(self, parameter: nn.Parameter, grad: Tensor | None) -> nn.Parameter:
+        like = local_part(parameter.detach())[:0] if grad is None else grad
         size = len(like) * self.shards.ranks.world  # S differs by rank: only the local part of a carrier is ever used
-        placeholder = like.new_empty(1).expand(like.shape)
-        carrier = nn.Parameter(wrap_rows(placeholder, self.shards.mesh, size))
+        carrier = nn.Parameter(wrap_rows(like.new_empty(1).expand(like.shape), self.shards.mesh, size))
         if grad is not None:
             carrier.grad = wrap_rows(grad, self.shards.mesh, size)
         return carrier

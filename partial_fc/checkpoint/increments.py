@@ -71,10 +71,12 @@ def rows_as_they_are(of_losses: Iterable[Any]) -> Iterator[None]:
 class _Loss:
     """The rows of one loss that a checkpoint is to have."""
 
-    def __init__(self, name: str, rows: Any, optimizer: str | None) -> None:
+    def __init__(self, name: str, rows: Any, optimizer: str | None, missing: bool) -> None:
         self.name = name
         self.rows = rows
         self.optimizer = optimizer  # its name, if it is saved too
+        self.missing = missing  # rows may have missed steps
+        self.names = [name] if optimizer is None else [name, optimizer]  # whose states have its rows
         self.tensors: dict[str, dict[str, Any]] = {}  # by key, as the manifest describes them
         self.row_bytes = 0  # of all of them
         self.chosen: _Chosen | None = None  # local rows to write; None for all of them
@@ -181,7 +183,9 @@ class Increments:
         counts = {loss.name: self._count(loss, everyone) for loss in self.losses}
         linked = first["before"] and all(each["token"] == first["token"] for each in everyone)
         before = first["rows"] if linked else {}
-        for name, (touched, changed, _) in counts.items():
+        in_stores = [loss.name for loss in self.losses if loss.rows.store is not None]  # others are always whole
+        for name in in_stores:
+            touched, changed, _ = counts[name]
             kept = before.get(name, {"counts": []})["counts"]
             linked = linked and len(kept) < MOST_PARTS and 2 * changed <= touched >= (sum(kept) + changed) / 2
         rows = {}
@@ -235,9 +239,10 @@ class Increments:
         for store in stores:
             if store is not None:
                 store.note(torch.empty(0, dtype=torch.int64, device="cpu"))  # has somebody else written rows?
-        saved: list[SavedIn] = [store.saved for store in stores if store is not None and store.saved is not None]
-        same = len(saved) == len(stores) and len({(s.checkpoint, s.token) for s in saved}) == 1
-        if same and all(loss.versions() == s.versions for s, loss in zip(saved, self.losses, strict=True)):
+        in_stores = [loss for loss in self.losses if loss.rows.store is not None]
+        saved: list[SavedIn] = [loss.rows.store.saved for loss in in_stores if loss.rows.store.saved is not None]
+        same = len(saved) == len(in_stores) and len({(s.checkpoint, s.token) for s in saved}) == 1
+        if same and all(loss.versions() == s.versions for s, loss in zip(saved, in_stores, strict=True)):
             facts["token"] = saved[0].token
             if ranks_of(None).rank == 0:
                 facts |= self._checkpoint_before(saved[0])
@@ -293,12 +298,20 @@ class _Chosen:
 
 def loaded_from(named: Mapping[str, Any], checkpoint: Path, manifest: Mapping[str, Any]) -> None:
     """Call it when `named` was loaded: a checkpoint that comes needs no rows that have not changed since."""
+    begun = []
     for loss in _losses(named):
-        entry = manifest["rows"].get(loss.name)
+        entry = manifest.get("rows", {}).get(loss.name)
         whole = entry is not None and all(key.split("/")[0] in named for key in entry["tensors"])
-        if whole and loss.rows.store is not None:
+        # else rows were loaded alone, or have made the steps that they had missed
+        if whole and loss.rows.store is not None and (entry["optimizer"] is None or loss.missing):
             saved = SavedIn(checkpoint, manifest["token"], loss.versions())
             loss.rows.store.begin_changes(saved)
+            begun.append(loss.rows.store)
+    for thing in named.values():
+        store = getattr(getattr(thing, "class_rows", None), "store", None)
+        if store is not None and store not in begun:
+            store.note(None)
+            store.wrote()
 
 
 def _losses(named: Mapping[str, Any]) -> Iterator[_Loss]:
@@ -306,13 +319,14 @@ def _losses(named: Mapping[str, Any]) -> Iterator[_Loss]:
     optimizers = {name: unwrapped(thing) for name, thing in named.items()}
     optimizers = {name: thing for name, thing in optimizers.items() if isinstance(thing, torch.optim.Optimizer)}
     for name, thing in named.items():
-        rows = None if name in optimizers else getattr(thing, "class_rows", None)
+        # its own: what torch.compile wraps has it too, but other names in its state
+        rows = None if name in optimizers else getattr(thing, "__dict__", {}).get("class_rows")
         missing = rows is not None and rows.behind is not None and rows.behind.some_are_behind()
         if rows is None or (rows.store is None and not missing):
             continue
         its = next((n for n, each in optimizers.items() if getattr(each, "class_rows", None) is rows), None)
         if its is not None or rows.behind is None:
-            yield _Loss(name, rows, its)
+            yield _Loss(name, rows, its, missing)
 
 
 def _but_done(tensors: Mapping[str, Any]) -> dict[str, Any]:

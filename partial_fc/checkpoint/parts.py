@@ -49,6 +49,8 @@ def _link(file: Path, target: Path) -> None:
         os.link(file, target)
     except OSError:
         shutil.copyfile(file, target)
+        with target.open("rb") as copy:
+            os.fsync(copy.fileno())
 
 
 class _Part:
@@ -186,9 +188,9 @@ class StoredRows:
 
     def rows(self, key: str, a: int, b: int) -> Tensor:
         """Return rows a to b of a tensor as they were saved."""
-        loss = self.of[key]
-        out = torch.empty(0) if self._has_all(self.parts[0], key) else self._initial(key, a, b)
-        for part in self.parts:
+        loss, (whole, parts) = self.of[key], self._newest(key)
+        out = torch.empty(0) if whole else self._initial(key, a, b)
+        for part in parts:
             if not part.size(key):
                 continue
             if self._has_all(part, key):
@@ -260,9 +262,9 @@ class StoredRows:
     def _touch(self, loss: str, store: Any, tensors: Mapping[str, Tensor]) -> bool:
         """Touch the rows of a storage that the checkpoint has; all, and return False, where others would have other
         values than they had in the run that saved it."""
-        of_loss = [key for key in tensors if self.of[key] == loss]
+        of_loss = [key for key in tensors if self.of[key] == loss and not key.endswith(DONE)]
         held = {key: store.rows_of(local_part(tensors[key].detach())) for key in of_loss}
-        if not all(held[key] is None or held[key].initial == self.initial[key] for key in of_loss):
+        if any(held[key] is None or held[key].initial != self.initial[key] for key in of_loss):
             store.ready(None)
             return False
         for part in self.parts:
@@ -289,22 +291,25 @@ class StoredRows:
             (lo, hi), local = _own_rows(tensor), local_part(tensor.detach())
             for a, b in self.blocks(key, lo, hi):
                 local[a - lo : b - lo].copy_(self.made_up(key, a, b))
+        for rows in (untouched or {}).values():
+            rows.store.wrote()
 
     def _fill(self, key: str, tensor: Tensor, initial: bool) -> None:
         """Read this rank's rows of a tensor as they were saved: part by part, each over those before. initial: rows
         that no part has get initial values."""
         loss, (lo, hi), local = self.of[key], _own_rows(tensor), local_part(tensor.detach())
-        if initial and not self._has_all(self.parts[0], key):
+        whole, parts = self._newest(key)
+        if initial and not whole:
             for a, b in self.blocks(key, lo, hi):
                 local[a - lo : b - lo].copy_(self._initial(key, a, b))
-        for part in self.parts:
+        for part in parts:
             if self._has_all(part, key):
                 read({key: tensor}, part.reader, alone=True)
             elif part.size(key):
                 for a, b in part.ranges(loss, lo, hi):
                     place, ids = part.ids(loss, a, b)
                     rows = part.rows(key, place, place + len(ids))
-                    local.index_copy_(0, (ids - lo).to(local.device), rows.to(local.device))
+                    local.index_copy_(0, (ids - lo).to(local.device), rows.to(local.device, local.dtype))
 
     def blocks(self, key: str, a: int, b: int) -> list[tuple[int, int]]:
         """Return the bounds of blocks of rows a to b in which a tensor is read."""
@@ -321,6 +326,11 @@ class StoredRows:
     def _has_all(self, part: _Part, key: str) -> bool:
         """Return whether a part has all rows of a tensor, so that nothing of what was there before is left."""
         return part.size(key) == self.described[key].size[0] and not part.size(f"{self.of[key]}{IDS}")
+
+    def _newest(self, key: str) -> tuple[bool, list[_Part]]:
+        """Return whether some part has all rows of a tensor, and the parts from the newest such on, or all."""
+        whole = [i for i, part in enumerate(self.parts) if self._has_all(part, key)]
+        return bool(whole), self.parts[whole[-1] if whole else 0 :]
 
     def _missed_steps(self, optimizer: str) -> dict[str, Any]:
         skeleton: dict[str, Any] = {optimizer: 0}

@@ -117,8 +117,7 @@ def load_checkpoint(path: str | os.PathLike[str], **named: Stateful) -> None:
         # optimizers last: what rows have missed is about those that are loaded
         for name in sorted(named, key=lambda name: isinstance(named[name], torch.optim.Optimizer)):
             named[name].load_state_dict(_restore(skeletons[name], {**tensors, **of_rows}))
-    if stored is not None:
-        loaded_from(named, folder, manifest)
+    loaded_from(named, folder, manifest)
 
 
 def stored_tensors(path: str | os.PathLike[str]) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -175,9 +174,13 @@ def collect(
     check_to_save(named)
     state: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
+    as_they_are = [] if increments is None else [each for loss in increments.losses for each in loss.names]
+    # others first: a model that has one of these heads in it has rows up to date
+    for name in (name for name in named if name not in as_they_are):
+        state[name] = _after_reload(flatten(named[name].state_dict(), name, tensors), name)
     with rows_as_they_are(() if increments is None else (loss.rows for loss in increments.losses)):
-        for name, stateful in named.items():
-            state[name] = _after_reload(flatten(stateful.state_dict(), name, tensors), name)
+        for name in as_they_are:
+            state[name] = _after_reload(flatten(named[name].state_dict(), name, tensors), name)
     if increments is not None:
         increments.decide(tensors)
         state |= increments.ids()
@@ -292,9 +295,22 @@ def _destinations(stateful: Stateful, name: str, metadata: dict[str, Any], folde
             dtype = metadata[key].properties.dtype
             own = rows.shards.wrap(torch.empty(rows.shards.local, dtype=dtype, device=rows.home))
         if own is None and not metadata[key].chunks:
-            raise ValueError(f"checkpoint {folder}: {key} has class rows that this {type(stateful).__name__} has not")
+            own = _own_rows_of(bare, stateful, key, metadata[key], folder)
         destinations[key] = _destination(key, metadata[key], own, folder, hasattr(bare, "class_rows"))
     return destinations
+
+
+def _own_rows_of(bare: Any, stateful: Stateful, key: str, stored: Any, folder: Path) -> Tensor:
+    """Return memory for this rank's rows of state that an optimizer has not, built with other options as it is."""
+    rows = getattr(bare, "class_rows", None)
+    of_state = isinstance(bare, torch.optim.Optimizer) and key.split("/")[1] == "state"
+    if rows is None or not of_state or rows.shards.num_classes != stored.size[0]:
+        raise ValueError(
+            f"checkpoint {folder}: {key} has the rows of {stored.size[0]} classes, which this "
+            f"{type(stateful).__name__} has not; build it as in the run that wrote the checkpoint"
+        )
+    local = torch.zeros(rows.shards.local, *stored.size[1:], dtype=stored.properties.dtype, device=rows.home)
+    return rows.shards.wrap(local)
 
 
 def _destination(key: str, stored: Any, here: Tensor | None, folder: Path, by_class: bool) -> Tensor:

@@ -120,6 +120,7 @@ class ChangeableLoss(ShardedLoss):
         unexpected_keys += sorted(more - loaded.keys())
         # what was read into the rows themselves is there: a copy onto itself would touch all of them
         there = {prefix + n for n, v in given.items() if not assign and _is_its_memory(v, rows.parameters[n])}
+        there -= absent
         loaded = {key: value for key, value in loaded.items() if key not in absent | there}
         super()._load_from_state_dict(loaded, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         missing_keys[:] = [key for key in missing_keys if key not in there]

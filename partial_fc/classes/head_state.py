@@ -286,9 +286,9 @@ class HeadState(HeadPredictions):
     def row_grad(self) -> tuple[Tensor, Tensor] | None:
         """Under sampling: (class ids `[S]`, gradient of their weights `[S, D]`) since `zero_grad`; else None."""
         rows = self.class_rows
-        if not rows.sampled or rows.grad_rows is None:
+        if not rows.sampled or rows.grad_rows is None or rows.carriers[0].grad is None:  # frozen
             return None
-        ids, grad = rows.grad_rows + self.shards.lo, rows.gradients()[0]
+        ids, grad = rows.grad_rows + self.shards.lo, local_part(rows.carriers[0].grad)
         if rows.pads is not None:
             real = rows.pads.real()
             ids, order = ids[real].sort()

@@ -37,14 +37,14 @@ def write_moved(behind: Any, index: Tensor | None) -> None:
         if rows.kernels is None or not moved_by_kernel(behind, part, moved):
             behind.move(part, moved)
         for name, values in moved.items():
-            _put(rows, behind.parameters[name], part, values)
+            put(rows, behind.parameters[name], part, values)
         del moved  # before the next block has its own
         done.index_fill_(0, part, behind.steps)
     if index is None:
         behind.forget()
 
 
-def _put(class_rows: ClassRows, behind: Any, index: Tensor, values: list[Tensor]) -> None:
+def put(class_rows: ClassRows, behind: Any, index: Tensor, values: list[Tensor]) -> None:
     """Write rows of a parameter and their state."""
     tensors, rows = behind.tensors(), values[0]
     if MASTER in behind.state:

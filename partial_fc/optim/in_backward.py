@@ -22,8 +22,9 @@ class _Update(Protocol):
     def apply(self, index: Tensor | None, a: int, b: int, grad: Tensor) -> None: ...
 
 
-def begin_update(optimizer: Any, start: Callable[[], Sequence[_Update]]) -> UpdateRows:
-    """Begin a step of a `RowOptimizer` inside backward. start: returns the update of each parameter.
+def begin_update(optimizer: Any, start: Callable[[], Sequence[_Update | None]]) -> UpdateRows:
+    """Begin a step of a `RowOptimizer` inside backward. start: returns the update of each parameter, None
+    of a frozen one.
 
     The result moves rows a to b and returns True. Given `through`, the gradients are those by the rows' directions, and
     a kernel takes them through the lengths; it returns False, and has done nothing, where none does.
@@ -40,15 +41,18 @@ def begin_update(optimizer: Any, start: Callable[[], Sequence[_Update]]) -> Upda
     if rows.record.watches and not _loss_is_finite(rows):
         return lambda a, b, grads, through=None: True
     updates = start()
+    if rows.store is not None:
+        rows.store.note(None)
 
     def update_rows(a: int, b: int, grads: list[Tensor], through: Callable[[], Through] | None = None) -> bool:
         with record_function("partial_fc::update"), torch.no_grad():
             grads = [grad.to(rows.home) for grad in grads] if rows.travels else grads
             if through is not None:
-                by_kernel = updates[0].kernel if len(updates) == 1 else None
+                by_kernel = updates[0].kernel if len(updates) == 1 and updates[0] is not None else None
                 return by_kernel is not None and by_kernel(None, a, b, grads[0], through)
             for update, grad in zip(updates, grads, strict=True):
-                update.apply(None, a, b, grad)
+                if update is not None:
+                    update.apply(None, a, b, grad)
         return True
 
     return update_rows

@@ -22,6 +22,7 @@ def forget_oldest(behind: Any) -> None:
         if len(old):
             old.add_(start)
             if behind.rows.store is not None:
+                behind.rows.store.wrote()  # the step
                 behind.rows.store.ready(old, ahead=False)
             behind.catch_up(old)
     for each in behind.parameters.values():

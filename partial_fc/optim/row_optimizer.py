@@ -90,6 +90,8 @@ class RowOptimizer(RowState):
             return
         rows.used = True
         selected = rows.grad_rows if rows.sampled else None
+        if rows.store is not None:
+            rows.store.note(selected)
         behind, updates, taken = rows.behind, {}, {}
         if behind is not None:
             behind.check(self.param_groups[0], self.state)
@@ -101,10 +103,13 @@ class RowOptimizer(RowState):
                 for a, b in of_grad if rows.pads is None else blocks_with_pads(grad, rows.pads, row_blocks):
                     update.apply(None if selected is None else selected[a:b], a, b, grad[a:b])
         if behind is not None:
+            if taken.keys() - updates:
+                behind.put_frozen(selected, {name: rows for name, rows in taken.items() if name not in updates})
             behind.count(self.param_groups[0], updates, selected)
 
     def begin_update_in_backward(self) -> UpdateRows:
-        return begin_update(self, lambda: [RowUpdate(self, p) for p in self.class_rows.parameters.values()])
+        trained = [(p, p.requires_grad) for p in self.class_rows.parameters.values()]
+        return begin_update(self, lambda: [RowUpdate(self, p) if its else None for p, its in trained])
 
 
 class RowUpdate:

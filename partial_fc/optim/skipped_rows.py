@@ -105,6 +105,11 @@ class SkippedRows:
         """Describe the steps of these parameters from here on."""
         self.parameters = {n: _Behind(self, u, Probe(self.cls, options, u.before)) for n, u in updates.items()}
 
+    def put_frozen(self, index: Tensor, taken: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write rows that were taken of parameters which do not move any more; missed steps are from before."""
+        for name, rows in taken.items():
+            catching_up.put(self.rows, self.parameters[name], index, [*rows.values()])
+
     def catch_up(self, index: Tensor | None = None) -> None:
         """Bring the local rows `index`, or all, to where the dense optimizer would have them now."""
         if self.some_are_behind():

@@ -35,7 +35,7 @@ from partial_fc.distributed.failures import tell_own
 from partial_fc.tiers import pages
 from partial_fc.tiers.initial import rows_at_a_time, rows_of
 from partial_fc.tiers.kinds import FileRows, Storage
-from partial_fc.tiers.wiring import WHOLE_GRADIENT
+from partial_fc.tiers.wiring import WHOLE_GRADIENT, WRITTEN
 
 log = logging.getLogger("partial_fc")
 
@@ -110,7 +110,7 @@ class RowStore:
         self.waited = 0.0  # seconds in all for which forwards have waited for rows
         self.saved: Any = None  # the checkpoint that has all rows but those of `changed`, or None (checkpoint/)
         self.changed: Tensor | None = None  # [C_local], rows that may have changed since; None: any of them
-        self._versions: list[int] = []  # of the tensors, after the last writing that is known
+        self._versions: dict[str, int] = {}  # of the tensors, after the last writing that is known
         _stores.add(self)
 
     # ---------------------------------------------------------------------------------------------------- memory
@@ -121,7 +121,7 @@ class RowStore:
         self._wait()
         self.tensors.pop(name, None)
         rows = _Rows(self.folder, self.count, row_shape, dtype, initial)
-        self.tensors[name] = rows
+        self.tensors[name], self._versions[name] = rows, rows.tensor._version  # noqa: SLF001
         for first, part in self._parts(touched=True) if self.untouched < self.count else ():
             self._reserve([rows], first + part)
             if initial is not None and not initial.is_zero:
@@ -145,6 +145,7 @@ class RowStore:
         """Let go of all tensors but these: their memory is free when nobody else holds them."""
         self._wait()
         self.tensors = {name: rows for name, rows in self.tensors.items() if name in kept}
+        self._versions = {name: version for name, version in self._versions.items() if name in kept}
 
     def resized(self, lo: int, count: int) -> RowStore:
         """Return the store of other classes; all of its rows are written by the caller."""
@@ -182,8 +183,14 @@ class RowStore:
         else:
             changed.index_fill_(0, index, True)
 
-    def _versions_now(self) -> list[int]:
-        return [rows.tensor._version for rows in self.tensors.values()]  # noqa: SLF001
+    def _versions_now(self) -> dict[str, int]:
+        return {name: rows.tensor._version for name, rows in self.tensors.items()}  # noqa: SLF001
+
+    def _check_writes(self) -> None:
+        """Raise RuntimeError if somebody has written to a parameter that still has initial values to get."""
+        now = self._versions_now() if self.untouched else {}
+        if any(version != self._versions[name] for name, version in now.items() if "/" not in name):
+            raise RuntimeError(WRITTEN.format(storage=type(self.storage).__name__))
 
     # ---------------------------------------------------------------------------------------------------- rows
 
@@ -192,6 +199,7 @@ class RowStore:
         they are those of a forward, after which others come."""
         with _telling():
             self._wait()
+            self._check_writes()
             self.note(index)
             if index is None:
                 self._check_all()

@@ -15,3 +15,9 @@ COPIED = (
     "a head whose rows are in files cannot be copied or pickled: save a checkpoint, and load it into a head that is "
     "built with another FileRows, or without storage"
 )
+
+WRITTEN = (
+    "class rows in {storage} were written before they had their initial values, which would take the place of what was "
+    "written when a step first uses a row: call catch_up() of the RowOptimizer before, which gives all rows theirs; or "
+    "bring your own rows by load_state_dict, init_from_embeddings or import_weights"
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -302,3 +303,39 @@ def test_an_infinity_in_one_shard_is_agreed_on_by_the_scaler(ranks, rate):
     for scales, moved in ranks(2).run(scale, rate):
         assert scales == [1024.0, 1024.0, 512.0]
         assert not moved
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@pytest.mark.parametrize(
+    ("rate", "options"),
+    [
+        (1.0, {}),
+        (1.0, {"update_in_backward": True}),
+        (0.2, {"skipped_rows": "dense"}),
+        (0.2, {"skipped_rows": "still"}),
+    ],
+)
+def test_a_frozen_parameter_stays_where_it_is_and_the_other_moves_as_before(rate, options, frozen):
+    """As with any torch optimizer, which leaves out what has no gradient; missed steps from before are made."""
+    x, y = torch.randn(8, 6, generator=torch.Generator().manual_seed(3)), torch.arange(0, 24, 3)
+
+    head = PartialFC(6, 24, Softmax(), rate, init_std=0.3, seed=5)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, weight_decay=0.01, **options)
+    in_backward = options.get("update_in_backward", False)
+    before = {}
+    for step in range(8):
+        if step == 4:
+            up_to_date, _ = copy.deepcopy((head, optimizer))
+            before = {name: p.detach().clone() for name, p in up_to_date.named_parameters()}
+            getattr(head, frozen).requires_grad_(False)
+        for _ in range(1 if in_backward else 2):
+            head((x + 0.1 * step).requires_grad_(), y).backward()
+        if not in_backward:
+            clip_grad_norm_([], head, max_norm=100.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.catch_up()
+    after = {name: p.detach().clone() for name, p in head.named_parameters()}
+    assert torch.equal(after[frozen], before[frozen])
+    other = "bias" if frozen == "weight" else "weight"
+    assert not torch.equal(after[other], before[other])

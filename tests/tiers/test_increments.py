@@ -232,6 +232,134 @@ def test_rows_that_were_all_saved_are_all_there(checkpointer):
     assert_equal(state_of(loaded["optimizer"]), state_of(run["optimizer"]))
 
 
+def half_step(run: Made, step: int) -> None:
+    """Forward and backward alone."""
+    x, labels = batch(step, run["head"].num_classes)
+    run["head"](x.requires_grad_(), labels).backward()
+
+
+@pytest.mark.parametrize("place", ["between two micro-batches", "before the step"])
+@pytest.mark.parametrize(
+    ("kind", "asynchronous"), [("SGD", False), ("SGD-still", False), ("AdamW", False), ("SGD-still", True)]
+)
+def test_rows_of_a_step_that_a_save_interrupts_are_in_the_next_one(checkpointer, tmp_path, place, kind, asynchronous):
+    more, optimizer, skipped, low = KINDS[kind]
+    run = made(FileRows(tmp_path / "rows") if asynchronous else HostRows(), optimizer, skipped, low, **more)
+    saves = Checkpointer(tmp_path / "saved", keep_last=20, asynchronous=asynchronous)
+    trained(run, 12)
+    saves.save(12, **run)
+    half_step(run, 12)
+    saves.save(13, **run)
+    if place == "between two micro-batches":
+        half_step(run, 13)
+    run["optimizer"].step()
+    run["optimizer"].zero_grad()
+    saves.save(14, **run)
+    saves.wait()
+    assert len(counts(saves, 14)) == 3  # what has changed, each time
+    loaded = made(None, optimizer, skipped, low, **more)
+    Checkpointer(tmp_path / "saved").load(step=14, **loaded)
+    assert_equal(state_of(loaded["optimizer"]), state_of(run["optimizer"]))
+
+
+def test_centers_that_move_after_a_save_are_in_the_next_one(checkpointer):
+    center = CenterLoss(D, C, storage=HostRows(), init_std=1.0)
+    center(*batch(0, C, 100))
+    center.step()
+    checkpointer.save(0, center=center)
+    center(*batch(1, C))
+    checkpointer.save(1, center=center)
+    center.step()
+    checkpointer.save(2, center=center)
+    loaded = CenterLoss(D, C, init_std=1.0)
+    checkpointer.load(center=loaded)
+    center.class_rows.catch_up()
+    assert torch.equal(loaded.centers, center.centers)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("to", ["still", "all classes"])
+def test_missed_steps_that_are_made_when_a_run_goes_on_are_in_the_next_one(checkpointer, to, steps):
+    run = made(HostRows())
+    trained(run, 12)
+    checkpointer.save(12, **run)
+
+    def other(storage: Any) -> Made:
+        if to == "still":
+            return made(storage, skipped="still")
+        head = head_of(storage, sample_rate=1.0)
+        return {"head": head, "optimizer": RowOptimizer(SGD[0], head, update_in_backward=True, **SGD[1])}
+
+    resumed = other(HostRows())
+    checkpointer.load(**resumed)
+    trained(resumed, steps, 12)
+    checkpointer.save(20, **resumed)
+    loaded = other(None)
+    checkpointer.load(**loaded)
+    assert_equal(state_of(loaded["optimizer"]), state_of(resumed["optimizer"]))
+
+
+@pytest.mark.parametrize("storage", [None, HostRows()], ids=["memory", "host"])
+def test_a_head_in_a_wrapper_or_in_a_model_beside_it_has_all_its_rows(checkpointer, storage):
+    run = made(storage)
+    trained(run, 5)
+    compiled = torch.compile(run["head"])
+    checkpointer.save(5, head=compiled, optimizer=run["optimizer"])
+    loaded = made(None)
+    checkpointer.load(head=torch.compile(loaded["head"]), optimizer=loaded["optimizer"])
+    expected = state_of(run["optimizer"])
+    assert_equal(state_of(loaded["optimizer"]), expected)
+    alone = made(None)["head"]
+    checkpointer.load(head=torch.compile(alone))
+    assert torch.equal(alone.weight, expected["weight"])
+
+    class Model(torch.nn.Module):
+        def __init__(self, head: torch.nn.Module) -> None:
+            super().__init__()
+            self.backbone, self.head = torch.nn.Linear(3, D), head
+
+    run = made(storage)
+    trained(run, 5)
+    checkpointer.save(6, model=Model(run["head"]), **run)
+    alone = made(None)["head"]
+    checkpointer.load(model=Model(alone))
+    assert torch.equal(alone.weight, state_of(run["optimizer"])["weight"])
+
+
+@pytest.mark.parametrize("storage", [None, HostRows()], ids=["memory", "host"])
+def test_other_dtypes_and_options_load_as_from_a_whole_checkpoint(checkpointer, tmp_path, storage):
+    run = made(HostRows())
+    trained(run, 12)
+    checkpointer.save(12, **run)
+    narrow = made(storage, dtype=torch.bfloat16)
+    checkpointer.load(**narrow)
+    expected = state_of(run["optimizer"])
+    near = torch.testing.assert_close
+    near(state_of(narrow["optimizer"])["weight"].float(), expected["weight"], rtol=0.02, atol=1e-4)
+    run = made(HostRows())
+    trained(run, 12)
+    checkpointer.save(13, **run)
+    plain = made(storage, (torch.optim.SGD, {"lr": 0.1}))
+    checkpointer.load(**plain)  # the options come with the state
+    assert plain["optimizer"].param_groups[0]["momentum"] == SGD[1]["momentum"]
+    assert_equal(state_of(plain["optimizer"]), state_of(run["optimizer"]))
+
+
+def test_a_head_in_memory_beside_one_in_a_storage(checkpointer):
+    """Its rows are in every part; those of the other only where they changed."""
+    run, memory = made(HostRows()), made(None, seed=7)
+    named = {**run, "other": memory["head"], "its": memory["optimizer"]}
+    for step in range(4):
+        trained(run, 12 if not step else 1, 20 * step)
+        trained(memory, 2, 20 * step)
+        checkpointer.save(step, **named)
+    assert len(counts(checkpointer, 3)) == 4
+    loaded, other = made(None), made(None, seed=8)
+    checkpointer.load(**loaded, other=other["head"], its=other["optimizer"])
+    assert_equal(state_of(loaded["optimizer"]), state_of(run["optimizer"]))
+    assert_equal(state_of(other["optimizer"]), state_of(memory["optimizer"]))
+
+
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["linear", "Adam"])
 def test_steps_that_are_forgotten(tmp_path, monkeypatch, optimizer):
     for moves in (LinearMoves, AdamMoves):

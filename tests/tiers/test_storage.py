@@ -504,3 +504,32 @@ def test_every_rank_hears_of_a_folder_that_cannot_be_written(ranks, tmp_path):
     texts = ranks(2).run(built_where_one_rank_cannot, str(tmp_path), timeout=300)
     assert all("cannot hold class rows" in text for text in texts)
     assert "rank 1" in texts[0]
+
+
+@pytest.mark.parametrize("how", ["init", "copy_", "apply"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_rows_that_are_written_before_they_have_their_initial_values(how, steps):
+    """They would lose what was written when a step first uses them: refused, with the way."""
+    head = head_of(HostRows())
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.0)
+    train(head, optimizer, steps)
+
+    def write() -> None:
+        with torch.no_grad():
+            if how == "copy_":
+                head.weight.copy_(torch.ones(C, D))
+            elif how == "apply":
+                head.apply(lambda module: torch.nn.init.ones_(module.weight) if hasattr(module, "weight") else None)
+            else:
+                torch.nn.init.ones_(head.weight)
+
+    write()
+    with pytest.raises(RuntimeError, match=r"call catch_up\(\) of the RowOptimizer before"):
+        train(head, optimizer, 1)
+    head = head_of(HostRows())
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.0)
+    train(head, optimizer, steps)
+    optimizer.catch_up()
+    write()
+    train(head, optimizer, 2)
+    assert torch.equal(head.weight, torch.ones(C, D))
