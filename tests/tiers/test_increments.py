@@ -660,12 +660,19 @@ def state_of_loaded(folder: Path, step: int) -> dict[str, Any]:
 
 def test_without_hard_links(checkpointer, monkeypatch):
     monkeypatch.setattr(parts.os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    flushed, flush = [], os.fsync
+    monkeypatch.setattr(
+        parts.os, "fsync", lambda file: (flushed.append(os.readlink(f"/proc/self/fd/{file}")), flush(file))
+    )
     run = made(HostRows())
     trained(run, 30)
     for step in (30, 31):
         trained(run, 1, step)
         checkpointer.save(step, **run)
     assert len(counts(checkpointer, 31)) == 2
+    copied = {str(file) for file in checkpointer.path(31).rglob("part-0000/*")}
+    assert copied
+    assert copied <= set(flushed)
     loaded = made(None)
     checkpointer.load(**loaded)
     assert_equal(state_of(loaded["optimizer"]), state_of(run["optimizer"]))
