@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.batch.exchange import GlobalBatch
-from partial_fc.batch.facts import statistics_of
 from partial_fc.batch.later import counted_if_alike
+from partial_fc.batch.statistics import statistics_of
 from partial_fc.batch.targets import targets_of
 from partial_fc.classes.head_state import HeadState
 from partial_fc.distributed.ranks import local_part, naming_the_missing
@@ -66,7 +66,7 @@ class PartialFC(HeadState):
         all_rows = chosen.rows is None and begin_update is None  # autograd takes the gradient of all rows
         if self.training and self.class_rows.record.bad_forward:
             return self._zero_loss(x, batch, gradient_of_all_rows=all_rows)
-        if self.training:
+        if self.training and next(self.margin.buffers(), None) is not None:
             self.class_rows.record.remember(statistics_of(self.margin))
         weight, bias, anchor = local_part(self.weight), None if self.bias is None else local_part(self.bias), None
         if current is not None:

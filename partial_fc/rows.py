@@ -72,12 +72,8 @@ class ClassRows:
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy gets an optimizer, gradients and storages of its own
-        return {
-            **vars(self),
-            **dict.fromkeys(("optimizer", "grad_rows", "pads", "behind", "store", "sent")),
-            "storages": {},
-        }
+        own = dict.fromkeys(("optimizer", "grad_rows", "pads", "behind", "store", "sent"))  # a copy gets its own
+        return {**vars(self), **own, "storages": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

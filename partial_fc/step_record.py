@@ -43,8 +43,7 @@ class StepRecord:
         self.counted = False  # the skipped step is in `skips`
         self.ever_checked = False
         self.backwards: list[BackwardPass] = []
-        # running statistics: the buffers and the name under which each stands, the tensor there before the step, a copy
-        self.statistics: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+        self.statistics: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []  # where each stands, it, a copy before
         self.untrained = ""  # why an update would leave rows where they are (nonfinite/wiring.py)
         self.half_unscaled = ""  # which gradients a GradScaler has not unscaled (nonfinite/scalers.py)
 

@@ -15,11 +15,10 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from partial_fc.batch.statistics import statistics_of
 from partial_fc.distributed.ranks import local_part
-
-A_FEW = 4096  # numbers of a running statistic; more are a table, which no step moves
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class Agreed:
         if margin is not None:
             facts["margin"] = type(margin).__name__
             facts |= settings_of(vars(margin), "margin")
-            moving += [buffers[name] for buffers, name in statistics_of(margin)]
+            if next(margin.buffers(), None) is not None:
+                moving += [held[name] for held, name in statistics_of(margin)]
         if optimizer is not None:
             facts["RowOptimizer"] = type(optimizer.inner).__name__
             own = {"update_in_backward": optimizer.update_in_backward, "low_precision": optimizer.low_precision}
@@ -59,14 +59,6 @@ class Agreed:
         moving = moving if kind == "cpu" else []  # the host would wait for them
         facts |= more
         return cls(facts, digest_of(facts), torch.stack([m.double().sum() for m in moving]).sum() if moving else None)
-
-
-def statistics_of(margin: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Return where the running statistics of a margin stand: its buffers of one number, and saved ones of a few."""
-    saved = margin.state_dict(keep_vars=True)
-    places = [(each._buffers, f"{at}.{n}".lstrip("."), n) for at, each in margin.named_modules() for n in each._buffers]
-    given = [(held, path, n, held[n]) for held, path, n in places if held[n] is not None]
-    return [(b, n) for b, path, n, value in given if not value.ndim or (path in saved and value.numel() <= A_FEW)]
 
 
 def comparable(value: Any) -> Any:

@@ -65,10 +65,8 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def wrap_rows(local: Tensor, mesh: DeviceMesh | None, rows: int) -> Tensor:
-    """Return the DTensor `[rows, ...]` whose local part is `local`, split by rows over the last dimension of the mesh.
-
-    Without a mesh `local` itself. On a 2-D mesh it is replicated over the first dimension.
-    """
+    """Return the DTensor `[rows, ...]` whose local part is `local`, split by rows over the last dimension of the mesh
+    and replicated over the first of two; `local` itself without a mesh."""
     if mesh is None:
         return local
     shape = torch.Size((rows, *local.shape[1:]))

@@ -37,14 +37,14 @@ def write_moved(behind: Any, index: Tensor | None) -> None:
         if rows.kernels is None or not moved_by_kernel(behind, part, moved):
             behind.move(part, moved)
         for name, values in moved.items():
-            put(rows, behind.parameters[name], part, values)
+            _put(rows, behind.parameters[name], part, values)
         del moved  # before the next block has its own
         done.index_fill_(0, part, behind.steps)
     if index is None:
         behind.forget()
 
 
-def put(class_rows: ClassRows, behind: Any, index: Tensor, values: list[Tensor]) -> None:
+def _put(class_rows: ClassRows, behind: Any, index: Tensor, values: list[Tensor]) -> None:
     """Write rows of a parameter and their state."""
     tensors, rows = behind.tensors(), values[0]
     if MASTER in behind.state:
@@ -55,6 +55,16 @@ def put(class_rows: ClassRows, behind: Any, index: Tensor, values: list[Tensor])
     for tensor, value in zip(tensors, values, strict=True):
         # not a version of the parameter: a forward whose backward is to come has its own rows up to date already
         tensor.data.index_copy_(0, index, value.to(tensor.dtype))
+
+
+def put_frozen(
+    behind: Any, index: Tensor | None, taken: Mapping[str, Mapping[str, Tensor]], moved: Mapping[str, Any]
+) -> None:
+    """Write rows that were taken of parameters which were not moved, because they are frozen: the steps that they have
+    missed are from before."""
+    assert index is not None
+    for name in taken.keys() - moved.keys():
+        _put(behind.rows, behind.parameters[name], index, [*taken[name].values()])
 
 
 def are_of_same_kind(behind: Any, options: Mapping[str, Any]) -> bool:

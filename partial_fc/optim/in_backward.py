@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -22,9 +22,8 @@ class _Update(Protocol):
     def apply(self, index: Tensor | None, a: int, b: int, grad: Tensor) -> None: ...
 
 
-def begin_update(optimizer: Any, start: Callable[[], Sequence[_Update | None]]) -> UpdateRows:
-    """Begin a step of a `RowOptimizer` inside backward. start: returns the update of each parameter, None
-    of a frozen one.
+def begin_update(optimizer: Any, make: Callable[..., _Update]) -> UpdateRows:
+    """Begin a step of a `RowOptimizer` inside backward. make: returns the update of a parameter.
 
     The result moves rows a to b and returns True. Given `through`, the gradients are those by the rows' directions, and
     a kernel takes them through the lengths; it returns False, and has done nothing, where none does.
@@ -40,7 +39,7 @@ def begin_update(optimizer: Any, start: Callable[[], Sequence[_Update | None]]) 
     optimizer.scaled_in_backward = bool(scaled_and_stepped(rows))
     if rows.record.watches and not _loss_is_finite(rows):
         return lambda a, b, grads, through=None: True
-    updates = start()
+    updates = [make(optimizer, p) if p.requires_grad else None for p in rows.parameters.values()]
     if rows.store is not None:
         rows.store.note(None)
 

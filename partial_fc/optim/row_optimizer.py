@@ -21,6 +21,7 @@ from torch.profiler import record_function
 from partial_fc.batch.status import HALF
 from partial_fc.distributed.ranks import local_part, naming_the_missing
 from partial_fc.nonfinite.check_gradients import check_own_step
+from partial_fc.optim.catching_up import put_frozen
 from partial_fc.optim.in_backward import begin_update, end_update
 from partial_fc.optim.kernel_step import KernelStep
 from partial_fc.optim.low_precision import WideRows
@@ -103,13 +104,12 @@ class RowOptimizer(RowState):
                 for a, b in of_grad if rows.pads is None else blocks_with_pads(grad, rows.pads, row_blocks):
                     update.apply(None if selected is None else selected[a:b], a, b, grad[a:b])
         if behind is not None:
-            if taken.keys() - updates:
-                behind.put_frozen(selected, {name: rows for name, rows in taken.items() if name not in updates})
+            if taken.keys() - updates.keys():
+                put_frozen(behind, selected, taken, updates)
             behind.count(self.param_groups[0], updates, selected)
 
     def begin_update_in_backward(self) -> UpdateRows:
-        trained = [(p, p.requires_grad) for p in self.class_rows.parameters.values()]
-        return begin_update(self, lambda: [RowUpdate(self, p) if its else None for p, its in trained])
+        return begin_update(self, RowUpdate)
 
 
 class RowUpdate:

@@ -5,8 +5,7 @@ it is next looked at.
                               (moves.py); `done` of the rows that had one is the number of steps
     forward   take(rows)      the rows that it selects are copied and get the steps that they missed: an entry of a
                               table each; the update takes the same copies
-    readers   catch_up()      whoever reads or writes rows outside a step brings all of them up to date, once
-                              (catching_up.py)
+    readers   catch_up()      whoever reads or writes rows outside a step brings all up to date, once (catching_up.py)
 
 So a sampled run is that of a dense optimizer whose gradient is zero where a row was not selected, at the cost of the
 selected rows. It is the same to rounding wherever rows are brought up to date in between.
@@ -104,11 +103,6 @@ class SkippedRows:
     def begin(self, options: Mapping[str, Any], updates: Mapping[str, Update]) -> None:
         """Describe the steps of these parameters from here on."""
         self.parameters = {n: _Behind(self, u, Probe(self.cls, options, u.before)) for n, u in updates.items()}
-
-    def put_frozen(self, index: Tensor, taken: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Write rows that were taken of parameters which do not move any more; missed steps are from before."""
-        for name, rows in taken.items():
-            catching_up.put(self.rows, self.parameters[name], index, [*rows.values()])
 
     def catch_up(self, index: Tensor | None = None) -> None:
         """Bring the local rows `index`, or all, to where the dense optimizer would have them now."""
