@@ -14,6 +14,7 @@ Wen, Y. et al.: A Discriminative Feature Learning Approach for Deep Face Recogni
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -219,7 +220,7 @@ class CenterLoss(ChangeableLoss):
             reduction=self.reduction,
             scale_embedding_grad=self.scale_embedding_grad,
             scatter=scatter,
-            accumulate=self.class_rows.accumulate,
+            accumulate=functools.partial(self.class_rows.accumulate, changes=self.class_rows.changes),
             row_dtype=self.centers.dtype,
         )
 
@@ -298,6 +299,7 @@ class CenterLoss(ChangeableLoss):
         self.class_rows.catch_up()
         head.class_rows.catch_up()
         local_part(self.centers.detach()).copy_(local_part(head.weight.detach()))
+        self.class_rows.writes += 1
         self._pending = None
 
     def init_from_embeddings(self, batches: Batches) -> None:
@@ -348,7 +350,7 @@ class _OwnTargets:
     reduction: Reduction
     scale_embedding_grad: bool
     scatter: bool  # backward itself returns the gradient of this rank's embeddings
-    accumulate: Callable[[Tensor, list[Tensor]], None]  # takes row gradients
+    accumulate: Callable[..., None]  # takes row gradients
     row_dtype: torch.dtype
 
     def by_row(self, values: Tensor) -> tuple[Tensor, Tensor]:

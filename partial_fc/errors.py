@@ -30,7 +30,8 @@ def replaced_parameter(owner: str, name: str) -> RuntimeError:
     return RuntimeError(
         f"another tensor was put in the place of this {owner}'s {name}, which its optimizer does not know: keep "
         "it out of "
-        "fully_shard, and copy values into it (torch.no_grad(), or load_state_dict without assign=True)"
+        "fully_shard, and copy values into it (torch.no_grad(), or load_state_dict without assign=True). A margin with "
+        "parameters is of one head"
     )
 
 
@@ -47,6 +48,13 @@ def untaken_gradients(owner: str) -> RuntimeError:
         f"no RowOptimizer takes the row gradients of this {owner}, so it would never train: "
         "build head_optimizer = RowOptimizer(torch.optim.SGD, head, lr=...) and keep it; an optimizer over "
         "head.parameters() does not work with sampling"
+    )
+
+
+def changed_in_between(owner: str) -> RuntimeError:
+    return RuntimeError(
+        f"the classes of this {owner} were changed (expand, remap) between a forward and its backward: call backward() "
+        "before the change, or the forward again after it"
     )
 
 

@@ -13,6 +13,7 @@ An, X. et al.: Partial FC, arXiv 2010.05222 and 2203.15565.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ class PartialFC(HeadState):
         if not all_rows:  # row gradients go to the sink, so autograd must not see the weights
             weight, bias, anchor = weight.detach(), None if bias is None else bias.detach(), self._anchor()
         offset = local_part(self.margin.get_parameter("offset")) if self.margin.binary else None
-        sink = RowGradientSink(self._workspace, self.class_rows.accumulate, begin_update)
+        accumulate = partial(self.class_rows.accumulate, changes=self.class_rows.changes)
+        sink = RowGradientSink(self._workspace, accumulate, begin_update)
         with naming_the_missing("the forward of a head", self.shards.ranks.group):
             loss, losses, self._measured = sharded_cross_entropy(x, weight, bias, offset, anchor, chosen, options, sink)
         return self._follow(loss, losses, batch)

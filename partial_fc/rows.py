@@ -69,6 +69,8 @@ class ClassRows:
         self.behind: Any = None  # steps that rows have missed (optim/skipped_rows.py), or None
         self.kernels: Any = None  # that served the last forward (kernels/choice.py), or None
         self.as_they_are = False  # a checkpoint is taken that has missed steps, too: nobody is to make them for it
+        self.writes = 0  # how often rows were loaded or drawn anew
+        self.changes = 0  # how often classes were added, removed or given other numbers
         self.lost = 0  # how often gradients were cleared that no optimizer could have used
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,18 +153,21 @@ class ClassRows:
         taken = None if self.behind is None or index is None else self.behind.take(index)
         return sent(self, index, taken) if self.travels and index is not None else taken
 
-    def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads | None = None) -> None:
-        """Add the gradients `values[k] [S, ...]` of the local rows `[S]`, sorted but for pads."""
+    def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads | None = None, changes: int = -1) -> None:
+        """Add the gradients `values[k] [S, ...]` of the local rows `[S]`, sorted but for pads. changes: as in the
+        forward, if it looked."""
+        if changes not in (-1, self.changes):
+            raise errors.changed_in_between(self.owner)
         if self.travels:
             rows, values = brought_home(self, rows, values)
-        before = self.gradients()
-        if len(values) == len(self.parameters):  # frozen ones have no gradient
-            values = [v for v, p in zip(values, self.parameters.values(), strict=True) if p.requires_grad]
-        if self.grad_rows is not None and len(before) == len(values):
-            rows, values, pads = add_rows(self.grad_rows, before, rows, values, stale=self.used, pads=self.pads)
+        before = [None if c.grad is None else local_part(c.grad) for c in self.carriers]
+        # frozen parameters get none, but keep what they had
+        now = [v if p.requires_grad else None for v, p in zip(values, self.parameters.values(), strict=True)]
+        if self.grad_rows is not None and any(each is not None for each in before):
+            rows, now, pads = add_rows(self.grad_rows, before, rows, now, stale=self.used, pads=self.pads)
             self.used = False
-        self.grad_rows, self.pads, left = rows, pads, iter(values)
-        carriers = [self._carrier(p, next(left) if p.requires_grad else None) for p in self.parameters.values()]
+        self.grad_rows, self.pads = rows, pads
+        carriers = [self._carrier(p, grad) for p, grad in zip(self.parameters.values(), now, strict=True)]
         self.trainable[:] = [*carriers, *self.shared.values()]
 
     def gradients(self) -> list[Tensor]:

@@ -45,6 +45,7 @@ class ShardedLoss(ShardedModule):
         """Return the global batch, checked, and what autograd follows: this rank's embeddings, or the gathered ones."""
         ranks, gathered = self.shards.ranks, isinstance(embeddings, GlobalBatch)
         own = [(self._parameters.get(key), p) for key, p in self.class_rows.parameters.items()]
+        own += [(self.get_parameter(key), p) for key, p in self.class_rows.shared.items()]
         try:
             # parameters replaced or hooked, or a mode of torch that no step runs in: check_use says what it is
             changed = any(now is not p or p._backward_hooks or p._post_accumulate_grad_hooks for now, p in own)

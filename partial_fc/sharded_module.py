@@ -153,6 +153,7 @@ class ShardedModule(nn.Module):
     def _draw(self, parameter: nn.Parameter) -> None:
         """Fill it with the initial rows of `seed` and `init_std`; do nothing on the meta device."""
         local, store = local_part(parameter.detach()), self.class_rows.store
+        self.class_rows.writes += 1
         if local.device.type == "meta" or self._is_untouched:
             return
         if store is not None:
@@ -285,6 +286,7 @@ class ShardedModule(nn.Module):
 
     @validate.setter
     def validate(self, value: Validate) -> None:
+        check_choice("validate", value, ("always", "first", "never"))
         self.class_rows.record.validate = value
 
     @property
@@ -294,6 +296,7 @@ class ShardedModule(nn.Module):
 
     @on_nonfinite.setter
     def on_nonfinite(self, value: OnNonfinite) -> None:
+        check_choice("on_nonfinite", value, ("raise", "skip", "log"))
         self.class_rows.record.on_nonfinite = value
 
     def forget_notes(self) -> None:

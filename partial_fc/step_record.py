@@ -39,6 +39,7 @@ class StepRecord:
         self.bad_forward = False  # the last training forward had bad embeddings
         self.bad_step = False  # the step has a bad forward whose backward has run, or was checked and is bad
         self.finished = True  # the next forward or backward begins a new step
+        self.over = True  # its gradients were used or cleared, whether it was skipped or not
         self.checked = True  # all losses and gradients of the step were checked
         self.counted = False  # the skipped step is in `skips`
         self.ever_checked = False
@@ -79,7 +80,7 @@ class StepRecord:
         return after_skip
 
     def _new_step(self) -> None:
-        self.bad_step, self.finished, self.backwards, self.statistics = False, False, [], []
+        self.bad_step, self.finished, self.over, self.backwards, self.statistics = False, False, False, [], []
 
     def hook(self, losses: Tensor, batch: GlobalBatch, ignore_index: int) -> Callable[[Tensor], None]:
         """Return a hook for the loss: when its backward runs, the forward becomes a part of the step."""
@@ -101,7 +102,7 @@ class StepRecord:
 
     def end(self) -> None:
         """Gradients were cleared or used."""
-        self.finished, self.untrained = True, ""
+        self.finished, self.over, self.untrained = True, True, ""
 
     def mark_checked(self) -> None:
         """All losses and gradients of the step were checked: it is finished."""

@@ -26,6 +26,9 @@ def check_use(loss: Any) -> None:
     problem = problem_of_forward(rows.owner, loss.training)
     if problem:
         raise errors.not_a_step(problem)
+    for key, shared in rows.shared.items():
+        if loss.get_parameter(key) is not shared:
+            raise errors.replaced_parameter(rows.owner, key)
     early = rows.live_optimizer is not None and rows.live_optimizer.update_in_backward
     without_gradient = loss.training and torch.is_grad_enabled() and (rows.sampled or early)
     for key, parameter in rows.parameters.items():

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from partial_fc.distributed.ranks import Ranks, all_gather
 
+Gradients = list[Tensor | None]  # [S, ...] of rows, for each parameter
+
 
 @dataclass(frozen=True)
 class Pads:
@@ -36,12 +38,12 @@ class Pads:
 
 
 def add_rows(
-    old_rows: Tensor, old: list[Tensor], rows: Tensor, values: list[Tensor], *, stale: bool, pads: Pads | None
-) -> tuple[Tensor, list[Tensor], Pads | None]:
+    old_rows: Tensor, old: Gradients, rows: Tensor, values: Gradients, *, stale: bool, pads: Pads | None
+) -> tuple[Tensor, Gradients, Pads | None]:
     """Return (rows of both, sums of the values of both `[S, ...]`, pads among them): sorted and without pads on a CPU.
 
-    A row may stand in one of them more than once. stale: an optimizer has used the old ones, so that they were to be
-    cleared; warns. pads: of the old ones.
+    Where one has no values of a parameter, they are 0. A row may stand in one more than once. stale: an optimizer has
+    used the old ones, so that they were to be cleared; warns. pads: of the old ones.
     """
     if stale:
         warnings.warn(
@@ -49,17 +51,32 @@ def add_rows(
             stacklevel=3,
         )
         for value in old if pads is not None else ():
-            pads.set(value, as_rows=False)  # type: ignore[union-attr]
+            if value is not None:
+                pads.set(value, as_rows=False)  # type: ignore[union-attr]
     both = torch.cat((old_rows, rows))
-    joined = [torch.cat((b, v)) for b, v in zip(old, values, strict=True)]
+    joined = [_joined(b, len(old_rows), v, len(rows)) for b, v in zip(old, values, strict=True)]
     if both.device.type == "cpu":
         union, place = torch.unique(both, return_inverse=True)
-        return union, [add_to_rows(v.new_zeros(len(union), *v.shape[1:]), place, v) for v in joined], None
+        sums = [v if v is None else add_to_rows(v.new_zeros(len(union), *v.shape[1:]), place, v) for v in joined]
+        return union, sums, None
     ordered, order = both.sort(stable=True)
     at = torch.arange(len(both), device=both.device)
     begins = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
     of = torch.empty_like(order).scatter_(0, order, order.index_select(0, at.where(begins, 0).cummax(0).values))
-    return both, [add_to_rows(torch.zeros_like(v), of, v) for v in joined], Pads(0, of != at, of)
+    sums = [v if v is None else add_to_rows(torch.zeros_like(v), of, v) for v in joined]
+    return both, sums, Pads(0, of != at, of)
+
+
+def _joined(before: Tensor | None, rows_before: int, now: Tensor | None, rows: int) -> Tensor | None:
+    """Return the values of both, one behind the other; 0 where there are none."""
+    some = before if now is None else now
+    if some is None:
+        return None
+    first, last = (
+        some.new_zeros(count, *some.shape[1:]) if each is None else each
+        for each, count in ((before, rows_before), (now, rows))
+    )
+    return torch.cat((first, last))
 
 
 def add_to_rows(out: Tensor, rows: Tensor, values: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ class ChangeableLoss(ShardedLoss):
     ) -> None:
         """Load the rows of this rank; a collective in a group, where all ranks load or all raise ValueError."""
         self.class_rows.catch_up()
+        self.class_rows.writes += 1
         rows, assign = self.class_rows, bool(local_metadata.get("assign_to_params_buffers"))
         extra = state_dict.get(f"{prefix}_extra_state")
         given = {name: state_dict[prefix + name] for name in rows.parameters if prefix + name in state_dict}
@@ -259,6 +260,7 @@ class ChangeableLoss(ShardedLoss):
         self.num_classes = shards.num_classes
         self.class_rows.hold(parameters, self._shared_parameters(), shards)
         self.class_changes += 1
+        self.class_rows.changes += 1
 
 
 def _is_its_memory(value: Tensor, parameter: nn.Parameter) -> bool:

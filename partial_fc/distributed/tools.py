@@ -90,6 +90,14 @@ def _average(head: Any, prefix: str, caller: Caller) -> str:
     )
 
 
+def _zero_grad(head: Any, prefix: str, caller: Caller) -> str:
+    """`zero_grad()` of a model forgets the gradients of rows, too, which parameters() does not have."""
+    if head.class_rows.sampled:
+        head.class_rows.clear()
+    head.class_rows.record.end()
+    return ""
+
+
 def _replicate(head: Any, prefix: str, caller: Caller) -> str:
     return (
         f"DataParallel cannot copy a {type(head).__name__}, which needs the whole batch: wrap the backbone alone, or "
@@ -107,6 +115,7 @@ TOOLS: dict[tuple[Any, str], Callable[[Any, str, Caller], str]] = {
     (VECTORS, "vector_to_parameters"): _vector,
     (SWA, "update_parameters"): _average,
     ("torch.nn.parallel.replicate", "replicate"): _replicate,
+    ("torch.nn.modules.module", "zero_grad"): _zero_grad,
 }
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from partial_fc import checkpoint
 from partial_fc.checkpoint.named import check_to_load
 from partial_fc.distributed.shards import local_part
-from partial_fc.nonfinite.step_check import decide
+from partial_fc.nonfinite.step_check import decide, is_skipped
 from partial_fc.nonfinite.wiring import refuse_if
 from partial_fc.optim.clipping import clip_grad_norm_, gradient_norms
 from partial_fc.optim.row_optimizer import RowOptimizer
@@ -206,7 +206,7 @@ class DeepSpeedHead:
         norm = torch.zeros(())
         if norms:
             norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
-        if any(head.record.skipped for head in self.heads):
+        if is_skipped(self.heads):
             norm = torch.full_like(norm, torch.inf)
         self._flags = flags
         return norm if flags is None else torch.where(flags.isfinite().all().to(norm.device), norm, torch.inf)

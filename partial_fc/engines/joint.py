@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from partial_fc.nonfinite.check_gradients import check_gradients
+from partial_fc.nonfinite.step_check import is_skipped
 from partial_fc.optim.protocol import (
     copied_optimizer,
     is_caller,
@@ -83,7 +84,7 @@ class JointOptimizer(torch.optim.Optimizer):
         records = [head.class_rows.record for head in self.heads]
         if any(record.unchecked or (record.watches and not record.checked) for record in records):
             check_gradients([p for group in self.optimizer.param_groups for p in group["params"]], *self.heads)
-        if any(record.skipped for record in records):
+        if is_skipped([head.class_rows for head in self.heads]):
             return loss
         self.optimizer.step()
         for head in self.heads:

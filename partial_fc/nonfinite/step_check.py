@@ -13,12 +13,16 @@ from partial_fc.batch.status import HALF
 from partial_fc.distributed.inside_torch import foreach_norm
 from partial_fc.nonfinite.bad_step import refuse_step
 from partial_fc.nonfinite.wiring import raise_refusal
-from partial_fc.rows import ClassRows
+from partial_fc.rows import ClassRows, HasClassRows
+
+
+def each_once(heads: Iterable[HasClassRows]) -> list[ClassRows]:
+    return list({id(head.class_rows): head.class_rows for head in heads}.values())
 
 
 def others(parameters: Iterable[Tensor] | Tensor, heads: Sequence[ClassRows]) -> list[Tensor]:
-    """Return the given parameters that do not belong to a loss."""
-    theirs = {id(p) for rows in heads for p in rows.everything}
+    """Return the given parameters that do not belong to a loss, nor stand for some that do."""
+    theirs = {id(p) for rows in heads for p in (*rows.everything, *rows.trainable)}
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     return [p for p in given if id(p) not in theirs]
 
@@ -60,6 +64,12 @@ def _sum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
+def is_skipped(heads: Sequence[ClassRows]) -> bool:
+    """Return whether the step in progress is skipped: by a loss that takes part in it, where any does."""
+    records = [rows.record for rows in heads]
+    return any(record.skipped for record in [r for r in records if not r.finished] or records)
+
+
 def decide(
     heads: Sequence[ClassRows], found: Sequence[float], parameters: Sequence[Tensor], scaler: Any = None
 ) -> bool:
@@ -70,11 +80,11 @@ def decide(
     gradient, loss, refused = found
     if refused:
         raise_refusal(heads)
-    records = [rows.record for rows in heads]
-    already_skipped = any(record.skipped for record in records)  # by the batch's status, or by an earlier check
+    already_skipped = is_skipped(heads)  # by the batch's status, or by an earlier check
     if not already_skipped and math.isfinite(gradient) and math.isfinite(loss):
-        for record in records:
-            record.mark_checked()
+        for rows in heads:
+            rows.record.bad_step = rows.record.bad_forward = False  # of an earlier step, if it is of any
+            rows.record.mark_checked()
         return True
     refuse_step(heads, parameters, scaler, not math.isfinite(loss), already_skipped)
     return False

@@ -38,7 +38,7 @@ def write_moved(behind: Any, index: Tensor | None) -> None:
             behind.move(part, moved)
         for name, values in moved.items():
             _put(rows, behind.parameters[name], part, values)
-        del moved  # before the next block has its own
+        del moved, values  # before the next block has its own
         done.index_fill_(0, part, behind.steps)
     if index is None:
         behind.forget()
@@ -92,7 +92,7 @@ def _kind(value: Any) -> Any:
 
 def warn_of_writes(rows: ClassRows) -> None:
     log.warning(
-        "rows of a %s were written between steps, without RowOptimizer.catch_up() before: they are taken as "
-        "they are, and steps that rows had missed until then are lost",
+        "rows of a %s, or their optimizer state, were written between steps, without RowOptimizer.catch_up() before: "
+        "they are taken as they are, and steps that rows had missed until then are lost",
         rows.owner,
     )

@@ -21,10 +21,11 @@ from torch.profiler import record_function
 from partial_fc.batch.status import HALF
 from partial_fc.distributed.ranks import local_part, naming_the_missing
 from partial_fc.nonfinite.check_gradients import check_own_step
+from partial_fc.nonfinite.wiring import refuse_gradients_elsewhere
 from partial_fc.optim.catching_up import put_frozen
 from partial_fc.optim.in_backward import begin_update, end_update
 from partial_fc.optim.kernel_step import KernelStep
-from partial_fc.optim.low_precision import WideRows
+from partial_fc.optim.low_precision import WideRows, follow_writes, note_writes
 from partial_fc.optim.moves import is_row_state
 from partial_fc.optim.optimizer_class import fused_moves
 from partial_fc.optim.pads import blocks_with_pads, join_far_pads
@@ -66,18 +67,27 @@ class RowOptimizer(RowState):
                 loss = closure()
         if self.update_in_backward:
             end_update(self)
+        if rows.sampled or self.update_in_backward:
+            refuse_gradients_elsewhere(rows)
         if record.unchecked:
             check_own_step(rows)
+        skipped = record.skipped and not record.over
         record.end()
         rows.updates += 1
-        if record.skipped:
+        if skipped:
             return loss
         with record_function("partial_fc::update"), naming_the_missing("the update of rows", rows.shards.ranks.group):
+            if rows.behind is not None:
+                rows.behind.check(self.param_groups[0], self.state)
+            if self.low_precision == "master":
+                follow_writes(self)
             for parameter in rows.shared.values():
                 if parameter.grad is not None:
                     RowUpdate(self, parameter).apply(None, 0, len(parameter), local_part(parameter.grad))
             if not self.update_in_backward:
                 self._update_rows()
+        if self.low_precision == "master":
+            note_writes(self)
         if rows.store is not None:
             rows.store.wrote()
         return loss
@@ -95,7 +105,6 @@ class RowOptimizer(RowState):
             rows.store.note(selected)
         behind, updates, taken = rows.behind, {}, {}
         if behind is not None:
-            behind.check(self.param_groups[0], self.state)
             taken = behind.of_update(selected)
         for (name, parameter), grad in zip(rows.parameters.items(), grads, strict=True):
             if grad is not None:

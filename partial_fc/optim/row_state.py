@@ -84,8 +84,9 @@ class RowState(OneGroup):
         self.initial_state = initial_state(optimizer_class, options)  # row state of a row that never had a gradient
         self.inner = construct(optimizer_class, rows.everything, options)  # the class itself, stepped on blocks of rows
         self.built = [dict(self.inner.state[p]) for p in self.inner.param_groups[0]["params"]]  # by its constructor
-        self.update_in_backward = update_in_backward
+        self._update_in_backward = update_in_backward
         self.low_precision = low_precision
+        self.written: tuple[int, list[int]] | None = None  # what tells that somebody else has written weights
         self.moved_in_backward = False  # a backward has moved the rows since the last step()
         super().__init__(list(rows.trainable), self.inner.defaults)
         self.param_groups[0]["params"] = rows.trainable  # this very list, which backward changes in place
@@ -95,6 +96,11 @@ class RowState(OneGroup):
             rows.store.forget(kept={*rows.parameters})
         rows.optimizer = weakref.ref(self)
         self.follow_skipped_rows()
+
+    @property
+    def update_in_backward(self) -> bool:
+        """Whether rows move inside backward; as it was built."""
+        return self._update_in_backward
 
     @property
     def skipped_rows(self) -> SkippedRowsChoice:
@@ -260,7 +266,10 @@ class RowState(OneGroup):
         accepted = {k: v for k, v in options.items() if k in own and k != "foreach"}
         if self.class_rows.behind is not None:
             checked_form(type(self.inner), accepted)
-        known = {MASTER, COUNT, *trial(type(self.inner), accepted, torch.zeros(1, 1, device="cpu"), steps=1)[1]}
+        row = torch.zeros(1, 1, device="cpu")
+        known = {MASTER, COUNT}
+        for each in (accepted, own):  # options of the run may have been others before
+            known |= trial(type(self.inner), each, row, steps=1)[1].keys()
         for of_parameter in state["state"].values():
             unknown = sorted(set(of_parameter) - known)
             if unknown:

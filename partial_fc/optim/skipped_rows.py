@@ -173,7 +173,8 @@ class SkippedRows:
 
     def memory(self) -> list[tuple[int, int]]:
         """Return what changes when somebody else writes rows."""
-        local = (local_part(p.detach()) for p in self.rows.parameters.values())
+        state = (tensor for each in self.parameters.values() for tensor in each.tensors())
+        local = [local_part(tensor.detach()) for tensor in (*self.rows.parameters.values(), *state)]
         return [(each.data_ptr(), each._version) for each in local]  # noqa: SLF001
 
 

@@ -276,7 +276,7 @@ def moving_bytes(z: Sizes, rows: int, *, in_place: bool) -> int:
     """Bytes that are allocated while so many rows make the steps that they missed, block by block."""
     size = min(rows, moved_at_once(z))
     kinds = 1 + z.states
-    numbers = 2 * kinds + 2 * (z.moves is AdamMoves)  # before and after; √v and what divides the moment
+    numbers = 2 * kinds + 4 * (z.moves is AdamMoves)  # before and after; √v and what divides the moment, term by term
     storing = {None: z.w * (z.w != z.wider), "master": z.w, "stochastic": ROUNDING_TEMPORARIES}[z.wide]
     return size * z.D * max(numbers * z.wider, (kinds * z.wider + storing) * in_place)
 
