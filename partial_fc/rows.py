@@ -161,7 +161,6 @@ class ClassRows:
         if self.travels:
             rows, values = brought_home(self, rows, values)
         before = [None if c.grad is None else local_part(c.grad) for c in self.carriers]
-        # frozen parameters get none, but keep what they had
         now = [v if p.requires_grad else None for v, p in zip(values, self.parameters.values(), strict=True)]
         if self.grad_rows is not None and any(each is not None for each in before):
             rows, now, pads = add_rows(self.grad_rows, before, rows, now, stale=self.used, pads=self.pads)

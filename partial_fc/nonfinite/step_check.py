@@ -13,11 +13,7 @@ from partial_fc.batch.status import HALF
 from partial_fc.distributed.inside_torch import foreach_norm
 from partial_fc.nonfinite.bad_step import refuse_step
 from partial_fc.nonfinite.wiring import raise_refusal
-from partial_fc.rows import ClassRows, HasClassRows
-
-
-def each_once(heads: Iterable[HasClassRows]) -> list[ClassRows]:
-    return list({id(head.class_rows): head.class_rows for head in heads}.values())
+from partial_fc.rows import ClassRows
 
 
 def others(parameters: Iterable[Tensor] | Tensor, heads: Sequence[ClassRows]) -> list[Tensor]:
@@ -66,8 +62,8 @@ def _sum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 def is_skipped(heads: Sequence[ClassRows]) -> bool:
     """Return whether the step in progress is skipped: by a loss that takes part in it, where any does."""
-    records = [rows.record for rows in heads]
-    return any(record.skipped for record in [r for r in records if not r.finished] or records)
+    in_progress = [rows.record for rows in heads if not rows.record.finished]
+    return any(record.skipped for record in in_progress or [rows.record for rows in heads])
 
 
 def decide(

@@ -10,6 +10,7 @@ every rank hears of it in the collective that it takes part in anyway; then the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -66,16 +67,15 @@ def raise_refusal(heads: Sequence[ClassRows]) -> None:
     raise RuntimeError("a head on ranks of another group refused this step; the output of those ranks says why")
 
 
-def refuse_gradients_elsewhere(rows: ClassRows) -> None:
-    """Raise RuntimeError if a parameter itself has a gradient, where its rows move by those that the loss has left."""
-    for name, parameter in rows.parameters.items():
-        if parameter.grad is not None:
-            raise RuntimeError(
-                f"{name} of a {rows.owner} has a gradient that did not come from its loss, such as of a penalty on "
-                "class weights. Where rows are sampled, or updated in backward, no step takes it: add such a term at "
-                "sample_rate=1 without update_in_backward, or to the rows of a step, before step(), as "
-                "optimizer.param_groups[0]['params'][0].grad"
-            )
+def refuse_gradients_elsewhere(rows: ClassRows) -> NoReturn:
+    """Raise RuntimeError: a parameter itself has a gradient, where its rows move by those that the loss has left."""
+    name = next(name for name, parameter in rows.parameters.items() if parameter.grad is not None)
+    raise RuntimeError(
+        f"{name} of a {rows.owner} has a gradient that did not come from its loss, such as of a penalty on class "
+        "weights. Where rows are sampled, or updated in backward, no step takes it: add such a term at sample_rate=1 "
+        "without update_in_backward, or to the rows of a step, before step(), as "
+        "optimizer.param_groups[0]['params'][0].grad"
+    )
 
 
 def refuse_alone(heads: Sequence[ClassRows]) -> None:

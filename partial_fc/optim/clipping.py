@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from partial_fc import errors
 from partial_fc.distributed.ranks import local_part, naming_the_missing, sum_over_replicas
 from partial_fc.nonfinite.scalers import look_at_wiring
-from partial_fc.nonfinite.step_check import alike, decide, each_once, local_flags, norms_of, others
+from partial_fc.nonfinite.step_check import alike, decide, local_flags, norms_of, others
 from partial_fc.optim.shard_norms import NORM, largest_norm, norm_of_shards
 from partial_fc.rows import ClassRows, HasClassRows
 
@@ -49,7 +49,7 @@ def clip_grad_norm_(
     norm_type = float(norm_type)  # "inf" too, as in torch
     if not (norm_type > 0 and max_norm >= 0):
         raise errors.no_norm(norm_type, max_norm)
-    class_rows = each_once(heads)
+    class_rows = list({id(head.class_rows): head.class_rows for head in heads}.values())
     plain = others(parameters, class_rows)
     watched = any(rows.record.watches for rows in class_rows)
     if scaler is not None or not watched:

@@ -67,7 +67,7 @@ class RowOptimizer(RowState):
                 loss = closure()
         if self.update_in_backward:
             end_update(self)
-        if rows.sampled or self.update_in_backward:
+        if (rows.sampled or self.update_in_backward) and any(p.grad is not None for p in rows.parameters.values()):
             refuse_gradients_elsewhere(rows)
         if record.unchecked:
             check_own_step(rows)
@@ -86,8 +86,8 @@ class RowOptimizer(RowState):
                     RowUpdate(self, parameter).apply(None, 0, len(parameter), local_part(parameter.grad))
             if not self.update_in_backward:
                 self._update_rows()
-        if self.low_precision == "master":
-            note_writes(self)
+            if self.low_precision == "master":
+                note_writes(self)
         if rows.store is not None:
             rows.store.wrote()
         return loss

@@ -84,7 +84,7 @@ class RowState(OneGroup):
         self.initial_state = initial_state(optimizer_class, options)  # row state of a row that never had a gradient
         self.inner = construct(optimizer_class, rows.everything, options)  # the class itself, stepped on blocks of rows
         self.built = [dict(self.inner.state[p]) for p in self.inner.param_groups[0]["params"]]  # by its constructor
-        self._update_in_backward = update_in_backward
+        self.update_in_backward = update_in_backward
         self.low_precision = low_precision
         self.written: tuple[int, list[int]] | None = None  # what tells that somebody else has written weights
         self.moved_in_backward = False  # a backward has moved the rows since the last step()
@@ -96,11 +96,6 @@ class RowState(OneGroup):
             rows.store.forget(kept={*rows.parameters})
         rows.optimizer = weakref.ref(self)
         self.follow_skipped_rows()
-
-    @property
-    def update_in_backward(self) -> bool:
-        """Whether rows move inside backward; as it was built."""
-        return self._update_in_backward
 
     @property
     def skipped_rows(self) -> SkippedRowsChoice:
@@ -143,6 +138,8 @@ class RowState(OneGroup):
     def update_for_forward(self) -> Callable[[], UpdateRows]:
         """Return how the backward of a forward begins its update (update_in_backward); RuntimeError under float16."""
         kind = self.class_rows.device.type
+        if self.class_rows.sampled:
+            raise RuntimeError("update_in_backward is for sample_rate=1.0, and this head is sampled: build it so")
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
             raise RuntimeError(
                 "update_in_backward cannot be joined with float16, which needs a GradScaler; use bfloat16"

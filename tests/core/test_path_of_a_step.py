@@ -20,9 +20,8 @@ import partial_fc
 from partial_fc import ArcFace, PartialFC, RowOptimizer, clip_grad_norm_
 
 PACKAGE = Path(partial_fc.__file__).parent
-MOST_FILES, MOST_LINES = 22, 3000
-MOST_WITHOUT_MISSED_STEPS = 2700
-MISSED_STEPS = ("optim/skipped_rows.py", "optim/moves.py")
+MOST_FILES, MOST_LINES = 22, 2700
+MISSED_STEPS, MOST_OF_THEM = ("optim/skipped_rows.py", "optim/moves.py"), 350  # lines; counted apart
 
 
 def files_of_a_step(rank: int, world: int) -> list[str]:
@@ -66,11 +65,11 @@ def test_a_step_is_read_in_one_sitting(ranks: Callable[[int], Ranks]):
     files = sorted(set().union(*ranks(2).run(files_of_a_step)))
     assert "head.py" in files
     assert "optim/row_optimizer.py" in files
-    _, lines = table(files)[-1]
+    missed = [name for name in files if name in MISSED_STEPS]
+    (*_, (_, of_missed)), (*_, (_, lines)) = table(missed), table([name for name in files if name not in missed])
     assert len(files) <= MOST_FILES, files
     assert lines <= MOST_LINES, table(files)
-    *_, (_, rest) = table([name for name in files if name not in MISSED_STEPS])
-    assert rest <= MOST_WITHOUT_MISSED_STEPS, table(files)
+    assert of_missed <= MOST_OF_THEM, table(missed)
 
 
 if __name__ == "__main__":
