@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from partial_fc.batch.building import together
 from partial_fc.batch.exchange import GlobalBatch
+from partial_fc.batch.status import HALF
 from partial_fc.checkpoint.save_load import PLACEHOLDER
 from partial_fc.classes.hard_negatives import UNKNOWN, HardNegatives, Search, check_hard_negatives
 from partial_fc.classes.head_arguments import check_head_arguments, checked_block
@@ -405,6 +406,13 @@ class HeadState(HeadPredictions):
     # ------------------------------------------------------------------------------------------------ saved state
 
     @torch.no_grad()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadState:
+        weights = self.class_weights
+        super()._apply(fn, recurse)
+        if weights is not None and self.class_weights is not None and self.class_weights.dtype in HALF:
+            self.class_weights = weights.to(self.class_weights.device)  # as when it was built: half would round them
+        return self
+
     def reset_parameters(self) -> None:
         """Draw the weights again as `seed` says; set biases to 0, the margin's state to its start, neighbours to −1.
 

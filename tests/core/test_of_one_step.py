@@ -247,3 +247,11 @@ def test_settings_that_mean_nothing_are_refused():
     optimizer.update_in_backward = True
     with pytest.raises(RuntimeError, match="this head is sampled"):
         head(batch(0)[0].requires_grad_(), batch(0)[1])
+
+
+def test_class_weights_keep_their_digits_when_a_head_is_cast():
+    weights = torch.linspace(1.0, 1e5, C)
+    head = head_of(dtype=torch.float32, class_weights=weights).half()
+    assert head.class_weights is not None
+    assert head.weight.dtype == torch.float16
+    assert torch.equal(head.class_weights, weights)
