@@ -7,17 +7,16 @@ from torch import Tensor, nn
 
 from partial_fc.distributed.ranks import local_part
 from partial_fc.optim.rounding import round_rows
-from partial_fc.optim.row_state import COUNT, MASTER, RowState
+from partial_fc.optim.row_state import COUNT, MASTER, RowState, written
 
 ROWS_AT_ONCE = 1 << 14
 
 
 def follow_writes(optimizer: RowState) -> None:
     """Take what somebody has written to the weights since the last step into their float32 twins, in blocks."""
-    rows = optimizer.class_rows
-    versions = [local_part(p.detach())._version for p in rows.parameters.values()]  # noqa: SLF001
-    known, optimizer.written = optimizer.written, (rows.writes, versions)
-    if known == optimizer.written or not any(MASTER in state for state in optimizer.state.values()):
+    rows, known = optimizer.class_rows, optimizer.written
+    note_writes(optimizer)
+    if known is None or known == optimizer.written:
         return
     if rows.store is not None:
         rows.store.ready(None)
@@ -27,13 +26,14 @@ def follow_writes(optimizer: RowState) -> None:
         master, weight = local_part(optimizer.state[parameter][MASTER]), local_part(parameter.detach())
         for a in range(0, len(weight), ROWS_AT_ONCE):
             own, there = master[a : a + ROWS_AT_ONCE], weight[a : a + ROWS_AT_ONCE]
-            own.copy_(torch.where(own.to(there.dtype) == there, own, there.float()))
+            same = own.to(there.dtype) == there
+            if not bool(same.all()):
+                own.copy_(torch.where(same, own, there.float()))
 
 
 def note_writes(optimizer: RowState) -> None:
-    """A step has written the weights."""
-    rows = optimizer.class_rows
-    optimizer.written = rows.writes, [local_part(p.detach())._version for p in rows.parameters.values()]  # noqa: SLF001
+    """The weights are those of the twins."""
+    optimizer.written = written(optimizer.class_rows)
 
 
 class WideRows:

@@ -67,7 +67,8 @@ class RowOptimizer(RowState):
                 loss = closure()
         if self.update_in_backward:
             end_update(self)
-        if (rows.sampled or self.update_in_backward) and any(p.grad is not None for p in rows.parameters.values()):
+        elsewhere = (rows.sampled or self.update_in_backward) and not record.untrained
+        if elsewhere and any(p.grad is not None for p in rows.parameters.values()):
             refuse_gradients_elsewhere(rows)
         if record.unchecked:
             check_own_step(rows)

@@ -292,6 +292,7 @@ class RowState(OneGroup):
             self.state[parameter] = {
                 key: self._in_store(self._fitted(value, parameter), parameter, key) for key, value in state.items()
             }
+        self.written = written(self.class_rows)
         self.follow_skipped_rows()
         if MISSED in state_dict:
             self._miss(state_dict[MISSED])
@@ -367,6 +368,11 @@ class RowState(OneGroup):
     def _options(self) -> dict[str, Any]:
         accepted = inspect.signature(type(self.inner)).parameters
         return {k: v for k, v in self.inner.defaults.items() if k in accepted}
+
+
+def written(rows: ClassRows) -> tuple[int, list[int]]:
+    """Return what changes when somebody writes to the weights; in a group where this package does."""
+    return rows.writes, [local_part(p.detach())._version for p in rows.parameters.values()]  # noqa: SLF001
 
 
 def skipped_rows_of(
