@@ -68,7 +68,7 @@ class ClassRows:
         self.sent: tuple[Tensor, Tensor] | None = None  # rows of the last forward, on the device and on the host
         self.behind: Any = None  # steps that rows have missed (optim/skipped_rows.py), or None
         self.kernels: Any = None  # that served the last forward (kernels/choice.py), or None
-        self.as_they_are = False  # a checkpoint is taken that has missed steps, too: nobody is to make them for it
+        self.as_they_are = False  # a checkpoint is saved or loaded that has missed steps: nobody is to make them for it
         self.writes = 0  # how often rows were loaded or drawn anew
         self.changes = 0  # how often classes were added, removed or given other numbers
         self.lost = 0  # how often gradients were cleared that no optimizer could have used

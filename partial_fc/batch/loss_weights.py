@@ -53,35 +53,16 @@ def other_weights(
         exists, weights = weigh_labels(labels, named, batch.label_weights.to(dtype))
     elif labels.shape[1] == 1:
         one = weights[:, 0]
-    of_batch = named, one, dtype, classes, ignore_index, class_weights, within, mean
-    return exists, weights, *_weigh_batch(batch, *of_batch), fine
-
-
-def _weigh_batch(
-    batch: GlobalBatch,
-    named: Tensor,
-    one: Tensor | None,
-    dtype: torch.dtype,
-    classes: int,
-    ignore_index: int,
-    class_weights: Tensor | None,
-    within: bool,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the weights of the samples' losses `[N]`, and those whose sum a mean is divided by, of all replicas.
-
-    named: `[N, L]`, which labels are classes. one: 1 for samples that are not ignored, where it is known.
-    """
     counted = None if within else class_weights
-    weights = _weigh(one, named, batch.labels, batch.label_weights, batch.sample_weights, dtype, counted)
+    of_samples = _weigh(one, named, batch.labels, batch.label_weights, batch.sample_weights, dtype, counted)
     if not mean or (batch.ranks.replica_group is None and counted is class_weights):
-        return weights, weights
+        return exists, weights, of_samples, of_samples, fine
     of_mesh = batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights
     labels = as_matrix(batch.mesh_labels)
     named = labels != ignore_index
     if not batch.looked:
         named, _ = without_bad_labels(labels, named, classes)
-    return weights, _weigh(None, named, *of_mesh, dtype, class_weights)
+    return exists, weights, of_samples, _weigh(None, named, *of_mesh, dtype, class_weights), fine
 
 
 def _weigh(

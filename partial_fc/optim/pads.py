@@ -21,7 +21,7 @@ def join_far_pads(rows: ClassRows, blocks: Blocks) -> None:
         real = rows.pads.real().nonzero()[:, 0]
         left = rows.grad_rows[real]
         rows.grad_rows = None  # nothing is to be added to
-        rows.accumulate(left, [grad[real] for grad in grads], changes=rows.changes)
+        rows.accumulate(left, [grad[real] for grad in grads])
 
 
 def blocks_with_pads(grad: Tensor, pads: Pads, blocks: Blocks) -> list[tuple[int, int]]:
