@@ -13,6 +13,10 @@ Two ranks (gloo, one thread each), SGD with momentum, fp32, N = 512, in new proc
     saves     C = 4M, D = 64, r = 0.0005, all rows touched, 20 steps between saves: seconds and bytes of a checkpoint of
               what has changed, over those of a whole one; loading the last of four, over loading a whole one
     resumed   C = 100M, D = 64, r = 0.001, sample_block=1024, saved after ten steps: a new head that loads it
+    larger    C = 100M, D = 64, r = 0.001, sample_block=1024, after a cycle that has touched every row, so that 51 GB of
+              files stand beside less memory: steps, over those of a head of 2M classes in memory with as many selected
+              rows; beside it what the disk needs for the bytes of such a step at its bandwidth, measured before. Wants
+              60 GB of disk and takes a quarter of an hour; left out unless named
 
 Memory is what is no page of a file (RssAnon of /proc) beyond that of a process that has imported torch. Prints one
 Markdown table; writes it to OUT/table.md and raw figures to OUT/results.json. Files of rows are below --folder, have no
@@ -23,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -35,13 +40,15 @@ import torch
 import torch.distributed as dist
 from cases import status
 from ranks import interleaved, over_ranks, ratio, run_ranks
+from tqdm import tqdm
 
 from partial_fc import ArcFace, Checkpointer, FileRows, PartialFC, RowOptimizer
 
 MIB = 1 << 20
 N = 512
 CASES = "cached", "rows", "blocks", "growth", "saves", "resumed"
-
+LONG_CASES = ("larger",)
+PIECE = 256 << 10  # bytes, of one reading or writing of the disk
 
 Step = Callable[[], None]
 
@@ -145,6 +152,64 @@ def resumed(C: int, D: int, rate: float, block: int, steps: int, folder: str) ->
     return {"seconds": seconds, "disk": on_disk(head) / saved, "bytes": saved, "memory": status("RssAnon") - before}
 
 
+def timed(step: Step, steps: int) -> float:
+    """Mean seconds of a step: what a run of them takes, bursts of the disk included."""
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    dist.barrier()
+    return (time.perf_counter() - start) / steps
+
+
+def moved() -> dict[str, int]:
+    """Bytes that this process has had read from and will have written to a disk."""
+    lines = (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    counts = {name: int(value) for name, value in lines}
+    return {"read": counts["read_bytes"], "written": counts["write_bytes"]}
+
+
+def larger(C: int, D: int, rate: float, block: int, beside: int, steps: int, folder: str) -> dict[str, Any]:
+    """Steps of a head whose files memory does not hold, between those of one in memory."""
+    step, head, _ = stepping(C, D, rate, block, folder)
+    store = head.class_rows.store
+    assert store is not None
+    for _ in tqdm(range(20), "touching every row", disable=dist.get_rank() != 0):
+        timed(step, math.ceil(1 / rate / 20))
+    assert store.untouched == 0
+    in_memory, *_ = stepping(beside, D, rate * C / beside, block, None)
+    timed(in_memory, 2)
+    seconds = {"memory": [timed(in_memory, steps)]}
+    before, waited = moved(), store.waited
+    seconds["files"] = [timed(step, steps)]
+    after, waited = moved(), store.waited - waited
+    seconds["memory"].append(timed(in_memory, steps))
+    return {
+        "memory": statistics.mean(seconds["memory"]),
+        "files": statistics.mean(seconds["files"]),
+        "waited": waited / steps,
+        **{kind: (after[kind] - before[kind]) / steps for kind in after},
+    }
+
+
+def bandwidth(folder: str, size: int) -> dict[str, float]:
+    """Bytes a second that the disk writes, and reads in pieces in random order, of a file that memory does not hold."""
+    piece = os.urandom(PIECE)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        start = time.perf_counter()
+        for _ in range(size // PIECE):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        written = size / (time.perf_counter() - start)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        places = torch.randperm(size // PIECE, generator=torch.Generator().manual_seed(0)).tolist()
+        start = time.perf_counter()
+        for place in places:
+            os.pread(file.fileno(), PIECE, place * PIECE)
+        return {"written": written, "read": size / (time.perf_counter() - start)}
+
+
 def measure(case: str, folder: str, repetitions: int, scale: int) -> list[dict[str, Any]]:
     """The rows of the table of one case."""
     if case == "cached":
@@ -188,6 +253,24 @@ def measure(case: str, folder: str, repetitions: int, scale: int) -> list[dict[s
             {"case": case, "what": "memory of a rank, without pages of files", "value": most["memory"] / MIB,
              "unit": "MiB", "limit": None},
         ]  # fmt: skip
+    if case == "larger":
+        disk = bandwidth(folder, (4 << 30) // scale)
+        C, block = 100_000_000 // scale, max(1, 1024 // scale)
+        each = run_ranks(2, larger, C, 64, 0.001, block, 2_000_000 // scale, 2 * repetitions, folder, timeout=3600.0)
+        of_a_step = {kind: sum(one[kind] for one in each) for kind in disk}
+        beside = max(one["memory"] for one in each)
+        needed = sum(of_a_step[kind] / disk[kind] for kind in disk)
+        speeds = ", ".join(f"{kind} at {value / 1e6:.0f} MB/s" for kind, value in disk.items())
+        return [
+            {"case": case, "what": "step, files larger than memory, over that of 2M classes in memory",
+             "value": max(one["files"] for one in each) / beside, "unit": "×", "limit": max(2.0, needed / beside)},
+            {"case": case, "what": f"the bytes of a step, {speeds}, over that step in memory",
+             "value": needed / beside, "unit": "×", "limit": None},
+            *({"case": case, "what": f"bytes {kind} in a step, both ranks", "value": value / 1e6, "unit": "MB",
+               "limit": None} for kind, value in of_a_step.items()),
+            {"case": case, "what": "share of a step spent waiting for rows",
+             "value": max(one["waited"] / one["files"] for one in each), "unit": "", "limit": None},
+        ]  # fmt: skip
     C, block = (20_000_000, 1) if case == "rows" else (100_000_000, 1024)
     C, block, rate = C // scale, max(1, block // scale), 0.001
     found = run_ranks(2, first_step, C, 64, rate, block, folder, 0 if case == "rows" else repetitions)
@@ -216,7 +299,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-tiers/rows"))
     parser.add_argument("--out", type=Path, default=Path("runs/bench-tiers"))
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--only", nargs="*", choices=CASES, default=CASES)
+    parser.add_argument("--only", nargs="*", choices=CASES + LONG_CASES, default=CASES)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []

@@ -91,6 +91,7 @@ class CenterLoss(ChangeableLoss):
     centers: nn.Parameter
 
     FACTS: ClassVar[dict[str, str]] = {**ChangeableLoss.FACTS, "alpha": "alpha", "update": "update"}
+    SETTINGS: ClassVar[frozenset[str]] = ChangeableLoss.SETTINGS | {"alpha", "update"}
 
     @together
     def __init__(
@@ -113,9 +114,7 @@ class CenterLoss(ChangeableLoss):
         dtype: torch.dtype | None = None,
         storage: Storage | None = None,
     ) -> None:
-        alpha = real("alpha", alpha)
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha must be in (0, 1], not {alpha}")
+        alpha = _checked_alpha(alpha)
         check_choice("update", update, ("paper", "gradient"))
         shared = SharedArguments(
             embedding_size, num_classes, group, seed, init_std, ignore_index, reduction, scale_embedding_grad,
@@ -130,6 +129,16 @@ class CenterLoss(ChangeableLoss):
         self.centers.requires_grad_(update == "gradient")
         self.reset_parameters()
         self._complete()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self.setting(name, value) if name in self.SETTINGS else value)
+
+    def setting(self, name: str, value: Any) -> Any:
+        if name == "update" and self._is_built and value != self.update:
+            raise ValueError(
+                f"update is {self.update!r} since the centers were built; build another loss for {value!r}"
+            )
+        return _checked_alpha(value) if name == "alpha" else super().setting(name, value)
 
     def extra_repr(self) -> str:
         moved = f"alpha={self.alpha}" if self.update == "paper" else f"update={self.update!r}"
@@ -333,6 +342,13 @@ class CenterLoss(ChangeableLoss):
         state_dict.setdefault(f"{prefix}_extra_state", {"class_changes": 0})  # written before classes could change
         super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
         self._pending = None  # differences from other centers
+
+
+def _checked_alpha(value: Any) -> float:
+    alpha = real("alpha", value)
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha must be in (0, 1], not {alpha}")
+    return alpha
 
 
 @dataclass

@@ -44,8 +44,8 @@ class PartialFC(HeadState):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # another margin is prepared as at construction, or refused
-        super().__setattr__(name, self.fitting(value) if name == "margin" and name in self._modules else value)
+        # as at construction: numbers are checked, another margin is prepared
+        super().__setattr__(name, self.setting(name, value) if name in self.SETTINGS else value)
 
     @torch._disable_dynamo  # collectives and sizes that depend on data: under torch.compile the head runs as it is
     def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ refusals     errors for engines that would wrap the rows (`distributed/wrapping.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -57,18 +58,11 @@ class SharedArguments:
 
     def checked(self) -> SharedArguments:
         """Return them with every number in one spelling. ValueError for values out of range."""
-        if self.ignore_index is None:
-            raise ValueError("ignore_index is a label, not None: leave it at -100 if no sample is to be ignored")
         numbers: dict[str, Any] = {
             "embedding_size": whole("embedding_size", self.embedding_size, least=1),
             "num_classes": whole("num_classes", self.num_classes, least=1),
-            "seed": whole("seed", self.seed),
-            "ignore_index": whole("ignore_index", self.ignore_index),
-            "init_std": real("init_std", self.init_std),
+            **{name: check(getattr(self, name)) for name, check in CHECKS.items()},
         }
-        if not (math.isfinite(numbers["init_std"]) and numbers["init_std"] >= 0):
-            raise ValueError(f"init_std must be at least 0, not {self.init_std}")
-        check_choice("reduction", self.reduction, ("mean", "sum", "none"))
         check_choice("validate", self.validate, ("always", "first", "never"))
         check_choice("on_nonfinite", self.on_nonfinite, ("raise", "skip", "log"))
         if self.max_skips is not None:
@@ -80,6 +74,33 @@ class SharedArguments:
                 )
             numbers["max_skips"] = most
         return replace(self, **numbers)
+
+
+def _checked_label(value: Any) -> int:
+    if value is None:
+        raise ValueError("ignore_index is a label, not None: leave it at -100 if no sample is to be ignored")
+    return whole("ignore_index", value)
+
+
+def _checked_deviation(value: Any) -> float:
+    number = real("init_std", value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"init_std must be at least 0, not {value}")
+    return number
+
+
+def _checked_reduction(value: Any) -> Any:
+    check_choice("reduction", value, ("mean", "sum", "none"))
+    return value
+
+
+# arguments that are checked by themselves, whenever they are set
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "seed": functools.partial(whole, "seed"),
+    "ignore_index": _checked_label,
+    "init_std": _checked_deviation,
+    "reduction": _checked_reduction,
+}
 
 
 def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
@@ -104,6 +125,9 @@ class ShardedModule(nn.Module):
         **{name: f"class_rows.record.{name}" for name in ("validate", "on_nonfinite", "max_skips", "skips")},
         "steps of the optimizer": "class_rows.updates",
     }
+
+    SETTINGS: ClassVar[frozenset[str]] = frozenset({*CHECKS, "embedding_size", "num_classes"})  # see `setting`
+    _is_built = False
 
     def __init__(self, arguments: SharedArguments, *, sampled: bool) -> None:
         super().__init__()
@@ -165,6 +189,22 @@ class ShardedModule(nn.Module):
         self.class_rows.hold(self._own_parameters(), self._shared_parameters(), self.class_rows.shards)
         if self.class_rows.shards.mesh is not None:
             allow_anomaly_detection()
+        self._is_built = True
+
+    def setting(self, name: str, value: Any) -> Any:
+        """Return what an attribute of `SETTINGS` is to be, checked as at construction. ValueError for what it cannot
+        be. While the loss is built there is nothing to check: its arguments were."""
+        if not self._is_built:
+            return value
+        if name in CHECKS:
+            return CHECKS[name](value)
+        if name == "num_classes" and value != self.class_rows.shards.num_classes:
+            raise ValueError("num_classes is changed by expand() and remap(), which move the rows, not by setting it")
+        if name == "embedding_size" and value != self.embedding_size:
+            raise ValueError(
+                f"embedding_size is that of the rows, {self.embedding_size}; build another loss for {value}"
+            )
+        return value
 
     def agree_on_building(self) -> None:
         """Raise the same error on every rank unless all ranks have built the same."""

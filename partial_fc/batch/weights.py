@@ -19,6 +19,8 @@ def weights_problem(embeddings: Tensor, labels: Tensor, label_weights: Any, samp
             return f"{what} must be a tensor, not {type(weights).__name__}"
         if weights is not None and weights.device != embeddings.device:
             return f"{what} are on {weights.device}, embeddings on {embeddings.device}"
+        if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+            return f"{what} require grad, but the loss has no gradient by them: pass {what}.detach()"
     if labels.ndim == 1 and label_weights is not None:
         return (
             "labels are [N], one a sample, which takes no label_weights; those go with labels [N, L] and have their "

@@ -257,8 +257,8 @@ class ChangeableLoss(ShardedLoss):
 
     def adopt(self, parameters: dict[str, nn.Parameter], shards: ClassShards) -> None:
         """Hold the parameters of the new classes."""
-        self.num_classes = shards.num_classes
         self.class_rows.hold(parameters, self._shared_parameters(), shards)
+        self.num_classes = shards.num_classes
         self.class_changes += 1
         self.class_rows.changes += 1
 

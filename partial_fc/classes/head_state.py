@@ -48,6 +48,7 @@ from partial_fc.tiers.kinds import Storage
 
 DEFAULT_LOGITS_BUDGET = 1 << 30
 SamplingCorrection = Literal["none", "importance"]
+NUMBERS = "label_smoothing", "interclass_filter", "inter_topk", "inter_topk_penalty", "logits_budget"
 
 
 class HeadState(HeadPredictions):
@@ -84,6 +85,8 @@ class HeadState(HeadPredictions):
         "metrics": "collect_metrics",
         "kernels": "_kernels",
     }
+
+    SETTINGS: ClassVar[frozenset[str]] = HeadPredictions.SETTINGS | {*NUMBERS, "margin", "class_weights"}
 
     @together
     def __init__(
@@ -213,6 +216,20 @@ class HeadState(HeadPredictions):
         for name, parameter in self.margin.named_parameters():
             local = local_part(parameter.detach()).to(wide)
             setattr(self.margin, name, nn.Parameter(self.shards.wrap_shared(local)))
+
+    def setting(self, name: str, value: Any) -> Any:
+        if not self._is_built:
+            return value
+        if name == "margin":
+            return self.fitting(value)
+        if name == "class_weights":
+            return checked_class_weights(value, self.num_classes, self.class_rows.device)
+        if name == "logits_budget" and value is None:
+            return DEFAULT_LOGITS_BUDGET
+        if name in NUMBERS:
+            now = {each: getattr(self, each) for each in NUMBERS}
+            return getattr(check_head_arguments(self.margin, self.sample_rate, **{**now, name: value}), name)
+        return super().setting(name, value)
 
     def fitting(self, margin: Margin) -> Margin:
         """Return a margin that is to replace this head's, prepared as at construction. Trained parameters stay.
@@ -467,9 +484,10 @@ class HeadState(HeadPredictions):
         take_table = self.changed_table(change)
 
         def take() -> None:
-            self.class_weights = class_weights
+            # both are checked and prepared already
+            self.register_buffer("class_weights", class_weights, persistent=False)
+            self.add_module("margin", margin)
             take_table()
-            self.add_module("margin", margin)  # prepared already
             self.selected_rows = self._last_labels = None
             if margin is not change.margin:
                 prepare_anew(margin, change.num_classes, drawn)

@@ -15,6 +15,10 @@ def checked_class_weights(weights: Tensor | None, num_classes: int, device: torc
     if weights is None:
         return None
     weights = torch.as_tensor(weights)
+    if weights.requires_grad:
+        raise ValueError(
+            "class_weights require grad, but the loss has no gradient by them: pass class_weights.detach()"
+        )
     if weights.shape != (num_classes,):
         raise ValueError(
             f"class_weights must have one number for each of {num_classes} classes, not {list(weights.shape)}"

@@ -10,6 +10,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -85,7 +86,7 @@ class RowState(OneGroup):
         self.inner = construct(optimizer_class, rows.everything, options)  # the class itself, stepped on blocks of rows
         self.built = [dict(self.inner.state[p]) for p in self.inner.param_groups[0]["params"]]  # by its constructor
         self.update_in_backward = update_in_backward
-        self.low_precision = low_precision
+        self._low_precision = low_precision
         self.written: tuple[int, list[int]] | None = None  # what tells that somebody else has written weights
         self.moved_in_backward = False  # a backward has moved the rows since the last step()
         super().__init__(list(rows.trainable), self.inner.defaults)
@@ -96,6 +97,15 @@ class RowState(OneGroup):
             rows.store.forget(kept={*rows.parameters})
         rows.optimizer = weakref.ref(self)
         self.follow_skipped_rows()
+
+    def _set_low_precision(self, value: Any) -> None:
+        if value != self.low_precision:
+            raise ValueError(
+                f"low_precision is {self.low_precision!r} since this optimizer was built, and its state is made for "
+                f"that; build a RowOptimizer with low_precision={value!r}"
+            )
+
+    low_precision: LowPrecision | None = property(attrgetter("_low_precision"), _set_low_precision)  # type: ignore[assignment]
 
     @property
     def skipped_rows(self) -> SkippedRowsChoice:

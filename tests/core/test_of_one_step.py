@@ -235,18 +235,6 @@ def test_a_margin_with_parameters_is_of_one_head():
         first(x.float(), labels)
 
 
-def test_settings_that_mean_nothing_are_refused():
-    head = head_of()
-    for name, value in (("on_nonfinite", "Skip"), ("validate", "alwys")):
-        with pytest.raises(ValueError, match=f"{name} must be one of"):
-            setattr(head, name, value)
-    head = head_of(0.3)
-    optimizer = RowOptimizer(SGD, head, lr=0.1)
-    optimizer.update_in_backward = True
-    with pytest.raises(RuntimeError, match="this head is sampled"):
-        head(batch(0)[0].requires_grad_(), batch(0)[1])
-
-
 def test_class_weights_keep_their_digits_when_a_head_is_cast():
     weights = torch.linspace(1.0, 1e5, C)
     head = head_of(dtype=torch.float32, class_weights=weights).half()
