@@ -20,22 +20,18 @@ class OtherSums(TileSums):
     """As `TileSums`. further: whatever else is to be found, or None."""
 
     def __init__(self, x: Tensor, state: ForwardState, keep: bool, in_place: bool) -> None:
-        options, rows, product = state.options, state.rows, state.product
-        self.state = state
-        self.stats = x.dtype
-        self.samples = len(x)
-        self.total = x.new_zeros(len(x), 1) if options.binary or not rows.count else x.new_empty(len(x), 1)
-        self.keep, self.kept, self.streamed = keep, x.new_empty(0), x.new_empty(0)
-        tiles, size = -(-rows.count // state.tile), len(x) * state.tile
-        if keep:
-            self.memory = rows.workspace.take(f"{rows.prefix}logits", (size * tiles + 1,), product, x.device)
-            self.kept = self.memory[:-1]
-        # bounded exponentials may be computed in the products' dtype at once; their sum is in that of the statistics
-        work = product if state.bounded and not options.ruled else x.dtype
-        self.scratch = None if in_place else x.new_empty(size + 1, dtype=work)
-        self.memory = self.memory if self.scratch is None else self.scratch  # and a number more, behind the tiles
-        self.scaled = (x if options.ruled else x * options.scale).to(product)
+        super().__init__(x, state, keep)
+        options, self.samples = state.options, len(x)
+        if options.binary:
+            self.total.zero_()
+        self.scratch = None
+        if not in_place:  # others than bounded exponentials are computed in the dtype of the statistics
+            work = state.product if state.bounded and not options.ruled else x.dtype
+            self.memory = self.scratch = x.new_empty(len(x) * state.tile + 1, dtype=work)
+        if options.ruled:
+            self.scaled = x.to(state.product)
         self.further: FurtherSums | None = None
+        tiles = -(-state.rows.count // state.tile)
         if options.ruled or options.binary or options.metrics or state.smoothing is not None or not state.bounded:
             of_others = state.rule, state.smoothing, state.selection.correction, state.bounded
             self.further = FurtherSums(x, options, state.targets, *of_others, kept=tiles if keep else 0)
