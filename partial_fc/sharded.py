@@ -21,6 +21,7 @@ from partial_fc.distributed.forwards import USUAL, surroundings
 from partial_fc.distributed.shards import ClassShards
 from partial_fc.nonfinite.bad_step import count_skip
 from partial_fc.nonfinite.wiring import follow_in_eval
+from partial_fc.nonfinite.zero_loss import cleared_in_place
 from partial_fc.sharded_module import ShardedModule
 
 
@@ -62,8 +63,7 @@ class ShardedLoss(ShardedModule):
             batch = looked_at(batch) if batch.later and not self._looks_later else batch
         if self.training:
             self._begin_forward()
-        record = self.class_rows.record
-        valid = range(self.num_classes)
+        record, valid = self.class_rows.record, range(self.num_classes)
         reason = check_batch(batch, self.embedding_size, valid, self.ignore_index, record.on_nonfinite)
         if reason and self.training:
             record.bad_forward = True
@@ -82,8 +82,9 @@ class ShardedLoss(ShardedModule):
         rows = self.class_rows
         trained = any(p.requires_grad for p in rows.everything)
         # without a RowOptimizer nothing reports that gradients were cleared
-        no_gradients = rows.grad_rows is None and all(p.grad is None for p in rows.everything)
-        if rows.record.begin_forward(no_gradients=trained and no_gradients and rows.live_optimizer is None):
+        none = rows.grad_rows is None and all(p.grad is None for p in rows.everything)
+        none = none or (rows.record.bad_step and cleared_in_place(rows))
+        if rows.record.begin_forward(no_gradients=trained and none and rows.live_optimizer is None):
             self.forget_notes()
 
     def _gather(self, embeddings: Tensor, labels: Tensor | None, agreed: Agreed | None) -> GlobalBatch:

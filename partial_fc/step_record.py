@@ -45,6 +45,7 @@ class StepRecord:
         self.ever_checked = False
         self.backwards: list[BackwardPass] = []
         self.statistics: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []  # where each stands, it, a copy before
+        self.gradients: dict[int, int] = {}  # of all rows after a skipped forward: their versions, by their addresses
         self.untrained = ""  # why an update would leave rows where they are (nonfinite/wiring.py)
         self.half_unscaled = ""  # which gradients a GradScaler has not unscaled (nonfinite/scalers.py)
 

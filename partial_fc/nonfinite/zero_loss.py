@@ -8,7 +8,6 @@ from torch import Tensor
 from partial_fc.distributed.derivatives import first_derivative
 from partial_fc.distributed.ranks import local_part
 from partial_fc.rows import ClassRows
-from partial_fc.step_record import StepRecord
 
 
 def zero_loss(x: Tensor, samples: int | None, rows: ClassRows, gradient_of_all_rows: bool) -> Tensor:
@@ -26,13 +25,30 @@ def zero_loss(x: Tensor, samples: int | None, rows: ClassRows, gradient_of_all_r
             x = x.detach().requires_grad_(any(p.requires_grad for p in rows.parameters.values()))
     loss: Tensor = _ZeroLoss.apply(x, samples, sink, *parameters)
     if loss.requires_grad:
-        loss.register_hook(lambda grad: _mark(rows.record))
+        loss.register_hook(lambda grad: _mark(rows))
     return loss
 
 
-def _mark(record: StepRecord) -> None:
-    record.join_step()
-    record.bad_step = True
+def _mark(rows: ClassRows) -> None:
+    rows.record.join_step()
+    rows.record.bad_step = True
+    _note_gradients(rows)
+
+
+def cleared_in_place(rows: ClassRows) -> bool:
+    """Return whether gradients were written to, besides by the backward of a skipped forward.
+
+    `zero_grad(set_to_none=False)` of an optimizer of torch does that, and tells nobody.
+    """
+    noted = rows.record.gradients
+    _note_gradients(rows)
+    now = rows.record.gradients
+    return bool(now) and all(there in noted and version > noted[there] + 1 for there, version in now.items())
+
+
+def _note_gradients(rows: ClassRows) -> None:
+    grads = [p.grad for p in rows.everything if p.grad is not None]
+    rows.record.gradients = {local_part(grad).data_ptr(): grad._version for grad in grads}  # noqa: SLF001
 
 
 class _ZeroLoss(torch.autograd.Function):

@@ -68,6 +68,25 @@ def test_a_head_that_was_skipped_and_takes_part_no_more_stops_no_other(policy, h
     assert first.skips == (1 if policy == "skip" else 0)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_zeros_of_a_torch_optimizer_end_a_skipped_step(micro_batches):
+    """`set_to_none=False` leaves gradients of 0, which an optimizer of torch tells nobody."""
+    head = head_of(on_nonfinite="skip")
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    skipped = []
+    for step in range(5):
+        for part in range(micro_batches):
+            x, labels = batch(step * micro_batches + part)
+            bad = step in (1, 3) and part == 0
+            head(x * (torch.nan if bad else 1.0), labels).backward()
+        skipped.append(head.skipped)
+        if not head.skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert skipped == [False, True, False, True, False]
+    assert head.skips == 2
+
+
 def test_an_exact_head_is_trained_in_eval_after_a_skipped_step():
     head = head_of(on_nonfinite="skip")
     optimizer = RowOptimizer(SGD, head, lr=0.1)
