@@ -71,6 +71,12 @@ def are_of_same_kind(behind: Any, options: Mapping[str, Any]) -> bool:
     """Return whether those are zero, or the same choice, that were before; ValueError if nobody knows what a step with
     them does to a row without gradient."""
     kinds, before = _kinds(options), _kinds(behind.options)
+    for option in behind.form.OF_OPTION.values() if behind.parameters else ():
+        if kinds.get(option) and not before.get(option):
+            raise ValueError(
+                f"{option} of {behind.cls.__name__} was switched on in a run, but its state is not from the steps "
+                "before: leave it as it was, or build another RowOptimizer"
+            )
     if kinds != before and behind.form_of(behind.cls, options) is not behind.form:
         changed = {name: options[name] for name, kind in kinds.items() if kind != before.get(name)}
         raise ValueError(f"options of {behind.cls.__name__} were changed to another kind of update: {changed}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +15,20 @@ class Moves(Protocol):
     """What the steps since a start do, for every start that a row may have.
 
     keys: row state that takes part. Entry i is for rows that stopped i steps after the first start. MOST: so many
-    steps are kept; the table is worked on at every step.
+    steps are kept; the table is worked on at every step. OF_OPTION: options without which a step leaves a key alone.
     """
 
     MOST: int
+    OF_OPTION: ClassVar[Mapping[str, str]]
     keys: tuple[str, ...]
 
     def __init__(self, keys: tuple[str, ...]) -> None: ...
+
+    def has_form(self, shape: list[int], entries: int) -> bool:
+        """Return whether a stored table of this shape may be one with so many entries."""
+
+    def load(self, table: Tensor) -> None:
+        """Go on with a stored table. ValueError if it is damaged."""
 
     def find(self, probe: Probe, options: Mapping[str, Any]) -> Tensor:
         """Return what one more step does: numbers for `extend`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +66,18 @@ class LinearMoves:
     """A row is multiplied by a matrix `[1 + keys, 1 + keys]` a step."""
 
     MOST = 1 << 14
+    OF_OPTION: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, keys: tuple[str, ...]) -> None:
         self.keys = keys
         self.identity = torch.eye(1 + len(keys), dtype=torch.float64, device="cpu")
         self.table = self.identity[:, None]  # [to, start, from]
+
+    def has_form(self, shape: list[int], entries: int) -> bool:
+        return shape == [len(self.identity), entries, len(self.identity)]
+
+    def load(self, table: Tensor) -> None:
+        self.table = table
 
     def find(self, probe: Probe, options: Mapping[str, Any]) -> Tensor:
         state = {key: self.identity[i + 1] for i, key in enumerate(self.keys)} if probe.known else {}

@@ -19,7 +19,6 @@ from partial_fc.distributed.ranks import local_part
 from partial_fc.optim.adam_moves import AdamMoves
 from partial_fc.optim.forms import Moves
 from partial_fc.optim.moves import LinearMoves
-from partial_fc.optim.oldest import dimension_of_steps
 from partial_fc.optim.skipped_rows import SkippedRows
 from partial_fc.optim.stored_rows import MASTER
 from partial_fc.rows import ClassRows
@@ -62,7 +61,7 @@ def restore(
         updates[name] = SimpleNamespace(parameter=parameter, state=states[name], before=each["scalars"])
     behind.begin(options, updates)
     for name, each in state["parameters"].items():
-        behind.parameters[name].moves.table = each["table"]  # type: ignore[attr-defined]
+        behind.parameters[name].moves.load(each["table"])
         behind.parameters[name].probe.scalars = dict(each["scalars"])
         behind.parameters[name].probe.known = each["known"]
     behind.steps, behind.first = state["steps"], state["first"]
@@ -80,11 +79,10 @@ def problem_of(rows: ClassRows, state: Any) -> str:
         assert parameters.keys() <= rows.parameters.keys() and state["done"] is not None, f"it has {[*parameters]}"
         for each in parameters.values():
             assert isinstance(each["keys"], list) and isinstance(each["scalars"], dict), "its state"
-            table, empty = each["table"], form(tuple(each["keys"]))
+            table, moves = each["table"], form(tuple(each["keys"]))
             assert isinstance(table, Tensor | dict), "its table"
-            shape = list(empty.table.shape)  # type: ignore[attr-defined]
-            shape[dimension_of_steps(empty)] = steps - first + 1
-            assert isinstance(table, dict) or list(table.shape) == shape, f"its table of {list(table.shape)}"
+            if isinstance(table, Tensor):
+                assert moves.has_form(list(table.shape), steps - first + 1), f"its table of {list(table.shape)}"
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         return f"the steps that its rows have missed are damaged: {error}"
     return ""
@@ -97,7 +95,7 @@ def make_up(state: Mapping[str, Any], name: str, values: Mapping[str, Tensor], d
     if each is None:
         return dict(values)
     moves = FORMS[state["form"]](tuple(each["keys"]))
-    moves.table = each["table"]  # type: ignore[attr-defined]
+    moves.load(each["table"])
     rows = values.get(MASTER, values[""])
     dtype = torch.promote_types(rows.dtype, torch.float32)
     coefficients = moves.coefficients().to(dtype).index_select(0, done - state["first"])

@@ -184,10 +184,17 @@ class _Behind:
     def __init__(self, of: SkippedRows, update: Update, probe: Probe) -> None:
         self.parameter, self.state, self.probe = update.parameter, update.state, probe
         self.dtype = torch.promote_types(self.parameter.dtype, torch.float32)
-        self.moves = of.form(row_keys(update))
+        self.of = of
+        self.moves = of.form(self._keys(update))
 
     def is_of(self, update: Update) -> bool:
-        return self.state is update.state and self.moves.keys == row_keys(update)
+        return self.state is update.state and self.moves.keys == self._keys(update)
+
+    def _keys(self, update: Update) -> tuple[str, ...]:
+        """Return the row state of a parameter that its steps move, but for its float32 weights."""
+        optional = {k for k, option in self.of.form.OF_OPTION.items() if not self.of.options.get(option)}
+        found = (key for key, value in update.state.items() if is_row_state(value, update.parameter))
+        return tuple(sorted(key for key in found if key != MASTER and key not in optional))
 
     def table(self, device: torch.device) -> Tensor:
         return self.moves.coefficients().to(self.dtype).to(device, non_blocking=True)
@@ -204,9 +211,3 @@ class _Behind:
     def memory(self, index: Tensor) -> list[Tensor]:
         """Return memory for the rows `index` and for each piece of their state."""
         return [t.new_empty(len(index), *t.shape[1:], dtype=self.dtype) for t in self.tensors()]
-
-
-def row_keys(update: Update) -> tuple[str, ...]:
-    """Return the row state of a parameter but for its float32 weights."""
-    found = (key for key, value in update.state.items() if is_row_state(value, update.parameter))
-    return tuple(sorted(key for key in found if key != MASTER))

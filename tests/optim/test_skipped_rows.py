@@ -30,6 +30,8 @@ from partial_fc import (
     load_checkpoint,
     save_checkpoint,
 )
+from partial_fc.optim.adam_moves import AdamMoves
+from partial_fc.optim.moves import Probe
 
 D, C, N, STEPS = 5, 203, 12, 50
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
@@ -121,6 +123,8 @@ def test_sgd_is_that_of_all_rows_on_ranks(ranks, world):
         ranks(world).run(check_run, rate, SGD, KINDS[kind], (1e-9, 1e-9))
 
 
+OF_ADAM = (1e-6, 1e-6)  # of losses and of weights
+
 ADAMS = [
     (ADAMW, {"lr": 0.01, "weight_decay": 0.05}),
     (torch.optim.Adam, {"lr": 0.01, "betas": (0.9, 0.95)}),
@@ -132,7 +136,47 @@ ADAMS = [
 @pytest.mark.parametrize(("cls", "options"), ADAMS, ids=lambda v: v.__name__ if isinstance(v, type) else "")
 @pytest.mark.parametrize("rate", [0.1, 0.02])
 def test_adam_is_nearly_that_of_all_rows(cls, options, rate):
-    check_run(0, 1, rate, cls, options, (1e-5, 1e-4))
+    check_run(0, 1, rate, cls, options, OF_ADAM)
+
+
+@pytest.mark.parametrize("missed", [1, 2, 5, 40, 400])
+@pytest.mark.parametrize(
+    ("betas", "eps"),
+    [
+        ((0.9, 0.999), {}),
+        ((0.9, 0.95), {}),
+        ((0.9, 0.9), {}),  # √v falls as fast as the moment
+        ((0.99, 0.9), {}),  # and faster
+        ((0.9, 0.5), {}),
+        ((0.5, 0.1), {}),
+        ((0.0, 0.9), {}),
+        ((0.9, 0.999), {3: 1e-3, 20: 1e-10}),  # set in the run
+    ],
+)
+@pytest.mark.parametrize("begun", [0, 1000])
+def test_steps_that_adam_misses_at_any_betas(betas, eps, missed, begun):
+    """The table of many steps against these steps, for √v from far below ε to far above it."""
+    options = {"lr": 0.01, "betas": betas, "eps": 1e-8, "weight_decay": 0.01}
+    generator, n = torch.Generator().manual_seed(0), 91
+    second = 10.0 ** torch.linspace(-32, 4, n, dtype=torch.float64)
+    first = second.sqrt() * torch.randn(n, generator=generator, dtype=torch.float64)
+    weight = nn.Parameter(torch.randn(n, 1, generator=generator, dtype=torch.float64))
+    given = [weight.detach().clone(), first[:, None].clone(), second[:, None].clone()]
+    optimizer = ADAMW([weight], **options)
+    state = {"exp_avg": given[1].clone(), "exp_avg_sq": given[2].clone()}
+    optimizer.state[weight] = {"step": torch.tensor(float(begun)), **state}
+    weight.grad = torch.zeros_like(weight)
+    moves = AdamMoves(("exp_avg", "exp_avg_sq"))
+    probe = Probe(ADAMW, options, {"step": torch.tensor(float(begun))})
+    for step in range(missed):
+        options["eps"] = optimizer.param_groups[0]["eps"] = eps.get(step, options["eps"])
+        moves.extend(moves.find(probe, options))
+        optimizer.step()
+    found = [torch.empty_like(each) for each in given]
+    moves.move(given, moves.coefficients()[:1].expand(n, -1), found)
+    moved = 1 + (weight.detach() - given[0]).abs()
+    near(found[0] / moved, weight.detach() / moved, 1e-6)
+    near(found[1], optimizer.state[weight]["exp_avg"], 1e-9)
 
 
 # ------------------------------------------------------------------------------------------------ whatever may come
@@ -163,6 +207,12 @@ def changed(what: str, step: int, optimizer: torch.optim.Optimizer) -> None:
         group["momentum"] = 0.9 if step >= 15 else 0.0
     elif what == "momentum off and on":
         group["momentum"] = 0.0 if 15 <= step < 25 else 0.9
+    elif what == "eps raised and lowered":
+        group["eps"] = 1e-3 if 10 <= step < 25 else 1e-9
+    elif what == "other betas":
+        group["betas"] = (0.9, 0.999) if step < 10 else (0.8, 0.9)
+    elif what == "amsgrad off":
+        group["amsgrad"] = step < 10
     elif what == "state forgotten" and step in (10, 30):
         optimizer.state.clear()
 
@@ -174,6 +224,9 @@ CHANGES = {
     "momentum from zero": [("SGD", {})],
     "momentum off and on": [("SGD", {"momentum": 0.9})],
     "state forgotten": [("SGD", {"momentum": 0.9}), ("AdamW", {})],
+    "eps raised and lowered": [("AdamW", {}), ("NAdam", {"weight_decay": 0.0})],
+    "other betas": [("AdamW", {})],
+    "amsgrad off": [("AdamW", {"amsgrad": True})],
 }
 
 
@@ -185,7 +238,7 @@ def test_a_run_in_which_something_changes(what, cls, options, caplog):
     given = {"lr": 0.1 if cls == "SGD" else 0.01, "weight_decay": 0.02, **options}
     kind, head = getattr(torch.optim, cls), head_of(0.1)
     dense, optimizer = Dense(whole(head.weight), kind, given), RowOptimizer(kind, head, skipped_rows="dense", **given)
-    bounds = (1e-9, 1e-9) if cls == "SGD" else (1e-5, 1e-4)
+    bounds = (1e-9, 1e-9) if cls == "SGD" else OF_ADAM
     for step in range(STEPS):
         x, labels = batch(step)
         optimizer.zero_grad()
@@ -204,6 +257,21 @@ def test_a_run_in_which_something_changes(what, cls, options, caplog):
     optimizer.catch_up()
     near(whole(head.weight), dense.parameter.detach(), bounds[1])
     assert "written between steps" not in caplog.text
+
+
+def test_amsgrad_is_not_switched_on_in_a_run():
+    for built in (False, True):
+        head = head_of(0.1)
+        optimizer = RowOptimizer(ADAMW, head, amsgrad=built)
+        for step, on in enumerate((built, False, True)):
+            optimizer.param_groups[0]["amsgrad"] = on
+            head(*batch(step)).backward()
+            if step == 2:
+                with pytest.raises(ValueError, match="amsgrad of AdamW was switched on in a run"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+                optimizer.zero_grad()
 
 
 def dense_step(dense: Dense, step: int, head: PartialFC) -> float:
