@@ -30,8 +30,8 @@ def replaced_parameter(owner: str, name: str) -> RuntimeError:
     return RuntimeError(
         f"another tensor was put in the place of this {owner}'s {name}, which its optimizer does not know: keep "
         "it out of "
-        "fully_shard, and copy values into it (torch.no_grad(), or load_state_dict without assign=True). A margin with "
-        "parameters is of one head"
+        "fully_shard, and copy values into it (torch.no_grad(), or load_state_dict without assign=True). "
+        "functional_call takes tensors (parameter.detach()), not parameters. A margin with parameters is of one head"
     )
 
 
@@ -73,6 +73,13 @@ def parametrized(name: str) -> str:
         f"{name} was taken apart by a parametrization or by pruning, so that nothing would train what stands for it: "
         "remove it (torch.nn.utils.parametrize.remove_parametrizations, prune.remove before the head is trained); "
         "margins normalise class rows themselves"
+    )
+
+
+def other_rows(owner: str, name: str, given: str, own: str) -> RuntimeError:
+    return RuntimeError(
+        f"functional_call gave this {owner} {given} for its {name}, which is {own}: in a group every rank gives a "
+        "DTensor of its rows"
     )
 
 

@@ -44,7 +44,6 @@ class PartialFC(HeadState):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # as at construction: numbers are checked, another margin is prepared
         super().__setattr__(name, self.setting(name, value) if name in self.SETTINGS else value)
 
     @torch._disable_dynamo  # collectives and sizes that depend on data: under torch.compile the head runs as it is
@@ -74,7 +73,7 @@ class PartialFC(HeadState):
             weight, bias = current["weight"], current.get("bias")
         if not all_rows:  # row gradients go to the sink, so autograd must not see the weights
             weight, bias, anchor = weight.detach(), None if bias is None else bias.detach(), self._anchor()
-        offset = local_part(self.margin.get_parameter("offset")) if self.margin.binary else None
+        offset = local_part(self.margin.offset) if self.margin.binary else None
         accumulate = partial(self.class_rows.accumulate, changes=self.class_rows.changes)
         sink = RowGradientSink(self._workspace, accumulate, begin_update)
         with naming_the_missing("the forward of a head", self.shards.ranks.group):

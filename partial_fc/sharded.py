@@ -6,6 +6,8 @@ wiring    errors for a loss that is built or trained wrongly
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ class ShardedLoss(ShardedModule):
         """Return the global batch, checked, and what autograd follows: this rank's embeddings, or the gathered ones."""
         ranks, gathered = self.shards.ranks, isinstance(embeddings, GlobalBatch)
         own = [(self._parameters.get(key), p) for key, p in self.class_rows.parameters.items()]
-        own += [(self.get_parameter(key), p) for key, p in self.class_rows.shared.items()]
+        own += [(attrgetter(key)(self), p) for key, p in self.class_rows.shared.items()]
         try:
             # parameters replaced or hooked, or a mode of torch that no step runs in: check_use says what it is
             changed = any(now is not p or p._backward_hooks or p._post_accumulate_grad_hooks for now, p in own)
@@ -90,11 +92,9 @@ class ShardedLoss(ShardedModule):
     def _gather(self, embeddings: Tensor, labels: Tensor | None, agreed: Agreed | None) -> GlobalBatch:
         if labels is None and self.shards.ranks.group is None:  # else the other ranks must hear of it
             raise errors.missing_labels(self.class_rows.owner)
-        validate = self.class_rows.record.validate
-        sets, device = [LabelSet(None, labels)], self.class_rows.device
-        look = validate == "always" or (validate == "first" and not self._seen_batch)
-        look = look and not self._looks_later
-        (batch,) = exchange(embeddings, sets, self.shards.ranks, look=look, device=device, agreed=agreed)
+        rows, sets, validate = self.class_rows, [LabelSet(None, labels)], self.class_rows.record.validate
+        look = (validate == "always" or (validate == "first" and not self._seen_batch)) and not self._looks_later
+        (batch,) = exchange(embeddings, sets, rows.shards.ranks, look=look, device=rows.device, agreed=agreed)
         self._seen_batch = True
         return batch
 

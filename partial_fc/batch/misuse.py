@@ -9,6 +9,7 @@ activation checkpointing, a forward in backward: not a step (distributed/forward
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def check_use(loss: Any) -> None:
     if problem:
         raise errors.not_a_step(problem)
     for key, shared in rows.shared.items():
-        if loss.get_parameter(key) is not shared:
+        if attrgetter(key)(loss) is not shared:
             raise errors.replaced_parameter(rows.owner, key)
     early = rows.live_optimizer is not None and rows.live_optimizer.update_in_backward
     without_gradient = loss.training and torch.is_grad_enabled() and (rows.sampled or early)
@@ -37,7 +38,13 @@ def check_use(loss: Any) -> None:
             raise errors.replaced_parameter(rows.owner, key)
         if now is None:
             raise RuntimeError(errors.parametrized(key))
+        if now is not parameter and (now.shape != parameter.shape or type(now.data) is not type(parameter.data)):
+            raise errors.other_rows(rows.owner, key, _described(now), _described(parameter))
         if now is not parameter and without_gradient:
             raise RuntimeError(errors.given_for_a_call(key))
         if without_gradient and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
             raise RuntimeError(errors.hooked(key))
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"a {type(tensor.data).__name__} {list(tensor.shape)}"

@@ -20,7 +20,7 @@ def by_arccosine(cosine: Tensor, factor: float, added: float | Tensor) -> Tensor
     theta, beyond = _angles(cosine)
     argument = (factor * theta + added).clamp(min=0)
     turns = torch.floor(argument.detach() / math.pi)
-    return torch.where(turns % 2 == 0, 1.0, -1.0) * torch.cos(argument) - 2 * turns + beyond
+    return (1 - 2 * (turns % 2)) * torch.cos(argument) - 2 * turns + beyond
 
 
 def checked_form(
@@ -73,4 +73,4 @@ def _angles(cosine: Tensor) -> tuple[Tensor, Tensor]:
 def _identity(cosine: Tensor, edge: float) -> Tensor:
     """Return 0; a clamped cosine passes no gradient, and gets that of cos θ itself by it, which is 1."""
     beyond = (cosine < -edge) | (cosine > edge)
-    return torch.where(beyond, 1.0, 0.0) * (cosine - cosine.detach())
+    return beyond * (cosine - cosine.detach())

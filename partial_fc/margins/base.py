@@ -127,24 +127,32 @@ class Margin(nn.Module):
 
     def frozen(self) -> Margin:
         """This margin with buffers of its own, which later steps do not move."""
-        other = copy.copy(self)
-        other._buffers = {name: None if b is None else b.clone() for name, b in self._buffers.items()}
-        other._parameters = {
-            name: None if p is None else nn.Parameter(local_part(p.detach()).clone())
-            for name, p in self._parameters.items()
-        }
-        return other
+        frozen: Margin = _with_tensors_of_its_own(self)
+        return frozen
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Margin:
         """Running statistics move between devices, but keep their dtype: half precision would swallow what a step
         adds."""
-        before = dict(self._buffers)
+        before = [(each, name, b) for each in self.modules() for name, b in each._buffers.items() if b is not None]
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            now = self._buffers[name]
-            if buffer is not None and now is not None and now.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(now.device)
+        for holder, name, buffer in before:
+            now = holder._buffers[name]
+            if now is not None and now.dtype != buffer.dtype:
+                holder._buffers[name] = buffer.to(now.device)
         return self
+
+
+def _with_tensors_of_its_own(module: Any) -> Any:
+    """Return a copy of a module, and of those in it, whose buffers and parameters no other one moves."""
+    other = copy.copy(module)
+    other._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+    other._parameters = {
+        name: None if p is None else nn.Parameter(local_part(p.detach()).clone())
+        for name, p in module._parameters.items()
+    }
+    for name, inner in module.named_children():
+        other._modules = {**other._modules, name: _with_tensors_of_its_own(inner)}  # noqa: SLF001
+    return other
 
 
 def require(what: str, value: Any, valid: bool) -> None:

@@ -57,4 +57,4 @@ class Positives:
     def uniform(self, stream: int) -> Tensor:
         """`[P]` in (0, 1], float32: keyed by step and sample, so the same at every world size; another for every
         `stream`."""
-        return (keyed_below(self.sample, self.draw + 0x9E3779B1 * stream, 1 << 31) + 0.5) / (1 << 31)
+        return (keyed_below(self.sample, self.draw + 0x9E3779B1 * stream, 1 << 31).float() + 0.5) / (1 << 31)

@@ -155,10 +155,10 @@ class RowUpdate:
         block = nn.Parameter(rows.to(self.weight.dtype) if self.wide is None else rows.float())
         block.grad = grad.to(block.dtype)
         inner.param_groups[0]["params"] = [block]
-        inner.state.clear()
         if self.before:
             inner.state[block] = {key: self._part(key, value, index, a, b) for key, value in self.before.items()}
         inner.step()
+        torch.autograd.graph.increment_version(rows)  # a parameter made of a view counts for itself
         if self.wide is not None and self.wide.source is not self.weight:
             _put(self.wide.source, block.detach(), index, a, b)
         narrow = block.detach() if self.wide is None else self.wide.narrow(block.detach(), index, a, b)

@@ -16,8 +16,13 @@ def penalty_of(
     with torch.set_grad_enabled(needs_grad):
         leaf = norms.detach().requires_grad_(needs_grad)
         penalty = margin.penalty(leaf)
+        if penalty is not None and penalty.shape != norms.shape:
+            raise ValueError(
+                f"{type(margin).__name__}.penalty must return a number for each sample, {list(norms.shape)}, not "
+                f"{list(penalty.shape)}"
+            )
         if penalty is not None and smoothing is not None:  # class weights are within the loss there
             penalty = penalty * smoothing.of_samples
-        if penalty is None or not needs_grad:
+        if penalty is None or not penalty.requires_grad:  # or does not depend on the lengths
             return 0.0 if penalty is None else penalty, torch.zeros_like(norms)
         return penalty.detach(), torch.autograd.grad(penalty.sum(), leaf)[0]
