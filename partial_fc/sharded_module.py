@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc import errors
-from partial_fc.batch.building import agree_to_build
-from partial_fc.batch.facts import Agreed, comparable
+from partial_fc.batch.building import agree_to_build, digest_of_values, place_in_group
+from partial_fc.batch.facts import Agreed
 from partial_fc.distributed.anomaly import allow_anomaly_detection
 from partial_fc.distributed.given import as_whole, real, whole
 from partial_fc.distributed.groups import backends_of, device_of_rows, ranks_of
+from partial_fc.distributed.inside_torch import check_can_be_given, give_tensor
 from partial_fc.distributed.ranks import Group, local_part
 from partial_fc.distributed.shards import ClassShards
 from partial_fc.distributed.tools import drawing_rows, meet_tool
@@ -122,6 +123,7 @@ class ShardedModule(nn.Module):
     FACTS: ClassVar[dict[str, str]] = {
         **{name: name for name in ("num_classes", "embedding_size", "seed", "init_std", "ignore_index", "reduction")},
         **{name: name for name in ("scale_embedding_grad", "class_changes")},
+        "its place among the losses of its group": "_place",
         **{name: f"class_rows.record.{name}" for name in ("validate", "on_nonfinite", "max_skips", "skips")},
         "steps of the optimizer": "class_rows.updates",
     }
@@ -140,6 +142,7 @@ class ShardedModule(nn.Module):
         self.scale_embedding_grad = arguments.scale_embedding_grad
         self.init_std = arguments.init_std
         self._seen_batch = False
+        self._place = 0
         self.class_changes = 0  # how often classes were added or removed, so that new rows are never drawn twice
         ranks = ranks_of(arguments.group)
         self._device = device_of_rows(arguments.device, ranks)
@@ -211,6 +214,7 @@ class ShardedModule(nn.Module):
         ranks = self.class_rows.shards.ranks
         if ranks.group is not None and self._device.type != "meta":
             agree_to_build(self._agreed_at_start(), ranks, self._device)
+            self._place = place_in_group(ranks)
             on_host = self._device.type == "cpu" or self._storage is not None
             if on_host and "cpu" not in backends_of(ranks.group):
                 raise errors.rows_that_cannot_travel(type(self).__name__, ", ".join(backends_of(ranks.group)))
@@ -239,6 +243,7 @@ class ShardedModule(nn.Module):
         self.class_rows.clear()
         self.class_rows.record.end()
 
+    @torch.inference_mode(False)  # rows made in it could not be trained
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and cast the local rows, keeping the identity of the parameters, as torch's own modules do."""
         own, store = self._own_parameters(), self.class_rows.store
@@ -251,6 +256,9 @@ class ShardedModule(nn.Module):
                 raise RuntimeError(MOVED.format(storage=type(self._storage).__name__))
             fn = _all_but(before.values(), fn)
         after = {name: fn(local) for name, local in before.items()}
+        for name, parameter in own.items():
+            if after[name] is not before[name]:
+                check_can_be_given(name, parameter)
         everything, self._parameters = self._parameters, {}
         try:
             super()._apply(fn, recurse)
@@ -264,7 +272,7 @@ class ShardedModule(nn.Module):
         for name, parameter in own.items():
             moved = nn.Parameter(shards.wrap(after[name]), requires_grad=parameter.requires_grad)
             parameter.grad = None
-            torch.utils.swap_tensors(parameter, moved)
+            give_tensor(parameter, moved)
         self.class_rows.hold(own, self._shared_parameters(), shards)
         if self.class_rows.live_optimizer is not None:
             self.class_rows.live_optimizer.follow_parameters()
@@ -350,7 +358,7 @@ class ShardedModule(nn.Module):
 
     def _agreed_at_start(self) -> Agreed:
         """Return what the building compares: also what has a value for each class."""
-        values = {name: comparable(float(b.sum(dtype=torch.float64))) for name, b in self.named_buffers()}
+        values = {name: "{}, hash {:x}".format(*digest_of_values(b)) for name, b in self.named_buffers()}
         return Agreed.of(self, device=self.class_rows.device.type, **values)
 
 

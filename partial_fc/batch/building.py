@@ -7,11 +7,13 @@ constructor  ── fails ──>  its error goes to the other ranks, and is rai
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from partial_fc.batch.facts import Agreed, digest_of
 from partial_fc.batch.refusals import agree
@@ -34,6 +36,28 @@ class Shared(Protocol):
 Built = TypeVar("Built", bound=Shared)
 Arguments = ParamSpec("Arguments")
 Constructor = Callable[Concatenate[Built, Arguments], None]
+
+
+_built: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # losses of each process group
+
+
+def place_in_group(ranks: Ranks) -> int:
+    """Return how many losses of the group were built before this one. All ranks build them in the same order, so that
+    it tells two from each other that are built alike."""
+    place = _built.get(ranks.group, 0)
+    _built[ranks.group] = place + 1
+    return place
+
+
+def digest_of_values(values: Tensor) -> list[Any]:
+    """Return the shape and a 64-bit hash of the values, each at its place."""
+    total = 0
+    for k, block in enumerate(values.detach().reshape(-1).split(1 << 20)):
+        bits = block.cpu().double().view(torch.int64) if block.is_floating_point() else block.cpu().long()
+        h = (bits + (torch.arange(len(bits), device="cpu") + (k << 20)) * 0x1F83D9ABFB41BD6B) * 0x2545F4914F6CDD1D
+        h = (h ^ (h >> 29)) * 0x27D4EB2F165667C5
+        total = total * 31 + int((h ^ (h >> 32)).sum()) & (1 << 64) - 1
+    return [list(values.shape), total]
 
 
 def agree_to_build(mine: Agreed, ranks: Ranks, device: torch.device) -> None:

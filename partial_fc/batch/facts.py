@@ -64,7 +64,7 @@ class Agreed:
 def comparable(value: Any) -> Any:
     """Return a value as it is compared and shown: a number is what it is worth, however it is spelled."""
     if isinstance(value, Tensor):
-        return comparable(value.item()) if value.numel() == 1 and value.device.type == "cpu" else "a tensor"
+        return comparable(value.tolist()) if value.numel() <= 64 and value.device.type == "cpu" else "a tensor"
     if isinstance(value, tuple | list):
         return [comparable(each) for each in value]
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -75,7 +75,7 @@ def comparable(value: Any) -> Any:
 
 def settings_of(values: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """Return the plain values of public names, each under "owner.name"."""
-    kinds = (str, Real, tuple, Tensor, type(None))
+    kinds = (str, Real, tuple, list, Tensor, type(None))
     public = {k: v for k, v in values.items() if k[0] != "_" and k not in ("training", "params", "initial_lr")}
     return {f"{owner}.{k}": comparable(v) for k, v in public.items() if isinstance(v, kinds)}
 

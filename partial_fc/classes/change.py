@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from partial_fc.batch.building import digest_of_values
 from partial_fc.classes.class_means import (
     ROW_BLOCK,
     Batches,
@@ -37,7 +38,7 @@ from partial_fc.classes.interface import Change, Changeable
 from partial_fc.classes.mapping import ClassMoves, Mapped, class_moves, validate_mapping
 from partial_fc.classes.moves import move_rows
 from partial_fc.distributed.given import as_whole
-from partial_fc.distributed.inside_torch import tells_graphs
+from partial_fc.distributed.inside_torch import check_can_be_given, give_tensor, tells_graphs
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.shards import ClassShards, local_part
 from partial_fc.distributed.texts import gather_texts
@@ -59,6 +60,7 @@ FRESH_ROWS = 0x66726573  # key of these draws; must never change, or a seed woul
 # ---------------------------------------------------------------------------------------------------- expand and remap
 
 
+@torch.inference_mode(False)  # rows made in it could not be trained
 @torch.no_grad()
 def expand(
     loss: Changeable,
@@ -81,7 +83,7 @@ def expand(
         change = Change(ClassMoves.identity(before), before + new_classes, new_classes, margin, class_weights)
         prepared, facts = _prepare(loss, change, optimizers)
         if isinstance(init, Tensor):
-            kind: Any = _digest(init)
+            kind: Any = digest_of_values(init)
         else:
             kind = "fresh" if isinstance(init, str) else "batches"
         return prepared, {"the call": "expand", "new_classes": new_classes, "init": kind, **facts}
@@ -95,6 +97,7 @@ def expand(
     _apply_change(loss, prepared, rows)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def remap(
     loss: Changeable, mapping: Mapped, merge: str, weights: Any, optimizers: Optimizers, margin: Margin | None
@@ -112,8 +115,8 @@ def remap(
                 'centers of different classes have no common order; use merge="first"'
             )
         prepared, facts = _prepare(loss, Change(moves, int(ids.max()) + 1, margin=margin, mapping=ids), optimizers)
-        weights_digest = None if weights is None else _digest(torch.as_tensor(weights))
-        arguments = {"the call": "remap", "mapping": _digest(ids), "merge": merge, "weights": weights_digest}
+        weights_digest = None if weights is None else digest_of_values(torch.as_tensor(weights))
+        arguments = {"the call": "remap", "mapping": digest_of_values(ids), "merge": merge, "weights": weights_digest}
         return prepared, {**arguments, **facts}
 
     _apply_change(loss, _prepare_on_every_rank(loss, prepare), None)
@@ -144,6 +147,7 @@ def _prepare(loss: Changeable, change: Change, optimizers: Optimizers) -> tuple[
             "load a checkpoint into it"
         )
     for name, parameter in loss.class_rows.parameters.items():
+        check_can_be_given(name, parameter)
         if _held_by_a_graph(parameter):
             raise RuntimeError(
                 f"{name} is still held by the autograd graph of a loss: call backward() on the loss or delete it "
@@ -159,7 +163,7 @@ def _prepare(loss: Changeable, change: Change, optimizers: Optimizers) -> tuple[
     weights = change.class_weights
     facts = {
         "margin": None if change.margin is None else _digest_of_margin(change.margin),
-        "class_weights": None if weights is None else _digest(torch.as_tensor(weights)),
+        "class_weights": None if weights is None else digest_of_values(torch.as_tensor(weights)),
         "the state of the optimizers": states,
         "the number of changes before": loss.class_changes,
     }
@@ -218,7 +222,7 @@ def _apply_change(loss: Changeable, prepared: _PreparedChange, rows: NewRows | N
         changed = nn.Parameter(
             after.wrap(moved(name, local_part(parameter.detach()), new)), requires_grad=parameter.requires_grad
         )
-        torch.utils.swap_tensors(parameter, changed)
+        give_tensor(parameter, changed)
         del changed
         for i, (optimizer, fills) in enumerate(prepared.optimizers):
             for key, fill in fills[name].items():
@@ -320,19 +324,8 @@ def _prepare_on_every_rank(loss: Changeable, prepare: Callable[[], tuple[Result,
     return result
 
 
-def _digest(values: Tensor) -> list[Any]:
-    """Return the shape and a 64-bit hash of the values."""
-    total = 0
-    for k, block in enumerate(values.detach().reshape(-1).split(1 << 20)):
-        bits = block.cpu().double().view(torch.int64) if block.is_floating_point() else block.cpu().long()
-        h = (bits + (torch.arange(len(bits)) + (k << 20)) * 0x1F83D9ABFB41BD6B) * 0x2545F4914F6CDD1D
-        h = (h ^ (h >> 29)) * 0x27D4EB2F165667C5
-        total = total * 31 + int((h ^ (h >> 32)).sum()) & (1 << 64) - 1
-    return [list(values.shape), total]
-
-
 def _digest_of_margin(margin: Margin) -> list[Any]:
-    return [margin.describe(), [_digest(b) for b in margin.buffers()]]
+    return [margin.describe(), [digest_of_values(b) for b in margin.buffers()]]
 
 
 # ---------------------------------------------------------------------------------------------------- optimizer state

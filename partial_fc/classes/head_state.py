@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from partial_fc.batch.building import together
+from partial_fc.batch.building import digest_of_values, together
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.status import HALF
 from partial_fc.checkpoint.save_load import PLACEHOLDER
@@ -83,6 +83,7 @@ class HeadState(HeadPredictions):
         **{name: f"_{name}" for name in ("hard_negatives", "hard_negatives_every", "hard_negatives_search")},
         "sampling_correction": "_sampling_correction",
         "metrics": "collect_metrics",
+        "class_weights, as they were set": "_weights_set",
         "kernels": "_kernels",
     }
 
@@ -195,6 +196,7 @@ class HeadState(HeadPredictions):
         self._workspace = Workspace()
         self._windows = Draws()  # of the coming steps
         self._measured = None
+        self._weights_set = ""
         checked = checked_class_weights(class_weights, self.num_classes, self._device)
         self.register_buffer("class_weights", checked, persistent=False)
         self._make_table(*hard, hard_negatives_search, margin.centers)
@@ -217,13 +219,20 @@ class HeadState(HeadPredictions):
             local = local_part(parameter.detach()).to(wide)
             setattr(self.margin, name, nn.Parameter(self.shards.wrap_shared(local)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # what a forward leaves is of that forward, and may be as large as its logits
+        own = {"_workspace": Workspace(), "_measured": None, "_last_labels": None}
+        return {**super().__getstate__(), **own}
+
     def setting(self, name: str, value: Any) -> Any:
         if not self._is_built:
             return value
         if name == "margin":
             return self.fitting(value)
         if name == "class_weights":
-            return checked_class_weights(value, self.num_classes, self.class_rows.device)
+            weights = checked_class_weights(value, self.num_classes, self.class_rows.device)
+            self._weights_set = "none" if weights is None else "{}, hash {:x}".format(*digest_of_values(weights))
+            return weights
         if name == "logits_budget" and value is None:
             return DEFAULT_LOGITS_BUDGET
         if name in NUMBERS:
@@ -322,7 +331,8 @@ class HeadState(HeadPredictions):
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Metrics of the last forward's global batch (`metrics=True`): 0-d tensors by name, equal on every rank.
+        """Metrics of the last forward's global batch (`metrics=True`): 0-d tensors by name, equal on every rank; on a
+        2-D mesh, those of the replica's batch, equal on its ranks.
 
         accuracy: share of samples whose target class is the nearest selected class, without the margin. margin_met:
         share of samples whose target logit with the margin is still the largest (or positive, if every class is a
@@ -479,6 +489,7 @@ class HeadState(HeadPredictions):
 
     def prepare_tables(self, change: Change) -> Callable[[], None]:
         drawn = self._drawn_of(change.num_classes)
+        checked_block(self._sample_block, change.num_classes, self._sample_rate)
         class_weights = changed_class_weights(self.class_weights, change)
         margin = changed_margin(self.margin, change, drawn, self.class_rows.device)
         take_table = self.changed_table(change)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -57,3 +57,9 @@ class Changeable(Protocol):
 
     def adopt(self, parameters: dict[str, nn.Parameter], shards: ClassShards) -> None:
         """Hold the parameters of the new classes."""
+
+
+def check_loss(given: Any, call: str) -> None:
+    """TypeError, with the call as it is to be written, unless `given` has class rows."""
+    if not isinstance(getattr(given, "class_rows", None), ClassRows):
+        raise TypeError(f"{call} takes a PartialFC or CenterLoss there, not {type(given).__name__}")

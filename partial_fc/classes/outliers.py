@@ -21,7 +21,7 @@ from torch import Tensor
 from partial_fc.batch.exchange import exchange_payload
 from partial_fc.classes import queries
 from partial_fc.classes.best_classes import largest
-from partial_fc.classes.interface import Changeable
+from partial_fc.classes.interface import Changeable, check_loss
 from partial_fc.classes.queries import DEFAULT_TILE_BYTES, UnitRows
 from partial_fc.classes.query_arguments import check_query, unit_factors
 from partial_fc.distributed.given import real
@@ -68,6 +68,7 @@ def outliers(head: Changeable, embeddings: Tensor, labels: Tensor, *, threshold:
     every rank, for a head without sub-centers, a label that is no class, and what `topk` refuses; NonFiniteError if the
     length of an embedding, or of a center of a class that has samples, is not finite.
     """
+    check_loss(head, "outliers(head, embeddings, labels)")
     rows = UnitRows(head.class_rows, embeddings.dtype if isinstance(embeddings, Tensor) else None)
     ranks, device = rows.ranks, rows.device
     problem = _problem(rows, embeddings, labels, threshold, head.ignore_index)

@@ -9,6 +9,7 @@ id of a backward pass       statistics stand still while blocks are computed aga
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -73,3 +74,23 @@ def foreach_norm() -> Callable[..., Sequence[Tensor]]:
     if function is not None and found == [5.0, torch.tensor(65537.0).sqrt().item()]:
         return function  # type: ignore[no-any-return]
     return lambda tensors, order, dtype=None: [torch.linalg.vector_norm(t, order, dtype=dtype) for t in tensors]
+
+
+def give_tensor(parameter: nn.Parameter, other: nn.Parameter) -> None:
+    """Give a parameter the tensor of another one. It stays the same object, with its attributes and hooks."""
+    torch.utils.swap_tensors(parameter, other)
+    vars(parameter).update(vars(other))
+    # the lists of hooks are those of the object, but what calls them is the tensor's: setting them tells it
+    parameter._backward_hooks = parameter._backward_hooks  # type: ignore[assignment]
+    later = parameter._post_accumulate_grad_hooks
+    if later is not None:
+        parameter._post_accumulate_grad_hooks = later
+
+
+def check_can_be_given(name: str, parameter: nn.Parameter) -> None:
+    """Raise RuntimeError where `give_tensor` could not: torch swaps no tensor that has weak references."""
+    if weakref.getweakrefs(parameter):
+        raise RuntimeError(
+            f"there are weak references to {name} (weakref.ref, a WeakTensorKeyDictionary, a compiled function), with "
+            "which torch cannot give it other rows: drop them first"
+        )

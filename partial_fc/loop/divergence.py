@@ -104,6 +104,11 @@ class DivergenceWatch:
         for thing in things:
             if not isinstance(thing, nn.Module | torch.optim.Optimizer):
                 raise TypeError(f"a DivergenceWatch takes modules and optimizers, not {type(thing).__name__}")
+            if hasattr(thing, "class_rows") and isinstance(thing, torch.optim.Optimizer):
+                raise TypeError(
+                    "the state of a RowOptimizer is split over the ranks, which have nothing in common to compare: "
+                    "give the DivergenceWatch its head"
+                )
         self.things = things
         self.on_divergence = on_divergence
         self.buffers = buffers

@@ -94,7 +94,7 @@ class JoinedBatches(Generic[Batch]):
         while True:
             batch, failure = None, None
             try:
-                batch = None if at_end else next(iterator, None)
+                batch = None if at_end else _next(iterator)
                 if batch is not None and last is None:
                     # raise now if the labels are not found, and not when another rank already waits for a stand-in
                     self._make_stand_in(batch)
@@ -117,6 +117,17 @@ class JoinedBatches(Generic[Batch]):
             if batch is not None:
                 last = batch
             yield batch if batch is not None else last  # type: ignore[misc]
+
+
+def _next(iterator: Iterator[Batch]) -> Batch | None:
+    """Return the next batch, None at the end."""
+    try:
+        batch = next(iterator)
+    except StopIteration:
+        return None
+    if batch is None:
+        raise TypeError("the loader gave None for a batch, and other ranks may have one: leave such batches out in it")
+    return batch
 
 
 def _state(batch: Any, last: Any) -> int:
@@ -224,4 +235,9 @@ def _fill_labels(labels: Any, ignore_index: int | Mapping[str, int]) -> Any:
         )
     if isinstance(ignore_index, Mapping):
         raise TypeError("ignore_index is a dict, but the labels of a batch are not a dict")
+    if labels.dtype == torch.bool or not torch.iinfo(labels.dtype).min <= ignore_index <= torch.iinfo(labels.dtype).max:
+        raise TypeError(
+            f"labels of {labels.dtype} cannot hold ignore_index, {ignore_index}: make them int64 in the dataset, or "
+            "pass stand_in="
+        )
     return torch.full_like(labels, ignore_index)

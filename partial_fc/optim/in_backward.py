@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from partial_fc.distributed.ranks import local_part
 from partial_fc.kernels.update import Through
 from partial_fc.nonfinite.check_gradients import agree_on_flags
 from partial_fc.nonfinite.scalers import scaled_and_stepped
@@ -66,6 +67,9 @@ def end_update(optimizer: Any) -> None:
         raise RuntimeError(
             "update_in_backward cannot be joined with a GradScaler: rows moved before their gradient was unscaled"
         )
+    if optimizer.moved_in_backward:  # the backward of another loss would be wrong from here on
+        moved = optimizer.class_rows.parameters.values()
+        torch.autograd.graph.increment_version([local_part(p.detach()) for p in moved])
     optimizer.moved_in_backward = False
 
 

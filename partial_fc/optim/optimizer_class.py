@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,26 +86,31 @@ def fused_moves(cls: type[torch.optim.Optimizer], dtype: torch.dtype) -> bool:
     return bool((parameter < 1).all())
 
 
+class Trial(NamedTuple):
+    """A small problem after some steps: the parameter, its state, the options of its group at the beginning and now."""
+
+    parameter: Tensor
+    state: dict[str, Any]
+    given: dict[str, Any]
+    options: dict[str, Any]
+
+
 def trial(
-    cls: type[torch.optim.Optimizer], options: dict[str, Any], start: Tensor, steps: int, split: bool = False
-) -> tuple[Tensor, dict[str, Any]]:
-    """Return (the parameter, its state) after some steps of a small problem. split: every row is a parameter of its
-    own.
+    cls: type[torch.optim.Optimizer], options: dict[str, Any], start: Tensor, grads: Sequence[Tensor] = ()
+) -> Trial:
+    """Step a small problem with these gradients `[n, D]`.
 
     It is on the CPU, wherever the rows are, and without the options that choose kernels: they change no number.
     """
     options = {name: on_cpu(value) for name, value in options.items() if name not in KERNELS}
-    generator = torch.Generator("cpu").manual_seed(1)
-    parameters = [nn.Parameter(r.clone()) for r in (start.split(1) if split else [start])]
-    optimizer = step_quietly(cls(parameters, **options))
-    for _ in range(steps):
-        grad = torch.zeros_like(start)
-        if start.any():
-            grad = torch.randn(start.shape, generator=generator, dtype=start.dtype, device="cpu")
-        for parameter, rows in zip(parameters, grad.split(1) if split else [grad], strict=True):
-            parameter.grad = rows.clone()
+    parameter = nn.Parameter(start.clone())
+    optimizer = step_quietly(cls([parameter], **options))
+    group = optimizer.param_groups[0]
+    given = {name: value for name, value in group.items() if isinstance(value, int | float)}
+    for grad in grads:
+        parameter.grad = grad.clone()
         optimizer.step()
-    return torch.cat([p.detach() for p in parameters]), optimizer.state[parameters[0]]
+    return Trial(parameter.detach(), optimizer.state[parameter], given, group)
 
 
 def initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> dict[str, float]:
@@ -114,24 +119,29 @@ def initial_state(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> 
     It is what the constructor makes, else the state after a step of zero from zero.
     """
     zeros = torch.zeros(1, 2, dtype=torch.float64, device="cpu")
-    parameter, state = trial(cls, options, zeros, steps=1)
-    state = {**state, **trial(cls, options, zeros, steps=0)[1]}
-    return {k: float(v.reshape(-1)[0]) for k, v in state.items() if is_row_state(v, parameter)}
+    state = {**trial(cls, options, zeros, [zeros]).state, **trial(cls, options, zeros).state}
+    return {k: float(v.reshape(-1)[0]) for k, v in state.items() if is_row_state(v, zeros)}
 
 
 def check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
-    """Raise ValueError unless the class updates each row independently of the other rows."""
-    start = torch.randn(4, 3, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
+    """Raise ValueError unless the class updates each row independently of the other rows, and by its own state."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(4, 3, generator=generator, dtype=torch.float64, device="cpu")
+    # of several sizes, for what a class does to large gradients alone
+    grads = [torch.randn(4, 3, generator=generator, dtype=torch.float64, device="cpu") * s for s in (1.0, 1e-3, 1e3)]
+    undecayed = {**options, "weight_decay": 0.0} if options.get("weight_decay") else options  # decay enters the state
     try:
         with torch.random.fork_rng(devices=[]):
-            together = trial(cls, options, start, steps=2)[0]
-            apart = trial(cls, options, start, steps=2, split=True)[0]
-            built = [trial(cls, options, each, steps=0)[1] for each in (start, 2 * start)]
+            together = trial(cls, options, start, grads)
+            apart = [trial(cls, options, start[k : k + 1], [grad[k : k + 1] for grad in grads]) for k in range(4)]
+            nothing = [torch.zeros_like(start)]
+            built = [trial(cls, options, each).state for each in (start, 2 * start)]
+            begun = [trial(cls, undecayed, each, nothing).state for each in (start, 2 * start)]
     except (RuntimeError, AssertionError, TypeError) as error:
         if isinstance(error, TypeError) and "unexpected keyword" in str(error):
             raise
         raise ValueError(f"{cls.__name__} cannot update rows one block at a time: {error}") from error
-    if not torch.allclose(together, apart, rtol=1e-9, atol=1e-12):
+    if not torch.allclose(together.parameter, torch.cat([each.parameter for each in apart]), rtol=1e-9, atol=1e-12):
         raise ValueError(
             f"{cls.__name__} moves a row by what other rows hold (norms or factors of the whole matrix), but "
             "those are on "
@@ -139,13 +149,20 @@ def check_rows_apart(cls: type[torch.optim.Optimizer], options: dict[str, Any]) 
             "AdamW, RMSprop, "
             "Adagrad), and this one for the backbone"
         )
-
-    for key, value in built[0].items():
-        if is_row_state(value, start) and not (value == built[1][key].reshape(-1)[0]).all():
-            raise ValueError(
-                f"{cls.__name__} makes its state {key} from the weights when it is built, but rows come later as well "
-                "(a checkpoint is loaded, classes are added); use a class whose state begins with one number for all"
-            )
+    counted = [name for name, value in together.given.items() if together.options.get(name) != value]
+    if counted:
+        raise ValueError(
+            f"{cls.__name__} counts its steps in the options of its param group ({', '.join(counted)}), but rows are "
+            "stepped in blocks: use a class that keeps what changes in the state of the parameter"
+        )
+    for when, (one, two) in (("it is built", built), ("a row is first stepped", begun)):
+        for key, value in one.items():
+            if is_row_state(value, start) and not torch.equal(value, two[key]):
+                raise ValueError(
+                    f"{cls.__name__} makes its state {key} from the weights when {when}, but rows come later as well "
+                    "(a checkpoint is loaded, classes are added, a step selects them); use a class whose state begins "
+                    "with one number for all"
+                )
 
 
 def checked_form(cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> type[Moves]:

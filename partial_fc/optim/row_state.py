@@ -43,6 +43,7 @@ from partial_fc.optim.skipped_rows import SkippedRows
 from partial_fc.optim.stored_rows import COUNT as COUNT
 from partial_fc.optim.stored_rows import MASTER as MASTER
 from partial_fc.optim.stored_rows import agree_to_load, marked, row_problem, stated_rows, taken
+from partial_fc.optim.two_optimizers import watch
 from partial_fc.rows import ClassRows, HasClassRows, UpdateRows
 from partial_fc.tiers.store import Initial, RowStore
 
@@ -97,6 +98,8 @@ class RowState(OneGroup):
             rows.store.forget(kept={*rows.parameters})
         rows.optimizer = weakref.ref(self)
         self.follow_skipped_rows()
+        if not rows.sampled:
+            watch(self)
 
     def _set_low_precision(self, value: Any) -> None:
         if value != self.low_precision:
@@ -252,7 +255,8 @@ class RowState(OneGroup):
     def _tried(self, parameter: nn.Parameter) -> tuple[Tensor, dict[str, Any]]:
         """Return (one row of a parameter, its state) after a step."""
         row = torch.zeros(1, *parameter.shape[1:], dtype=self._state_dtype(parameter), device="cpu")
-        return trial(type(self.inner), self._options(), row, steps=1)
+        tried = trial(type(self.inner), self._options(), row, [row])
+        return tried.parameter, tried.state
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state dict belongs to another class of optimizer; its tensors are not looked at."""
@@ -276,7 +280,7 @@ class RowState(OneGroup):
         row = torch.zeros(1, 1, device="cpu")
         known = {MASTER, COUNT}
         for each in (accepted, own):  # options of the run may have been others before
-            known |= trial(type(self.inner), each, row, steps=1)[1].keys()
+            known |= trial(type(self.inner), each, row, [row]).state.keys()
         for of_parameter in state["state"].values():
             unknown = sorted(set(of_parameter) - known)
             if unknown:

@@ -221,7 +221,8 @@ def _row_states(cls: Any, options: tuple[tuple[str, Any], ...]) -> int:
     Raises ValueError if `RowOptimizer` rejects the class.
     """
     check_rows_apart(cls, dict(options))
-    row, state = trial(cls, dict(options), torch.zeros(1, 2, dtype=torch.float64, device="cpu"), steps=1)
+    row = torch.zeros(1, 2, dtype=torch.float64, device="cpu")
+    state = trial(cls, dict(options), row, [row]).state
     return sum(key in state and state[key].shape == row.shape for key in initial_state(cls, dict(options)))
 
 

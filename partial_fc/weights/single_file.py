@@ -28,6 +28,7 @@ from partial_fc.checkpoint.layout import RowSource, block_rows, read
 from partial_fc.checkpoint.manifest import MANIFEST, read_manifest
 from partial_fc.checkpoint.safe_reader import SafeReader
 from partial_fc.checkpoint.save_load import stored_rows, stored_tensors
+from partial_fc.classes.interface import check_loss
 from partial_fc.distributed.agreement import on_every_rank
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.operation import operation
@@ -71,6 +72,7 @@ def export_weights(path: str | os.PathLike[str], rows_of: HeadOrCenters, *, over
     False; OSError if it cannot be written (folder missing or read-only, disk full, a rank that does not see the
     folder); ValueError if ranks pass different paths.
     """
+    check_loss(rows_of, "export_weights(path, head)")
     rows_of.class_rows.check_group()
     rows_of.class_rows.catch_up()
     path, ranks = Path(path), rows_of.class_rows.shards.ranks
@@ -146,6 +148,7 @@ def import_weights(
     damaged, lacks the tensor or has another shape; OSError for one that cannot be read. Values are not checked: a NaN
     is imported.
     """
+    check_loss(rows_of, "import_weights(source, head)")
     rows_of.class_rows.check_group()
     rows_of.class_rows.catch_up()
     ranks, parameters = rows_of.class_rows.shards.ranks, rows_of.class_rows.parameters

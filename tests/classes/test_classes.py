@@ -876,3 +876,11 @@ def test_nothing_of_the_size_of_a_shard_is_made_but_the_new_one(ranks):
     for world in (1, 2):
         # shares and numbers by class are a number a class; a block of rows and one of draws are all else
         assert all(largest <= max(20_000, 1024 * 64) for largest in ranks(world).run(largest_allocations))
+
+
+def test_classes_are_not_fewer_than_a_block():
+    head = PartialFC(D, 12, sample_rate=0.5, sample_block=8)
+    before = head.weight.detach().clone()
+    with pytest.raises(ValueError, match="sample_block is a number of classes, at most 5, not 8"):
+        head.remap(torch.arange(12) % 5)
+    assert torch.equal(head.weight, before)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
+from near import near
+from torch import Tensor, nn
 
 from partial_fc import (
     AdaFace,
@@ -17,6 +20,7 @@ from partial_fc import (
     CurricularFace,
     ElasticFace,
     MagFace,
+    Margin,
     NormFace,
     PartialFC,
     RowOptimizer,
@@ -26,6 +30,7 @@ from partial_fc import (
 )
 from partial_fc.margins.base import Positives
 
+D = 5
 ANGLES = torch.linspace(0.05, 3.09, 60, dtype=torch.float64)
 
 
@@ -279,3 +284,87 @@ def test_an_ignored_sample_to_which_every_class_is_too_near(budget, smoothing):
     assert loss.item() == pytest.approx(0.0, abs=1e-5)  # no other class is left to the valid one either
     assert x.grad is not None and bool(x.grad.isfinite().all())
     assert head.weight.grad is not None and bool(head.weight.grad.isfinite().all())
+
+
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+
+class Nested(Margin):
+    """A rule by a running mean that a submodule holds."""
+
+    def __init__(self, scale: float = 8.0) -> None:
+        super().__init__(scale)
+        self.held = Held()
+
+    def target(self, cosine: Tensor, positives: Positives) -> Tensor:
+        if self.training:
+            self.held.mean.add_(cosine.detach().mean().abs())
+        return cosine - 0.1
+
+    def negative(self, cosine: Tensor, target: Tensor) -> Tensor:
+        return cosine * (1 + self.held.mean)
+
+
+def test_statistics_of_a_submodule_stand_still_for_their_forward():
+    """Logits that backward computes again are those of the forward, also if another forward was between."""
+    gradients = []
+    for between in (False, True):
+        head = PartialFC(D, 9, Nested(), dtype=torch.float64, init_std=0.3, logits_budget=0)
+        x, labels = torch.linspace(-1, 1, 4 * D, dtype=torch.float64).view(4, D).requires_grad_(), torch.arange(4)
+        loss = head(x, labels)
+        if between:
+            head(x.detach() * 3 + 1, labels)
+        loss.backward()
+        gradients.append(x.grad)
+    near(*gradients, 1e-12)
+    assert PartialFC(D, 9, Nested()).half().margin.held.mean.dtype == torch.float64
+
+
+class Adding(Margin):
+    """Adds a penalty of this kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(8.0)
+        self.kind = kind
+
+    def target(self, cosine: Tensor, positives: Positives) -> Tensor:
+        return cosine
+
+    def penalty(self, norm: Tensor) -> Tensor:
+        return {"column": norm[:, None], "mean": norm.mean(), "constant": torch.full_like(norm.detach(), 2.0)}[
+            self.kind
+        ]
+
+
+def test_a_penalty_is_a_number_for_each_sample():
+    x, labels = torch.ones(4, D).requires_grad_(), torch.arange(4)
+    for kind, shape in (("column", [4, 1]), ("mean", [])):
+        with pytest.raises(ValueError, match=re.escape(f"must return a number for each sample, [4], not {shape}")):
+            PartialFC(D, 9, Adding(kind))(x, labels)
+    plain = PartialFC(D, 9, NormFace(8.0))(x, labels)
+    near(PartialFC(D, 9, Adding("constant"))(x, labels), plain + 2.0, 1e-6)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*WITH_STATE, "adaface", "inter_topk"])
+def test_the_default_dtype_changes_nothing(name, default):
+    def loss_and_gradient() -> tuple[Tensor, Tensor]:
+        margin = WITH_STATE[name]() if name in WITH_STATE else AdaFace(4.0) if name == "adaface" else ArcFace(4.0)
+        more = {"inter_topk": 2} if name == "inter_topk" else {}
+        head = PartialFC(D, 6, margin, dtype=torch.float32, init_std=0.3, **more)  # type: ignore[arg-type]
+        x = torch.linspace(-1, 1, 4 * D, dtype=torch.float32).view(4, D).requires_grad_()
+        loss = head(x, torch.arange(4))
+        loss.backward()
+        return loss.detach(), x.grad  # type: ignore[return-value]
+
+    expected = loss_and_gradient()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = loss_and_gradient()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

@@ -223,3 +223,9 @@ def devices_of_what_is_sent(rank: int, world: int) -> list[str]:
 
 def test_what_is_compared_travels_on_the_device_of_the_group(ranks):
     assert ranks(2).run(devices_of_what_is_sent) == [["meta", "meta"]] * 2
+
+
+def test_a_row_optimizer_is_refused():
+    head = PartialFC(D, 6)
+    with pytest.raises(TypeError, match="give the DivergenceWatch its head"):
+        DivergenceWatch(head, RowOptimizer(torch.optim.SGD, head, lr=0.1))

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from common import message_of
 from dense_losses import Loss
 from dense_training import dense_training
 from near import near
@@ -251,3 +252,23 @@ def stand_in_of_a_gpu(rank: int, world: int) -> list[str]:
 
 def test_a_stand_in_goes_to_the_ranks_own_gpu(ranks):
     assert ranks(2).run(stand_in_of_a_gpu) == [["cuda:0"], []]
+
+
+def bad_batches(rank: int, world: int, kind: str) -> str:
+    """One rank's loader gives None, or labels that cannot be ignored."""
+    labels = torch.zeros(2, dtype={"uint8": torch.uint8, "bool": torch.bool}.get(kind, torch.int64))
+    batches = [(torch.zeros(2, D), labels), None if kind == "None" else (torch.zeros(2, D), labels)]
+    return message_of(list, JoinedBatches(batches[: 2 - rank]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("None", "rank 0 failed to load its next batch: TypeError: the loader gave None for a batch"),
+        ("uint8", "labels of torch.uint8 cannot hold ignore_index, -100"),
+        ("bool", "labels of torch.bool cannot hold ignore_index, -100"),
+    ],
+)
+def test_batches_that_no_stand_in_can_be_made_of(ranks, kind, words):
+    for said in ranks(2).run(bad_batches, kind):
+        assert words in said

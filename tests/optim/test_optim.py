@@ -206,6 +206,63 @@ class TrustRatio(torch.optim.Optimizer):
                 p.sub_(p.grad * (group["lr"] * p.norm() / p.grad.norm()))
 
 
+class Counting(torch.optim.Optimizer):
+    """Keeps the number of its steps in the options of its group."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            for p in group["params"]:
+                p.sub_(p.grad * group["lr"] / group["k"])
+
+
+class Copying(torch.optim.Optimizer):
+    """Copies weights into its state when it first steps them, as Lookahead does."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                slow = self.state[p].setdefault("slow", p.clone())
+                p.sub_(p.grad * group["lr"]).lerp_(slow, 0.5)
+
+
+class Clipping(torch.optim.Optimizer):
+    """Clips the gradient of all of its parameters by their norm, if it is large."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            norm = torch.cat([p.grad.flatten() for p in group["params"]]).norm()
+            for p in group["params"]:
+                p.sub_(p.grad * (group["lr"] * (50 / norm).clamp(max=1)))
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (Counting, r"Counting counts its steps in the options of its param group \(k\)"),
+        (Copying, "Copying makes its state slow from the weights when a row is first stepped"),
+        (Clipping, "Clipping moves a row by what other rows hold"),
+    ],
+)
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_classes_whose_rows_are_not_apart(cls, words, rate):
+    head = PartialFC(D, 10, Softmax(bias=False), rate)
+    with pytest.raises(ValueError, match=words):
+        RowOptimizer(cls, head, lr=0.1)
+
+
 def test_schedulers_set_the_learning_rate():
     head = PartialFC(D, 10, Softmax(bias=False), dtype=torch.float64)
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=1.0)

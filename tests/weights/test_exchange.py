@@ -601,3 +601,15 @@ def test_weights_that_do_not_fit_are_refused_before_training(tmp_path, monkeypat
         "--head.weights: " in text and "has 61 classes of width 128, but 60 classes of width 128 are expected" in text
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_arguments_in_another_order_are_told(tmp_path):
+    head = PartialFC(4, 6)
+    for call, words in (
+        (lambda: export_weights(head, tmp_path / "w"), r"export_weights\(path, head\) takes a PartialFC or CenterLoss"),  # type: ignore[arg-type]
+        (lambda: export_weights(tmp_path / "w", head.weight), "not Parameter"),  # type: ignore[arg-type]
+        (lambda: import_weights(head, tmp_path / "w"), r"import_weights\(source, head\) takes"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+    assert not [*tmp_path.iterdir()]
