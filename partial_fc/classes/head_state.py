@@ -224,7 +224,7 @@ class HeadState(HeadPredictions):
         own = {"_workspace": Workspace(), "_measured": None, "_last_labels": None}
         return {**super().__getstate__(), **own}
 
-    def setting(self, name: str, value: Any) -> Any:
+    def _checked_setting(self, name: str, value: Any) -> Any:
         if not self._is_built:
             return value
         if name == "margin":
@@ -238,7 +238,7 @@ class HeadState(HeadPredictions):
         if name in NUMBERS:
             now = {each: getattr(self, each) for each in NUMBERS}
             return getattr(check_head_arguments(self.margin, self.sample_rate, **{**now, name: value}), name)
-        return super().setting(name, value)
+        return super()._checked_setting(name, value)
 
     def fitting(self, margin: Margin) -> Margin:
         """Return a margin that is to replace this head's, prepared as at construction. Trained parameters stay.

@@ -1,4 +1,4 @@
-"""Rows of an exact head that another optimizer would move as well as the head's `RowOptimizer`: refused before it does.
+"""Rows of an exact head that another optimizer moves as well as the head's `RowOptimizer`, by one gradient: refused.
 
 `SGD(model.parameters())` of a model that has the head in it takes the rows, too. Under sampling they have no gradient
 of their own, and nothing happens.
@@ -8,36 +8,57 @@ from __future__ import annotations
 
 import weakref
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-_watched: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # RowOptimizers
+
+class _Move(NamedTuple):
+    """A step of an optimizer by a gradient as it was then."""
+
+    mover: weakref.ref[torch.optim.Optimizer]
+    grad: weakref.ref[Tensor]
+    version: int
+
+
+# the last move of each parameter by name, for each RowOptimizer
+_moves: weakref.WeakKeyDictionary[Any, dict[str, _Move]] = weakref.WeakKeyDictionary()
 
 
 def watch(optimizer: Any) -> None:
     """Look at the steps of all optimizers of torch from here on, for the rows of this `RowOptimizer`."""
-    _watched.add(optimizer)
+    _moves[optimizer] = {}
     _look_at_steps()
 
 
 @lru_cache
 def _look_at_steps() -> None:
-    register_optimizer_step_pre_hook(_refuse_rows_of_another)
+    register_optimizer_step_pre_hook(_refuse_a_second_move)
 
 
-def _refuse_rows_of_another(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
-    for own in _watched if optimizer not in _watched else ():
-        rows: Any = own.class_rows  # type: ignore[attr-defined]
-        names = {id(p): name for name, p in rows.parameters.items() if p.grad is not None}
-        if not names or rows.live_optimizer is not own:
-            continue
-        theirs = [group for group in optimizer.param_groups if not any(group is each for each in own.param_groups)]
-        both = [names[id(p)] for group in theirs for p in group["params"] if id(p) in names]
-        if both:
-            raise RuntimeError(
-                f"the {' and '.join(both)} of this {rows.owner} would be moved twice, by its RowOptimizer and by "
-                f"{type(optimizer).__name__}: give that one the parameters of the backbone alone, or train the head "
-                "without a RowOptimizer (sample_rate=1.0)"
-            )
+def _refuse_a_second_move(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+    for own, moves in _moves.items():
+        rows = own.class_rows
+        for name, parameter in rows.parameters.items():
+            grad = parameter.grad
+            if grad is None or rows.live_optimizer is not own or not _moves_it(optimizer, parameter, own):
+                continue
+            last, now = moves.get(name), grad._version  # noqa: SLF001
+            mover = None if last is None or last.grad() is not grad or last.version != now else last.mover()
+            if mover not in (None, optimizer):
+                raise RuntimeError(
+                    f"the {name} of this {rows.owner} was moved by {type(mover).__name__}, and "
+                    f"{type(optimizer).__name__} would move it once more by the same gradient: give the optimizer of "
+                    "torch the parameters of the backbone alone, or train the head without a RowOptimizer"
+                )
+            moves[name] = _Move(weakref.ref(optimizer), weakref.ref(grad), now)
+
+
+def _moves_it(optimizer: torch.optim.Optimizer, parameter: Tensor, own: Any) -> bool:
+    """Return whether a step of the optimizer moves the parameter; one that wraps `own` leaves that to it."""
+    if optimizer is own:
+        return True
+    theirs = (group for group in optimizer.param_groups if not any(group is each for each in own.param_groups))
+    return any(parameter is each for group in theirs for each in group["params"])

@@ -71,13 +71,28 @@ def test_rows_are_not_moved_by_two_optimizers():
     for head_first in (False, True):
         head = head_of()
         both = [SGD([*backbone.parameters(), *head.parameters()], lr=0.1), RowOptimizer(SGD, head, lr=0.1)]
-        x, labels = batch()
-        head(backbone(x), labels).backward()
-        before = backbone.weight.detach().clone()
-        with pytest.raises(RuntimeError, match="the weight of this PartialFC would be moved twice"):
-            for optimizer in both[::-1] if head_first else both:
-                optimizer.step()
-        assert torch.equal(backbone.weight, before)
+        first, second = both[::-1] if head_first else both
+        for set_to_none in (True, False):  # the gradients of one step, then of the next
+            head(backbone(batch()[0]), batch()[1]).backward()
+            first.step()
+            moved = head.weight.detach().clone()
+            with pytest.raises(RuntimeError, match="the weight of this PartialFC was moved by"):
+                second.step()
+            assert torch.equal(head.weight, moved)
+            for optimizer in both:
+                optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def test_an_optimizer_may_follow_another():
+    """A RowOptimizer that is no longer stepped, or a torch optimizer."""
+    head = head_of()
+    rows, plain = RowOptimizer(SGD, head, lr=0.1), SGD(head.parameters(), lr=0.1)
+    for step, optimizer in enumerate((rows, plain, plain, rows)):
+        before = head.weight.detach().clone()
+        head(*batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=step % 2 > 0)
+        assert not torch.equal(head.weight, before)
 
 
 def test_what_has_no_gradient_is_moved_by_nobody():
