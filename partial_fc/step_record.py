@@ -81,7 +81,8 @@ class StepRecord:
         return after_skip
 
     def _new_step(self) -> None:
-        self.bad_step, self.finished, self.over, self.backwards, self.statistics = False, False, False, [], []
+        self.statistics = self.statistics if self.bad_step else []  # of an unchecked one: `forget_notes` puts them back
+        self.bad_step, self.finished, self.over, self.backwards = False, False, False, []
 
     def hook(self, losses: Tensor, batch: GlobalBatch, ignore_index: int) -> Callable[[Tensor], None]:
         """Return a hook for the loss: when its backward runs, the forward becomes a part of the step."""

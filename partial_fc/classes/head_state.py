@@ -33,6 +33,7 @@ from partial_fc.kernels.trial import proven
 from partial_fc.margins.base import Margin
 from partial_fc.margins.state import load_state, misfit, state_of
 from partial_fc.margins.variants import ArcFace
+from partial_fc.nonfinite.bad_step import put_back
 from partial_fc.optim.protocol import settle
 from partial_fc.optim.stored_rows import stated_rows
 from partial_fc.sampling import window_size
@@ -480,6 +481,9 @@ class HeadState(HeadPredictions):
         if isinstance(extra, dict) and (reason := misfit(self.margin, extra)):
             raise ValueError(reason)
         super().check_state(state)
+
+    def forget_notes(self) -> None:
+        put_back(self.class_rows.record)
 
     # ----------------------------------------------------------------------------------------------- changes of classes
 

@@ -35,8 +35,7 @@ def refuse_step(
         reason = describe(heads, parameters)
     for record in records:
         if not overflow:
-            for held, name, there, before in record.statistics:
-                held[name] = there.copy_(before)  # a margin may have put another tensor in its place
+            put_back(record)
         record.mark_checked()
         record.bad_step = True
         record.reason = reason
@@ -55,6 +54,13 @@ def refuse_step(
             report_overflow(each)
     else:
         forget_gradients(heads, parameters)
+
+
+def put_back(record: StepRecord) -> None:
+    """Give running statistics the values of before the step."""
+    for held, name, there, before in record.statistics:
+        held[name] = there.copy_(before)  # a margin may have put another tensor in its place
+    record.statistics = []
 
 
 def bad_label_of(heads: Sequence[ClassRows]) -> str:

@@ -164,7 +164,8 @@ def import_weights(
         _on_every_rank(ranks, lambda: read(state, found, alone=True))
     else:
         _on_every_rank(ranks, lambda: _fill(rows_of, {parameters[name]: rows for name, rows in found.items()}))
-    rows_of.forget_notes()  # pending updates of centers were computed for the old ones
+    if isinstance(rows_of, CenterLoss):
+        rows_of.forget_notes()  # pending updates of centers were computed for the old ones
     live = rows_of.class_rows.live_optimizer
     if live is not None:
         for parameter in parameters.values():

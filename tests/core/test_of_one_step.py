@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from partial_fc import (
     CenterLoss,
+    CurricularFace,
     NonFiniteError,
     NormFace,
     PartialFC,
@@ -66,6 +67,27 @@ def test_a_head_that_was_skipped_and_takes_part_no_more_stops_no_other(policy, h
         moved.append([not torch.equal(a, b) for a, b in zip(before, (first.weight, backbone.weight), strict=True)])
     assert moved == [[True, True], [False, False], *[[True, True]] * 3]
     assert first.skips == (1 if policy == "skip" else 0)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_statistics_of_a_skipped_step_are_put_back(checked):
+    """Whether the step was checked, or step() of the optimizer alone has left it out."""
+    heads = [head_of(margin=CurricularFace(16.0, momentum=0.5), on_nonfinite="skip") for _ in range(2)]
+    optimizers = [RowOptimizer(SGD, head, lr=0.1) for head in heads]
+    for step in range(3):
+        for head, optimizer, skips in zip(heads, optimizers, (True, False), strict=True):
+            x, labels = batch(step)
+            if step == 1 and not skips:
+                continue
+            head(x, labels).backward()
+            if step == 1:
+                head(x * torch.nan, labels).backward()
+            if checked:
+                check_gradients([], head)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert heads[0].skips == 1
+    assert torch.equal(heads[0].margin.t, heads[1].margin.t)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
