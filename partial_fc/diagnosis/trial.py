@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from partial_fc.distributed.ranks import Ranks, naming_the_missing
 from partial_fc.distributed.shards import local_part
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.optim.row_state import HALF
+from partial_fc.optim.two_optimizers import MovedTwice
 from partial_fc.sampling import mix
 
 SAMPLES = 4  # per rank, if no batch is given
@@ -153,7 +155,8 @@ class Trial:
 
     def _step_optimizers(self) -> None:
         for each in self.wiring.optimizers:
-            bare(each).step()
+            with suppress(MovedTwice):  # the check of the wiring has named them
+                bare(each).step()
 
     # ------------------------------------------------------------------------------------------------ forward
 

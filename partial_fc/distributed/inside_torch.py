@@ -79,7 +79,8 @@ def foreach_norm() -> Callable[..., Sequence[Tensor]]:
 def give_tensor(parameter: nn.Parameter, other: nn.Parameter) -> None:
     """Give a parameter the tensor of another one. It stays the same object, with its attributes and hooks."""
     torch.utils.swap_tensors(parameter, other)
-    vars(parameter).update(vars(other))
+    kept = {name: value for name, value in vars(other).items() if name not in vars(parameter)}
+    vars(parameter).update(kept)  # what is the tensor's own has been swapped
     # the lists of hooks are those of the object, but what calls them is the tensor's: setting them tells it
     parameter._backward_hooks = parameter._backward_hooks  # type: ignore[assignment]
     later = parameter._post_accumulate_grad_hooks

@@ -117,10 +117,10 @@ class AdamMoves:
         first = values[1 + self.keys.index(FIRST)]
         root = values[1 + self.scale].sqrt()
         terms = c[self.spans :]
-        slope = torch.zeros_like(root)
-        for i in range(0, len(terms), 6):
-            for b, e in zip(terms[i : i + 3], terms[i + 3 : i + 6], strict=True):
-                slope.add_(b / (root + e))
+        places = [i + k for i in range(0, len(terms), 6) for k in range(3)]
+        slope = terms[0] / (root + terms[3])
+        for i in places[1:]:
+            slope.add_(terms[i] / (root + terms[i + 3]))
         torch.addcmul(values[0] * c[0], first, slope, value=-1, out=outs[0])
         for value, factor, out in zip(values[1:], c[1:], outs[1:], strict=False):
             torch.mul(value, factor, out=out)

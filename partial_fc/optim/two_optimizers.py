@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
+class MovedTwice(RuntimeError):
+    """Two optimizers would move a weight by one gradient."""
+
+
 class _Move(NamedTuple):
     """A step of an optimizer by a gradient as it was then."""
 
@@ -48,7 +52,7 @@ def _refuse_a_second_move(optimizer: torch.optim.Optimizer, *arguments: Any) -> 
             last, now = moves.get(name), grad._version  # noqa: SLF001
             mover = None if last is None or last.grad() is not grad or last.version != now else last.mover()
             if mover not in (None, optimizer):
-                raise RuntimeError(
+                raise MovedTwice(
                     f"the {name} of this {rows.owner} was moved by {type(mover).__name__}, and "
                     f"{type(optimizer).__name__} would move it once more by the same gradient: give the optimizer of "
                     "torch the parameters of the backbone alone, or train the head without a RowOptimizer"
@@ -58,7 +62,7 @@ def _refuse_a_second_move(optimizer: torch.optim.Optimizer, *arguments: Any) -> 
 
 def _moves_it(optimizer: torch.optim.Optimizer, parameter: Tensor, own: Any) -> bool:
     """Return whether a step of the optimizer moves the parameter; one that wraps `own` leaves that to it."""
-    if optimizer is own:
-        return True
+    if optimizer in _moves:  # another RowOptimizer of these rows refuses to step
+        return optimizer is own
     theirs = (group for group in optimizer.param_groups if not any(group is each for each in own.param_groups))
     return any(parameter is each for group in theirs for each in group["params"])
