@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -56,6 +57,16 @@ class _SafeUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(
             f"checkpoint metadata refers to {module}.{name}, which no checkpoint needs; do not trust this file"
         )
+
+
+def _check_operations(data: bytes) -> None:
+    """Refuse a pickle in which a few bytes make the unpickler allocate much: a place in its table far behind those that
+    a file of this size can fill, or a `bytearray`, which is made before its bytes are there."""
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name == "BYTEARRAY8":
+            raise pickle.UnpicklingError("checkpoint metadata has a bytearray, which no checkpoint needs")
+        if "PUT" in operation.name and isinstance(argument, int) and argument > len(data):
+            raise pickle.UnpicklingError(f"checkpoint metadata puts an object in place {argument} of {len(data)} bytes")
 
 
 def _memory_format(enum: object, name: object) -> Any:
@@ -131,7 +142,9 @@ class SafeReader(FileSystemReader):
 
     def _read_metadata(self, path: Path) -> Metadata:
         try:
-            metadata: Metadata = _SafeUnpickler(io.BytesIO(path.read_bytes())).load()
+            data = path.read_bytes()
+            _check_operations(data)
+            metadata: Metadata = _SafeUnpickler(io.BytesIO(data)).load()
             files = {info.relative_path for info in metadata.storage_data.values()}  # type: ignore[union-attr]
             assert isinstance(metadata.state_dict_metadata, dict), "it has no table of tensors"
         except FileNotFoundError:
