@@ -12,10 +12,12 @@ hooks           of steps and of the state dict, as of any optimizer
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from partial_fc.checkpoint.named import unwrapped
 from partial_fc.nonfinite.check_gradients import check_gradients
 from partial_fc.nonfinite.step_check import is_skipped
 from partial_fc.optim.protocol import (
@@ -33,10 +35,14 @@ class JointOptimizer(torch.optim.Optimizer):
 
     Not for use with a GradScaler, which cannot handle plain and sharded gradients together ("got mixed torch.Tensor and
     DTensor").
+
+    Raises TypeError if the first is one of heads itself, or another is none, and ValueError if a `RowOptimizer` is
+    given twice or the first has parameters of their heads: rows would move twice in a step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *heads: RowOptimizer) -> None:
         # without super().__init__(): groups and state are those of the parts
+        _check_parts(optimizer, heads)
         self.optimizer = optimizer
         self.heads = heads
         self._first_groups = len(optimizer.param_groups)
@@ -68,12 +74,7 @@ class JointOptimizer(torch.optim.Optimizer):
         """Add a group to the backbone's optimizer; ValueError for parameters of a head, which has its own."""
         given = param_group["params"]
         given = [given] if isinstance(given, torch.Tensor) else list(given)
-        theirs = {id(p) for head in self.heads for p in head.class_rows.everything}
-        if any(id(p[1] if isinstance(p, tuple) else p) in theirs for p in given):
-            raise ValueError(
-                "the group has parameters of a head, which the RowOptimizer of that head steps; leave them out, and "
-                "set its options in the RowOptimizer's param_groups[0]"
-            )
+        refuse_rows("the group", [p[1] if isinstance(p, tuple) else p for p in given], self.heads)
         self.optimizer.add_param_group({**param_group, "params": given})
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
@@ -111,3 +112,34 @@ class JointOptimizer(torch.optim.Optimizer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copied_optimizer(self, memo)
+
+
+def refuse_rows(what: str, parameters: Iterable[torch.Tensor], heads: Iterable[RowOptimizer]) -> None:
+    """Raise ValueError if `parameters` has some of the heads: they would move twice in a step."""
+    theirs = {id(p) for head in heads for p in (*head.class_rows.everything, *head.class_rows.trainable)}
+    if any(id(p) in theirs for p in parameters):
+        raise ValueError(
+            f"{what} has parameters of a head, which the RowOptimizer of that head steps; leave them out, and "
+            "set its options in the RowOptimizer's param_groups[0]"
+        )
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return the parameters in the groups of an optimizer; of a joint one, those of the backbone."""
+    inner = optimizer.optimizer if isinstance(optimizer, JointOptimizer) else optimizer
+    return [p for group in inner.param_groups for p in group["params"]]
+
+
+def _check_parts(optimizer: torch.optim.Optimizer, heads: tuple[RowOptimizer, ...]) -> None:
+    of_rows = [o for o in (optimizer, unwrapped(optimizer)) if isinstance(o, RowOptimizer | JointOptimizer)]
+    if of_rows:
+        raise TypeError(
+            f"the first optimizer is a {type(of_rows[0]).__name__}; give JointOptimizer the backbone's, and "
+            "then a RowOptimizer for each head. Heads alone need none: use the RowOptimizer itself"
+        )
+    for head in heads:
+        if not isinstance(head, RowOptimizer):
+            raise TypeError(f"a JointOptimizer takes a RowOptimizer for each head, not {type(head).__name__}")
+    if len({id(head) for head in heads}) < len(heads):
+        raise ValueError("a RowOptimizer is given twice, and would step twice; give one for each head")
+    refuse_rows("the backbone's optimizer", parameters_of(optimizer), heads)

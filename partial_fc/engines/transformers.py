@@ -34,6 +34,7 @@ from partial_fc.optim.row_optimizer import RowOptimizer
 
 need("transformers", "5.24")
 
+from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 from transformers import Trainer, TrainerCallback  # noqa: E402
 
 HEADS, OPTIMIZERS = "partial_fc", "partial_fc_optimizer"  # folders within a checkpoint of the Trainer
@@ -57,9 +58,13 @@ class HeadTrainer(Trainer):
     clipping, bf16, schedules and resuming on another number of ranks work as with any Trainer. The learning rates of
     heads follow the Trainer's schedule, each from its own initial value.
 
-    Raises ValueError for a model without heads, for a head without an optimizer, for fp16 (a GradScaler cannot handle
-    plain and sharded gradients in one optimizer; use bf16), and for DeepSpeed or FSDP, to which the Trainer would pass
-    the whole model.
+    The loss is the mean over the global batch, also if forward(**kwargs) would take `num_items_in_batch`: the Trainer
+    divides it by the accumulation steps, and by nothing else.
+
+    Raises ValueError for a model without heads, for a head without an optimizer, for `optimizers` with parameters of a
+    head, for `model_init` (the optimizers of heads are those of one model), for `compute_loss_func`, for fp16 (a
+    GradScaler cannot handle plain and sharded gradients in one optimizer; use bf16), and for DeepSpeed or FSDP, to
+    which the Trainer would pass the whole model.
     """
 
     def __init__(self, model: nn.Module, args: Any, *, head_optimizers: Sequence[RowOptimizer], **options: Any) -> None:
@@ -80,19 +85,39 @@ class HeadTrainer(Trainer):
                 raise ValueError(
                     f"head_optimizers has no RowOptimizer for {name or 'the model'}, which would never be trained"
                 )
+        if options.get("model_init") is not None:
+            raise ValueError(
+                "model_init builds another model at each train(), whose heads head_optimizers would not step; pass the "
+                "model, and build a HeadTrainer for each trial"
+            )
+        if options.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func is for losses that are sums over num_items_in_batch, which the Trainer multiplies "
+                'by the ranks; return {"loss": head(embeddings, labels)} from the model'
+            )
+        own = (options.get("optimizers") or (None,))[0]
+        if own is not None:
+            _check_own(own, head_optimizers)
         ignore_heads(model)
         self._module = model
         self.head_optimizers = list(head_optimizers)
         self._heads: dict[str, Any] = {name or "model": head for name, head in heads.items()}
         super().__init__(model, args, **options)
+        # else the Trainer multiplies the loss by the ranks, and does not divide it by the accumulation steps, for a
+        # model that divides by num_items_in_batch
+        self.model_accepts_loss_kwargs = False
         self.add_callback(_ClearRows(self.head_optimizers))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the Trainer's optimizer for everything but the heads, joined with theirs."""
-        if not isinstance(self.optimizer, JointOptimizer):
+        # after a train() Accelerate has wrapped it; a second one, or one with a smaller batch after running out of
+        # memory, goes on with the same, as with any Trainer
+        made: Any = self.optimizer
+        prepared = made.optimizer if isinstance(made, AcceleratedOptimizer) else made
+        if not isinstance(prepared, JointOptimizer):
             with _frozen(self._heads.values()):
-                self.optimizer = JointOptimizer(super().create_optimizer(model), *self.head_optimizers)
-        return self.optimizer
+                made = self.optimizer = JointOptimizer(super().create_optimizer(model), *self.head_optimizers)
+        return made  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------------------------------------ one norm
 
@@ -146,6 +171,14 @@ class HeadTrainer(Trainer):
 
 
 need_methods("transformers", Trainer, HeadTrainer, "_norm", "_named_optimizers")
+
+
+def _check_own(optimizer: torch.optim.Optimizer, heads: Sequence[RowOptimizer]) -> None:
+    """Raise ValueError or TypeError if a user's optimizer would step rows that `heads` step."""
+    own = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    if isinstance(own, JointOptimizer):
+        raise ValueError("optimizers has a JointOptimizer; pass the backbone's alone, which HeadTrainer joins itself")
+    JointOptimizer(own, *heads)
 
 
 @contextmanager

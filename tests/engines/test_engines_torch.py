@@ -42,6 +42,7 @@ from partial_fc import (
 )
 from partial_fc.engines.ddp import ignore_heads
 from partial_fc.engines.heads import head_names, head_parameters, heads_of, without_heads
+from partial_fc.engines.joint import JointOptimizer
 from partial_fc.engines.needs import need, need_methods
 
 
@@ -366,3 +367,40 @@ def test_a_frozen_backbone_stays_outside_ddp(ranks):
     results = ranks(2).run(with_frozen_backbone)
     torch.testing.assert_close(torch.cat([rows for _, rows in results]), alone, rtol=0, atol=1e-12)
     assert all("is not needed when a module" in refused for refused, _ in results)
+
+
+def wrongly_joined(rank: int, world: int, rate: float) -> list[str]:
+    joint = Joint(rate)
+    sgd = torch.optim.SGD(joint.backbone.parameters(), lr=0.1)
+    rows = RowOptimizer(torch.optim.SGD, joint.head, lr=0.1)
+    said = []
+    for parts in (
+        (torch.optim.SGD(joint.parameters(), lr=0.1), rows),
+        (sgd, rows, rows),
+        (rows,),
+        (JointOptimizer(sgd, rows), rows),
+        (sgd, torch.optim.SGD(joint.head.parameters(), lr=0.1)),
+    ):
+        try:
+            JointOptimizer(*parts)
+            said.append("nothing")
+        except (TypeError, ValueError) as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+def test_rows_that_would_move_twice_are_not_joined(ranks, rate):
+    for said in ranks(2).run(wrongly_joined, rate):
+        for text, words in zip(
+            said,
+            [
+                "the backbone's optimizer has parameters of a head, which the RowOptimizer of that head steps",
+                "a RowOptimizer is given twice",
+                "the first optimizer is a RowOptimizer",
+                "the first optimizer is a JointOptimizer",
+                "a JointOptimizer takes a RowOptimizer for each head, not SGD",
+            ],
+            strict=True,
+        ):
+            assert text.startswith(words)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from partial_fc import RowOptimizer
+from partial_fc.engines.joint import JointOptimizer
 from partial_fc.engines.transformers import HeadTrainer
 
 SAVED_AFTER = 2
@@ -59,6 +60,14 @@ class WithLoss(nn.Module):
         return {"loss": loss}
 
 
+class WithOptions(WithLoss):
+    """A forward that takes what it does not know, for which the Trainer counts the items of a batch."""
+
+    def forward(self, images: Tensor, labels: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        assert not kwargs
+        return super().forward(images, labels)
+
+
 class InOrder(HeadTrainer):
     """Samples in the order of the dense run, and the same optimizer as there."""
 
@@ -74,7 +83,9 @@ class Norms(TrainerCallback):
         self.norms += [logs["grad_norm"]] if logs and "grad_norm" in logs else []
 
 
-def trainer(world: int, folder: str, rate: float = 1.0, **options: Any) -> tuple[InOrder, WithLoss, Norms]:
+def trainer(
+    world: int, folder: str, rate: float = 1.0, kind: type[WithLoss] = WithLoss, **options: Any
+) -> tuple[InOrder, WithLoss, Norms]:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     settings: dict[str, Any] = {
@@ -95,7 +106,7 @@ def trainer(world: int, folder: str, rate: float = 1.0, **options: Any) -> tuple
         "dataloader_pin_memory": False,
     }
     args = TrainingArguments(**{**settings, **options})
-    model, norms = WithLoss(rate), Norms()
+    model, norms = kind(rate), Norms()
     made = InOrder(
         model,
         args,
@@ -138,6 +149,27 @@ def test_bf16(ranks, tmp_path):
     assert error > 1e-5, "autocast took part"
 
 
+def test_a_forward_that_takes_any_option_trains_alike(ranks, tmp_path):
+    """The head's loss is a mean already: nothing multiplies it by the ranks and the accumulation steps."""
+    options = {"kind": WithOptions, "save_strategy": "no"}
+    compare(ranks(2).run(train, str(tmp_path), 1.0, options, timeout=IMPORTING))
+
+
+def train_twice(rank: int, world: int, folder: str) -> list[int]:
+    made, _, _ = trainer(world, folder, save_strategy="no", max_steps=2)
+    stepped = [0]
+    made.head_optimizers[0].register_step_post_hook(lambda *_: stepped.append(stepped.pop() + 1))
+    counts = []
+    for _ in range(3):
+        made.train()
+        counts.append(stepped[0])
+    return counts
+
+
+def test_a_second_train_steps_the_head_once_a_step(ranks, tmp_path):
+    assert ranks(2).run(train_twice, str(tmp_path), timeout=IMPORTING) == [[2, 4, 6]] * 2
+
+
 def resume(rank: int, world: int, folder: str) -> Result:
     made, model, norms = trainer(world, folder)
     made.train(resume_from_checkpoint=f"{folder}/checkpoint-{SAVED_AFTER}")
@@ -162,6 +194,17 @@ def test_what_a_trainer_cannot_do_is_refused(tmp_path: Path):
         HeadTrainer(nn.Linear(2, 2), args, head_optimizers=[])
     with pytest.raises(ValueError, match="no RowOptimizer for head"):
         HeadTrainer(model, args, head_optimizers=[])
+    rows = RowOptimizer(torch.optim.SGD, model.head, lr=0.1)
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    backbones = torch.optim.SGD(model.backbone.parameters(), lr=0.1)
+    for options, words in (
+        ({"optimizers": (own, None)}, "the backbone's optimizer has parameters of a head"),
+        ({"optimizers": (JointOptimizer(backbones, rows), None)}, "pass the backbone's alone"),
+        ({"model_init": lambda: model}, "model_init builds another model"),
+        ({"compute_loss_func": lambda *_: 0}, "compute_loss_func is for losses that are sums"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            HeadTrainer(model, args, head_optimizers=[rows], **options)
     args.fp16 = True
     with pytest.raises(ValueError, match="bf16=True"):
-        HeadTrainer(model, args, head_optimizers=[RowOptimizer(torch.optim.SGD, model.head, lr=0.1)])
+        HeadTrainer(model, args, head_optimizers=[rows])
