@@ -18,15 +18,19 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from partial_fc import checkpoint, optim
 from partial_fc.checkpoint.named import check_to_save_here
+from partial_fc.engines.heads import heads_of, without_heads
+from partial_fc.engines.joint import parameters_of
 from partial_fc.engines.needs import need
+from partial_fc.engines.same_save import NAME, Token, begin_save, check_same_save, end_save
 from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.rows import HasClassRows
 from partial_fc.sharded import ShardedLoss
@@ -39,7 +43,10 @@ from accelerate.scheduler import AcceleratedScheduler  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 
 HEADS = "partial_fc"  # the heads' folder within a folder of save_state
+SAVED_WITH = "_partial_fc_saved"  # what save_heads_with was given, as an attribute of an Accelerator
+REFUSES_UNNAMED = "_partial_fc_refuses"  # whether save_state refuses heads inside a model that nobody saves
 
+_wrapped: weakref.WeakSet[RowOptimizer] = weakref.WeakSet()  # by prepare_heads
 _unscaled: weakref.WeakSet[RowOptimizer] = weakref.WeakSet()  # unscaled by clip_grad_norm_ since their last step
 
 
@@ -51,6 +58,10 @@ class HeadOptimizer(AcceleratedOptimizer):
     """
 
     _accelerate_step_called: bool  # set by the base class if the scaler did not skip the step
+
+    def __init__(self, optimizer: RowOptimizer, **options: Any) -> None:
+        super().__init__(optimizer, **options)
+        _wrapped.add(optimizer)
 
     def __getattr__(self, name: str) -> Any:
         # hooks are registered with the RowOptimizer itself, whose step() and state_dict() call them
@@ -95,7 +106,12 @@ def prepare_heads(accelerator: Accelerator, *things: Any) -> Any:
         raise ValueError(
             "with DeepSpeed the engine decides when to step: use partial_fc.engines.deepspeed instead of prepare_heads"
         )
-    _check_not_prepared(accelerator)
+    _check_not_prepared(accelerator, {str(index): thing for index, thing in enumerate(things)})
+    if not vars(accelerator).setdefault(REFUSES_UNNAMED, False):
+        vars(accelerator)[REFUSES_UNNAMED] = True
+        accelerator.register_save_state_pre_hook(
+            lambda models, *_: None if SAVED_WITH in vars(accelerator) else _check_named(models, {})
+        )
     optimizers: dict[int, HeadOptimizer] = {}
     for thing in things:
         if isinstance(thing, RowOptimizer):  # its state is on the head's device; placing it would copy it
@@ -128,7 +144,11 @@ def clip_grad_norm_(
 
     If the norm is not finite, backbone and heads skip the step together under a GradScaler. Without one the heads'
     on_nonfinite applies.
+
+    Raises ValueError under accumulation if a head's optimizer did not go through `prepare_heads`: it would step in
+    every micro-batch.
     """
+    _check_wrapped(accelerator, [head.class_rows.live_optimizer for head in heads])
     if not accelerator.sync_gradients:
         return None
     scaler = accelerator.scaler
@@ -143,26 +163,81 @@ def clip_grad_norm_(
 
 
 def save_heads_with(accelerator: Accelerator, **named: checkpoint.Stateful) -> None:
-    """Make accelerator.save_state also write `named`, and load_state read it.
+    """Make accelerator.save_state also write `named`, and load_state read it. Call it after `prepare`.
 
     named: heads, their optimizers, their schedules; anything else with a state dict, such as a `Progress`.
 
     They are saved by `save_checkpoint` to a folder `partial_fc` within Accelerate's, which any number of ranks can
-    read. Every rank must call save_state and load_state, with the same folder.
+    read; Accelerate's own files are then without heads inside a prepared model. Every rank must call save_state and
+    load_state, with the same folder.
+
+    Later calls add to what is saved; a name that was given before is replaced.
+
+    Raises ValueError for a head inside a prepared model that is not named; under accumulation, for a
+    `RowOptimizer` that did not go through `prepare_heads`; for heads and optimizers that were prepared, as
+    `prepare_heads` does. load_state raises ValueError if heads and Accelerate's files are not of the same save, because
+    it was cut short.
     """
-    _check_not_prepared(accelerator)
-    plain: dict[str, Any] = {name: _unwrapped(thing) for name, thing in named.items()}
+    given: dict[str, Any] = {name: _unwrapped(thing) for name, thing in named.items()}
+    plain: dict[str, Any] = {**vars(accelerator).get(SAVED_WITH, {}), **given}
+    _check_not_prepared(accelerator, plain)
     check_to_save_here(plain)
+    _check_wrapped(accelerator, plain.values())
+    _check_named(accelerator._models, plain)
+    if SAVED_WITH in vars(accelerator):
+        vars(accelerator)[SAVED_WITH].update(given)
+        return
+    vars(accelerator)[SAVED_WITH] = plain
+    saving: list[tuple[str, Token]] = []
+    save_state = accelerator.save_state
 
-    def save(models: Any, weights: Any, folder: str) -> None:
-        _check_not_prepared(accelerator)
-        checkpoint.save_checkpoint(os.path.join(folder, HEADS), **plain)
+    def save(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
+        _check_not_prepared(accelerator, plain)
+        _check_named(models, plain)
+        for model, state in zip(models, weights, strict=False):  # there are no weights with FSDP and DeepSpeed
+            for name in state.keys() - without_heads(model).keys():
+                del state[name]
+        begin_save(folder, HEADS)
+        token = Token()
+        saving[:] = [(folder, token)]
+        checkpoint.save_checkpoint(os.path.join(folder, HEADS), **plain, **{NAME: token})
 
-    def load(models: Any, folder: str) -> None:
+    def save_and_sign(*args: Any, **options: Any) -> Any:
+        saving.clear()
+        result = save_state(*args, **options)
+        for folder, token in saving:
+            end_save(folder, token)
+        return result
+
+    def load(models: list[Any], folder: str) -> None:
+        check_same_save(folder, HEADS)
         checkpoint.load_checkpoint(os.path.join(folder, HEADS), **plain)
+        models[:] = [_WithoutHeads(model) if heads_of(model) else model for model in models]
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+    accelerator.save_state = save_and_sign
+
+
+class _WithoutHeads:
+    """Stands for a model with heads inside, which were loaded from another folder, while Accelerate loads the rest."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        return without_heads(self.model)
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, **options: Any) -> Any:
+        found = self.model.load_state_dict(state_dict, strict=False, **options)
+        own = without_heads(self.model)
+        found.missing_keys[:] = [name for name in found.missing_keys if name in own]
+        if strict and (found.missing_keys or found.unexpected_keys):
+            raise RuntimeError(
+                f"checkpoint and model do not match: missing keys {found.missing_keys}, unexpected "
+                f"{found.unexpected_keys}"
+            )
+        return found
 
 
 def _unwrapped(thing: Any) -> Any:
@@ -171,15 +246,51 @@ def _unwrapped(thing: Any) -> Any:
     return thing.scheduler if isinstance(thing, AcceleratedScheduler) else thing
 
 
-def _check_not_prepared(accelerator: Accelerator) -> None:
+def _check_not_prepared(accelerator: Accelerator, named: Mapping[str, Any]) -> None:
+    """Raise ValueError for a prepared head, and for a prepared optimizer with rows, be they of what is named or not."""
+    of_heads = [thing for thing in named.values() if isinstance(thing, ShardedLoss | RowOptimizer)]
+    rows = {id(p) for thing in of_heads for p in thing.class_rows.everything}
     for model in accelerator._models:
         if isinstance(accelerator.unwrap_model(model), ShardedLoss):
             raise ValueError(
                 "a head was passed to accelerator.prepare, which is for replicated modules; do not prepare heads"
             )
+    # with FSDP2 the backbone's parameters are DTensors, too, and Accelerate saves the state of all ranks
+    replicated = accelerator.distributed_type != DistributedType.FSDP
     for optimizer in accelerator._optimizers:
-        if isinstance(_unwrapped(optimizer), RowOptimizer):
+        own = _unwrapped(optimizer)
+        if isinstance(own, RowOptimizer):
             raise ValueError(
                 "a RowOptimizer was passed to accelerator.prepare, which saves the state of the main process alone; "
                 "pass it to partial_fc.engines.accelerate.prepare_heads instead"
             )
+        for parameter in parameters_of(own):
+            if isinstance(parameter, DTensor) and (replicated or id(parameter) in rows):
+                raise ValueError(
+                    f"a {type(own).__name__} with rows of a head was passed to accelerator.prepare, which saves the "
+                    "state of the main process alone; leave the head's parameters out, and give them a RowOptimizer, "
+                    "which goes to partial_fc.engines.accelerate.prepare_heads"
+                )
+
+
+def _check_wrapped(accelerator: Accelerator, things: Iterable[Any]) -> None:
+    """Raise ValueError under accumulation for a RowOptimizer that `prepare_heads` did not get."""
+    joined = {id(head) for own in map(_unwrapped, accelerator._optimizers) for head in getattr(own, "heads", ())}
+    for thing in things if accelerator.gradient_accumulation_steps > 1 else ():
+        if isinstance(thing, RowOptimizer) and thing not in _wrapped and id(thing) not in joined:
+            raise ValueError(
+                "under gradient accumulation a RowOptimizer that did not go through prepare_heads steps in every "
+                "micro-batch: head_optimizer = prepare_heads(accelerator, head_optimizer), before this call"
+            )
+
+
+def _check_named(models: Iterable[nn.Module], named: Mapping[str, Any]) -> None:
+    """Raise ValueError if a head inside a prepared model would be saved by nobody."""
+    known = {id(thing) for thing in named.values()}
+    for model in models:
+        for name, head in heads_of(model).items():
+            if id(head) not in known:
+                raise ValueError(
+                    f"{name!r} is a head inside a prepared model, of which Accelerate would save the rows of the main "
+                    "process alone; name it: save_heads_with(accelerator, head=model.head, ...)"
+                )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from engines_common import (
 )
 from torch import nn
 
-from partial_fc import RowOptimizer
+from partial_fc import RowOptimizer, save_checkpoint
 from partial_fc.engines.accelerate import HeadOptimizer, clip_grad_norm_, prepare_heads, save_heads_with
 from partial_fc.engines.ddp import ignore_heads
 
@@ -176,14 +177,14 @@ def test_the_heads_optimizer_comes_first_under_a_scaler(ranks):
 SAVED_AFTER = 2
 
 
-def save(rank: int, world: int, folder: str) -> Result:
-    run = Run(rank, world).steps(0, SAVED_AFTER)
-    run.accelerator.save_state(folder)
+def save(rank: int, world: int, folder: str, inside: bool, safe: bool) -> Result:
+    run = Run(rank, world, inside).steps(0, SAVED_AFTER)
+    run.accelerator.save_state(folder, safe_serialization=safe)
     return run.steps(SAVED_AFTER, STEPS).result()
 
 
-def resume(rank: int, world: int, folder: str) -> Result:
-    run = Run(rank, world)
+def resume(rank: int, world: int, folder: str, inside: bool) -> Result:
+    run = Run(rank, world, inside)
     with torch.no_grad():
         for parameter in run.joint.parameters():
             parameter.zero_()
@@ -191,13 +192,66 @@ def resume(rank: int, world: int, folder: str) -> Result:
     return run.steps(SAVED_AFTER, STEPS).result()
 
 
-def test_a_saved_state_is_resumed_at_any_world_size(ranks, tmp_path):
-    straight = ranks(2).run(save, str(tmp_path))
+@pytest.mark.parametrize(
+    ("inside", "safe"), [(False, True), (True, True), (True, False)], ids=["outside", "inside", "inside-torch"]
+)
+def test_a_saved_state_is_resumed_at_any_world_size(ranks, tmp_path, inside, safe):
+    straight = ranks(2).run(save, str(tmp_path), inside, safe)
     for world in (2, 3, 1):
-        compare_resumed(straight, ranks(world).run(resume, str(tmp_path)))
+        compare_resumed(straight, ranks(world).run(resume, str(tmp_path), inside))
 
 
-def wrong_wiring(rank: int, world: int) -> list[str]:
+def cut_short(rank: int, world: int, folder: str) -> list[Any]:
+    """What loading says after a save that wrote the heads alone, first over a checkpoint of an earlier version."""
+    run, said = Run(rank, world).steps(0, 1), []
+
+    def load() -> None:
+        try:
+            run.accelerator.load_state(folder)
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+
+    def save_heads_alone() -> None:
+        for hook in run.accelerator._save_model_state_pre_hook.values():
+            hook(run.accelerator._models, [], folder)
+
+    run.accelerator.save_state(folder)
+    save_checkpoint(
+        f"{folder}/partial_fc",
+        head=run.head,
+        optimizer=run.head_optimizer.optimizer,
+        schedule=run.head_schedule.scheduler,
+    )
+    if rank == 0:
+        Path(folder, "partial_fc.token").unlink()
+    load()
+    save_heads_alone()
+    load()
+    run.accelerator.save_state(folder)
+    load()
+    run.steps(1, 2)
+    save_heads_alone()
+    load()
+    run.accelerator.save_state(folder + "-new")
+    run.accelerator.wait_for_everyone()
+    if rank == 0:
+        Path(folder + "-new", "partial_fc.token").unlink()
+    folder += "-new"
+    run.accelerator.wait_for_everyone()
+    load()
+    return said
+
+
+def test_a_save_that_was_cut_short_is_refused(ranks, tmp_path):
+    first, second = ranks(2).run(cut_short, str(tmp_path / "state"))
+    assert first == second
+    words = "partial_fc and the other files of"
+    assert [words in text and "not of the same save" in text for text in first] == [False, True, False, True, True]
+    assert first[0] == first[2] == "nothing"
+
+
+def wrong_wiring(rank: int, world: int, folder: str) -> list[str]:
     engine, head = accelerator(), new_head()
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1)
 
@@ -206,12 +260,39 @@ def wrong_wiring(rank: int, world: int) -> list[str]:
         another.prepare(backbone(), optimizer)
         save_heads_with(another, head=head)
 
+    def prepared_rows(*, late: bool = False) -> None:
+        another, joint = accelerator(), Joint()
+        own = torch.optim.SGD(joint.parameters(), lr=0.1)
+        if late:
+            save_heads_with(another, head=joint.head)
+        another.prepare(joint.backbone, own)
+        another.save_state(folder) if late else save_heads_with(another, head=joint.head)
+
+    def not_wrapped() -> None:
+        save_heads_with(accelerator(), head=head, optimizer=optimizer)
+
+    def clipped_and_not_wrapped() -> None:
+        clip_grad_norm_(accelerator(), [], head, max_norm=1.0)
+
+    def inside(*, named: bool) -> None:
+        another, joint = accelerator(), Joint()
+        ignore_heads(joint)
+        another.prepare(joint)
+        prepare_heads(another, RowOptimizer(torch.optim.SGD, joint.head, lr=0.1))
+        save_heads_with(another, other=head) if named else another.save_state(folder)
+
     said = []
     attempts = [
         lambda: prepare_heads(engine, head),
         lambda: engine.prepare(head),
         lambda: engine.prepare(Joint()),
         prepared_optimizer,
+        prepared_rows,
+        lambda: prepared_rows(late=True),
+        not_wrapped,
+        clipped_and_not_wrapped,
+        lambda: inside(named=True),
+        lambda: inside(named=False),
     ]
     for attempt in attempts:
         try:
@@ -222,8 +303,8 @@ def wrong_wiring(rank: int, world: int) -> list[str]:
     return said
 
 
-def test_what_is_not_for_prepare_is_refused(ranks):
-    first, second = ranks(2).run(wrong_wiring)
+def test_what_is_not_for_prepare_is_refused(ranks, tmp_path):
+    first, second = ranks(2).run(wrong_wiring, str(tmp_path))
     assert first == second
     for text, words in zip(
         first,
@@ -232,6 +313,12 @@ def test_what_is_not_for_prepare_is_refused(ranks):
             "RuntimeError: DistributedDataParallel was given a PartialFC (weight)",
             "RuntimeError: DistributedDataParallel was given a PartialFC (head.weight)",
             "ValueError: a RowOptimizer was passed to accelerator.prepare",
+            "ValueError: a SGD with rows of a head was passed to accelerator.prepare",
+            "ValueError: a SGD with rows of a head was passed to accelerator.prepare",
+            "ValueError: under gradient accumulation a RowOptimizer that did not go through prepare_heads",
+            "ValueError: under gradient accumulation a RowOptimizer that did not go through prepare_heads",
+            "ValueError: 'head' is a head inside a prepared model",
+            "ValueError: 'head' is a head inside a prepared model",
         ],
         strict=True,
     ):
@@ -258,6 +345,22 @@ def test_a_prepared_optimizer_keeps_the_protocol():
     scaled = HeadOptimizer(own, device_placement=False, scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match="a closure cannot be given"):
         scaled.step(lambda: 0.0)
+
+
+def test_a_second_call_adds_to_what_is_saved(tmp_path):
+    """As after free_memory(), where a smaller batch is tried with a new head."""
+    engine, heads = accelerator(), [new_head() for _ in range(3)]
+    save_heads_with(engine, head=heads[0])
+    save_heads_with(engine, head=heads[1], other=heads[2])
+    with torch.no_grad():
+        heads[1].weight += 1
+    expected = heads[1].weight.detach().clone()
+    engine.save_state(str(tmp_path))
+    for head in heads:
+        torch.nn.init.zeros_(head.weight)
+    engine.load_state(str(tmp_path))
+    assert torch.equal(heads[1].weight, expected)
+    assert not heads[0].weight.any() and heads[2].weight.any()
 
 
 def test_one_process_without_a_group():
