@@ -20,12 +20,13 @@ from engines_common import (
     finish,
     my_part,
 )
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 
-from partial_fc import RowOptimizer, clip_grad_norm_
+from partial_fc import RowOptimizer, clip_grad_norm_, save_checkpoint
 from partial_fc.engines.joint import JointOptimizer
 from partial_fc.engines.lightning import HeadStrategy
+from partial_fc.engines.same_save import Token
 
 SAVED_AFTER = 2
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -68,22 +69,22 @@ class Recogniser(pl.LightningModule):
 
 
 def trainer(world: int, folder: str, **options: Any) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy=HeadStrategy(process_group_backend="gloo"),
-        max_epochs=STEPS,
-        accumulate_grad_batches=ACCUMULATION,
-        gradient_clip_val=MAX_NORM,
-        use_distributed_sampler=False,
-        reload_dataloaders_every_n_epochs=1,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)],
-        **options,
-    )
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": world,
+        "strategy": HeadStrategy(process_group_backend="gloo"),
+        "max_epochs": STEPS,
+        "accumulate_grad_batches": ACCUMULATION,
+        "gradient_clip_val": MAX_NORM,
+        "use_distributed_sampler": False,
+        "reload_dataloaders_every_n_epochs": 1,
+        "default_root_dir": folder,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last="link")],
+    }
+    return pl.Trainer(**{**settings, **options})
 
 
 def fit(
@@ -135,3 +136,115 @@ def without_a_head(rank: int, world: int, folder: str) -> str:
 def test_a_module_without_a_head_is_told_what_to_do(ranks, tmp_path):
     for text in ranks(2).run(without_a_head, str(tmp_path), timeout=IMPORTING):
         assert "build it in configure_model()" in text
+
+
+class Apart(Recogniser):
+    """Manual optimization by two optimizers, one of them a RowOptimizer, of the first micro-batch of each step."""
+
+    def __init__(self, *place: Any) -> None:
+        super().__init__(*place)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        both: Any = self.optimizers()
+        if index:
+            return
+        for each in both:
+            each.zero_grad()
+        self.manual_backward(super().training_step(batch))
+        for each in both:
+            each.step()
+
+    def configure_optimizers(self) -> Any:
+        return [
+            torch.optim.SGD(self.backbone.parameters(), **SGD),
+            RowOptimizer(torch.optim.SGD, self.head, **SGD),
+        ]
+
+
+APART: dict[str, Any] = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
+
+
+def fit_apart(rank: int, world: int, folder: str, epochs: int, ckpt_path: str | None) -> Result:
+    module = Apart(rank, world, 1.0)
+    trainer(world, folder, **APART, max_epochs=epochs).fit(module, ckpt_path=ckpt_path)
+    return finish(module.backbone, module.head, module.norms, module.selected)
+
+
+def test_a_row_optimizer_by_itself_is_saved_and_resumed(ranks, tmp_path):
+    """From last.ckpt, which is a link to the last file; the folder of the heads is beside that."""
+    straight = ranks(2).run(fit_apart, str(tmp_path / "straight"), 4, None, timeout=IMPORTING)
+    ranks(2).run(fit_apart, str(tmp_path / "begun"), 2, None, timeout=IMPORTING)
+    last = tmp_path / "begun" / "last.ckpt"
+    assert last.is_symlink() and not (tmp_path / "begun" / "last.ckpt.heads").exists()
+    again = ranks(2).run(fit_apart, str(tmp_path / "again"), 4, str(last), timeout=IMPORTING)
+    compare_resumed(straight, again)
+
+
+def refused(rank: int, world: int, folder: str) -> list[str]:
+    class AllInOne(Recogniser):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), **SGD)
+
+    class OneOfTwo(Recogniser):
+        def configure_optimizers(self) -> Any:
+            return JointOptimizer(torch.optim.SGD(self.parameters(), **SGD))
+
+    said = []
+    options: dict[str, Any] = {"max_epochs": 1}
+    averaging = [*trainer(world, folder).callbacks, EMAWeightAveraging(decay=0.5)]
+    for module, more in ((AllInOne, {}), (OneOfTwo, {}), (Recogniser, {"callbacks": averaging})):
+        try:
+            trainer(world, folder, **options, **more).fit(module(rank, world, 1.0))
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_rows_that_one_rank_would_save_are_refused(ranks, tmp_path):
+    words = "configure_optimizers returned a SGD with rows of a head"
+    for first, second, third in ranks(2).run(refused, str(tmp_path), timeout=IMPORTING):
+        assert first.startswith(words) and second.startswith(words)
+        assert third.startswith("the checkpoint has rows of a head in ['state_dict']['head.weight']")
+
+
+def cut_short(rank: int, world: int, folder: str) -> list[str]:
+    """Resuming after a save that wrote the heads alone over an earlier checkpoint; from one of an earlier version; and
+    from one of an earlier version that was written over."""
+    file, said = f"{folder}/newest.ckpt", []
+
+    def fitted(epochs: int, ckpt_path: str | None = None) -> pl.Trainer:
+        made = trainer(world, folder, max_epochs=epochs, callbacks=[])
+        made.fit(Recogniser(rank, world, 1.0), ckpt_path=ckpt_path)
+        return made
+
+    def resumed() -> None:
+        try:
+            fitted(2, file)
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+
+    made = fitted(1)
+    made.save_checkpoint(file)
+    heads = {**made.strategy._heads(), **made.strategy._head_optimizers()}
+    save_checkpoint(f"{file}.heads", **heads, save_token=Token())
+    resumed()
+    save_checkpoint(f"{file}.heads", **heads)
+    if rank == 0:
+        stored = torch.load(file, weights_only=False)
+        del stored["partial_fc_save_token"]
+        torch.save(stored, file)
+    made.strategy.barrier()
+    resumed()
+    save_checkpoint(f"{file}.heads", **heads, save_token=Token())
+    resumed()
+    return said
+
+
+def test_a_save_that_was_cut_short_is_refused(ranks, tmp_path):
+    first, second = ranks(2).run(cut_short, str(tmp_path), timeout=IMPORTING)
+    assert first == second and first[1] == "nothing"
+    for text in (first[0], first[2]):
+        assert "newest.ckpt.heads and " in text and "newest.ckpt are not of the same save" in text
