@@ -18,20 +18,25 @@ has no such norm; it is checked and clipped here, before its step. Tested with D
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from partial_fc import checkpoint
-from partial_fc.checkpoint.named import check_to_load
+from partial_fc.checkpoint.named import check_to_load, check_to_save
+from partial_fc.distributed.agreement import on_first_rank
 from partial_fc.distributed.shards import local_part
+from partial_fc.engines.same_save import NAME, Token, begin_save, check_same_save, end_save
 from partial_fc.nonfinite.step_check import decide, is_skipped
 from partial_fc.nonfinite.wiring import refuse_if
 from partial_fc.optim.clipping import clip_grad_norm_, gradient_norms
@@ -82,8 +87,8 @@ def check_version(version: str) -> None:
 class DeepSpeedHead:
     """Makes `engine.step()` also step the `RowOptimizer`s of heads outside the engine.
 
-    Call engine.backward(loss) and engine.step() for every micro-batch, as without a head. Do not call step() or
-    zero_grad() of the optimizers: after the last micro-batch they step, or skip together with the backbone, and their
+    Call engine.backward(loss) and engine.step() for every micro-batch, as without a head. step() and zero_grad() of the
+    optimizers are then errors: after the last micro-batch they step, or skip together with the backbone, and their
     gradients are cleared. Under Accelerate, accelerator.backward(loss) calls engine.step().
 
     Args:
@@ -98,11 +103,12 @@ class DeepSpeedHead:
             count the step as skipped or raise NonFiniteError, depending on their on_nonfinite. Under fp16 an overflow
             of the scaled gradient is neither counted nor an error.
         norm: the norm of the last gradient before clipping (0-d) with joint_clipping, else None.
+        is_stepping: whether engine.step() is at the heads' step.
 
     Raises ValueError for unsupported combinations: fp16 with ZeRO-0 (DeepSpeed scales the loss and does not undo it),
-    autocast in float16, "compute_grad_norm": false, "managed_gradient_accumulation": false, a head inside the engine,
-    and joint_clipping if the engine has no clipping or no single norm (bf16 with ZeRO-0; bf16 with ZeRO-1 and float32
-    accumulation).
+    autocast in float16, "compute_grad_norm": false, "managed_gradient_accumulation": false, a head inside the engine
+    or its optimizer, a second DeepSpeedHead of one engine, and joint_clipping if the engine has no clipping or no
+    single norm (bf16 with ZeRO-0; bf16 with ZeRO-1 and float32 accumulation).
     """
 
     def __init__(self, engine: Any, *optimizers: RowOptimizer, joint_clipping: bool = False) -> None:
@@ -118,7 +124,15 @@ class DeepSpeedHead:
         self._used_engine_backward = False  # engine.backward divides the loss by the accumulation steps
         _check_engine(engine, joint_clipping)
         self._check_heads()
+        if isinstance(getattr(engine.step, "__self__", None), DeepSpeedHead):
+            raise ValueError(
+                "this engine has a DeepSpeedHead, and two would clip by two norms; pass the optimizers of all heads in "
+                "one call, DeepSpeedHead(engine, first, second)"
+            )
         self._has_own_norm = self._join_norm()
+        for optimizer in optimizers:
+            _guard(optimizer, self)
+        self.is_stepping = False
         self._engine_step = engine.step
         self._engine_backward = engine.backward
         engine.step = self._step
@@ -126,6 +140,7 @@ class DeepSpeedHead:
 
     def _check_heads(self) -> None:
         within = {id(p) for p in self.engine.module.parameters()}
+        stepped = {id(p) for p in _stepped(self.engine.optimizer)}
         for optimizer in self.optimizers:
             if optimizer.update_in_backward:
                 raise ValueError(
@@ -134,6 +149,11 @@ class DeepSpeedHead:
                 )
             if any(id(p) in within for p in optimizer.class_rows.everything):
                 raise ValueError("a head is inside the DeepSpeed engine; pass deepspeed.initialize the backbone alone")
+            if any(id(p) in stepped for p in (*optimizer.class_rows.everything, *optimizer.class_rows.trainable)):
+                raise ValueError(
+                    "the engine's optimizer has parameters of a head, which its RowOptimizer steps; give "
+                    "deepspeed.initialize an optimizer of the backbone alone"
+                )
 
     def _join_norm(self) -> bool:
         """Make the engine's optimizer include the heads' norm in its own; return False if it has no such norm."""
@@ -191,11 +211,15 @@ class DeepSpeedHead:
                 if not self.skipped:
                     self._scale_heads((self.engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0))
         self._conclude()
-        if not self.skipped:
+        self.is_stepping = True
+        try:
+            if not self.skipped:
+                for optimizer in self.optimizers:
+                    optimizer.step()
             for optimizer in self.optimizers:
-                optimizer.step()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+                optimizer.zero_grad()
+        finally:
+            self.is_stepping = False
         self._used_engine_backward = False
         return result
 
@@ -282,6 +306,47 @@ class DeepSpeedHead:
         return result
 
 
+# the DeepSpeedHead that steps an optimizer: the last one, if it was beside other engines before
+_beside: weakref.WeakKeyDictionary[RowOptimizer, weakref.ref[DeepSpeedHead]] = weakref.WeakKeyDictionary()
+
+
+def _guard(optimizer: RowOptimizer, head: DeepSpeedHead) -> None:
+    """Make step() and zero_grad() of the optimizer raise RuntimeError unless `head` calls them."""
+    known = optimizer in _beside
+    _beside[optimizer] = weakref.ref(head)
+    if known:
+        return
+    for name in ("step", "zero_grad"):
+        _guard_method(optimizer, name)
+
+
+def _guard_method(optimizer: RowOptimizer, name: str) -> None:
+    there: Any = getattr(optimizer, name)
+    method = getattr(there, "__func__", None)  # a bound one would keep the optimizer alive
+    wrapper: Any = there if method is None else None  # what a schedule has put in the place of a method
+
+    @functools.wraps(method or there)
+    def guarded(self: RowOptimizer, *args: Any, **kwargs: Any) -> Any:
+        head = _beside[self]() if self in _beside else None
+        if head is not None and not head.is_stepping:
+            raise RuntimeError(
+                f"{name}() of the optimizer of a head beside a DeepSpeed engine was called: engine.step() steps it "
+                "after the last micro-batch, and clears its gradients; leave the call out"
+            )
+        return wrapper(*args, **kwargs) if method is None else method(self, *args, **kwargs)
+
+    setattr(optimizer, name, MethodType(guarded, optimizer))
+
+
+def _stepped(zero: Any) -> Iterator[Tensor]:
+    """Yield the parameters that an engine's optimizer was given, also those that ZeRO has made flat."""
+    for group in getattr(zero, "param_groups", ()):
+        yield from group["params"]
+    for name in ("bit16_groups", "fp16_groups"):
+        for parameters in getattr(zero, name, ()):
+            yield from parameters
+
+
 class _EngineScaler:
     """Stands in for a GradScaler, whose work DeepSpeed does itself."""
 
@@ -325,31 +390,47 @@ def _check_engine(engine: Any, joint_clipping: bool) -> None:
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_with_engine(engine: Any, folder: str | os.PathLike[str], tag: str | None = None, **named: Any) -> None:
+def save_with_engine(engine: Any, folder: str | os.PathLike[str], tag: str | int | None = None, **named: Any) -> None:
     """Call engine.save_checkpoint(folder, tag), and save `named` to folder/tag/partial_fc.
 
     named: heads, their optimizers, schedules, a `Progress`.
 
     Every rank must call it. The heads are written first, so that `latest`, which the engine writes last, names a
-    complete checkpoint. Raises the errors of `partial_fc.save_checkpoint`.
+    complete checkpoint. Where a tag is written over, a kill can leave a part of each save, which `load_with_engine`
+    refuses. Raises the errors of `partial_fc.save_checkpoint`.
     """
-    tag = f"global_step{engine.global_steps}" if tag is None else tag
-    checkpoint.save_checkpoint(Path(folder) / tag / HEADS, **named)
+    tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+    check_to_save(named)
+    begin_save(Path(folder) / tag, HEADS)
+    token = Token()
+    checkpoint.save_checkpoint(Path(folder) / tag / HEADS, **named, **{NAME: token})
     engine.save_checkpoint(str(folder), tag=tag)
+    end_save(Path(folder) / tag, token)
 
 
-def load_with_engine(engine: Any, folder: str | os.PathLike[str], tag: str | None = None, **named: Any) -> None:
+def load_with_engine(engine: Any, folder: str | os.PathLike[str], tag: str | int | None = None, **named: Any) -> None:
     """Call engine.load_checkpoint(folder, tag), and load `named` from beside it. Without a tag it loads the newest.
 
     Every rank must call it. The engine's part needs the number of ranks that saved it; the heads' part does not. On
     another number of ranks load the heads alone, by `partial_fc.load_checkpoint(folder/tag/partial_fc, ...)`, or save
     the backbone as `BackboneState`, which loads on any number.
 
-    Raises FileNotFoundError if there is no checkpoint, and the ValueErrors of `partial_fc.load_checkpoint`.
+    Raises FileNotFoundError if there is no checkpoint, and the ValueErrors of `partial_fc.load_checkpoint`; ValueError
+    if heads and engine are not of the same save, because one over an earlier one was cut short.
     """
     check_to_load(named)  # before the engine has changed
+    tag = None if tag is None else str(tag)
+    named_by = tag or on_first_rank(lambda: _newest(Path(folder)))
+    if named_by is not None and on_first_rank(lambda: (Path(folder) / named_by).is_dir()):
+        # not `whole`: a new tag has a token only after `latest` names it
+        check_same_save(Path(folder) / named_by, HEADS, whole=False)
     path, _ = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
         with_tag = "" if tag is None else f" with the tag {tag}"
         raise FileNotFoundError(f"no checkpoint of a DeepSpeed engine in {folder}{with_tag}")
     checkpoint.load_checkpoint(Path(path).parent / HEADS, **named)
+
+
+def _newest(folder: Path) -> str | None:
+    latest = folder / "latest"
+    return latest.read_text().strip() if latest.is_file() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ from forked import succeed
 from shards import whole
 from torch import Tensor
 
-from partial_fc import PartialFC, RowOptimizer, load_checkpoint
+from partial_fc import PartialFC, RowOptimizer, load_checkpoint, save_checkpoint
 from partial_fc.engines.deepspeed import (
     DeepSpeedHead,
     check_version,
@@ -232,7 +233,78 @@ def test_training_goes_on_exactly_from_the_engines_checkpoint_with_the_head_besi
     assert torch.equal(two, three) and two.any()
 
 
+def cut_short(rank: int, world: int, folder: str) -> list[str]:
+    """A tag that is written over, and of which the heads alone are written the second time."""
+    run, said = Run(configuration(1)), []
+    run.train(rank, world, 1)
+
+    def load(tag: Any) -> None:
+        try:
+            load_with_engine(run.engine, folder, tag, head=run.head, head_optimizer=run.optimizer)
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+
+    for _ in range(2):
+        save_with_engine(run.engine, folder, 5, head=run.head, head_optimizer=run.optimizer)
+        load(5)
+    engine_saves = run.engine.save_checkpoint
+    run.engine.save_checkpoint = lambda *_, **__: sys.exit()
+    with contextlib.suppress(SystemExit):
+        save_with_engine(run.engine, folder, 5, head=run.head, head_optimizer=run.optimizer)
+    load(5)
+    load(None)
+    run.engine.save_checkpoint = engine_saves
+    save_checkpoint(f"{folder}/5/partial_fc", head=run.head, head_optimizer=run.optimizer)  # as earlier versions
+    load("5")
+    return said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tag_that_was_half_written_over_is_refused(ranks, tmp_path):
+    first, second = ranks(2).run(cut_short, str(tmp_path))
+    assert first == second
+    assert ["not of the same save" in text for text in first] == [False, False, True, True, False]
+    assert [first[0], first[1], first[4]] == ["nothing"] * 3
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
+
+
+def stepped_by_hand(rank: int, world: int) -> list[Any]:
+    """step() and zero_grad() of the head's optimizer beside those of the engine, also where schedules wrap them."""
+    run, said = Run(configuration(1)), []
+    schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda count: 1.0)
+    for call in (run.optimizer.step, run.optimizer.zero_grad):
+        try:
+            call()
+            said.append("nothing")
+        except RuntimeError as refused:
+            said.append(str(refused))
+    run.train(rank, world)
+    schedule.step()
+    again = PartialFC(D, C)
+    other = RowOptimizer(torch.optim.SGD, again, **SGD)
+    torch.optim.lr_scheduler.LambdaLR(other, lambda count: 1.0)
+    engines = []
+    for _ in range(2):  # the last one steps it
+        model = backbone()
+        own = torch.optim.SGD(model.parameters(), **SGD)
+        engines.append(import_deepspeed().initialize(model=model, optimizer=own, config=configuration(1))[0])
+        DeepSpeedHead(engines[-1], other)
+    before = whole(again.weight).clone()
+    for index in range(ACCUMULATION):
+        inputs, labels = my_part(index, rank, world)
+        engines[1].backward(again(engines[1](inputs), labels))
+        engines[1].step()
+    return [*said, max(error(run.weights(), dense())), not torch.equal(whole(again.weight), before)]
+
+
+def test_the_optimizer_of_a_head_is_stepped_by_the_engine_alone(ranks):
+    for step, zero_grad, off, moved in ranks(2).run(stepped_by_hand):
+        assert step.startswith("step() of the optimizer of a head beside a DeepSpeed engine was called")
+        assert zero_grad.startswith("zero_grad() of the optimizer of a head beside")
+        assert off <= 1e-5 and moved
 
 
 def refusals(rank: int, world: int) -> list[str]:
@@ -259,6 +331,15 @@ def refusals(rank: int, world: int) -> list[str]:
     run = Run(configuration(1))
     with pytest.raises(ValueError, match="update_in_backward") as refused:
         DeepSpeedHead(run.engine, RowOptimizer(torch.optim.SGD, head, update_in_backward=True, **SGD))
+    said.append(str(refused.value))
+    with pytest.raises(ValueError, match="in one call") as refused:
+        DeepSpeedHead(run.engine, RowOptimizer(torch.optim.SGD, PartialFC(D, C), **SGD), joint_clipping=True)
+    said.append(str(refused.value))
+    model, head = backbone(), PartialFC(D, C)
+    both = torch.optim.SGD([*model.parameters(), *head.parameters()], foreach=False, **SGD)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=both, config=configuration(0))
+    with pytest.raises(ValueError, match="engine's optimizer") as refused:
+        DeepSpeedHead(engine, RowOptimizer(torch.optim.SGD, head, **SGD))
     return [*said, str(refused.value)]
 
 
@@ -287,6 +368,7 @@ def test_what_cannot_be_right_is_refused_in_words(ranks):
                     "torch_autocast",
                 ],
                 *["torch_autocast", "no optimizer", "update_in_backward"],
+                *["this engine has a DeepSpeedHead", "the engine's optimizer has parameters of a head"],
             ],
             strict=True,
         ):
