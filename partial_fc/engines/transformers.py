@@ -30,6 +30,7 @@ from partial_fc.engines.ddp import ignore_heads
 from partial_fc.engines.heads import heads_of, without_heads
 from partial_fc.engines.joint import JointOptimizer
 from partial_fc.engines.needs import need, need_methods
+from partial_fc.engines.same_save import NAME, Token, begin_save, check_same_save, end_save
 from partial_fc.optim.row_optimizer import RowOptimizer
 
 need("transformers", "5.24")
@@ -100,6 +101,7 @@ class HeadTrainer(Trainer):
             _check_own(own, head_optimizers)
         ignore_heads(model)
         self._module = model
+        self._token: dict[str, Token] = {}
         self.head_optimizers = list(head_optimizers)
         self._heads: dict[str, Any] = {name or "model": head for name, head in heads.items()}
         super().__init__(model, args, **options)
@@ -141,14 +143,26 @@ class HeadTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does, and the heads to its folder `partial_fc`. Every rank must call it."""
+        folder = output_dir or str(self.args.output_dir)
+        token = {}
+        if _internal_call and output_dir is not None:  # a checkpoint
+            begin_save(folder, HEADS)
+            token = self._token = {NAME: Token()}
+        checkpoint.save_checkpoint(os.path.join(folder, HEADS), **self._heads, **token)
         super().save_model(output_dir, _internal_call)
-        checkpoint.save_checkpoint(os.path.join(output_dir or str(self.args.output_dir), HEADS), **self._heads)
+        if token and self.args.save_only_model:
+            end_save(folder, token[NAME])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         checkpoint.save_checkpoint(os.path.join(output_dir, OPTIMIZERS), **self._named_optimizers())
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        end_save(output_dir, self._token[NAME])  # what follows is the Trainer's count of steps, and older ones removed
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_same_save(resume_from_checkpoint, HEADS)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         checkpoint.load_checkpoint(os.path.join(resume_from_checkpoint, HEADS), **self._heads)
 

@@ -3,6 +3,7 @@ resuming."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,37 @@ def test_a_trainer_resumes_at_any_world_size(ranks, tmp_path):
     }
     for world in (2, 1):
         compare_resumed(straight, ranks(world).run(resume, str(tmp_path), timeout=IMPORTING))
+
+
+def cut_short(rank: int, world: int, folder: str) -> list[str]:
+    """A checkpoint that another run writes over, and of which it writes the heads alone, or all but the end."""
+    said = []
+
+    def run(method: str = "", **options: Any) -> None:
+        made, _, _ = trainer(world, folder, max_steps=SAVED_AFTER)
+        if method:
+            setattr(made, method, lambda *_, **__: sys.exit())
+        try:
+            made.train(**options)
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+        except SystemExit:
+            said.append("killed")
+
+    path = f"{folder}/checkpoint-{SAVED_AFTER}"
+    run()
+    run(resume_from_checkpoint=path)
+    for method in ("_save", "_save_scaler"):
+        run(method)
+        run(resume_from_checkpoint=path)
+    return said
+
+
+def test_a_checkpoint_that_was_cut_short_is_refused(ranks, tmp_path):
+    for said in ranks(2).run(cut_short, str(tmp_path), timeout=IMPORTING):
+        assert [*said[:3], said[4]] == ["nothing", "nothing", "killed", "killed"]
+        assert all("partial_fc and the other files of" in text for text in (said[3], said[5]))
 
 
 def test_what_a_trainer_cannot_do_is_refused(tmp_path: Path):
