@@ -26,8 +26,9 @@ from engines_common import (
     optimizers,
 )
 from torch import Tensor, nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -404,3 +405,54 @@ def test_rows_that_would_move_twice_are_not_joined(ranks, rate):
             strict=True,
         ):
             assert text.startswith(words)
+
+
+def torch_on_rows(rank: int, world: int) -> dict[str, str]:
+    """What docs/engines.md lists among torch's own errors, over the rows of an exact head."""
+    averager = PeriodicModelAverager(period=1)
+    made: dict[str, Any] = {
+        "fused SGD": lambda rows: torch.optim.SGD(rows, lr=0.1, fused=True),
+        "fused Adagrad": lambda rows: torch.optim.Adagrad(rows, lr=0.1, fused=True),
+        "Adafactor": lambda rows: torch.optim.Adafactor(rows, lr=0.1),
+        "Rprop": lambda rows: torch.optim.Rprop(rows, lr=0.1),
+        "LBFGS": lambda rows: torch.optim.LBFGS(rows, lr=0.1),
+        "PostLocalSGD": lambda rows: PostLocalSGDOptimizer(torch.optim.SGD(rows, lr=0.1), averager),
+    }
+    said = {}
+    for name, build in made.items():
+        head = new_head()
+        optimizer = build(head.parameters())
+
+        def loss(head: PartialFC = head) -> Tensor:
+            value = head(torch.ones(2, D), torch.tensor([1, 2]))
+            value.backward()
+            return value
+
+        try:
+            optimizer.step(loss) if name == "LBFGS" else (loss(), optimizer.step())
+            said[name] = "nothing"
+        except (RuntimeError, NotImplementedError) as error:
+            said[name] = str(error)
+    parameters = [*common.backbone().parameters(), *new_head().parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        torch.nn.utils.clip_grad_value_(parameters, 0.1, foreach=True)
+        said["by value"] = "nothing"
+    except RuntimeError as error:
+        said["by value"] = str(error)
+    return said
+
+
+def test_what_torch_cannot_do_with_rows_is_its_own_error_on_all_ranks(ranks):
+    for said in ranks(2).run(torch_on_rows):
+        for name, words in {
+            "fused SGD": "sharding strategy",
+            "fused Adagrad": "sharding strategy",
+            "Adafactor": "placement changes",
+            "Rprop": "placement changes",
+            "LBFGS": "Cannot flatten unevenly sharded tensor",
+            "PostLocalSGD": "Cannot flatten unevenly sharded tensor",
+            "by value": "got mixed torch.Tensor and DTensor",
+        }.items():
+            assert words in said[name], f"{name}: {said[name]}"
