@@ -1,6 +1,7 @@
 """accelerate launch --config_file configs/accelerate/cpu2.yaml examples/accelerate_loop.py FOLDER [EPOCHS [CLASSES]]"""
 
 import os
+import shutil
 import sys
 
 import torch
@@ -14,11 +15,9 @@ from partial_fc.training.data import GlyphIdentities
 
 
 def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
-    dataloader_config = DataLoaderConfiguration(split_batches=True)
-    logging = {"log_with": "tensorboard", "project_dir": folder}
-    accelerator = Accelerator(
-        gradient_accumulation_steps=2, mixed_precision="bf16", dataloader_config=dataloader_config, **logging
-    )
+    split = DataLoaderConfiguration(split_batches=True)
+    options = {"mixed_precision": "bf16", "log_with": "tensorboard", "project_dir": folder}
+    accelerator = Accelerator(gradient_accumulation_steps=2, dataloader_config=split, **options)
     accelerator.init_trackers("logs")
     data = GlyphIdentities("train", identities)
     torch.manual_seed(0)
@@ -28,7 +27,6 @@ def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
     samples = [(data.load(i) / 255, label) for i, label in enumerate(data.labels)]
     loader = DataLoader(samples, batch_size=128, shuffle=True, drop_last=True)  # type: ignore[arg-type,var-annotated]
     model, optimizer, schedule, loader = accelerator.prepare(backbone, optimizer, schedule, loader)  # not the head
-
     head = PartialFC(128, data.num_identities, ArcFace(scale=32.0), sample_rate=0.5, device=accelerator.device)
     rows = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, weight_decay=5e-4)
     rows_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(rows, 1000)
@@ -50,7 +48,11 @@ def main(folder: str, epochs: int = 4, identities: int | None = None) -> None:
                 optimizer.zero_grad()
         accelerator.log({"loss": loss.item()}, step=epoch)
         accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)
-        accelerator.save_state(f"{folder}/state")
+        accelerator.save_state(f"{folder}/new")  # a kill while it is written leaves the last one as it was
+        if accelerator.is_main_process:
+            shutil.rmtree(f"{folder}/state", ignore_errors=True)
+            os.rename(f"{folder}/new", f"{folder}/state")
+        accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
