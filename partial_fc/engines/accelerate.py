@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from partial_fc import checkpoint, optim
 from partial_fc.checkpoint.named import check_to_save_here
-from partial_fc.engines.heads import heads_of, without_heads
+from partial_fc.engines.heads import heads_of
 from partial_fc.engines.joint import parameters_of
 from partial_fc.engines.needs import need
 from partial_fc.engines.same_save import NAME, Token, begin_save, check_same_save, end_save
@@ -195,7 +195,7 @@ def save_heads_with(accelerator: Accelerator, **named: checkpoint.Stateful) -> N
         _check_not_prepared(accelerator, plain)
         _check_named(models, plain)
         for model, state in zip(models, weights, strict=False):  # there are no weights with FSDP and DeepSpeed
-            for name in state.keys() - without_heads(model).keys():
+            for name in [name for name in state if name.startswith(_prefixes(model, plain))]:
                 del state[name]
         begin_save(folder, HEADS)
         token = Token()
@@ -204,6 +204,10 @@ def save_heads_with(accelerator: Accelerator, **named: checkpoint.Stateful) -> N
 
     def save_and_sign(*args: Any, **options: Any) -> Any:
         saving.clear()
+        folder = args[0] if args else options.get("output_dir")
+        named_by_accelerate = accelerator.project_configuration.automatic_checkpoint_naming  # a new folder each time
+        if folder is not None and not named_by_accelerate and _saves_before_hooks(accelerator):
+            begin_save(folder, HEADS, rest_first=True)
         result = save_state(*args, **options)
         for folder, token in saving:
             end_save(folder, token)
@@ -212,7 +216,7 @@ def save_heads_with(accelerator: Accelerator, **named: checkpoint.Stateful) -> N
     def load(models: list[Any], folder: str) -> None:
         check_same_save(folder, HEADS)
         checkpoint.load_checkpoint(os.path.join(folder, HEADS), **plain)
-        models[:] = [_WithoutHeads(model) if heads_of(model) else model for model in models]
+        models[:] = [_WithoutHeads(model, own) if (own := _prefixes(model, plain)) else model for model in models]
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -222,16 +226,16 @@ def save_heads_with(accelerator: Accelerator, **named: checkpoint.Stateful) -> N
 class _WithoutHeads:
     """Stands for a model with heads inside, which were loaded from another folder, while Accelerate loads the rest."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, prefixes: tuple[str, ...]) -> None:
         self.model = model
+        self.prefixes = prefixes
 
     def state_dict(self) -> dict[str, Any]:
-        return without_heads(self.model)
+        return {name: value for name, value in self.model.state_dict().items() if not name.startswith(self.prefixes)}
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, **options: Any) -> Any:
         found = self.model.load_state_dict(state_dict, strict=False, **options)
-        own = without_heads(self.model)
-        found.missing_keys[:] = [name for name in found.missing_keys if name in own]
+        found.missing_keys[:] = [name for name in found.missing_keys if not name.startswith(self.prefixes)]
         if strict and (found.missing_keys or found.unexpected_keys):
             raise RuntimeError(
                 f"checkpoint and model do not match: missing keys {found.missing_keys}, unexpected "
@@ -285,12 +289,24 @@ def _check_wrapped(accelerator: Accelerator, things: Iterable[Any]) -> None:
 
 
 def _check_named(models: Iterable[nn.Module], named: Mapping[str, Any]) -> None:
-    """Raise ValueError if a head inside a prepared model would be saved by nobody."""
+    """Raise ValueError if a head inside a prepared model would be saved by one rank."""
     known = {id(thing) for thing in named.values()}
     for model in models:
         for name, head in heads_of(model).items():
-            if id(head) not in known:
+            if id(head) not in known and any(isinstance(p, DTensor) for p in head.parameters()):
                 raise ValueError(
                     f"{name!r} is a head inside a prepared model, of which Accelerate would save the rows of the main "
                     "process alone; name it: save_heads_with(accelerator, head=model.head, ...)"
                 )
+
+
+def _saves_before_hooks(accelerator: Accelerator) -> bool:
+    """Return whether save_state writes weights before it calls its hooks, which write the heads."""
+    engines = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    return accelerator.distributed_type in engines
+
+
+def _prefixes(model: nn.Module, named: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return how the names of the heads in `model` begin that are among what is named."""
+    known = {id(thing) for thing in named.values()}
+    return tuple(f"{name}." for name, head in heads_of(model).items() if id(head) in known)

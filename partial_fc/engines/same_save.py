@@ -20,7 +20,7 @@ from partial_fc.distributed.agreement import on_first_rank
 
 NAME = "save_token"  # within the heads' checkpoint
 MARK = "partial_fc.token"
-UNFINISHED = "unfinished"
+UNFINISHED, REST_FIRST = "unfinished", "unfinished, heads last"
 
 
 class Token:
@@ -44,13 +44,17 @@ def token_of(heads: str | os.PathLike[str]) -> str:
     return on_first_rank(lambda: _stored_token(Path(heads)))
 
 
-def begin_save(folder: str | os.PathLike[str], heads: str) -> None:
-    """Call it before anything is written to `folder`, which may hold the checkpoint of an earlier version: that has no
-    token, and neither would what a kill leaves of both."""
+def begin_save(folder: str | os.PathLike[str], heads: str, *, rest_first: bool = False) -> None:
+    """Call it before anything is written to `folder`, which may hold the checkpoint of an earlier save.
+
+    If the heads are written first, this marks only what an earlier version saved, which has no token, as what a kill
+    leaves would not have. rest_first: the rest is written first, with which old heads would not fit.
+    """
 
     def mark() -> None:
-        if (Path(folder) / heads / MANIFEST).exists() and not (Path(folder) / MARK).exists():
-            _write(Path(folder) / MARK, UNFINISHED)
+        path = Path(folder) / MARK
+        if (Path(folder) / heads / MANIFEST).exists() and (rest_first or not path.exists()):
+            _write(path, REST_FIRST if rest_first else UNFINISHED)
 
     on_first_rank(mark)
 
@@ -68,12 +72,12 @@ def check_same_save(folder: str | os.PathLike[str], heads: str, *, whole: bool =
 
     def compare() -> None:
         own, mark = _stored_token(Path(folder) / heads), Path(folder) / MARK
-        if not own:  # of an earlier version; or nothing of a new save was written, heads being the first
-            return
         try:
             found = mark.read_text()
         except FileNotFoundError:
             found = "" if whole else own
+        if not own and found != REST_FIRST:  # of an earlier version, and nothing of a new save was written over it
+            return
         if found != own:
             rest = f"the other files of {folder}" if found else f"the other files of {folder}, which has no {MARK},"
             raise torn(f"{Path(folder) / heads}", rest)

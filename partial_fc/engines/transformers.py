@@ -167,6 +167,7 @@ class HeadTrainer(Trainer):
         checkpoint.load_checkpoint(os.path.join(resume_from_checkpoint, HEADS), **self._heads)
 
     def _load_best_model(self) -> None:
+        check_same_save(str(self.state.best_model_checkpoint), HEADS)
         super()._load_best_model()
         checkpoint.load_checkpoint(os.path.join(str(self.state.best_model_checkpoint), HEADS), **self._heads)
 

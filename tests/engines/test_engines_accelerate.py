@@ -29,6 +29,7 @@ from engines_common import (
 from torch import nn
 
 from partial_fc import RowOptimizer, save_checkpoint
+from partial_fc.engines import accelerate as adapter
 from partial_fc.engines.accelerate import HeadOptimizer, clip_grad_norm_, prepare_heads, save_heads_with
 from partial_fc.engines.ddp import ignore_heads
 
@@ -361,6 +362,45 @@ def test_a_second_call_adds_to_what_is_saved(tmp_path):
     engine.load_state(str(tmp_path))
     assert torch.equal(heads[1].weight, expected)
     assert not heads[0].weight.any() and heads[2].weight.any()
+
+
+@pytest.mark.parametrize("earlier_version", [False, True])
+def test_heads_that_are_written_last_are_refused_if_they_were_not(tmp_path, monkeypatch, earlier_version):
+    """As with FSDP and DeepSpeed, of which Accelerate writes the weights before it calls hooks."""
+    monkeypatch.setattr(adapter, "_saves_before_hooks", lambda accelerator: True)
+    engine, head, killed = accelerator(), new_head(), [False]
+
+    def kill(*_: Any) -> None:
+        if killed[0]:
+            raise InterruptedError
+
+    engine.register_save_state_pre_hook(kill)
+    save_heads_with(engine, head=head)
+    engine.save_state(str(tmp_path))
+    if earlier_version:
+        save_checkpoint(tmp_path / "partial_fc", head=head)
+        (tmp_path / "partial_fc.token").unlink()
+    engine.load_state(str(tmp_path))
+    killed[0] = True
+    with pytest.raises(InterruptedError):
+        engine.save_state(output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="not of the same save"):
+        engine.load_state(str(tmp_path))
+    killed[0] = False
+    engine.save_state(str(tmp_path))
+    engine.load_state(str(tmp_path))
+
+
+def test_one_process_may_keep_a_head_in_the_file_of_its_model(tmp_path):
+    """As before heads were taken out: its rows are all there, and nobody names it."""
+    engine, joint = accelerator(), Joint()
+    model = engine.prepare(joint)
+    prepare_heads(engine, RowOptimizer(torch.optim.SGD, joint.head, lr=0.1))
+    engine.save_state(str(tmp_path), safe_serialization=False)
+    expected = joint.head.weight.detach().clone()
+    torch.nn.init.zeros_(joint.head.weight)
+    engine.load_state(str(tmp_path))
+    assert torch.equal(joint.head.weight, expected) and model is joint
 
 
 def test_one_process_without_a_group():
