@@ -6,6 +6,7 @@ Python names the file in the error of an open, not in that of a write, a flush o
 from __future__ import annotations
 
 import contextlib
+import csv
 import ctypes
 import os
 import sys
@@ -199,5 +200,5 @@ def told(path: Path, *, again: str, missing: str = "") -> Iterator[None]:
     except OSError as error:
         absent = missing and isinstance(error, FileNotFoundError)
         raise UserError(missing if absent else f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); {again}") from error

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import yaml
 
 from partial_fc import Checkpointer
-from partial_fc.training.data import what_changed
+from partial_fc.training.data import TRAINING, what_changed
 from partial_fc.training.errors import UserError, check_at_least, words
 from partial_fc.training.files import append, text_of, told, write_atomically
 from partial_fc.training.saved import CHECKPOINTS
@@ -134,22 +134,35 @@ class RunFolder:
         if not (self.path / CONFIG).is_file():
             raise UserError(f"{self.path} is not a run folder (it has no {CONFIG}); give the folder of a run")
 
-    def check_data(self, now: dict[str, dict[str, Any]]) -> None:
-        """Save the fingerprint of the data sets, or compare it with the saved one.
+    def check_data(self, now: dict[str, dict[str, Any]], *, record: bool = True) -> None:
+        """Save the fingerprint of the data sets, or compare it with the saved one; only compare it unless `record`.
 
         Raises UserError that says what has changed if they differ.
         """
         path = self.path / DATA
         if not path.exists():
-            write_atomically(path, json.dumps(now, indent=1) + "\n")
+            if record:
+                write_atomically(path, json.dumps(now, indent=1) + "\n")
             return
-        with told(path, again="remove it to continue with the data as they are"):
-            changed = what_changed(json.loads(path.read_text(encoding="utf-8")), now)
+        changed = self.changed_data(now)
         if changed:
             raise UserError(
                 f"the data have changed since the run began: {changed}; restore them, start a new run, or remove "
                 f"{path} to continue with the data as they are"
             )
+
+    def changed_data(self, now: dict[str, dict[str, Any]], *, training: bool = True) -> str | None:
+        """Return what has changed in the data sets since the run began; None if nothing has, or if nobody knows.
+
+        now: their fingerprint. training: compare the training set, too; else the evaluation sets alone.
+        """
+        path = self.path / DATA
+        if not path.exists():
+            return None
+        with told(path, again="remove it to continue with the data as they are"):
+            before = json.loads(path.read_text(encoding="utf-8"))
+            before, now = ({k: v for k, v in each.items() if training or k != TRAINING} for each in (before, now))
+            return what_changed(before, now)
 
     def update_data_folder(self, data_folder: str | None) -> None:
         """Write the current folder of the data into the settings, so that later commands find the data."""

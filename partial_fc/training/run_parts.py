@@ -9,7 +9,7 @@ watch          DivergenceWatch, which compares the ranks, if train.watch_every i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,8 @@ from partial_fc.training.data import IdentityDataset
 from partial_fc.training.engine import Engine, Trained, make_engine
 from partial_fc.training.errors import UserError
 from partial_fc.training.mixing import ExtraHeads, MixedIdentities
-from partial_fc.training.saved import checkpoint_in
+from partial_fc.training.run_data import SAME_DATA, check_classes
+from partial_fc.training.saved import CONFIG, checkpoint_in
 from partial_fc.training.schedules import build_schedules
 from partial_fc.weights.single_file import OtherShape, open_weights
 
@@ -107,10 +108,11 @@ def head_without_memory(config: RunConfig, main_set: IdentityDataset) -> Partial
     return PartialFC(config.backbone.embedding_size, len(images), margin, device="meta")
 
 
-def checked_weights(config: RunConfig, head: PartialFC) -> str | None:
+def checked_weights(config: RunConfig, head: PartialFC, identities: Sequence[str]) -> str | None:
     """Return what to import class weights from, as the settings name it; None if they name nothing. Reads no rows.
 
-    Raises UserError unless they fit the head of the run. Not a collective.
+    identities: of the classes of this run. Raises UserError unless the weights fit the head, and are of the same
+    identities, which the folder of a run tells. Not a collective.
     """
     if config.head.weights is None:
         return None
@@ -129,6 +131,15 @@ def checked_weights(config: RunConfig, head: PartialFC) -> str | None:
         raise UserError(f"--head.weights: {error.problem}; {advice}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"--head.weights: {error}") from error
+    if (source.parent.parent / CONFIG).is_file():
+        instead = (
+            f"{SAME_DATA}, or leave --head.weights out (if they are the same under other names: partial-fc export "
+            f"{config.head.weights} FILE.safetensors, and give that)"
+        )
+        try:
+            check_classes(source.parent.parent, identities, "this run", instead)
+        except UserError as error:
+            raise UserError(f"--head.weights: {error}") from error
     return str(source)
 
 

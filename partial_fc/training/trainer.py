@@ -38,6 +38,7 @@ from partial_fc.training.ranks import device_line, launcher_has_exited
 from partial_fc.training.report.hardest import note_confusions
 from partial_fc.training.results import describe_environment, write_results
 from partial_fc.training.run import DATA, UNREADABLE, RunFolder
+from partial_fc.training.run_data import held_out_of_weights
 from partial_fc.training.run_evaluation import RunEvaluation
 from partial_fc.training.run_parts import build_parts, checked_weights
 from partial_fc.training.shared_folder import check_same_start, check_shared
@@ -67,12 +68,14 @@ class Trainer:
             check_shared(self.folder.path, self.accelerator)
         self.on_main(config.output.check_trackers)
         self.data: DataSplits = open_data(config.data, config.seed)
+        self.main_set = self.data.train
+        self.data.train = mixed(config, self.main_set)
+        if resume:  # before all that depends on the number of images and identities
+            self.on_main(self._check_resumed_data)
         self.data.check_evaluation()
         self.evaluation = RunEvaluation(
             config, self.data, self.accelerator, self.folder, self.progress, self._asked_to_stop
         )
-        self.main_set = self.data.train
-        self.data.train = mixed(config, self.main_set)
         least = MIN_IMAGES * self.world * config.train.accumulation
         if config.train.batch_size < least:
             raise UserError(
@@ -121,12 +124,16 @@ class Trainer:
             self._resume()
         else:
             self._import_class_weights()
+            warning = run_on_main_for_all(lambda: held_out_of_weights(config, self.data), self.accelerator)
+            if warning is not None:
+                self.accelerator.print(warning)
             self.take_folder()  # last, so that a mistake in the settings leaves no folder behind
 
     def _import_class_weights(self) -> None:
         """Load the class weights that the settings name."""
         # of the first rank: a run that still saves may show each rank another checkpoint
-        source = run_on_main_for_all(lambda: checked_weights(self.config, self.head), self.accelerator)
+        names = self.main_set.identity_names
+        source = run_on_main_for_all(lambda: checked_weights(self.config, self.head, names), self.accelerator)
         if source is None:
             return
         try:
@@ -167,6 +174,11 @@ class Trainer:
         self.folder.check_data(self.data.fingerprint())
         sets = (self.data.train, *self.data.evaluation.values())
         self.folder.record_unreadable([name for each in sets for name in each.skipped])
+
+    def _check_resumed_data(self) -> None:
+        """Compare the data with those of the run, unless nothing was trained on them yet."""
+        if self.folder.newest_checkpoint() is not None:
+            self._check_data()
 
     def _loader(self) -> BatchLoader:
         config = self.config

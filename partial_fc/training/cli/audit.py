@@ -16,11 +16,12 @@ from partial_fc.training.audit import Thresholds, audit_head
 from partial_fc.training.audit_page import DRIFT, DUPLICATES, NEVER_UPDATED, write_audit
 from partial_fc.training.cli.parser import CommandParser, add_on_error, add_traceback, add_workers, check_at_least
 from partial_fc.training.config import RunConfig, to_config
-from partial_fc.training.data import open_data
+from partial_fc.training.data import IdentityDataset, open_data
 from partial_fc.training.errors import UserError
 from partial_fc.training.ranks import check_devices
 from partial_fc.training.results import describe_environment, load_backbone, output_folder
 from partial_fc.training.run import CONFIG, RunFolder
+from partial_fc.training.run_data import check_classes, data_of_run
 from partial_fc.training.settings_parser import SettingsParser
 
 
@@ -76,12 +77,27 @@ def audit_command(arguments: list[str], train_parser: SettingsParser) -> None:
     )
     out = RunFolder(options.output or run.path / "audit")
     with output_folder(out, accelerator):
-        _audit(run, out, config, Thresholds(options.threshold, options.mean_threshold), accelerator)
+        thresholds = Thresholds(options.threshold, options.mean_threshold)
+        _audit(run, out, config, thresholds, accelerator, given=options.data is not None)
     accelerator.end_training()
 
 
-def _audit(run: RunFolder, out: RunFolder, config: RunConfig, thresholds: Thresholds, accelerator: Accelerator) -> None:
-    dataset = run_on_all(lambda: open_data(config.data, config.seed).train, accelerator)
+def _audit(
+    run: RunFolder,
+    out: RunFolder,
+    config: RunConfig,
+    thresholds: Thresholds,
+    accelerator: Accelerator,
+    *,
+    given: bool,
+) -> None:
+    """Write the audit. given: the data set was named by the user, and may have other images than that of the run."""
+
+    def opened() -> IdentityDataset:
+        splits = open_data(config.data, config.seed) if given else data_of_run(run, config, training=True)
+        return splits.train
+
+    dataset = run_on_all(opened, accelerator)
     backbone = load_backbone(run, config, dataset.image_shape).to(accelerator.device)
     counts = torch.bincount(dataset.labels, minlength=dataset.num_identities)
     head = config.head.build(config.backbone.embedding_size, counts, config.seed, accelerator.device)
@@ -93,6 +109,7 @@ def _audit(run: RunFolder, out: RunFolder, config: RunConfig, thresholds: Thresh
         raise UserError(
             f"the head of {run.path} does not fit the {dataset.num_identities:,} classes of the data set: {error}"
         ) from error
+    run_on_all(lambda: check_classes(run.path, dataset.identity_names, str(config.data.folder)), accelerator)
     audit = audit_head(head, backbone, dataset, accelerator, config, thresholds)
 
     def write() -> None:

@@ -26,7 +26,7 @@ from partial_fc.training.cli.parser import (
     add_workers,
     check_at_least,
 )
-from partial_fc.training.data import IdentityDataset, open_data
+from partial_fc.training.data import IdentityDataset
 from partial_fc.training.data.formats.packed import is_packed, packed_splits
 from partial_fc.training.data.loader import choose_workers, ranks_of_machine
 from partial_fc.training.embed_data import BATCH, PART, Finished, Reading, embed_data
@@ -36,6 +36,7 @@ from partial_fc.training.errors import UserError
 from partial_fc.training.export.export import config_of_run
 from partial_fc.training.ranks import check_devices
 from partial_fc.training.run import CONFIG, RunFolder
+from partial_fc.training.run_data import data_of_run
 
 WEEK = 7 * 24 * 3600.0  # seconds that a rank waits for the slowest
 
@@ -212,9 +213,9 @@ def _images_of_run(options: argparse.Namespace, run: Path) -> tuple[str, Identit
             raise UserError(f"--{name} applies to the data set of --data; give --data, or leave --{name} out")
     config = config_of_run(RunFolder(run))
     config.data.on_error = options.on_error
-    splits = open_data(config.data, config.seed)
-    sets = {"train": splits.train, **splits.evaluation}
     chosen = options.split or "train"
+    splits = data_of_run(RunFolder(run), config, training=chosen == "train")
+    sets = {"train": splits.train, **splits.evaluation}
     if chosen not in sets:
         raise UserError(f"the run {run} has no set {chosen!r}, only {', '.join(sets)}; give another --split")
     return chosen, sets[chosen]

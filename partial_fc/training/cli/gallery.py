@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from partial_fc.training.cli.gallery_sources import SHOWN, Source, add_sources, open_backbone, open_source
 from partial_fc.training.cli.parser import CommandParser, add_traceback, check_at_least
-from partial_fc.training.data import UnreadableImage, open_data
+from partial_fc.training.data import UnreadableImage
 from partial_fc.training.data.safe_files import read_whole
 from partial_fc.training.embedding import Embedder
 from partial_fc.training.embedding_files import valid_text
@@ -41,6 +41,7 @@ from partial_fc.training.files import replacing
 from partial_fc.training.gallery import Answer, Enrolment, Gallery
 from partial_fc.training.gallery.calibration import smallest_rate
 from partial_fc.training.run import CONFIG, RunFolder, check_new_file
+from partial_fc.training.run_data import data_of_run
 
 USAGE = """usage: partial-fc gallery COMMAND GALLERY ...
 
@@ -141,8 +142,9 @@ def _calibrated_by(source: Source) -> str:
     """Return options for `calibrate`: the identities that the run has held out, with a FAR that so many allow."""
     if source.where is not None and (Path(source.where) / CONFIG).is_file():
         with contextlib.suppress(UserError, OSError):  # such as data that have moved
-            config = config_of_run(RunFolder(source.where))
-            for name, dataset in open_data(config.data, config.seed).evaluation.items():
+            run = RunFolder(source.where)
+            config = config_of_run(run)
+            for name, dataset in data_of_run(run, config, training=False).evaluation.items():
                 labels = dataset.labels.numpy()
                 labels = labels[some_identities(labels)]
                 least = smallest_rate(len(labels) * (len(np.unique(labels)) - 1))

@@ -28,7 +28,7 @@ try:
     from partial_fc import DivergenceError, NonFiniteError, PreemptionGuard
     from partial_fc.loop.preemption import SIGNALS
     from partial_fc.training.cli.audit import audit_command
-    from partial_fc.training.cli.backbone_source import BackboneOfRun, add_backbone_file, backbone_file
+    from partial_fc.training.cli.backbone_source import BackboneFile, BackboneOfRun, add_backbone_file, backbone_file
     from partial_fc.training.cli.backbones import backbones_command
     from partial_fc.training.cli.comms import comms_command
     from partial_fc.training.cli.data import add_source_options, data_command, open_from_options
@@ -51,7 +51,7 @@ try:
     from partial_fc.training.cli.serve import serve_command
     from partial_fc.training.cli.weights import export_weights_command, import_weights_command
     from partial_fc.training.config import RunConfig, add_config, check_resumes, keep_still_rows, to_config
-    from partial_fc.training.data import IdentityDataset, open_data
+    from partial_fc.training.data import DataSplits, IdentityDataset, open_data
     from partial_fc.training.data.formats.packed import is_packed, packed_splits
     from partial_fc.training.errors import Preempted, UserError
     from partial_fc.training.interval import check_metric
@@ -59,6 +59,7 @@ try:
     from partial_fc.training.protocols.task_files import open_tasks
     from partial_fc.training.ranks import check_devices, device_line, find_ranks, shows_errors
     from partial_fc.training.run import CONFIG, RunFolder
+    from partial_fc.training.run_data import data_of_run, held_out_of_weights
     from partial_fc.training.settings_parser import SettingsParser
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(name=error.name))
@@ -209,6 +210,9 @@ def train(arguments: list[str]) -> None:
             folder.check_free()
             config.backbone.check_weights()
         data = open_data(config.data, config.seed)
+        train = mixed(config, data.train)
+        if resume and folder.newest_checkpoint() is not None:
+            folder.check_data(DataSplits(train, data.evaluation).fingerprint(), record=False)
         data.check_evaluation()
         tasks = open_tasks(config.evaluation, data.train.image_shape, config.data.on_error)
         check_metric(config.evaluation, list(data.evaluation), tasks)
@@ -216,8 +220,8 @@ def train(arguments: list[str]) -> None:
         if not resume:
             from partial_fc.training.run_parts import checked_weights, head_without_memory
 
-            checked_weights(config, head_without_memory(config, data.train))
-        if sampler_of(config, mixed(config, data.train)).length < config.train.batch_size:
+            checked_weights(config, head_without_memory(config, data.train), data.train.identity_names)
+        if sampler_of(config, train).length < config.train.batch_size:
             raise UserError(
                 f"{len(data.train)} training images are fewer than one batch of {config.train.batch_size}; lower "
                 "--train.batch_size"
@@ -226,6 +230,9 @@ def train(arguments: list[str]) -> None:
         print(device_line(config.train.cpu))
         print(f"settings, data and folder are fine: {len(data.train):,} images of {identities:,} identities")
         print(f"augmentation: {config.augment}")
+        warning = None if resume else held_out_of_weights(config, data)
+        if warning is not None:
+            print(warning)
         return
     check_devices(config.train.cpu)
     from partial_fc.training.trainer import Trainer
@@ -313,7 +320,7 @@ def evaluate(arguments: list[str]) -> None:
     source = BackboneOfRun(asked.run, train_parser(), asked.checkpoint) if given is None else given
     config = source.config
     config.data.workers, config.data.on_error = asked.workers, asked.on_error
-    sets = _sets(config, asked, source.shape)
+    sets = _sets(config, asked, source)
     check_devices(config.train.cpu)
     from accelerate import Accelerator
 
@@ -358,14 +365,16 @@ def audit(arguments: list[str]) -> None:
     audit_command(arguments, train_parser())
 
 
-def _sets(config: RunConfig, asked: argparse.Namespace, shape: tuple[int, int, int]) -> dict[str, IdentityDataset]:
-    """Return the data sets to evaluate on, by name. shape: of the images."""
-    if asked.data is not None:
-        return _named_sets(asked, shape)
+def _sets(
+    config: RunConfig, asked: argparse.Namespace, source: BackboneOfRun | BackboneFile
+) -> dict[str, IdentityDataset]:
+    """Return the data sets to evaluate on, by name."""
+    if asked.data is not None or isinstance(source, BackboneFile):
+        return _named_sets(asked, source.shape)
     for name, default in (("source_format", "auto"), ("image_column", None), ("label_column", None), ("split", None)):
         if getattr(asked, name) != default:
             raise UserError(f"--{name} applies to the data set of --data; give --data, or leave --{name} out")
-    sets = open_data(config.data, config.seed).evaluation
+    sets = data_of_run(source.run, config, training=False).evaluation
     settings = config.evaluation
     if not (sets or settings.verification or settings.templates or settings.identification or settings.retrieval):
         raise UserError("this run has no held-out identities; give a data set with --data")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.training.errors import UserError
-from partial_fc.training.files import write_atomically
+from partial_fc.training.files import told, write_atomically
 
 LABELS = "labels.csv"
 
@@ -60,6 +60,15 @@ class LabelMap:
             for source_label, (label, name, images) in enumerate(identities):
                 lines.writerow(("" if label < 0 else label, name, source_label, images))
             write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def class_names(path: Path) -> list[str]:
+    """Return the identity of each class, from a labels.csv. Raises UserError if it is damaged."""
+    with told(path, again="restore it"), path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        classes = {int(row["label"]): row["identity"] for row in csv.DictReader(file, strict=True) if row["label"]}
+        if sorted(classes) != list(range(len(classes))) or None in classes.values():
+            raise ValueError("labels are missing")
+        return [classes[label] for label in range(len(classes))]
 
 
 def with_enough_images(identities: Sequence[int], image_labels: Tensor, least: int) -> list[int]:

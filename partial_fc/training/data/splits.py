@@ -17,6 +17,7 @@ from partial_fc.training.errors import UserError
 
 Fingerprint = dict[str, Any]
 """What `IdentityDataset.fingerprint` returns."""
+TRAINING = "training"  # the name of the training set in the fingerprint of all sets
 
 
 @dataclass
@@ -45,7 +46,7 @@ class DataSplits:
 
     def fingerprint(self) -> dict[str, Fingerprint]:
         """Return the fingerprint of every set, by name."""
-        return {name: dataset.fingerprint() for name, dataset in {"training": self.train, **self.evaluation}.items()}
+        return {name: dataset.fingerprint() for name, dataset in {TRAINING: self.train, **self.evaluation}.items()}
 
 
 def split_identities(count: int, holdout: int, seed: int) -> tuple[list[int], list[int]]:

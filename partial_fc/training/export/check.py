@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from partial_fc.training.config import RunConfig
-from partial_fc.training.data import IdentityDataset, UnreadableImage, open_data, open_source
+from partial_fc.training.data import IdentityDataset, UnreadableImage, open_source
 from partial_fc.training.data.augment import to_float
 from partial_fc.training.errors import UserError
+from partial_fc.training.run import RunFolder
+from partial_fc.training.run_data import data_of_run
 
 TRAINING = "training"  # the name of the training set, where it stands in for held-out ones
 BATCHES = (1, 3, 8)
@@ -59,12 +61,18 @@ class ExportImages:
     """The run's training set; None if --data names other sets."""
 
 
-def open_images(config: RunConfig, shape: tuple[int, int, int], data: Sequence[str | Path]) -> ExportImages:
-    """Open the data sets of an export: the folders `data`, or those of the run. Raises UserError if it cannot."""
+def open_images(
+    run: RunFolder, config: RunConfig, shape: tuple[int, int, int], data: Sequence[str | Path], *, training: bool
+) -> ExportImages:
+    """Open the data sets of an export: the folders `data`, or those of the run.
+
+    training: the training set is used, too. Raises UserError for data that cannot be opened, or that have changed since
+    the run began.
+    """
     try:
         if data:
             return ExportImages({str(each): open_source(each, shape[1], shape[0]) for each in data}, None)
-        splits = open_data(config.data, config.seed)
+        splits = data_of_run(run, config, training=training)
     except UserError as error:
         raise UserError(_about_export_data(str(error), given=bool(data))) from error
     return ExportImages(dict(splits.evaluation) or {TRAINING: splits.train}, splits.train)
@@ -92,6 +100,8 @@ def _about_export_data(text: str, given: bool) -> str:
     """Return an error message of the training data with the options of the export command."""
     if given:
         return text.replace("--data.folder", "--data").replace("choose one with --data.split", "name one of its files")
+    if "--data FOLDER" in text:
+        return text
     hint = "; or name a folder of identity/image files to check the export with: --data"
     return text.replace("--data.folder", "data.folder") + hint
 

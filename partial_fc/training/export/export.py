@@ -96,7 +96,7 @@ def export_backbone(
     config = config_of_run(folder)
     shape = image_shape(config)
     backbone, identity = _load(folder, config, shape)
-    sets = open_images(config, shape, data)
+    sets = open_images(folder, config, shape, data, training="int8" in formats)
     images, different = real_images(sets.sets, sum(BATCHES))
     expected = _embeddings(backbone, images)
     name = config.backbone.name
