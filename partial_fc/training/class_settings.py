@@ -92,6 +92,11 @@ class ClassSettings:
         """Return the settings that were parsed, with the arguments of `default` if it is of the same class."""
         loaded = cls.load(given["class_path"], option)
         arguments = _as_dict(given.get("init_args", {}))
+        for name, value in arguments.items():
+            if value is None and not _may_be_null(loaded, cls.skip, name):
+                raise UserError(
+                    f"--{option}.{name} is null, without a value; give a value, or leave it out for the default"
+                )
         if default is not None and cls.load(default.class_path, option) is loaded:
             arguments = {**default.init_args, **arguments}
         named = cls.names.get(loaded.__name__)
@@ -147,6 +152,17 @@ def _parser(cls: type, skip: frozenset[str]) -> jsonargparse.ArgumentParser:
 def _defaults(cls: type, skip: frozenset[str]) -> dict[str, Any]:
     found: dict[str, Any] = _parser(cls, skip).get_defaults().as_dict()
     return found
+
+
+@functools.cache
+def _may_be_null(cls: type, skip: frozenset[str], name: str) -> bool:
+    """Return whether an argument of a class may be null; in init_args, jsonargparse takes null for any type."""
+    if _defaults(cls, skip).get(name) is None:
+        return True
+    try:
+        return _parser(cls, skip).parse_args([f"--{name}", "null"], defaults=False)[name] is None
+    except (jsonargparse.ArgumentError, TypeError):
+        return False
 
 
 def _as_dict(value: Any) -> Any:

@@ -8,7 +8,7 @@ under it. Unknown settings and values of the wrong type are refused by name. The
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from partial_fc.training.heads import CenterConfig, HeadConfig, MarginSettings, 
 from partial_fc.training.optimizers import Optimizers, OptimizerSettings, default_optimizer
 from partial_fc.training.run import OutputConfig
 from partial_fc.training.schedules import HeadScheduleConfig, ScheduleConfig
-from partial_fc.training.settings_file import use_safe_loader
+from partial_fc.training.settings_file import check_file, use_safe_loader
 from partial_fc.training.settings_parser import (
     SettingsParser,
     add_settings,
     as_on_command_line,
+    check_tables,
     class_options,
     plain_settings,
     settings_from,
@@ -57,6 +58,7 @@ __all__ = [
     "check_resumes",
     "flat",
     "keep_still_rows",
+    "parse",
     "save_config",
     "to_config",
 ]
@@ -166,34 +168,50 @@ def add_config(parser: SettingsParser) -> None:
     """Add `--config` and every setting of RunConfig."""
     parser.add_argument("--config", action="config", help="YAML file of settings; the command line overrides it")
     add_settings(parser, RunConfig)
-    tables = [each.name for each in fields(RunConfig) if each.default_factory is not MISSING]
-    use_safe_loader(parser, [name for name in tables if name not in CLASS_OPTIONS], CLASS_OPTIONS)
+    use_safe_loader(parser, RunConfig, CLASS_OPTIONS)
 
 
 def to_config(parser: SettingsParser, arguments: list[str]) -> RunConfig:
     """Return the settings that `arguments` name, checked."""
-    file = arguments[arguments.index("--config") + 1] if "--config" in arguments[:-1] else ""
+    given = parse(parser, arguments, defaults=False)
     try:
-        with naming(Path(file)) if file else nullcontext():
-            given = parser.parse_args(arguments, defaults=False)
-    except jsonargparse.ArgumentError as error:  # the message does not say which file
-        if file and ("parsing config" in str(error) or _is_refused(parser, file)):
-            raise UserError(f"{file}: {error}") from error
-        raise
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{file} is no file of settings: {error}") from error
-    config = settings_from(RunConfig, given)
+        check_tables(RunConfig, given)
+        config = settings_from(RunConfig, given)
+    except UserError as error:
+        raise _naming_the_file(error, parser, arguments) from error
     config.check()
     return config
 
 
-def _is_refused(parser: SettingsParser, file: str) -> bool:
-    """Return whether a file of settings is refused without anything else on the command line."""
+def parse(parser: SettingsParser, arguments: list[str], *, defaults: bool = True) -> jsonargparse.Namespace:
+    """Return what `arguments` say. UserError, or jsonargparse's ArgumentError, for a mistake in them; one in a settings
+    file names it."""
+    file = _file_of(arguments)
     try:
-        parser.parse_args(["--config", file], defaults=False)
+        if Path(file).is_file():
+            check_file(Path(file), RunConfig, CLASS_OPTIONS)
+        with naming(Path(file)) if file else nullcontext():
+            return parser.parse_args(arguments, defaults=defaults)
+    except (jsonargparse.ArgumentError, UserError) as error:
+        raise _naming_the_file(error, parser, arguments) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{file} is no file of settings: {error}") from error
+
+
+def _file_of(arguments: list[str]) -> str:
+    return arguments[arguments.index("--config") + 1] if "--config" in arguments[:-1] else ""
+
+
+def _naming_the_file(error: Exception, parser: SettingsParser, arguments: list[str]) -> Exception:
+    """Return the error, with the name of the settings file if that is refused without all else on the command line."""
+    file = _file_of(arguments)
+    if not file or file in str(error):
+        return error
+    try:
+        settings_from(RunConfig, parser.parse_args(["--config", file], defaults=False))
     except (jsonargparse.ArgumentError, UserError):
-        return True
-    return False
+        return UserError(f"{file}: {error}")
+    return error
 
 
 def save_config(config: RunConfig, path: Path) -> None:

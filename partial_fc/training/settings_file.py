@@ -14,7 +14,8 @@ has named otherwise than in the file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -22,8 +23,9 @@ import yaml
 
 from partial_fc.training.class_settings import TRUST, ClassSettings, is_trusted
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import text_of
 from partial_fc.training.old_settings import in_new_form
-from partial_fc.training.settings_parser import NAMED, as_on_command_line
+from partial_fc.training.settings_parser import NAMED, as_on_command_line, check_tables
 
 MODE = "partial_fc"
 OF_CLASSES = ("class_path", "init_args", "dict_kwargs")
@@ -34,32 +36,80 @@ class SettingsFileError(yaml.YAMLError):
     """A settings file asks for code that the user has not named, or for what no setting can be."""
 
 
-def use_safe_loader(parser: jsonargparse.ArgumentParser, tables: Collection[str], classes: Kinds) -> None:
+def use_safe_loader(parser: jsonargparse.ArgumentParser, settings: type, classes: Kinds) -> None:
     """Let `parser` read files and values safely.
 
-    tables: names of settings that are tables. classes: setting that is a class -> its kind.
+    settings: the dataclass of all settings. classes: setting that is a class -> its kind.
     """
 
     def load(text: str) -> Any:
         found = jsonargparse.get_loader("yaml")(text)
-        if isinstance(found, dict):
-            try:
-                found = load_settings(found, classes)
-            except UserError as error:
-                raise SettingsFileError(str(error)) from error
-            for name in tables:
-                if isinstance(found.get(name), str):
-                    raise SettingsFileError(f"{name} is a table of settings, not {found[name]!r}")
-        _refuse_classes(found, classes)
+        if not isinstance(found, dict):
+            _refuse_classes(found, classes)
+            return found
+        try:
+            found = load_settings(found, classes)
+            _refuse_classes(found, classes)
+            check_tables(settings, found)
+        except UserError as error:
+            raise SettingsFileError(str(error)) from error
         return found
 
     jsonargparse.set_loader(MODE, load, exceptions=(yaml.YAMLError,))
     parser.parser_mode = MODE
 
 
+def check_file(path: Path, settings: type, classes: Kinds) -> None:
+    """UserError for a file that is no table of settings. UnicodeDecodeError for one that is not UTF-8; what is no YAML
+    is left to the parser."""
+    text = text_of(path)
+    try:
+        found = jsonargparse.get_loader("yaml")(f"{text}\n")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return
+    _check_keys(node, path, set())
+    if isinstance(node, yaml.MappingNode) and not isinstance(found, dict):  # one name without a value
+        found = yaml.safe_load(text)
+    if found is None:
+        raise UserError(f"{path} is empty; write settings into it, or leave it out")
+    if not isinstance(found, dict):
+        kind = "a list" if isinstance(found, list) else "a single value"
+        raise UserError(f"{path} is {kind}, not a table of settings (name: value)")
+    try:
+        _refuse_classes(found, classes)
+        check_tables(settings, in_new_form(found))
+    except (UserError, SettingsFileError) as error:
+        raise UserError(f"{path}: {error}") from error
+    if all(value is None for value in found.values()):
+        raise UserError(f"{path} has no settings, only names of empty tables: {', '.join(map(str, found))}")
+
+
+def _check_keys(node: yaml.Node | None, path: Path, seen: set[int], prefix: str = "") -> None:
+    """UserError for a name that a table has twice: YAML takes the last one, without the settings of the first."""
+    if node is None or id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for inner in node.value:
+            _check_keys(inner, path, seen, prefix)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, inner in node.value:
+            name = f"{prefix}.{key.value}" if prefix else str(key.value)
+            line = key.start_mark.line + 1
+            if name in lines:
+                raise UserError(f"{path} has {name} twice, in lines {lines[name]} and {line}; join them")
+            lines[name] = line
+            _check_keys(inner, path, seen, name)
+
+
 def load_settings(found: dict[str, Any], classes: Kinds) -> dict[str, Any]:
     """Return the settings of a file in today's form, classes by their import paths. UserError for untrusted ones."""
     found = in_new_form(found)
+    train = found.get("train")
+    if isinstance(train, dict) and train.get("mixed_precision") is False:  # what YAML makes of no without quotes
+        found["train"] = {**train, "mixed_precision": "no"}
     for option, kind in classes.items():
         *tables, name = option.split(".")
         table: Any = found

@@ -15,10 +15,12 @@ scale.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import MISSING, Field, fields, is_dataclass
+from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -58,7 +60,7 @@ class SettingsParser(jsonargparse.ArgumentParser):
     """A parser whose options may be classes with arguments: `add_class_option`, `add_settings`."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{"formatter_class": _HelpFormatter, **options})
+        super().__init__(*arguments, **{"formatter_class": _HelpFormatter, "allow_abbrev": False, **options})
         self.class_options: dict[str, Kind] = {}
         self._may_be_null: set[str] = set()
 
@@ -190,6 +192,53 @@ def add_settings(parser: SettingsParser, cls: type, prefix: str = "") -> None:
             )
         elif section is not None:
             add_settings(parser, section, name)
+
+
+def check_tables(cls: type, given: Any, prefix: str = "") -> None:
+    """UserError for what no setting of the dataclass `cls` can be, in a file or on the command line: something else in
+    the place of a table, and null where a setting has a type without it. jsonargparse checks neither in a file."""
+    hints = get_type_hints(cls)
+    for each, kind, section in _fields(cls):
+        if each.name not in given:
+            continue
+        value, name = given[each.name], f"{prefix}.{each.name}" if prefix else each.name
+        item: Any = next(iter(get_args(hints[each.name])), None)
+        if section is not None:
+            _check_table(section, value, name)
+        elif kind is None and _is_nothing(value, hints[each.name]):
+            what = "empty" if value is not None and not value.strip() else "null, without a value"
+            raise UserError(f"--{name} is {what}; give a value, or leave it out for the default")
+        elif get_origin(hints[each.name]) is list and is_dataclass(item) and isinstance(value, list):
+            for number, inner in enumerate(value):
+                _check_table(item, inner, f"{name}[{number}]", may_be_null=False)
+                unknown = [key for key in inner if key not in _names(item)] if isinstance(inner, dict) else []
+                if unknown:
+                    raise UserError(f"{name}[{number}] has no setting {unknown[0]}; it has {', '.join(_names(item))}")
+
+
+def _is_nothing(value: Any, hint: Any) -> bool:
+    """Return whether a value is null where its type has no null, or a text that names nothing."""
+    if isinstance(value, str):  # of a text, jsonargparse takes null on the command line for a word
+        return not value.strip() or (value == "null" and hint is str)
+    return value is None and NoneType not in get_args(hint)
+
+
+def _check_table(cls: Any, value: Any, name: str, *, may_be_null: bool = True) -> None:
+    if value is None and may_be_null:  # a table without entries
+        return
+    if not isinstance(value, dict | jsonargparse.Namespace):
+        raise UserError(f"{name} is a table of settings, not {_in_words(value)}; write the settings below {name}")
+    check_tables(cls, value, name)
+
+
+def _names(cls: Any) -> list[str]:
+    return [each.name for each, _, _ in _fields(cls)]
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list):
+        return "a list"
+    return f"the text {value!r}" if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def settings_from(cls: type[Settings], given: Mapping[str, Any] | jsonargparse.Namespace, prefix: str = "") -> Settings:

@@ -389,7 +389,7 @@ def test_settings_run_nothing(tmp_path, marker, monkeypatch, capsys, command, te
         ("head:\n  margin: {init_args: {class_path: own_module.Own}}\n", "ArcFace has no argument class_path"),
         ("optimizer: {class_path: SGD, init_args: {lr: own_module.Own}}\n", "a setting cannot be a tensor"),
         ("optimizer: {class_path: SGD, init_args: {lr: {class_path: own_module.Own}}}\n", "cannot be a tensor"),
-        ("data:\n  mix: [own_module.Own]\n", "data.mix names code"),
+        ("data:\n  mix: [own_module.Own]\n", "data.mix[0] is a table of settings"),
     ],
 )
 def test_arguments_of_classes_run_nothing(tmp_path, marker, monkeypatch, mistake, text, words):

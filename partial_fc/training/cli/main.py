@@ -50,7 +50,7 @@ try:
     from partial_fc.training.cli.report import report_command
     from partial_fc.training.cli.serve import serve_command
     from partial_fc.training.cli.weights import export_weights_command, import_weights_command
-    from partial_fc.training.config import RunConfig, add_config, check_resumes, keep_still_rows, to_config
+    from partial_fc.training.config import RunConfig, add_config, check_resumes, keep_still_rows, parse, to_config
     from partial_fc.training.data import DataSplits, IdentityDataset, open_data
     from partial_fc.training.data.formats.packed import is_packed, packed_splits
     from partial_fc.training.errors import Preempted, UserError
@@ -267,12 +267,7 @@ def _finish(trainer: Trainer, evaluations: list[Evaluation]) -> None:
 
 def _resolve(parser: SettingsParser, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
     """Return (settings, whether to resume, whether only to check); a resumed run has its settings in its folder."""
-    try:
-        asked = parser.parse_args(arguments)
-    except jsonargparse.ArgumentError as error:
-        if "parsing config" in str(error):  # the file is not valid YAML; the message does not name it
-            raise UserError(f"{arguments[1]}: {error}") from error
-        raise
+    asked = parse(parser, arguments)
     if asked.resume is None and asked.start_or_resume and (RunFolder(asked.output.folder).path / CONFIG).is_file():
         # every rank decides the same: none makes the folder before the trainer's first collective, which all must reach
         asked.resume = ""
