@@ -381,7 +381,7 @@ def _finish(
         unreadable += of_part
         images += (len(_span(part, index)) - len(of_part)) * (part in made)
     if unreadable:
-        write_atomically(folder / UNREADABLE, "".join(f"{name}\n" for name in unreadable).encode())
+        write_atomically(folder / UNREADABLE, "".join(f"{name}\n" for name in unreadable))
     finished = {
         "images": index["images"] - (len(unreadable) - len(dataset.skipped)),
         "unreadable": len(unreadable),

@@ -42,10 +42,29 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def text_of(path: Path) -> str:
-    """Return what is in a text file; OSError that names it."""
+def utf8(text: str) -> bytes:
+    """Return text as UTF-8. Names of files that are not UTF-8 have their own bytes again; other halves of characters,
+    which JSON can have, are escaped."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether text can be written as it is: it has no halves of characters, and is of no name that is not
+    UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def text_of(path: Path, errors: str = "strict") -> str:
+    """Return what is in a text file; OSError that names it. errors: "surrogateescape" for a file of names."""
     with naming(path):
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors=errors)
 
 
 def bytes_of(path: Path) -> bytes:
@@ -88,9 +107,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file as `replacing` does; text as UTF-8."""
+    """Write a file as `replacing` does; text as `utf8` encodes it."""
     with replacing(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        file.write(utf8(data) if isinstance(data, str) else data)
 
 
 class _Writing:
@@ -128,7 +147,7 @@ def read_through(path: Path) -> None:
 
 def append(path: Path, text: str) -> None:
     """Append whole lines to a file. OSError that names it; what of them was written is then cut off, if it can be."""
-    data = text.encode()
+    data = utf8(text)
     with naming(path), path.open("ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         try:

@@ -261,7 +261,7 @@ class RunFolder:
     def unreadable(self) -> set[str]:
         """Return the names of all images that could not be read so far."""
         path = self.path / UNREADABLE
-        return set(text_of(path).splitlines()) if path.exists() else set()
+        return set(text_of(path, errors="surrogateescape").splitlines()) if path.exists() else set()
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         write_atomically(self.path / METRICS, json.dumps(metrics, indent=2) + "\n")

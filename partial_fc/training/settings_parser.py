@@ -28,6 +28,7 @@ import jsonargparse
 
 from partial_fc.training.class_settings import TRUST, ClassSettings, enforce_trust, trust_package_of
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import is_unicode
 from partial_fc.training.old_settings import check_options
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -208,6 +209,11 @@ def check_tables(cls: type, given: Any, prefix: str = "") -> None:
         elif kind is None and _is_nothing(value, hints[each.name]):
             what = "empty" if value is not None and not value.strip() else "null, without a value"
             raise UserError(f"--{name} is {what}; give a value, or leave it out for the default")
+        elif isinstance(value, str) and not is_unicode(value):
+            raise UserError(
+                f"--{name} is {value!r}, a name that is not UTF-8, which config.yaml of the run could not hold; rename "
+                "it, or give a symbolic link to it"
+            )
         elif get_origin(hints[each.name]) is list and is_dataclass(item) and isinstance(value, list):
             for number, inner in enumerate(value):
                 _check_table(item, inner, f"{name}[{number}]", may_be_null=False)

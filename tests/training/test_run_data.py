@@ -1,9 +1,10 @@
-"""Data that changed after a run: a command that would measure on other identities than those it held out refuses, and
-so does a run that would start from the weights of other ones."""
+"""The data of a run, afterwards. Data that changed: a command that would measure on other identities than those it held out refuses, and
+so does a run that would start from the weights of other ones. Names of folders and files that are not UTF-8."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from launched import tiny_run
 
 from partial_fc.training.cli.main import main
+from partial_fc.training.data.labels import class_names
+from partial_fc.training.run import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +122,58 @@ def test_held_out_identities_that_the_weights_know_are_told(trained, tmp_path, c
     told = [line for line in capsys.readouterr().out.splitlines() if "was trained on" in line]
     assert len(told) == 1 and told[0].startswith(f"warning: --backbone.weights {run} was trained on ")
     assert "identities of the holdout set" in told[0] and "--seed 0" in told[0]
+
+
+NOT_UTF8 = os.fsdecode(b"caf\xe9")
+
+
+@pytest.fixture(scope="module")
+def latin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images in folders whose names are not UTF-8, one of them damaged; and a run of them."""
+    root = tmp_path_factory.mktemp("latin")
+    settings = tiny_run(root, data={"workers": 0, "holdout_identities": 2})
+    for path in (root / "images").iterdir():
+        path.rename(path.with_name(f"{NOT_UTF8}{path.name}"))
+    (root / "images" / f"{NOT_UTF8}id2" / f"{NOT_UTF8}.png").write_bytes(b"no picture")
+    assert main(["train", str(settings), "--output.folder", str(root / "run")]) == 0
+    return root
+
+
+def test_names_that_are_not_utf8_are_those_of_a_run(latin):
+    run = latin / "run"
+    assert (run / "report.html").read_text(encoding="utf-8")
+    assert set(class_names(run / "labels.csv")) < {path.name for path in (latin / "images").iterdir()}
+    (damaged,) = RunFolder(run).unreadable()
+    assert damaged.startswith(f"{NOT_UTF8}id2/{NOT_UTF8}.png (")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --resume {run}",
+        "evaluate {run} --output {out}",
+        "evaluate {run} --data {data} --output {out}",
+        "audit {run} --output {out}",
+        "embed {run} --output {out}",
+        "embed {run} --output {out} --files npz",
+        "gallery build {out} --run {run}",
+        "data inspect {data}",
+        "data convert {data} {out} --format folder",
+        "data convert {data} {out} --format webdataset",
+        "data convert {data} {out} --format list",
+        "data convert {data} {out} --format recordio",
+    ],
+)
+def test_names_that_are_not_utf8_work_in_every_command(latin, tmp_path, command):
+    places = {"run": latin / "run", "data": latin / "images", "out": tmp_path / "out"}
+    assert main([each.format(**places) for each in command.split()]) == 0
+    if "folder" in command:
+        assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {
+            path.name for path in (latin / "images").iterdir()
+        }
+
+
+@pytest.mark.parametrize("setting", ["data.folder", "output.folder", "backbone.weights", "head.weights"])
+def test_a_setting_that_is_not_utf8_is_refused_at_the_start(original, tmp_path, mistake, setting):
+    line = mistake("train", original / "run.yaml", "--output.folder", tmp_path / "run", f"--{setting}", NOT_UTF8)
+    assert f"--{setting} is 'caf\\udce9', a name that is not UTF-8" in line and not (tmp_path / "run").exists()

@@ -369,7 +369,7 @@ def _answers(
                 print(_line(picture, answer))
             if file is not None:
                 record = _record(picture, enrolment.identities[place], answer)
-                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                file.write(json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
     return counts
 
 

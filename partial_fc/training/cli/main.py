@@ -6,6 +6,7 @@ A user's mistake is reported in one line on the standard error of one rank, and 
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import sys
 import traceback
@@ -108,6 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     SIGTERM), 130 if interrupted. docs/crashes.md says how each launcher reacts to it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8; Python does the same for stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": train,
         "evaluate": evaluate,

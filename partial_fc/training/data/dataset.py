@@ -28,6 +28,7 @@ import torch
 from partial_fc.training.data.decode import Fit, Pixels, decode_into
 from partial_fc.training.data.safe_files import read_whole
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import utf8
 
 Set = TypeVar("Set", bound="IdentityDataset")
 
@@ -116,13 +117,13 @@ class IdentityDataset(ABC):
         """Return counts and digests of names, labels, files and some images, to detect later that the data changed."""
         names = hashlib.blake2b(digest_size=16)
         for name in self.identity_names:
-            names.update(name.encode("utf-8", "surrogateescape") + b"\0")
+            names.update(utf8(name) + b"\0")
         files = hashlib.blake2b(digest_size=16)
         listed: dict[str, int] = {}
         count = 0
         total = 0
         for name, size in self.files():
-            files.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+            files.update(utf8(f"{name}\0{size}\0"))
             count += 1
             total += size
             if count <= _MAX_LISTED_FILES:

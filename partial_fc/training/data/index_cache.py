@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from partial_fc.checkpoint.locks import waiting
+from partial_fc.training.files import utf8
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -40,7 +41,7 @@ class Strings(Sequence[str]):
         buffer = bytearray()
         ends = []
         for each in strings:
-            buffer += each.encode("utf-8", "surrogateescape")
+            buffer += utf8(each)
             ends.append(len(buffer))
         return cls(np.frombuffer(bytes(buffer), dtype=np.uint8), np.array(ends, dtype=np.int64))
 

@@ -59,7 +59,7 @@ class LabelMap:
             identities = zip(self.labels.tolist(), self.names, self.images.tolist(), strict=True)
             for source_label, (label, name, images) in enumerate(identities):
                 lines.writerow(("" if label < 0 else label, name, source_label, images))
-            write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
+            write_atomically(path, text.getvalue())
 
 
 def class_names(path: Path) -> list[str]:

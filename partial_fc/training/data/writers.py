@@ -267,6 +267,9 @@ _OTHER_WRITERS: dict[str, Callable[[Path, list[str], tuple[int, int]], Writer]] 
 FORMATS = ("recordio", *_OTHER_WRITERS)
 
 
+MAX_NAME = 200  # bytes; a file system takes 255
+
+
 def make_writer(format: str, folder: Path, names: list[str], size: tuple[int, int], total: int) -> Writer:
     """Return the writer of a format, for `total` images of identities `names`."""
     if format == "recordio":
@@ -276,11 +279,15 @@ def make_writer(format: str, folder: Path, names: list[str], size: tuple[int, in
 
 def _folder_name(name: str) -> str:
     """Return a folder name for an identity: percent-encoded unless it is plain. Different names stay different."""
+    try:
+        size, errors = len(os.fsencode(name)), "surrogateescape"  # a name that is not UTF-8 has its bytes again
+    except UnicodeEncodeError:  # half a character, which JSON can have, and no name of a folder
+        size, errors = MAX_NAME, "surrogatepass"
     plain = (
         name
         and name[0] != "."
         and not set(name) & set('/\\%\0<>:"|?*\n\r')
         and name == name.strip()
-        and len(name.encode()) < 200
+        and size < MAX_NAME
     )
-    return name if plain else urllib.parse.quote(name, safe="").replace(".", "%2E") or "%"
+    return name if plain else urllib.parse.quote(name, safe="", errors=errors).replace(".", "%2E") or "%"

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from partial_fc.training.errors import UserError
+from partial_fc.training.files import is_unicode
 from partial_fc.training.gallery.segments import BATCH, Floats, Rows
 
 SHORTEST = 1e-6  # length of an embedding, or of a mean of unit embeddings, that still has a direction
@@ -69,16 +70,8 @@ def check_identities(identities: Sequence[str]) -> None:
     for place, name in enumerate(identities):
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"identity number {place} is {name!r}; give a name that is not empty")
-        if "\0" in name or not _is_unicode(name):
+        if "\0" in name or not is_unicode(name):
             raise UserError(f"identity number {place} is {name!r}, which is not valid text; give another name")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def checked(part: Enrolment, dimension: int) -> Floats:

@@ -18,7 +18,8 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**values)
+    page = environment.get_template(template).render(**values)
+    return page.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8, a page must
 
 
 def png_uri(png: bytes) -> str:
