@@ -58,6 +58,8 @@ def check_head_arguments(
     if not isinstance(margin, Margin):
         raise TypeError(f"margin must be an instance such as ArcFace(scale=64.0), not {margin!r}")
     name = type(margin).__name__
+    if type(margin).target is Margin.target:
+        raise TypeError(f"{name} defines no target(cosine, positives), which every margin needs: docs/margins.md")
     if [key for key, _ in margin.named_parameters()] != (["offset"] if margin.binary else []):
         raise ValueError(f"{name} has parameters; a margin may have buffers, but nothing would train parameters")
     if margin.binary and label_smoothing:

@@ -150,7 +150,12 @@ class HeadConfig:
             self.build_storage()
             classes, device = max(2, self.hard_negatives + 1, self.sample_block), torch.device("meta")
             PartialFC(2, classes, margin, self.sample_rate, device=device, **self._options)
-        except (ValueError, ModuleNotFoundError, RuntimeError) as error:  # the last of a triton that cannot interpret
+        except (
+            TypeError,
+            ValueError,
+            ModuleNotFoundError,
+            RuntimeError,
+        ) as error:  # the last of a triton that cannot interpret
             raise UserError(f"--head: {error}") from error
 
     def weights_source(self, path: str) -> Path:
@@ -196,13 +201,7 @@ class HeadConfig:
     ) -> PartialFC:
         """Return the head of len(class_counts) classes. policy: `TrainConfig.policy`. ValueError for values out of
         range, UserError for more hard negatives than there are other classes."""
-        if self.hard_negatives and self.hard_negatives >= len(class_counts):
-            raise UserError(
-                f"--head.hard_negatives is {self.hard_negatives}; with {len(class_counts)} identities it can be at "
-                f"most {len(class_counts) - 1}"
-            )
-        if self.sample_block > len(class_counts):
-            raise UserError(f"--head.sample_block is {self.sample_block}, with {len(class_counts)} identities")
+        self.check_classes(len(class_counts))
         return PartialFC(
             embedding_size,
             len(class_counts),
@@ -215,6 +214,16 @@ class HeadConfig:
             **self._options,
             **policy,
         )
+
+    def check_classes(self, number: int) -> None:
+        """UserError for settings that a head of so many classes cannot have."""
+        if self.hard_negatives and self.hard_negatives >= number:
+            raise UserError(
+                f"--head.hard_negatives is {self.hard_negatives}; with {number} identities it can be at most "
+                f"{number - 1}"
+            )
+        if self.sample_block > number:
+            raise UserError(f"--head.sample_block is {self.sample_block}; with {number} identities it can be no more")
 
     def build_storage(self) -> Storage | None:
         """Return where rows are to be; None for memory of the device."""

@@ -9,16 +9,19 @@ the chosen figure      is saved with the checkpoint of that step; `Checkpointer`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from partial_fc import RandomState
 from partial_fc.training.config import EvaluationConfig
+from partial_fc.training.data import IdentityDataset
 from partial_fc.training.errors import UserError
-from partial_fc.training.evaluation import FARS, Evaluation
+from partial_fc.training.evaluation import FARS, MIN_FALSE_ACCEPTS, Evaluation
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.protocols.tasks import Task, first_twice
 
@@ -52,6 +55,22 @@ def check_metric(config: EvaluationConfig, sets: Sequence[str], tasks: Sequence[
     if config.best not in known:
         raise UserError(
             f"--evaluation.best {config.best} is not a figure of this run; choose one of {', '.join(known)}"
+        )
+
+
+def check_best(config: EvaluationConfig, sets: Mapping[str, IdentityDataset]) -> None:
+    """UserError if `best` is a figure that its data set is too small for: no checkpoint would be kept by it."""
+    name, _, figure = (config.best or "").rpartition("/")
+    if name not in sets or not figure.startswith("tar@"):
+        return
+    counts = torch.bincount(sets[name].labels)
+    impostors = (int(counts.sum()) ** 2 - int((counts**2).sum())) // 2
+    needed = math.ceil(MIN_FALSE_ACCEPTS / FARS[figure.removeprefix("tar@")])
+    if impostors < needed:
+        raise UserError(
+            f"--evaluation.best {config.best} is a figure that needs {needed:,} pairs of different identities, and "
+            f"the {name} set has {impostors:,}, so no checkpoint would be kept; choose another, such as {name}/eer, "
+            "or hold out more identities"
         )
 
 

@@ -86,6 +86,12 @@ class Optimizers:
             )
         self.build_head(PartialFC(2, 2, sample_rate=0.5, device=torch.device("meta")))
 
+    def check_device(self, device: torch.device) -> None:
+        """UserError for options that the optimizers cannot have on the device of a run."""
+        for option, settings in (("optimizer", self.optimizer), ("head_optimizer", self.head_optimizer)):
+            if settings is not None and device.type == "cpu" and settings.init_args.get("capturable"):
+                raise UserError(f"--{option}.capturable is for a GPU, and this run is on the CPU; leave it out")
+
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the backbone's optimizer over its parameters; UserError for values out of range."""
         built: torch.optim.Optimizer = self.optimizer.build("optimizer", list(parameters))

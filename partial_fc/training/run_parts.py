@@ -24,7 +24,8 @@ from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset
 from partial_fc.training.engine import Engine, Trained, make_engine
 from partial_fc.training.errors import UserError
-from partial_fc.training.mixing import ExtraHeads, MixedIdentities
+from partial_fc.training.micro_batches import MIN_IMAGES
+from partial_fc.training.mixing import MAIN, ExtraHeads, MixedIdentities, sampler_of
 from partial_fc.training.run_data import SAME_DATA, check_classes
 from partial_fc.training.saved import CONFIG, checkpoint_in
 from partial_fc.training.schedules import build_schedules
@@ -47,6 +48,31 @@ class RunParts:
     margin_schedules: dict[str, MarginSchedule]
     """Of the heads whose margin moves, by their names in checkpoints."""
     watch: DivergenceWatch | None
+
+
+def check_sizes(
+    config: RunConfig, main_set: IdentityDataset, train: IdentityDataset, world: int, device: torch.device
+) -> None:
+    """UserError for settings that this data set, so many ranks or this device cannot have; before anything is built.
+
+    main_set, train: as of `build_parts`.
+    """
+    least = MIN_IMAGES * world * config.train.accumulation
+    if config.train.batch_size < least:
+        raise UserError(
+            f"--train.batch_size {config.train.batch_size} leaves fewer than {MIN_IMAGES} images for each of "
+            f"{world} ranks and {config.train.accumulation} micro-batches, which batch normalisation needs; "
+            f"give at least {least}"
+        )
+    if sampler_of(config, train).length // config.micro_batch < config.train.accumulation:
+        raise UserError(
+            f"{len(train)} training images are fewer than one batch of {config.train.batch_size}; lower "
+            "--train.batch_size"
+        )
+    extra = [each for name, each in train.sets.items() if name != MAIN] if isinstance(train, MixedIdentities) else []
+    for each in (main_set, *extra):
+        config.head.check_classes(each.num_identities)
+    config.optimizers.check_device(device)
 
 
 def build_parts(

@@ -30,8 +30,8 @@ from partial_fc.training.engine import make_accelerator
 from partial_fc.training.errors import Preempted, UserError
 from partial_fc.training.evaluation import Evaluation
 from partial_fc.training.faults import Faults
-from partial_fc.training.interval import direction, undisturbed
-from partial_fc.training.micro_batches import MIN_IMAGES, MicroBatches, Progress
+from partial_fc.training.interval import check_best, direction, undisturbed
+from partial_fc.training.micro_batches import MicroBatches, Progress
 from partial_fc.training.mixing import mixed, sampler_of
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.ranks import device_line, launcher_has_exited
@@ -40,7 +40,7 @@ from partial_fc.training.results import describe_environment, write_results
 from partial_fc.training.run import DATA, UNREADABLE, RunFolder
 from partial_fc.training.run_data import held_out_of_weights
 from partial_fc.training.run_evaluation import RunEvaluation
-from partial_fc.training.run_parts import build_parts, checked_weights
+from partial_fc.training.run_parts import build_parts, check_sizes, checked_weights
 from partial_fc.training.shared_folder import check_same_start, check_shared
 from partial_fc.training.step_log import StepLog
 
@@ -76,20 +76,11 @@ class Trainer:
         self.evaluation = RunEvaluation(
             config, self.data, self.accelerator, self.folder, self.progress, self._asked_to_stop
         )
-        least = MIN_IMAGES * self.world * config.train.accumulation
-        if config.train.batch_size < least:
-            raise UserError(
-                f"--train.batch_size {config.train.batch_size} leaves fewer than {MIN_IMAGES} images for each of "
-                f"{self.world} ranks and {config.train.accumulation} micro-batches, which batch normalisation needs; "
-                f"give at least {least}"
-            )
+        if not resume:  # an older run may have such a figure
+            check_best(config.evaluation, self.data.evaluation)
+        check_sizes(config, self.main_set, self.data.train, self.world, self.accelerator.device)
         self.loader = self._loader()
         self.steps_per_epoch = len(self.loader) // config.train.accumulation
-        if not self.steps_per_epoch:
-            raise UserError(
-                f"{len(self.data.train)} training images are fewer than one batch of {config.train.batch_size}; lower "
-                "--train.batch_size"
-            )
         parts = build_parts(config, self.main_set, self.data.train, self.accelerator, self.steps_per_epoch, resume)
         self.head = parts.head
         self.head_optimizer = parts.head_optimizer

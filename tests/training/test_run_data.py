@@ -177,3 +177,13 @@ def test_names_that_are_not_utf8_work_in_every_command(latin, tmp_path, command)
 def test_a_setting_that_is_not_utf8_is_refused_at_the_start(original, tmp_path, mistake, setting):
     line = mistake("train", original / "run.yaml", "--output.folder", tmp_path / "run", f"--{setting}", NOT_UTF8)
     assert f"--{setting} is 'caf\\udce9', a name that is not UTF-8" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate {run} --data {data}", "embed {run} --data {data}", "evaluate {run}"])
+def test_a_damaged_image_names_the_option_of_the_command(trained, tmp_path, mistake, command):
+    for path in trained.glob("images/*/0.png"):
+        path.write_bytes(path.read_bytes()[:-20] + bytes(20))  # of the same size
+    (trained / "run/data.json").unlink()
+    arguments = command.format(run=trained / "run", data=trained / "images").split()
+    line = mistake(*arguments, "--output", tmp_path / "out", "--on_error", "raise")
+    assert "0.png" in line and "or pass --on_error skip" in line

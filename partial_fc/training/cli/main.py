@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import signal
 import sys
 import traceback
@@ -55,8 +56,8 @@ try:
     from partial_fc.training.data import DataSplits, IdentityDataset, open_data
     from partial_fc.training.data.formats.packed import is_packed, packed_splits
     from partial_fc.training.errors import Preempted, UserError
-    from partial_fc.training.interval import check_metric
-    from partial_fc.training.mixing import mixed, sampler_of
+    from partial_fc.training.interval import check_best, check_metric
+    from partial_fc.training.mixing import mixed
     from partial_fc.training.protocols.task_files import open_tasks
     from partial_fc.training.ranks import check_devices, device_line, find_ranks, shows_errors
     from partial_fc.training.run import CONFIG, RunFolder
@@ -152,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "--traceback" in arguments:
             traceback.print_exc()
         elif shows_errors():
-            print(f"partial-fc: error: {_one_line(error)}", file=sys.stderr)
+            print(f"partial-fc: error: {_one_line(error, arguments[0])}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:  # on the rank that has it; the others name it
         traceback.print_exc()
@@ -169,8 +170,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, command: str) -> str:
     text = " ".join(str(error).split())
+    if command not in ("train", "doctor", "comms"):  # other commands have these settings of a run as options
+        for option in ("on_error", "workers"):
+            text = text.replace(f"--data.{option}", f"--{option}")
     return f"training diverged, {text}; lower --optimizer.lr" if isinstance(error, NonFiniteError) else text
 
 
@@ -220,15 +224,13 @@ def train(arguments: list[str]) -> None:
         tasks = open_tasks(config.evaluation, data.train.image_shape, config.data.on_error)
         check_metric(config.evaluation, list(data.evaluation), tasks)
         config.backbone.build(data.train.image_shape, None if resume else config.backbone.weights, print)
-        if not resume:
-            from partial_fc.training.run_parts import checked_weights, head_without_memory
+        from partial_fc.training.run_parts import check_sizes, checked_weights, head_without_memory
 
+        device = torch.device("cpu" if config.train.cpu or not torch.cuda.is_available() else "cuda")
+        check_sizes(config, data.train, train, int(os.environ.get("WORLD_SIZE", "1")), device)
+        if not resume:
+            check_best(config.evaluation, data.evaluation)
             checked_weights(config, head_without_memory(config, data.train), data.train.identity_names)
-        if sampler_of(config, train).length < config.train.batch_size:
-            raise UserError(
-                f"{len(data.train)} training images are fewer than one batch of {config.train.batch_size}; lower "
-                "--train.batch_size"
-            )
         identities = data.train.num_identities
         print(device_line(config.train.cpu))
         print(f"settings, data and folder are fine: {len(data.train):,} images of {identities:,} identities")

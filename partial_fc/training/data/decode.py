@@ -124,7 +124,14 @@ def _resize_into(image: Image.Image, out: Pixels) -> None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Convert a 16-bit grey image to 8 bits by its high bytes; Pillow's conversion would clip everything above 255."""
+    """Convert a 16-bit grey image to 8 bits by its high bytes; Pillow's conversion would clip everything above 255.
+
+    ValueError for pixels of a type that does not say which value is white, as floats do: clipped, such an image is
+    black or white all over.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+        raise ValueError(f"its pixels are {kind}, which do not say what is white; save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))

@@ -16,6 +16,7 @@ from partial_fc.training.data import (
     GlyphIdentities,
     IdentityDataset,
     UnreadableImage,
+    decode_picture,
     open_data,
     scan_folder,
     split_identities,
@@ -492,3 +493,26 @@ def test_a_batch_moves_to_a_device():
     batch = next(iter(BatchLoader(GlyphIdentities("train", identities=1), batch_size=4)))
     moved = batch.to("meta")
     assert {moved.images.device.type, moved.labels.device.type, moved.indices.device.type} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("pixels", "kind", "readable"),
+    [
+        (np.linspace(0, 1, 256, dtype=np.float32), "TIFF", False),
+        (np.linspace(0, 255, 256, dtype=np.float32), "TIFF", False),
+        (np.arange(256, dtype=np.int32), "TIFF", False),
+        (np.arange(256, dtype=np.uint16) * 257, "TIFF", True),
+        (np.arange(256, dtype=np.uint16) * 257, "PNG", True),
+        (np.arange(256, dtype=np.uint16) * 257, "PPM", True),
+        (np.arange(256, dtype=np.uint8), "TIFF", True),
+    ],
+)
+def test_pixels_that_do_not_say_what_is_white_are_unreadable(pixels, kind, readable):
+    """A float TIFF of 0 to 1 would become black all over."""
+    data = io.BytesIO()
+    Image.fromarray(pixels.reshape(16, 16)).save(data, kind)
+    if readable:
+        assert decode_picture(data.getvalue(), (1, 16, 16), "it").flatten().tolist() == list(range(256))
+        return
+    with pytest.raises(UnreadableImage, match=r"it \(its pixels are .* save it with 8 or 16 bits\)"):
+        decode_picture(data.getvalue(), (1, 16, 16), "it")
