@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from partial_fc import GlobalBatch, PartialFC, RowOptimizer
 from partial_fc.training.config import RunConfig
 from partial_fc.training.data import IdentityDataset, open_data
 from partial_fc.training.data.augment import stream_key
+from partial_fc.training.data.config import MixedSet
 from partial_fc.training.data.decode import Pixels
 from partial_fc.training.data.labels import LabelMap
 from partial_fc.training.data.samplers import Integers, Sampler, make_sampler
@@ -242,7 +243,13 @@ def mixed(config: RunConfig, train: IdentityDataset) -> IdentityDataset:
             channels=None if glyphs else 1 if channels == 1 else 3,
             mix=[],
         )
-        opened = open_data(data, config.seed)
+        try:
+            opened = open_data(data, config.seed)
+        except UserError as error:  # in words for the run's own data set
+            words = str(error)
+            for own in fields(MixedSet):
+                words = words.replace(f"--data.{own.name}", f"its {own.name}")
+            raise UserError(f"the set {extra.name} of --data.mix: {words}") from error
         sets[extra.name] = opened.train
         maps[extra.name] = opened.label_map or LabelMap.of(opened.train.identity_names, opened.train.labels)
     together = MixedIdentities(sets, [1.0, *(extra.weight for extra in config.data.mix)])

@@ -29,7 +29,8 @@ from typing import Any, Literal
 import yaml
 
 from partial_fc import Checkpointer
-from partial_fc.training.data import TRAINING, what_changed
+from partial_fc.training.data import what_changed
+from partial_fc.training.data.splits import TRAINING
 from partial_fc.training.errors import UserError, check_at_least, words
 from partial_fc.training.files import append, text_of, told, write_atomically
 from partial_fc.training.saved import CHECKPOINTS

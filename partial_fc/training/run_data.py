@@ -14,8 +14,9 @@ from pathlib import Path
 import yaml
 
 from partial_fc.training.config import RunConfig
-from partial_fc.training.data import TRAINING, DataSplits, open_data
+from partial_fc.training.data import DataSplits, open_data
 from partial_fc.training.data.labels import LABELS, class_names
+from partial_fc.training.data.splits import TRAINING
 from partial_fc.training.errors import UserError
 from partial_fc.training.files import text_of
 from partial_fc.training.mixing import mixed

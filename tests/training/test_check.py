@@ -32,13 +32,16 @@ MISTAKES = {
     f"{BEST} holdout/tar@1e-2": "needs 1,000 pairs of different identities, and the holdout set has 64",
     f"{BEST} holdout/tar@1e-5": "needs 1,000,000 pairs of different identities",
     "--data.mix [{name:a,folder:x,wieght:2}]": "data.mix",
+    "--data.mix [{name:a,folder:nowhere}]": "the set a of --data.mix: the data folder nowhere does not exist; check its",
+    "--data.mix [{name:a,identities:5000,folder:{data}}]": "the set a of --data.mix: 5000 identities were asked for",
 }
 
 
 @pytest.mark.parametrize("check", [["--check"], []])
 @pytest.mark.parametrize("given", MISTAKES)
 def test_the_check_refuses_what_the_run_refuses(settings, tmp_path, mistake, given, check):
-    given_settings = [each.replace(":", ": ") for each in given.split()]
+    data = str(settings.parent / "images")
+    given_settings = [each.replace(":", ": ").replace("{data}", data) for each in given.split()]
     line = mistake("train", settings, "--output.folder", tmp_path / "run", *given_settings, *check)
     assert MISTAKES[given] in line and not (tmp_path / "run").exists()
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from partial_fc.training.cli.gallery_sources import SHOWN, Source, add_sources, open_backbone, open_source
-from partial_fc.training.cli.parser import CommandParser, add_traceback, check_at_least
+from partial_fc.training.cli.parser import CommandParser, add_traceback
 from partial_fc.training.data import UnreadableImage
 from partial_fc.training.data.safe_files import read_whole
 from partial_fc.training.embedding import Embedder
@@ -320,7 +320,8 @@ def search_command(arguments: list[str]) -> None:
         "--results", default=None, metavar="FILE", help="write the answers to this new file, a JSON object a line"
     )
     options = parser.parse_intermixed_args(arguments)  # images may come after options
-    check_at_least(options, "k", 1)
+    if options.k < 1:
+        raise UserError(f"-k is {options.k}; give at least 1")
     gallery = Gallery.open(options.gallery)
     if not len(gallery):
         raise UserError(f"the gallery {options.gallery} is empty; add identities: partial-fc gallery add")
@@ -344,6 +345,8 @@ def search_command(arguments: list[str]) -> None:
 
 def _answer(gallery: Gallery, queries: Iterator[Enrolment], options: argparse.Namespace, labelled: bool) -> None:
     """Search for all queries; print the answers, or of a data set how many were right, and write them if asked."""
+    if options.results is not None:
+        Path(options.results).parent.mkdir(parents=True, exist_ok=True)
     writing = contextlib.nullcontext() if options.results is None else replacing(Path(options.results))
     with writing as file:
         counts = _answers(gallery, queries, options, labelled, file)

@@ -32,11 +32,10 @@ from partial_fc.training.data.formats.parquet import ParquetIdentities
 from partial_fc.training.data.formats.recordio import RecordIdentities
 from partial_fc.training.data.formats.tar_files import TarIdentities
 from partial_fc.training.data.open_data import open_data
-from partial_fc.training.data.splits import TRAINING, DataSplits, split_identities, what_changed
+from partial_fc.training.data.splits import DataSplits, split_identities, what_changed
 
 __all__ = [
     "IMAGE_SUFFIXES",
-    "TRAINING",
     "DataConfig",
     "DataSplits",
     "EncodedIdentities",

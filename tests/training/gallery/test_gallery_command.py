@@ -88,10 +88,10 @@ def test_the_whole_way(run, data, tmp_path, capsys):
     )
     command("calibrate", g, "--threshold", "0.999")
     image = first / "id0003" / "00009.jpg"
-    command("search", g, image, "-k", "2", "--results", tmp_path / "answers.jsonl")
+    command("search", g, image, "-k", "2", "--results", tmp_path / "new" / "answers.jsonl")
     said = capsys.readouterr().out
     assert f"{image}: " in said and "(threshold 0.999; " in said
-    (line,) = (tmp_path / "answers.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "new" / "answers.jsonl").read_text().splitlines()
     answer = json.loads(line)
     assert len(answer["matches"]) == 2 and answer["nobody"] is (answer["matches"][0]["cosine"] < 0.999)
     command("search", g, image, "--threshold", "-1")
@@ -225,7 +225,7 @@ def test_mistakes_are_one_line_and_change_nothing(run, data, tmp_path, mistake, 
         (["remove", g, "--names", tmp_path / "nothing"], "cannot be read"),
         (["search", g], "give image files, or a data set"),
         (["search", g, image, "--data", data], "give image files, or a data set"),
-        (["search", g, image, "-k", "0"], "--k is 0; give at least 1"),
+        (["search", g, image, "-k", "0"], ": -k is 0; give at least 1"),
         (["search", g, tmp_path / "broken.jpg"], "broken.jpg cannot be read"),
         (["search", g, image, "--run", tmp_path / "two" / "run"], "was built with another backbone"),
         (["search", g, image, "--flip"], "was built with flip False, but now it is True"),
