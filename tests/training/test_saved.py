@@ -149,3 +149,10 @@ def test_a_backbone_in_rows_is_read_at_any_world_size(ranks, tmp_path):
     ranks(2).run(written_in_rows, str(tmp_path))
     assert read_on_ranks(0, 1, str(tmp_path))
     assert all(ranks(3).run(read_on_ranks, str(tmp_path)))
+
+
+def test_a_run_needs_no_import(tmp_path, mistake):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    line = mistake("import", tmp_path, "--output", tmp_path / "new")
+    assert f"{tmp_path} is a run, which needs no import: give it to --head.weights" in line
+    assert not (tmp_path / "new").exists()

@@ -30,7 +30,7 @@ from partial_fc.optim.row_optimizer import RowOptimizer
 from partial_fc.training.cli.parser import add_traceback
 from partial_fc.training.errors import UserError
 from partial_fc.training.heads import MarginSettings
-from partial_fc.training.saved import checkpoint_in
+from partial_fc.training.saved import CONFIG, checkpoint_in
 from partial_fc.training.settings_parser import SettingsParser
 from partial_fc.weights.rank_files import RankFiles
 from partial_fc.weights.safetensors_file import (
@@ -204,6 +204,12 @@ def import_weights_command(arguments: list[str]) -> None:
         output = Path(asked.output)
         if (output / MANIFEST).exists():
             raise UserError(f"{output} already holds a checkpoint; choose another --output")
+        for source in map(Path, asked.sources):
+            if (source / CONFIG).is_file():
+                raise UserError(
+                    f"{source} is a run, which needs no import: give it to --head.weights, or one of its checkpoints to "
+                    "load_checkpoint"
+                )
         sources, kind, described = _open_sources([Path(p) for p in asked.sources], asked.key)
         if kind == "head" and described is not None and given is None:
             built = margin.build_margin(torch.ones(sources["weight"].shape[0]), "margin").describe()
