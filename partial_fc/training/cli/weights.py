@@ -207,8 +207,8 @@ def import_weights_command(arguments: list[str]) -> None:
         for source in map(Path, asked.sources):
             if (source / CONFIG).is_file():
                 raise UserError(
-                    f"{source} is a run, which needs no import: give it to --head.weights, or one of its checkpoints to "
-                    "load_checkpoint"
+                    f"{source} is a run, which needs no import: give it to --head.weights, or one of its checkpoints "
+                    "to load_checkpoint"
                 )
         sources, kind, described = _open_sources([Path(p) for p in asked.sources], asked.key)
         if kind == "head" and described is not None and given is None:
