@@ -150,12 +150,8 @@ class HeadConfig:
             self.build_storage()
             classes, device = max(2, self.hard_negatives + 1, self.sample_block), torch.device("meta")
             PartialFC(2, classes, margin, self.sample_rate, device=device, **self._options)
-        except (
-            TypeError,
-            ValueError,
-            ModuleNotFoundError,
-            RuntimeError,
-        ) as error:  # the last of a triton that cannot interpret
+        # a RuntimeError is that of a triton that cannot interpret
+        except (TypeError, ValueError, ModuleNotFoundError, RuntimeError) as error:
             raise UserError(f"--head: {error}") from error
 
     def weights_source(self, path: str) -> Path:
