@@ -68,8 +68,8 @@ def end_update(optimizer: Any) -> None:
             "update_in_backward cannot be joined with a GradScaler: rows moved before their gradient was unscaled"
         )
     if optimizer.moved_in_backward:  # the backward of another loss would be wrong from here on
-        moved = optimizer.class_rows.parameters.values()
-        torch.autograd.graph.increment_version([local_part(p.detach()) for p in moved])
+        for parameter in optimizer.class_rows.parameters.values():
+            torch.autograd.graph.increment_version(local_part(parameter.detach()))
     optimizer.moved_in_backward = False
 
 
