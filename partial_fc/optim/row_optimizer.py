@@ -157,8 +157,8 @@ class RowUpdate:
         inner.param_groups[0]["params"] = [block]
         if self.before:
             inner.state[block] = {key: self._part(key, value, index, a, b) for key, value in self.before.items()}
-        inner.step()
-        torch.autograd.graph.increment_version(block.grad if self.optimizer.update_in_backward else rows)  # or end_update
+        inner.step()  # a fused one tells autograd nothing; of rows that move in backward, `end_update` does
+        torch.autograd.graph.increment_version(block.grad if self.optimizer.update_in_backward else rows)
         if self.wide is not None and self.wide.source is not self.weight:
             _put(self.wide.source, block.detach(), index, a, b)
         narrow = block.detach() if self.wide is None else self.wide.narrow(block.detach(), index, a, b)
