@@ -131,14 +131,14 @@ class CenterLoss(ChangeableLoss):
         self._complete()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, self._checked_setting(name, value) if name in self.SETTINGS else value)
+        super().__setattr__(name, self._checked(name, value) if self._is_built and name in self.SETTINGS else value)
 
-    def _checked_setting(self, name: str, value: Any) -> Any:
-        if name == "update" and self._is_built and value != self.update:
+    def _checked(self, name: str, value: Any) -> Any:
+        if name == "update" and value != self.update:
             raise ValueError(
                 f"update is {self.update!r} since the centers were built; build another loss for {value!r}"
             )
-        return _checked_alpha(value) if name == "alpha" else super()._checked_setting(name, value)
+        return _checked_alpha(value) if name == "alpha" else super()._checked(name, value)
 
     def extra_repr(self) -> str:
         moved = f"alpha={self.alpha}" if self.update == "paper" else f"update={self.update!r}"

@@ -44,7 +44,7 @@ class PartialFC(HeadState):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, self._checked_setting(name, value) if name in self.SETTINGS else value)
+        super().__setattr__(name, self._checked(name, value) if self._is_built and name in self.SETTINGS else value)
 
     @torch._disable_dynamo  # collectives and sizes that depend on data: under torch.compile the head runs as it is
     def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:

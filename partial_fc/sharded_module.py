@@ -128,7 +128,7 @@ class ShardedModule(nn.Module):
         "steps of the optimizer": "class_rows.updates",
     }
 
-    SETTINGS: ClassVar[frozenset[str]] = frozenset({*CHECKS, "embedding_size", "num_classes"})  # see `_checked_setting`
+    SETTINGS: ClassVar[frozenset[str]] = frozenset({*CHECKS, "embedding_size", "num_classes"})  # see `_checked`
     _is_built = False
 
     def __init__(self, arguments: SharedArguments, *, sampled: bool) -> None:
@@ -194,11 +194,9 @@ class ShardedModule(nn.Module):
             allow_anomaly_detection()
         self._is_built = True
 
-    def _checked_setting(self, name: str, value: Any) -> Any:
+    def _checked(self, name: str, value: Any) -> Any:
         """Return what an attribute of `SETTINGS` is to be, checked as at construction. ValueError for what it cannot
-        be. While the loss is built there is nothing to check: its arguments were."""
-        if not self._is_built:
-            return value
+        be. Subclasses ask for it whenever one is set once the loss is built."""
         if name in CHECKS:
             return CHECKS[name](value)
         if name == "num_classes" and value != self.class_rows.shards.num_classes:

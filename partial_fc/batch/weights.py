@@ -15,11 +15,13 @@ SUM_TOLERANCE = 1e-3  # how far from 1 the weights of a sample's labels may sum 
 def weights_problem(embeddings: Tensor, labels: Tensor, label_weights: Any, sample_weights: Any) -> str:
     """Return what is wrong with their types and shapes; "" if nothing is."""
     for what, weights in (("label_weights", label_weights), ("sample_weights", sample_weights)):
-        if weights is not None and not isinstance(weights, Tensor):
+        if weights is None:
+            continue
+        if not isinstance(weights, Tensor):
             return f"{what} must be a tensor, not {type(weights).__name__}"
-        if weights is not None and weights.device != embeddings.device:
+        if weights.device != embeddings.device:
             return f"{what} are on {weights.device}, embeddings on {embeddings.device}"
-        if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+        if weights.requires_grad and torch.is_grad_enabled():
             return f"{what} require grad, but the loss has no gradient by them: pass {what}.detach()"
     if labels.ndim == 1 and label_weights is not None:
         return (

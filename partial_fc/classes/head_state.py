@@ -225,9 +225,7 @@ class HeadState(HeadPredictions):
         own = {"_workspace": Workspace(), "_measured": None, "_last_labels": None}
         return {**super().__getstate__(), **own}
 
-    def _checked_setting(self, name: str, value: Any) -> Any:
-        if not self._is_built:
-            return value
+    def _checked(self, name: str, value: Any) -> Any:
         if name == "margin":
             return self.fitting(value)
         if name == "class_weights":
@@ -239,7 +237,7 @@ class HeadState(HeadPredictions):
         if name in NUMBERS:
             now = {each: getattr(self, each) for each in NUMBERS}
             return getattr(check_head_arguments(self.margin, self.sample_rate, **{**now, name: value}), name)
-        return super()._checked_setting(name, value)
+        return super()._checked(name, value)
 
     def fitting(self, margin: Margin) -> Margin:
         """Return a margin that is to replace this head's, prepared as at construction. Trained parameters stay.

@@ -195,18 +195,25 @@ def add_settings(parser: SettingsParser, cls: type, prefix: str = "") -> None:
             add_settings(parser, section, name)
 
 
+def _given(cls: type, given: Any, prefix: str) -> Iterator[tuple[Any, Any, Any, Any, Any, str]]:
+    """Yield each field of `cls` that is given: it, its kind and section (`_fields`), its type, the type of an item of a
+    list, and its full name."""
+    hints = get_type_hints(cls)
+    for each, kind, section in _fields(cls):
+        if each.name in given:
+            hint = hints[each.name]
+            item = next(iter(get_args(hint)), None)
+            yield each, kind, section, hint, item, f"{prefix}.{each.name}" if prefix else each.name
+
+
 def check_tables(cls: type, given: Any, prefix: str = "") -> None:
     """UserError for what no setting of the dataclass `cls` can be, in a file or on the command line: something else in
     the place of a table, and null where a setting has a type without it. jsonargparse checks neither in a file."""
-    hints = get_type_hints(cls)
-    for each, kind, section in _fields(cls):
-        if each.name not in given:
-            continue
-        value, name = given[each.name], f"{prefix}.{each.name}" if prefix else each.name
-        item: Any = next(iter(get_args(hints[each.name])), None)
+    for each, kind, section, hint, item, name in _given(cls, given, prefix):
+        value = given[each.name]
         if section is not None:
             _check_table(section, value, name)
-        elif kind is None and _is_nothing(value, hints[each.name]):
+        elif kind is None and _is_nothing(value, hint):
             what = "empty" if value is not None and not value.strip() else "null, without a value"
             raise UserError(f"--{name} is {what}; give a value, or leave it out for the default")
         elif isinstance(value, str) and not is_unicode(value):
@@ -214,7 +221,7 @@ def check_tables(cls: type, given: Any, prefix: str = "") -> None:
                 f"--{name} is {value!r}, a name that is not UTF-8, which config.yaml of the run could not hold; rename "
                 "it, or give a symbolic link to it"
             )
-        elif get_origin(hints[each.name]) is list and is_dataclass(item) and isinstance(value, list):
+        elif get_origin(hint) is list and is_dataclass(item) and isinstance(value, list):
             for number, inner in enumerate(value):
                 _check_table(item, inner, f"{name}[{number}]", may_be_null=False)
                 unknown = [key for key in inner if key not in _names(item)] if isinstance(inner, dict) else []
@@ -249,13 +256,9 @@ def _in_words(value: Any) -> str:
 
 def settings_from(cls: type[Settings], given: Mapping[str, Any] | jsonargparse.Namespace, prefix: str = "") -> Settings:
     """Return the dataclass of settings `cls` with what was parsed, and its defaults for all else."""
-    hints = get_type_hints(cls)
     values = {}
-    for each, kind, section in _fields(cls):
-        if each.name not in given:
-            continue
-        value, name = given[each.name], f"{prefix}.{each.name}" if prefix else each.name
-        item: Any = next(iter(get_args(hints[each.name])), None)
+    for each, kind, section, hint, item, name in _given(cls, given, prefix):
+        value = given[each.name]
         if kind is not None:
             default = _default(each)
             if value is None and default is not None:
@@ -265,7 +268,7 @@ def settings_from(cls: type[Settings], given: Mapping[str, Any] | jsonargparse.N
             continue
         elif section is not None:
             value = settings_from(section, value, name)
-        elif get_origin(hints[each.name]) is list and is_dataclass(item) and isinstance(item, type):
+        elif get_origin(hint) is list and is_dataclass(item) and isinstance(item, type):
             value = [settings_from(item, inner) for inner in value]
         values[each.name] = value
     return cls(**values)
