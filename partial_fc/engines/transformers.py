@@ -59,7 +59,7 @@ class HeadTrainer(Trainer):
     clipping, bf16, schedules and resuming on another number of ranks work as with any Trainer. The learning rates of
     heads follow the Trainer's schedule, each from its own initial value.
 
-    The loss is the mean over the global batch, also if forward(**kwargs) would take `num_items_in_batch`: the Trainer
+    The loss is the mean over the global batch, also if `forward(**kwargs)` would take `num_items_in_batch`: the Trainer
     divides it by the accumulation steps, and by nothing else.
 
     Raises ValueError for a model without heads, for a head without an optimizer, for `optimizers` with parameters of a
