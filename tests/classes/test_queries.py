@@ -289,18 +289,18 @@ def test_a_bar_without_tqdm_says_what_to_install(monkeypatch):
 
 
 def _largest(rank: int, world: int, K: int) -> tuple[int, int]:
-    """C = 3,000: all cosines of a rank would be 36 MB / world."""
-    C, tile_bytes = 3000, 100_000
+    """C = 1,000: all cosines of a rank would be 4 MB / world."""
+    C, tile_bytes = 1000, 40_000
     head = PartialFC(D, C, SubCenterArcFace(centers=K) if K > 1 else NormFace())
-    x = torch.randn(1000, D)
+    x = torch.randn(300, D)
     found = []
     for ask in (lambda: head.topk(x, 3, tile_bytes=tile_bytes), lambda: head.nearest_classes(3, tile_bytes=tile_bytes)):
         with Allocations() as made:
             ask()
         found.append(made.bytes)
     rows = local(head.weight.detach())
-    answers = max(len(rows) * 3 * 8, 1000 * 3 * 8, rows.nbytes, x.nbytes)
-    assert answers < 2 * tile_bytes + 60_000
+    answers = max(len(rows) * 3 * 8, len(x) * 3 * 8, rows.nbytes, x.nbytes)
+    assert answers < 2 * tile_bytes
     return max(found), max(tile_bytes, answers)
 
 
@@ -308,10 +308,10 @@ def _largest(rank: int, world: int, K: int) -> tuple[int, int]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_no_tensor_is_larger_than_a_tile(ranks, world, K):
     for largest, allowed in ranks(world).run(_largest, K):
-        assert 50_000 < largest <= allowed
+        assert 20_000 < largest <= allowed
 
 
 @pytest.mark.parametrize("K", [1, 2])
 def test_no_tensor_is_larger_than_a_tile_without_a_group(K):
     largest, allowed = _largest(0, 1, K)
-    assert 50_000 < largest <= allowed
+    assert 20_000 < largest <= allowed

@@ -69,7 +69,7 @@ def test_rows_updated_in_backward_end_where_they_would(ranks, world, classes, bu
 
 
 def largest_allocation(rank: int, world: int) -> int:
-    head = PartialFC(D, 20_000, ArcFace(), logits_budget=0)
+    head = PartialFC(D, 4_000, ArcFace(), logits_budget=0)
     optimizer = RowOptimizer(torch.optim.SGD, head, lr=0.1, momentum=0.9, weight_decay=0.1, update_in_backward=True)
     for _ in range(2):  # the first step allocates the state
         x = torch.randn(4, D, requires_grad=True)
@@ -82,7 +82,7 @@ def largest_allocation(rank: int, world: int) -> int:
 
 def test_no_gradient_of_the_whole_weight_exists(ranks):
     for largest in ranks(2).run(largest_allocation):
-        assert 0 < largest <= 10_000  # 1/length of the shard's rows; the weight has 60,000 numbers
+        assert 0 < largest <= 2_000  # 1/length of the shard's rows; the weight has 12,000 numbers
 
 
 def test_what_cannot_be_joined_with_it_is_refused():
@@ -112,10 +112,10 @@ def test_what_cannot_be_joined_with_it_is_refused():
 def train_low(rank: int, world: int, dtype: torch.dtype, low: Any, rate: float) -> Tensor:
     """Many small steps the same way, each below half of bfloat16's resolution for most weights."""
     head = PartialFC(D, 23, ArcFace(scale=8.0), rate, dtype=dtype, init_std=1.0)
-    optimizer = RowOptimizer(torch.optim.SGD, head, lr=2e-3, low_precision=low)
+    optimizer = RowOptimizer(torch.optim.SGD, head, lr=4e-3, low_precision=low)
     x, labels = batch(0, 6, 23)
     part = part_of(6, rank, world)
-    for _ in range(150):
+    for _ in range(75):
         head(x[part].float(), labels[part]).backward()
         optimizer.step()
         optimizer.zero_grad()
