@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from partial_fc import errors
 from partial_fc.batch.building import together
 from partial_fc.batch.exchange import GlobalBatch, gradient_of_losses
 from partial_fc.batch.row_sums import add_to_rows
@@ -398,7 +399,7 @@ class _CenterDistance(torch.autograd.Function):
 
     embeddings: [N_local, D] of this rank if own.scatter, else the global [N, D], whose gradient is then this rank's
     share of it.
-    anchor: a scalar that requires grad if the rows' gradients are to go to own.accumulate, or None. differences: x − c
+    anchor: the parameter whose rows' gradients are to go to own.accumulate, or None. differences: x − c
     [P, D]. The loss is a scalar that is the same on every rank, or [N_local] for reduction "none".
     """
 
@@ -422,8 +423,12 @@ class _CenterDistance(torch.autograd.Function):
         d_loss = gradient_of_losses(grad.to(differences.dtype), own.batch, own.sample_weights, own.reduction)
         coefficients = d_loss[own.sample] * own.label_weights
         grad_own = differences * coefficients[:, None]  # ∂L/∂x of each own target; ∂L/∂c is minus that
+        try:
+            wanted = ctx.needs_input_grad[1] and executes()(ctx.next_functions[1][0])
+        except RuntimeError as error:
+            raise errors.grad_of_rows("CenterLoss") from error
         finish = _send(grad_own, own) if ctx.needs_input_grad[0] else None
-        if ctx.needs_input_grad[1] and executes()(ctx.next_functions[1][0]):  # while the other gradient travels
+        if wanted:  # while the other gradient travels
             _hand_over(grad_own, own)
         return None if finish is None else finish().to(ctx.embeddings.dtype), None, None, None
 

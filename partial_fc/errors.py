@@ -51,6 +51,14 @@ def untaken_gradients(owner: str) -> RuntimeError:
     )
 
 
+def grad_of_rows(owner: str) -> RuntimeError:
+    return RuntimeError(
+        f"torch.autograd.grad cannot give the gradient by the rows of this {owner}: there is none of all rows, because "
+        "they are sampled or move in backward. Call loss.backward(), or backward(inputs=[...]) with the weight among "
+        "them, and look at head.row_grad"
+    )
+
+
 def changed_in_between(owner: str) -> RuntimeError:
     return RuntimeError(
         f"the classes of this {owner} were changed (expand, remap) between a forward and its backward: call backward() "

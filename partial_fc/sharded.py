@@ -98,10 +98,9 @@ class ShardedLoss(ShardedModule):
         self._seen_batch = True
         return batch
 
-    def _anchor(self) -> Tensor:
-        """Return a scalar that requires grad, so that autograd calls the backward although the weights are detached."""
-        requires_grad = any(p.requires_grad for p in self.class_rows.parameters.values())
-        return torch.zeros((), device=self.class_rows.device, requires_grad=requires_grad)
+    def _anchor(self) -> Tensor | None:
+        """Return the parameter that autograd asks for the gradient of detached rows; None if none is trained."""
+        return next((p for p in self.class_rows.parameters.values() if p.requires_grad), None)
 
     def _check_wiring(self) -> None:
         """Raise if it was built before its group, or no optimizer takes row gradients."""
@@ -109,7 +108,6 @@ class ShardedLoss(ShardedModule):
         rows.check_group()
         if rows.store is not None:
             rows.store.check(rows, trains=self.training and torch.is_grad_enabled())
-        if not (self.training and torch.is_grad_enabled() and rows.sampled) or rows.live_optimizer is not None:
-            return
-        if rows.grad_rows is not None or rows.lost > 1:
+        trains_alone = self.training and torch.is_grad_enabled() and rows.sampled and rows.live_optimizer is None
+        if trains_alone and (rows.grad_rows is not None or rows.lost > 1):
             raise errors.untaken_gradients(rows.owner)

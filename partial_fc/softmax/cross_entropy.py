@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from partial_fc import errors
 from partial_fc.batch.row_sums import Pads
 from partial_fc.distributed.derivatives import executes, first_derivative
 from partial_fc.distributed.ranks import naming_the_missing, start_reduce_scatter
@@ -48,8 +49,8 @@ def sharded_cross_entropy(
 
     embeddings: `[N_local, D]` of this rank if `selection.scatter`, else the gathered `[N, D]`. weight: `[C_local, D]`
     or `[C_local, K, D]`. bias: `[C_local]`. offset: `[1]`, added to all logits by a margin of binary decisions. anchor:
-    a scalar that requires grad where weight and bias are detached, because their rows' gradients go to the sink. The
-    loss is a scalar that is the same on every rank, or `[N_local]` for reduction "none".
+    the parameter of weight and bias where these are detached, because their rows' gradients go to the sink. The loss is
+    a scalar that is the same on every rank, or `[N_local]` for reduction "none".
     """
     inputs = embeddings, weight, bias, offset, anchor
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -61,8 +62,7 @@ def sharded_cross_entropy(
         rows = weight.detach(), None if bias is None else bias.detach()
         unusual = partial(KernelSums, streams=needs_grad) if selection.by_kernels else OtherSums
         forwarded = forward(selection, options, sink, *rows, dtypes, needs_grad, unusual)
-    loss, losses, measured, *_ = forwarded
-    return ShardedCrossEntropy.apply(*inputs, forwarded) if needs_grad else loss, losses, measured
+    return ShardedCrossEntropy.apply(*inputs, forwarded) if needs_grad else forwarded[0], *forwarded[1:3]
 
 
 class ShardedCrossEntropy(torch.autograd.Function):
@@ -78,8 +78,8 @@ class ShardedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         if torch.is_grad_enabled():  # create_graph=True
-            sources = ctx.embeddings, *ctx.saved_tensors[:2]
-            return first_derivative("PartialFC", ShardedCrossEntropy.backward, ctx, grad, *sources)
+            own = ShardedCrossEntropy.backward
+            return first_derivative("PartialFC", own, ctx, grad, ctx.embeddings, *ctx.saved_tensors[:2])
         weight, bias, *saved = ctx.saved_tensors
         group = ctx.state.selection.ranks.group
         with torch.autocast(grad.device.type, enabled=False), naming_the_missing("the backward of a head", group):
@@ -89,19 +89,21 @@ class ShardedCrossEntropy(torch.autograd.Function):
 def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved: SavedTensors) -> tuple[Any, ...]:
     """Return the gradients of (embeddings, weight, bias, offset); under an anchor, rows' go to the sink."""
     state: ForwardState = ctx.state
-    selection, sink = state.selection, state.sink
+    selection, sink, ranks = state.selection, state.sink, state.selection.ranks
     want_x, want_w, want_b, want_offset, anchored, _ = ctx.needs_input_grad
-    anchored = anchored and executes()(ctx.next_functions[-1][0])  # not for autograd.grad(loss, embeddings)
+    try:
+        anchored = anchored and executes()(ctx.next_functions[-1][0])  # not for autograd.grad(loss, embeddings)
+    except RuntimeError as error:
+        raise errors.grad_of_rows("PartialFC") from error
     want_rows = want_w or want_b or anchored
     d, usual = derivatives(grad, saved, state), is_usual(bias, saved, state)
     others = KernelTiles if selection.by_kernels else OtherTiles
     tiles = BackwardTiles(d, weight, saved, state) if usual else others(d, weight, bias, saved, state)
     state.rows.weight = weight.detach().reshape(-1, weight.shape[-1])  # a first backward has let go of it
-    # unless logits are tiled, the embedding gradients' sum over ranks travels while class gradients are computed
+    # unless logits are tiled, the embedding gradients' sum over ranks travels while class gradients are computed; not
+    # beside replicas: two communicators at work at once must be so in the same order on all ranks
     overlap = want_x and want_rows and selection.scatter and saved.kept.numel() + saved.streamed.numel() > 0
-    overlap = overlap and selection.ranks.group is not None and sink.begin_update is None
-    # two communicators at work at once must be so in the same order on all ranks
-    overlap = overlap and selection.ranks.replica_group is None
+    overlap = overlap and ranks.group is not None and ranks.replica_group is None and sink.begin_update is None
     with record_function("partial_fc::backward_tiles"):
         dx, grads = tiles.run(want_x, want_rows and not overlap)
     finish = _send(dx, state, ctx.embeddings.dtype) if want_x else None
@@ -116,7 +118,7 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
         d_weight, d_bias = grads[0] if want_w else None, grads[1] if want_b else None
     state.rows.weight = weight.new_empty(0)  # autograd has it as long as there may be another backward
     if want_offset and d.d_offset is not None:
-        d_offset = offset_gradient(d.d_offset, selection.ranks).to(ctx.offset_dtype)
+        d_offset = offset_gradient(d.d_offset, ranks).to(ctx.offset_dtype)
     return None if finish is None else finish(), d_weight, d_bias, d_offset, None, None
 
 

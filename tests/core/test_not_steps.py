@@ -469,6 +469,16 @@ def used_otherwise(rank: int, world: int) -> None:
         loss(x, LABELS).backward(inputs=[x])
         assert not gradient_of(loss).any(), name
         torch.testing.assert_close(x.grad, of_x)
+        # that by the rows as well is, as without inputs
+        (weight,) = loss.class_rows.parameters.values()
+        if name == "sampled":
+            loss.forward_count = 0
+        loss(x, LABELS).backward(inputs=[x, weight])
+        torch.testing.assert_close(gradient_of(loss), alone[0], msg=f"{name}: inputs")
+        if name != "exact":
+            by_rows = message_of(torch.autograd.grad, loss(x, LABELS), weight)
+            assert "cannot give the gradient by the rows" in by_rows, name
+            assert torch.equal(gradient_of(loss), alone[0]), name
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -482,7 +492,7 @@ def test_rows_do_not_move_inside_a_gradient_by_the_embeddings():
     x = embeddings()
     torch.autograd.grad(head(x, LABELS), x)
     assert torch.equal(head.weight.detach(), before)
-    head(x, LABELS).backward()
+    head(x, LABELS).backward(inputs=[x, head.weight])
     optimizer.step()
     assert not torch.equal(head.weight.detach(), before)
     optimizer.zero_grad()
