@@ -85,6 +85,7 @@ class HeadState(HeadPredictions):
         "sampling_correction": "_sampling_correction",
         "metrics": "collect_metrics",
         "class_weights, as they were set": "_weights_set",
+        "a hash of the margin's values for each class": "margin._given.values",
         "kernels": "_kernels",
     }
 

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from partial_fc.batch.building import digest_of_values
+from partial_fc.batch.facts import digest_of
 from partial_fc.distributed.given import plain
 from partial_fc.margins.description import canonical, equal, plain_of, text_of
 
@@ -44,6 +46,7 @@ class Given:
     known: dict[str, Any]  # all of them, also those of the classes above
     plain: dict[str, Any]  # its attributes that are numbers, texts or tuples, as the arguments have made them
     prepared: tuple[int, int] | None = None  # what its head has prepared it for
+    values: str = ""  # a digest of those for each class, as the arguments have made them: ranks compare it
 
 
 def given_of(margin: nn.Module) -> Given | None:
@@ -96,7 +99,8 @@ def remembering_classes(prepare: Function) -> Function:
         given = given_of(self)
         if given is not None:
             moved = {name: value for name, value in plain_of(self).items() if before.get(name) != value}
-            vars(self)[GIVEN] = replace(given, prepared=(num_classes, selected), plain={**given.plain, **moved})
+            now, values = {**given.plain, **moved}, _values_of(self)
+            vars(self)[GIVEN] = replace(given, prepared=(num_classes, selected), plain=now, values=values)
 
     return prepared  # type: ignore[return-value]
 
@@ -214,8 +218,17 @@ def change(margin: Any, given: Given, asked: dict[str, Any]) -> None:
     for name in asked:  # also where the attribute was set by itself before
         if name in vars(after):
             vars(margin)[name] = vars(after)[name]
-    known = {**given.known, **arguments}
-    vars(margin)[GIVEN] = replace(given, arguments=arguments, known=known, plain=plain_of(after))
+    known, values = {**given.known, **arguments}, _values_of(after)  # made on the host: no wait for a device
+    vars(margin)[GIVEN] = replace(given, arguments=arguments, known=known, plain=plain_of(after), values=values)
+
+
+def _values_of(margin: nn.Module) -> str:
+    """Return a digest of the values for each class: unsaved buffers, which arguments make and no step moves."""
+    if not margin.by_class:
+        return "none"
+    saved = margin.state_dict(keep_vars=True)
+    tables = [(name, b) for name, b in margin.named_buffers() if name not in saved and b.ndim and not b.is_meta]
+    return f"{digest_of([[name, *digest_of_values(b)] for name, b in tables]):x}"
 
 
 def made(margin: nn.Module, arguments: dict[str, Any], prepared: tuple[int, int] | None) -> Any:

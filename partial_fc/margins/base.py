@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from partial_fc.distributed.given import plain, real
 from partial_fc.distributed.ranks import local_part
-from partial_fc.margins.arguments import describe, given_of, remembering, remembering_classes, set_argument
+from partial_fc.margins.arguments import Given, describe, given_of, remembering, remembering_classes, set_argument
 from partial_fc.margins.positives import Positives
 
 
@@ -48,6 +48,7 @@ class Margin(nn.Module):
     by_class: bool = False
     has_rule: bool = False
     has_penalty: bool = False
+    _given: Any = Given({}, {}, {}, {})  # of one that was made without its constructor
     other_names: ClassVar[Mapping[str, str]] = {}  # of attributes that are an argument under another name
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -15,7 +15,17 @@ from common import message_of
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from partial_fc import ArcFace, CenterLoss, NormFace, PartialFC, RowOptimizer, Softmax, SphereFace2, gather
+from partial_fc import (
+    AdaptiveMargin,
+    ArcFace,
+    CenterLoss,
+    NormFace,
+    PartialFC,
+    RowOptimizer,
+    Softmax,
+    SphereFace2,
+    gather,
+)
 
 D, C = 6, 14
 SGD = torch.optim.SGD
@@ -249,7 +259,16 @@ def permuted(rank: int, world: int) -> list[str]:
     head = PartialFC(D, C, ArcFace())
     head.class_weights = values
     x, labels = batch(rank)
-    return [message_of(PartialFC, D, C, ArcFace(), class_weights=values), message_of(head, x.float(), labels)]
+    said = [message_of(PartialFC, D, C, ArcFace(), class_weights=values), message_of(head, x.float(), labels)]
+    head = PartialFC(D, C, AdaptiveMargin(torch.arange(C)))
+    head.margin.class_counts = torch.arange(C) + 5  # alike on all ranks
+    head(x.float(), labels).backward()
+    head.margin.class_counts = torch.arange(C).roll(rank)
+    said.append(message_of(head, x.float(), labels))
+    head.margin = AdaptiveMargin(torch.arange(C) + 5)
+    head(x.float(), labels).backward()
+    head.margin = AdaptiveMargin(torch.arange(C).roll(rank))
+    return [*said, message_of(head, x.float(), labels)]
 
 
 def test_tables_in_another_order_are_refused(ranks):
@@ -257,3 +276,5 @@ def test_tables_in_another_order_are_refused(ranks):
     assert said[0] == said[1]
     assert "class_weights is [14], hash" in said[0][0]
     assert "class_weights, as they were set is [14], hash" in said[0][1]
+    for words in said[0][2:]:
+        assert re.search(r"a hash of the margin's values for each class is (\w+) on rank 0 and (\w+) on rank 1", words)
