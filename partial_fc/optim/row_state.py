@@ -248,7 +248,7 @@ class RowState(OneGroup):
                 else value
                 for key, value in state.items()
             }
-            if self.low_precision == "master":
+            if self._has_masters(parameter):
                 template["state"][i][MASTER] = self.allocate(parameter, torch.float32, MASTER)
         return template
 
@@ -304,7 +304,9 @@ class RowState(OneGroup):
         for i, state in state_dict["state"].items():
             parameter = parameters[int(i)]
             self.state[parameter] = {
-                key: self._in_store(self._fitted(value, parameter), parameter, key) for key, value in state.items()
+                key: self._in_store(self._fitted(value, parameter), parameter, key)
+                for key, value in state.items()
+                if key != MASTER or self._has_masters(parameter)
             }
         self.written = written(self.class_rows)
         self.follow_skipped_rows()
@@ -375,6 +377,10 @@ class RowState(OneGroup):
         # fused and capturable kernels read the step on the device
         options = self.param_groups[0]
         return value.to(weight.device) if options.get("fused") or options.get("capturable") else value
+
+    def _has_masters(self, parameter: nn.Parameter) -> bool:
+        """Whether steps move float32 weights of a parameter. Others would stay behind, and come back for its own."""
+        return self.low_precision == "master" and parameter.dtype in HALF
 
     def _state_dtype(self, parameter: nn.Parameter) -> torch.dtype:
         return torch.float32 if self.low_precision and parameter.dtype in HALF else parameter.dtype

@@ -242,6 +242,45 @@ def test_weights_that_are_written_reach_their_float32_twins(rate, how, tmp_path)
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize("low", ["float32", "stochastic", None])
+def test_float32_twins_stay_behind_where_no_step_moves_them(rate, low, tmp_path):
+    """A run goes on without them, and later with them again: the steps in between are not lost."""
+
+    def build(dtype: torch.dtype, low_precision: Any) -> tuple[PartialFC, RowOptimizer]:
+        head = head_of(rate, dtype=dtype)
+        return head, RowOptimizer(torch.optim.AdamW, head, lr=0.05, low_precision=low_precision)
+
+    def train(head: PartialFC, optimizer: RowOptimizer, steps: range) -> None:
+        for seed in steps:
+            x, labels = batch(seed)
+            head(x.to(head.weight.dtype).requires_grad_(), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first = build(torch.bfloat16, "master")
+    train(*first, range(3))
+    states = [copy.deepcopy(each.state_dict()) for each in first]
+    without = copy.deepcopy(states)
+    del without[1]["state"][0]["master_weight"]
+    trained = []
+    for head_state, state in (states, without):
+        head, optimizer = build(torch.float32, None) if low == "float32" else build(torch.bfloat16, low)
+        head.load_state_dict(head_state)
+        optimizer.load_state_dict(state)
+        train(head, optimizer, range(3, 12))
+        save_checkpoint(tmp_path / f"{len(trained)}", head=head, optimizer=optimizer)
+        optimizer.catch_up()
+        trained.append(head.weight.detach().clone())
+    assert torch.equal(*trained)
+    head, optimizer = build(torch.bfloat16, "master")
+    load_checkpoint(tmp_path / "0", head=head, optimizer=optimizer)
+    optimizer.param_groups[0].update(lr=0.0)
+    train(head, optimizer, range(12, 14))
+    optimizer.catch_up()
+    torch.testing.assert_close(head.weight.detach(), trained[0].bfloat16())
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_a_run_in_which_momentum_was_switched_off_goes_on(rate):
     def made() -> tuple[PartialFC, RowOptimizer]:
         head = head_of(rate)
