@@ -53,6 +53,7 @@ from partial_fc.weights.safetensors_file import (
 )
 
 SUFFIX = ".safetensors"
+OF_TORCH = (".pt", ".pth", ".bin")  # names of torch.save files
 OPTIONS = ("lr", "momentum", "betas", "weight_decay")  # of an optimizer in the files of another trainer
 
 HeadOrCenters = PartialFC | CenterLoss
@@ -70,13 +71,18 @@ def export_weights(path: str | os.PathLike[str], rows_of: HeadOrCenters, *, over
 
     Raises, the same on every rank and without leaving a file: FileExistsError if `path` exists and `overwrite` is
     False; OSError if it cannot be written (folder missing or read-only, disk full, a rank that does not see the
-    folder); ValueError if ranks pass different paths.
+    folder); ValueError if ranks pass different paths, or a name that torch.save files have.
     """
     check_loss(rows_of, "export_weights(path, head)")
     rows_of.class_rows.check_group()
     rows_of.class_rows.catch_up()
     path, ranks = Path(path), rows_of.class_rows.shards.ranks
     token = _agree_on_path(path, overwrite, rows_of)
+    if path.suffix in OF_TORCH:
+        raise ValueError(
+            f"{path} is the name of a torch.save file, and what is written is a safetensors file: name it "
+            f"{path.with_suffix(SUFFIX)}"
+        )
     temporary = temporary_name(path, token)
     parameters = rows_of.class_rows.parameters
     first = ranks.rank == ranks.replica == 0
@@ -199,7 +205,7 @@ def open_weights(source: Source, rows_of: HeadOrCenters, key: str | None) -> dic
         if in_parts is None:
             return reader
         return {name: in_parts.source(stored_key) for name, stored_key in keys.items()}
-    if path.is_dir() or path.suffix in (".pt", ".pth", ".bin"):
+    if path.is_dir() or path.suffix in OF_TORCH:
         files = RankFiles(path if path.is_dir() else [path], key=key)
         check_shape(files.shape, shape, str(path))
         return {main: files}

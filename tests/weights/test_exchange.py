@@ -251,6 +251,9 @@ def test_files_stay_and_folders_must_be_there(tmp_path):
     assert path.read_bytes() == first
     export_weights(path, other, overwrite=True)
     assert path.read_bytes() != first
+    with pytest.raises(ValueError, match=r"name of a torch.save file.* name it .*weights.safetensors"):
+        export_weights(tmp_path / "weights.pt", head)
+    assert not (tmp_path / "weights.pt").exists()
     with pytest.raises(FileExistsError, match="is a folder"):
         export_weights(tmp_path, other, overwrite=True)
     with pytest.raises(FileNotFoundError, match="cannot be written"):
