@@ -125,9 +125,9 @@ def test_a_full_disk_leaves_the_gallery_as_it_was(tmp_path, monkeypatch, fails):
 
 
 def adds(folder: str, first: int) -> None:
-    """Enrol ten identities, one at a time."""
+    """Enrol five identities, one at a time."""
     held = Gallery.open(folder)
-    for start in range(first, first + 10):
+    for start in range(first, first + 5):
         held.add(*images(1, seed=start, start=start))
 
 
@@ -159,7 +159,7 @@ def test_processes_and_threads_that_add_at_once_lose_nothing_while_others_search
     for each in searching:
         each.join(120)
     assert not failures and [each.exitcode for each in processes] == [0, 0]
-    numbers = [*(n for first in (100, 200, 300, 400) for n in range(first, first + 10)), *range(500, 505)]
+    numbers = [*(n for first in (100, 200, 300, 400) for n in range(first, first + 5)), *range(500, 505)]
     assert_answers(held, both(ENROLLED, *(images(1, seed=n, start=n) for n in numbers)))
 
 
