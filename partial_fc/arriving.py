@@ -15,8 +15,9 @@ class Arriving:
         device, pinned = numbers.device, numbers.device.type == "cuda"
         host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=pinned)
         self.numbers = host.copy_(numbers, non_blocking=True)
-        self.event: Any = torch.get_device_module(device).Event()
-        self.event.record()
+        module = torch.get_device_module(device)
+        self.event: Any = module.Event()
+        self.event.record(module.current_stream(device))  # without it that of the current device, maybe another
 
     def values(self) -> Tensor:
         """Return them, on the CPU."""

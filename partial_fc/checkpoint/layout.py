@@ -49,6 +49,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.futures import Future
 
 from partial_fc.checkpoint.safe_reader import SafeReader
+from partial_fc.distributed.objects import group_of_objects
 from partial_fc.distributed.ranks import naming_the_missing
 from partial_fc.distributed.shards import local_part, shard_bounds
 from partial_fc.tiers.store import RowStoreError
@@ -191,7 +192,7 @@ def write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None =
             _save_state_dict(
                 state,
                 storage_writer=_Writer(folder),
-                process_group=group,
+                process_group=group_of_objects(group),  # torch sends plans, and no rows
                 no_dist=not dist.is_initialized(),
                 planner=_RowBlockPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             )
@@ -234,7 +235,8 @@ def read_rows(reader: SafeReader, name: str, a: int, b: int) -> Tensor:
 def _read(state: dict[str, Any], reader: SafeReader, planner: DefaultLoadPlanner, use_group: bool) -> None:
     try:
         with naming_the_missing("the reading of a checkpoint"):
-            _load_state_dict(state, storage_reader=reader, no_dist=not use_group, planner=planner)
+            group = group_of_objects() if use_group else None
+            _load_state_dict(state, storage_reader=reader, process_group=group, no_dist=not use_group, planner=planner)
     except CheckpointException as error:
         raise OSError(f"checkpoint {reader.path} cannot be read: {_first_failure(error)}") from error
 
@@ -276,7 +278,7 @@ class _StreamPlanner(DefaultLoadPlanner):
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         assert self.metadata is not None
         stored = self.metadata.state_dict_metadata[read_item.dest_index.fqn]
-        return torch.empty(read_item.lengths, dtype=stored.properties.dtype)  # type: ignore[union-attr]
+        return torch.empty(read_item.lengths, dtype=stored.properties.dtype, device="cpu")  # type: ignore[union-attr]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         self._take(read_item.dest_offsets[0] if read_item.dest_offsets else 0, tensor)

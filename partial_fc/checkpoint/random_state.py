@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc.distributed.ranks import naming_the_missing
+from partial_fc.distributed.objects import gather_objects
 from partial_fc.sampling import mix
 
 
@@ -29,12 +29,7 @@ class RandomState:
     """
 
     def state_dict(self) -> dict[str, Any]:
-        ranks: list[Any] = [take_random_state()]
-        if dist.is_initialized():
-            ranks = [None] * dist.get_world_size()
-            with naming_the_missing("the gather of random states"):
-                dist.all_gather_object(ranks, take_random_state())
-        return {"ranks": ranks}
+        return {"ranks": gather_objects(take_random_state(), "the gather of random states")}
 
     def check_state(self, state: Any) -> None:
         """Raise ValueError unless the generators of every rank can take their state."""

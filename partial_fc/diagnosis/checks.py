@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch.distributed as dist
+from partial_fc.distributed.objects import gather_objects
 
-from partial_fc.distributed.ranks import naming_the_missing
+RESULTS = "the exchange of the doctor's results"
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Check:
 
 def agreed(mine: list[Check]) -> list[Check]:
     """Return for each check the first rank's that failed, with the rank's name unless it failed on all ranks."""
-    all_ranks = gather_objects([tuple(vars(check).values()) for check in mine])
+    all_ranks = gather_objects([tuple(vars(check).values()) for check in mine], RESULTS)
     found = []
     for of_check in zip(*all_ranks, strict=True):
         checks = [Check(*values) for values in of_check]
@@ -34,13 +33,3 @@ def agreed(mine: list[Check]) -> list[Check]:
         where = f"rank {failed[0]}: " if len(failed) < len(checks) else ""
         found.append(Check(first.name, False, where + first.words, first.mend))
     return found
-
-
-def gather_objects(mine: Any) -> list[Any]:
-    """Return the object of every rank of the default group; small objects of plain types."""
-    if not dist.is_initialized():
-        return [mine]
-    all_ranks: list[Any] = [None] * dist.get_world_size()
-    with naming_the_missing("the exchange of the doctor's results"):
-        dist.all_gather_object(all_ranks, mine)
-    return all_ranks

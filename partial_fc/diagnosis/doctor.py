@@ -24,11 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from partial_fc.diagnosis.checks import Check, agreed, gather_objects
+from partial_fc.diagnosis.checks import RESULTS, Check, agreed
 from partial_fc.diagnosis.trial import DYNAMIC, Embed, Trial
 from partial_fc.diagnosis.undo import Undo
 from partial_fc.diagnosis.wiring import Wiring
 from partial_fc.distributed.given import whole
+from partial_fc.distributed.objects import gather_objects
 from partial_fc.head import PartialFC
 from partial_fc.kernels.choice import VARIABLE
 from partial_fc.kernels.launch import failed as failed_kernels
@@ -183,7 +184,7 @@ def _settings(wiring: Wiring) -> Check:
     mine: dict[str, object] = {k: str(v) for k, v in head.agreed_settings().items()}
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in wiring.backbone.items()]
     mine["the backbone's parameters"] = hashlib.blake2b(repr(shapes).encode(), digest_size=8).hexdigest()
-    all_ranks = gather_objects(mine)
+    all_ranks = gather_objects(mine, RESULTS)
     for rank, other in enumerate(all_ranks):
         for key, value in all_ranks[0].items():
             if other[key] != value:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from partial_fc.diagnosis.checks import Check, gather_objects
+from partial_fc.diagnosis.checks import RESULTS, Check
+from partial_fc.distributed.objects import gather_objects
 from partial_fc.distributed.shards import local_part
 from partial_fc.head import PartialFC
 
@@ -33,7 +34,7 @@ def _reaches_head(head: PartialFC) -> Check:
         grads = [head.row_grad[1]]
     else:
         grads = [local_part(p.grad) for p in head.parameters() if p.grad is not None]
-    reached = any(gather_objects(any(bool(g.any()) for g in grads)))
+    reached = any(gather_objects(any(bool(g.any()) for g in grads), RESULTS))
     if not any(p.requires_grad for p in head.parameters()):
         return Check(name, True, "the head is frozen")
     if reached:
@@ -74,7 +75,7 @@ def scale_check(backbone: dict[str, nn.Parameter], reference: list[Tensor], half
     ratio = sum(float((g * r).sum()) for g, r in zip(grads, reference, strict=True)) / square
     error = _distance(grads, reference, 1.0) / square**0.5
     error_when_scaled = _distance(grads, reference, ratio) / square**0.5
-    all_ranks = gather_objects((ratio, error, error_when_scaled))
+    all_ranks = gather_objects((ratio, error, error_when_scaled), RESULTS)
     tolerance = HALF_TOLERANCE if half_precision else TOLERANCE
     if all(e <= tolerance for _, e, _ in all_ranks):
         largest = max(e for _, e, _ in all_ranks)

@@ -20,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from partial_fc.diagnosis.checks import Check, agreed, gather_objects
+from partial_fc.diagnosis.checks import RESULTS, Check, agreed
 from partial_fc.diagnosis.gradients import reach_checks, scale_check
 from partial_fc.diagnosis.undo import Undo
 from partial_fc.diagnosis.wiring import DEEPSPEED, FSDP2, Wiring, bare
+from partial_fc.distributed.objects import gather_objects
 from partial_fc.distributed.ranks import Ranks, naming_the_missing
 from partial_fc.distributed.shards import local_part
 from partial_fc.optim.row_optimizer import RowOptimizer
@@ -239,7 +240,7 @@ class Trial:
         plain = {n: p for n, p in self.backbone.items() if not isinstance(p, DTensor)}
         if self.wiring.engine == DEEPSPEED or len(plain) < len(self.backbone):
             return Check(name, None, "not checked: the backbone is sharded")
-        all_ranks = gather_objects([_digest(p) for p in plain.values()])
+        all_ranks = gather_objects([_digest(p) for p in plain.values()], RESULTS)
         for rank, digests in enumerate(all_ranks):
             for key, here, there in zip(plain, all_ranks[0], digests, strict=True):
                 if here != there:
@@ -253,8 +254,8 @@ class Trial:
         name = "steps"
         rates = [g["lr"] for o in self.wiring.optimizers for g in o.param_groups if "lr" in g]
         head_parameters = [p for p in self.head.parameters() if p.requires_grad]
-        head_changed = any(gather_objects(self.undo.changed(head_parameters)))
-        backbone_changed = any(gather_objects(self.undo.changed(self.backbone.values())))
+        head_changed = any(gather_objects(self.undo.changed(head_parameters), RESULTS))
+        backbone_changed = any(gather_objects(self.undo.changed(self.backbone.values()), RESULTS))
         if rates and all(float(rate) == 0 for rate in rates):
             return Check(name, None, "not checked: all learning rates are 0")
         unchanged = []
@@ -288,7 +289,7 @@ class Trial:
                 detected = [self._overflows(bare(o)) for o in optimizers]
             except RuntimeError as error:  # backbone and head in one optimizer: plain tensors and DTensors
                 refused = str(error).splitlines()[0]
-            all_ranks = gather_objects((detected, refused))
+            all_ranks = gather_objects((detected, refused), RESULTS)
             texts = [text for _, text in all_ranks if text]
             if texts:
                 mend = "put the head's parameters into an optimizer of their own, and unscale each optimizer"
@@ -317,7 +318,7 @@ class Trial:
         loss.backward()
         if where == "head":
             carriers = [c for c in self.head.class_rows.carriers if c.grad is not None and local_part(c.grad).numel()]
-            owners = [rank for rank, has in enumerate(gather_objects(bool(carriers))) if has]
+            owners = [rank for rank, has in enumerate(gather_objects(bool(carriers), RESULTS)) if has]
             if owners and self.rank == owners[-1]:
                 local_part(carriers[0].grad).view(-1)[0] = float("inf")  # type: ignore[arg-type]
 

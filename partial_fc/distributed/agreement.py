@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from partial_fc.distributed.groups import device_of, ranks_of
 from partial_fc.distributed.meeting import AGREEMENT, meet
+from partial_fc.distributed.objects import gather_objects, group_of_objects
 from partial_fc.distributed.ranks import naming_the_missing
 
 Result = TypeVar("Result")
@@ -38,9 +39,7 @@ def on_every_rank(action: Callable[[], Result], group: dist.ProcessGroup | None 
     except (OSError, ValueError, TypeError) as caught:
         error = caught
     if dist.is_initialized() and any(failed for (failed,) in _meet(AGREEMENT, group, error is not None)):
-        failures: list[Failure | None] = [None] * dist.get_world_size(group)
-        with naming_the_missing(AGREEMENT, group):
-            dist.all_gather_object(failures, _failure(error), group=group)
+        failures: list[Failure | None] = gather_objects(_failure(error), AGREEMENT, group)
         rank, (kind, text) = next((rank, failure) for rank, failure in enumerate(failures) if failure is not None)
         raise kind(text if None not in failures else f"{ranks_of(group).name(rank)}: {text}") from error
     if error is not None:
@@ -63,7 +62,7 @@ def on_first_rank(action: Callable[[], Result], group: dist.ProcessGroup | None 
             error = caught
             shared[1] = _failure(caught)
     with naming_the_missing(AGREEMENT, group):
-        dist.broadcast_object_list(shared, group=group, group_src=0)
+        dist.broadcast_object_list(shared, group=group_of_objects(group), group_src=0)
     if shared[1] is not None:
         kind, text = shared[1]  # type: ignore[misc]
         raise kind(text) from error
@@ -75,9 +74,7 @@ def check_same(what: str, value: object, group: dist.ProcessGroup | None = None)
     if not dist.is_initialized():
         return
     _meet("check_same", group)
-    values: list[object] = [None] * dist.get_world_size(group)
-    with naming_the_missing(f"the comparison of {what}", group):
-        dist.all_gather_object(values, value, group=group)
+    values = gather_objects(value, f"the comparison of {what}", group)
     ranks = ranks_of(group)
     for rank, other in enumerate(values):
         if other != values[0]:

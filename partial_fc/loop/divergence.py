@@ -27,7 +27,8 @@ from partial_fc.distributed.agreement import check_same
 from partial_fc.distributed.given import as_whole, whole
 from partial_fc.distributed.groups import device_of, ranks_of
 from partial_fc.distributed.meeting import meet
-from partial_fc.distributed.ranks import all_gather, naming_the_missing
+from partial_fc.distributed.objects import gather_objects
+from partial_fc.distributed.ranks import all_gather
 from partial_fc.distributed.shards import local_part
 from partial_fc.loop.checksums import checksums, mixed
 from partial_fc.sharded import ShardedLoss
@@ -179,9 +180,7 @@ class DivergenceWatch:
         mine = dict(zip(sums.names[kind], sums.sums[kind].tolist(), strict=True)) | (
             sums.numbers if kind == ALL else {}
         )
-        everyone: list[dict[str, int]] = [{}] * len(shards)
-        with naming_the_missing("the comparison of checksums", self.group):
-            dist.all_gather_object(everyone, mine, group=self.group)
+        everyone = gather_objects(mine, "the comparison of checksums", self.group)
         for name in dict.fromkeys(name for each in everyone for name in each):
             differing = _differing([(shard, each.get(name)) for shard, each in zip(shards, everyone, strict=True)])
             if not differing or name in self.found:

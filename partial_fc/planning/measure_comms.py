@@ -30,6 +30,7 @@ from partial_fc.batch.exchange import exchange_payload
 from partial_fc.batch.status import NO_LABEL, Status
 from partial_fc.distributed.given import real, whole
 from partial_fc.distributed.groups import backends_of, device_of, ranks_of
+from partial_fc.distributed.objects import gather_objects
 from partial_fc.distributed.ranks import Ranks, all_gather, all_gather_mesh, start_reduce_scatter
 from partial_fc.head import PartialFC
 from partial_fc.planning.comms_report import Comms, Measured
@@ -247,8 +248,5 @@ def _time_head(
 
 def _nodes() -> int:
     """Return the number of machines that the ranks run on."""
-    if not dist.is_initialized():
-        return 1
-    names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, hashlib.blake2b(socket.gethostname().encode(), digest_size=8).hexdigest())
-    return len(set(names))
+    name = hashlib.blake2b(socket.gethostname().encode(), digest_size=8).hexdigest()
+    return len(set(gather_objects(name, "the count of machines")))
