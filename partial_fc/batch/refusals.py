@@ -90,7 +90,7 @@ def tell_others(error: Exception, gathered: bool, ranks: Ranks, device: torch.de
         facts = {"problem": problem}
         agree(Agreed(facts, digest_of(facts)), ranks, device, GATHERED)
     else:
-        mine = inspect(torch.empty(0, 0), [], problem, False, False)[0].to(ranks.place_of_counts(device))
+        mine = inspect(torch.empty(0, 0, device="cpu"), [], problem, False, False)[0].to(ranks.place_of_counts(device))
         status = [Status(*row) for row in all_gather_mesh(mine, ranks, BATCH).tolist()]
         raise_problem(status, problem, [], None, ranks, device)
 

@@ -121,7 +121,7 @@ def inspect(
     look: search for extreme labels, non-finite embeddings and invalid weights. Neither raises nor waits for the device.
     """
     if problem:
-        return torch.tensor([[*NO_COUNTS, 1, *NO_FINDINGS, 0]])
+        return torch.tensor([[*NO_COUNTS, 1, *NO_FINDINGS, 0]], device="cpu")
     samples, width = embeddings.shape
     facts, moving = (0, None) if agreed is None else (agreed.digest, agreed.statistics)
     names = [each.name for each in sets if each.name is not None]
@@ -132,10 +132,10 @@ def inspect(
         weights = (each.label_weights is not None) + 2 * (each.sample_weights is not None)
         dtype = DTYPES.index(embeddings.dtype)
         counts.append([NO_COUNTS[0], facts, samples, width, dtype, labels_each, weights, int(wants_grad), digest, 0])
-    moving = torch.zeros((), dtype=torch.float64) if moving is None else moving
+    moving = torch.zeros((), dtype=torch.float64, device="cpu") if moving is None else moving
     bits = moving.view(torch.int64).expand(len(sets), 1)
     if not look or not samples:
-        return torch.cat((torch.tensor([row + NO_FINDINGS for row in counts]).to(bits), bits), 1)
+        return torch.cat((bits.new_tensor([row + NO_FINDINGS for row in counts]), bits), 1)
     bad = (embeddings * 0).sum(1) != 0  # NaN for a row with a NaN or infinity; a tenth of the time of isfinite().all(1)
     found = []
     for each in sets:
@@ -144,7 +144,7 @@ def inspect(
         if each.weighted:
             weight = first_bad_weight(each.labels, each.label_weights, each.sample_weights)
         found.append(torch.cat((_extremes(each.labels.reshape(-1)), nonfinite, weight)))
-    return torch.cat((torch.tensor(counts).to(embeddings.device), torch.stack(found), bits.to(embeddings.device)), 1)
+    return torch.cat((bits.new_tensor(counts).to(embeddings.device), torch.stack(found), bits.to(embeddings.device)), 1)
 
 
 def _extremes(labels: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ class StoredRows:
     def rows(self, key: str, a: int, b: int) -> Tensor:
         """Return rows a to b of a tensor as they were saved."""
         loss, (whole, parts) = self.of[key], self._newest(key)
-        out = torch.empty(0) if whole else self._initial(key, a, b)
+        out = torch.empty(0, device="cpu") if whole else self._initial(key, a, b)
         for part in parts:
             if not part.size(key):
                 continue
@@ -340,7 +340,7 @@ class StoredRows:
             for each in missed["parameters"].values():
                 key = each["table"][PLACEHOLDER]
                 stored = self.own.read_metadata().state_dict_metadata[key]
-                tables = {key: torch.empty(stored.size, dtype=stored.properties.dtype)}  # type: ignore[union-attr]
+                tables = {key: torch.empty(stored.size, dtype=stored.properties.dtype, device="cpu")}  # type: ignore[union-attr]
                 read(tables, self.own, alone=True)
                 each["table"] = tables[key]
         except (KeyError, TypeError, AttributeError) as error:

@@ -319,7 +319,7 @@ def _destination(key: str, stored: Any, here: Tensor | None, folder: Path, by_cl
     by_class: it is of a head, a center loss or their optimizer.
     """
     if here is None:
-        return torch.empty(stored.size, dtype=stored.properties.dtype)
+        return torch.empty(stored.size, dtype=stored.properties.dtype, device="cpu")
     if here.shape == stored.size:
         return here.detach() if here.requires_grad else here  # itself: it may be marked with the rows that it has
     problem = f"checkpoint {folder}: {key} has shape {list(stored.size)}, but the shape here is {list(here.shape)}"

@@ -66,8 +66,8 @@ def approximate_classes(class_rows: ClassRows, k: int) -> Approximate:
     blocks = [unit(rows.weight[a - rows.lo : b - rows.lo], a) for a, b in spans]
     rows.raise_nonfinite()  # an index of a NaN would find anything
     index = _index(faiss, blocks, rows.width, k + 1)
-    ids, values = torch.full((len(rows.weight), k), -1), torch.zeros(len(rows.weight), k)
-    ids, values = ids.to(device), values.to(device)
+    ids = torch.full((len(rows.weight), k), -1, device=device)
+    values = torch.zeros(len(rows.weight), k, device=device)
     for owner in range(ranks.world):
         lo, hi = rows.shard(owner)
         for a in range(lo, hi, step):
@@ -122,13 +122,13 @@ def _exact(blocks: list[Any], k: int) -> tuple[Any, Tensor]:
     """Return some rows of the blocks, evenly chosen, and the places of their k nearest rows."""
     every = max(1, sum(map(len, blocks)) // SAMPLE)
     sample = torch.cat([torch.from_numpy(block[::every]) for block in blocks])[:SAMPLE]
-    best, first = torch.empty(len(sample), 0), 0
-    places = torch.empty(len(sample), 0, dtype=torch.int64)
+    best, first = sample.new_empty(len(sample), 0), 0
+    places = sample.new_empty(len(sample), 0, dtype=torch.int64)
     for block in blocks:
         cosines = sample @ torch.from_numpy(block).T
         pool = torch.cat((best, cosines), 1)
         top = largest(pool, min(k, pool.shape[1]))
-        here = torch.arange(first, first + len(block)).expand(len(sample), -1)
+        here = torch.arange(first, first + len(block), device="cpu").expand(len(sample), -1)
         best, places = pool.gather(1, top), torch.cat((places, here), 1).gather(1, top)
         first += len(block)
     return sample.numpy(), places
@@ -142,7 +142,7 @@ def _share(found: Tensor, exact: Tensor) -> float:
 def _recall(class_rows: ClassRows, rows: UnitRows, ids: Tensor, k: int) -> float:
     """Return which share of the exact neighbours of `SAMPLE` classes was found; a collective."""
     count = class_rows.shards.num_classes
-    sample = torch.linspace(0, count - 1, min(SAMPLE, count)).round().long().unique()
+    sample = torch.linspace(0, count - 1, min(SAMPLE, count), device="cpu").round().long().unique()
     own = sample[(sample >= rows.lo) & (sample < rows.hi)].to(ids.device)
     exact = topk(class_rows, rows.weight[own - rows.lo, 0], k + 1).ids
     itself = exact == own[:, None]

@@ -115,7 +115,7 @@ def remap(
                 'centers of different classes have no common order; use merge="first"'
             )
         prepared, facts = _prepare(loss, Change(moves, int(ids.max()) + 1, margin=margin, mapping=ids), optimizers)
-        weights_digest = None if weights is None else digest_of_values(torch.as_tensor(weights))
+        weights_digest = None if weights is None else digest_of_values(torch.as_tensor(weights, device="cpu"))
         arguments = {"the call": "remap", "mapping": digest_of_values(ids), "merge": merge, "weights": weights_digest}
         return prepared, {**arguments, **facts}
 
@@ -163,7 +163,7 @@ def _prepare(loss: Changeable, change: Change, optimizers: Optimizers) -> tuple[
     weights = change.class_weights
     facts = {
         "margin": None if change.margin is None else _digest_of_margin(change.margin),
-        "class_weights": None if weights is None else digest_of_values(torch.as_tensor(weights)),
+        "class_weights": None if weights is None else digest_of_values(torch.as_tensor(weights, device="cpu")),
         "the state of the optimizers": states,
         "the number of changes before": loss.class_changes,
     }

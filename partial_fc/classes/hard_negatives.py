@@ -272,7 +272,7 @@ def renumbered(table: Tensor, change: Change) -> Tensor:
     """
     out = table.new_full((change.num_classes, table.shape[1]), UNKNOWN)
     first = change.moves.first
-    new_ids = torch.arange(len(table)) if change.mapping is None else change.mapping
+    new_ids = torch.arange(len(table), device="cpu") if change.mapping is None else change.mapping
     new_ids = new_ids.to(table.device, table.dtype)
     old, new = change.moves.old[first].to(table.device), change.moves.new[first].to(table.device)
     for of_block, to in zip(old.split(BLOCK), new.split(BLOCK), strict=True):

@@ -35,7 +35,7 @@ class ClassMoves:
     @classmethod
     def identity(cls, num_classes: int) -> ClassMoves:
         """All classes keep their ids."""
-        ids = torch.arange(num_classes)
+        ids = torch.arange(num_classes, device="cpu")
         return cls(ids, ids)
 
     @classmethod
@@ -46,20 +46,20 @@ class ClassMoves:
         new = mapping[old]
         if not bool((new[1:] == new[:-1]).any()):
             return cls(old, new)
-        shares = torch.ones(len(old), dtype=torch.float64) if weights is None else weights.double()[old]
-        total = torch.zeros(int(new[-1]) + 1, dtype=torch.float64).index_add_(0, new, shares)
+        shares = torch.ones(len(old), dtype=torch.float64, device="cpu") if weights is None else weights.double()[old]
+        total = shares.new_zeros(int(new[-1]) + 1).index_add_(0, new, shares)
         moves = cls(old, new)
         return cls(old, new, torch.where(moves.first & moves.last, 1.0, shares / total[new]))
 
     @cached_property
     def first(self) -> Tensor:
         """`[M]`: whether it has the lowest old id of its new class."""
-        return torch.cat((torch.ones(1, dtype=torch.bool), self.new[1:] != self.new[:-1]))
+        return torch.nn.functional.pad(self.new[1:] != self.new[:-1], (1, 0), value=True)
 
     @cached_property
     def last(self) -> Tensor:
         """`[M]`: whether it has the highest old id of its new class."""
-        return torch.cat((self.new[1:] != self.new[:-1], torch.ones(1, dtype=torch.bool)))
+        return torch.nn.functional.pad(self.new[1:] != self.new[:-1], (0, 1), value=True)
 
     def lowest_only(self) -> ClassMoves:
         """Return the moves without merging: of merged classes only the lowest old id stays."""
@@ -67,7 +67,7 @@ class ClassMoves:
 
     def part(self, lo: int, hi: int) -> tuple[int, int]:
         """Return (a, b): entries [a, b) go to new ids `[lo, hi)`."""
-        a, b = torch.searchsorted(self.new, torch.tensor([lo, hi])).tolist()
+        a, b = torch.searchsorted(self.new, torch.tensor([lo, hi], device="cpu")).tolist()
         return a, b
 
     def merged_into(self, lo: int, hi: int) -> Tensor:
@@ -79,7 +79,7 @@ class ClassMoves:
         """Return `[C']` from one number per old class, `[C]`; merged classes get their weighted mean."""
         values = values.cpu().double()[self.old]
         values = values if self.share is None else values * self.share
-        return torch.zeros(int(self.new[-1]) + 1, dtype=torch.float64).index_add_(0, self.new, values)
+        return values.new_zeros(int(self.new[-1]) + 1).index_add_(0, self.new, values)
 
 
 def class_mapping(num_classes: int, *, merge: Iterable[Sequence[int]] = (), drop: Iterable[int] = ()) -> Tensor:
@@ -105,10 +105,11 @@ def class_mapping(num_classes: int, *, merge: Iterable[Sequence[int]] = (), drop
             if i in goes_to:
                 raise ValueError(f"class {i} is named twice in merge and drop")
             goes_to[i] = to
-    target = torch.arange(num_classes)
+    own = torch.arange(num_classes, device="cpu")
+    target = own.clone()
     if goes_to:
-        target[torch.tensor(list(goes_to))] = torch.tensor(list(goes_to.values()))
-    stays = target == torch.arange(num_classes)
+        target[torch.tensor(list(goes_to), device="cpu")] = torch.tensor(list(goes_to.values()), device="cpu")
+    stays = target == own
     if not stays.any():
         raise ValueError(f"all {num_classes} classes are dropped; at least one must stay")
     return torch.where(target < 0, -1, (stays.cumsum(0) - 1)[target])
@@ -122,7 +123,7 @@ def validate_mapping(mapping: Mapped, num_classes: int) -> Tensor:
             what = f"{missing} is missing" if missing is not None else f"it has {len(mapping)} entries"
             raise ValueError(f"the keys of a mapping must be the old classes, 0 to {num_classes - 1}: {what}")
         mapping = [mapping[i] for i in range(num_classes)]
-    ids = torch.as_tensor(mapping)
+    ids = torch.as_tensor(mapping, device="cpu")
     if ids.shape != (num_classes,) or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise ValueError(
             f"mapping must have one integer for each of {num_classes} classes, not {list(ids.shape)} {ids.dtype}"
@@ -136,7 +137,7 @@ def validate_mapping(mapping: Mapped, num_classes: int) -> Tensor:
     distinct = ids[ids >= 0].unique()
     if not len(distinct):
         raise ValueError(f"mapping drops all {num_classes} classes; at least one must stay")
-    gap = (distinct != torch.arange(len(distinct))).nonzero()
+    gap = (distinct != torch.arange(len(distinct), device="cpu")).nonzero()
     if len(gap):
         raise ValueError(
             f"mapping has no new id {int(gap[0])}, but has {int(distinct[-1])}: new ids must be 0 to C' - 1 without "
@@ -152,7 +153,7 @@ def class_moves(mapping: Tensor, merge: str, weights: Any) -> ClassMoves:
     if weights is not None:
         if merge == "first":
             raise ValueError('weights need merge="mean"; merge="first" takes the lowest old id')
-        weights = torch.as_tensor(weights).detach().cpu()
+        weights = torch.as_tensor(weights, device="cpu").detach()
         if weights.shape != mapping.shape:
             raise ValueError(
                 f"weights must have one number for each of {len(mapping)} classes, not {list(weights.shape)}"

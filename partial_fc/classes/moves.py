@@ -110,8 +110,8 @@ class _RowReceiver:
         if not starts_new:
             assert self.partial_sum is not None
             sums[:1] = self.partial_sum
-        starts = torch.searchsorted(number, torch.arange(count))
-        turn = torch.arange(len(merged)) - starts[number]
+        starts = torch.searchsorted(number, torch.arange(count, device=number.device))
+        turn = torch.arange(len(merged), device=number.device) - starts[number]
         shares = moves.share[a + merged].to(device, sums.dtype).view(-1, *[1] * (rows.ndim - 1))
         # add the k-th row of each class at a time: no two of one class, so the order of summation is that of the list
         for k in range(int(turn.max()) + 1):

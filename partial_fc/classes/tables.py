@@ -14,7 +14,7 @@ def checked_class_weights(weights: Tensor | None, num_classes: int, device: torc
     """Return class weights `[C]` on `device`, at least float32. ValueError unless they are finite and at least 0."""
     if weights is None:
         return None
-    weights = torch.as_tensor(weights)
+    weights = torch.as_tensor(weights, device="cpu")
     if weights.requires_grad:
         raise ValueError(
             "class_weights require grad, but the loss has no gradient by them: pass class_weights.detach()"

@@ -71,7 +71,7 @@ def foreach_norm() -> Callable[..., Sequence[Tensor]]:
             found = [norm.item() for norm in function(tensors, 2.0, dtype=torch.float32)]  # type: ignore[misc]
         except (RuntimeError, TypeError):
             found = []
-    if function is not None and found == [5.0, torch.tensor(65537.0).sqrt().item()]:
+    if function is not None and found == [5.0, torch.tensor(65537.0, device="cpu").sqrt().item()]:
         return function  # type: ignore[no-any-return]
     return lambda tensors, order, dtype=None: [torch.linalg.vector_norm(t, order, dtype=dtype) for t in tensors]
 

@@ -82,7 +82,7 @@ def prepare(mode: KernelsMode) -> None:
             f"{VARIABLE}=interpret"
         )
     try:
-        total = torch.zeros(1)
+        total = torch.zeros(1, device="cpu")
         common.counted[(1,)](total, 3)
     except Exception as error:
         raise RuntimeError(

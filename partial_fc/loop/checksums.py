@@ -54,7 +54,7 @@ def checksums(tensors: list[Tensor]) -> Tensor:
 def _ends_of(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Return where the words of each tensor end; a watch looks at the same tensors in every step."""
     with torch.inference_mode(False):
-        return torch.tensor([0, *counts]).cumsum(0).to(device)
+        return torch.tensor([0, *counts], device="cpu").cumsum(0).to(device)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def _batch_of(batch: Any, flat: int, ranks: Ranks, device: torch.device) -> Any:
     mine = (
         torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
         if own
-        else torch.empty(int(length), dtype=torch.uint8)
+        else torch.empty(int(length), dtype=torch.uint8, device="cpu")
     )
     received = _broadcast(mine.to(device), flat, ranks)
     if own:

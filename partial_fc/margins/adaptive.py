@@ -221,7 +221,7 @@ class AdaptiveMargin(Margin):
         exponent: float = 0.25,
     ) -> None:
         super().__init__(scale)
-        counts = torch.as_tensor(class_counts)
+        counts = torch.as_tensor(class_counts, device="cpu")
         require(
             "class_counts must be one number a class, [C]", list(counts.shape), counts.ndim == 1 and len(counts) > 0
         )

@@ -55,11 +55,12 @@ class AdamMoves:
     def find(self, probe: Probe, options: Mapping[str, Any]) -> Tensor:
         """Return [D, factor of each key, a, q, ε]."""
         eps, known = float(options.get("eps", 0.0)), probe.known
-        state = {key: torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64) for key in self.keys}
+        state = {key: torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device="cpu") for key in self.keys}
         # of the last row ε alone divides
         for key in {SECOND, self.keys[self.scale]}:
-            state[key] = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
-        after = probe.step(options, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), state if known else {})
+            state[key] = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64, device="cpu")
+        weights = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, device="cpu")
+        after = probe.step(options, weights, state if known else {})
         if not known:  # no row has moments yet
             alone = after[""].new_ones(len(self.keys)), after[""].new_tensor([0.0, 1.0, eps])
             return torch.cat((after[""][:1], *alone))
@@ -159,6 +160,6 @@ def _terms(moments: Tensor) -> Tensor:
     of_two = torch.stack((high, -low, torch.zeros_like(low)), 1) / (high - low)[:, None]
     alike = variance[:, None] <= 1e-13
     t = torch.where(alike, 0.0, torch.where(three, t, two))
-    shares = torch.where(alike, torch.tensor([1.0, 0.0, 0.0], dtype=t.dtype), torch.where(three, shares, of_two))
+    shares = torch.where(alike, t.new_tensor([1.0, 0.0, 0.0]), torch.where(three, shares, of_two))
     e = mean[:, None] * (1 + deviation[:, None] * t).clamp(min=1e-9)
     return torch.cat((shares * total[:, None] * e**3, e), 1)

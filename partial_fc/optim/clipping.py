@@ -56,7 +56,7 @@ def clip_grad_norm_(
         look_at_wiring(scaler, plain, class_rows)
     norms, flags = gradient_norms(plain, class_rows, norm_type, watched)
     if not norms:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, device="cpu")
     total = norms[0]
     if len(norms) > 1:
         total = torch.linalg.vector_norm(torch.stack([n.to(total.device) for n in norms]), norm_type)

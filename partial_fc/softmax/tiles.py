@@ -96,7 +96,7 @@ class Workspace:
             # drop the old one first: two at a time would be a higher peak than without this class
             self._buffers.pop(name, None)
             buffer = None
-            buffer = torch.empty(int(size * (SLACK if name.startswith("selected") else 1)), dtype=dtype)
+            buffer = torch.empty(int(size * (SLACK if name.startswith("selected") else 1)), dtype=dtype, device=device)
             self._buffers[name] = buffer
         return buffer[:size].view(shape)
 
