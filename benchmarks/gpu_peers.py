@@ -41,7 +41,7 @@ def compare(run: Run) -> None:
         found.extend(answer)
         return Outcome("", f"{len(answer)} peers on one rank by {backend}")
 
-    run.measure("the process of the peers", measure, STARTED)
+    run.measure("the process of the peers", measure, STARTED, most=run.left() + STARTED)
     ours = {each["work"]: each["ms"] for each in found if each["peer"] == OURS and "ms" in each}
     for each in found:
         case = f"{each['work']}: {each['peer']}"

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from gpu_run import ERROR, FAIL, JUDGED, NO_TIME, PASS
+PASS, FAIL, ERROR, SKIPPED, NO_TIME = "PASS", "FAIL", "error", "skipped", "no time"
+JUDGED = ("proof", "waits", "two")  # parts that pass or fail; the others are measured
+REST = "the rest of the part"  # the case that stands for what a part did not come to
 
 Row = dict[str, Any]
 BF16, FP32, LINE = "#1f6f8b", "#9aa5b1", "#c0392b"
@@ -38,6 +40,10 @@ def table(rows: Sequence[Row], about: dict[str, Any], quick: bool) -> str:
         if row["part"] == "profile":
             lines += ["", f"## profile: {row['case']}", "", " ".join(filter(None, (row["verdict"], row["text"]))), ""]
             lines += _profile(row)
+    broken = {name: why for row in rows for name, why in row.get("failed", {}).items()}
+    if broken:
+        lines += ["", "## Kernels that failed", "", "Plain PyTorch took their place, so no number above shows it.", ""]
+        lines += [f"- {name}: {why}" for name, why in broken.items()]
     left = [row for row in rows if row["verdict"] in (NO_TIME, ERROR)]
     if left:
         lines += ["", "## Not measured", "", *(f"- {row['part']}, {row['case']}: {row['verdict']}" for row in left)]

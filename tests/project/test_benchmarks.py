@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_the_run_for_a_gpu_on_a_cpu(tmp_path: Path) -> None:
     assert all(
         f"{name}, {dtype}," in proven for name in MarginSettings.names for dtype in ("float64", "float32", "bf16")
     )
-    assert {row["verdict"] for row in of["waits"]} == {"skipped"} and len(of["waits"]) == 4
+    assert {row["verdict"] for row in of["waits"]} == {"skipped"} and len(of["waits"]) == 5
     assert all(row["ratio"] > 0 and row["rows"] > 0 and row["planned"] > 0 for row in of["speed"])
     assert {row["bf16"] for row in of["speed"]} == {True, False} and len(of["profile"][0]["kernels"]) > 5
     assert all(row["verdict"] in ("", "skipped") for part in ("speed", "peers", "profile") for row in of[part])
@@ -139,6 +140,81 @@ def test_a_run_for_a_gpu_that_fails_or_has_no_time_says_so(monkeypatch: pytest.M
     text = gpu_report.table(rows, {}, False)
     assert "- FAIL: one: ValueError: of no use" in text and "- float64: 1 of 1 pass" in text
     assert "## Not measured\n\n- waits, three: no time" in text
+
+
+CASES_OF_A_RUN = """
+import os, sys, threading, time
+from pathlib import Path
+import torch
+sys.path[:0] = [{benchmarks!r}, {root!r}]
+from gpu_run import Outcome, Run
+from partial_fc.kernels import launch
+
+run = Run(torch.device("cpu"), True, 10.0, Path({out!r}), about={{"device": "cpu"}})
+run.go_on()
+
+def raises():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def loses_the_device():
+    run.synchronize = raises
+    return Outcome("PASS")
+
+def replaced():
+    launch.failed["project_rows"] = "CompilationError: of no use"
+    return Outcome("PASS")
+
+def speed(run):
+    run.measure("dies", lambda: os.kill(os.getpid(), 9))
+    run.measure("hangs", lambda: threading.Event().wait(), most=0.1)
+    raise ValueError("outside of a case")
+
+def waits(run):
+    run.measure("replaced", replaced)
+    run.measure("loses the device", loses_the_device)
+    run.measure("fine", lambda: Outcome("PASS"))
+
+run.run_part("speed", 1.0, speed)
+run.run_part("waits", 1.0, waits)
+(run.out / "now.json").write_text('{{"ended": true}}')
+"""
+
+
+def test_a_run_for_a_gpu_goes_on_whatever_a_case_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that is killed, that waits for ever, that has lost its device; an error outside of the cases."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_report
+    import gpu_watch
+
+    text = CASES_OF_A_RUN.format(benchmarks=str(ROOT / "benchmarks"), root=str(ROOT), out=str(tmp_path))
+    (tmp_path / "results.json").write_text("of an earlier run")
+    assert gpu_watch.watch([sys.executable, "-c", text], tmp_path, time.monotonic() + 600) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    found = {row["case"]: (row["verdict"], row["text"]) for row in rows}
+    assert len(found) == len(rows) == 6
+    assert found["dies"] == ("error", "its process ended with SIGKILL")
+    assert found["hangs"] == ("error", "no end in time: its process was killed")
+    assert found["the rest of the part"] == ("error", "ValueError: outside of a case")
+    assert found["replaced"] == ("PASS", "; the kernel project_rows failed: CompilationError: of no use")
+    assert found["loses the device"][0] == "FAIL" and "illegal memory access" in found["loses the device"][1]
+    assert found["fine"] == ("PASS", "")
+    assert "- project_rows: CompilationError: of no use" in gpu_report.table(rows, {}, False)
+
+
+def test_a_run_for_a_gpu_ends_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever it is that waits; what there is by then is in the table."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_watch
+
+    monkeypatch.setattr(gpu_watch, "GRACE", 0.0)
+    row = {"part": "proof", "case": "one", "verdict": "PASS", "text": "1e-9", "dtype": "float64", "largest": 1e-9}
+    (tmp_path / "rows.json").write_text(json.dumps({"machine": {"device": "a card"}, "quick": False, "rows": [row]}))
+    (tmp_path / "case.json").write_text(json.dumps({"part": "proof", "case": "two", "until": math.inf}))
+    command = f"cd {tmp_path}; cp rows.json results.json; cp case.json now.json; exec sleep 600"
+    assert gpu_watch.watch(["sh", "-c", command], tmp_path, time.monotonic() + 1.0) == 1
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["case"], row["verdict"]) for row in rows] == [("one", "PASS"), ("two", "no time")]
+    assert "The run was cut short: no end in time" in (tmp_path / "table.md").read_text()
 
 
 def test_waits_are_counted_where_this_package_causes_them(monkeypatch: pytest.MonkeyPatch) -> None:
