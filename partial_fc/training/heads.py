@@ -138,11 +138,6 @@ class HeadConfig:
         """UserError for values that no head can have."""
         if self.replicas < 1:
             raise UserError(f"--head.replicas is {self.replicas}; give at least 1")
-        if not self.inter_topk and self.inter_topk_penalty != HeadConfig.inter_topk_penalty:
-            raise UserError(
-                f"--head.inter_topk_penalty is {self.inter_topk_penalty}, which has no effect while --head.inter_topk "
-                f"is 0; leave it out, or give {HeadConfig.inter_topk_penalty} if a file sets it"
-            )
         margin = self.margin.build_margin(torch.ones(2))
         self.margin_schedule.check()
         self.margin_schedule.build(self.margin.build_margin(torch.ones(2)), steps_per_epoch=1000)
@@ -258,10 +253,6 @@ class CenterConfig:
         """UserError for values that no run can have."""
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise UserError(f"--center.weight is {self.weight}; give a number of at least 0")
-        if not self.weight and self.alpha != CenterConfig.alpha:
-            raise UserError(
-                f"--center.alpha is {self.alpha}, which has no effect while --center.weight is 0; leave it out"
-            )
         try:
             self.build(2, 2, 0, torch.device("meta"))
         except ValueError as error:

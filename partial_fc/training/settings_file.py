@@ -25,7 +25,7 @@ from partial_fc.training.class_settings import TRUST, ClassSettings, is_trusted
 from partial_fc.training.errors import UserError
 from partial_fc.training.files import text_of
 from partial_fc.training.old_settings import in_new_form
-from partial_fc.training.settings_parser import NAMED, as_on_command_line, check_tables
+from partial_fc.training.settings_parser import NAMED, as_on_command_line, check_tables, with_whole_numbers
 
 MODE = "partial_fc"
 OF_CLASSES = ("class_path", "init_args", "dict_kwargs")
@@ -51,6 +51,7 @@ def use_safe_loader(parser: jsonargparse.ArgumentParser, settings: type, classes
             found = load_settings(found, classes)
             _refuse_classes(found, classes)
             check_tables(settings, found)
+            found = with_whole_numbers(settings, found)
         except UserError as error:
             raise SettingsFileError(str(error)) from error
         return found

@@ -30,6 +30,7 @@ from partial_fc.training.class_settings import TRUST, ClassSettings, enforce_tru
 from partial_fc.training.errors import UserError
 from partial_fc.training.files import is_unicode
 from partial_fc.training.old_settings import check_options
+from partial_fc.training.whole_numbers import whole_number
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -63,6 +64,7 @@ class SettingsParser(jsonargparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{"formatter_class": _HelpFormatter, "allow_abbrev": False, **options})
         self.class_options: dict[str, Kind] = {}
+        self.whole_options: set[str] = set()
         self._may_be_null: set[str] = set()
 
     def add_class_option(
@@ -122,6 +124,10 @@ class SettingsParser(jsonargparse.ArgumentParser):
             if not equals:  # the value of an option before it, if at all
                 flag, value = (arguments[place - 1] if place else ""), argument
             option = flag.removeprefix("--").removesuffix(".help")
+            if option in self.whole_options and flag.startswith("--"):
+                value = _as_whole(option, value)
+                found.append(f"{flag}={value}" if equals else value)
+                continue
             if option not in self.class_options or not flag.startswith("--") or value.startswith(("-", "{")):
                 found.append(argument)
                 continue
@@ -181,6 +187,9 @@ def class_options(cls: type, prefix: str = "") -> dict[str, Kind]:
 def add_settings(parser: SettingsParser, cls: type, prefix: str = "") -> None:
     """Add an option for every field of a dataclass of settings, and of those inside it."""
     parts = list(_fields(cls))
+    hints = get_type_hints(cls)
+    whole = [each.name for each, kind, section in parts if kind is section is None and _is_whole(hints[each.name])]
+    parser.whole_options |= {f"{prefix}.{name}" if prefix else name for name in whole}
     classes = {each.name for each, kind, _ in parts if kind is not None}
     inside = {each.name for each, _, section in parts if section is not None}
     parser.add_class_arguments(cls, prefix or None, skip=classes | inside)
@@ -204,6 +213,36 @@ def _given(cls: type, given: Any, prefix: str) -> Iterator[tuple[Any, Any, Any, 
             hint = hints[each.name]
             item = next(iter(get_args(hint)), None)
             yield each, kind, section, hint, item, f"{prefix}.{each.name}" if prefix else each.name
+
+
+def _is_whole(hint: Any) -> bool:
+    return hint is int or set(get_args(hint)) == {int, NoneType}
+
+
+def _as_whole(name: str, text: str) -> str:
+    """Return what the command line gives for a whole number in digits; UserError for a number that is not whole."""
+    try:
+        number = whole_number(text)
+    except ValueError as error:
+        raise UserError(f"--{name} is {text}; {error}") from error
+    return text if number is None else str(number)
+
+
+def with_whole_numbers(cls: type, given: Any, prefix: str = "") -> Any:
+    """Return a table of a file for the dataclass `cls` with 1e6 and 10.0 as integers where settings are whole numbers.
+    UserError for numbers that are not whole."""
+    if not isinstance(given, dict):
+        return given
+    found = dict(given)
+    for each, kind, section, hint, item, name in _given(cls, given, prefix):
+        value = given[each.name]
+        if section is not None:
+            found[each.name] = with_whole_numbers(section, value, name)
+        elif get_origin(hint) is list and is_dataclass(item) and isinstance(item, type) and isinstance(value, list):
+            found[each.name] = [with_whole_numbers(item, inner, name) for inner in value]
+        elif kind is None and _is_whole(hint) and isinstance(value, float):
+            found[each.name] = int(_as_whole(name, repr(value)))
+    return found
 
 
 def check_tables(cls: type, given: Any, prefix: str = "") -> None:

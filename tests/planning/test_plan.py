@@ -448,7 +448,7 @@ def test_the_command(capsys):
     [
         ("--num_classes 10", "required: --batch_size"),
         ("--num_classes 10 --batch_size 0", "batch_size must be an integer of at least 1, not 0"),
-        ("--num_classes x --batch_size 1", "--num_classes: invalid int value: 'x'"),
+        ("--num_classes x --batch_size 1", "--num_classes: 'x' is not a whole number"),
         (
             "--num_classes 10 --batch_size 1 --memory 80XB",
             "--memory: '80XB' is not a number of bytes; write it as 80GB",

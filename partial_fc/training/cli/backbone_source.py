@@ -23,6 +23,7 @@ from partial_fc.training.protocols.task_files import image_shape
 from partial_fc.training.results import load_backbone
 from partial_fc.training.run import CONFIG, RunFolder, describe_checkpoint
 from partial_fc.training.settings_parser import SettingsParser
+from partial_fc.training.whole_numbers import whole
 
 OPTIONS = (
     ("backbone.embedding_size", 512, "width of its embeddings"),
@@ -100,7 +101,7 @@ def add_backbone_file(parser: argparse.ArgumentParser) -> None:
     )
     for name, default, words in OPTIONS:
         text = f"with --backbone.name: {words} (default {default})"
-        parser.add_argument(f"--{name}", type=int, default=None, metavar="N", help=text)
+        parser.add_argument(f"--{name}", type=whole, default=None, metavar="N", help=text)
 
 
 def backbone_file(options: argparse.Namespace, path: str) -> BackboneFile | None:

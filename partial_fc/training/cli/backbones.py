@@ -10,6 +10,7 @@ import argparse
 from partial_fc.training.backbones import BACKBONES
 from partial_fc.training.backbones.counts import table
 from partial_fc.training.cli.parser import CommandParser, add_traceback
+from partial_fc.training.whole_numbers import whole
 
 
 def backbones_parser() -> argparse.ArgumentParser:
@@ -19,9 +20,9 @@ def backbones_parser() -> argparse.ArgumentParser:
         "(a multiplication and an addition count as two), both counted when the command runs. "
         "--backbone.name also takes timm:NAME and hf:FOLDER, see docs/backbones.md.",
     )
-    parser.add_argument("--image_size", type=int, default=112, help="side of the images, in pixels (default 112)")
-    parser.add_argument("--channels", type=int, default=3, help="1 for grey, 3 for colour (default 3)")
-    parser.add_argument("--embedding_size", type=int, default=512, help="width of the embeddings (default 512)")
+    parser.add_argument("--image_size", type=whole, default=112, help="side of the images, in pixels (default 112)")
+    parser.add_argument("--channels", type=whole, default=3, help="1 for grey, 3 for colour (default 3)")
+    parser.add_argument("--embedding_size", type=whole, default=512, help="width of the embeddings (default 512)")
     add_traceback(parser)
     return parser
 

@@ -23,6 +23,7 @@ from partial_fc.training.data import open_data
 from partial_fc.training.errors import UserError
 from partial_fc.training.ranks import check_devices
 from partial_fc.training.settings_parser import SettingsParser
+from partial_fc.training.whole_numbers import whole
 
 MAX_IMAGES = 16  # in the measurement of the backbone
 
@@ -36,7 +37,7 @@ def comms_parser() -> argparse.ArgumentParser:
     add_head_sizes(parser)
     parser.add_argument(
         "--backbone_parameters",
-        type=int,
+        type=whole,
         default=0,
         metavar="P",
         help="elements of the backbone's gradient (default: no backbone)",
@@ -57,7 +58,7 @@ def config_parser() -> SettingsParser:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--repeats", type=int, default=7, help="calls of each collective; the median is reported (default 7)"
+        "--repeats", type=whole, default=7, help="calls of each collective; the median is reported (default 7)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_traceback(parser)

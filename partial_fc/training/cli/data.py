@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -17,7 +18,9 @@ from partial_fc.training.data.inspection import PLOT_ENDINGS, inspect_data, plot
 from partial_fc.training.data.sample import write_sample
 from partial_fc.training.errors import UserError
 from partial_fc.training.export.output_folder import check_free, publish, work_folder
+from partial_fc.training.ranks import shows_errors
 from partial_fc.training.run import check_new_file
+from partial_fc.training.whole_numbers import whole
 
 USAGE = """usage: partial-fc data COMMAND ...
 
@@ -58,7 +61,9 @@ def inspect_command(arguments: list[str]) -> None:
         check_new_file(plot, "--plot", list(PLOT_ENDINGS))
     packed = is_packed(options.source)
     sets: dict[str, IdentityDataset] = (
-        {**packed_splits(options.source, options.split)} if packed else {"": open_from_options(options.source, options)}
+        {**packed_splits(options.source, options.split)}
+        if packed
+        else {"": open_from_options(options.source, options, tell_notes=False)}
     )
     print(f"format: {'packed (packed.json)' if packed else _describe_format(options)}")
     for name, dataset in sets.items():
@@ -81,7 +86,7 @@ def convert_command(arguments: list[str]) -> None:
     parser.add_argument("--format", required=True, choices=FORMATS, help="format to write")
     parser.add_argument(
         "--part",
-        type=int,
+        type=whole,
         default=PART,
         metavar="N",
         help=f"images per tar or Parquet file, and between two saves of the progress (default {PART})",
@@ -111,7 +116,7 @@ def sample_command(arguments: list[str]) -> None:
     parser = CommandParser("data sample", "Write a folder of images to try the application with: drawn characters.")
     parser.add_argument("dest", help="folder to make; it must not exist")
     parser.add_argument(
-        "--identities", type=int, default=400, metavar="N", help="identities to train on, at most 1000 (default 400)"
+        "--identities", type=whole, default=400, metavar="N", help="identities to train on, at most 1000 (default 400)"
     )
     add_traceback(parser)
     options = parser.parse_args(arguments)
@@ -176,11 +181,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def open_from_options(
-    folder: str, options: argparse.Namespace, image_size: int = 112, channels: int = 3
+    folder: str, options: argparse.Namespace, image_size: int = 112, channels: int = 3, *, tell_notes: bool = True
 ) -> EncodedIdentities:
-    """Open the data set in `folder` as the command's options say. Raises UserError that names these options."""
+    """Open the data set in `folder` as the command's options say, and print its notes on one rank. Raises UserError
+    that names these options."""
     try:
-        return open_source(
+        opened = open_source(
             folder,
             image_size,
             channels,
@@ -195,3 +201,6 @@ def open_from_options(
         text = str(error).replace("; check --data.folder", "")
         text = text.replace("--data.format", "--source_format").replace("--data.", "--")
         raise UserError(text) from error
+    for note in opened.notes if tell_notes and shows_errors() else ():
+        print(f"note: {note}", file=sys.stderr)
+    return opened

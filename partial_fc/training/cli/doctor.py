@@ -14,6 +14,7 @@ from pathlib import Path
 from partial_fc.diagnosis.doctor import doctor
 from partial_fc.training.cli.parser import add_traceback, config_first
 from partial_fc.training.config import add_config, to_config
+from partial_fc.training.effects import check_effects
 from partial_fc.training.errors import UserError
 from partial_fc.training.ranks import check_devices
 from partial_fc.training.settings_parser import SettingsParser
@@ -42,6 +43,7 @@ def doctor_command(arguments: list[str]) -> int:
     arguments = config_first(arguments)
     parser = doctor_parser()
     config = to_config(parser, arguments)
+    check_effects(config)
     if config.data.mix:
         raise UserError("doctor checks a single head; run it without --data.mix")
     if config.head.storage is not None:

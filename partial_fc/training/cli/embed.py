@@ -37,6 +37,7 @@ from partial_fc.training.export.export import config_of_run
 from partial_fc.training.ranks import check_devices
 from partial_fc.training.run import CONFIG, RunFolder
 from partial_fc.training.run_data import data_of_run
+from partial_fc.training.whole_numbers import whole
 
 WEEK = 7 * 24 * 3600.0  # seconds that a rank waits for the slowest
 
@@ -61,7 +62,7 @@ def embed_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--part",
-        type=int,
+        type=whole,
         default=None,
         metavar="N",
         help=f"images of a file, rounded up to whole batches (default {PART}, fewer for small data sets)",
@@ -94,7 +95,7 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
         help="what runs an exported backbone (default: torch if there are safetensors, else onnxruntime)",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=None, help=f"images of a forward on each rank (default {BATCH})"
+        "--batch_size", type=whole, default=None, help=f"images of a forward on each rank (default {BATCH})"
     )
     add_workers(parser)
     add_on_error(parser)

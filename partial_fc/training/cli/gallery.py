@@ -42,6 +42,7 @@ from partial_fc.training.gallery import Answer, Enrolment, Gallery
 from partial_fc.training.gallery.calibration import smallest_rate
 from partial_fc.training.run import CONFIG, RunFolder, check_new_file
 from partial_fc.training.run_data import data_of_run
+from partial_fc.training.whole_numbers import whole
 
 USAGE = """usage: partial-fc gallery COMMAND GALLERY ...
 
@@ -312,7 +313,7 @@ def search_command(arguments: list[str]) -> None:
     parser = _parser("search", "Find the identities nearest to images, or nobody if none reaches the threshold.")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     add_sources(parser)
-    parser.add_argument("-k", type=int, default=5, help="identities to show for each image (default 5)")
+    parser.add_argument("-k", type=whole, default=5, help="identities to show for each image (default 5)")
     parser.add_argument(
         "--threshold", type=float, default=None, metavar="COSINE", help="use this one instead of the gallery's"
     )

@@ -15,6 +15,7 @@ from partial_fc.training.data.fonts.font_files import SCRIPTS
 from partial_fc.training.data.fonts.settings import GlyphSettings
 from partial_fc.training.data.formats.packed import IMAGES, LABELS, SOURCES, PackedIdentities, PackedSplit, read_index
 from partial_fc.training.errors import UserError
+from partial_fc.training.whole_numbers import whole
 
 
 def glyphs_parser() -> argparse.ArgumentParser:
@@ -38,16 +39,16 @@ def glyphs_parser() -> argparse.ArgumentParser:
         default="han,hangul",
         help=f"some of {', '.join(SCRIPTS)}, and ranges such as 1F00-1FFF (default han,hangul)",
     )
-    parser.add_argument("--size", type=int, default=32, help="side of the images, in pixels (default 32)")
+    parser.add_argument("--size", type=whole, default=32, help="side of the images, in pixels (default 32)")
     parser.add_argument(
         "--min_designs",
-        type=int,
+        type=whole,
         default=4,
         help="typefaces with different designs that a character needs to become an identity (default 4)",
     )
     parser.add_argument(
         "--holdout_identities",
-        type=int,
+        type=whole,
         default=0,
         help="number of characters to hold out from training, chosen by the seed (default 0)",
     )
@@ -59,7 +60,7 @@ def glyphs_parser() -> argparse.ArgumentParser:
         help="designs to hold out from training: beginnings of family names, or a number, chosen by the seed (default "
         "none)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of what is held out (default 0)")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of what is held out (default 0)")
     add_on_error(parser, "a font that FreeType cannot read")
     add_traceback(parser)
     return parser

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import select
 import signal
 import sys
 import traceback
@@ -55,6 +56,7 @@ try:
     from partial_fc.training.config import RunConfig, add_config, check_resumes, keep_still_rows, parse, to_config
     from partial_fc.training.data import DataSplits, IdentityDataset, open_data
     from partial_fc.training.data.formats.packed import is_packed, packed_splits
+    from partial_fc.training.effects import check_effects
     from partial_fc.training.errors import Preempted, UserError
     from partial_fc.training.interval import check_best, check_metric
     from partial_fc.training.mixing import mixed
@@ -66,6 +68,8 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(name=error.name))
 
+UNREAD = 128 + signal.SIGPIPE
+"""The exit code of a command whose output nobody reads any more, as of any other program in a shell."""
 STOPPING = "partial-fc: stop requested; finishing the step and saving"
 LESS_MEMORY = (
     "set --backbone.gradient_checkpointing true, then --train.accumulation 2, 4, ... (the same batch in parts), then a "
@@ -107,8 +111,33 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     The code is 0, or 1 if doctor finds something wrong, 2 for a user's mistake, 75 if the run was asked to stop (as by
-    SIGTERM), 130 if interrupted. docs/crashes.md says how each launcher reacts to it.
+    SIGTERM), 130 if interrupted, 141 if nobody reads what it prints. docs/crashes.md says how each launcher reacts to
+    it.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # here, where it can be told that the reader has gone: `partial-fc plan ... | head`
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
+        return UNREAD
+
+
+def _reader_has_gone() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more."""
+    try:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in output.poll(0))
+    except (OSError, ValueError):  # no file at all
+        return False
+
+
+def _run(arguments: list[str] | None) -> int:
+    """`main`, but for a standard output that nobody reads."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8; Python does the same for stderr
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -150,6 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
         jsonargparse.ArgumentError,
         OSError,
     ) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            raise
         if "--traceback" in arguments:
             traceback.print_exc()
         elif shows_errors():
@@ -235,6 +266,8 @@ def train(arguments: list[str]) -> None:
         print(device_line(config.train.cpu))
         print(f"settings, data and folder are fine: {len(data.train):,} images of {identities:,} identities")
         print(f"augmentation: {config.augment}")
+        for note in data.train.notes:
+            print(f"note: {note}")
         warning = None if resume else held_out_of_weights(config, data)
         if warning is not None:
             print(warning)
@@ -277,7 +310,9 @@ def _resolve(parser: SettingsParser, arguments: list[str]) -> tuple[RunConfig, b
         # every rank decides the same: none makes the folder before the trainer's first collective, which all must reach
         asked.resume = ""
     if asked.resume is None:
-        return to_config(parser, arguments), False, asked.check
+        config = to_config(parser, arguments)
+        check_effects(config)
+        return config, False, asked.check
     folder = RunFolder(asked.resume or asked.output.folder)
     folder.check_run()
     saved = ["--config", str(folder.path / CONFIG)]
@@ -286,6 +321,7 @@ def _resolve(parser: SettingsParser, arguments: list[str]) -> tuple[RunConfig, b
     now.output.folder = str(folder.path)
     keep_still_rows(folder.path / CONFIG, now, before)
     check_resumes(now, before, str(folder.path))
+    check_effects(now, before)
     return now, True, asked.check
 
 

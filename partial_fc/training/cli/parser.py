@@ -6,6 +6,7 @@ import argparse
 from typing import NoReturn
 
 from partial_fc.training.errors import UserError
+from partial_fc.training.whole_numbers import whole
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -34,7 +35,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     """Add --workers; `check_at_least` validates it."""
     parser.add_argument(
         "--workers",
-        type=int,
+        type=whole,
         default=None,
         help="processes per rank that load images (default: chosen by the number of cores)",
     )

@@ -15,6 +15,7 @@ from partial_fc.planning.costs import OPTIMIZERS
 from partial_fc.planning.plan import plan
 from partial_fc.training.cli.parser import CommandParser, add_traceback
 from partial_fc.training.errors import UserError
+from partial_fc.training.whole_numbers import whole
 
 UNITS = {
     "": 1,
@@ -38,12 +39,12 @@ def byte_count(text: str) -> int:
 
 def add_head_sizes(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how large a head is."""
-    parser.add_argument("--num_classes", type=int, required=True, metavar="C", help="classes over all ranks")
+    parser.add_argument("--num_classes", type=whole, required=True, metavar="C", help="classes over all ranks")
     parser.add_argument(
-        "--embedding_size", type=int, default=512, metavar="D", help="width of the embeddings (default 512)"
+        "--embedding_size", type=whole, default=512, metavar="D", help="width of the embeddings (default 512)"
     )
     parser.add_argument(
-        "--batch_size", type=int, required=True, metavar="N", help="samples of the global batch, over all ranks"
+        "--batch_size", type=whole, required=True, metavar="N", help="samples of the global batch, over all ranks"
     )
     parser.add_argument(
         "--sample_rate",
@@ -62,18 +63,18 @@ def plan_parser() -> argparse.ArgumentParser:
     )
     add_head_sizes(parser)
     parser.add_argument(
-        "--world_size", type=int, default=1, metavar="RANKS", help="ranks that the classes are split over (default 1)"
+        "--world_size", type=whole, default=1, metavar="RANKS", help="ranks that the classes are split over (default 1)"
     )
     parser.add_argument(
         "--hard_negatives",
-        type=int,
+        type=whole,
         default=0,
         metavar="K",
         help="nearest classes of each class of the batch that take part in each step (default 0)",
     )
     parser.add_argument(
         "--centers",
-        type=int,
+        type=whole,
         default=1,
         metavar="K",
         help="sub-centers of each class, which has a row for each (default 1)",
@@ -134,7 +135,7 @@ def plan_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--sample_block",
-        type=int,
+        type=whole,
         default=1,
         metavar="B",
         help="consecutive classes that are drawn together (default 1)",

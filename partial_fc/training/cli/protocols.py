@@ -54,6 +54,7 @@ from partial_fc.training.results import (
 )
 from partial_fc.training.run import RunFolder
 from partial_fc.training.settings_parser import SettingsParser
+from partial_fc.training.whole_numbers import whole
 
 DESCRIPTIONS = {
     "verify": "Verification on files of image pairs (lfw.bin, cfp_fp.bin, ...): ten-fold accuracy, TAR at FAR.",
@@ -91,10 +92,12 @@ def protocol_parser(command: str) -> argparse.ArgumentParser:
         metavar="DIR",
         help="new folder for metrics.json, report.html, ... (default RUN/COMMAND-NAME, or a folder beside the file)",
     )
-    parser.add_argument("--batch_size", type=int, default=512, help="images per forward, over all ranks (default 512)")
+    parser.add_argument(
+        "--batch_size", type=whole, default=512, help="images per forward, over all ranks (default 512)"
+    )
     parser.add_argument(
         "--tile",
-        type=int,
+        type=whole,
         default=2048,
         help="side of the tiles in which the matrix of cosines is computed, in images (default 2048)",
     )

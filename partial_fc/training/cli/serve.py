@@ -28,6 +28,7 @@ from partial_fc.training.serve.server import (
     token_for,
 )
 from partial_fc.training.serve.uploads import Limits
+from partial_fc.training.whole_numbers import whole
 
 
 def serve_parser() -> argparse.ArgumentParser:
@@ -44,17 +45,17 @@ def serve_parser() -> argparse.ArgumentParser:
         "--audit", default=None, metavar="DIR", help="folder of `partial-fc audit` (default RUN/audit, if there is one)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
-    parser.add_argument("--port", type=int, default=8000, help="port (default 8000); 0 for any that is free")
+    parser.add_argument("--port", type=whole, default=8000, help="port (default 8000); 0 for any that is free")
     parser.add_argument("--token_file", default=None, metavar="FILE", help="file with the token that requests carry")
     parser.add_argument(
         "--writable", action="store_true", help="let requests add and remove identities (default: they only search)"
     )
     limits = Limits()
     parser.add_argument(
-        "--max_bytes", type=int, default=limits.bytes, help=f"most bytes of an image (default {limits.bytes})"
+        "--max_bytes", type=whole, default=limits.bytes, help=f"most bytes of an image (default {limits.bytes})"
     )
     parser.add_argument(
-        "--max_pixels", type=int, default=limits.pixels, help=f"most pixels of an image (default {limits.pixels})"
+        "--max_pixels", type=whole, default=limits.pixels, help=f"most pixels of an image (default {limits.pixels})"
     )
     add_traceback(parser)
     return parser

@@ -51,6 +51,31 @@ def test_what_is_wrong_is_counted_and_named(tmp_path, kind):
         assert words in text
 
 
+def test_files_that_do_not_end_as_images_are_counted_and_told(tmp_path, capsys):
+    """Hidden files are not, nor folders."""
+    for name in ("a/1.jpg", "a/2.jfif", "a/Thumbs.DB", "a/.3.heic", "b/1.HEIC", "b/2.PNG", "b/3", "b/.cache/x.heic"):
+        path = tmp_path / "faces" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(1))
+    (note,) = open_source(tmp_path / "faces").notes
+    assert note.startswith("4 files in sub-folders are not read, because their names do not end as those of images")
+    assert note.endswith(".webp): 1 .db, 1 .heic, 1 .jfif, 1 without a suffix")
+    assert main(["data", "inspect", str(tmp_path / "faces")]) == 0
+    assert f"note                  {note}" in capsys.readouterr().out
+    assert main(["data", "convert", str(tmp_path / "faces"), str(tmp_path / "list"), "--format", "list"]) == 0
+    assert f"note: {note}" in capsys.readouterr().err
+    settings = [
+        "--data.folder",
+        str(tmp_path / "faces"),
+        "--train.batch_size",
+        "2",
+        "--output.folder",
+        str(tmp_path / "r"),
+    ]
+    assert main(["train", "--check", *settings]) == 0
+    assert f"note: {note}" in capsys.readouterr().out
+
+
 def test_headers_alone_find_what_headers_show(tmp_path):
     found = inspect_data(open_source(data_files.list_file(tmp_path / "f", CONTENT)), decode=False)
     assert len(found.unreadable) == 1

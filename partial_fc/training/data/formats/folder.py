@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from partial_fc.training.errors import UserError
 class FolderIdentities(EncodedIdentities):
     """The images root/identity/image of the folder `root`, sorted by name.
 
-    Sub-folders without an image are skipped and named in `skipped`, or raise UserError, as `on_error` says.
+    Sub-folders without an image are skipped and named in `skipped`, or raise UserError, as `on_error` says. Files whose
+    names do not end like those of images are counted in `notes`.
     """
 
     def __init__(self, root: str | Path, image_size: int, channels: int, on_error: str = "skip") -> None:
         self.root = Path(root)
-        self.files_of, skipped = scan_folder(self.root)
+        self.files_of, skipped, others = scan_folder(self.root)
         raise_if_skipped(skipped, on_error)
         self._folders = list(self.files_of)
         counts = torch.tensor([len(names) for names in self.files_of.values()], dtype=torch.int64)
@@ -30,6 +32,12 @@ class FolderIdentities(EncodedIdentities):
         labels = torch.arange(len(counts)).repeat_interleave(counts)
         super().__init__(labels, list(self._folders), image_size, channels)
         self.skipped = skipped
+        if others:
+            kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
+            self.notes = [
+                f"{others.total():,} files in sub-folders are not read, because their names do not end as those of "
+                f"images ({', '.join(sorted(IMAGE_SUFFIXES))}): {kinds}"
+            ]
 
     def name_at(self, position: int) -> str:
         number = bisect.bisect_right(self._first, position) - 1
@@ -51,10 +59,11 @@ class FolderIdentities(EncodedIdentities):
                 yield name, -1
 
 
-def scan_folder(root: str | Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Return ({identity: its image files}, [sub-folders without an image, each as "name (reason)"]), sorted by name.
+def scan_folder(root: str | Path) -> tuple[dict[str, list[str]], list[str], Counter[str]]:
+    """Return ({identity: its image files}, [sub-folders without an image, each as "name (reason)"], {suffix: number of
+    files that are not read}), sorted by name.
 
-    Hidden entries and files of other kinds are ignored. Raises UserError if `root` is missing, is not a folder, cannot
+    Hidden entries are ignored. Raises UserError if `root` is missing, is not a folder, cannot
     be read, or has no sub-folder with an image.
     """
     root = Path(root)
@@ -65,7 +74,8 @@ def scan_folder(root: str | Path) -> tuple[dict[str, list[str]], list[str]]:
             f"the data folder {root} is a file; --data.folder needs a folder with a sub-folder for each identity"
         )
     try:
-        files = {name: image_files(root / name) for name in _folders(root)}
+        others: Counter[str] = Counter()
+        files = {name: image_files(root / name, others) for name in _folders(root)}
         empty = [name for name, images in files.items() if not images]
         nested = [name for name in empty if _has_images_below(root / name)]
     except OSError as error:
@@ -81,14 +91,21 @@ def scan_folder(root: str | Path) -> tuple[dict[str, list[str]], list[str]]:
         raise UserError(f"no sub-folder of the data folder {root} has an image; the first is {empty[0]}")
     reasons = {name: f"its images are one level deeper: give {root / name} to use them" for name in nested}
     skipped = [f"{name} ({reasons.get(name, 'there is no image in it')})" for name in empty]
-    return {name: images for name, images in files.items() if images}, skipped
+    return {name: images for name, images in files.items() if images}, skipped, others
 
 
-def image_files(folder: Path) -> list[str]:
-    """Return the names of the image files in `folder`, sorted; hidden files are ignored."""
+def image_files(folder: Path, others: Counter[str] | None = None) -> list[str]:
+    """Return the names of the image files in `folder`, sorted; hidden files are ignored. others: gets the number of
+    other files by their suffixes."""
+    images = []
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".")]
-    return sorted(name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if suffix in IMAGE_SUFFIXES and not entry.name.startswith("."):
+                images.append(entry.name)
+            elif others is not None and entry.is_file() and not entry.name.startswith("."):
+                others[suffix or "without a suffix"] += 1
+    return sorted(images)
 
 
 def _folders(folder: Path) -> list[str]:
