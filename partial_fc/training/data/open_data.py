@@ -50,6 +50,8 @@ def _open_packed(config: DataConfig, folder: str) -> DataSplits:
         raise UserError(f"the packed data set {folder} has its own held-out identities; drop --data.holdout_identities")
     if config.split is not None:
         raise UserError(f"the packed data set {folder} was split when it was made; drop --data.split")
+    if not len(whole):
+        raise UserError(f"the packed data set {folder} holds out all that it has, which leaves nothing to train on")
     kept = with_enough_images(range(whole.num_identities), whole.labels, config.min_images)
     kept = kept[: identity_count(config.identities, len(kept), f"the packed data set {folder} (train)")]
     return DataSplits(whole.select(kept), {**splits}, LabelMap.of(whole.identity_names, whole.labels, kept))

@@ -336,6 +336,12 @@ def test_a_folder_in_use_is_left_alone(fonts, tmp_path):
         font_files([tmp_path / "empty"])
 
 
+def hold_out(folder: Path, places: Any) -> None:
+    index = json.loads((folder / "packed.json").read_text())
+    index["held_out"]["identities"] = list(range(len(index["identities"]))) if places == "all" else places
+    (folder / "packed.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -349,6 +355,20 @@ def test_a_folder_in_use_is_left_alone(fonts, tmp_path):
         (lambda folder: (folder / "sources.npy").unlink(), r"sources\.npy cannot be read"),
         (lambda folder: np.save(folder / "labels.npy", np.full(214, 77)), "damaged"),
         (lambda folder: np.save(folder / "labels.npy", np.zeros(3, np.int32)), "damaged"),
+        (
+            lambda folder: np.save(folder / "labels.npy", np.full(214, 0.4)),
+            r"labels\.npy has numbers \[214\] of float64",
+        ),
+        (
+            lambda folder: np.save(folder / "labels.npy", np.zeros((214, 1), int)),
+            r"has numbers \[214, 1\] of int64, not",
+        ),
+        (lambda folder: np.save(folder / "images.npy", np.zeros((214, 5, 9, 9), np.uint8)), "not uint8 .n, 1 or 3,"),
+        (lambda folder: np.save(folder / "images.npy", np.zeros((214, 1, 0, 9), np.uint8)), "not uint8 .n, 1 or 3,"),
+        (lambda folder: hold_out(folder, [-1]), "has no lists of identities and sources, or places outside them"),
+        (lambda folder: hold_out(folder, [True]), "or places outside them"),
+        (lambda folder: hold_out(folder, [[0]]), "or places outside them"),
+        (lambda folder: hold_out(folder, "all"), "holds out all that it has, which leaves nothing to train on"),
     ],
 )
 def test_a_damaged_data_set_is_refused(made, tmp_path, damage, message):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -66,8 +67,8 @@ class PackedIdentities(IdentityDataset):
     def __init__(self, folder: str | Path, split: PackedSplit = "train") -> None:
         self.folder = Path(folder)
         index = read_index(folder)
-        labels = _read(self.folder, LABELS).astype(np.int64)
-        sources = _read(self.folder, SOURCES).astype(np.int64)
+        labels = _numbers(self.folder, LABELS)
+        sources = _numbers(self.folder, SOURCES)
         held_identity = np.zeros(len(index["identities"]), bool)
         held_source = np.zeros(len(index["sources"]), bool)
         try:
@@ -78,9 +79,11 @@ class PackedIdentities(IdentityDataset):
             raise UserError(f"the packed data set {folder} is damaged ({error}); make it again") from error
         shape = self._images.shape
         negative = (labels < 0).any() or (sources < 0).any()
-        if len(shape) != 4 or self._images.dtype != np.uint8 or not len(labels) == len(sources) == shape[0] or negative:
+        pictures = len(shape) == 4 and shape[1] in (1, 3) and min(shape[2:]) > 0 and self._images.dtype == np.uint8
+        if not pictures or not len(labels) == len(sources) == shape[0] or negative:
             raise UserError(
-                f"the packed data set {folder} is damaged: {IMAGES}, {LABELS} and {SOURCES} do not match; make it again"
+                f"the packed data set {folder} is damaged: {IMAGES}, {LABELS} and {SOURCES} do not match, or "
+                f"{IMAGES} is not uint8 [n, 1 or 3, height, width]; make it again"
             )
         used = np.unique(labels[in_split])
         self.positions = np.flatnonzero(in_split)
@@ -129,12 +132,20 @@ def read_index(folder: str | Path) -> dict[str, Any]:
             raise UserError(
                 f"{path} has the format {index['format']!r}; this version reads {FORMAT!r}: make the data set again"
             )
-        lists = [part[name] for part in (index, index["held_out"]) for name in ("identities", "sources")]
-        valid = all(isinstance(each, list) for each in lists)
+        names = [index[name] for name in ("identities", "sources")]
+        held = [index["held_out"][name] for name in ("identities", "sources")]
+        valid = all(isinstance(each, list) for each in (*names, *held))
+        valid = valid and all(isinstance(each, str) for each in itertools.chain(*names))
+        # a place below 0 would be one from the end
+        valid = valid and all(
+            type(each) is int and 0 <= each < len(of) for of, places in zip(names, held, strict=True) for each in places
+        )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); make the data set again") from error
     if not valid:
-        raise UserError(f"{path} lacks the lists of identities and sources; make the data set again")
+        raise UserError(
+            f"{path} has no lists of identities and sources, or places outside them; make the data set again"
+        )
     return dict(index)
 
 
@@ -166,6 +177,17 @@ def _read(folder: Path, name: str) -> npt.NDArray[Any]:
         return array
     except Exception as error:  # numpy raises almost anything for a damaged file
         raise UserError(f"{folder / name} cannot be read ({error}); make the data set again") from error
+
+
+def _numbers(folder: Path, name: str) -> npt.NDArray[np.int64]:
+    """Return a list of whole numbers of the folder."""
+    array = _read(folder, name)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise UserError(
+            f"{folder / name} has numbers {list(array.shape)} of {array.dtype}, not a list of integers; make the data "
+            "set again"
+        )
+    return array.astype(np.int64)
 
 
 def _open(folder: Path, name: str) -> npt.NDArray[Any]:
