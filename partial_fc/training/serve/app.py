@@ -135,9 +135,9 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         413: "too many bytes or pixels",
         415: "not an image that can be read",
         422: "a parameter is wrong, or the image is damaged",
-        503: "the gallery cannot be read or changed at the moment",
+        503: "the gallery cannot be read or changed at the moment, or too many ask at once",
     }
-    return {each: {"model": Problem, "description": words[each]} for each in sorted({400, 401, *statuses})}
+    return {each: {"model": Problem, "description": words[each]} for each in sorted({400, 401, 503, *statuses})}
 
 
 OF_IMAGES = problems(403, 408, 413, 415, 422, 503)
@@ -306,7 +306,8 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         place = ".".join(str(each) for each in first["loc"][1:])
-        return JSONResponse({"error": f"{place or 'the request'}: {first['msg']}"}, 422)
+        text = "it is no file; send it as a file of a form" if "UploadFile" in first["msg"] else first["msg"]
+        return JSONResponse({"error": f"{place or 'the request'}: {text}"}, 422)
 
     async def gallery_failed(request: Request, error: Exception) -> Response:
         log.error("%s", error)  # its words may name a file of this machine

@@ -1,6 +1,7 @@
 """What stands before every request: who may ask, how much may be sent, and what every answer says to browsers.
 
-request ── Host, Origin, or the token ──> 400, 403, 401
+request ── too many at once ──> 503
+        ── Host, Origin, or the token ──> 400, 403, 401
         ── bytes of the body, time for them ──> 413, 408
 answer  ── headers: no other site may frame, embed or script it; nothing is stored
 
@@ -27,6 +28,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+AT_ONCE = 64  # requests; beyond, memory for their bodies would have no bound
 SECONDS = 120.0  # for the whole body of a request
 HEADERS = {
     b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -40,13 +42,18 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI middleware around `app`. token: what /api/ asks for, or None. most_bytes: of the body of a request."""
+    """ASGI middleware around `app`. token: what /api/ asks for, or None. most_bytes: of the body of a request.
+    at_once: requests in work."""
 
-    def __init__(self, app: App, *, token: str | None, most_bytes: int, seconds: float = SECONDS) -> None:
+    def __init__(
+        self, app: App, *, token: str | None, most_bytes: int, seconds: float = SECONDS, at_once: int = AT_ONCE
+    ) -> None:
         self.app = app
         self.token = token
         self.most_bytes = most_bytes
         self.seconds = seconds
+        self.at_once = at_once
+        self._in_work = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,7 +68,10 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *HEADERS.items()]
             await send(message)
 
+        self._in_work += 1
         try:
+            if self._in_work > self.at_once:
+                raise Refused(503, "the service is busy; ask again in a moment")
             headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
             self._check_sender(scope, headers)
             self._check_length(headers)
@@ -69,6 +79,8 @@ class Guard:
         except Refused as refused:
             if not started:
                 await _answer(refused, send_with_headers)
+        finally:
+            self._in_work -= 1
 
     def _check_sender(self, scope: Scope, headers: dict[bytes, str]) -> None:
         if self.token is not None:
@@ -135,7 +147,7 @@ async def _answer(refused: Refused, send: Send) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    if refused.status in (408, 413):
+    if refused.status in (408, 413, 503):
         headers.append((b"connection", b"close"))  # the rest of the body is not read
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -103,7 +103,6 @@ def make_server(app: Any) -> uvicorn.Server:
         lifespan="off",
         log_level="warning",
         server_header=False,
-        limit_concurrency=CONNECTIONS,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=10,
     )

@@ -410,6 +410,35 @@ def test_a_sender_that_is_slow_is_not_waited_for():
     assert said[0]["status"] == 408 and b"did not arrive within" in said[1]["body"]
 
 
+def test_too_many_requests_at_once_are_told_to_ask_again():
+    """As every other error, also for the page; connections that only stay open count for nothing."""
+    said: list[list[dict[str, Any]]] = []
+
+    async def ask_of(guard: Guard) -> None:
+        answer: list[dict[str, Any]] = []
+        said.append(answer)
+
+        async def send(message: Any) -> None:
+            answer.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
+        await guard(scope, lambda: asyncio.sleep(0, {"type": "http.request"}), send)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.01)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def many() -> None:
+        guard = Guard(app, token=None, most_bytes=1000, at_once=3)
+        for _ in range(2):
+            await asyncio.gather(*(ask_of(guard) for _ in range(5)))
+
+    asyncio.run(many())
+    assert [answer[0]["status"] for answer in said] == [200, 200, 200, 503, 503] * 2
+    assert json.loads(said[3][1]["body"]) == {"error": "the service is busy; ask again in a moment"}
+    assert (b"connection", b"close") in said[3][0]["headers"]
+
+
 def test_an_error_of_the_service_is_not_told(gallery, monkeypatch):
     made = recogniser(gallery)
     monkeypatch.setattr(Recogniser, "search", lambda *_: 1 / 0)
