@@ -5,7 +5,8 @@
 # installs what is missing and keeps an existing torch, of any build. A second run installs nothing.
 # To choose a CPU or CUDA build of torch, see "Choosing a torch build" in docs/install.md.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+called_from=$PWD
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [[ -z "${VIRTUAL_ENV:-}" ]]; then
     python=${PYTHON:-python3}

@@ -6,6 +6,7 @@
 # TORCH_DISABLE_SHARE_RDZV_TCP_STORE makes a new store for every restart; with the shared store, restarts sometimes hung
 # (torch 2.13).
 set -euo pipefail
+[[ "${NNODES:-1}" == 1 ]] || : "${RDZV_ENDPOINT:?set RDZV_ENDPOINT to address:port of one node; without it each trains alone}"
 [[ -n "${NPROC:-}" ]] || python -c 'import torch; torch.cuda.is_available() or exit("no GPU is found here: set NPROC")'
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export PARTIAL_FC_LAUNCHER=$$  # exec keeps it

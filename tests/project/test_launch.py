@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -318,6 +319,9 @@ def test_slurm_options_are_those_of_sbatch(file, tasks):
     [
         ("launch/torchrun.sh configs/quickstart.yaml", "no GPU is found here: set NPROC"),
         ("launch/torchrun_elastic.sh configs/quickstart.yaml", "no GPU is found here: set NPROC"),
+        ("NNODES=2 NPROC=1 launch/torchrun.sh x", "MASTER_ADDR: set MASTER_ADDR to the address of node 0"),
+        ("NNODES=2 NPROC=1 MASTER_ADDR=a launch/torchrun.sh x", "NODE_RANK: set NODE_RANK to the number of this node"),
+        ("NNODES=1:2 NPROC=1 launch/torchrun_elastic.sh x", "RDZV_ENDPOINT: set RDZV_ENDPOINT to address:port of one"),
         ("launch/mpirun.sh configs/quickstart.yaml", "RANKS: set RANKS to the number of processes"),
         ("launch/ray.sh configs/quickstart.yaml", "WORKERS: set WORKERS to the number of processes"),
         ("launch/accelerate_nodes.sh configs/accelerate/two_nodes.yaml x", "MACHINE_RANK: set MACHINE_RANK to the"),
@@ -326,10 +330,45 @@ def test_slurm_options_are_those_of_sbatch(file, tasks):
     ],
 )
 def test_what_is_missing_is_asked_for_in_one_line(command, words):
-    code, out, err = finish(start(command, CUDA_VISIBLE_DEVICES=""))
+    words_of = command.split()
+    variables = dict(each.split("=") for each in words_of if "=" in each)
+    command = " ".join(each for each in words_of if "=" not in each)
+    code, out, err = finish(start(command, CUDA_VISIBLE_DEVICES="", **variables))
     assert code != 0 and out == ""
     (line,) = err.splitlines()
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("launch/glyphs mine --size 48", "data glyphs --fonts /usr/share/fonts --out {here}/mine"),
+        ("launch/glyphs", "data glyphs --fonts /usr/share/fonts --out data/glyphs"),
+        ("launch/quickstart --data.folder faces", "in {here}: train {root}/configs/quickstart.yaml --check"),
+    ],
+)
+def test_paths_are_those_of_the_folder_where_a_script_is_called(tmp_path, command, expected):
+    """Also where the shell has a CDPATH, in which `cd launch/..` would find another folder."""
+    root, here, tools = tmp_path / "a project", tmp_path / "here", tmp_path / "tools"
+    for folder in (root, here, tools, tmp_path / "launch", tmp_path / "venv"):
+        folder.mkdir()
+    shutil.copytree(ROOT / "launch", root / "launch")
+    for name in ("pyproject.toml", "constraints.txt"):
+        (root / name).touch()
+    for name in ("python", "accelerate", "partial-fc"):
+        (tools / name).write_text('#!/bin/sh\necho "in $PWD: $*"\n')
+    (tools / "dpkg-query").write_text("#!/bin/sh\necho install ok installed\n")
+    for each in tools.iterdir():
+        each.chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "VIRTUAL_ENV": str(tmp_path / "venv"), "CDPATH": str(tmp_path)}
+    script, *rest = command.split()
+    for start_in, name in ((here, str(root / script)), (root, script)):
+        done = subprocess.run(
+            ["bash", name, *rest], cwd=start_in, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert expected.format(here=start_in, root=root) in done.stdout
 
 
 def test_the_launch_files_name_their_arguments():
