@@ -120,7 +120,6 @@ RULES: dict[str, Why] = {
     **{f"head_schedule.{name}": partial(_of_heads_shape, name) for name in OF_SHAPES},
     "schedule.by": _unless(_changes, "with --schedule.shape constant without warm-up"),
     **{f"data.{name}": partial(lambda name, config: _of_files(name, config.data), name) for name in OF_FILES},
-    "data.prefetch": _unless(lambda c: c.data.workers != 0, "with --data.workers 0"),
     "augment.blur_sigma": _unless(
         lambda c: c.augment.blur_probability or not c.augment.enabled, "while --augment.blur_probability is 0"
     ),
@@ -134,7 +133,6 @@ RULES: dict[str, Why] = {
     "head.init_std": _unless(
         lambda c: c.head.weights is None or c.data.mix, "with --head.weights, which replaces what is drawn"
     ),
-    "head_skipped_rows": _unless(lambda c: c.head.sample_rate < 1, "while --head.sample_rate is 1"),
     "center.alpha": _unless(lambda c: c.center.weight, "while --center.weight is 0"),
     "train.max_skips": _unless(lambda c: c.train.on_nonfinite == "skip", "unless --train.on_nonfinite is skip"),
     "train.deepspeed": _unless(
@@ -151,4 +149,8 @@ RULES: dict[str, Why] = {
     "output.project": _of_trackers("wandb", "mlflow", own=True),
     "output.run_name": _of_trackers("wandb", "mlflow", own=False),
 }
-"""Setting -> when it has no effect. All others always have one, or are refused where they are read."""
+"""Setting -> when it has no effect. All others always have one, or are refused where they are read.
+
+Not here: what holds anyway (head_skipped_rows while all rows are selected), and what says how, not what
+(data.prefetch while the trainer loads by itself).
+"""

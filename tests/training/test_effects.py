@@ -20,7 +20,7 @@ from partial_fc.training.errors import UserError
 OTHERS = """
 seed
 data.folder data.split data.identities data.holdout_identities data.image_size data.channels data.min_images
-data.sampler data.images_per_identity data.class_exponent data.mix data.workers data.on_error
+data.sampler data.images_per_identity data.class_exponent data.mix data.workers data.prefetch data.on_error
 augment.enabled augment.rotation augment.translation augment.scale_min augment.scale_max augment.shear
 augment.flip_probability augment.blur_probability augment.contrast augment.brightness augment.erase_probability
 augment.noise_std
@@ -30,7 +30,7 @@ head.margin head.margin_schedule.start head.margin_schedule.argument head.margin
 head.margin_schedule.begin_epochs head.margin_schedule.end_epochs head.margin_schedule.milestones
 head.sample_rate head.sample_block head.storage head.dtype head.interclass_filter head.inter_topk head.hard_negatives
 head.sampling_correction head.weights head.label_smoothing head.logits_budget head.kernels head.replicas
-center.weight optimizer head_optimizer head_lr_factor
+center.weight optimizer head_optimizer head_lr_factor head_skipped_rows
 schedule.shape schedule.warmup_epochs schedule.every schedule.milestones
 head_schedule.shape head_schedule.warmup_epochs head_schedule.by head_schedule.every head_schedule.milestones
 train.epochs train.batch_size train.accumulation train.clip_norm train.mixed_precision train.cpu
@@ -77,7 +77,6 @@ def asked(text: str) -> RunConfig:
         ("--data.format parquet", "--data.folder x", "--data.format is parquet, which has no effect without a folder"),
         ("--data.image_column a", "--data.folder x", "the embedded glyphs are used"),
         ("--data.label_column a", "--data.folder x --data.format parquet", "--data.label_column is a, which has no"),
-        ("--data.prefetch 3 --data.workers 0", "--data.workers 1", "with --data.workers 0; leave it out, or give 2"),
         (
             "--augment.blur_sigma 1 --augment.blur_probability 0",
             "--augment.blur_probability 0.1",
@@ -104,11 +103,6 @@ def asked(text: str) -> RunConfig:
             "while --head.inter_topk is 0; leave it out, or give 0.",
         ),
         ("--head.init_std 0.1 --head.weights x", '--data.mix [{"name":"a"}]', "with --head.weights, which replaces"),
-        (
-            "--head_skipped_rows still",
-            "--head.sample_rate 0.5",
-            "--head_skipped_rows is still, which has no effect whi",
-        ),
         (
             "--center.alpha 0.1",
             "--center.weight 0.1",
