@@ -151,7 +151,7 @@ class CenterLoss(ChangeableLoss):
     def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:
         """The loss of a batch: embeddings `[N_local, D]` and labels `[N_local]`, or a `GlobalBatch` from `gather`."""
         with record_function("partial_fc::gather"):
-            batch, x = self._take(embeddings, labels)
+            batch, x = self._checked_batch(embeddings, labels)
         rows = self.class_rows
         if self.training and rows.record.bad_forward:
             return self._zero_loss(x, batch, gradient_of_all_rows=not rows.sampled)
@@ -224,7 +224,7 @@ class CenterLoss(ChangeableLoss):
             row=row,
             label_weights=weights[0],
             counts=weights[1],
-            sample_weights=found.of_samples,
+            sample_weights=found.loss_shares,
             mesh_rows=self._mesh_rows(batch),
             every=every,
             reduction=self.reduction,

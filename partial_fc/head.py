@@ -2,7 +2,7 @@
 
     embeddings [N_local, D], labels [N_local]
        gather         counts and status, checked on every host; then the global batch           batch/
-       targets        class ids [N, L] and what each sample counts for                           batch/targets.py
+       targets        class ids [N, L] and each sample's share of the loss                          batch/targets.py
        select         this rank's rows of the forward: its positives and its share of a window   sampling.py
        cross-entropy  tiles of logits, one combination over ranks; backward by the same tiles    softmax/
        follow         the loss becomes part of the training step when its backward runs          step_record.py
@@ -33,7 +33,7 @@ from partial_fc.softmax.cross_entropy import sharded_cross_entropy
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes
 
-Picked = dict[str, Tensor]  # rows of a forward by parameter, up to date
+UpToDate = dict[str, Tensor]  # rows of a forward by parameter, with the steps that they have missed
 
 
 class PartialFC(HeadState):
@@ -50,14 +50,14 @@ class PartialFC(HeadState):
     def forward(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None = None) -> Tensor:
         """Return the loss of embeddings `[N_local, D]` and labels `[N_local]`, or of a `GlobalBatch` from `gather`."""
         with record_function("partial_fc::gather"):
-            batch, x = self._take(embeddings, labels)
+            batch, x = self._checked_batch(embeddings, labels)
         with record_function("partial_fc::select"):
             options = LossOptions(
                 self.margin, self.num_classes, self.label_smoothing, self.interclass_filter, self.reduction,
                 self.scale_embedding_grad, self.collect_metrics, self.class_weights, self.inter_topk,
                 self.inter_topk_penalty,
             )  # fmt: skip
-            chosen, current = self._select(batch, options, scatter=x is not batch.embeddings)
+            chosen, up_to_date = self._select(batch, options, scatter=x is not batch.embeddings)
             optimizer, begin_update = self.class_rows.live_optimizer, None
             if self.training and torch.is_grad_enabled() and optimizer is not None and optimizer.update_in_backward:
                 begin_update = optimizer.update_for_forward()
@@ -69,8 +69,8 @@ class PartialFC(HeadState):
         if self.training and next(self.margin.buffers(), None) is not None:
             self.class_rows.record.remember(statistics_of(self.margin))
         weight, bias, anchor = local_part(self.weight), None if self.bias is None else local_part(self.bias), None
-        if current is not None:
-            weight, bias = current["weight"], current.get("bias")
+        if up_to_date is not None:
+            weight, bias = up_to_date["weight"], up_to_date.get("bias")
         if not all_rows:  # row gradients go to the sink, so autograd must not see the weights
             weight, bias, anchor = weight.detach(), None if bias is None else bias.detach(), self._anchor()
         offset = local_part(self.margin.offset) if self.margin.binary else None
@@ -80,18 +80,18 @@ class PartialFC(HeadState):
             loss, losses, self._measured = sharded_cross_entropy(x, weight, bias, offset, anchor, chosen, options, sink)
         return self._follow(loss, losses, batch)
 
-    def _select(self, batch: GlobalBatch, options: LossOptions, scatter: bool) -> tuple[Selection, Picked | None]:
-        """Return the targets and this rank's rows that take part; those of each parameter, if not as in the shard."""
+    def _select(self, batch: GlobalBatch, options: LossOptions, scatter: bool) -> tuple[Selection, UpToDate | None]:
+        """Return the targets and this rank's rows; copies by parameter where the shard's are out of date."""
         shards, ranks = self.shards, batch.ranks
         dtypes = compute_dtypes(batch.embeddings, self.weight)
-        counts = self.num_classes, self.ignore_index, self.reduction, dtypes[0], self.class_weights
-        targets = targets_of(batch, *counts, within=self.label_smoothing > 0)
+        arguments = self.num_classes, self.ignore_index, self.reduction, dtypes[0], self.class_weights
+        targets = targets_of(batch, *arguments, within=self.label_smoothing > 0)
         if self.training and targets.ids.device.type != "cpu":
-            alike = counted_if_alike(targets.of_samples, statistics_of(self.margin), ranks)
-            targets = targets._replace(of_samples=alike)
+            alike = counted_if_alike(targets.loss_shares, statistics_of(self.margin), ranks)
+            targets = targets._replace(loss_shares=alike)
         rows = slots = correction = kernels = None
-        on_device = self.weight.device.type != "cpu" or (self._kernels == "interpret" and not self.class_rows.travels)
-        if self._kernels != "off" and on_device:
+        may_serve = self.weight.device.type != "cpu" or (self._kernels == "interpret" and not self.class_rows.travels)
+        if self._kernels != "off" and may_serve:
             kernels = self.kernels_for(options, batch.embeddings)
         self.class_rows.kernels = kernels
         if self.training and self._sample_rate < 1:
@@ -107,15 +107,15 @@ class PartialFC(HeadState):
                 rows, slots = self._select_at_once(positives, options)
             if self._sampling_correction != "none":
                 correction = self._correct(rows.to(positives.device), slots, positives, options, dtypes)
-        current = self.class_rows.take(rows)
+        up_to_date = self.class_rows.up_to_date(rows)
         rows = rows if rows is None or self.class_rows.sent is None else self.class_rows.sent[0]
         keep = self._keeps_logits(batch, shards.local if rows is None else len(rows), options, kernels)
-        directions = None if kernels is None or current is None else taken_directions(current)
+        directions = None if kernels is None or up_to_date is None else taken_directions(up_to_date)
         chosen = Selection(
-            batch, rows, slots, current is not None, shards.lo, shards.hi, targets, keep, scatter,
+            batch, rows, slots, up_to_date is not None, shards.lo, shards.hi, targets, keep, scatter,
             draw_key=mix(self.seed, self.forward_count), correction=correction, kernels=kernels, directions=directions,
         )  # fmt: skip
-        return chosen, current
+        return chosen, up_to_date
 
     def _keeps_logits(self, batch: GlobalBatch, classes: int, options: LossOptions, kernels: Kernels | None) -> bool:
         """Return whether logits are kept for backward; label smoothing of ruled logits needs them anew."""

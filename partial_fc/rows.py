@@ -144,13 +144,13 @@ class ClassRows:
         if self.behind is not None:
             self.behind.catch_up(index)
 
-    def take(self, index: Tensor | None) -> dict[str, Tensor] | None:
+    def up_to_date(self, index: Tensor | None) -> dict[str, Tensor] | None:
         """Return by parameter the rows `index [S]` of a forward, up to date; None where the shard has them so."""
         if index is None:
             self.catch_up()
         elif self.store is not None:
             self.store.ready(index)
-        taken = None if self.behind is None or index is None else self.behind.take(index)
+        taken = None if self.behind is None or index is None else self.behind.up_to_date(index)
         return sent(self, index, taken) if self.travels and index is not None else taken
 
     def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads | None = None, changes: int = -1) -> None:

@@ -44,7 +44,7 @@ class ShardedLoss(ShardedModule):
             loss.register_hook(record.hook(losses, batch, self.ignore_index))
         return loss
 
-    def _take(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None) -> tuple[GlobalBatch, Tensor]:
+    def _checked_batch(self, embeddings: Tensor | GlobalBatch, labels: Tensor | None) -> tuple[GlobalBatch, Tensor]:
         """Return the global batch, checked, and what autograd follows: this rank's embeddings, or the gathered ones."""
         ranks, gathered = self.shards.ranks, isinstance(embeddings, GlobalBatch)
         own = [(self._parameters.get(key), p) for key, p in self.class_rows.parameters.items()]
@@ -83,9 +83,9 @@ class ShardedLoss(ShardedModule):
     def _begin_forward(self) -> None:
         rows = self.class_rows
         trained = any(p.requires_grad for p in rows.everything)
-        # without a RowOptimizer nothing reports that gradients were cleared
         none = rows.grad_rows is None and all(p.grad is None for p in rows.everything)
         none = none or (rows.record.bad_step and cleared_in_place(rows))
+        # without a RowOptimizer nothing reports that gradients were cleared
         if rows.record.begin_forward(no_gradients=trained and none and rows.live_optimizer is None):
             self.forget_notes()
 

@@ -39,9 +39,9 @@ class StepRecord:
         self.bad_forward = False  # the last training forward had bad embeddings
         self.bad_step = False  # the step has a bad forward whose backward has run, or was checked and is bad
         self.finished = True  # the next forward or backward begins a new step
-        self.over = True  # its gradients were used or cleared, whether it was skipped or not
+        self.gradients_gone = True  # its gradients were used or cleared, whether it was skipped or not
         self.checked = True  # all losses and gradients of the step were checked
-        self.counted = False  # the skipped step is in `skips`
+        self.in_skips = False  # the skipped step is in `skips`
         self.ever_checked = False
         self.backwards: list[BackwardPass] = []
         self.statistics: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []  # where each stands, it, a copy before
@@ -77,12 +77,12 @@ class StepRecord:
         if new_step:
             self._new_step()
         self.bad_forward = False
-        self.counted = self.counted and self.bad_step
+        self.in_skips = self.in_skips and self.bad_step
         return after_skip
 
     def _new_step(self) -> None:
         self.statistics = self.statistics if self.bad_step else []  # of an unchecked one: `forget_notes` puts them back
-        self.bad_step, self.finished, self.over, self.backwards = False, False, False, []
+        self.bad_step, self.finished, self.gradients_gone, self.backwards = False, False, False, []
 
     def hook(self, losses: Tensor, batch: GlobalBatch, ignore_index: int) -> Callable[[Tensor], None]:
         """Return a hook for the loss: when its backward runs, the forward becomes a part of the step."""
@@ -104,7 +104,7 @@ class StepRecord:
 
     def end(self) -> None:
         """Gradients were cleared or used."""
-        self.finished, self.over, self.untrained = True, True, ""
+        self.finished, self.gradients_gone, self.untrained = True, True, ""
 
     def mark_checked(self) -> None:
         """All losses and gradients of the step were checked: it is finished."""

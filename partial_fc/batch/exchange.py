@@ -48,7 +48,7 @@ class GlobalBatch:
     ranks: Ranks = field(repr=False)
     looked: bool  # for bad labels, before anything was computed; else they make the loss NaN
     name: str | None = None  # of the label set, where `gather` was given several
-    later: bool = False  # the check of a step is to look; who makes no step looks before
+    later: bool = False  # the check of the step is to look at them; a forward outside a step looks at once
     cut_off: bool = False  # gathered inside a checkpoint that does not record, and so of no backbone outside it
 
     @property
@@ -101,11 +101,10 @@ def exchange(
     if ranks.replica_group is not None:
         sums = [sum(counts[i * ranks.world : (i + 1) * ranks.world]) for i in range(ranks.replicas)]
         across = exchange_payload(gathered[1:], tuple(sums), max(sums), ranks.replica_group)
-    of_replica = iter(gathered[1:])
-    of_mesh = iter(across)
+    of_replica, of_mesh = iter(gathered[1:]), iter(across)
     return [
-        GlobalBatch(gathered[0], *each.take(of_replica), own, *each.take(of_mesh), rows, ranks, look, each.name)
-        for each, rows in zip(sets, status, strict=True)
+        GlobalBatch(gathered[0], *each.unpack(of_replica), own, *each.unpack(of_mesh), statuses, ranks, look, each.name)
+        for each, statuses in zip(sets, status, strict=True)
     ]
 
 
@@ -121,11 +120,11 @@ def _exchange_status(
         refusals.raise_problem(first, problem, [each.name for each in sets], agreed, ranks, mine.device)
     status = [first]
     if len(sets) > 1:
-        others = all_gather_mesh(mine[1:], ranks, BATCH).transpose(0, 1).tolist()
-        status += [tuple(map(Status._make, table)) for table in others]
-    for each, rows in zip(sets, status, strict=True):
-        if any(row.bad_weight or row.agreed != rows[0].agreed for row in rows):
-            refusals.raise_finding(rows, ranks, each.name)
+        further = all_gather_mesh(mine[1:], ranks, BATCH).transpose(0, 1).tolist()
+        status += [tuple(map(Status._make, table)) for table in further]
+    for each, statuses in zip(sets, status, strict=True):
+        if any(row.bad_weight or row.agreed != statuses[0].agreed for row in statuses):
+            refusals.raise_finding(statuses, ranks, each.name)
     return status
 
 
@@ -165,9 +164,9 @@ def require_grad_like_others(embeddings: Tensor, status: tuple[Status, ...]) -> 
     return embeddings
 
 
-def gradient_of_losses(grad: Tensor, batch: GlobalBatch, sample_weights: Tensor, reduction: str) -> Tensor:
+def gradient_of_losses(grad: Tensor, batch: GlobalBatch, loss_shares: Tensor, reduction: str) -> Tensor:
     """Return ∂objective/∂(unweighted loss_i) `[N]` from that of the loss, equal on all ranks, or `[N_local]`."""
     if reduction != "none":
-        return grad * sample_weights
+        return grad * loss_shares
     # engines average gradients over ranks, so that what one rank makes of its losses counts a share of them
-    return of_all_samples(grad, batch.counts, batch.ranks) * sample_weights / batch.ranks.total
+    return of_all_samples(grad, batch.counts, batch.ranks) * loss_shares / batch.ranks.total

@@ -26,7 +26,7 @@ NO_LABEL = 2**62  # stands for a smallest or largest label where there is none
 
 class Status(NamedTuple):
     """One rank's local batch and one of its label sets. Indices are flat. Before `problem` stands what `inspect`
-    counts, after it what it searches for; `NO_COUNTS` and `NO_FINDINGS` have as many numbers."""
+    counts, after it what it finds, then `statistics`. A new field raises `meeting.WIDTH` as well."""
 
     operation: int  # that this is a batch (distributed/meeting.py)
     facts: int  # digest of what all ranks must have alike (facts.py); 0 from `gather`
@@ -92,7 +92,7 @@ class LabelSet:
         weights = (self.label_weights, self.sample_weights)
         return [self.labels.detach(), *(w.detach().double() for w in weights if w is not None)]
 
-    def take(self, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def unpack(self, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return labels, label weights and sample weights from gathered tensors in the order of `tensors()`."""
         labels = next(tensors)
         label_weights = None if self.label_weights is None else next(tensors)

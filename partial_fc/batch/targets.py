@@ -1,7 +1,7 @@
 """From labels to targets: which classes each sample counts for, and how much.
 
 labels [N] or [N, L]  ── targets_of ──>   targets [N, L], -1 where there is none; their weights; what each sample's loss
-                                          counts for in the reduced loss [N]
+                                          is multiplied by in the reduced loss [N]
 statuses of all ranks ── check_batch ──>  errors that every rank raises alike
 """
 
@@ -25,15 +25,15 @@ class Targets(NamedTuple):
     ids: Tensor  # [N, L] class ids, -1 where there is no target
     exists: Tensor  # [N, L] whether there is a target
     weights: Tensor  # [N, L] of each in its sample, 0 where there is none
-    of_samples: Tensor  # [N] what each sample's loss counts for in the reduced loss
+    loss_shares: Tensor  # [N] what each sample's loss is multiplied by in the reduced loss
 
 
 def targets_of(
     batch: GlobalBatch, classes: int, ignore_index: int, reduction: str, dtype: torch.dtype,
     class_weights: Tensor | None = None, within: bool = False,
 ) -> Targets:  # fmt: skip
-    """Return the targets of a batch. For a mean, weights of samples are divided by their sum over all ranks; 0 if that
-    is.
+    """Return the targets of a batch. For a mean, weights of samples are divided by their sum over all ranks; all are 0
+    if the sum is.
 
     within: the loss itself has the class weights in it, as with label smoothing. A bad label in a batch that nobody has
     looked at makes all weights of samples infinite or NaN: the check of the step finds it.
@@ -43,13 +43,13 @@ def targets_of(
     unweighted = batch.sample_weights is None and batch.label_weights is None and class_weights is None
     if batch.looked and unweighted and labels.shape[1] == 1 and batch.ranks.replica_group is None:
         weights = exists.to(dtype)
-        of_samples = everywhere = weights[:, 0]
+        shares = everywhere = weights[:, 0]
     else:
         given = batch, exists, classes, ignore_index, reduction == "mean", dtype, class_weights, within
-        exists, weights, of_samples, everywhere, fine = other_weights(*given)
+        exists, weights, shares, everywhere, fine = other_weights(*given)
     if reduction == "mean":
-        of_samples = of_samples / torch.nn.functional.threshold(everywhere.sum(), 0.0, math.inf)
-    return Targets(torch.where(exists, labels, -1), exists, weights, of_samples if fine is None else of_samples / fine)
+        shares = shares / torch.nn.functional.threshold(everywhere.sum(), 0.0, math.inf)  # 0 / inf is 0
+    return Targets(torch.where(exists, labels, -1), exists, weights, shares if fine is None else shares / fine)
 
 
 def check_batch(batch: GlobalBatch, embedding_size: int, valid: range, ignore_index: int, on_nonfinite: str) -> str:

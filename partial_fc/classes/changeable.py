@@ -27,7 +27,7 @@ from partial_fc.sharded import ShardedLoss
 
 
 class ChangeableLoss(ShardedLoss):
-    """Base of `PartialFC` and `CenterLoss`. Nothing here takes part in a training step."""
+    """Base of `PartialFC` and `CenterLoss`. Of a training step only the loss of a skipped one."""
 
     def _zero_loss(self, x: Tensor, batch: GlobalBatch, gradient_of_all_rows: bool) -> Tensor:
         """Return the loss of a skipped step. gradient_of_all_rows: give zeros to the parameters; else no rows."""

@@ -1,4 +1,4 @@
-"""`HeadState`: how a `PartialFC` is built, its public state, checkpoints, changes of classes. Steps need none of it."""
+"""`HeadState`: how a `PartialFC` is built, its public state, checkpoints, changes of classes; unusual steps."""
 
 from __future__ import annotations
 

@@ -72,9 +72,9 @@ def bad_label_of(heads: Sequence[ClassRows]) -> str:
 def count_skip(record: StepRecord, reason: str) -> None:
     """Count the step as skipped, once. Raise NonFiniteError after too many in a row."""
     record.reason = reason
-    if record.counted:
+    if record.in_skips:
         return
-    record.counted = True
+    record.in_skips = True
     record.skips += 1
     record.skips_in_a_row += 1
     if record.max_skips is not None and record.skips_in_a_row > record.max_skips:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from partial_fc.distributed.ranks import Ranks, local_part, naming_the_missing, sum_over_replicas
 from partial_fc.nonfinite.scalers import SUSPICIOUS, largest_factor, look_at_wiring, scaled_and_stepped
-from partial_fc.nonfinite.step_check import decide, is_skipped, local_flags, norms_of, others
+from partial_fc.nonfinite.step_check import decide, is_skipped, local_flags, norms_of, of_backbone
 from partial_fc.nonfinite.wiring import refuse_alone
 from partial_fc.rows import ClassRows, HasClassRows
 
@@ -42,7 +42,7 @@ def check_gradients(parameters: Iterable[Tensor] | Tensor, *heads: HasClassRows,
             "check_gradients needs the heads of the step, whose ranks agree: check_gradients(parameters, head)"
         )
     class_rows = list({id(head.class_rows): head.class_rows for head in heads}.values())
-    plain = others(parameters, class_rows)
+    plain = of_backbone(parameters, class_rows)
     look_at_wiring(scaler, plain, class_rows)
     if not any(rows.record.watches for rows in class_rows):
         return not is_skipped(class_rows)

@@ -16,7 +16,7 @@ from partial_fc.nonfinite.wiring import raise_refusal
 from partial_fc.rows import ClassRows
 
 
-def others(parameters: Iterable[Tensor] | Tensor, heads: Sequence[ClassRows]) -> list[Tensor]:
+def of_backbone(parameters: Iterable[Tensor] | Tensor, heads: Sequence[ClassRows]) -> list[Tensor]:
     """Return the given parameters that do not belong to a loss, nor stand for some that do."""
     theirs = {id(p) for rows in heads for p in (*rows.everything, *rows.trainable)}
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)

@@ -99,7 +99,7 @@ class AdamMoves:
         place = place + begins
         return torch.stack((place, low, high), 1), place.long()
 
-    def moves(self, step: Tensor) -> bool:
+    def changes_rows(self, step: Tensor) -> bool:
         n = self.spans
         return not bool((step[:n] == 1).all() and step[n] == 0)
 

@@ -2,7 +2,7 @@
 
     ‖g‖ = (Σ over backbone ‖g_p‖^k + Σ over heads Σ over ranks ‖g_rows‖^k)^(1/k)     k = norm_type
 
-One all-reduce a loss sums the norms of its shards. It also carries the flags of the step's check (`nonfinite`).
+One all-reduce a head sums the norms of its shards. It also carries the flags of the step's check (`nonfinite`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from partial_fc import errors
 from partial_fc.distributed.ranks import local_part, naming_the_missing, sum_over_replicas
 from partial_fc.nonfinite.scalers import look_at_wiring
-from partial_fc.nonfinite.step_check import alike, decide, local_flags, norms_of, others
+from partial_fc.nonfinite.step_check import alike, decide, local_flags, norms_of, of_backbone
 from partial_fc.optim.shard_norms import NORM, largest_norm, norm_of_shards
 from partial_fc.rows import ClassRows, HasClassRows
 
@@ -35,8 +35,7 @@ def clip_grad_norm_(
     """Clip the gradients of replicated parameters and sharded heads by their one global norm; return the norm before.
 
     It checks the step, as `check_gradients` does: if a loss or the norm is not finite on any rank, all raise
-    NonFiniteError, or `head.skipped` becomes True on all and gradients are forgotten. Call it after a scaler's
-    unscale_().
+    NonFiniteError, or `head.skipped` becomes True on all and gradients are forgotten. Call it after unscale_().
 
     Args:
         parameters: of the backbone, replicated (counted once) or FSDP2's DTensors (summed over their shards); those of
@@ -50,7 +49,7 @@ def clip_grad_norm_(
     if not (norm_type > 0 and max_norm >= 0):
         raise errors.no_norm(norm_type, max_norm)
     class_rows = list({id(head.class_rows): head.class_rows for head in heads}.values())
-    plain = others(parameters, class_rows)
+    plain = of_backbone(parameters, class_rows)
     watched = any(rows.record.watches for rows in class_rows)
     if scaler is not None or not watched:
         look_at_wiring(scaler, plain, class_rows)
@@ -64,7 +63,8 @@ def clip_grad_norm_(
         factor: Tensor | float = (max_norm / (total + 1e-6)).clamp_(max=1.0)
     else:
         *found, norm = torch.cat((flags, total.to(flags)[None])).tolist()
-        if not decide(class_rows, found if math.isfinite(norm) else [norm, *found[1:]], plain, scaler):
+        found = found if math.isfinite(norm) else [norm, *found[1:]]  # the total may overflow where no part does
+        if not decide(class_rows, found, plain, scaler):
             return total
         factor = min(max_norm / (norm + 1e-6), 1.0)
     of_losses = [p for rows in class_rows for p in (*rows.shared.values(), *rows.carriers)]
@@ -81,7 +81,7 @@ def gradient_norms(
     """Return (float64 norms of gradients, those of each loss over its ranks; agreed flags for `decide`, if `check`)."""
     if any(optimizer is not None and optimizer.update_in_backward for optimizer in (h.live_optimizer for h in heads)):
         raise errors.clipped_in_backward()
-    plain = [*others(parameters, heads), *(p for rows in heads for p in rows.shared.values())]
+    plain = [*of_backbone(parameters, heads), *(p for rows in heads for p in rows.shared.values())]
     grads = [p.grad for p in plain if p.grad is not None]
     norms = [norm.double() for norm in norms_of([g for g in grads if not isinstance(g, DTensor)], norm_type)]
     norms += [norm_of_shards(grad, norm_type) for grad in grads if isinstance(grad, DTensor)]

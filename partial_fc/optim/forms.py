@@ -36,7 +36,7 @@ class Moves(Protocol):
     def extend(self, step: Tensor | None) -> None:
         """Add a step to the table; None for one that leaves the parameter alone."""
 
-    def moves(self, step: Tensor) -> bool:
+    def changes_rows(self, step: Tensor) -> bool:
         """Return whether a step does anything."""
 
     def coefficients(self) -> Tensor:

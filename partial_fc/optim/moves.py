@@ -88,7 +88,7 @@ class LinearMoves:
         table = self.table if step is None else (step @ self.table.flatten(1)).view_as(self.table)
         self.table = torch.cat((table, self.identity[:, None]), 1)
 
-    def moves(self, step: Tensor) -> bool:
+    def changes_rows(self, step: Tensor) -> bool:
         return not torch.equal(step, self.identity)
 
     def coefficients(self) -> Tensor:

@@ -58,8 +58,8 @@ class RowOptimizer(RowState):
         If neither `clip_grad_norm_` nor `check_gradients` was called, losses and row gradients are checked here alike.
         """
         rows, record = self.class_rows, self.class_rows.record
-        own = [group["params"] is rows.trainable for group in self.param_groups]
-        if rows.live_optimizer not in (None, self) or own != [True]:
+        as_built = [group["params"] is rows.trainable for group in self.param_groups] == [True]
+        if rows.live_optimizer not in (None, self) or not as_built:
             self.refuse_step()
         loss = None
         if closure is not None:
@@ -72,7 +72,7 @@ class RowOptimizer(RowState):
             refuse_gradients_elsewhere(rows)
         if record.unchecked:
             check_own_step(rows)
-        skipped = record.skipped and not record.over
+        skipped = record.skipped and not record.gradients_gone
         record.end()
         rows.updates += 1
         if skipped:
@@ -116,7 +116,7 @@ class RowOptimizer(RowState):
         if behind is not None:
             if taken.keys() - updates.keys():
                 put_frozen(behind, selected, taken, updates)
-            behind.count(self.param_groups[0], updates, selected)
+            behind.note_step(self.param_groups[0], updates, selected)
 
     def begin_update_in_backward(self) -> UpdateRows:
         return begin_update(self, RowUpdate)
@@ -157,7 +157,7 @@ class RowUpdate:
         inner.param_groups[0]["params"] = [block]
         if self.before:
             inner.state[block] = {key: self._part(key, value, index, a, b) for key, value in self.before.items()}
-        inner.step()  # a fused one tells autograd nothing; of rows that move in backward, `end_update` does
+        inner.step()  # fused steps raise no version for autograd; where rows move in backward, `end_update` does
         torch.autograd.graph.increment_version(block.grad if self.optimizer.update_in_backward else rows)
         if self.wide is not None and self.wide.source is not self.weight:
             _put(self.wide.source, block.detach(), index, a, b)

@@ -60,7 +60,7 @@ class SkippedRows:
             self.rows.store.note(None)
         self.steps = self.first = 0
         self.done: Tensor | None = None
-        self.parameters: dict[str, _Behind] = {}
+        self.parameters: dict[str, _Parameter] = {}
         self.tables: dict[str, Tensor] = {}  # of the parameters, on the device of the rows
         self.taken: tuple[Tensor, dict[str, dict[str, Tensor]]] | None = None
 
@@ -77,7 +77,7 @@ class SkippedRows:
         if not same:
             self.rows.catch_up()
 
-    def count(self, options: Mapping[str, Any], updates: Mapping[str, Update], selected: Tensor | None) -> None:
+    def note_step(self, options: Mapping[str, Any], updates: Mapping[str, Update], selected: Tensor | None) -> None:
         """A step was taken. updates: of the parameters that had a gradient, by name; selected: local rows `[S]`."""
         if not all(name in self.parameters and self.parameters[name].is_of(u) for name, u in updates.items()):
             if self.steps:
@@ -85,7 +85,7 @@ class SkippedRows:
             self.begin(options, updates)
         effects = {name: self.parameters[name].moves.find(self.parameters[name].probe, options) for name in updates}
         self.seen = self.memory()
-        if any(self.parameters[name].moves.moves(effect) for name, effect in effects.items()):
+        if any(self.parameters[name].moves.changes_rows(effect) for name, effect in effects.items()):
             for name, behind in self.parameters.items():
                 behind.moves.extend(effects.get(name))
             self.steps += 1
@@ -102,7 +102,7 @@ class SkippedRows:
 
     def begin(self, options: Mapping[str, Any], updates: Mapping[str, Update]) -> None:
         """Describe the steps of these parameters from here on."""
-        self.parameters = {n: _Behind(self, u, Probe(self.cls, options, u.before)) for n, u in updates.items()}
+        self.parameters = {n: _Parameter(self, u, Probe(self.cls, options, u.before)) for n, u in updates.items()}
 
     def catch_up(self, index: Tensor | None = None) -> None:
         """Bring the local rows `index`, or all, to where the dense optimizer would have them now."""
@@ -110,7 +110,7 @@ class SkippedRows:
             catching_up.write_moved(self, index)
 
     @torch.no_grad()
-    def take(self, index: Tensor) -> dict[str, Tensor] | None:
+    def up_to_date(self, index: Tensor) -> dict[str, Tensor] | None:
         """Return by parameter the local rows `index [S]` as they are now; None where the memory has them so.
 
         The forward computes with them, and the update steps this very memory, so that nothing is written to the shard
@@ -178,7 +178,7 @@ class SkippedRows:
         return [(each.data_ptr(), each._version) for each in local]  # noqa: SLF001
 
 
-class _Behind:
+class _Parameter:
     """One parameter of the loss, its state, and what the steps that were counted do to a row of it."""
 
     def __init__(self, of: SkippedRows, update: Update, probe: Probe) -> None:

@@ -242,7 +242,7 @@ def _skipped(
             raise
         return "still", None
     probe, table = Probe(cls, group, {}), form(tuple(sorted(initial_state(cls, dict(options)))))
-    moves = [table.moves(table.find(probe, group)) for _ in range(2)]  # Adam's first step moves none
+    moves = [table.changes_rows(table.find(probe, group)) for _ in range(2)]  # Adam's first step moves none
     return "dense", form if any(moves) else None
 
 

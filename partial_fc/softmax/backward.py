@@ -33,7 +33,7 @@ class Derivatives(NamedTuple):
     """∂L/∂… of what each sample and each target contributes."""
 
     d_lse: Tensor  # [N, 1]; multiplies exp(logit − lse)
-    from_zero: Tensor  # [N, 1] d_lse exp(−lse); multiplies exp(logit)
+    d_total: Tensor  # [N, 1] ∂L/∂Σ exp(logit) = d_lse exp(−lse); multiplies exp(logit)
     d_every: Tensor | None  # [N] ∂L/∂(every selected logit), of label smoothing, to be multiplied by the class's weight
     d_cosine: Tensor  # [P] ∂L/∂(target cosine), 0 on ranks that do not own the class
     d_norm: Tensor | None  # [N] ∂L/∂‖X‖, by the margin
@@ -43,8 +43,8 @@ class Derivatives(NamedTuple):
 def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Derivatives:
     """Return them from ∂L/∂(reduced loss)."""
     selection, options, smoothing = state.selection, state.options, state.smoothing
-    z, lse, counted = saved.target_logits, saved.lse[:, None], state.selection.targets.of_samples
-    d_loss = gradient_of_losses(grad.to(saved.x.dtype), selection.batch, counted, options.reduction)
+    z, lse, shares = saved.target_logits, saved.lse[:, None], state.selection.targets.loss_shares
+    d_loss = gradient_of_losses(grad.to(saved.x.dtype), selection.batch, shares, options.reduction)
     d_every = d_norm = d_offset = None
     if selection.counts_once and smoothing is None and not options.binary:
         d_lse = d_loss[:, None]
@@ -57,11 +57,11 @@ def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Deriv
         d_cosine = d_cosine - smoothing.of_cosines(d_every, state.targets, options.scale)
     if saved.slope_norm.numel() or saved.slope_penalty.numel():
         d_norm = length_derivatives(d_loss, d_z, saved, state)
-    from_zero = d_lse
+    d_total = d_lse
     if state.bounded and not options.binary:
         # logits of others are at least -scale; where lse is less there are none: nothing may become infinite
-        from_zero = d_lse / lse.clamp(min=-options.scale - 1).exp_()
-    return Derivatives(d_lse, from_zero, d_every, d_cosine, d_norm, d_offset)
+        d_total = d_lse / lse.clamp(min=-options.scale - 1).exp_()
+    return Derivatives(d_lse, d_total, d_every, d_cosine, d_norm, d_offset)
 
 
 def is_usual(bias: Tensor | None, saved: SavedTensors, state: ForwardState) -> bool:
@@ -76,12 +76,12 @@ class BackwardTiles:
     def __init__(self, d: Derivatives, weight: Tensor, saved: SavedTensors, state: ForwardState) -> None:
         self.d, self.weight, self.saved, self.state = d, weight, saved, state
         self.stats, self.weighted_dtype = saved.x.dtype, state.product
-        if state.rows.count:
+        if state.row_tiles.count:
             self.target_rows, self.target_inverse = state.targets.directions
 
     def run(self, want_x: bool, want_rows: bool) -> tuple[Tensor, list[Tensor]]:
         """Return (gradient of all embeddings from this rank's rows `[N, D]`, of rows `[S, ...]` and biases)."""
-        state, rows, x, scale = self.state, self.state.rows, self.saved.x, self.state.options.scale
+        state, rows, x, scale = self.state, self.state.row_tiles, self.saved.x, self.state.options.scale
         dx = x.new_empty(len(x), x.shape[1] if want_x else 0) if rows.count else torch.zeros_like(x)
         if want_rows:
             self.begin_rows()
@@ -105,7 +105,7 @@ class BackwardTiles:
     def finish_embeddings(self, dx: Tensor) -> None:
         """Add the targets' share, and go through the normalisation."""
         self.add_targets(dx)
-        if self.state.rows.inverse is not None and self.state.options.margin.normalize_embeddings:
+        if self.state.row_tiles.inverse is not None and self.state.options.margin.normalize_embeddings:
             tangent(dx, self.saved.x, self.saved.x_inverse, out=dx)
         if self.d.d_norm is not None:
             dx.addcmul_(self.saved.x, self.d.d_norm[:, None])
@@ -114,32 +114,32 @@ class BackwardTiles:
         """Return (e `[N, T]`, factor `[N, 1]`) of tile t: ∂L/∂logit = e · factor where the logit is no target."""
         saved, d = self.saved, self.d
         e = tile_of(saved.kept, t, len(saved.x), self.state.tile, b - a)
-        return e, d.from_zero if self.state.bounded else d.d_lse * (saved.maxima[t] - saved.lse[:, None]).exp_()
+        return e, d.d_total if self.state.bounded else d.d_lse * (saved.maxima[t] - saved.lse[:, None]).exp_()
 
     def add_targets(self, dx: Tensor) -> None:
         """Add the targets' share to the gradient of the embeddings' directions."""
         targets, d_cosine = self.state.targets, self.d.d_cosine[:, None]
-        if self.state.rows.count and targets.labels_each == 1:
+        if self.state.row_tiles.count and targets.labels_each == 1:
             dx.addcmul_(self.target_rows, d_cosine)
-        elif self.state.rows.count:
+        elif self.state.row_tiles.count:
             dx += targets.sum_of_samples(self.target_rows * d_cosine)
 
     def begin_rows(self) -> None:
-        self.dw = self.state.rows.gradient_memory(self.state.rows.count)
+        self.dw = self.state.row_tiles.gradient_memory(self.state.row_tiles.count)
 
     def add_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
         """Write the gradients of rows a to b, without the targets' share. weighted `[N, D]`: x factor scale."""
         out = self.dw[a:b]
-        self.state.rows.through_lengths(self.product(e, weighted, a, b, out), w, a, b, out)
+        self.state.row_tiles.through_lengths(self.product(e, weighted, a, b, out), w, a, b, out)
 
     def product(self, e: Tensor, weighted: Tensor, a: int, b: int, out: Tensor) -> Tensor:
         """Return the gradient `[T, D]` of the directions of rows a to b; out: perhaps the memory of the directions."""
-        if self.state.product == self.stats == out.dtype and not self.state.rows.overlaps:
+        if self.state.product == self.stats == out.dtype and not self.state.row_tiles.overlaps:
             return torch.mm(e.t(), weighted, out=out)
         return torch.mm(e.t(), weighted)
 
     def finish_rows(self) -> list[Tensor]:
-        self.state.rows.release(self.dw)
+        self.state.row_tiles.release(self.dw)
         if len(self.dw):
             self.add_targets_to_rows(self.dw, self.state.targets.row, self.d.d_cosine)
         return [self.over_replicas(self.dw)]
@@ -147,9 +147,9 @@ class BackwardTiles:
     def add_targets_to_rows(self, dw: Tensor, position: Tensor, d_cosine: Tensor) -> None:
         """Add the targets' share: to the row at each position, by ∂L/∂(target cosine) `[P]`."""
         grad = self.state.targets.of_samples(self.saved.x) * d_cosine[:, None]
-        if self.state.rows.inverse is not None:
+        if self.state.row_tiles.inverse is not None:
             tangent(grad, self.target_rows, self.target_inverse, out=grad)
-        self.state.rows.add_at(dw, position, grad)
+        self.state.row_tiles.add_at(dw, position, grad)
 
     def over_replicas(self, dw: Tensor) -> Tensor:
         """Return a gradient of rows in the shape of the weight's, summed over replicas."""

@@ -7,8 +7,8 @@ unit vectors `x = X/‖X‖`, `w = W/‖W‖` (or X and W as they are) and `P = 
                for tiles of T rows     e = exp(s · x wᵀ − m), targets left out   [N, T]; m [N, 1] the running maximum
                one all-gather          (m, Σ e, z, t) of every rank;  lse_i = log Σ_j exp(logit_ij)
                loss_i                  Σ_l weight_il (lse_i − z_il)
-    backward   for tiles of T rows     g = ∂L/∂logit = ∂L/∂lse_i · exp(logit_ij − lse_i)   [N, T]
-               dx += s g w,  dw = s gᵀ x   then the targets' own share, [P] rank-one terms, and the normalisation
+    backward   for tiles of T rows     d_z = ∂L/∂logit = ∂L/∂lse_i · exp(logit_ij − lse_i)   [N, T]
+               dx += s d_z w,  dw = s d_zᵀ x   then the targets' own share, [P] rank-one terms, and the normalisation
 
 so that no mask, one-hot or second copy of the logits exists. *Kept* mode writes all `e` into one buffer `[N, S]` for
 backward: three matrix products a step. *Tiled* mode computes a tile again: four products, O(N · T) memory.
@@ -59,9 +59,9 @@ def sharded_cross_entropy(
     hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
     with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False), hooks:
         # detached: the state outlives backward and must not hold the parameters themselves
-        rows = weight.detach(), None if bias is None else bias.detach()
+        own = weight.detach(), None if bias is None else bias.detach()
         unusual = partial(KernelSums, streams=needs_grad) if selection.by_kernels else OtherSums
-        forwarded = forward(selection, options, sink, *rows, dtypes, needs_grad, unusual)
+        forwarded = forward(selection, options, sink, *own, dtypes, needs_grad, unusual)
     return ShardedCrossEntropy.apply(*inputs, forwarded) if needs_grad else forwarded[0], *forwarded[1:3]
 
 
@@ -97,9 +97,9 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
         raise errors.grad_of_rows("PartialFC") from error
     want_rows = want_w or want_b or anchored
     d, usual = derivatives(grad, saved, state), is_usual(bias, saved, state)
-    others = KernelTiles if selection.by_kernels else OtherTiles
-    tiles = BackwardTiles(d, weight, saved, state) if usual else others(d, weight, bias, saved, state)
-    state.rows.weight = weight.detach().reshape(-1, weight.shape[-1])  # a first backward has let go of it
+    unusual = KernelTiles if selection.by_kernels else OtherTiles
+    tiles = BackwardTiles(d, weight, saved, state) if usual else unusual(d, weight, bias, saved, state)
+    state.row_tiles.weight = weight.detach().reshape(-1, weight.shape[-1])  # see the end
     # unless logits are tiled, the embedding gradients' sum over ranks travels while class gradients are computed; not
     # beside replicas: two communicators at work at once must be so in the same order on all ranks
     overlap = want_x and want_rows and selection.scatter and saved.kept.numel() + saved.streamed.numel() > 0
@@ -116,7 +116,7 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
         sink.accumulate(selection.rows, grads, pads)
     elif grads:
         d_weight, d_bias = grads[0] if want_w else None, grads[1] if want_b else None
-    state.rows.weight = weight.new_empty(0)  # autograd has it as long as there may be another backward
+    state.row_tiles.weight = weight.new_empty(0)  # or it would live as long as the graph
     if want_offset and d.d_offset is not None:
         d_offset = offset_gradient(d.d_offset, ranks).to(ctx.offset_dtype)
     return None if finish is None else finish(), d_weight, d_bias, d_offset, None, None

@@ -52,7 +52,7 @@ class ForwardState:
     selection: Selection
     options: LossOptions
     sink: RowGradientSink
-    rows: RowTiles
+    row_tiles: RowTiles
     targets: TargetRows
     rule: Rule | None
     tile: int  # rows of every tile but the last
@@ -81,17 +81,17 @@ def forward(
     on_cpu = X.device.type == weight.device.type == "cpu" and selection.kernels is None
     if on_cpu and (selection.rows is None or selection.copied):
         prefix = "" if selection.rows is None else "selected "
-        rows = RowTiles(weight, bias, margin.normalize, stats, sink.workspace, prefix)
+        row_tiles = RowTiles(weight, bias, margin.normalize, stats, sink.workspace, prefix)
     else:
-        rows = other_rows(weight, bias, selection, options, sink, dtypes, needs_grad)
+        row_tiles = other_rows(weight, bias, selection, options, sink, dtypes, needs_grad)
     most = tile_rows(selection.batch.most_samples, x.shape[1], X.device.type)
-    tile = tile_size(rows.count, most, margin.centers, X.device.type)
+    tile = tile_size(row_tiles.count, most, margin.centers, X.device.type)
     with record_function("partial_fc::targets"):
-        cosines, targets = target_cosines(x, rows, TargetRows.locate(selection, margin.centers), margin.centers)
+        cosines, targets = target_cosines(x, row_tiles, TargetRows.locate(selection, margin.centers), margin.centers)
         z, slope_cosine, slope_norm, rule = apply_margin(cosines, norms, targets, selection, options, needs_grad)
     options = replace(options, scale=margin.scale, binary=margin.binary)  # backward uses these, whatever changes
     if options.inter_topk:
-        rule = with_penalty(rule, x, rows, targets, selection, options, product, tile)
+        rule = with_penalty(rule, x, row_tiles, targets, selection, options, product, tile)
     # float16 has too little range for decisions, which have no maximum per sample that brings them near 1
     keep = selection.keep_logits and needs_grad and not (margin.binary and product is torch.float16)
     with record_function("partial_fc::forward_tiles"):
@@ -100,15 +100,16 @@ def forward(
         plain = bounded and smoothing is None and not (options.ruled or options.binary)
         in_place = keep and (product == stats or (bounded and not options.ruled))
         no_places = options.ruled or selection.by_kernels
-        places = x.new_empty(0) if no_places else targets.places(rows.count, tile, apart=in_place)
-        state = ForwardState(selection, options, sink, rows, targets, rule, tile, places, product, bounded, smoothing)
+        places = x.new_empty(0) if no_places else targets.places(row_tiles.count, tile, apart=in_place)
+        further = targets, rule, tile, places, product, bounded, smoothing
+        state = ForwardState(selection, options, sink, row_tiles, *further)
         if plain and bias is None and not (options.metrics or selection.alters_logits):
             sums = TileSums(x, state, keep)
         else:
             sums = unusual_sums(x, state, keep, in_place)  # its state may have tiles of another size
-        for t, (a, b) in enumerate(rows.tiles(sums.state.tile)):
+        for t, (a, b) in enumerate(row_tiles.tiles(sums.state.tile)):
             sums.add(t, a, b)
-        rows.measured = True
+        row_tiles.measured = True
     with record_function("partial_fc::combine"):
         found = combine(sums, z, cosines, selection)
     target_logits = found["z"].view_as(selection.targets.ids)
@@ -124,8 +125,8 @@ def forward(
     else:
         given = target_logits, selection, margin, smoothing, norms, needs_grad
         losses, lse, smoothed, slope_penalty = other_losses(found, *given)
-    counted = selection.targets.of_samples
-    losses = torch.where(counted != 0, losses * counted, counted)
+    shares = selection.targets.loss_shares
+    losses = torch.where(shares != 0, losses * shares, shares)
     maxima, row_sum = (none, none) if sums.further is None else sums.further.for_backward()
     of_tiles = sums.kept, maxima, row_sum, smoothed, sums.streamed
     saved = SavedTensors(x, x_inverse, lse, target_logits, slope_cosine, slope_norm, slope_penalty, *of_tiles)
@@ -191,14 +192,14 @@ class TileSums:
     further: FurtherSums | None = None
 
     def __init__(self, x: Tensor, state: ForwardState, keep: bool) -> None:
-        rows, size = state.rows, len(x) * state.tile
+        rows, size = state.row_tiles, len(x) * state.tile
         self.state, self.stats, self.keep = state, x.dtype, keep
         self.total = x.new_empty(len(x), 1) if rows.count else x.new_zeros(len(x), 1)
         self.kept = self.streamed = x.new_empty(0)
         # bounded exponentials are computed in the products' dtype at once; their sum is in that of the statistics
         count = size * -(-rows.count // state.tile) + 1 if keep else size + 1  # a number more, behind the tiles
         if keep:
-            self.memory = rows.workspace.take(f"{rows.prefix}logits", (count,), state.product, x.device)
+            self.memory = rows.workspace.get(f"{rows.prefix}logits", (count,), state.product, x.device)
             self.kept = self.memory[:-1]
         else:
             self.memory = x.new_empty(count, dtype=state.product)
@@ -207,7 +208,7 @@ class TileSums:
     def add(self, t: int, a: int, b: int) -> None:
         """Add tile t: rows a to b."""
         state, samples = self.state, len(self.scaled)
-        w = state.rows.tile(a, b, state.product)
+        w = state.row_tiles.tile(a, b, state.product)
         tile = new_tile(self.memory, t if self.keep else 0, samples, state.tile, b - a)
         tile_logits(self.scaled, w, None, tile)
         self.memory.index_fill_(0, state.places[t], -torch.inf)  # targets count with their margin elsewhere
@@ -219,7 +220,7 @@ def combine(sums: TileSums, z: Tensor, cosines: Tensor, selection: Selection) ->
     """Return by name what the ranks found together. total: Σ exp, relative to the largest maximum of all ranks."""
     parts, group = {"total": sums.total[:, 0], "z": z, "cosines": cosines}, selection.ranks.group
     if sums.further is not None:
-        parts |= sums.further.parts(z, cosines, sums.state.rows.count)
+        parts |= sums.further.parts(z, cosines, sums.state.row_tiles.count)
     if group is None:
         return parts
     own = torch.cat(list(parts.values()))

@@ -1,4 +1,4 @@
-"""What one forward takes besides the tensors that autograd follows. All of it is frozen: nothing writes into it."""
+"""What one forward takes besides the tensors that autograd follows. Nothing writes into it."""
 
 from __future__ import annotations
 

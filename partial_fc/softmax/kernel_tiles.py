@@ -48,13 +48,13 @@ class KernelSums(OtherSums):
             return
         if self.stream:
             state = replace(state, tile=stream_tile(x.shape[1]))
-        options, rows = state.options, state.rows
+        options, rows = state.options, state.row_tiles
         self.state, self.stats, self.samples, self.keep = state, x.dtype, len(x), keep
         self.total, self.streamed, self.kept = x.new_zeros(len(x), 1), x.new_empty(0), x.new_empty(0)
         tiles = -(-rows.count // state.tile)
         if keep:
             size = len(x) * state.tile * tiles
-            self.kept = rows.workspace.take(f"{rows.prefix}logits", (size,), state.product, x.device)
+            self.kept = rows.workspace.get(f"{rows.prefix}logits", (size,), state.product, x.device)
         self.operands = operands_of(x, state)
         self.largest = x  # [N] of the logits so far, in powers of two, where anybody asks for it
         self.further = None
@@ -68,7 +68,7 @@ class KernelSums(OtherSums):
             return
         if self.finished:
             return
-        rows = self.state.rows
+        rows = self.state.row_tiles
         w = rows.tile(a, b, self.state.product)
         column = column_of(self.state, a, b)
         found = self.operands.stream(w, a, column) if self.stream else self._tile(t, a, b, w, column)
@@ -133,7 +133,7 @@ class KernelSums(OtherSums):
         """A kernel has failed: sum up all rows without it."""
         self.finished = True
         self._be_plain()
-        for t, (a, b) in enumerate(self.state.rows.tiles(self.state.tile)):
+        for t, (a, b) in enumerate(self.state.row_tiles.tiles(self.state.tile)):
             super().add(t, a, b)
 
     def _be_plain(self) -> None:
@@ -155,14 +155,14 @@ class KernelTiles(OtherTiles):
         self.served = self.served and not saved.kept.numel()
         self.e: Tensor | None = None
         self.shift = None if state.bounded else saved.lse * LOG2E
-        self.factor = d.from_zero if state.bounded else d.d_lse
+        self.factor = d.d_total if state.bounded else d.d_lse
         if self.served:
             self.operands = operands_of(saved.x, state)
 
     def run(self, want_x: bool, want_rows: bool) -> tuple[Tensor, list[Tensor]]:
         if not self.streams:
             return super().run(want_x, want_rows)
-        saved, rows, scale = self.saved, self.state.rows, self.state.options.scale
+        saved, rows, scale = self.saved, self.state.row_tiles, self.state.options.scale
         dx = saved.x.new_empty(len(saved.x), 0)
         if want_x:
             factor = self.factor if self.state.bounded else self.d.d_lse * (saved.maxima[0] - saved.lse[:, None]).exp()
@@ -181,7 +181,7 @@ class KernelTiles(OtherTiles):
                 self.state = with_places(self.state, self.state.tile, apart=False)
             return super().exponentials(t, a, b, w)
         if self.e is None:
-            rows = min(self.state.tile, self.state.rows.count)
+            rows = min(self.state.tile, self.state.row_tiles.count)
             self.e = exponentials_like(w, len(self.saved.x), rows, self.state.product)
         e = self.e[:, : b - a]
         if self.operands.tile(w, a, column_of(self.state, a, b), e, shift=self.shift, sums=False) is None:
@@ -191,7 +191,7 @@ class KernelTiles(OtherTiles):
 
     def _stream_rows(self, a: int, b: int) -> None:
         """Add rows a to b, but for the targets' share."""
-        rows = self.state.rows
+        rows = self.state.row_tiles
         w = rows.tile(a, b, self.state.product)
         dw, db = self.places_of(a, b)
         # the directions are needed until the gradient has gone through the lengths
@@ -229,7 +229,7 @@ class KernelTiles(OtherTiles):
 def serves(kernels: Kernels | None, x: Tensor, state: ForwardState) -> bool:
     """Return whether kernels can serve this batch of a head that they serve."""
     labels = len(state.targets.sample) // max(len(x), 1)
-    return kernels is not None and bool(len(x) and state.rows.count) and labels <= MOST_LABELS
+    return kernels is not None and bool(len(x) and state.row_tiles.count) and labels <= MOST_LABELS
 
 
 def operands_of(x: Tensor, state: ForwardState) -> Operands:
@@ -240,7 +240,7 @@ def operands_of(x: Tensor, state: ForwardState) -> Operands:
 
 def column_of(state: ForwardState, a: int, b: int) -> Tensor | None:
     """Return what is added to the logits of rows a to b, `[T]`; None if nothing is."""
-    selection, rows = state.selection, state.rows
+    selection, rows = state.selection, state.row_tiles
     column = None if rows.bias is None else biases_of(rows, slice(a, b))
     if selection.correction is not None:
         column = selection.correction.with_bias(column, a, b)
@@ -257,7 +257,7 @@ def with_places(state: ForwardState, tile: int, *, apart: bool) -> ForwardState:
     """Return a state for plain PyTorch: with tiles of another size, and where the targets stand in them."""
     if state.options.ruled:
         return replace(state, tile=tile)
-    return replace(state, tile=tile, places=state.targets.places(state.rows.count, tile, apart=apart))
+    return replace(state, tile=tile, places=state.targets.places(state.row_tiles.count, tile, apart=apart))
 
 
 def stream_tile(width: int) -> int:

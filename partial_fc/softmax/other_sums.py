@@ -31,7 +31,7 @@ class OtherSums(TileSums):
         if options.ruled:
             self.scaled = x.to(state.product)
         self.further: FurtherSums | None = None
-        tiles = -(-state.rows.count // state.tile)
+        tiles = -(-state.row_tiles.count // state.tile)
         if options.ruled or options.binary or options.metrics or state.smoothing is not None or not state.bounded:
             of_others = state.rule, state.smoothing, state.selection.correction, state.bounded
             self.further = FurtherSums(x, options, state.targets, *of_others, kept=tiles if keep else 0)
@@ -39,8 +39,8 @@ class OtherSums(TileSums):
     def add(self, t: int, a: int, b: int) -> None:
         """Add tile t: rows a to b."""
         state = self.state
-        w = state.rows.tile(a, b, state.product if state.smoothing is None else self.stats)
-        bias = None if state.rows.bias is None else biases_of(state.rows, slice(a, b))
+        w = state.row_tiles.tile(a, b, state.product if state.smoothing is None else self.stats)
+        bias = None if state.row_tiles.bias is None else biases_of(state.row_tiles, slice(a, b))
         kept = new_tile(self.kept, t, self.samples, state.tile, b - a) if self.keep else None
         where = kept if self.scratch is None else new_tile(self.scratch, 0, self.samples, state.tile, b - a)
         assert where is not None

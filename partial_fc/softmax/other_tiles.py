@@ -51,10 +51,10 @@ class OtherTiles(BackwardTiles):
             dx += self.shares.of_x
 
     def begin_rows(self) -> None:
-        begin_update, count = self.state.sink.begin_update, self.state.rows.count
+        begin_update, count = self.state.sink.begin_update, self.state.row_tiles.count
         self.update = None if begin_update is None else begin_update()
         length = count if self.update is None else min(self.state.tile, count)
-        self.dw = self.state.rows.gradient_memory(length)
+        self.dw = self.state.row_tiles.gradient_memory(length)
         self.db = None if self.bias is None else self.saved.x.new_empty(length)
 
     def add_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
@@ -62,7 +62,7 @@ class OtherTiles(BackwardTiles):
         grad = self.product(e, weighted, a, b, dw)
         if db is None and self.moved_at_once(grad, a, b):
             return
-        self.state.rows.through_lengths(grad, w, a, b, dw)
+        self.state.row_tiles.through_lengths(grad, w, a, b, dw)
         if db is not None:
             smoothed = 0.0 if self.shares is None else self.shares.of_biases(a, b)
             db.copy_(torch.mv(e.t().to(self.stats), factor[:, 0]) + smoothed)
@@ -90,10 +90,10 @@ class OtherTiles(BackwardTiles):
         return grad
 
     def finish_rows(self) -> list[Tensor]:
-        self.state.rows.release(self.dw)
+        self.state.row_tiles.release(self.dw)
         if self.update is None:
             return self._with_targets(self.dw, self.db, 0)
-        if not self.state.rows.count:  # the optimizer's scalar state counts this step as on other ranks
+        if not self.state.row_tiles.count:  # the optimizer's scalar state counts this step as on other ranks
             self.update(0, 0, self._with_targets(self.dw, self.db, 0))
         return []
 
@@ -101,7 +101,7 @@ class OtherTiles(BackwardTiles):
         """Return the places `[P]` of the targets among rows a, a + 1, ..., and ∂L/∂(target cosine), 0 where they are
         not among them."""
         targets, d_cosine = self.state.targets, self.d.d_cosine
-        if length == self.state.rows.count:
+        if length == self.state.row_tiles.count:
             return targets.row, d_cosine
         position = targets.row - a
         here = targets.own & (position >= 0) & (position < length)
@@ -110,7 +110,7 @@ class OtherTiles(BackwardTiles):
     def moved_at_once(self, grad: Tensor, a: int, b: int) -> bool:
         """Return whether one kernel took the gradient by the directions of rows a to b through their lengths, with the
         targets' share, and moved the rows."""
-        state, inverse = self.state, self.state.rows.inverse
+        state, inverse = self.state, self.state.row_tiles.inverse
         kernels, centers = state.selection.kernels, state.options.margin.centers
         alone = state.selection.ranks.replica_group is None and centers == 1
         if self.update is None or inverse is None or kernels is None or not kernels.rows or not alone:
@@ -129,7 +129,7 @@ class OtherTiles(BackwardTiles):
             position, d_cosine = self._targets_in(a, len(dw))
             self.add_targets_to_rows(dw, position, d_cosine)
             if db is not None:
-                self.state.rows.add_at(db, position, d_cosine)
+                self.state.row_tiles.add_at(db, position, d_cosine)
         grads = [self.over_replicas(dw)]
         if db is not None and self.bias is not None:
             grads.append(sum_over_replicas(db.to(self.bias.dtype), ranks, "the sum of class gradients"))

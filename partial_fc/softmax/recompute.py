@@ -23,7 +23,7 @@ def recomputed(
     """
     lse = saved.lse[:, None]
     ruled, correction = state.options.ruled, state.selection.correction
-    bias = None if state.rows.bias is None else biases_of(state.rows, slice(a, b))
+    bias = None if state.row_tiles.bias is None else biases_of(state.row_tiles, slice(a, b))
     if correction is not None and not ruled:
         bias = correction.with_bias(bias, a, b)
     logits = tile_logits(scaled, w, bias, new_tile(scratch, 0, len(saved.x), state.tile, b - a))
@@ -36,7 +36,7 @@ def recomputed(
     if state.selection.slots is not None:
         state.selection.slots.mask(logits, a, b)
     if state.bounded:
-        return logits.exp_().to(state.product), d.from_zero
+        return logits.exp_().to(state.product), d.d_total
     if state.product is not torch.float16:
         return logits.sub_(lse).exp_().to(state.product), d.d_lse
     e, factor = float16.scaled_exponentials(logits, lse)

@@ -58,7 +58,7 @@ class RowTiles:
 
     def gradient_memory(self, length: int) -> Tensor:
         """Return memory `[length, D]` for the gradient of the rows."""
-        return self.workspace.take(f"{self.prefix}rows", (length, self.weight.shape[1]), self.weight.dtype, self.device)
+        return self.workspace.get(f"{self.prefix}rows", (length, self.weight.shape[1]), self.weight.dtype, self.device)
 
     def release(self, grad: Tensor) -> None:
         """All tiles have written to the gradient."""

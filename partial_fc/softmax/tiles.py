@@ -85,7 +85,7 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return an uninitialised contiguous tensor, of remembered memory if it is free and large enough."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)

@@ -21,10 +21,10 @@ def whole_number(text: str) -> int | None:
     return int(number)
 
 
-def whole(text: str) -> int:
-    """The type of an option of a command that takes a whole number."""
+def whole(text: str | int) -> int:
+    """The type of an option of a command that takes a whole number; jsonargparse gives it the default, too."""
     try:
-        number = whole_number(text)
+        number = whole_number(str(text))
     except ValueError:
         number = None
     if number is None:

@@ -90,8 +90,8 @@ def test_where_torch_counts_wrongly_memory_is_never_used_again(monkeypatch, coun
         for mine, right in zip(gradients_of_micro_batches(), expected, strict=True):
             assert torch.equal(mine, right)
         space = Workspace()
-        before = space.take("name", (4,), torch.float32, torch.device("cpu"))
-        assert space.take("name", (4,), torch.float32, torch.device("cpu")).data_ptr() != before.data_ptr()
+        before = space.get("name", (4,), torch.float32, torch.device("cpu"))
+        assert space.get("name", (4,), torch.float32, torch.device("cpu")).data_ptr() != before.data_ptr()
     finally:
         tells_holders.cache_clear()
 

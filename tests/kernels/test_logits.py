@@ -428,7 +428,7 @@ def test_pads_take_no_part():
     )
     rows: Any = SimpleNamespace(bias=None, weight=torch.zeros(7, 2), dtype=torch.float32)
     selection: Any = SimpleNamespace(correction=None, slots=slots)
-    state: Any = SimpleNamespace(selection=selection, rows=rows)
+    state: Any = SimpleNamespace(selection=selection, row_tiles=rows)
     inf = math.inf
     for (a, b), wanted in (((0, 7), [0, 0, 0, 0, 0, -inf, 0]), ((2, 6), [0, 0, 0, -inf]), ((5, 7), [-inf, 0])):
         column = kernel_tiles.column_of(state, a, b)

@@ -488,7 +488,7 @@ def small(monkeypatch):
         catch_up(self, index)
 
     monkeypatch.setattr(later.SkippedRows, "catch_up", all_of_them)
-    monkeypatch.setattr(Workspace, "take", lambda self, name, shape, dtype, device: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(Workspace, "get", lambda self, name, shape, dtype, device: torch.empty(shape, dtype=dtype))
 
 
 def allocated(made: Plan) -> dict[str, int]:
