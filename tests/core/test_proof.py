@@ -60,7 +60,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, 3, *(pytest.param(world, marks=pytest.mark.slow) for world in (2, 4))])
 @pytest.mark.parametrize("cases", [FULL, SAMPLED, SHAPES, OPTIONS], ids=["full", "sampled", "shapes", "options"])
 def test_equals_dense_float64(ranks, world, cases):
     ranks(world).run(check_cases, cases)

@@ -24,6 +24,7 @@ from common import args
 from partial_fc.kernels.choice import triton_problem
 from partial_fc.training.cli.main import train_parser
 from partial_fc.training.config import MarginSettings, save_config, to_config
+from partial_fc.training.effects import check_effects
 
 ROOT = Path(__file__).parents[2]
 CASES = {"exact", "sampled", "many", "skipped", "bf16", "memory", "memory_in_backward", "peers", "growth"}
@@ -353,11 +354,10 @@ def finished(losses: Any, name: str, seed: int, out: Path, tar: float) -> Path:
 
 
 def test_the_settings_of_every_loss_are_valid(losses: Any, tmp_path: Path) -> None:
-    used = set()
+    used, parser = set(), train_parser()
     for name in losses.LOSSES:
-        config = to_config(
-            train_parser(), ["--config", losses.QUICKSTART, *losses.Run(name, 0, 12, tmp_path).arguments]
-        )
+        config = to_config(parser, ["--config", losses.QUICKSTART, *losses.Run(name, 0, 12, tmp_path).arguments])
+        check_effects(config)
         used.add(config.head.margin.name)
     assert used == set(MarginSettings.names) - {"CombinedMargin", "AdaptiveMargin"}
 
@@ -445,8 +445,10 @@ def test_the_settings_of_every_sampled_case_are_valid(sampling: Any, losses: Any
     runs = [sampling.Run(case, 2, asked) for case in cases]
     assert len({run.folder.path for run in runs}) == len(cases)
     assert [case.name for case in cases[:3]] == ["all-r1", "dense-r0.1", "dense-r0.02"], "what decides comes first"
+    parser = train_parser()
     for run in runs:
-        config = to_config(train_parser(), ["--config", losses.QUICKSTART, *run.arguments])
+        config = to_config(parser, ["--config", losses.QUICKSTART, *run.arguments])
+        check_effects(config)
         assert (config.head.sample_rate, config.seed) == (run.case.rate, 2)
         assert config.data.identities == (20_000 if run.case.data == "glyphs" else 72_000)
 
