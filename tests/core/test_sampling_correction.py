@@ -159,7 +159,7 @@ GROUPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("world", [1, 3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", GROUPS)
 def test_equals_dense_float64(ranks, world, name):
     ranks(world).run(check_cases, GROUPS[name])
