@@ -67,7 +67,7 @@ def test_rows_in_files_at_small_sizes(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {row["case"] for row in rows} == {"cached", "rows", "blocks", "growth"}
+    assert {row["case"] for row in rows} == {"cached", "rows", "blocks", "growth", "saves", "resumed"}
     assert all(math.isfinite(row["value"]) for row in rows)
     assert (tmp_path / "out" / "table.md").read_text() in run.stdout
     assert not any((tmp_path / "rows").iterdir())

@@ -140,7 +140,7 @@ def test_every_engine_gives_the_losses_of_ddp_and_goes_on_exactly(plain, tmp_pat
     if engine == "FSDP2":
         as_ddp = from_the_middle(folder, tmp_path / "as_ddp")
         assert f"step {MIDDLE}" in train(TORCHRUN, "--resume", str(as_ddp))
-        assert losses(as_ddp) == pytest.approx(losses(plain), abs=1e-4)
+        assert losses(as_ddp) == pytest.approx(losses(folder), abs=2e-5)  # four steps after the middle
         assert "<td>DDP</td>" in (as_ddp / "report.html").read_text()
 
 

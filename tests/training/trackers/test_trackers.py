@@ -175,7 +175,7 @@ def test_last_steps_of_a_history():
 def test_a_run_that_was_killed_goes_on_in_the_same_tracked_run_on_fewer_ranks(tiny, tmp_path):
     run, file = tmp_path / "run", tmp_path / "told"
     arguments = ["train", str(tiny), "--output.folder", str(run), "--start_or_resume", *own(file)]
-    arguments += ["--output.project", "tests", "--output.run_name", "a name"]
+    arguments += ["--output.project", "tests"]
     killed = forked.fork(*arguments, **{VARIABLE: "kill:forward@step=8,rank=0"})
     code, _, _ = forked.finish(killed, 300)
     assert code != 0 and [row["step"] for row in RunFolder(run).history()][-1] == 7
