@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from partial_fc import naming_the_missing
+from partial_fc.distributed.meeting import AGREEMENT
+from partial_fc.distributed.objects import gather_objects, group_of_objects
 from partial_fc.training.errors import Preempted, UserError, words
 
 Returned = TypeVar("Returned")
@@ -47,7 +49,7 @@ def run_on_main_for_all(action: Callable[[], Returned], accelerator: Accelerator
     run_on_main(run, accelerator)
     if accelerator.num_processes > 1:
         with naming_the_missing("the word of the first rank"):
-            dist.broadcast_object_list(result)
+            dist.broadcast_object_list(result, group=group_of_objects())
     return result[0]  # type: ignore[return-value]
 
 
@@ -56,11 +58,8 @@ def raise_on_all(message: str | None, accelerator: Accelerator, stop: bool = Fal
 
     The message is that of the lowest rank that has one. Every rank must call it.
     """
-    reports: list[tuple[str | None, bool]] = [(message, stop)]
-    if accelerator.num_processes > 1:
-        reports *= accelerator.num_processes
-        with naming_the_missing("an agreement of all ranks"):
-            dist.all_gather_object(reports, (message, stop))
+    mine = message, stop
+    reports = gather_objects(mine, AGREEMENT) if accelerator.num_processes > 1 else [mine]
     first = next((m for m, _ in reports if m is not None), None)
     if first is not None:
         raise UserError(first)

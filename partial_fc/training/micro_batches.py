@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-import torch.distributed as dist
 from accelerate import Accelerator
 
-from partial_fc import naming_the_missing
 from partial_fc.distributed.groups import ranks_of
 from partial_fc.distributed.meeting import meet
+from partial_fc.distributed.objects import gather_objects
 from partial_fc.training.all_ranks import raise_on_all
 from partial_fc.training.data.loader import Batch, BatchLoader
 from partial_fc.training.errors import UserError, words
@@ -102,10 +101,8 @@ class MicroBatches:
 
         Every rank must call it, at the end of an epoch. Raises UserError on all ranks if the epoch had no step.
         """
-        ranks = [(self.read, self.unreadable, self.first_unreadable)] * self.accelerator.num_processes
-        if self.accelerator.num_processes > 1:
-            with naming_the_missing("the count of images that could not be read"):
-                dist.all_gather_object(ranks, ranks[0])
+        mine = self.read, self.unreadable, self.first_unreadable
+        ranks = gather_objects(mine, "the count of images that could not be read")
         unreadable = sum(each[1] for each in ranks)
         count = unreadable + sum(each[0] for each in ranks)
         found = f"{unreadable:,} of {count:,} images of epoch {self.progress.epoch + 1} could not be read"

@@ -15,11 +15,10 @@ import time
 import uuid
 from pathlib import Path
 
-import torch.distributed as dist
 from accelerate import Accelerator
 
-from partial_fc import naming_the_missing
 from partial_fc.checkpoint.manifest import VISIBLE_SECONDS
+from partial_fc.distributed.objects import gather_objects
 from partial_fc.training.all_ranks import run_on_all, run_on_main, run_on_main_for_all
 from partial_fc.training.errors import UserError
 
@@ -30,9 +29,7 @@ def check_same_start(folder: Path, resume: bool, accelerator: Accelerator) -> No
     """Raise UserError on every rank unless all ranks resume a run in `folder`, or all start one. A collective."""
     if accelerator.num_processes == 1:
         return
-    told: list[tuple[bool, str]] = [(resume, "")] * accelerator.num_processes
-    with naming_the_missing("an agreement whether to resume"):
-        dist.all_gather_object(told, (resume, socket.gethostname()))
+    told = gather_objects((resume, socket.gethostname()), "an agreement whether to resume")
     sees, other = ([rank for rank, (each, _) in enumerate(told) if each is wanted] for wanted in (True, False))
     if sees and other:
         raise UserError(

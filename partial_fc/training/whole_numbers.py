@@ -14,9 +14,7 @@ def whole_number(text: str) -> int | None:
         number = Decimal(text.strip())
     except InvalidOperation:
         return None
-    if not number.is_finite() or number.adjusted() > MOST_DIGITS:
-        raise ValueError("give a whole number")
-    if number != number.to_integral_value():
+    if not number.is_finite() or number.adjusted() > MOST_DIGITS or number != number.to_integral_value():
         raise ValueError("give a whole number")
     return int(number)
 

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from partial_fc import PartialFC
+from partial_fc.distributed.objects import gather_objects
 from partial_fc.training.all_ranks import run_on_main
 from partial_fc.training.data import IdentityDataset, UnreadableImage
 from partial_fc.training.files import told, write_atomically
@@ -125,7 +125,7 @@ def one_per_identities(pairs: Sequence[Pair], labels: Tensor, shown: int = SHOWN
     return found
 
 
-def nearest_class_pairs(head: PartialFC, accelerator: Accelerator) -> list[Pair]:
+def nearest_class_pairs(head: PartialFC) -> list[Pair]:
     """Return the `SHOWN` nearest pairs of classes, nearest first, the same on every rank; every rank must call it."""
     near = head.nearest_classes(1)
     first = head.shards.lo  # several replicas name the same pairs
@@ -136,7 +136,7 @@ def nearest_class_pairs(head: PartialFC, accelerator: Accelerator) -> list[Pair]
         for cosine, row in zip(cosines[:KEPT], order[:KEPT], strict=True)
     ]
     # a dict, because a pair may come from both of its classes
-    cosine_of = {(a, b): cosine for cosine, a, b in _gathered(mine, accelerator)}
+    cosine_of = {(a, b): cosine for cosine, a, b in _gathered(mine)}
     pairs = [(cosine, a, b) for (a, b), cosine in cosine_of.items()]
     return sorted(pairs, key=_most_similar_first)[:SHOWN]
 
@@ -147,13 +147,9 @@ def _most_similar_first(pair: Pair) -> tuple[float, int, int]:
     return -cosine, one, other
 
 
-def _gathered(mine: list[Any], accelerator: Accelerator) -> list[Any]:
+def _gathered(mine: list[Any]) -> list[Any]:
     """Return the lists of all ranks, concatenated."""
-    if accelerator.num_processes == 1:
-        return mine
-    lists: list[list[Any]] = [[] for _ in range(accelerator.num_processes)]
-    dist.all_gather_object(lists, mine)
-    return [each for of_rank in lists for each in of_rank]
+    return [each for of_rank in gather_objects(mine, "the gather of the hardest pairs") for each in of_rank]
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -174,7 +170,7 @@ def note_hardest(
     embeddings, labels, indices = found
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     mine = hardest_pairs(embeddings, labels, tile=tile, **place, device=accelerator.device)
-    genuine, impostor = (_gathered(pairs, accelerator) for pairs in mine)
+    genuine, impostor = (_gathered(pairs) for pairs in mine)
 
     def note() -> None:
         hardest_first = {"genuine": sorted(genuine), "impostor": sorted(impostor, key=_most_similar_first)}
@@ -201,7 +197,7 @@ def note_confusions(folder: Path, head: PartialFC, dataset: IdentityDataset, acc
     """
     if not 1 < head.num_classes <= MOST_CLASSES:
         return
-    pairs = nearest_class_pairs(head, accelerator)
+    pairs = nearest_class_pairs(head)
 
     def note() -> None:
         pictures = read_pictures(folder)

@@ -84,9 +84,8 @@ def test_a_pair_an_identity_is_shown():
 
 def _nearest(rank: int, world: int) -> Any:
     head = PartialFC(5, 11, ArcFace(), seed=4)
-    accelerator = SimpleNamespace(num_processes=world, process_index=rank, is_main_process=rank == 0)
     weight = head.weight.full_tensor() if world > 1 else head.weight
-    return weight.detach(), nearest_class_pairs(head, accelerator)
+    return weight.detach(), nearest_class_pairs(head)
 
 
 def test_nearest_classes_are_those_of_all_pairs_on_every_rank(ranks):
