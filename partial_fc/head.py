@@ -7,6 +7,7 @@
        cross-entropy  tiles of logits, one combination over ranks; backward by the same tiles    softmax/
        follow         the loss becomes part of the training step when its backward runs          step_record.py
 
+`_checked_batch`, `_follow` and `_anchor` are those of sharded.py, `_zero_loss` is that of classes/changeable.py.
 Gradients of all rows are `weight.grad`; those of selected rows are `row_grad`, for a `RowOptimizer` (`rows.py`).
 An, X. et al.: Partial FC, arXiv 2010.05222 and 2203.15565.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc.batch.exchange import GlobalBatch
-from partial_fc.batch.later import counted_if_alike
+from partial_fc.batch.later import shares_if_alike
 from partial_fc.batch.statistics import statistics_of
 from partial_fc.batch.targets import targets_of
 from partial_fc.classes.head_state import HeadState
@@ -33,7 +34,7 @@ from partial_fc.softmax.cross_entropy import sharded_cross_entropy
 from partial_fc.softmax.inputs import LossOptions, RowGradientSink, Selection
 from partial_fc.softmax.tiles import compute_dtypes, logits_bytes
 
-UpToDate = dict[str, Tensor]  # rows of a forward by parameter, with the steps that they have missed
+UpToDate = dict[str, Tensor]  # rows of a forward by parameter, after the steps that they had missed
 
 
 class PartialFC(HeadState):
@@ -87,8 +88,8 @@ class PartialFC(HeadState):
         arguments = self.num_classes, self.ignore_index, self.reduction, dtypes[0], self.class_weights
         targets = targets_of(batch, *arguments, within=self.label_smoothing > 0)
         if self.training and targets.ids.device.type != "cpu":
-            alike = counted_if_alike(targets.loss_shares, statistics_of(self.margin), ranks)
-            targets = targets._replace(loss_shares=alike)
+            shares = shares_if_alike(targets.loss_shares, statistics_of(self.margin), ranks)
+            targets = targets._replace(loss_shares=shares)
         rows = slots = correction = kernels = None
         may_serve = self.weight.device.type != "cpu" or (self._kernels == "interpret" and not self.class_rows.travels)
         if self._kernels != "off" and may_serve:
@@ -101,8 +102,8 @@ class PartialFC(HeadState):
             drawn = self.num_classes, self._sample_rate, self.seed, shards.lo, shards.hi, self.weight.device
             windows = self._windows.fit(*drawn, self._sample_block)
             if self.weight.device.type == "cpu":  # elsewhere the host must not wait
-                labels = positives.to(self.weight.device)
-                rows = select_rows(windows.rows(self.forward_count), labels, shards.lo, shards.hi)
+                positives = positives.to(self.weight.device)
+                rows = select_rows(windows.rows(self.forward_count), positives, shards.lo, shards.hi)
             else:
                 rows, slots = self._select_at_once(positives, options)
             if self._sampling_correction != "none":

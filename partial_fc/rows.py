@@ -27,7 +27,7 @@ from partial_fc.batch.row_sums import Pads, add_rows
 from partial_fc.distributed.ranks import local_part, wrap_rows
 from partial_fc.distributed.shards import ClassShards
 from partial_fc.step_record import StepRecord
-from partial_fc.tiers.travel import brought_home, sent
+from partial_fc.tiers.travel import brought_home, send_rows
 
 UpdateRows = Callable[..., bool]  # moves local rows a to b by their gradients, one tensor a parameter (in_backward.py)
 
@@ -63,7 +63,7 @@ class ClassRows:
         self.pads: Pads | None = None  # of grad_rows, which are sorted without
         self.optimizer: weakref.ref[Any] | None = None  # the RowOptimizer
         self.storages: dict[str, torch.UntypedStorage] = {}  # of DTensors
-        self.updates = 0  # how often an optimizer was to update the rows
+        self.updates = 0  # how often `RowOptimizer.step` was called
         self.used = False  # an optimizer has used these gradients
         self.sent: tuple[Tensor, Tensor] | None = None  # rows of the last forward, on the device and on the host
         self.behind: Any = None  # steps that rows have missed (optim/skipped_rows.py), or None
@@ -151,7 +151,7 @@ class ClassRows:
         elif self.store is not None:
             self.store.ready(index)
         taken = None if self.behind is None or index is None else self.behind.up_to_date(index)
-        return sent(self, index, taken) if self.travels and index is not None else taken
+        return send_rows(self, index, taken) if self.travels and index is not None else taken
 
     def accumulate(self, rows: Tensor, values: list[Tensor], pads: Pads | None = None, changes: int = -1) -> None:
         """Add the gradients `values[k] [S, ...]` of the local rows `[S]`, sorted but for pads. changes: as in the

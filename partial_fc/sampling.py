@@ -5,7 +5,7 @@ walk a keyed permutation of the class ids: forward `t` of a cycle takes `[t · w
 round to the beginning, and the next cycle has another permutation. So every class is drawn at least once in
 `ceil(C / w)` steps, no window holds a class twice, and all ranks evaluate one function of (seed, step).
 
-    own classes [C_local]  ──  once a cycle, the step of each (cycle_table.py)  ──>  a step's rows here, about w / k
+    own classes [C_local]  ──  once a cycle, the step of each (cycle_table.py)  ──>  a step's rows here, about w / world
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from partial_fc.cycle_table import CycleTable, make_table
 from partial_fc.permutation import ROUNDS, Permutation
 
-SMALL_SHARD = 1 << 22  # so many own classes are looked at once a cycle on a CPU, however small a window is
-MOST_WINDOWS = 64  # and more, as many as so many windows have; else, and on a rank with all classes, windows are drawn
+# a CPU has a table of a cycle for shards of at most so many rows, or windows; larger ones, and all classes, have none
+SMALL_SHARD, MOST_WINDOWS = 1 << 22, 64
 _MASK64 = (1 << 64) - 1
 
 
@@ -111,10 +111,10 @@ class Windows:
         return found
 
 
-def select_rows(window: Tensor, labels: Tensor, lo: int, hi: int) -> Tensor:
+def select_rows(window: Tensor, positives: Tensor, lo: int, hi: int) -> Tensor:
     """Return the local rows of `window` united with this rank's positives, sorted `[S]`.
 
-    labels: class ids in any order and number; those outside `[lo, hi)` belong to other ranks or to nobody.
+    positives: class ids in any order and number; those outside `[lo, hi)` belong to other ranks or to nobody.
     """
-    ids = labels.reshape(-1)
+    ids = positives.reshape(-1)
     return torch.unique(torch.cat((window, ids[(ids >= lo) & (ids < hi)] - lo)))

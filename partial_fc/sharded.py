@@ -28,7 +28,7 @@ from partial_fc.sharded_module import ShardedModule
 
 
 class ShardedLoss(ShardedModule):
-    """Base of `PartialFC` and `CenterLoss`."""
+    """Base of `ChangeableLoss`, and so of `PartialFC` and `CenterLoss`."""
 
     @property
     def shards(self) -> ClassShards:

@@ -2,7 +2,7 @@
 
 forward     begin_forward        starts a new training step if the last one is finished
 backward    hook of the loss     adds the forward's losses to the step
-check       nonfinite/step_check reads the losses; marks the step as checked, and as skipped if it is bad
+check       nonfinite/step_check reads the losses; the step is checked and finished, and skipped if it is bad
 update      end                  gradients were used or cleared: the next forward or backward starts a new step
 """
 
@@ -98,7 +98,7 @@ class StepRecord:
 
     def join_step(self) -> None:
         """A backward runs: its forward becomes part of the step."""
-        if self.finished:  # gradients were cleared between forward and backward
+        if self.finished:  # it was checked, or gradients were cleared, between forward and backward
             self._new_step()
         self.checked = False
 

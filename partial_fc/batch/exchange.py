@@ -1,8 +1,8 @@
 """The exchange of a batch: two collectives after which every rank holds the global batch.
 
-    rank r:  embeddings [N_r, D], labels [N_r] (or [N_r, L] with label_weights [N_r, L]), sample_weights [N_r]
+    a rank:  embeddings [N_local, D], labels [N_local] (or [N_local, L] with label_weights), sample_weights [N_local]
        status   int64 [24]   ── all-gather ──>  the same table on every host: counts, and what is wrong on which rank
-       payload  bytes        ── all-gather ──>  embeddings [N, D], labels [N], ... in the order of the ranks, N = Σ N_r
+       payload  bytes        ── all-gather ──>  embeddings [N, D], labels [N], ... in the order of the ranks
 
 On a 2-D mesh (replicas x shards) embeddings travel within a replica only; statuses and labels are gathered across
 replicas too, one more small collective each. With several label sets the status collective keeps the size of one set,
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -123,7 +124,7 @@ def _exchange_status(
         further = all_gather_mesh(mine[1:], ranks, BATCH).transpose(0, 1).tolist()
         status += [tuple(map(Status._make, table)) for table in further]
     for each, statuses in zip(sets, status, strict=True):
-        if any(row.bad_weight or row.agreed != statuses[0].agreed for row in statuses):
+        if any(row.bad_weight or row.layout != statuses[0].layout for row in statuses):
             refusals.raise_finding(statuses, ranks, each.name)
     return status
 
@@ -131,17 +132,15 @@ def _exchange_status(
 def exchange_payload(
     parts: list[Tensor], counts: tuple[int, ...], longest: int, group: dist.ProcessGroup | None
 ) -> list[Tensor]:
-    """Return all ranks' rows of several tensors `[N_r, ...]`, by one all-gather of bytes.
+    """Return all ranks' rows of several tensors `[N_local, ...]`, by one all-gather of bytes.
 
     Each rank's part is padded to `longest` rows, so that all ranks send equally much.
     """
     if group is None:
         return parts
-    offsets, total = [], 0
     sizes = [part.itemsize * math.prod(part.shape[1:]) for part in parts]  # bytes of a row
-    for size in sizes:
-        offsets.append(total)
-        total += -(-longest * size // 8) * 8  # every section starts where any dtype may be viewed
+    # every section starts where any dtype may be viewed
+    *offsets, total = accumulate((-(-longest * size // 8) * 8 for size in sizes), initial=0)
     buffer = torch.empty(total, dtype=torch.uint8, device=parts[0].device)
     for part, offset in zip(parts, offsets, strict=True):
         if part.numel():

@@ -45,20 +45,21 @@ class Agreed:
         if loss.training:
             pending = rows.grad_rows is not None or any(p.grad is not None for _, p in named)
             facts["the gradient of an earlier backward"] = "kept" if pending else "cleared"
-        moving = [local_part(p.detach()) for p in rows.shared.values()]
+        statistics = [local_part(p.detach()) for p in rows.shared.values()]
         if margin is not None:
             facts["margin"] = type(margin).__name__
             facts |= settings_of(vars(margin), "margin")
             if next(margin.buffers(), None) is not None:
-                moving += [held[name] for held, name in statistics_of(margin)]
+                statistics += [held[name] for held, name in statistics_of(margin)]
         if optimizer is not None:
             facts["RowOptimizer"] = type(optimizer.inner).__name__
             own = {"update_in_backward": optimizer.update_in_backward, "low_precision": optimizer.low_precision}
             own["skipped_rows"] = "still" if rows.behind is None else "dense"
             facts |= settings_of({**own, **optimizer.param_groups[0]}, "RowOptimizer")
-        moving = moving if kind == "cpu" else []  # the host would wait for them
+        statistics = statistics if kind == "cpu" else []  # the host would wait for them
         facts |= more
-        return cls(facts, digest_of(facts), torch.stack([m.double().sum() for m in moving]).sum() if moving else None)
+        total = torch.stack([each.double().sum() for each in statistics]).sum() if statistics else None
+        return cls(facts, digest_of(facts), total)
 
 
 def comparable(value: Any) -> Any:

@@ -32,15 +32,15 @@ def later_bad_label(backwards: Iterable[BackwardPass], classes: int) -> str:
     return ""
 
 
-def counted_if_alike(sample_weights: Tensor, places: Sequence[tuple[dict[str, Any], str]], ranks: Ranks) -> Tensor:
-    """Return the weights of samples `[N]`; infinite or NaN if the running statistics of the ranks differ. One small
+def shares_if_alike(loss_shares: Tensor, places: Sequence[tuple[dict[str, Any], str]], ranks: Ranks) -> Tensor:
+    """Return the loss shares `[N]`; infinite or NaN if the running statistics of the ranks differ. One small
     collective where there are statistics, and no wait. places: as `statistics_of` returns them."""
     if not places or ranks.group is None:
-        return sample_weights
+        return loss_shares
     everyone = all_gather_mesh(
         _sum_of([held[name] for held, name in places]), ranks, "the comparison of running statistics"
     )
-    return sample_weights / (everyone.amax() - everyone.amin() <= TOLERANCE * everyone.abs().amax())
+    return loss_shares / (everyone.amax() - everyone.amin() <= TOLERANCE * everyone.abs().amax())
 
 
 def compare_statistics(statistics: Sequence[Tensor], ranks: Ranks, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """The status of a batch: 24 integers with which each rank describes its part before anything large is sent.
 
-    embeddings [N_r, D], labels [N_r] or [N_r, L]  ── inspect ──>  int64 [label sets, 24]: a `Status` for each label set
+    embeddings [N_local, D], labels [N_local] or [N_local, L]  ── inspect ──>  int64 [label sets, 24]
 
 Every rank receives all statuses and checks them on the host, which must read the sample counts anyway. So a bad input
 on one rank raises the same error on every rank, without another wait for the device.
@@ -33,7 +33,7 @@ class Status(NamedTuple):
     samples: int
     width: int
     dtype: int  # index into DTYPES
-    labels_each: int  # L of labels [N_r, L]; 0 for labels [N_r]
+    labels_each: int  # L of labels [N_local, L]; 0 for labels [N_local]
     weights: int  # bit 0: label weights, bit 1: sample weights
     wants_grad: int  # whether its embeddings take part in backward; if those of any rank do, all must
     names: int  # digest of the names of all label sets; 0 for labels without a name
@@ -55,7 +55,7 @@ class Status(NamedTuple):
     statistics: int  # bits of the sum of running statistics
 
     @property
-    def agreed(self) -> tuple[int, ...]:
+    def layout(self) -> tuple[int, ...]:
         """What must be the same on every rank."""
         return self.width, self.dtype, self.labels_each, self.weights
 
@@ -123,7 +123,7 @@ def inspect(
     if problem:
         return torch.tensor([[*NO_COUNTS, 1, *NO_FINDINGS, 0]], device="cpu")
     samples, width = embeddings.shape
-    facts, moving = (0, None) if agreed is None else (agreed.digest, agreed.statistics)
+    facts, statistics = (0, None) if agreed is None else (agreed.digest, agreed.statistics)
     names = [each.name for each in sets if each.name is not None]
     digest = 1 + digest_of(names) if names else 0
     counts = []
@@ -132,8 +132,8 @@ def inspect(
         weights = (each.label_weights is not None) + 2 * (each.sample_weights is not None)
         dtype = DTYPES.index(embeddings.dtype)
         counts.append([NO_COUNTS[0], facts, samples, width, dtype, labels_each, weights, int(wants_grad), digest, 0])
-    moving = torch.zeros((), dtype=torch.float64, device="cpu") if moving is None else moving
-    bits = moving.view(torch.int64).expand(len(sets), 1)
+    statistics = torch.zeros((), dtype=torch.float64, device="cpu") if statistics is None else statistics
+    bits = statistics.view(torch.int64).expand(len(sets), 1)
     if not look or not samples:
         return torch.cat((bits.new_tensor([row + NO_FINDINGS for row in counts]), bits), 1)
     bad = (embeddings * 0).sum(1) != 0  # NaN for a row with a NaN or infinity; a tenth of the time of isfinite().all(1)

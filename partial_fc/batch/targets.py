@@ -32,11 +32,11 @@ def targets_of(
     batch: GlobalBatch, classes: int, ignore_index: int, reduction: str, dtype: torch.dtype,
     class_weights: Tensor | None = None, within: bool = False,
 ) -> Targets:  # fmt: skip
-    """Return the targets of a batch. For a mean, weights of samples are divided by their sum over all ranks; all are 0
-    if the sum is.
+    """Return the targets of a batch. For a mean, loss shares are divided by their sum over all ranks; all are 0 if the
+    sum is.
 
     within: the loss itself has the class weights in it, as with label smoothing. A bad label in a batch that nobody has
-    looked at makes all weights of samples infinite or NaN: the check of the step finds it.
+    looked at makes all loss shares infinite or NaN: the check of the step finds it.
     """
     labels, fine = as_matrix(batch.labels), None
     exists = labels != ignore_index

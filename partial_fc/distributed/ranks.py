@@ -3,7 +3,7 @@
 local_part            DTensor [C, ...], as the outside sees it  ──>  the rows of this rank, for the mathematics
 all_gather            [...] of each rank  ──>  [world, ...]
 all_gather_mesh       the same over all ranks of a 2-D mesh, two collectives there
-start_reduce_scatter  gradient [N, D]     ──>  [N_r, D], summed over the ranks
+start_reduce_scatter  gradient [N, D]     ──>  [N_local, D], summed over the ranks
 sum_over_replicas     in place, between the replicas of a 2-D mesh
 naming_the_missing    around them all: their errors name the rank that is missing
 """

@@ -28,7 +28,7 @@ class AddedAngle(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cosine: Tensor, added: float) -> Tensor:
-        edge = 1 - torch.finfo(cosine.dtype).eps  # as in `angular`
+        edge = 1 - torch.finfo(cosine.dtype).eps  # as `angular` takes cosines (angles.py)
         inside = cosine.clamp(-edge, edge)
         sine = (1 - inside).mul_(1 + inside).sqrt_()
         ctx.added = added

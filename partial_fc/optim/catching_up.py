@@ -33,7 +33,7 @@ def write_moved(behind: Any, index: Tensor | None) -> None:
         part = torch.arange(a, b, device=done.device) if index is None else index[a:b]
         if done.device.type == "cpu":  # elsewhere the host would wait for how many are left
             part = part[done.index_select(0, part) < behind.steps]
-        moved = {name: each.memory(part) for name, each in behind.parameters.items()}
+        moved = {name: each.new_rows(part) for name, each in behind.parameters.items()}
         if rows.kernels is None or not moved_by_kernel(behind, part, moved):
             behind.move(part, moved)
         for name, values in moved.items():
@@ -44,14 +44,14 @@ def write_moved(behind: Any, index: Tensor | None) -> None:
         behind.forget()
 
 
-def _put(class_rows: ClassRows, behind: Any, index: Tensor, values: list[Tensor]) -> None:
-    """Write rows of a parameter and their state."""
-    tensors, rows = behind.tensors(), values[0]
-    if MASTER in behind.state:
-        tensors, values = [*tensors, local_part(behind.parameter.detach())], [*values, rows]
-    elif COUNT in behind.state:
+def _put(class_rows: ClassRows, of: Any, index: Tensor, values: list[Tensor]) -> None:
+    """Write rows and their state. of: their parameter, with what its rows have missed."""
+    tensors, rows = of.tensors(), values[0]
+    if MASTER in of.state:
+        tensors, values = [*tensors, local_part(of.parameter.detach())], [*values, rows]
+    elif COUNT in of.state:
         ids = class_rows.shards.lo + index
-        values = [round_at_random(rows, ids, mix(class_rows.seed, behind.state[COUNT], 1)), *values[1:]]
+        values = [round_at_random(rows, ids, mix(class_rows.seed, of.state[COUNT], 1)), *values[1:]]
     for tensor, value in zip(tensors, values, strict=True):
         # not a version of the parameter: a forward whose backward is to come has its own rows up to date already
         tensor.data.index_copy_(0, index, value.to(tensor.dtype))

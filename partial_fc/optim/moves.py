@@ -63,7 +63,8 @@ def _column(numbers: Any) -> nn.Parameter:
 
 
 class LinearMoves:
-    """A row is multiplied by a matrix `[1 + keys, 1 + keys]` a step."""
+    """`Moves` of forms.py, which says what each method is for. A row is multiplied by a matrix `[1 + keys, 1 + keys]` a
+    step: what the step makes of the unit vectors, each of them a row of the probe."""
 
     MOST = 1 << 14
     OF_OPTION: ClassVar[Mapping[str, str]] = {}

@@ -5,7 +5,7 @@ A block of rows is stepped as a small dense parameter:
     sampled      rows [S] of the step: weight[rows], state[rows]  ──  class.step()  ──>  weight[rows], state[rows]
     all rows     row blocks of the shard, as views: no temporary of the shard's size
 
-Rows without a gradient stand still, and make the steps that they missed when they are next used (skipped_rows.py).
+Rows without a gradient wait, and make the steps that they missed when they are next used (skipped_rows.py).
 Scalar state, such as Adam's step, counts optimizer steps.
 """
 

@@ -66,7 +66,7 @@ def restore(
         behind.parameters[name].probe.known = each["known"]
     behind.steps, behind.first = state["steps"], state["first"]
     behind.done = local_part(state["done"]).to(rows.home)
-    behind.seen = behind.memory()
+    behind.seen = behind.versions()
 
 
 def problem_of(rows: ClassRows, state: Any) -> str:

@@ -1,11 +1,12 @@
 """Deferred dense updates: a row that a step did not select is brought to where the dense optimizer would have it when
 it is next looked at.
 
-    step      count           what it does to a row without a gradient, found once for all rows, on the host
-                              (moves.py); `done` of the rows that had one is the number of steps
-    forward   take(rows)      the rows that it selects are copied and get the steps that they missed: an entry of a
-                              table each; the update takes the same copies
-    readers   catch_up()      whoever reads or writes rows outside a step brings all up to date, once (catching_up.py)
+    forward   up_to_date(rows)  copies of the rows that it selects, after the steps that they missed: an entry of a
+                                table each
+    step      of_update(rows)   the same copies, for the update
+              note_step         what the step does to a row without a gradient, found once for all rows, on the host
+                                (moves.py); `done` of the rows that had one is the number of steps
+    readers   catch_up()        whoever reads or writes rows outside a step brings all up to date, once (catching_up.py)
 
 So a sampled run is that of a dense optimizer whose gradient is zero where a row was not selected, at the cost of the
 selected rows. It is the same to rounding wherever rows are brought up to date in between.
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from partial_fc.rows import ClassRows
 
 BLOCK_BYTES = 1 << 20  # of one temporary: several stay in the cache of a CPU
-BLOCK_BYTES_ELSEWHERE = 64 << 20  # so many of them are the peak of many a step at a low rate
+BLOCK_BYTES_ELSEWHERE = 64 << 20  # larger ones were the peak of memory at low sample rates
 TAKEN_BYTES = 1 << 30  # of rows and their state between forward and update
 
 
@@ -84,10 +85,10 @@ class SkippedRows:
                 self.rows.catch_up()
             self.begin(options, updates)
         effects = {name: self.parameters[name].moves.find(self.parameters[name].probe, options) for name in updates}
-        self.seen = self.memory()
+        self.seen = self.versions()
         if any(self.parameters[name].moves.changes_rows(effect) for name, effect in effects.items()):
-            for name, behind in self.parameters.items():
-                behind.moves.extend(effects.get(name))
+            for name, each in self.parameters.items():
+                each.moves.extend(effects.get(name))
             self.steps += 1
             self.tables = {}
         if not self.steps:
@@ -123,11 +124,11 @@ class SkippedRows:
             self.catch_up(index)
             self.taken = index, {}
             return None
-        memory = {name: behind.memory(index) for name, behind in self.parameters.items()}
-        directions = None if self.rows.kernels is None else take_by_kernels(self, index, memory)
+        copies = {name: each.new_rows(index) for name, each in self.parameters.items()}
+        directions = None if self.rows.kernels is None else take_by_kernels(self, index, copies)
         for a, b in self.blocks(len(index)) if directions is None else ():
-            self.move(index[a:b], {name: [each[a:b] for each in tensors] for name, tensors in memory.items()})
-        named = {n: dict(zip(("", *self.parameters[n].moves.keys), m, strict=True)) for n, m in memory.items()}
+            self.move(index[a:b], {name: [each[a:b] for each in tensors] for name, tensors in copies.items()})
+        named = {n: dict(zip(("", *self.parameters[n].moves.keys), c, strict=True)) for n, c in copies.items()}
         self.taken = index, named
         of = self.rows.parameters
         rows = {n: named[n][""] if n in named else local_part(p.detach()).index_select(0, index) for n, p in of.items()}
@@ -144,19 +145,19 @@ class SkippedRows:
 
     def some_are_behind(self) -> bool:
         """Return whether rows may have missed steps; rows that somebody else wrote are taken as they are."""
-        if self.steps and self.seen != self.memory():
+        if self.steps and self.seen != self.versions():
             catching_up.warn_of_writes(self.rows)
             self.forget()
         return self.steps > 0
 
     def move(self, index: Tensor, outs: dict[str, list[Tensor]]) -> None:
         """Write to `outs`, by parameter, its rows `index [S]` and their state after the steps that they have missed."""
-        for name, memory in outs.items():
-            behind = self.parameters[name]
-            flat = [out.view(len(index), math.prod(out.shape[1:])) for out in memory]
-            pairs = zip(behind.tensors(), flat, strict=True)
-            given = [each.index_select(0, index).view_as(out).to(behind.dtype) for each, out in pairs]
-            behind.moves.move(given, self.coefficients(name, index), flat)
+        for name, tensors in outs.items():
+            of = self.parameters[name]
+            flat = [out.view(len(index), math.prod(out.shape[1:])) for out in tensors]
+            pairs = zip(of.tensors(), flat, strict=True)
+            given = [each.index_select(0, index).view_as(out).to(of.dtype) for each, out in pairs]
+            of.moves.move(given, self.coefficients(name, index), flat)
 
     def coefficients(self, name: str, index: Tensor) -> Tensor:
         """Return the entries `[S, n]` of a parameter's table for the local rows `index [S]`."""
@@ -171,8 +172,8 @@ class SkippedRows:
         size = max(1, most // (4 * math.prod(self.rows.main.shape[1:])))
         return ((a, min(a + size, count)) for a in range(0, count, size))
 
-    def memory(self) -> list[tuple[int, int]]:
-        """Return what changes when somebody else writes rows."""
+    def versions(self) -> list[tuple[int, int]]:
+        """Return addresses and versions of rows and state: they change when somebody else writes."""
         state = (tensor for each in self.parameters.values() for tensor in each.tensors())
         local = [local_part(tensor.detach()) for tensor in (*self.rows.parameters.values(), *state)]
         return [(each.data_ptr(), each._version) for each in local]  # noqa: SLF001
@@ -208,6 +209,6 @@ class _Parameter:
     def row_bytes(self) -> int:
         return sum(math.prod(t.shape[1:]) for t in self.tensors()) * self.dtype.itemsize
 
-    def memory(self, index: Tensor) -> list[Tensor]:
+    def new_rows(self, index: Tensor) -> list[Tensor]:
         """Return memory for the rows `index` and for each piece of their state."""
         return [t.new_empty(len(index), *t.shape[1:], dtype=self.dtype) for t in self.tensors()]

@@ -21,19 +21,19 @@ class RowsAtOnce(GatheredRows):
     def measure(self, product: torch.dtype, whole_gradient: bool) -> None:
         """whole_gradient: there will be a gradient of all rows at once, and so memory for it."""
         if self.held is not None:
-            self.tile(0, self.count, self.dtype)
-            self.measured = True
+            self.directions(0, self.count, self.dtype)
+            self.lengths_known = True
         elif self.inverse is not None and self.index is None:
-            self.inverse, self.measured = inverse_length(self.weight, self.dtype), True
+            self.inverse, self.lengths_known = inverse_length(self.weight, self.dtype), True
             if whole_gradient and self.weight.dtype == self.dtype:
                 self.memory = self.gradient_memory(self.count)
                 self.held = self.memory.view(product)[:, : self.memory.shape[1]]  # the beginning of each row
                 torch.mul(self.weight, self.inverse, out=self.held)
 
-    def tile(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
+    def directions(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
         if self.index is None and self.held is not None and self.inverse is not None and dtype != self.held.dtype:
             return torch.mul(self.weight[a:b], self.inverse[a:b]).to(dtype)
-        return super().tile(a, b, dtype)
+        return super().directions(a, b, dtype)
 
     @property
     def overlaps(self) -> bool:
@@ -60,7 +60,7 @@ class RowsAtOnce(GatheredRows):
         add_to_rows(out, positions, values)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if self.inverse is None or not self.measured:
+        if self.inverse is None or not self.lengths_known:
             return super().at(positions)
         inverse = self.inverse.index_select(0, positions)
         if self.held is not None and self.index is not None:

@@ -54,7 +54,7 @@ def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Deriv
     d_z = d_z.reshape(-1)
     d_cosine = d_z * saved.slope_cosine
     if smoothing is not None and d_every is not None:
-        d_cosine = d_cosine - smoothing.of_cosines(d_every, state.targets, options.scale)
+        d_cosine = d_cosine - smoothing.of_cosines(d_every, state.target_rows, options.scale)
     if saved.slope_norm.numel() or saved.slope_penalty.numel():
         d_norm = length_derivatives(d_loss, d_z, saved, state)
     d_total = d_lse
@@ -66,7 +66,7 @@ def derivatives(grad: Tensor, saved: SavedTensors, state: ForwardState) -> Deriv
 
 def is_usual(bias: Tensor | None, saved: SavedTensors, state: ForwardState) -> bool:
     """Return whether `BackwardTiles` will do; else see other_tiles.py."""
-    plain = bias is None and state.smoothing is None and state.product is not torch.float16
+    plain = bias is None and state.smoothing is None and state.product_dtype is not torch.float16
     return plain and state.sink.begin_update is None and saved.kept.numel() > 0
 
 
@@ -75,9 +75,9 @@ class BackwardTiles:
 
     def __init__(self, d: Derivatives, weight: Tensor, saved: SavedTensors, state: ForwardState) -> None:
         self.d, self.weight, self.saved, self.state = d, weight, saved, state
-        self.stats, self.weighted_dtype = saved.x.dtype, state.product
+        self.stats, self.weighted_dtype = saved.x.dtype, state.product_dtype
         if state.row_tiles.count:
-            self.target_rows, self.target_inverse = state.targets.directions
+            self.target_directions, self.target_inverse = state.target_rows.directions
 
     def run(self, want_x: bool, want_rows: bool) -> tuple[Tensor, list[Tensor]]:
         """Return (gradient of all embeddings from this rank's rows `[N, D]`, of rows `[S, ...]` and biases)."""
@@ -86,8 +86,8 @@ class BackwardTiles:
         if want_rows:
             self.begin_rows()
         previous, scaled_factor, weighted = None, x, x
-        for t, (a, b) in enumerate(rows.tiles(state.tile)):
-            w = rows.tile(a, b, state.product)
+        for t, (a, b) in enumerate(rows.tiles(state.tile_size)):
+            w = rows.directions(a, b, state.product_dtype)
             e, factor = self.exponentials(t, a, b, w)
             if factor is not previous:
                 previous, scaled_factor = factor, factor * scale
@@ -97,7 +97,7 @@ class BackwardTiles:
             elif want_x:
                 dx.addcmul_(torch.mm(e, w).to(self.stats), scaled_factor)
             if want_rows:
-                self.add_rows(e, factor, weighted, w, a, b)
+                self.write_rows(e, factor, weighted, w, a, b)
         if want_x:
             self.finish_embeddings(dx)
         return dx, self.finish_rows() if want_rows else []
@@ -113,42 +113,42 @@ class BackwardTiles:
     def exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return (e `[N, T]`, factor `[N, 1]`) of tile t: ∂L/∂logit = e · factor where the logit is no target."""
         saved, d = self.saved, self.d
-        e = tile_of(saved.kept, t, len(saved.x), self.state.tile, b - a)
+        e = tile_of(saved.kept, t, len(saved.x), self.state.tile_size, b - a)
         return e, d.d_total if self.state.bounded else d.d_lse * (saved.maxima[t] - saved.lse[:, None]).exp_()
 
     def add_targets(self, dx: Tensor) -> None:
         """Add the targets' share to the gradient of the embeddings' directions."""
-        targets, d_cosine = self.state.targets, self.d.d_cosine[:, None]
+        targets, d_cosine = self.state.target_rows, self.d.d_cosine[:, None]
         if self.state.row_tiles.count and targets.labels_each == 1:
-            dx.addcmul_(self.target_rows, d_cosine)
+            dx.addcmul_(self.target_directions, d_cosine)
         elif self.state.row_tiles.count:
-            dx += targets.sum_of_samples(self.target_rows * d_cosine)
+            dx += targets.sum_of_samples(self.target_directions * d_cosine)
 
     def begin_rows(self) -> None:
         self.dw = self.state.row_tiles.gradient_memory(self.state.row_tiles.count)
 
-    def add_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
+    def write_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
         """Write the gradients of rows a to b, without the targets' share. weighted `[N, D]`: x factor scale."""
         out = self.dw[a:b]
         self.state.row_tiles.through_lengths(self.product(e, weighted, a, b, out), w, a, b, out)
 
     def product(self, e: Tensor, weighted: Tensor, a: int, b: int, out: Tensor) -> Tensor:
         """Return the gradient `[T, D]` of the directions of rows a to b; out: perhaps the memory of the directions."""
-        if self.state.product == self.stats == out.dtype and not self.state.row_tiles.overlaps:
+        if self.state.product_dtype == self.stats == out.dtype and not self.state.row_tiles.overlaps:
             return torch.mm(e.t(), weighted, out=out)
         return torch.mm(e.t(), weighted)
 
     def finish_rows(self) -> list[Tensor]:
         self.state.row_tiles.release(self.dw)
         if len(self.dw):
-            self.add_targets_to_rows(self.dw, self.state.targets.row, self.d.d_cosine)
+            self.add_targets_to_rows(self.dw, self.state.target_rows.row, self.d.d_cosine)
         return [self.over_replicas(self.dw)]
 
     def add_targets_to_rows(self, dw: Tensor, position: Tensor, d_cosine: Tensor) -> None:
         """Add the targets' share: to the row at each position, by ∂L/∂(target cosine) `[P]`."""
-        grad = self.state.targets.of_samples(self.saved.x) * d_cosine[:, None]
+        grad = self.state.target_rows.of_samples(self.saved.x) * d_cosine[:, None]
         if self.state.row_tiles.inverse is not None:
-            tangent(grad, self.target_rows, self.target_inverse, out=grad)
+            tangent(grad, self.target_directions, self.target_inverse, out=grad)
         self.state.row_tiles.add_at(dw, position, grad)
 
     def over_replicas(self, dw: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Every rank holds all embeddings `X [N, D]` and its own rows `W [S, D]` (its shar
 unit vectors `x = X/‖X‖`, `w = W/‖W‖` (or X and W as they are) and `P = N · L` targets, one a sample and label:
 
     forward    cosines of the targets  t_p = x_i · w_y     [P], on the rank that owns y; logits z_p = s · margin(t_p)
-               for tiles of T rows     e = exp(s · x wᵀ − m), targets left out   [N, T]; m [N, 1] the running maximum
+               for tiles of T rows     e = exp(s · x wᵀ − m), targets left out   [N, T]; m [N, 1] the running maximum,
+                                       0 where logits are bounded, as with ArcFace: then it does not travel
                one all-gather          (m, Σ e, z, t) of every rank;  lse_i = log Σ_j exp(logit_ij)
                loss_i                  Σ_l weight_il (lse_i − z_il)
     backward   for tiles of T rows     d_z = ∂L/∂logit = ∂L/∂lse_i · exp(logit_ij − lse_i)   [N, T]
@@ -47,10 +48,10 @@ def sharded_cross_entropy(
 
     Its backward gives the gradients of the first four arguments.
 
-    embeddings: `[N_local, D]` of this rank if `selection.scatter`, else the gathered `[N, D]`. weight: `[C_local, D]`
-    or `[C_local, K, D]`. bias: `[C_local]`. offset: `[1]`, added to all logits by a margin of binary decisions. anchor:
-    the parameter of weight and bias where these are detached, because their rows' gradients go to the sink. The loss is
-    a scalar that is the same on every rank, or `[N_local]` for reduction "none".
+    embeddings: `[N_local, D]` of this rank if `selection.scatter`, else the gathered `[N, D]`. weight: `[n, D]` or `[n,
+    K, D]`, n = S rows if `selection.copied`, else C_local. bias: `[n]`. offset: `[1]`, added to all logits by a margin
+    of binary decisions. anchor: the parameter of weight and bias where these are detached, because their rows'
+    gradients go to the sink. The loss is a scalar that is the same on every rank, or `[N_local]` for reduction "none".
     """
     inputs = embeddings, weight, bias, offset, anchor
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)

@@ -53,11 +53,11 @@ class ForwardState:
     options: LossOptions
     sink: RowGradientSink
     row_tiles: RowTiles
-    targets: TargetRows
+    target_rows: TargetRows
     rule: Rule | None
-    tile: int  # rows of every tile but the last
+    tile_size: int  # rows of every tile but the last
     places: Tensor  # [tiles, P] where targets stand in the memory of the tiles
-    product: torch.dtype  # of matrix products
+    product_dtype: torch.dtype  # of matrix products
     bounded: bool  # exponentials are of the logits themselves, no maximum subtracted
     smoothing: Smoothing | None
 
@@ -71,7 +71,7 @@ def forward(
 ) -> Forwarded:  # fmt: skip
     """Return (the reduced loss, the losses `[N]` that it is the sum of, figures for metrics, two parts for backward).
 
-    weight: `[C_local, D]` or `[C_local, K, D]`. bias: `[C_local]`. dtypes: of the statistics, of the matrix products.
+    weight, bias: as in `sharded_cross_entropy`. dtypes: of the statistics, of the matrix products.
     unusual_sums: makes the sums over tiles where `TileSums` will not do.
     """
     margin, X, (stats, product) = options.margin, selection.batch.embeddings, dtypes
@@ -85,13 +85,13 @@ def forward(
     else:
         row_tiles = other_rows(weight, bias, selection, options, sink, dtypes, needs_grad)
     most = tile_rows(selection.batch.most_samples, x.shape[1], X.device.type)
-    tile = tile_size(row_tiles.count, most, margin.centers, X.device.type)
+    size = tile_size(row_tiles.count, most, margin.centers, X.device.type)
     with record_function("partial_fc::targets"):
         cosines, targets = target_cosines(x, row_tiles, TargetRows.locate(selection, margin.centers), margin.centers)
         z, slope_cosine, slope_norm, rule = apply_margin(cosines, norms, targets, selection, options, needs_grad)
     options = replace(options, scale=margin.scale, binary=margin.binary)  # backward uses these, whatever changes
     if options.inter_topk:
-        rule = with_penalty(rule, x, row_tiles, targets, selection, options, product, tile)
+        rule = with_penalty(rule, x, row_tiles, targets, selection, options, product, size)
     # float16 has too little range for decisions, which have no maximum per sample that brings them near 1
     keep = selection.keep_logits and needs_grad and not (margin.binary and product is torch.float16)
     with record_function("partial_fc::forward_tiles"):
@@ -100,21 +100,21 @@ def forward(
         plain = bounded and smoothing is None and not (options.ruled or options.binary)
         in_place = keep and (product == stats or (bounded and not options.ruled))
         no_places = options.ruled or selection.by_kernels
-        places = x.new_empty(0) if no_places else targets.places(row_tiles.count, tile, apart=in_place)
-        further = targets, rule, tile, places, product, bounded, smoothing
-        state = ForwardState(selection, options, sink, row_tiles, *further)
+        places = x.new_empty(0) if no_places else targets.places(row_tiles.count, size, apart=in_place)
+        here = row_tiles, targets, rule, size, places, product, bounded, smoothing
+        state = ForwardState(selection, options, sink, *here)
         if plain and bias is None and not (options.metrics or selection.alters_logits):
             sums = TileSums(x, state, keep)
         else:
             sums = unusual_sums(x, state, keep, in_place)  # its state may have tiles of another size
-        for t, (a, b) in enumerate(row_tiles.tiles(sums.state.tile)):
+        for t, (a, b) in enumerate(row_tiles.tiles(sums.state.tile_size)):
             sums.add(t, a, b)
-        row_tiles.measured = True
+        row_tiles.lengths_known = True
     with record_function("partial_fc::combine"):
         found = combine(sums, z, cosines, selection)
     target_logits = found["z"].view_as(selection.targets.ids)
-    of_targets = found["cosines"].view_as(selection.targets.ids)
-    measured = Measured(of_targets, target_logits, targets.exists, norms, found.get("hardest"), margin.scale)
+    target_cosine = found["cosines"].view_as(selection.targets.ids)
+    measured = Measured(target_cosine, target_logits, targets.exists, norms, found.get("hardest"), margin.scale)
     measured = measured if margin.normalize_embeddings else measured.by_lengths(x_inverse)
     none = smoothed = slope_penalty = x.new_empty(0)
     if plain and selection.counts_once and not margin.has_penalty:
@@ -128,8 +128,8 @@ def forward(
     shares = selection.targets.loss_shares
     losses = torch.where(shares != 0, losses * shares, shares)
     maxima, row_sum = (none, none) if sums.further is None else sums.further.for_backward()
-    of_tiles = sums.kept, maxima, row_sum, smoothed, sums.streamed
-    saved = SavedTensors(x, x_inverse, lse, target_logits, slope_cosine, slope_norm, slope_penalty, *of_tiles)
+    of_sums = sums.kept, maxima, row_sum, smoothed, sums.streamed
+    saved = SavedTensors(x, x_inverse, lse, target_logits, slope_cosine, slope_norm, slope_penalty, *of_sums)
     return _reduce(losses, selection, options.reduction), losses, measured, saved, sums.state
 
 
@@ -167,11 +167,10 @@ def apply_margin(
     with torch.set_grad_enabled(needs_grad):
         cosine = cosines.detach().requires_grad_(needs_grad)
         norm = targets.of_samples(norms).detach().requires_grad_(needs_grad)
-        first, label, exists = selection.batch.first_sample, selection.targets.ids, selection.targets.exists
+        first, ids, exists = selection.batch.first_sample, selection.targets.ids, selection.targets.exists
         sample = targets.sample + first if first else targets.sample
-        of_targets = label.reshape(-1), sample, norm, exists.reshape(-1), selection.draw_key
-        positives = Positives(*of_targets, replicas=selection.ranks.replica_group)
-        moved = margin.target(cosine, positives)
+        about = ids.reshape(-1), sample, norm, exists.reshape(-1), selection.draw_key
+        moved = margin.target(cosine, Positives(*about, replicas=selection.ranks.replica_group))
         if needs_grad and moved.requires_grad:
             scale = torch.full_like(moved, margin.scale)
             by_cosine, by_norm = torch.autograd.grad(moved, (cosine, norm), scale, allow_unused=True)
@@ -192,27 +191,27 @@ class TileSums:
     further: FurtherSums | None = None
 
     def __init__(self, x: Tensor, state: ForwardState, keep: bool) -> None:
-        rows, size = state.row_tiles, len(x) * state.tile
+        rows, size = state.row_tiles, len(x) * state.tile_size
         self.state, self.stats, self.keep = state, x.dtype, keep
         self.total = x.new_empty(len(x), 1) if rows.count else x.new_zeros(len(x), 1)
         self.kept = self.streamed = x.new_empty(0)
         # bounded exponentials are computed in the products' dtype at once; their sum is in that of the statistics
-        count = size * -(-rows.count // state.tile) + 1 if keep else size + 1  # a number more, behind the tiles
+        count = size * -(-rows.count // state.tile_size) + 1 if keep else size + 1  # a number more, behind the tiles
         if keep:
-            self.memory = rows.workspace.get(f"{rows.prefix}logits", (count,), state.product, x.device)
+            self.memory = rows.workspace.get(f"{rows.prefix}logits", (count,), state.product_dtype, x.device)
             self.kept = self.memory[:-1]
         else:
-            self.memory = x.new_empty(count, dtype=state.product)
-        self.scaled = (x * state.options.scale).to(state.product)
+            self.memory = x.new_empty(count, dtype=state.product_dtype)
+        self.scaled = (x * state.options.scale).to(state.product_dtype)
 
     def add(self, t: int, a: int, b: int) -> None:
         """Add tile t: rows a to b."""
         state, samples = self.state, len(self.scaled)
-        w = state.row_tiles.tile(a, b, state.product)
-        tile = new_tile(self.memory, t if self.keep else 0, samples, state.tile, b - a)
-        tile_logits(self.scaled, w, None, tile)
+        w = state.row_tiles.directions(a, b, state.product_dtype)
+        logits = new_tile(self.memory, t if self.keep else 0, samples, state.tile_size, b - a)
+        tile_logits(self.scaled, w, None, logits)
         self.memory.index_fill_(0, state.places[t], -torch.inf)  # targets count with their margin elsewhere
-        total = tile.exp_().sum(1, keepdim=True, dtype=self.stats)
+        total = logits.exp_().sum(1, keepdim=True, dtype=self.stats)
         self.total = total if t == 0 else self.total.add_(total)
 
 

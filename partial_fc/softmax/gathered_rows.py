@@ -38,11 +38,11 @@ class GatheredRows(RowTiles):
     def overlaps(self) -> bool:
         return self.held is not None
 
-    def tile(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
+    def directions(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
         if self.held is None:
-            return super().tile(a, b, dtype)
+            return super().directions(a, b, dtype)
         held = self.held[a:b]
-        if not self.measured and self.index is not None:
+        if not self.lengths_known and self.index is not None:
             torch.index_select(self.weight, 0, self.index[a:b], out=held)
             if self.inverse is not None:
                 self.inverse[a:b] = inverse_length(held, self.dtype)

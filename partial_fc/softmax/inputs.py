@@ -20,7 +20,7 @@ from partial_fc.softmax.tiles import Workspace
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What the loss is. The names are those of `PartialFC`'s arguments."""
+    """What the loss is: arguments of `PartialFC`, and what the margin says in this forward."""
 
     margin: Margin
     num_classes: int
@@ -38,9 +38,8 @@ class LossOptions:
     @property
     def ruled(self) -> bool:
         """Whether logits of other classes are more than scaled cosines."""
-        return (
-            self.margin.has_rule or self.margin.centers > 1 or self.interclass_filter is not None or self.inter_topk > 0
-        )
+        by_margin = self.margin.has_rule or self.margin.centers > 1
+        return by_margin or self.interclass_filter is not None or self.inter_topk > 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Selection:
     lo: int  # first class id of the shard
     hi: int  # behind its last
     targets: Targets
-    keep_logits: bool  # for backward; else they are computed again
+    keep_logits: bool  # their exponentials are kept for backward; else they are computed again
     scatter: bool  # backward returns the gradient of this rank's embeddings, not of the gathered ones
     draw_key: int  # for what a margin draws: differs from forward to forward, the same on every rank
     correction: Correction | None = None  # of a sampled forward

@@ -1,6 +1,6 @@
 """The class rows of a forward by kernels: one pass makes lengths and directions, one takes the gradient through them.
 
-    tile              rows [T, D], gathered or not ──>  directions in the products' dtype, 1/length      4 + 2 bytes
+    directions        rows [T, D], gathered or not ──>  directions in the products' dtype, 1/length      4 + 2 bytes
     through_lengths   gradient by directions      ──>  gradient by rows                                 2 + 4 + 4 bytes
 
 Bytes are those of an element: float32 rows, bfloat16 products. Where a kernel fails, `GatheredRows` goes on.
@@ -31,14 +31,14 @@ class KernelRows(RowsAtOnce):
     def know(self, directions: Tensor, inverse: Tensor) -> None:
         """Take directions `[S, D]` and 1/length `[S, 1]` that were made when the rows were taken."""
         self.held, self.inverse, self.filled = directions, inverse, self.count
-        self.measured = self.apart = True
+        self.lengths_known = self.apart = True
 
-    def tile(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
+    def directions(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
         held = self.held if self.held is not None and self.held.dtype == dtype else None
         if held is not None and b <= self.filled:
             return held[a:b]
         if self.inverse is None and (self.index is None or self.weight.dtype == dtype):
-            return super().tile(a, b, dtype)  # nothing to compute
+            return super().directions(a, b, dtype)  # nothing to compute
         if held is not None and a == self.filled:
             self.filled, out = b, held[a:b]
         else:
@@ -48,7 +48,7 @@ class KernelRows(RowsAtOnce):
         if gather_rows(rows, index, out, None if self.inverse is None else self.inverse[a:b]):
             return out
         self.held, self.filled = None, 0
-        return GatheredRows.tile(self, a, b, dtype)
+        return GatheredRows.directions(self, a, b, dtype)
 
     def through_lengths(self, grad: Tensor, directions: Tensor, a: int, b: int, out: Tensor) -> None:
         index = None if self.index is None else self.index[a:b]
@@ -65,7 +65,7 @@ class KernelRows(RowsAtOnce):
         return self.held is not None and not self.apart
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if self.inverse is None or not self.measured:
+        if self.inverse is None or not self.lengths_known:
             return GatheredRows.at(self, positions)
         inverse = self.inverse.index_select(0, positions)
         rows = self.weight.index_select(0, positions if self.index is None else self.index[positions])

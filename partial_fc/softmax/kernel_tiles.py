@@ -47,20 +47,20 @@ class KernelSums(OtherSums):
             self._be_plain()
             return
         if self.stream:
-            state = replace(state, tile=stream_tile(x.shape[1]))
+            state = replace(state, tile_size=stream_tile(x.shape[1]))
         options, rows = state.options, state.row_tiles
         self.state, self.stats, self.samples, self.keep = state, x.dtype, len(x), keep
         self.total, self.streamed, self.kept = x.new_zeros(len(x), 1), x.new_empty(0), x.new_empty(0)
-        tiles = -(-rows.count // state.tile)
+        tiles = -(-rows.count // state.tile_size)
         if keep:
-            size = len(x) * state.tile * tiles
-            self.kept = rows.workspace.get(f"{rows.prefix}logits", (size,), state.product, x.device)
+            size = len(x) * state.tile_size * tiles
+            self.kept = rows.workspace.get(f"{rows.prefix}logits", (size,), state.product_dtype, x.device)
         self.operands = operands_of(x, state)
         self.largest = x  # [N] of the logits so far, in powers of two, where anybody asks for it
         self.further = None
         if options.metrics or state.smoothing is not None or not state.bounded:
             of_others = None, state.smoothing, None, state.bounded
-            self.further = FurtherSums(x, options, state.targets, *of_others, kept=tiles if keep else 0)
+            self.further = FurtherSums(x, options, state.target_rows, *of_others, kept=tiles if keep else 0)
 
     def add(self, t: int, a: int, b: int) -> None:
         if not self.served:
@@ -69,7 +69,7 @@ class KernelSums(OtherSums):
         if self.finished:
             return
         rows = self.state.row_tiles
-        w = rows.tile(a, b, self.state.product)
+        w = rows.directions(a, b, self.state.product_dtype)
         column = column_of(self.state, a, b)
         found = self.operands.stream(w, a, column) if self.stream else self._tile(t, a, b, w, column)
         if found is None:
@@ -78,13 +78,13 @@ class KernelSums(OtherSums):
             self._take(t, found)
             if self.further is not None and self.further.smoothing is not None:
                 bias = None if rows.bias is None else biases_of(rows, slice(a, b))
-                self.further.smoothing.add_rows(rows.tile(a, b, self.stats), bias, a, b)
+                self.further.smoothing.add_rows(rows.directions(a, b, self.stats), bias, a, b)
 
     def _tile(self, t: int, a: int, b: int, w: Tensor, column: Tensor | None) -> Sums | None:
         """Return the sums of a tile; its exponentials go to what is kept, relative to the largest logit so far."""
         if not self.keep:
             return self.operands.tile(w, a, column, None)
-        kept = new_tile(self.kept, t, self.samples, self.state.tile, b - a)
+        kept = new_tile(self.kept, t, self.samples, self.state.tile_size, b - a)
         # rows of a CPU's tile may begin anywhere
         e = kept if is_aligned(kept) else exponentials_like(kept, self.samples, b - a, kept.dtype)
         blocks, width = self.operands.blocks_of(b - a)
@@ -133,13 +133,13 @@ class KernelSums(OtherSums):
         """A kernel has failed: sum up all rows without it."""
         self.finished = True
         self._be_plain()
-        for t, (a, b) in enumerate(self.state.row_tiles.tiles(self.state.tile)):
+        for t, (a, b) in enumerate(self.state.row_tiles.tiles(self.state.tile_size)):
             super().add(t, a, b)
 
     def _be_plain(self) -> None:
         x, state, keep, in_place = self.given
         self.kept = x.new_empty(0)
-        super().__init__(x, with_places(state, state.tile, apart=in_place), keep, in_place)
+        super().__init__(x, with_places(state, state.tile_size, apart=in_place), keep, in_place)
 
 
 class KernelTiles(OtherTiles):
@@ -171,18 +171,18 @@ class KernelTiles(OtherTiles):
         if not want_rows:
             return dx, []
         self.begin_rows()
-        for a, b in rows.tiles(self.state.tile):
+        for a, b in rows.tiles(self.state.tile_size):
             self._stream_rows(a, b)
         return dx, self.finish_rows()
 
     def exponentials(self, t: int, a: int, b: int, w: Tensor) -> tuple[Tensor, Tensor]:
         if not self.served:
             if not (self.saved.kept.numel() or self.state.places.numel()):
-                self.state = with_places(self.state, self.state.tile, apart=False)
+                self.state = with_places(self.state, self.state.tile_size, apart=False)
             return super().exponentials(t, a, b, w)
         if self.e is None:
-            rows = min(self.state.tile, self.state.row_tiles.count)
-            self.e = exponentials_like(w, len(self.saved.x), rows, self.state.product)
+            rows = min(self.state.tile_size, self.state.row_tiles.count)
+            self.e = exponentials_like(w, len(self.saved.x), rows, self.state.product_dtype)
         e = self.e[:, : b - a]
         if self.operands.tile(w, a, column_of(self.state, a, b), e, shift=self.shift, sums=False) is None:
             self.served = False
@@ -192,7 +192,7 @@ class KernelTiles(OtherTiles):
     def _stream_rows(self, a: int, b: int) -> None:
         """Add rows a to b, but for the targets' share."""
         rows = self.state.row_tiles
-        w = rows.tile(a, b, self.state.product)
+        w = rows.directions(a, b, self.state.product_dtype)
         dw, db = self.places_of(a, b)
         # the directions are needed until the gradient has gone through the lengths
         apart = rows.overlaps or dw.dtype != self.stats
@@ -212,7 +212,7 @@ class KernelTiles(OtherTiles):
     def _plain_rows(self, w: Tensor, a: int, b: int, grad: Tensor, db: Tensor | None) -> None:
         """Do what the kernel, which has failed, would have done: in tiles as small as plain PyTorch's."""
         saved = self.saved
-        size = min(self.state.tile, power_of_two(tile_rows(len(saved.x), saved.x.shape[1], saved.x.device.type)))
+        size = min(self.state.tile_size, power_of_two(tile_rows(len(saved.x), saved.x.shape[1], saved.x.device.type)))
         self.state, whole = with_places(self.state, size, apart=False), self.state
         weighted = None
         for start in range(a, b, size):
@@ -228,14 +228,14 @@ class KernelTiles(OtherTiles):
 
 def serves(kernels: Kernels | None, x: Tensor, state: ForwardState) -> bool:
     """Return whether kernels can serve this batch of a head that they serve."""
-    labels = len(state.targets.sample) // max(len(x), 1)
+    labels = len(state.target_rows.sample) // max(len(x), 1)
     return kernels is not None and bool(len(x) and state.row_tiles.count) and labels <= MOST_LABELS
 
 
 def operands_of(x: Tensor, state: ForwardState) -> Operands:
-    first = torch.where(state.targets.own, state.targets.first, -1)
+    first = torch.where(state.target_rows.own, state.target_rows.first, -1)
     looks = {"online": not state.bounded, "hardest": state.options.metrics}
-    return Operands(x, state.product, first, state.options.scale, **looks)
+    return Operands(x, state.product_dtype, first, state.options.scale, **looks)
 
 
 def column_of(state: ForwardState, a: int, b: int) -> Tensor | None:
@@ -256,8 +256,8 @@ def column_of(state: ForwardState, a: int, b: int) -> Tensor | None:
 def with_places(state: ForwardState, tile: int, *, apart: bool) -> ForwardState:
     """Return a state for plain PyTorch: with tiles of another size, and where the targets stand in them."""
     if state.options.ruled:
-        return replace(state, tile=tile)
-    return replace(state, tile=tile, places=state.targets.places(state.row_tiles.count, tile, apart=apart))
+        return replace(state, tile_size=tile)
+    return replace(state, tile_size=tile, places=state.target_rows.places(state.row_tiles.count, tile, apart=apart))
 
 
 def stream_tile(width: int) -> int:

@@ -51,7 +51,7 @@ def with_penalty(
     for a, b in rows.tiles(tile):
         memory = new_tile(scratch, 0, len(x), tile, b - a)
         # through the statistics' dtype, as label smoothing takes tiles, where it is on
-        w = rows.tile(a, b, x.dtype if options.label_smoothing else product).to(product)
+        w = rows.directions(a, b, x.dtype if options.label_smoothing else product).to(product)
         cosines = tile_logits(scaled, w, None, memory)
         mask_targets(cosines, targets, a, centers)
         if centers > 1:
@@ -59,7 +59,7 @@ def with_penalty(
         if options.interclass_filter is not None:
             cosines = cosines.masked_fill(cosines > options.interclass_filter, -torch.inf)
         best = torch.cat((best, cosines), 1).topk(k + 1, dim=1).values
-    rows.measured = True
+    rows.lengths_known = True
     near = _over_ranks(best, selection.ranks)
     if rule is None:  # a margin without a rule leaves cosines as they are
         rule = Rule(options.margin.frozen(), near)

@@ -33,7 +33,7 @@ def other_derivatives(
         d_every = smoothing.of_every(d_loss, saved.smoothed)
         d_z = d_z + d_every[:, None] * smoothing.of_targets
     if z.shape[1] > 1 or binary:  # with one target a sample, d_loss is 0 where there is none
-        d_z = torch.where(state.targets.exists, d_z, 0.0)
+        d_z = torch.where(state.target_rows.exists, d_z, 0.0)
     return d_lse, d_z, d_every, d_offset
 
 
@@ -44,7 +44,7 @@ def length_derivatives(d_loss: Tensor, d_z: Tensor, saved: SavedTensors, state: 
     """
     d_norm = None
     if saved.slope_norm.numel():
-        d_norm = state.targets.sum_of_samples(d_z * saved.slope_norm)
+        d_norm = state.target_rows.sum_of_samples(d_z * saved.slope_norm)
     if saved.slope_penalty.numel() and state.selection.ranks.rank == 0:  # every sample's own; summed over ranks later
         of_penalty = d_loss * saved.slope_penalty
         d_norm = of_penalty if d_norm is None else d_norm + of_penalty

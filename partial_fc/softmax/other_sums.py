@@ -26,26 +26,26 @@ class OtherSums(TileSums):
             self.total.zero_()
         self.scratch = None
         if not in_place:  # others than bounded exponentials are computed in the dtype of the statistics
-            work = state.product if state.bounded and not options.ruled else x.dtype
-            self.memory = self.scratch = x.new_empty(len(x) * state.tile + 1, dtype=work)
+            work = state.product_dtype if state.bounded and not options.ruled else x.dtype
+            self.memory = self.scratch = x.new_empty(len(x) * state.tile_size + 1, dtype=work)
         if options.ruled:
-            self.scaled = x.to(state.product)
+            self.scaled = x.to(state.product_dtype)
         self.further: FurtherSums | None = None
-        tiles = -(-state.row_tiles.count // state.tile)
+        tiles = -(-state.row_tiles.count // state.tile_size)
         if options.ruled or options.binary or options.metrics or state.smoothing is not None or not state.bounded:
             of_others = state.rule, state.smoothing, state.selection.correction, state.bounded
-            self.further = FurtherSums(x, options, state.targets, *of_others, kept=tiles if keep else 0)
+            self.further = FurtherSums(x, options, state.target_rows, *of_others, kept=tiles if keep else 0)
 
     def add(self, t: int, a: int, b: int) -> None:
         """Add tile t: rows a to b."""
         state = self.state
-        w = state.row_tiles.tile(a, b, state.product if state.smoothing is None else self.stats)
+        w = state.row_tiles.directions(a, b, state.product_dtype if state.smoothing is None else self.stats)
         bias = None if state.row_tiles.bias is None else biases_of(state.row_tiles, slice(a, b))
-        kept = new_tile(self.kept, t, self.samples, state.tile, b - a) if self.keep else None
-        where = kept if self.scratch is None else new_tile(self.scratch, 0, self.samples, state.tile, b - a)
+        kept = new_tile(self.kept, t, self.samples, state.tile_size, b - a) if self.keep else None
+        where = kept if self.scratch is None else new_tile(self.scratch, 0, self.samples, state.tile_size, b - a)
         assert where is not None
         added = bias if state.selection.correction is None else state.selection.correction.in_product(bias, a, b)
-        values = tile_logits(self.scaled, w.to(state.product), added, where)
+        values = tile_logits(self.scaled, w.to(state.product_dtype), added, where)
         if not state.options.ruled:
             self.memory.index_fill_(0, state.places[t], -torch.inf)  # targets count with their margin elsewhere
             if state.selection.slots is not None:

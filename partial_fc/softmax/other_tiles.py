@@ -28,7 +28,7 @@ class OtherTiles(BackwardTiles):
     ) -> None:
         super().__init__(d, weight, saved, state)
         self.bias = bias
-        if state.product is torch.float16:
+        if state.product_dtype is torch.float16:
             self.weighted_dtype = self.stats
         self.shares = None
         if state.smoothing is not None and d.d_every is not None:
@@ -40,9 +40,9 @@ class OtherTiles(BackwardTiles):
             return super().exponentials(t, a, b, w)
         if self.scratch is None:
             x, state, ruled = self.saved.x, self.state, self.state.options.ruled
-            work = state.product if state.bounded and not ruled else self.stats
-            self.scratch = x.new_empty(len(x) * state.tile + 1, dtype=work)
-            self.scaled = (x if ruled else x * state.options.scale).to(state.product)
+            work = state.product_dtype if state.bounded and not ruled else self.stats
+            self.scratch = x.new_empty(len(x) * state.tile_size + 1, dtype=work)
+            self.scaled = (x if ruled else x * state.options.scale).to(state.product_dtype)
         return recomputed(self.state, self.saved, self.d, self.scaled, self.scratch, t, a, b, w)
 
     def add_targets(self, dx: Tensor) -> None:
@@ -53,11 +53,11 @@ class OtherTiles(BackwardTiles):
     def begin_rows(self) -> None:
         begin_update, count = self.state.sink.begin_update, self.state.row_tiles.count
         self.update = None if begin_update is None else begin_update()
-        length = count if self.update is None else min(self.state.tile, count)
+        length = count if self.update is None else min(self.state.tile_size, count)
         self.dw = self.state.row_tiles.gradient_memory(length)
         self.db = None if self.bias is None else self.saved.x.new_empty(length)
 
-    def add_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
+    def write_rows(self, e: Tensor, factor: Tensor, weighted: Tensor, w: Tensor, a: int, b: int) -> None:
         dw, db = self.places_of(a, b)
         grad = self.product(e, weighted, a, b, dw)
         if db is None and self.moved_at_once(grad, a, b):
@@ -80,7 +80,7 @@ class OtherTiles(BackwardTiles):
             self.update(a // centers, b // centers, self._with_targets(dw, db, a))
 
     def product(self, e: Tensor, weighted: Tensor, a: int, b: int, out: Tensor) -> Tensor:
-        if self.state.product is torch.float16:
+        if self.state.product_dtype is torch.float16:
             grad = float16.scaled_product(e, weighted)
         else:
             grad = super().product(e, weighted, a, b, out)
@@ -100,7 +100,7 @@ class OtherTiles(BackwardTiles):
     def _targets_in(self, a: int, length: int) -> tuple[Tensor, Tensor]:
         """Return the places `[P]` of the targets among rows a, a + 1, ..., and ∂L/∂(target cosine), 0 where they are
         not among them."""
-        targets, d_cosine = self.state.targets, self.d.d_cosine
+        targets, d_cosine = self.state.target_rows, self.d.d_cosine
         if length == self.state.row_tiles.count:
             return targets.row, d_cosine
         position = targets.row - a
@@ -118,7 +118,7 @@ class OtherTiles(BackwardTiles):
 
         def through() -> Through:
             position, d_cosine = self._targets_in(a, len(grad))
-            return Through.of(inverse[a:b], position, state.targets.of_samples(self.saved.x) * d_cosine[:, None])
+            return Through.of(inverse[a:b], position, state.target_rows.of_samples(self.saved.x) * d_cosine[:, None])
 
         return self.update(a, b, [grad], through)
 

@@ -26,18 +26,18 @@ def recomputed(
     bias = None if state.row_tiles.bias is None else biases_of(state.row_tiles, slice(a, b))
     if correction is not None and not ruled:
         bias = correction.with_bias(bias, a, b)
-    logits = tile_logits(scaled, w, bias, new_tile(scratch, 0, len(saved.x), state.tile, b - a))
+    logits = tile_logits(scaled, w, bias, new_tile(scratch, 0, len(saved.x), state.tile_size, b - a))
     if ruled:
         return ruled_gradient(
-            logits, a, state.options, state.rule, state.targets, lse, d.d_lse, d.d_every, state.smoothing,
-            correction, state.product,
+            logits, a, state.options, state.rule, state.target_rows, lse, d.d_lse, d.d_every, state.smoothing,
+            correction, state.product_dtype,
         )  # fmt: skip
     scratch.index_fill_(0, state.places[t], -torch.inf)
     if state.selection.slots is not None:
         state.selection.slots.mask(logits, a, b)
     if state.bounded:
-        return logits.exp_().to(state.product), d.d_total
-    if state.product is not torch.float16:
-        return logits.sub_(lse).exp_().to(state.product), d.d_lse
+        return logits.exp_().to(state.product_dtype), d.d_total
+    if state.product_dtype is not torch.float16:
+        return logits.sub_(lse).exp_().to(state.product_dtype), d.d_lse
     e, factor = float16.scaled_exponentials(logits, lse)
     return e, d.d_lse * factor

@@ -54,7 +54,7 @@ class RowTiles:
         self.bias, self.dtype, self.workspace, self.prefix = bias, dtype, workspace, prefix
         self.count = len(self.weight)
         self.inverse = weight.new_empty(self.count, 1, dtype=dtype) if normalize else None
-        self.measured = False  # the lengths of all tiles are known
+        self.lengths_known = False  # the lengths of all tiles are known
 
     def gradient_memory(self, length: int) -> Tensor:
         """Return memory `[length, D]` for the gradient of the rows."""
@@ -68,12 +68,12 @@ class RowTiles:
         """Whether the gradient is written over the directions that it is projected with."""
         return False
 
-    def tile(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
+    def directions(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
         """Return directions `[b − a, D]` of rows a to b."""
         part = self.part(a, b)
         if self.inverse is None:
             return part.to(dtype)
-        if not self.measured:
+        if not self.lengths_known:
             self.inverse[a:b] = inverse_length(part, self.dtype)
         return torch.mul(part, self.inverse[a:b], out=torch.empty_like(part, dtype=dtype))
 

@@ -18,7 +18,7 @@ def to_device(rows: Tensor, device: torch.device) -> Tensor:
     return pinned.copy_(rows).to(device, non_blocking=True)  # torch keeps the memory until it has arrived
 
 
-def sent(class_rows: Any, index: Tensor, taken: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def send_rows(class_rows: Any, index: Tensor, taken: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """Return by parameter the local rows `index [S]` of a forward on the device of the loss.
 
     class_rows: the `ClassRows`, in which the numbers of these rows stay, there and here. taken: rows as they are, where

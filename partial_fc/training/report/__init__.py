@@ -11,6 +11,6 @@
     canvas.py                     what all plots share: colours, style, writing the file
 
 A new plot is a function in plots.py or training_plots.py that draws on `canvas.figure`. `results.write_results` calls
-it and writes the file to the folder plots/ of the run; an entry in `report.PLOTS` with the caption puts it on the
+it and writes the file to the folder plots/ of the run; an entry in `report.CAPTIONS` with the caption puts it on the
 page.
 """

@@ -27,7 +27,7 @@ from partial_fc.training.interval import split_history
 from partial_fc.training.protocols.result import Result
 from partial_fc.training.report.formatting import DASH, figure_cell, flatten, is_share, leaves
 from partial_fc.training.report.page import png_uri, render
-from partial_fc.training.report.report import PLOTS, TABLES
+from partial_fc.training.report.report import CAPTIONS, TABLES
 from partial_fc.training.run import CONFIG, CURVES, METRICS, RunFolder
 from partial_fc.training.settings_file import shown_settings
 
@@ -197,7 +197,7 @@ def _plots(runs: Sequence[Run]) -> list[dict[str, str]]:
                 drawn: list[Any] = [each for each in of_set if _has_curve(each, curve)]
                 if drawn:
                     plot(picture, drawn)
-                    caption = PLOTS[f"{curve}.png"]
+                    caption = CAPTIONS[f"{curve}.png"]
                     add(f"{name}: {caption[:1].lower()}{caption[1:]}")
         for key, title in OVERLAID.items():
             rows = {run.name: run.history for run in runs if any(key in row for row in run.history)}

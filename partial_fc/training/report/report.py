@@ -2,7 +2,7 @@
 
     metrics, config, environment, history    measurements, settings, machine and log of the run
       -> cells of text                       formatted here; the template only places them
-    folder/plots/*.png                       those of `PLOTS` that exist
+    folder/plots/*.png                       those of `CAPTIONS` that exist
       -> data URIs                           embedded in base64
     folder/pictures.json                     the hardest pairs and the nearest classes (hardest.py), if it exists
       -> folder/report.html                  rendered from report.html.j2, with all values escaped
@@ -24,7 +24,7 @@ from partial_fc.training.report.formatting import DASH, figure_cell, flatten, is
 from partial_fc.training.report.hardest import read_pictures
 from partial_fc.training.report.page import png_uri, render
 
-PLOTS = {  # file in plots/ -> caption
+CAPTIONS = {  # file in plots/ -> caption
     "roc.png": "Share of genuine pairs accepted over the share of impostor pairs accepted.",
     "histograms.png": "Cosines of genuine and impostor pairs, each as a density.",
     "dir.png": "Share of mated probes that are identified over the share of other probes that are accepted.",
@@ -165,7 +165,7 @@ def _other_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _embedded_plots(folder: Path) -> list[dict[str, str]]:
     """Return the plots that exist, as captions and data URIs."""
-    present = [(folder / name, caption) for name, caption in PLOTS.items() if (folder / name).is_file()]
+    present = [(folder / name, caption) for name, caption in CAPTIONS.items() if (folder / name).is_file()]
     return [{"caption": caption, "uri": png_uri(bytes_of(path))} for path, caption in present]
 
 
