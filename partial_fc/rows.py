@@ -63,7 +63,7 @@ class ClassRows:
         self.pads: Pads | None = None  # of grad_rows, which are sorted without
         self.optimizer: weakref.ref[Any] | None = None  # the RowOptimizer
         self.storages: dict[str, torch.UntypedStorage] = {}  # of DTensors
-        self.updates = 0  # how often `RowOptimizer.step` was called
+        self.updates = 0  # how often an update was asked for, in skipped steps too
         self.used = False  # an optimizer has used these gradients
         self.sent: tuple[Tensor, Tensor] | None = None  # rows of the last forward, on the device and on the host
         self.behind: Any = None  # steps that rows have missed (optim/skipped_rows.py), or None
