@@ -152,7 +152,7 @@ def weighted_smoothing(rank: int, world: int) -> None:
         assert_near(f"{case}: classes", mine, w.grad[head.selected])
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 3))])
 def test_class_weights_with_label_smoothing(ranks, world):
     ranks(world).run(weighted_smoothing)
 

@@ -195,7 +195,9 @@ def test_equals_dense_float64_without_a_group(name):
     check_cases(0, 1, GROUPS[name], check_case)
 
 
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize(
+    "name", ["steps", *(pytest.param(name, marks=pytest.mark.slow) for name in GROUPS if name != "steps")]
+)
 def test_replicas_of_shards_equal_dense_float64(ranks, name):
     ranks(4).run(check_cases, [dataclasses.replace(case, mesh=True) for case in GROUPS[name]], check_case, timeout=150)
 

@@ -345,7 +345,7 @@ def changed(rank: int, world: int) -> None:
         assert head.neighbours.shape == (4, K)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 3])
 def test_the_table_follows_the_classes(ranks, world):
     ranks(world).run(changed)
 

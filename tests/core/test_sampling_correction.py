@@ -59,6 +59,7 @@ def corrected(name: str, rate: float, classes: int = C, **options: Any) -> Parti
 # ----------------------------------------------------------------------------------------- what it is for: the mean
 
 CYCLE = 4  # windows of 6 among 24 classes
+WORLDS = pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 3))])
 
 
 def fixed_batch(rank: int, world: int) -> tuple[Tensor, Tensor]:
@@ -93,7 +94,7 @@ def means_over_a_cycle(rank: int, world: int, names: list[str]) -> None:
         assert not len(spread) or spread.max() > 1e-3, f"{case}: windows that do not differ show nothing"
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@WORLDS
 def test_over_a_cycle_the_mean_denominator_is_that_of_all_classes(ranks, world):
     ranks(world).run(means_over_a_cycle, [name for name in LOSSES if name != "sphereface2"])
 
@@ -124,7 +125,7 @@ def decisions_over_a_cycle(rank: int, world: int) -> None:
             assert_near(f"{name}, budget {budget}, {reduction}, world {world}", value, found[1.0][name])
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@WORLDS
 def test_over_a_cycle_decisions_and_their_gradients_are_those_of_all_classes(ranks, world):
     ranks(world).run(decisions_over_a_cycle)
 
@@ -159,7 +160,7 @@ GROUPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@WORLDS
 @pytest.mark.parametrize("name", GROUPS)
 def test_equals_dense_float64(ranks, world, name):
     ranks(world).run(check_cases, GROUPS[name])
@@ -185,7 +186,7 @@ def several_labels(rank: int, world: int) -> None:
         check_soft_labels(case, head, reference, x_all, labels, weights, here, corrected_at=0.3)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@WORLDS
 def test_classes_of_all_labels_are_always_taken(ranks, world):
     ranks(world).run(several_labels)
 

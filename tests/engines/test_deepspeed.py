@@ -423,9 +423,8 @@ def test_through_accelerate_the_weights_are_the_same(ranks, stage):
         assert max(of_backbone, of_head) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "example", ["deepspeed_zero.py 3", pytest.param("accelerate_deepspeed.py 2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["deepspeed_zero.py 3", "accelerate_deepspeed.py 2"])
 def test_the_examples_learn(example):
     name, stage = example.split()
     assert len((ROOT / "examples" / name).read_text().splitlines()) <= 60

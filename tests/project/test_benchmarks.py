@@ -101,6 +101,7 @@ def test_the_run_for_a_gpu_on_a_cpu(tmp_path: Path) -> None:
     assert len(bars) == 1 + len(of["speed"])
 
 
+@pytest.mark.slow
 def test_the_kernels_for_a_gpu_on_a_cpu(tmp_path: Path) -> None:
     """Heads in the interpreter are right, at small sizes; without triton everything is skipped."""
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
@@ -181,6 +182,7 @@ run.run_part("waits", 1.0, waits)
 """
 
 
+@pytest.mark.slow
 def test_a_run_for_a_gpu_goes_on_whatever_a_case_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A process that is killed, that waits for ever, that has lost its device; an error outside of the cases."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -315,6 +317,7 @@ def test_textbook_computes_the_same(ranks: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- classes
 
 
+@pytest.mark.slow
 def test_new_rows_are_measured(tmp_path: Path) -> None:
     command = [
         sys.executable,

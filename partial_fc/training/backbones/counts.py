@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,6 +35,8 @@ class Counts:
 
 def count_backbone(backbone: nn.Module, image_shape: tuple[int, int, int]) -> Counts:
     """Count parameters and operations of `backbone`, on any device, for images of `image_shape` (C, H, W)."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings Triton, which takes half a second
+
     parameters = sum(p.numel() for p in backbone.parameters())
     # A copy of the module with all tensors on the meta device: entries of `memo` are used in place of the originals.
     memo: dict[int, torch.Tensor] = {id(p): nn.Parameter(p.detach().to("meta")) for p in backbone.parameters()}
