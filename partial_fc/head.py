@@ -102,8 +102,8 @@ class PartialFC(HeadState):
             drawn = self.num_classes, self._sample_rate, self.seed, shards.lo, shards.hi, self.weight.device
             windows = self._windows.fit(*drawn, self._sample_block)
             if self.weight.device.type == "cpu":  # elsewhere the host must not wait
-                positives = positives.to(self.weight.device)
-                rows = select_rows(windows.rows(self.forward_count), positives, shards.lo, shards.hi)
+                ids = positives.to(self.weight.device)  # the correction takes them where the loss computes
+                rows = select_rows(windows.rows(self.forward_count), ids, shards.lo, shards.hi)
             else:
                 rows, slots = self._select_at_once(positives, options)
             if self._sampling_correction != "none":

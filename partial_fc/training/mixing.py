@@ -63,6 +63,7 @@ class MixedIdentities(IdentityDataset):
         ]
         self._parts = list(sets.values())
         self.skipped = [name for each in sets.values() for name in each.skipped]
+        self.notes = [note if name == MAIN else f"{name}: {note}" for name, each in sets.items() for note in each.notes]
         self.in_memory = all(each.in_memory for each in sets.values())
         self.label_maps: dict[str, LabelMap] = {}
 

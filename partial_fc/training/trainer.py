@@ -218,7 +218,7 @@ class Trainer:
         self.accelerator.print(device_line(config.train.cpu))
         self.accelerator.print(f"backbone {config.backbone.name}: {self.counts}")
         self.accelerator.print(f"augmentation: {config.augment}")
-        for note in self.main_set.notes:
+        for note in self.data.train.notes:
             self.accelerator.print(f"note: {note}")
         total = self.steps_per_epoch * config.train.epochs
         used = self.steps_per_epoch * config.train.batch_size

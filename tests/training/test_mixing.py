@@ -253,3 +253,17 @@ def test_a_mixed_set_has_a_format_columns_and_a_split_of_its_own(tmp_path):
     config.data.mix = [MixedSet("c")]  # the embedded glyphs, grey beside colour
     with pytest.raises(UserError, match="images of different shapes"):
         mixed(config, open_data(config.data, 0).train)
+
+
+def test_files_that_a_mixed_set_does_not_read_are_told_with_its_name(tmp_path):
+    for folder in ("ours", "theirs"):
+        for number, (identity, content) in enumerate(data_files.samples(2, 2)):
+            path = tmp_path / folder / f"id{identity}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        (tmp_path / folder / "id0" / f"{folder}.heic").write_bytes(b"of a phone")
+    config = RunConfig()
+    config.data = DataConfig(folder=str(tmp_path / "ours"), image_size=20)
+    config.data.mix = [MixedSet("b", str(tmp_path / "theirs"))]
+    of_ours, of_theirs = mixed(config, open_data(config.data, 0).train).notes
+    assert of_ours.startswith("1 files in sub-folders are not read") and of_theirs == f"b: {of_ours}"

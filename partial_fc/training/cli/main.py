@@ -266,7 +266,7 @@ def train(arguments: list[str]) -> None:
         print(device_line(config.train.cpu))
         print(f"settings, data and folder are fine: {len(data.train):,} images of {identities:,} identities")
         print(f"augmentation: {config.augment}")
-        for note in data.train.notes:
+        for note in train.notes:
             print(f"note: {note}")
         warning = None if resume else held_out_of_weights(config, data)
         if warning is not None:
