@@ -83,9 +83,7 @@ GROUPS = {"every form": EVERY, "options": OPTIONS, "penalty": PENALTY}
 
 
 @pytest.mark.parametrize("name", GROUPS)
-@pytest.mark.parametrize(
-    "world", [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 3, 4))])
 def test_equals_dense_float64(ranks, world, name):
     ranks(world).run(check_cases, GROUPS[name])
 

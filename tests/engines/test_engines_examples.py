@@ -29,7 +29,15 @@ def test_an_example_is_short_and_says_how_to_run_it(example):
     assert f"examples/{example}" in lines[0]
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name in ("transformers_trainer.py", "lightning_module.py") else []
+        )
+        for name in EXAMPLES
+    ],
+)
 def test_an_example_runs(example, tmp_path):
     arguments = [] if example == "ddp_inside.py" else [str(tmp_path / "run")]
     out = run(example, *arguments, "3", "100")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from common import message_of
-from on_gpu import ALONE, CLASSES, LAYOUTS, RANKS, WIDTH, Place, Pools, on_both
+from on_gpu import ALONE, CLASSES, RANKS, SLOW_ON_REPLICAS, WIDTH, Place, Pools, on_both
 from torch import Tensor, nn
 
 from partial_fc import (
@@ -152,7 +152,7 @@ def told(place: Place, of: Callable[[Place], list[tuple[str, Callable[[], Any]]]
 
 
 @pytest.mark.parametrize("of", [bad_batches, bad_steps, bad_calls])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SLOW_ON_REPLICAS)
 def test_what_is_wrong_is_told(gpu_ranks: Pools, ranks: Pools, layout: str, of: Any):
     on_both(gpu_ranks, ranks, layout, told, of)
 
@@ -167,7 +167,7 @@ def one_device_too_many(place: Place) -> list[int]:
     return [2]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SLOW_ON_REPLICAS)
 def test_tensors_of_another_device_are_refused(gpu_ranks: Pools, ranks: Pools, layout: str):
     on_both(gpu_ranks, ranks, layout, one_device_too_many)
 
@@ -209,7 +209,7 @@ def unusual_shapes(place: Place, rate: float) -> list[Any]:
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SLOW_ON_REPLICAS)
 def test_unusual_batches(gpu_ranks: Pools, ranks: Pools, layout: str, rate: float):
     on_both(gpu_ranks, ranks, layout, unusual_shapes, rate)
 
@@ -250,7 +250,7 @@ def built_elsewhere(place: Place) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SLOW_ON_REPLICAS)
 def test_losses_that_are_built_elsewhere(gpu_ranks: Pools, ranks: Pools, layout: str):
     on_both(gpu_ranks, ranks, layout, built_elsewhere)
 

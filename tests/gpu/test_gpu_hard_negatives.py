@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import CLASSES, LAYOUTS, WIDTH, Place, Pools, on_both
+from on_gpu import ALONE, CLASSES, SLOW_ON_REPLICAS, WIDTH, Place, Pools, on_both
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer, clip_grad_norm_
 
@@ -31,7 +31,7 @@ def several_searches(place: Place) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SLOW_ON_REPLICAS)
 def test_training_with_searches(gpu_ranks: Pools, ranks: Pools, layout: str):
     on_both(gpu_ranks, ranks, layout, several_searches)
 
@@ -50,4 +50,4 @@ def a_wrong_label(place: Place) -> list[Any]:
 
 
 def test_a_wrong_label_is_told_and_reads_no_list(gpu_ranks: Pools, ranks: Pools):
-    on_both(gpu_ranks, ranks, LAYOUTS[0], a_wrong_label)
+    on_both(gpu_ranks, ranks, ALONE, a_wrong_label)

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from on_gpu import ALONE, CLASSES, HALF, LAYOUTS, RANKS, WIDTH, Place, Pools, on_both, on_layouts
+from on_gpu import ALONE, CLASSES, HALF, RANKS, SLOW_ON_REPLICAS, WIDTH, Place, Pools, on_both, on_layouts
 from torch import nn
 
 from partial_fc import ArcFace, PartialFC, RowOptimizer, check_gradients, clip_grad_norm_
@@ -113,7 +113,7 @@ def low_precision(place: Place, how: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("how", ["master", "stochastic"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SLOW_ON_REPLICAS)
 def test_low_precision(gpu_ranks: Pools, ranks: Pools, layout: str, how: str):
     on_both(gpu_ranks, ranks, layout, low_precision, how, **HALF)
 
@@ -125,7 +125,7 @@ def in_backward(place: Place) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SLOW_ON_REPLICAS)
 def test_update_in_backward(gpu_ranks: Pools, ranks: Pools, layout: str):
     on_both(gpu_ranks, ranks, layout, in_backward)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from on_gpu import ALONE, ALONE_ON_HOST, CLASSES, LAYOUTS, RANKS, RANKS_ON_HOST, WIDTH, Place, Pools, on_both
+from on_gpu import ALONE, ALONE_ON_HOST, CLASSES, RANKS, RANKS_ON_HOST, SLOW_ON_REPLICAS, WIDTH, Place, Pools, on_both
 from torch import nn
 
 from partial_fc import (
@@ -222,14 +222,14 @@ WITH_FILES = {"checkpoints": checkpoints, "a checkpointer": checkpointers, "weig
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SLOW_ON_REPLICAS)
 def test_tools(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
     scenario, arguments = SCENARIOS[name]
     on_both(gpu_ranks, ranks, layout, scenario, *arguments)
 
 
 @pytest.mark.parametrize("name", WITH_FILES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SLOW_ON_REPLICAS)
 def test_files(gpu_ranks: Pools, ranks: Pools, layout: str, name: str, tmp_path: Path):
     on_both(gpu_ranks, ranks, layout, WITH_FILES[name], str(tmp_path))
 
@@ -250,7 +250,7 @@ def test_files_of_rows_on_the_host(gpu_ranks: Pools, ranks: Pools, layout: str, 
     on_both(gpu_ranks, ranks, layout, WITH_FILES[name], str(tmp_path))
 
 
-@pytest.mark.parametrize("layout", [*(layout for layout in LAYOUTS if layout != ALONE), RANKS_ON_HOST])
+@pytest.mark.parametrize("layout", [*SLOW_ON_REPLICAS[1:], RANKS_ON_HOST])
 def test_joined_batches(gpu_ranks: Pools, ranks: Pools, layout: str):
     on_both(gpu_ranks, ranks, layout, joined)
 

@@ -416,7 +416,9 @@ def one_of_them_is_wrong(rank: int, world: int, kernel: str) -> tuple[Tensor, Te
         return loss.detach(), local(head.weight).detach().clone(), head.kernels_in_use
 
 
-@pytest.mark.parametrize("kernel", ["gather_rows", "stream_forward", "step_rows"])
+@pytest.mark.parametrize(
+    "kernel", ["stream_forward", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gather_rows", "step_rows"))]
+)
 def test_ranks_may_differ(kernel: str, ranks: Callable[[int], Ranks]):
     loss, weight, used = one_of_them_is_wrong(0, 1, kernel)
     first, last = ranks(2).run(one_of_them_is_wrong, kernel)

@@ -73,6 +73,7 @@ def test_rows_in_files_at_small_sizes(tmp_path: Path) -> None:
     assert not any((tmp_path / "rows").iterdir())
 
 
+@pytest.mark.slow
 def test_the_run_for_a_gpu_on_a_cpu(tmp_path: Path) -> None:
     """All parts at small sizes; on a CPU there are no waits to count, and no memory of a device."""
     command = [

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from pretend_gpu import NAME, PretendGpu, group_of_both
 from runner import Ranks, seed
@@ -30,6 +31,7 @@ ALONE, RANKS, REPLICAS = "one process", "two ranks", "two replicas"
 ALONE_ON_HOST, RANKS_ON_HOST = "one process, rows on the host", "two ranks, rows on the host"
 ON_HOST = (ALONE_ON_HOST, RANKS_ON_HOST)  # rows of a head on the device; its group is for tensors of the CPU, too
 LAYOUTS = (ALONE, RANKS, REPLICAS)
+SLOW_ON_REPLICAS = (ALONE, RANKS, pytest.param(REPLICAS, marks=pytest.mark.slow))  # test_gpu_losses.py has all three
 
 CLASSES, WIDTH = 150, 6  # three tiles of 64 class rows, where a tile is as small as it may be
 
