@@ -1,8 +1,7 @@
 """Part `waits`: how often a training step waits for the device.
 
 A step is forward, backward, clip_grad_norm_, and the steps of the backbone's and the head's optimizer. It may wait
-once: to learn whether all losses and gradients are finite; twice more where centers are trained by an optimizer, which
-has to know how many are in the batch. torch.cuda.set_sync_debug_mode("warn") warns at every
+once: to learn whether all losses and gradients are finite. torch.cuda.set_sync_debug_mode("warn") warns at every
 operation that waits, and the warning knows the line that called it. It does not see waits of torch.distributed, so one
 process without a group is measured. Steps run long enough for a cycle of draws to end (sampling.py).
 """
@@ -25,7 +24,6 @@ from partial_fc import CenterLoss, PartialFC, RowOptimizer, clip_grad_norm_, gat
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = 1
-OF_CENTERS = 2  # more, with update="gradient"
 STEPS = 12  # at r = 0.1 a cycle of draws has 10
 WARNING = "called a synchronizing CUDA operation"
 
@@ -48,11 +46,7 @@ def of_kind(run: Run, options: dict[str, Any]) -> Outcome:
     if run.device.type == "cpu":
         step()
         return Outcome(SKIPPED, "not on a CPU, where a step runs and has no device to wait for")
-    return count(step, allowed_of(options))
-
-
-def allowed_of(options: dict[str, Any]) -> int:
-    return ALLOWED + OF_CENTERS * (options.get("center") == "gradient")
+    return count(step)
 
 
 def step_of(run: Run, rate: float = 1.0, micro: int = 1, center: str = "") -> Callable[[], None]:
@@ -68,7 +62,8 @@ def step_of(run: Run, rate: float = 1.0, micro: int = 1, center: str = "") -> Ca
     ]
     if center:
         losses.append(CenterLoss(width, classes, update=center, device=device))  # type: ignore[arg-type]
-        optimizers.append(RowOptimizer(torch.optim.SGD, losses[1], lr=0.1) if center == "gradient" else losses[1])
+        by_gradient = center == "gradient"
+        optimizers.append(RowOptimizer(torch.optim.SGD, losses[1], lr=0.1, momentum=0.9) if by_gradient else losses[1])
     images = torch.randn(samples, width, device=device)
     labels = torch.randint(classes, (samples,), device=device)
 
@@ -88,7 +83,7 @@ def step_of(run: Run, rate: float = 1.0, micro: int = 1, center: str = "") -> Ca
     return step
 
 
-def count(step: Callable[[], None], allowed: int = ALLOWED) -> Outcome:
+def count(step: Callable[[], None]) -> Outcome:
     for _ in range(3):  # state is allocated, kernels are loaded
         step()
     torch.cuda.synchronize()
@@ -96,8 +91,8 @@ def count(step: Callable[[], None], allowed: int = ALLOWED) -> Outcome:
     places = Counter(place for found in each for place in found)
     most = max(len(found) for found in each)
     lines = ", ".join(f"{place} ×{times / STEPS:g}" for place, times in places.most_common())
-    text = f"at most {most} a step, {allowed} allowed: {lines}" if places else "none that torch sees"
-    return Outcome(PASS if most <= allowed else FAIL, text, {"most": most, "places": dict(places), "steps": STEPS})
+    text = f"at most {most} a step, {ALLOWED} allowed: {lines}" if places else "none that torch sees"
+    return Outcome(PASS if most <= ALLOWED else FAIL, text, {"most": most, "places": dict(places), "steps": STEPS})
 
 
 def waits_of(step: Callable[[], None]) -> list[str]:

@@ -26,7 +26,7 @@ from torch.profiler import record_function
 from partial_fc import errors
 from partial_fc.batch.building import together
 from partial_fc.batch.exchange import GlobalBatch, gradient_of_losses
-from partial_fc.batch.row_sums import add_to_rows
+from partial_fc.batch.row_sums import Pads, add_to_rows
 from partial_fc.batch.status import as_matrix
 from partial_fc.batch.targets import targets_of
 from partial_fc.classes.changeable import ChangeableLoss
@@ -237,8 +237,10 @@ class CenterLoss(ChangeableLoss):
     @property
     def _takes_every_target(self) -> bool:
         """Whether targets of other ranks stay among this rank's and count nothing: how many are its own would have to
-        be waited for."""
-        return self.update == "paper" and self.class_rows.home.type != "cpu"
+        be waited for. Their places are those of other rows, which an optimizer then steps without a gradient, as it
+        would later; but not where skipped rows stand still."""
+        rows = self.class_rows
+        return rows.home.type != "cpu" and (self.update == "paper" or rows.behind is not None)
 
     def _mesh_rows(self, batch: GlobalBatch) -> Tensor:
         """On a 2-D mesh: own rows that targets of any replica are of, so that all replicas hold sums of the same rows.
@@ -449,4 +451,6 @@ def _hand_over(grad: Tensor, own: _OwnTargets) -> None:
     """Give the rows' gradients, summed over samples and replicas, to whoever keeps them for the optimizer."""
     rows, grads = own.by_row(-grad)
     sum_over_replicas(grads, own.batch.ranks, "the sum of class gradients")
-    own.accumulate(rows, [grads.to(own.row_dtype)])
+    first = torch.searchsorted(rows, rows) if own.every else None
+    pads = None if first is None else Pads(0, first != torch.arange(len(rows), device=rows.device), first)
+    own.accumulate(rows, [grads.to(own.row_dtype)], pads)

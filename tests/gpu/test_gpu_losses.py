@@ -195,31 +195,46 @@ def test_autocast(gpu_ranks: Pools, ranks: Pools, layout: str, dtype: torch.dtyp
     on_both(gpu_ranks, ranks, layout, under_autocast, dtype)
 
 
-def center_losses(place: Place, update: str) -> list[Any]:
-    """A head and a center loss on one exchange, with labels of weight and samples of weight."""
-    head = PartialFC(WIDTH, CLASSES, device=place.device, group=place.group, init_std=1.0)
-    center = CenterLoss(WIDTH, CLASSES, update=update, device=place.device, group=place.group)  # type: ignore[arg-type]
-    optimizers: list[Any] = [RowOptimizer(torch.optim.SGD, head, lr=0.1)]
-    optimizers.append(RowOptimizer(torch.optim.SGD, center, lr=0.1) if update == "gradient" else center)
+SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
+MOVED_BY: dict[str, tuple[Any, dict[str, Any]] | None] = {
+    "paper": None,
+    "SGD": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+    "SGD, still": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "skipped_rows": "still"}),
+    "AdamW": (ADAMW, {"lr": 0.1}),
+}
+
+
+def center_losses(place: Place, moved_by: str) -> list[Any]:
+    """A head and a center loss on one exchange, with labels of weight and samples of weight; classes that are there
+    twice, a batch of two micro-batches, and the gradient of one class more than its neighbours'."""
+    moves = MOVED_BY[moved_by]
+    where = {"device": place.device, "group": place.group}
+    head = PartialFC(WIDTH, CLASSES, init_std=1.0, **where)  # type: ignore[arg-type]
+    center = CenterLoss(WIDTH, CLASSES, update="gradient" if moves else "paper", init_std=1.0, **where)  # type: ignore[arg-type]
+    optimizers: list[Any] = [RowOptimizer(SGD, head, lr=0.1)]
+    optimizers.append(RowOptimizer(moves[0], center, **moves[1]) if moves else center)
     found: list[Any] = []
-    for step in range(2):
-        x, y = place.batch(step)
-        two, half = torch.stack((y, y.flip(0)), 1), torch.full((len(y), 2), 0.5, device=place.device)
-        batch = gather(x, two, label_weights=half, sample_weights=half[:, 0], group=place.group)
-        loss = head(batch) + 0.1 * center(batch)
-        loss.backward()
+    for step in range(4):
+        for micro_batch in range(1 + step % 2):
+            x, y = place.batch(10 * micro_batch + step, 9 if step else CLASSES)
+            two, half = torch.stack((y, y.flip(0)), 1), torch.full((len(y), 2), 0.5, device=place.device)
+            batch = gather(x, two, label_weights=half, sample_weights=half[:, 0], group=place.group)
+            loss = head(batch) + 0.1 * center(batch)
+            loss.backward()
+            found += [loss.detach(), x.grad]
         clip_grad_norm_([], head, center, max_norm=5.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        found += [loss.detach(), x.grad]
+    if moves:
+        optimizers[1].catch_up()  # rows of the center loss that have missed steps
     return [*found, head.weight, center.centers]
 
 
-@pytest.mark.parametrize("update", ["paper", "gradient"])
+@pytest.mark.parametrize("moved_by", MOVED_BY)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_center_losses(gpu_ranks: Pools, ranks: Pools, layout: str, update: str):
-    on_both(gpu_ranks, ranks, layout, center_losses, update)
+def test_center_losses(gpu_ranks: Pools, ranks: Pools, layout: str, moved_by: str):
+    on_both(gpu_ranks, ranks, layout, center_losses, moved_by)
 
 
 def several_heads(place: Place) -> list[Any]:
