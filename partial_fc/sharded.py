@@ -14,7 +14,7 @@ from torch import Tensor
 from partial_fc import errors
 from partial_fc.batch.exchange import GlobalBatch, exchange, require_grad_like_others
 from partial_fc.batch.facts import Agreed
-from partial_fc.batch.later import looked_at
+from partial_fc.batch.later import look_now
 from partial_fc.batch.misuse import check_use
 from partial_fc.batch.refusals import check_gathered, tell_others
 from partial_fc.batch.status import LabelSet
@@ -62,7 +62,7 @@ class ShardedLoss(ShardedModule):
         batch = embeddings if isinstance(embeddings, GlobalBatch) else self._gather(embeddings, labels, agreed)
         if gathered:
             check_gathered(batch, ranks, agreed, self.class_rows.device)
-            batch = looked_at(batch) if batch.later and not self._looks_later else batch
+            batch = look_now(batch) if batch.later and not self._looks_later else batch
         if self.training:
             self._begin_forward()
         record, valid = self.class_rows.record, range(self.num_classes)

@@ -76,7 +76,7 @@ def gather(
             batches that it gathers itself. There is no "first", because nothing is remembered between two calls.
 
     Raises ValueError, the same on every rank, if names, shapes, dtypes, widths, devices or weights are wrong on any
-    rank.
+    rank; elsewhere than on a CPU, where the host would wait for the weights, the check of the step does that for them.
     """
     if validate not in ("always", "never"):
         raise ValueError(
@@ -86,9 +86,8 @@ def gather(
     sets, problem = _label_sets(labels, label_weights, sample_weights)
     refused = problem_of_forward("batch", training=False)
     problem = f"{WIRING}: {refused}" if refused else problem
-    # elsewhere than on a CPU a look waits for the device: without weights the check of the step finds what is bad
-    on_host = isinstance(embeddings, Tensor) and embeddings.device.type == "cpu"
-    look = validate == "always" and (on_host or any(each.weighted for each in sets))
+    # elsewhere than on a CPU a look waits for the device: there the check of the step finds what is bad
+    look = validate == "always" and isinstance(embeddings, Tensor) and embeddings.device.type == "cpu"
     batches = exchange(embeddings, sets, ranks, look=look, problem=problem)
     first = batches[0]
     everyone = _Gathered.apply(

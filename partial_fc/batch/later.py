@@ -1,8 +1,8 @@
 """What is bad in a batch that nobody looked at before it was computed: found when the loss turns out not to be finite.
 
-Elsewhere than on a CPU a look at labels would make the host wait for the device in every forward. So a bad label makes
-the loss infinite or NaN instead (`targets.py`), the check of the step finds that where it waits anyway, and every rank
-then looks at the labels, which all of them hold.
+Elsewhere than on a CPU a look at labels and weights would make the host wait for the device in every forward. So a bad
+one makes the loss infinite or NaN instead (`targets.py`), the check of the step finds that where it waits anyway, and
+every rank then looks at labels and weights, which all of them hold.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from torch import Tensor
 
 from partial_fc.batch.backward_pass import BackwardPass
 from partial_fc.batch.exchange import GlobalBatch
-from partial_fc.batch.refusals import TOLERANCE, bad_label_in, refuse_statistics
+from partial_fc.batch.refusals import TOLERANCE, bad_label_in, bad_weight_in, refuse_statistics
 from partial_fc.batch.status import LabelSet, Status, inspect
+from partial_fc.batch.weights import first_bad_weight, tolerance_of_sent
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.ranks import Ranks, all_gather_mesh
 
 
 def later_bad_label(backwards: Iterable[BackwardPass], classes: int) -> str:
-    """Return which label of the step's batches is no class; "" if all are, or were looked at before."""
+    """Return which label of the step's batches is no class, or which weight is invalid; "" if none is, or they were
+    looked at before."""
     for backward in backwards:
         if not backward.batch.looked:
-            text = bad_label_in(looked_at(backward.batch), range(classes), backward.ignore_index)
+            batch = looked_at(backward.batch)
+            text = bad_weight_in(batch) or bad_label_in(batch, range(classes), backward.ignore_index)
             if text:
                 return text
     return ""
@@ -54,16 +57,35 @@ def _sum_of(statistics: Sequence[Tensor]) -> Tensor:
     return torch.stack([each.double().sum() for each in statistics]).sum()
 
 
+def look_now(batch: GlobalBatch) -> GlobalBatch:
+    """Return the batch as `looked_at`; raise ValueError for an invalid weight, as `gather` does on a CPU."""
+    batch = looked_at(batch)
+    text = bad_weight_in(batch)
+    if text:
+        raise ValueError(text)
+    return batch
+
+
 def looked_at(batch: GlobalBatch) -> GlobalBatch:
-    """Return the batch with what its labels hold in its statuses, as if it had been looked at; embeddings are not."""
+    """Return the batch with what its labels and weights hold in its statuses, as if it had been looked at; embeddings
+    are not."""
     status: list[Status] = []
     start = 0
     for row in batch.status:
-        labels = batch.mesh_labels[start : start + row.samples].cpu()
+        part = slice(start, start + row.samples)
         start += row.samples
+        labels = batch.mesh_labels[part].cpu()
+        of_labels, of_samples = (
+            None if each is None else each[part].cpu() for each in (batch.mesh_label_weights, batch.mesh_sample_weights)
+        )
         found: Any = Status(*inspect(_nothing(labels), [LabelSet(None, labels)], "", False, True)[0].tolist())
         extremes = [name for name in Status._fields if name.startswith(("small", "larg", "second"))]
-        status.append(row._replace(**{name: getattr(found, name) for name in extremes}))
+        now = {name: getattr(found, name) for name in extremes}
+        if row.samples and row.weights:
+            tolerance = tolerance_of_sent(bool(row.weights & 4))
+            bad = first_bad_weight(labels, of_labels, of_samples, tolerance).tolist()
+            now |= dict(zip(("bad_weight", "bad_weight_at", "bad_weight_bits"), bad, strict=True))
+        status.append(row._replace(**now))
     return replace(batch, status=tuple(status), looked=True)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.status import as_matrix
-from partial_fc.batch.weights import mean_class_weights, merge_repeated
+from partial_fc.batch.weights import are_valid, mean_class_weights, merge_repeated, tolerance_of_sent
 
 
 def without_bad_labels(labels: Tensor, named: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -39,8 +39,8 @@ def other_weights(
     within: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Return (which labels `[N, L]` are targets, the weight of each in its sample, the weights of the samples' losses
-    `[N]`, those whose sum a mean is divided by, of all replicas, whether all labels are classes or ignored, 0-d, where
-    nobody has looked at them).
+    `[N]`, those whose sum a mean is divided by, of all replicas, whether all labels are classes or ignored and all
+    weights are valid, 0-d, where nobody has looked at them).
 
     named: which labels are not ignored. within: the loss itself has the class weights in it. mean: the fourth is
     needed.
@@ -48,6 +48,10 @@ def other_weights(
     labels, fine = as_matrix(batch.labels), None
     if not batch.looked:
         named, fine = without_bad_labels(labels, named, classes)
+        if batch.later and batch.status[0].weights:
+            tolerance = tolerance_of_sent(any(row.weights & 4 for row in batch.status))
+            given = batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights
+            fine = fine & are_valid(*given, tolerance)
     exists, weights, one = named, named.to(dtype), None
     if batch.label_weights is not None:
         exists, weights = weigh_labels(labels, named, batch.label_weights.to(dtype))

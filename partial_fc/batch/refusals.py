@@ -158,7 +158,7 @@ def raise_finding(status: Sequence[Status], ranks: Ranks, name: str | None) -> N
     first = status[0]
     for flat, row in enumerate(status):
         for field, description in AGREED.items():
-            mine, theirs = getattr(first, field), getattr(row, field)
+            mine, theirs = (getattr(each, field) & (3 if field == "weights" else -1) for each in (first, row))
             if mine != theirs:
                 mine, theirs = (_shown(field, value) for value in (mine, theirs))
                 of_labels = "" if field in ("width", "dtype") else of_set(name)
@@ -168,14 +168,17 @@ def raise_finding(status: Sequence[Status], ranks: Ranks, name: str | None) -> N
                 )
     for flat, row in enumerate(status):
         if row.bad_weight:
-            text = describe_bad_weight(row.bad_weight, row.bad_weight_at, row.bad_weight_bits, row.labels_each)
-            raise ValueError(f"{ranks.name(flat)}{of_set(name)}: {text}")
+            raise ValueError(f"{ranks.name(flat)}{of_set(name)}: {describe_weight_of(row)}")
 
 
 def _shown(field: str, value: int) -> str:
     if field == "labels_each":
         return f"[N, {value}]" if value else "[N]"
     return str({"dtype": DTYPES, "weights": WEIGHTS}[field][value] if field in ("dtype", "weights") else value)
+
+
+def describe_weight_of(row: Status) -> str:
+    return describe_bad_weight(row.bad_weight, row.bad_weight_at, row.bad_weight_bits, row.labels_each)
 
 
 def describe_bad_label(label: int, at: int, row: Status, valid: range, ignore_index: int) -> str:
@@ -212,6 +215,12 @@ def bad_label_in(batch: Any, valid: range, ignore_index: int) -> str:
             if label not in (ignore_index, NO_LABEL) and label not in valid:
                 return f"{origin_of(batch, flat)}: {describe_bad_label(label, at, row, valid, ignore_index)}"
     return ""
+
+
+def bad_weight_in(batch: Any) -> str:
+    """Return the first invalid weight of a `GlobalBatch`, in words; "" if there is none."""
+    found = ((flat, row) for flat, row in enumerate(batch.status) if row.bad_weight)
+    return next((f"{origin_of(batch, flat)}: {describe_weight_of(row)}" for flat, row in found), "")
 
 
 def report_nonfinite(batch: Any, on_nonfinite: str) -> str:

@@ -56,6 +56,8 @@ MOST: dict[str, dict[str, float]] = {
     "r=1 and a center loss": {"launches": 177, "waits": 1},
     "r=1 and a center loss by gradient": {"launches": 194, "waits": 1},
     "r=1 and a center loss by gradient, still": {"launches": 173, "waits": 3},
+    "r=1, weights of labels and samples": {"launches": 174, "waits": 1},
+    "r=0.25, weights of labels and samples": {"launches": 214, "waits": 1},
     "r=1, two micro-batches": {"launches": 211, "waits": 1},
     "r=0.25, two micro-batches": {"launches": 305, "waits": 1},
     "r=1, two ranks": {"launches": 124, "waits": 1},
@@ -96,6 +98,7 @@ class Case:
     autocast: torch.dtype | None = None
     center: str = ""
     center_rows: str = "dense"
+    weighted: bool = False
     micro_batches: int = 1
     joined: bool = False
     watched: bool = False
@@ -126,6 +129,8 @@ CASES: dict[str, Case] = {
     "r=1 and a center loss": Case(center="paper"),
     "r=1 and a center loss by gradient": Case(center="gradient"),
     "r=1 and a center loss by gradient, still": Case(center="gradient", center_rows="still"),
+    "r=1, weights of labels and samples": Case(weighted=True),
+    "r=0.25, weights of labels and samples": Case(rate=0.25, weighted=True),
     "r=1, two micro-batches": Case(micro_batches=2),
     "r=0.25, two micro-batches": Case(rate=0.25, micro_batches=2),
     "r=1, two ranks": Case(world=2),
@@ -203,7 +208,11 @@ class Step:
             for x, y in JoinedBatches(batches) if case.joined else batches:
                 cast = torch.autocast(gpu.device.type, case.autocast) if case.autocast else nullcontext()
                 with cast:
-                    if center is None:
+                    if case.weighted:
+                        two, half = torch.stack((y, y.flip(0)), 1), torch.full((len(y), 2), 0.5, device=gpu.device)
+                        gpu.clear()
+                        loss = head(gather(x, two, label_weights=half, sample_weights=half[:, 0]))
+                    elif center is None:
                         loss = head(x, y)
                     else:
                         batch = gather(x, y)

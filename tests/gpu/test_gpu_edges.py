@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,25 @@ def bad_batches(place: Place) -> list[tuple[str, Callable[[], Any]]]:
     wrong = last(place)
     nan = x.detach().clone()
     nan[1, 2] = float("nan") if wrong else 0.0
-    weights = torch.full((len(y), 1), 2.0 if wrong else 1.0, device=place.device)
+    two = torch.stack((y, y.flip(0)), 1)
+    halves, ones = (
+        torch.full(shape, value, device=place.device) for shape, value in (((len(y), 2), 0.5), ((len(y),), 1.0))
+    )
+
+    def weighted(bad: float, *, of_labels: bool, loss: Any = head, train: bool = True) -> Callable[[], None]:
+        """A step of which one weight is bad."""
+        labels, samples = halves.clone(), ones.clone()
+        (labels[1] if of_labels else samples)[1] = bad if wrong else 0.5
+
+        def run() -> None:
+            loss.train(train)
+            given = {"label_weights": labels, "sample_weights": samples, "group": place.group}
+            loss(gather(x.detach().requires_grad_(), two, **given)).backward()
+            check_gradients([], loss)
+
+        return run
+
+    center = CenterLoss(WIDTH, CLASSES, device=place.device, group=place.group)
     named = {"a" if wrong or place.world == 1 else "b": y}
     return [
         (f"valid are 0 to {CLASSES - 1}", lambda: step(x, y + (1000 if wrong else 0))),
@@ -65,7 +84,13 @@ def bad_batches(place: Place) -> list[tuple[str, Callable[[], Any]]]:
         ("must be an int64 tensor", lambda: head(x, y.int() if wrong else y)),
         ("embeddings must be \\[N, D\\]", lambda: head(x[0] if wrong else x, y)),
         ("width" if place.world == 1 else "width|dtype|differ", lambda: head(x[:, :-1], y)),
-        ("weights", lambda: gather(x, y[:, None], label_weights=weights, group=place.group)),
+        (r"label_weights\[1\] sums to 1.25; ", weighted(0.75, of_labels=True)),
+        (r"label_weights\[1, 1\] is -0.5; ", weighted(-0.5, of_labels=True)),
+        (r"label_weights\[1, 1\] is nan; ", weighted(math.nan, of_labels=True)),
+        (r"sample_weights\[1\] is -1; ", weighted(-1.0, of_labels=False)),
+        (r"sample_weights\[1\] is inf; ", weighted(math.inf, of_labels=False)),
+        (r"sample_weights\[1\] is -1; ", weighted(-1.0, of_labels=False, train=False)),
+        (r"sample_weights\[1\] is -1; ", weighted(-1.0, of_labels=False, loss=center)),
         ("" if place.world == 1 else "names", lambda: gather(x, named, group=place.group)),
     ]
 
@@ -155,6 +180,29 @@ def told(place: Place, of: Callable[[Place], list[tuple[str, Callable[[], Any]]]
 @pytest.mark.parametrize("layout", SLOW_ON_REPLICAS)
 def test_what_is_wrong_is_told(gpu_ranks: Pools, ranks: Pools, layout: str, of: Any):
     on_both(gpu_ranks, ranks, layout, told, of)
+
+
+def coarse_weights(place: Place) -> list[Any]:
+    """Label weights in bfloat16 may sum to 1.002, though they travel in float64; those of float32 may not."""
+    head, (x, y) = head_of(place), place.batch(0)
+    two = torch.stack((y, y.flip(0)), 1)
+    weights = torch.tensor([0.6, 0.4], dtype=torch.bfloat16, device=place.device).expand(len(y), 2)
+
+    def step(weights: Tensor) -> Tensor:
+        loss = head(gather(x, two, label_weights=weights, group=place.group))
+        loss.backward()
+        check_gradients([], head)
+        return loss.detach()
+
+    found = [step(weights), x.grad.clone()]  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"label_weights\[0\] sums to 1.00195; "):
+        step(weights.float())
+    return found
+
+
+@pytest.mark.parametrize("layout", [ALONE, RANKS])
+def test_weights_are_as_exact_as_their_dtype(gpu_ranks: Pools, ranks: Pools, layout: str):
+    on_both(gpu_ranks, ranks, layout, coarse_weights)
 
 
 def one_device_too_many(place: Place) -> list[int]:
