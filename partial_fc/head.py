@@ -105,7 +105,7 @@ class PartialFC(HeadState):
                 ids = positives.to(self.weight.device)  # the correction takes them where the loss computes
                 rows = select_rows(windows.rows(self.forward_count), ids, shards.lo, shards.hi)
             else:
-                rows, slots = self._select_at_once(positives, options)
+                rows, slots = self._windows.select(self.forward_count, positives)
             if self._sampling_correction != "none":
                 correction = self._correct(rows.to(positives.device), slots, positives, options, dtypes)
         up_to_date = self.class_rows.up_to_date(rows)

@@ -356,12 +356,6 @@ class HeadState(HeadPredictions):
             positives = torch.where(batch.mesh_labels == self.ignore_index, -1, batch.mesh_labels)
         return self.with_hard_negatives(positives) if self._hard_negatives else positives
 
-    def _select_at_once(self, positives: Tensor, options: LossOptions) -> tuple[Tensor, Slots | None]:
-        """Return this rank's rows of the forward, and the slots behind its window, without a wait for the device."""
-        # with slots nothing but the exponential may depend on the logits of single rows
-        slots = not (options.ruled or options.binary or options.label_smoothing or options.margin.binary)
-        return self._windows.select(self.forward_count, positives, slots)
-
     def _correct(
         self,
         rows: Tensor,

@@ -37,27 +37,34 @@ class Slots:
         slot = torch.searchsorted(self.ids, local).clamp_(max=len(self.ids) - 1)
         return torch.where(window.index_select(0, place) == local, place, slot + self.window)
 
-    def mask(self, logits: Tensor, a: int, b: int) -> None:
-        """Write −inf to the pads among the columns of a tile `[N, T]`, rows a to b."""
-        first = max(self.window, a)
+    def mask(self, logits: Tensor, a: int, b: int, centers: int = 1) -> None:
+        """Write −inf to the pads among the columns of a tile `[N, T]`, rows a to b, of which a class has `centers`."""
+        window = self.window * centers
+        first = max(window, a)
         if first < b:
-            logits[:, first - a :].masked_fill_(self.pads[first - self.window : b - self.window], -torch.inf)
+            pads = self.pads if centers == 1 else self.pads.repeat_interleave(centers)
+            logits[:, first - a :].masked_fill_(pads[first - window : b - window], -torch.inf)
+
+    def real(self) -> Tensor:
+        """Return `[S]`, whether a row of the forward takes part."""
+        return ~torch.nn.functional.pad(self.pads, (self.window, 0))
 
 
 class Draws(Windows):
     """Windows of one head on this rank, that of the coming step known before the host needs its size."""
 
-    def select(self, step: int, labels: Tensor, slots: bool) -> tuple[Tensor, Slots | None]:
+    def select(self, step: int, labels: Tensor) -> tuple[Tensor, Slots | None]:
         """Return (local rows `[S]` of the forward, its slots). labels: class ids, −1 for none.
 
-        Without slots, and where nothing of the window is this rank's, rows are sorted, and the host waits.
+        Where nothing of the window is this rank's, or a cycle has no table, there are none: rows are sorted, the host
+        waits.
         """
         lo, hi = self.key[3:5]
         window = self.rows(step)
         if self.tabled:
             self.table((step + 1) // self.steps)
         local = (labels.reshape(-1) - lo).clamp_(-1, hi - lo)
-        if not (slots and self.tabled and len(window) and len(local)):
+        if not (self.tabled and len(window) and len(local)):
             found = torch.cat((window, local)).unique()
             return found[(found >= 0) & (found < hi - lo)], None
         ids = local.sort().values

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.softmax.by_vectors import tangent_at
+from partial_fc.softmax.draws import Slots
 from partial_fc.softmax.inputs import Selection
 from partial_fc.softmax.tiles import Workspace, row_dots
 
@@ -124,6 +125,7 @@ class TargetRows:
     own: Tensor  # [P] whether this rank owns the class
     directions: tuple[Tensor, ...]  # [P, D] of the rows, and [P, 1] 1/length, once they are known
     exists: Tensor  # [N, L] whether there is a target
+    slots: Slots | None = None  # among the selected rows
 
     @classmethod
     def locate(cls, selection: Selection, centers: int) -> TargetRows:
@@ -137,12 +139,10 @@ class TargetRows:
             first = selection.slots.find(selection.rows, first)
         elif selection.rows is not None and len(selection.rows):
             first = torch.searchsorted(selection.rows, first).clamp_(max=len(selection.rows) - 1)
-        if centers > 1:
-            first = first * centers
+        first = first if centers == 1 else first * centers
         sample = torch.arange(n, device=local.device)
-        if each > 1:
-            sample = sample.repeat_interleave(each)
-        return cls(each, sample, first, first, own, (), selection.targets.exists)
+        sample = sample if each == 1 else sample.repeat_interleave(each)
+        return cls(each, sample, first, first, own, (), selection.targets.exists, selection.slots)
 
     def of_samples(self, values: Tensor) -> Tensor:
         """Return what `[N, ...]` holds for the sample of each target, `[P, ...]`."""

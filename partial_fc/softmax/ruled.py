@@ -98,11 +98,13 @@ def ruled_logits(
 
 
 def mask_targets(logits: Tensor, targets: TargetRows, a: int, centers: int) -> None:
-    """Write −inf where a column of the tile `[N, T]` is a center of the class of a target: targets count with their
-    margin elsewhere. a: row of the first column."""
+    """Write −inf where a column of the tile `[N, T]` is a pad or a center of the class of a target: targets count with
+    their margin elsewhere. a: row of the first column."""
     width = logits.shape[1]
     if not logits.numel():
         return
+    if targets.slots is not None:
+        targets.slots.mask(logits, a, a + width, centers)
     first, own = ((t.view(targets.exists.shape)) for t in (targets.first - a, targets.own))
     # a sample without a target in this tile writes back what it reads; several targets a sample go one by one, so that
     # none undoes another

@@ -27,15 +27,17 @@ class Smoothing:
 
     share: float  # ε
     ruled: bool  # logits of other classes are more than scaled cosines
-    of_rows: Tensor | None  # [S] of the rows of this rank
+    of_rows: Tensor | None  # [S] of the rows of this rank, 0 for pads
     of_targets: Tensor | float  # [N, L] of each target's class
     of_samples: Tensor | float  # [N] the mean over a sample's targets
+    real: Tensor | None = None  # [S] 1 for rows that take part, 0 for pads; None where there are none, or ruled logits
 
     @classmethod
     def of(cls, options: LossOptions, selection: Selection, dtype: torch.dtype) -> Smoothing:
         """Return what a forward with label smoothing needs."""
+        real = None if selection.slots is None or options.ruled else selection.slots.real().to(dtype)
         if options.class_weights is None:
-            return cls(options.label_smoothing, options.ruled, None, 1.0, 1.0)
+            return cls(options.label_smoothing, options.ruled, real, 1.0, 1.0, real)
         weights = options.class_weights.to(dtype)
         of_rows = weights[selection.lo : selection.hi]
         if selection.rows is not None:
@@ -43,8 +45,8 @@ class Smoothing:
         of_targets = weights[selection.targets.ids.clamp(min=0)]
         total = selection.targets.weights.sum(1)
         of_samples = (of_targets * selection.targets.weights).sum(1) / torch.where(total > 0, total, 1.0)
-        of_rows = of_rows.repeat_interleave(options.margin.centers)
-        return cls(options.label_smoothing, options.ruled, of_rows, of_targets, of_samples)
+        of_rows = of_rows.repeat_interleave(options.margin.centers) if real is None else of_rows * real
+        return cls(options.label_smoothing, options.ruled, of_rows, of_targets, of_samples, real)
 
     def row_weights(self, a: int, b: int) -> Tensor | float:
         """Return the weights `[T]` of rows a to b, or 1."""
@@ -152,7 +154,8 @@ class SmoothingSums:
         sums = (self.x @ self.row_sum[:-1] + self.row_sum[-1]) * scale
         with_margin = torch.where(targets.own, target_logits - scale * cosines, 0.0)
         sums += targets.sum_of_samples(with_margin * of_targets)
-        found = {"logits": sums, "count": sums.new_full((1,), float(rows))}
+        real = self.smoothing.real
+        found = {"logits": sums, "count": sums.new_full((1,), float(rows)) if real is None else real.sum()[None]}
         if weights is not None:
             found["weight"] = weights.sum()[None]
         return found

@@ -26,10 +26,13 @@ from torch import Tensor
 
 from partial_fc import (
     CenterLoss,
+    CurricularFace,
     DivergenceWatch,
     JoinedBatches,
     PartialFC,
     RowOptimizer,
+    SphereFace2,
+    SubCenterArcFace,
     clip_grad_norm_,
     gather,
 )
@@ -49,6 +52,11 @@ MOST: dict[str, dict[str, float]] = {
     "r=1, tiled": {"launches": 116, "waits": 1},
     "r=1, no clipping": {"launches": 107, "waits": 1},
     "r=0.25, hard negatives": {"launches": 157, "waits": 1},
+    "r=0.25, label smoothing": {"launches": 206, "waits": 1},
+    "r=0.25, a filter": {"launches": 160, "waits": 1},
+    "r=0.25, SubCenterArcFace": {"launches": 183, "waits": 1},
+    "r=0.25, CurricularFace": {"launches": 205, "waits": 1},
+    "r=0.25, SphereFace2": {"launches": 231, "waits": 1},
     "r=1, AdamW": {"launches": 114, "waits": 1},
     "r=0.25, AdamW": {"launches": 165, "waits": 1},
     "r=1, metrics": {"launches": 218, "waits": 1},
@@ -117,6 +125,11 @@ CASES: dict[str, Case] = {
     "r=1": Case(),
     "r=0.25": Case(rate=0.25),
     "r=0.25, hard negatives": Case(rate=0.25, more={"hard_negatives": 3}),  # between two searches
+    "r=0.25, label smoothing": Case(rate=0.25, more={"label_smoothing": 0.1}),
+    "r=0.25, a filter": Case(rate=0.25, more={"interclass_filter": 0.5}),
+    "r=0.25, SubCenterArcFace": Case(rate=0.25, more={"margin": SubCenterArcFace(centers=2)}),
+    "r=0.25, CurricularFace": Case(rate=0.25, more={"margin": CurricularFace()}),
+    "r=0.25, SphereFace2": Case(rate=0.25, more={"margin": SphereFace2()}),
     "r=0.25, corrected": Case(rate=0.25, more=CORRECTED),
     "r=0.25, corrected, bf16": Case(rate=0.25, more=CORRECTED, autocast=torch.bfloat16),
     "r=1, bf16": Case(autocast=torch.bfloat16),
