@@ -44,9 +44,9 @@ def test_torchrun(tiny, accelerated):
 
 @pytest.mark.slow
 def test_torchrun_on_two_nodes_of_one_rank(tiny, accelerated):
-    out, port = tiny.parent / "torchrun_nodes", str(free_port())
+    out, where = tiny.parent / "torchrun_nodes", {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = f"launch/torchrun.sh {tiny} --output.folder {out}"
-    nodes = [start(command, NPROC="1", NNODES="2", NODE_RANK=str(node), MASTER_PORT=port) for node in range(2)]
+    nodes = [start(command, NPROC="1", NNODES="2", NODE_RANK=str(node), **where) for node in range(2)]
     succeed_together(nodes)
     assert tell_tale(out) == accelerated
 
