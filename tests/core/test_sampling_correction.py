@@ -285,11 +285,11 @@ def test_rows_that_are_drawn_without_a_wait_count_the_same(rank, world):
     draws = Draws()
     draws.fit(C, 0.4, 0, lo, hi, torch.device("cpu"), 1)
     for step in range(5):
-        rows, slots = draws.select(step, labels, slots=True)
+        rows, slots = draws.select(step, labels)
         assert (slots is not None) == draws.tabled, "a rank with all classes draws windows anew, and the host waits"
         if slots is None:
             continue
-        real = ~torch.nn.functional.pad(slots.pads, (slots.window, 0))
+        real = slots.real()
         found = log_weights(rows, slots, labels, lo, 9 / 23, torch.float64)[real]
         assert torch.equal(found, log_weights(rows[real].sort().values, None, labels, lo, 9 / 23, torch.float64)[
             rows[real].argsort().argsort()])  # fmt: skip
