@@ -48,6 +48,11 @@ class Smoothing:
         of_rows = of_rows.repeat_interleave(options.margin.centers) if real is None else of_rows * real
         return cls(options.label_smoothing, options.ruled, of_rows, of_targets, of_samples, real)
 
+    @property
+    def weighted(self) -> bool:
+        """Whether there are class weights: the same on all ranks, of which some have slots and some may have none."""
+        return isinstance(self.of_targets, Tensor)
+
     def row_weights(self, a: int, b: int) -> Tensor | float:
         """Return the weights `[T]` of rows a to b, or 1."""
         return 1.0 if self.of_rows is None else self.of_rows[a:b]
@@ -156,6 +161,6 @@ class SmoothingSums:
         sums += targets.sum_of_samples(with_margin * of_targets)
         real = self.smoothing.real
         found = {"logits": sums, "count": sums.new_full((1,), float(rows)) if real is None else real.sum()[None]}
-        if weights is not None:
+        if weights is not None and self.smoothing.weighted:
             found["weight"] = weights.sum()[None]
         return found

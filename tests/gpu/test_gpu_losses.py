@@ -59,6 +59,8 @@ MARGINS: dict[str, Callable[[], Margin]] = {
     "ArcFace, as others": lambda: ArcFace(past_pi="joined", easy_margin=True),
 }
 
+SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
+
 MODES: dict[str, dict[str, Any]] = {
     "kept": {},
     "tiled": {"logits_budget": 0},
@@ -144,6 +146,41 @@ def test_options(gpu_ranks: Pools, ranks: Pools, layout: str, name: str):
     on_both(gpu_ranks, ranks, layout, options_in_modes, name, **(HALF if name == "half precision" else {}))
 
 
+DRAWN: dict[str, dict[str, Any]] = {
+    "label smoothing": {"label_smoothing": 0.1},
+    "class weights": {"label_smoothing": 0.1, "class_weights": torch.arange(1.0, 13.0)},
+    "smoothed and ruled": {"label_smoothing": 0.1, "margin": CurricularFace()},
+    "sub-centers": {"margin": SubCenterArcFace(centers=2)},
+    "decisions": {"margin": SphereFace2()},
+    "a filter": {"interclass_filter": 0.5},
+    "nearest others": {"inter_topk": 2},
+    "metrics": {"metrics": True},
+    "a correction": {"sampling_correction": "importance"},
+}
+
+
+def windows_of_one_rank(place: Place, name: str) -> list[Any]:
+    """Two classes a step, consecutive ones: the window of a step is one rank's, and the other has no slots."""
+    options = {"margin": ArcFace(), "sample_block": 2, "init_std": 1.0, **copy.deepcopy(DRAWN[name])}
+    head = PartialFC(WIDTH, 12, sample_rate=0.1, device=place.device, group=place.group, **options)
+    optimizer = RowOptimizer(SGD, head, lr=0.1, momentum=0.9)
+    found: list[Any] = []
+    for step in range(6):
+        x, y = place.batch(step, 12)
+        loss = head(x, y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found += [loss.detach(), x.grad]
+    optimizer.catch_up()
+    return [*found, head.weight]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_rank_that_draws_nothing(gpu_ranks: Pools, ranks: Pools, name: str):
+    on_both(gpu_ranks, ranks, RANKS, windows_of_one_rank, name)
+
+
 CORRECTED: dict[str, dict[str, Any]] = {
     "kept": {},
     "tiled": {"logits_budget": 0},
@@ -195,7 +232,6 @@ def test_autocast(gpu_ranks: Pools, ranks: Pools, layout: str, dtype: torch.dtyp
     on_both(gpu_ranks, ranks, layout, under_autocast, dtype)
 
 
-SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 MOVED_BY: dict[str, tuple[Any, dict[str, Any]] | None] = {
     "paper": None,
     "SGD": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
@@ -205,8 +241,8 @@ MOVED_BY: dict[str, tuple[Any, dict[str, Any]] | None] = {
 
 
 def center_losses(place: Place, moved_by: str) -> list[Any]:
-    """A head and a center loss on one exchange, with labels of weight and samples of weight; classes that are there
-    twice, a batch of two micro-batches, and the gradient of one class more than its neighbours'."""
+    """A head and a center loss on one exchange, with weights of labels and samples; classes that are there twice, and
+    steps of two micro-batches."""
     moves = MOVED_BY[moved_by]
     where = {"device": place.device, "group": place.group}
     head = PartialFC(WIDTH, CLASSES, init_std=1.0, **where)  # type: ignore[arg-type]
