@@ -451,6 +451,4 @@ def _hand_over(grad: Tensor, own: _OwnTargets) -> None:
     """Give the rows' gradients, summed over samples and replicas, to whoever keeps them for the optimizer."""
     rows, grads = own.by_row(-grad)
     sum_over_replicas(grads, own.batch.ranks, "the sum of class gradients")
-    first = torch.searchsorted(rows, rows) if own.every else None
-    pads = None if first is None else Pads(0, first != torch.arange(len(rows), device=rows.device), first)
-    own.accumulate(rows, [grads.to(own.row_dtype)], pads)
+    own.accumulate(rows, [grads.to(own.row_dtype)], Pads.of_sorted(rows) if own.every else None)

@@ -18,18 +18,19 @@ from partial_fc.batch.backward_pass import BackwardPass
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.refusals import TOLERANCE, bad_label_in, bad_weight_in, refuse_statistics
 from partial_fc.batch.status import LabelSet, Status, inspect
-from partial_fc.batch.weights import first_bad_weight, tolerance_of_sent
+from partial_fc.batch.weights import as_given
 from partial_fc.distributed.meeting import meet
 from partial_fc.distributed.ranks import Ranks, all_gather_mesh
 
 
-def later_bad_label(backwards: Iterable[BackwardPass], classes: int) -> str:
+def bad_value_found_later(backwards: Iterable[BackwardPass], classes: int) -> str:
     """Return which label of the step's batches is no class, or which weight is invalid; "" if none is, or they were
     looked at before."""
     for backward in backwards:
         if not backward.batch.looked:
             batch = looked_at(backward.batch)
-            text = bad_weight_in(batch) or bad_label_in(batch, range(classes), backward.ignore_index)
+            text = bad_weight_in(batch.status, batch.ranks, batch.name)
+            text = text or bad_label_in(batch, range(classes), backward.ignore_index)
             if text:
                 return text
     return ""
@@ -60,7 +61,7 @@ def _sum_of(statistics: Sequence[Tensor]) -> Tensor:
 def look_now(batch: GlobalBatch) -> GlobalBatch:
     """Return the batch as `looked_at`; raise ValueError for an invalid weight, as `gather` does on a CPU."""
     batch = looked_at(batch)
-    text = bad_weight_in(batch)
+    text = bad_weight_in(batch.status, batch.ranks, batch.name)
     if text:
         raise ValueError(text)
     return batch
@@ -78,14 +79,10 @@ def looked_at(batch: GlobalBatch) -> GlobalBatch:
         of_labels, of_samples = (
             None if each is None else each[part].cpu() for each in (batch.mesh_label_weights, batch.mesh_sample_weights)
         )
-        found: Any = Status(*inspect(_nothing(labels), [LabelSet(None, labels)], "", False, True)[0].tolist())
-        extremes = [name for name in Status._fields if name.startswith(("small", "larg", "second"))]
-        now = {name: getattr(found, name) for name in extremes}
-        if row.samples and row.weights:
-            tolerance = tolerance_of_sent(bool(row.weights & 4))
-            bad = first_bad_weight(labels, of_labels, of_samples, tolerance).tolist()
-            now |= dict(zip(("bad_weight", "bad_weight_at", "bad_weight_bits"), bad, strict=True))
-        status.append(row._replace(**now))
+        given = LabelSet(None, labels, None if of_labels is None else as_given(of_labels, row.weights), of_samples)
+        found: Any = Status(*inspect(_nothing(labels), [given], "", False, True)[0].tolist())
+        of_values = [name for name in Status._fields if name.startswith(("small", "larg", "second", "bad"))]
+        status.append(row._replace(**{name: getattr(found, name) for name in of_values}))
     return replace(batch, status=tuple(status), looked=True)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from partial_fc.batch.exchange import GlobalBatch
 from partial_fc.batch.status import as_matrix
-from partial_fc.batch.weights import are_valid, mean_class_weights, merge_repeated, tolerance_of_sent
+from partial_fc.batch.weights import are_valid, mean_class_weights, merge_repeated
 
 
 def without_bad_labels(labels: Tensor, named: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -49,9 +49,9 @@ def other_weights(
     if not batch.looked:
         named, fine = without_bad_labels(labels, named, classes)
         if batch.later and batch.status[0].weights:
-            tolerance = tolerance_of_sent(any(row.weights & 4 for row in batch.status))
             given = batch.mesh_labels, batch.mesh_label_weights, batch.mesh_sample_weights
-            fine = fine & are_valid(*given, tolerance)
+            kinds = max(row.weights for row in batch.status)  # COARSE is the highest bit, the others are alike
+            fine = fine & are_valid(*given, kinds)
     exists, weights, one = named, named.to(dtype), None
     if batch.label_weights is not None:
         exists, weights = weigh_labels(labels, named, batch.label_weights.to(dtype))

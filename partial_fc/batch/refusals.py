@@ -19,7 +19,7 @@ from partial_fc.distributed.ranks import Ranks, all_gather_mesh
 from partial_fc.distributed.texts import gather_texts
 from partial_fc.errors import NonFiniteError, log, not_a_step
 
-AGREED = {
+AGREED = {  # the parts of `Status.layout`
     "width": "embedding width",
     "dtype": "embedding dtype",
     "labels_each": "labels",
@@ -155,30 +155,24 @@ def agree(mine: Agreed, ranks: Ranks, device: torch.device, what: str) -> None:
 
 def raise_finding(status: Sequence[Status], ranks: Ranks, name: str | None) -> None:
     """Raise ValueError where ranks differ in what must be the same, or have invalid weights."""
-    first = status[0]
     for flat, row in enumerate(status):
-        for field, description in AGREED.items():
-            mine, theirs = (getattr(each, field) & (3 if field == "weights" else -1) for each in (first, row))
+        for (field, description), mine, theirs in zip(AGREED.items(), status[0].layout, row.layout, strict=True):
             if mine != theirs:
-                mine, theirs = (_shown(field, value) for value in (mine, theirs))
+                shown = [_shown(field, value) for value in (mine, theirs)]
                 of_labels = "" if field in ("width", "dtype") else of_set(name)
                 raise ValueError(
-                    f"ranks disagree{of_labels}: {description} {mine} on {ranks.name(0)} and {theirs} on "
+                    f"ranks disagree{of_labels}: {description} {shown[0]} on {ranks.name(0)} and {shown[1]} on "
                     f"{ranks.name(flat)}; every rank must pass the same"
                 )
-    for flat, row in enumerate(status):
-        if row.bad_weight:
-            raise ValueError(f"{ranks.name(flat)}{of_set(name)}: {describe_weight_of(row)}")
+    text = bad_weight_in(status, ranks, name)
+    if text:
+        raise ValueError(text)
 
 
 def _shown(field: str, value: int) -> str:
     if field == "labels_each":
         return f"[N, {value}]" if value else "[N]"
     return str({"dtype": DTYPES, "weights": WEIGHTS}[field][value] if field in ("dtype", "weights") else value)
-
-
-def describe_weight_of(row: Status) -> str:
-    return describe_bad_weight(row.bad_weight, row.bad_weight_at, row.bad_weight_bits, row.labels_each)
 
 
 def describe_bad_label(label: int, at: int, row: Status, valid: range, ignore_index: int) -> str:
@@ -217,10 +211,13 @@ def bad_label_in(batch: Any, valid: range, ignore_index: int) -> str:
     return ""
 
 
-def bad_weight_in(batch: Any) -> str:
-    """Return the first invalid weight of a `GlobalBatch`, in words; "" if there is none."""
-    found = ((flat, row) for flat, row in enumerate(batch.status) if row.bad_weight)
-    return next((f"{origin_of(batch, flat)}: {describe_weight_of(row)}" for flat, row in found), "")
+def bad_weight_in(status: Sequence[Status], ranks: Ranks, name: str | None) -> str:
+    """Return the first invalid weight of a batch, in words; "" if there is none. name: of the label set."""
+    for flat, row in enumerate(status):
+        if row.bad_weight:
+            text = describe_bad_weight(row.bad_weight, row.bad_weight_at, row.bad_weight_bits, row.labels_each)
+            return f"{ranks.name(flat)}{of_set(name)}: {text}"
+    return ""
 
 
 def report_nonfinite(batch: Any, on_nonfinite: str) -> str:

@@ -22,6 +22,12 @@ class Pads:
     are: Tensor  # [S − first] whether each of the others is one
     of: Tensor | None = None  # [S] where the row stands that each is; None: all are the row before `first`
 
+    @classmethod
+    def of_sorted(cls, rows: Tensor) -> Pads:
+        """Return those of sorted `rows [S]`, of which the first of each has the gradient."""
+        first = torch.searchsorted(rows, rows)
+        return cls(0, first != torch.arange(len(rows), device=rows.device), first)
+
     def real(self) -> Tensor:
         """Return `[S]`, whether a row is none."""
         return ~torch.nn.functional.pad(self.are, (self.first, 0))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.batch.facts import Agreed, digest_of
-from partial_fc.batch.weights import are_coarse, first_bad_weight
+from partial_fc.batch.weights import KINDS, first_bad_weight, kinds_of_weights
 from partial_fc.distributed.meeting import BATCH, operation_number
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -34,7 +34,7 @@ class Status(NamedTuple):
     width: int
     dtype: int  # index into DTYPES
     labels_each: int  # L of labels [N_local, L]; 0 for labels [N_local]
-    weights: int  # bit 0: label weights, bit 1: sample weights, bit 2: the former are coarse (`weights.py`)
+    weights: int  # which there are: bits of `weights.kinds_of_weights`
     wants_grad: int  # whether its embeddings take part in backward; if those of any rank do, all must
     names: int  # digest of the names of all label sets; 0 for labels without a name
     problem: int  # 1: this batch cannot be gathered; the other fields mean nothing then
@@ -57,7 +57,7 @@ class Status(NamedTuple):
     @property
     def layout(self) -> tuple[int, ...]:
         """What must be the same on every rank."""
-        return self.width, self.dtype, self.labels_each, self.weights & 3
+        return self.width, self.dtype, self.labels_each, self.weights & KINDS
 
     @property
     def together(self) -> tuple[int, ...]:
@@ -122,15 +122,15 @@ def inspect(
     """
     if problem:
         return torch.tensor([[*NO_COUNTS, 1, *NO_FINDINGS, 0]], device="cpu")
-    (samples, width), dtype = embeddings.shape, DTYPES.index(embeddings.dtype)
+    samples, width = embeddings.shape
+    dtype = DTYPES.index(embeddings.dtype)
     facts, statistics = (0, None) if agreed is None else (agreed.digest, agreed.statistics)
     names = [each.name for each in sets if each.name is not None]
     digest = 1 + digest_of(names) if names else 0
     counts = []
     for each in sets:
         labels_each = each.labels.shape[1] if each.labels.ndim == 2 else 0
-        weights = (each.label_weights is not None) + 2 * (each.sample_weights is not None)
-        weights += 4 * (each.weighted and are_coarse(each.label_weights))
+        weights = kinds_of_weights(each.label_weights, each.sample_weights) if each.weighted else 0
         counts.append([NO_COUNTS[0], facts, samples, width, dtype, labels_each, weights, int(wants_grad), digest, 0])
     statistics = torch.zeros((), dtype=torch.float64, device="cpu") if statistics is None else statistics
     bits = statistics.view(torch.int64).expand(len(sets), 1)

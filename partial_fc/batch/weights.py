@@ -11,7 +11,8 @@ from torch import Tensor
 
 NO_WEIGHT, LABEL_WEIGHT, LABEL_SUM, SAMPLE_WEIGHT = range(4)  # kinds of an invalid weight
 SUM_TOLERANCE = 1e-3  # how far from 1 the weights of a sample's labels may sum to
-COARSE = torch.finfo(torch.bfloat16).eps  # the same of bfloat16
+OF_LABELS, OF_SAMPLES, COARSE = 1, 2, 4  # bits: which weights there are; those of labels are rounded by more than that
+KINDS = OF_LABELS | OF_SAMPLES  # what every rank must have alike
 
 
 def weights_problem(embeddings: Tensor, labels: Tensor, label_weights: Any, sample_weights: Any) -> str:
@@ -46,13 +47,10 @@ def weights_problem(embeddings: Tensor, labels: Tensor, label_weights: Any, samp
     return ""
 
 
-def first_bad_weight(
-    labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None, tolerance: float | None = None
-) -> Tensor:
+def first_bad_weight(labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None) -> Tensor:
     """Return (kind, flat index, bits of the value) of the first invalid weight or sum of weights: int64 `[3]`.
 
-    tolerance: of sums of label weights, if not that of their dtype, which was another before they were sent. Does not
-    wait for the device. A sample whose labels are all negative (some head's ignore_index) has no class: its
+    Does not wait for the device. A sample whose labels are all negative (some head's ignore_index) has no class: its
     weights need not sum to 1.
     """
     found = labels.new_zeros(3)  # NO_WEIGHT
@@ -62,8 +60,7 @@ def first_bad_weight(
     if label_weights is not None:
         values = label_weights.detach().double()
         sums = values.sum(1)
-        tolerance = _tolerance(label_weights.dtype) if tolerance is None else tolerance
-        found = _first_bad(LABEL_SUM, _is_off(sums, labels, tolerance), sums, found)
+        found = _first_bad(LABEL_SUM, _is_off(sums, labels, _tolerance(label_weights.dtype)), sums, found)
         found = _first_bad(LABEL_WEIGHT, ~_is_weight(values).reshape(-1), values.reshape(-1), found)
     return found
 
@@ -104,12 +101,13 @@ def _first_bad(kind: int, bad: Tensor, values: Tensor, otherwise: Tensor) -> Ten
     return torch.where(any_bad, torch.stack((any_bad * kind, at, values.take(at).view(torch.int64))), otherwise)
 
 
-def are_valid(labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None, tolerance: float) -> Tensor:
-    """Return whether `first_bad_weight` finds none, 0-d."""
+def are_valid(labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None, kinds: int) -> Tensor:
+    """Return whether `first_bad_weight` would find none, 0-d. kinds: of the weights before they were sent."""
     valid = labels.new_ones((), dtype=torch.bool)
     if sample_weights is not None:
         valid = _is_weight(sample_weights).all()
     if label_weights is not None:
+        tolerance = _tolerance(torch.bfloat16 if kinds & COARSE else torch.float64)
         off = _is_off(label_weights.sum(1), labels, tolerance)
         valid = valid & _is_weight(label_weights).all() & ~off.any()
     return valid
@@ -124,14 +122,15 @@ def _is_off(sums: Tensor, labels: Tensor, tolerance: float) -> Tensor:
     return ((sums - 1).abs() > tolerance) & (labels >= 0).any(1)
 
 
-def are_coarse(label_weights: Tensor | None) -> bool:
-    """Return whether label weights are rounded by more than SUM_TOLERANCE."""
-    return label_weights is not None and _tolerance(label_weights.dtype) > SUM_TOLERANCE
+def kinds_of_weights(label_weights: Tensor | None, sample_weights: Tensor | None) -> int:
+    """Return the bits of the weights that there are."""
+    coarse = label_weights is not None and _tolerance(label_weights.dtype) > SUM_TOLERANCE
+    return OF_LABELS * (label_weights is not None) | OF_SAMPLES * (sample_weights is not None) | COARSE * coarse
 
 
-def tolerance_of_sent(coarse: bool) -> float:
-    """Return the tolerance of label weights that have become float64 on their way, of which this was told."""
-    return COARSE if coarse else SUM_TOLERANCE
+def as_given(label_weights: Tensor, kinds: int) -> Tensor:
+    """Return label weights, which travel in float64, in a dtype with the tolerance of the one that they had."""
+    return label_weights.bfloat16() if kinds & COARSE else label_weights
 
 
 def _tolerance(dtype: torch.dtype) -> float:

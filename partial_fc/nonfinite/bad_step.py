@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from partial_fc.batch.later import compare_statistics, later_bad_label
+from partial_fc.batch.later import bad_value_found_later, compare_statistics
 from partial_fc.errors import NonFiniteError, log
 from partial_fc.nonfinite.describe import describe
 from partial_fc.nonfinite.scalers import active_scalers, report_overflow
@@ -28,10 +28,10 @@ def refuse_step(
     scalers = active_scalers(scaler)
     # a finite loss with a non-finite gradient is the scale's fault where a scaler is at work
     overflow = not bad_loss and (not reason if already_skipped else bool(scalers))
-    bad_label = bad_label_of(heads) if bad_loss else ""
+    bad_value = bad_value_of(heads) if bad_loss else ""
     for rows in heads if bad_loss else ():
         compare_statistics([held[n] for held, n, *_ in rows.record.statistics], rows.shards.ranks, rows.device)
-    if not (overflow or reason or bad_label):
+    if not (overflow or reason or bad_value):
         reason = describe(heads, parameters)
     for record in records:
         if not overflow:
@@ -39,9 +39,9 @@ def refuse_step(
         record.mark_checked()
         record.bad_step = True
         record.reason = reason
-    if bad_label:
+    if bad_value:
         forget_gradients(heads, parameters)
-        raise ValueError(bad_label)
+        raise ValueError(bad_value)
     if not overflow:
         if any(record.on_nonfinite == "raise" for record in watching):
             raise NonFiniteError(reason)
@@ -63,9 +63,9 @@ def put_back(record: StepRecord) -> None:
     record.statistics = []
 
 
-def bad_label_of(heads: Sequence[ClassRows]) -> str:
-    """Return which label of the step is no class, the same words on every rank; "" if all are."""
-    found = (later_bad_label(rows.record.backwards, rows.shards.num_classes) for rows in heads)
+def bad_value_of(heads: Sequence[ClassRows]) -> str:
+    """Return which label of the step is no class or which weight invalid, in the same words on every rank, or ""."""
+    found = (bad_value_found_later(rows.record.backwards, rows.shards.num_classes) for rows in heads)
     return next(filter(None, found), "")
 
 

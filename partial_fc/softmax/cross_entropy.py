@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from partial_fc import errors
-from partial_fc.batch.row_sums import Pads
 from partial_fc.distributed.derivatives import executes, first_derivative
 from partial_fc.distributed.ranks import naming_the_missing, start_reduce_scatter
 from partial_fc.softmax.backward import BackwardTiles, derivatives, is_usual
@@ -113,8 +112,7 @@ def gradients(ctx: Any, grad: Tensor, weight: Tensor, bias: Tensor | None, saved
             _, grads = tiles.run(False, True)
     d_weight = d_bias = d_offset = None
     if grads and anchored:
-        pads = None if selection.slots is None else Pads(selection.slots.window, selection.slots.pads)
-        sink.accumulate(selection.rows, grads, pads)
+        sink.accumulate(selection.rows, grads, None if selection.slots is None else selection.slots.as_pads())
     elif grads:
         d_weight, d_bias = grads[0] if want_w else None, grads[1] if want_b else None
     state.row_tiles.weight = weight.new_empty(0)  # or it would live as long as the graph

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from partial_fc.batch.row_sums import Pads
 from partial_fc.sampling import Windows
 
 
@@ -45,9 +46,9 @@ class Slots:
             pads = self.pads if centers == 1 else self.pads.repeat_interleave(centers)
             logits[:, first - a :].masked_fill_(pads[first - window : b - window], -torch.inf)
 
-    def real(self) -> Tensor:
-        """Return `[S]`, whether a row of the forward takes part."""
-        return ~torch.nn.functional.pad(self.pads, (self.window, 0))
+    def as_pads(self) -> Pads:
+        """Return the pads among the rows of the forward, as their gradient has them."""
+        return Pads(self.window, self.pads)
 
 
 class Draws(Windows):

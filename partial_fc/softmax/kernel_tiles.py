@@ -244,12 +244,10 @@ def column_of(state: ForwardState, a: int, b: int) -> Tensor | None:
     column = None if rows.bias is None else biases_of(rows, slice(a, b))
     if selection.correction is not None:
         column = selection.correction.with_bias(column, a, b)
-    first = b if selection.slots is None else max(selection.slots.window, a)
-    if selection.slots is None or first >= b:
+    if selection.slots is None or selection.slots.window >= b:
         return column
     column = rows.weight.new_zeros(b - a, dtype=rows.dtype) if column is None else column.to(rows.dtype, copy=True)
-    window = selection.slots.window
-    column[first - a :].masked_fill_(selection.slots.pads[first - window : b - window], -torch.inf)
+    selection.slots.mask(column[None], a, b)
     return column
 
 

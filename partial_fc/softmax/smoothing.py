@@ -35,7 +35,7 @@ class Smoothing:
     @classmethod
     def of(cls, options: LossOptions, selection: Selection, dtype: torch.dtype) -> Smoothing:
         """Return what a forward with label smoothing needs."""
-        real = None if selection.slots is None or options.ruled else selection.slots.real().to(dtype)
+        real = None if selection.slots is None or options.ruled else selection.slots.as_pads().real().to(dtype)
         if options.class_weights is None:
             return cls(options.label_smoothing, options.ruled, real, 1.0, 1.0, real)
         weights = options.class_weights.to(dtype)

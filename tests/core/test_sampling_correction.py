@@ -289,7 +289,7 @@ def test_rows_that_are_drawn_without_a_wait_count_the_same(rank, world):
         assert (slots is not None) == draws.tabled, "a rank with all classes draws windows anew, and the host waits"
         if slots is None:
             continue
-        real = slots.real()
+        real = slots.as_pads().real()
         found = log_weights(rows, slots, labels, lo, 9 / 23, torch.float64)[real]
         assert torch.equal(found, log_weights(rows[real].sort().values, None, labels, lo, 9 / 23, torch.float64)[
             rows[real].argsort().argsort()])  # fmt: skip

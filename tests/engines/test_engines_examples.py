@@ -10,6 +10,7 @@ from forked import succeed
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ("ddp_inside.py", "fsdp2.py", "accelerate_loop.py", "transformers_trainer.py", "lightning_module.py")
+SLOW = ("transformers_trainer.py", "lightning_module.py")
 SAVED = {
     "fsdp2.py": ["manifest.json"],
     "accelerate_loop.py": ["state/model.safetensors", "state/partial_fc/manifest.json", "logs"],
@@ -30,13 +31,7 @@ def test_an_example_is_short_and_says_how_to_run_it(example):
 
 
 @pytest.mark.parametrize(
-    "example",
-    [
-        pytest.param(
-            name, marks=[pytest.mark.slow] if name in ("transformers_trainer.py", "lightning_module.py") else []
-        )
-        for name in EXAMPLES
-    ],
+    "example", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EXAMPLES]
 )
 def test_an_example_runs(example, tmp_path):
     arguments = [] if example == "ddp_inside.py" else [str(tmp_path / "run")]
